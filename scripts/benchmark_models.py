@@ -170,7 +170,7 @@ def batches(model: Model, setting: Setting) -> list[np.ndarray]:
     size = (setting.batch_size, setting.input_length)
     return [generator.integers(3, model.config.vocab_size, size).astype(np.int32)]
   path = inference.PACKED / "prompts_unseen.jsonl"
-  examples = datasets.read_examples(path, limit=setting.num_prompts, require_target=False)
+  examples = datasets.read_examples(path, require_target=False)[: setting.num_prompts]
   rows = prompt_batches.tokenize(
     [example.input for example in examples],
     model.predictor.vocabulary,

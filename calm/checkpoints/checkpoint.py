@@ -311,10 +311,9 @@ def _vocabulary_writers(vocabulary: Vocabulary) -> dict[str, Callable[[pathlib.P
   if isinstance(vocabulary, vocabularies.Renumbered):
     record["base_pad_id"] = vocabulary.base_pad_id
   record["digest"] = vocabulary.digest()
-  name, made = _VOCABULARIES[record["kind"]], {}
-  if name is not None:
-    made[name] = lambda path: path.write_bytes(base.model)
-  return {**made, _RECORD: files.json_writer(record)}
+  name = _VOCABULARIES[record["kind"]]
+  writers = {} if name is None else {name: lambda path: path.write_bytes(base.model)}
+  return {**writers, _RECORD: files.json_writer(record)}
 
 
 def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
@@ -330,17 +329,18 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
     )
   path, extra_ids = directory / (_VOCABULARIES[kind] or ""), record.get("extra_ids")
   renumbered = "base_pad_id" in record
+  token_id = lambda name: limits.whole(name, record.get(name), 0, 2**31)
   with files.naming(directory / _RECORD):
     made: Any
     if kind == "bytes":
       made = vocabularies.ByteVocabulary(extra_ids)  # pyright: ignore[reportArgumentType]
     elif kind == "tokenizer":
-      ids = (_token_id(record, name) for name in ("eos_id", "pad_id"))
+      ids = map(token_id, ("eos_id", "pad_id"))
       made = vocabularies.TokenizerVocabulary(path, *ids)
     else:
       made = vocabularies.SentencePieceVocabulary(path, extra_ids, padded=not renumbered)  # pyright: ignore[reportArgumentType]
     if renumbered:
-      made = vocabularies.Renumbered(made, _token_id(record, "base_pad_id"))
+      made = vocabularies.Renumbered(made, token_id("base_pad_id"))
   digest = str(record.get("digest"))
   if _VOCABULARIES[kind] is not None and made.digest() != digest:
     raise ValueError(
@@ -348,10 +348,3 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
       f" {made.digest()[:12]}... in {str(directory)!r}; it was exchanged: put it back."
     )
   return made
-
-
-def _token_id(record: Mapping[str, Any], name: str) -> int:
-  value = record.get(name)
-  if type(value) is not int or value < 0:
-    raise ValueError(f"Expected `{name}` to be a token id, got {value!r}; it is damaged.")
-  return value

@@ -120,13 +120,15 @@ def json_writer(value: Any) -> Callable[[pathlib.Path], Any]:
   return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object.
+def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+  """A JSON object; `missing`, unless None, where there is no such file.
 
   Raises:
     FileNotFoundError: `path` is missing.
     ValueError: it is not a JSON object.
   """
+  if missing is not None and not path.exists():
+    return missing
   _check_file(path)
   try:
     value = storage.parse_json(storage.content(path, _MOST_JSON))

@@ -13,6 +13,7 @@ The network takes token 0 for padding and for the start of decoding. A model wit
 with them (`vocabulary.Renumbered`).
 """
 
+import dataclasses
 import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,6 @@ _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # A leftover of early T5 1.0 conversions that no implementation reads.
 _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-_RELPOS = "relative_attention_bias.weight"
 
 
 def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarray]]:
@@ -79,7 +79,7 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
   theirs, generation = _read_config(directory)
   with files.naming(directory / "config.json"):
     _check(theirs)
-    _network_config(theirs, logits_via_embedding=False)  # before any weight is read
+    config = _network_config(theirs)  # before any weight is read
   other = [f"{k}={generation[k]!r}" for k, v in _GREEDY.items() if generation.get(k) not in v]
   if other:
     warnings.warn(
@@ -92,7 +92,7 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
   scaled = _scales_decoder_states(theirs)
   pad, start = _padding_and_start(theirs)
   tied = head is None and scaled and not (pad or start)
-  config = _network_config(theirs, logits_via_embedding=tied)
+  config = dataclasses.replace(config, logits_via_embedding=tied)
   params = _renamed(weights, config)
   order = np.arange(len(embedding))
   order[[0, pad]] = order[[pad, 0]]
@@ -109,13 +109,9 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
 def _read_config(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   """(config.json with the ids of generation, generation_config.json)."""
   theirs = files.read_json(directory / "config.json")
-  generation = _optional_json(directory / "generation_config.json")
+  generation = files.read_json(directory / "generation_config.json", missing={})
   ids = {name: generation[name] for name in _IDS if generation.get(name) is not None}
   return theirs | ids, generation
-
-
-def _optional_json(path: pathlib.Path) -> dict[str, Any]:
-  return files.read_json(path) if path.exists() else {}
 
 
 def _padding_and_start(theirs: Mapping[str, Any]) -> tuple[int, int]:
@@ -139,37 +135,35 @@ def _scales_decoder_states(theirs: Mapping[str, Any]) -> bool:
 
 def _check(theirs: Mapping[str, Any]) -> None:
   """Raises ValueError, naming the field, for a model that is not of the T5 family."""
+  theirs = {"layer_norm_epsilon": 1e-6, **theirs}
   rows = theirs.get("vocab_size", 0)
   rows = rows if type(rows) is int else 2**31  # which `_network_config` refuses
-  is_flag = lambda value: value is None or isinstance(value, bool)
-  is_row = lambda value: value is None or (type(value) is int and 0 <= value < max(rows, 1))
-  is_names = lambda value: (
-    value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-  )
-  one_of = lambda values: lambda value: isinstance(value, str | float) and value in values
+  is_flag = lambda value: isinstance(value, bool)
+  is_row = lambda value: type(value) is int and 0 <= value < max(rows, 1)
+  is_names = lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value)
   row = f"one of the {rows} rows of the embedding"
-  for field, default, is_good, expected in (
-    ("model_type", None, one_of(MODEL_TYPES), "'t5' or 'mt5' or 'umt5' (the T5 family)"),
-    ("layer_norm_epsilon", 1e-6, one_of((1e-6,)), "1e-06 (the T5 family)"),
-    ("tie_word_embeddings", None, is_flag, "true or false"),
-    ("scale_decoder_outputs", None, is_flag, "true or false"),
-    ("is_encoder_decoder", None, is_flag, "true or false"),
-    ("is_encoder_decoder", None, lambda value: value is not False, "true: a whole model"),
-    ("architectures", None, is_names, "a list of class names"),
-    ("pad_token_id", None, is_row, row),
-    ("decoder_start_token_id", None, is_row, row),
+  for field, is_good, expected in (
+    ("model_type", lambda value: value in MODEL_TYPES, "'t5' or 'mt5' or 'umt5'"),
+    ("layer_norm_epsilon", lambda value: value == 1e-6, "1e-06 (the T5 family)"),
+    ("tie_word_embeddings", is_flag, "true or false"),
+    ("scale_decoder_outputs", is_flag, "true or false"),
+    ("is_encoder_decoder", lambda value: value is True, "true: a whole model"),
+    ("architectures", is_names, "a list of class names"),
+    ("pad_token_id", is_row, row),
+    ("decoder_start_token_id", is_row, row),
   ):
-    if not is_good(theirs.get(field, default)):
+    value = theirs.get(field)
+    if not is_good(value) and (
+      value is not None or field in ("model_type", "layer_norm_epsilon")
+    ):
       raise ValueError(
-        f"Expected `{field}` in config.json to be {expected}, got"
-        f" {theirs.get(field, default)!r:.60}; give a T5 model as transformers saves it."
+        f"Expected `{field}` in config.json to be {expected}, got {value!r:.60}; give a T5"
+        " model as transformers saves it."
       )
 
 
-def _network_config(
-  theirs: Mapping[str, Any], *, logits_via_embedding: bool
-) -> network.T5Config:
-  """Our configuration of theirs, without exit parts; ValueError for impossible sizes."""
+def _network_config(theirs: Mapping[str, Any]) -> network.T5Config:
+  """Our configuration, without exit parts and with an untied head."""
   missing = [field for field in _SIZES if field not in theirs]
   if missing:
     raise ValueError(
@@ -194,7 +188,7 @@ def _network_config(
   return network.T5Config(
     **limits.check(options, FIELDS),
     mlp_activations=(activation, "linear") if kind.startswith("gated-") else (activation,),
-    logits_via_embedding=logits_via_embedding,
+    logits_via_embedding=False,
     exit_classifier=False,
     relpos_per_layer=theirs["model_type"] == "umt5",
   )
@@ -223,12 +217,10 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
   for name in sorted(set(weight_map.values())):
     # The index is not trusted with where to look.
     shard, _ = files.read_safetensors(directory / pathlib.PurePosixPath(name).name)
-    listed = {weight for weight, place in weight_map.items() if place == name}
-    if set(shard) != listed:
-      odd = sorted(set(shard) ^ listed)
+    if odd := set(shard) ^ {weight for weight, place in weight_map.items() if place == name}:
       raise ValueError(
         f"Expected {name!r} to hold the weights that {index_path.name!r} lists for it, got"
-        f" {odd[0]!r} in one of the two only, in {str(directory)!r}; download it again."
+        f" {min(odd)!r} in one of the two only, in {str(directory)!r}; download it again."
       )
     weights |= shard
   return weights
@@ -258,40 +250,39 @@ def _take_embedding_and_head(
   return embedding, None if head is None or np.array_equal(head, embedding) else head
 
 
+# The attention blocks of a layer, in order: our name, our norm, their name.
+_BLOCKS = {
+  "encoder": (("attention", "pre_attention_layer_norm", "SelfAttention"),),
+  "decoder": (
+    ("self_attention", "pre_self_attention_layer_norm", "SelfAttention"),
+    ("encoder_decoder_attention", "pre_cross_attention_layer_norm", "EncDecAttention"),
+  ),
+}
+_PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+
+
 def _names(config: network.T5Config) -> dict[str, str]:
   """{T5X's path: Hugging Face's name} of all weights but the embedding and the head."""
   pairs = {}
+  denses = ("wi_0", "wi_1", "wo") if len(config.mlp_activations) == 2 else ("wi", "wo")
   sides = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
   for side, num_layers in sides.items():
     for i in range(num_layers):
-      pairs |= _layer_names(f"{side}/layers_{i}", f"{side}.block.{i}.layer", config)
-    if not config.relpos_per_layer:
-      first = f"{side}.block.0.layer.0.SelfAttention"
-      pairs[f"{side}/relpos_bias/rel_embedding"] = f"{first}.{_RELPOS}"
+      ours, theirs = f"{side}/layers_{i}", f"{side}.block.{i}.layer"
+      for k, (block, norm, their_block) in enumerate(_BLOCKS[side]):
+        pairs[f"{ours}/{norm}/scale"] = f"{theirs}.{k}.layer_norm.weight"
+        for projection, letter in _PROJECTIONS.items():
+          kernel = f"{ours}/{block}/{projection}/kernel"
+          pairs[kernel] = f"{theirs}.{k}.{their_block}.{letter}.weight"
+      last = f"{theirs}.{len(_BLOCKS[side])}"
+      pairs[f"{ours}/pre_mlp_layer_norm/scale"] = f"{last}.layer_norm.weight"
+      for dense in denses:
+        pairs[f"{ours}/mlp/{dense}/kernel"] = f"{last}.DenseReluDense.{dense}.weight"
+      if config.relpos_per_layer or i == 0:
+        place = ours if config.relpos_per_layer else side
+        name = f"{theirs}.0.SelfAttention.relative_attention_bias.weight"
+        pairs[f"{place}/relpos_bias/rel_embedding"] = name
     pairs[f"{side}/{side}_norm/scale"] = f"{side}.final_layer_norm.weight"
-  return pairs
-
-
-def _layer_names(ours: str, theirs: str, config: network.T5Config) -> dict[str, str]:
-  if ours.startswith("encoder"):
-    blocks = [("attention", "pre_attention_layer_norm", "SelfAttention")]
-  else:
-    blocks = [
-      ("self_attention", "pre_self_attention_layer_norm", "SelfAttention"),
-      ("encoder_decoder_attention", "pre_cross_attention_layer_norm", "EncDecAttention"),
-    ]
-  pairs = {}
-  for k, (block, norm, their_block) in enumerate(blocks):
-    pairs[f"{ours}/{norm}/scale"] = f"{theirs}.{k}.layer_norm.weight"
-    for projection, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-      path = f"{ours}/{block}/{projection}/kernel"
-      pairs[path] = f"{theirs}.{k}.{their_block}.{letter}.weight"
-  if config.relpos_per_layer:
-    pairs[f"{ours}/relpos_bias/rel_embedding"] = f"{theirs}.0.SelfAttention.{_RELPOS}"
-  last = len(blocks)
-  pairs[f"{ours}/pre_mlp_layer_norm/scale"] = f"{theirs}.{last}.layer_norm.weight"
-  for dense in ("wi_0", "wi_1", "wo") if len(config.mlp_activations) == 2 else ("wi", "wo"):
-    pairs[f"{ours}/mlp/{dense}/kernel"] = f"{theirs}.{last}.DenseReluDense.{dense}.weight"
   return pairs
 
 
@@ -337,7 +328,7 @@ def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
 def _read_pieces(
   directory: pathlib.Path, theirs: Mapping[str, Any], pad: int
 ) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
-  options = _optional_json(directory / "tokenizer_config.json")
+  options = files.read_json(directory / "tokenizer_config.json", missing={})
   path = directory / "spiece.model"
   if path.is_file():
     # The model files of mT5 and its kin hold their extra ids already.
@@ -400,19 +391,22 @@ def _needs_tokenizer(
 
 def _listed_tokens(directory: pathlib.Path) -> Iterator[tuple[str, int, str]]:
   """(file, id, text) of the tokens that each file of a folder lists."""
-  held = _optional_json(directory / "tokenizer.json").get("added_tokens") or []
-  added = _optional_json(directory / "added_tokens.json")
-  flags = _optional_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+  optional = lambda name: files.read_json(directory / name, missing={})
+  held = optional("tokenizer.json").get("added_tokens") or []
+  added = optional("added_tokens.json")
+  flags = optional("tokenizer_config.json").get("added_tokens_decoder") or {}
   number = lambda text: int(text) if text.isdecimal() and len(text) < 10 else None
   field = lambda token, name: token.get(name) if isinstance(token, dict) else None
   tokens = [
-    ("tokenizer.json", field(token, "id"), field(token, "content"))
-    for token in (held if isinstance(held, list) else [held])
-  ]
-  tokens += [("added_tokens.json", token_id, token) for token, token_id in added.items()]
-  tokens += [
-    ("tokenizer_config.json", number(text), field(token, "content"))
-    for text, token in (flags.items() if isinstance(flags, dict) else [("", flags)])
+    *(
+      ("tokenizer.json", field(token, "id"), field(token, "content"))
+      for token in (held if isinstance(held, list) else [held])
+    ),
+    *(("added_tokens.json", token_id, token) for token, token_id in added.items()),
+    *(
+      ("tokenizer_config.json", number(text), field(token, "content"))
+      for text, token in (flags.items() if isinstance(flags, dict) else [("", flags)])
+    ),
   ]
   for name, token_id, token in tokens:
     if type(token_id) is not int or not isinstance(token, str):
@@ -451,21 +445,20 @@ def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5
   weights[_EMBEDDING] = np.asarray(flat["token_embedder/embedding"])
   if not config.logits_via_embedding:
     weights[_HEAD] = np.asarray(flat["decoder/logits_dense/kernel"]).T
+  tied = config.logits_via_embedding
   their_config = {
     "architectures": [f"{'UM' * config.relpos_per_layer}T5ForConditionalGeneration"],
     "model_type": "umt5" if config.relpos_per_layer else "t5",
     **{name: getattr(config, ours) for ours, name in FIELDS.items()},
     "feed_forward_proj": ("gated-" if gated else "") + known[activation],
     "layer_norm_epsilon": 1e-6,
-    "tie_word_embeddings": config.logits_via_embedding,
-    "scale_decoder_outputs": config.logits_via_embedding,
+    "tie_word_embeddings": tied,
+    "scale_decoder_outputs": tied,
     "is_encoder_decoder": True,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
   }
-  writers = {
-    "model.safetensors": files.safetensors_writer(weights, format="pt"),
-    "config.json": files.json_writer(their_config),
-  }
-  files.write_together(directory, writers)
+  model = files.safetensors_writer(weights, format="pt")
+  config_file = files.json_writer(their_config)
+  files.write_together(directory, {"model.safetensors": model, "config.json": config_file})

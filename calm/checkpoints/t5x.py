@@ -6,7 +6,6 @@ train state under `state/`, in one database or in many folders. Only the target'
 read, no optimizer state. Needs tensorstore, which comes with the `train` extra.
 """
 
-import importlib
 import math
 import pathlib
 import re
@@ -28,7 +27,7 @@ _STEP = re.compile(r"checkpoint_(\d+)")
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
   """The T5X checkpoint folder that `path` is or holds (its newest step), or None."""
-  if _is_legacy(path) or _orbax_state(path) is not None:
+  if (path / "checkpoint").is_file() or _orbax_state(path) is not None:
     return path
   steps = {
     int(match[1]): child
@@ -48,7 +47,9 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     ImportError: tensorstore is not installed.
     ValueError: the files are damaged, or leaves are missing.
   """
-  return _read_legacy(path) if _is_legacy(path) else _read_orbax(path)
+  state = _orbax_state(path)
+  leaves = _read_arrays(state) if state else _read_legacy(path)
+  return {name: files.as_float32(name, leaf, path) for name, leaf in leaves.items()}
 
 
 def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
@@ -92,10 +93,6 @@ def _count_layers(flat: Mapping[str, np.ndarray], side: str) -> int:
   return 1 + max(int(match[1]) for path in flat if (match := pattern.match(path)))
 
 
-def _is_legacy(path: pathlib.Path) -> bool:
-  return (path / "checkpoint").is_file() and _orbax_state(path) is None
-
-
 def _orbax_state(path: pathlib.Path) -> pathlib.Path | None:
   """The folder that holds the train state itself."""
   for folder in (path / "state", path):
@@ -104,7 +101,11 @@ def _orbax_state(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_legacy(path: pathlib.Path) -> dict[str, Any]:
+  """Small leaves are in the msgpack; a large one is in the zarr array of its name.
+
+  Its reference tells only that: where else it points, be it a bucket, is not looked at.
+  """
   try:
     contents = serialization.msgpack_restore((path / "checkpoint").read_bytes())
     target = contents["optimizer"]["target"]
@@ -113,76 +114,39 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"Expected `path` to be a T5X checkpoint, got {str(path)!r} whose msgpack does not open"
       f" ({type(error).__name__}: {error}); it is truncated or no checkpoint: copy it again."
     ) from error
+  is_reference = lambda node: isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
   leaves: dict[str, Any] = traverse_util.flatten_dict(
-    target, is_leaf=lambda _, node: _is_reference(node), sep="/"
+    target, is_leaf=lambda _, node: is_reference(node), sep="/"
   )
   if not isinstance(target, dict) or not all(isinstance(name, str) for name in leaves):
     raise ValueError(
       f"Expected the `target` of {str(path)!r} to be a tree of parameters, got"
       f" {type(target).__name__}; copy the checkpoint again."
     )
-  # All reads are under way before the first is waited for; small leaves are in the msgpack.
-  reads = {
-    n: _open_zarr(path, n, leaf).read() for n, leaf in leaves.items() if _is_reference(leaf)
-  }
-  try:
-    arrays = {name: reads[name].result() if name in reads else leaves[name] for name in leaves}
-  except (ValueError, OSError) as error:
+  large = {name for name, leaf in leaves.items() if is_reference(leaf)}
+  arrays = _read_arrays(path) if large else {}
+  if missing := sorted(large - set(arrays)):
     raise ValueError(
-      f"Expected the arrays of `path` {str(path)!r} to be whole, got one that is not ({error});"
-      " copy the whole folder again."
-    ) from error
-  return {name: files.as_float32(name, array, path) for name, array in arrays.items()}
-
-
-def _is_reference(node: Any) -> bool:
-  """Whether a leaf of the msgpack is a tensorstore specification and not an array."""
-  return isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
-
-
-def _open_zarr(path: pathlib.Path, name: str, reference: Mapping[str, Any]):
-  ts = _import("tensorstore")
-  # "path" stood beside the key-value store before tensorstore 0.1.14. Only the last component
-  # counts: the rest says where the checkpoint was written, be it a bucket.
-  store = reference["kvstore"]
-  stored = (store.get("path") if isinstance(store, dict) else None) or reference.get("path")
-  folder = path / pathlib.PurePosixPath(str(stored)).name
-  if folder.name != f"target.{name.replace('/', '.')}" or reference["driver"] != "zarr":
-    raise ValueError(
-      f"Expected the leaf {name!r} of {str(path)!r} to be in the zarr array of its name, got"
-      f" {reference['driver']!r} {folder.name!r}; copy the checkpoint again."
+      f"Expected {str(path)!r} to hold the arrays that its msgpack refers to, got none for"
+      f" {missing[:3]}; copy the whole folder again."
     )
-  store = {"driver": "file", "path": f"{folder}/"}
-  try:
-    opened = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
-  except ValueError as error:
-    raise ValueError(
-      f"Expected `path` to hold the array {folder.name!r}, which its msgpack refers to, got"
-      f" {str(path)!r} without it ({error}); copy the whole folder again."
-    ) from error
-  _check_size(folder, math.prod(opened.shape) * 4)
-  return opened
+  return leaves | {name: arrays[name] for name in large}
 
 
-def _check_size(folder: pathlib.Path, size: int) -> None:
-  """Refuses arrays that their files cannot hold, before memory is taken for them."""
-  stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-  if size > _SMALL + _MOST_COMPRESSION * stored:
-    raise ValueError(
-      f"Expected {str(folder)!r} to hold the arrays that its metadata describe, got {stored}"
-      f" bytes for arrays of {size}; copy the whole folder again."
-    )
-
-
-def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of Orbax's database, or of its folders, read by tensorstore alone.
+def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """{path: array} of a database of Orbax's, or of folders, read by tensorstore alone.
 
   Orbax reads all of a train state at once: of a damaged one every array has its traceback.
   """
-  ts, state = _import("tensorstore"), _orbax_state(path)
-  assert state is not None
-  base: dict[str, Any] = {"driver": "file", "path": f"{state.absolute()}/"}
-  if (state / "manifest.ocdbt").is_file():
+  try:
+    import tensorstore as ts
+  except ImportError as error:
+    raise ImportError(
+      "Expected the package tensorstore to read T5X checkpoints, got none; install the `train`"
+      " extra (`pip install 'calm-t5x[train]'`)."
+    ) from error
+  base: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute()}/"}
+  if (folder / "manifest.ocdbt").is_file():
     base = {"driver": "ocdbt", "base": base}
   try:
     keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
@@ -190,29 +154,25 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
     for end, driver in _METADATA.items():
       for key in keys:
         if key.startswith("target.") and key.endswith(end):
-          folder = key[: -len(end)]
-          inner = f"{base.get('path', '')}{folder}/"
-          store = {"driver": driver, "kvstore": {**base, "path": inner}}
-          opened[folder] = ts.open(store, read=True).result()
+          array = key[: -len(end)]
+          store = {**base, "path": f"{base.get('path', '')}{array}/"}
+          name = array.removeprefix("target.").replace(".", "/")
+          opened[name] = ts.open({"driver": driver, "kvstore": store}, read=True).result()
     if not opened:
       raise ValueError(f"Expected arrays of a `target`, got {keys[:3]}")
-    _check_size(state, sum(math.prod(array.shape) * 4 for array in opened.values()))
+    _check_size(folder, sum(math.prod(array.shape) * 4 for array in opened.values()))
+    # All reads are under way before the first is waited for.
     reads = {name: array.read() for name, array in opened.items()}
-    arrays = {name: read.result() for name, read in reads.items()}
+    return {name: read.result() for name, read in reads.items()}
   except (ValueError, OSError) as error:
     raise ValueError(
-      f"Expected `path` to be a T5X checkpoint in Orbax's format, got {str(path)!r}, which does"
-      f" not open ({type(error).__name__}: {error}); copy the whole folder again."
+      f"Expected `path` to be a whole T5X checkpoint, got {str(folder)!r}, which does not open"
+      f" ({type(error).__name__}: {error}); copy the whole folder again."
     ) from error
-  names = {name: name.removeprefix("target.").replace(".", "/") for name in arrays}
-  return {names[name]: files.as_float32(name, arrays[name], path) for name in arrays}
 
 
-def _import(name: str) -> Any:
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise ImportError(
-      f"Expected the package {name} to read T5X checkpoints, got none; install the `train`"
-      " extra (`pip install 'calm-t5x[train]'`)."
-    ) from error
+def _check_size(folder: pathlib.Path, size: int) -> None:
+  """Refuses arrays that their files cannot hold, before memory is taken for them."""
+  stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+  if size > _SMALL + _MOST_COMPRESSION * stored:
+    raise ValueError(f"Expected arrays that their files hold, got {stored} bytes for {size}")

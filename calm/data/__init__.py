@@ -7,7 +7,7 @@ from calm.data import (
   datasets,
   prompt_batches,
   prompt_files,
-  row_formats,
+  rows,
   training_batches,
   vocabulary,
 )
@@ -16,7 +16,7 @@ __all__ = [
   "datasets",
   "prompt_batches",
   "prompt_files",
-  "row_formats",
+  "rows",
   "seqio_tasks",
   "training_batches",
   "vocabulary",

@@ -10,7 +10,6 @@ its document) are optional. Other fields are ignored.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Mapping
 
@@ -51,14 +50,11 @@ DEBIAN: Mapping[str, TextTask] = {
 }
 
 
-def read_examples(
-  path: str | pathlib.Path, *, limit: int | None = None, require_target: bool = True
-) -> list[Prompt]:
+def read_examples(path: str | pathlib.Path, *, require_target: bool = True) -> list[Prompt]:
   """Reads one JSON Lines file whole.
 
   Args:
     path: the file; gzip is detected by its first bytes, whatever the name.
-    limit: stop after this many examples; None: all.
     require_target: whether a line without `target` (or `targets`) is an error (else it has no
       targets).
 
@@ -67,21 +63,13 @@ def read_examples(
     are skipped; a line without `id` is named after the file and its line number.
 
   Raises:
-    FileNotFoundError: if there is no such file.
+    FileNotFoundError: there is no such file.
+    IsADirectoryError: it is a folder.
     ValueError: the file is empty or damaged, or a line is no UTF-8, no JSON object, lacks a
       field, has one of another type, or repeats an id. The message names file and line.
   """
-  path = pathlib.Path(path)
-  if limit is not None and limit < 1:
-    raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
-  if not path.is_file():
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise FileNotFoundError(
-      f"Expected `path` to be a JSON Lines file (.jsonl, .gz), got {str(path)!r}, which {what}."
-    )
-  rows = prompt_files.PromptFile(path, "jsonl").read("input")
   examples: list[Prompt] = []
-  for row, prompt in itertools.islice(rows, limit):
+  for row, prompt in prompt_files.PromptFile(path, "jsonl").read("input"):
     if require_target and not prompt.targets:
       raise row.error(
         "expected a field `target`, a reference for training and scoring, got none, or an"

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from calm import arguments, signals
 from calm.calibrate import Prompt
-from calm.data import row_formats
+from calm.data import rows
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text")
 _TARGET_KEYS = ("target", "targets", "reference", "references")
@@ -45,7 +45,7 @@ class PromptFile:
 
   Attributes:
     name: the file, for messages; 'standard input' for that.
-    format: a name of `row_formats.FORMATS`.
+    format: a name of `rows.FORMATS`.
     input_key: the field with the text of a row; None where rows are texts.
   """
 
@@ -53,7 +53,7 @@ class PromptFile:
     self._path = pathlib.Path(path)
     self._kept: BinaryIO | None = None  # the content of a stream
     self.name, self._stem = str(path), self._path.name.split(".")[0]
-    if str(path) == "-":
+    if self.name == "-":
       self.name, self._stem = "standard input", "stdin"
       self._keep(sys.stdin.buffer)
     else:
@@ -81,7 +81,7 @@ class PromptFile:
   def taken(self) -> str:
     """The detected format and field, like `prompts.csv: 12 prompts, CSV, column 'text'`."""
     count = "1 prompt" if len(self) == 1 else f"{len(self)} prompts"
-    parts = [count, row_formats.FORMATS[self.format]]
+    parts = [count, rows.FORMATS[self.format]]
     if self.input_key is not None:
       place = "column" if self.format in ("csv", "tsv", "parquet") else "key"
       parts.append(f"{place} {self.input_key!r}")
@@ -94,7 +94,7 @@ class PromptFile:
     self._check_unchanged()
     for row in itertools.islice(self._rows(), self._limit):
       self._check_unchanged()
-      yield prompt_of(row, self.input_key)
+      yield _prompt_of(row, self.input_key)
     self._check_unchanged()
 
   def _written(self) -> tuple[int, ...] | None:
@@ -116,22 +116,21 @@ class PromptFile:
     """The first pass: checks and counts the prompts; errors as of `open_prompts`."""
     self._limit = None if limit is None else min(limit, sys.maxsize)
     self._first = self._written()
-    for row, _ in itertools.islice(self.read(input_key), self._limit):
-      if not self._count:
-        self.input_key = key_of(row, input_key)
+    for _ in itertools.islice(self.read(input_key), self._limit):
       self._count += 1
     if not self._count:
       raise ValueError(
         f"Expected {self.name} to hold prompts, got no examples: no line with text, or no row,"
-        f" read as {row_formats.FORMATS[self.format]}; write one, or name the format."
+        f" read as {rows.FORMATS[self.format]}; write one, or name the format."
       )
 
-  def read(self, input_key: str | None) -> Iterator[tuple[row_formats.Row, Prompt]]:
+  def read(self, input_key: str | None) -> Iterator[tuple[rows.Row, Prompt]]:
     """Rows with their prompts, whose ids do not repeat; errors as of `open_prompts`."""
     seen: set[int] = set()
     for number, row in enumerate(self._rows()):
-      input_key = input_key if number else key_of(row, input_key)
-      prompt = prompt_of(row, input_key)
+      if number == 0:
+        self.input_key = _key_of(row, input_key)
+      prompt = _prompt_of(row, self.input_key)
       if isinstance(row.value, Mapping):  # a text is named by its number, which is no other's
         if hash(prompt.id) in seen:
           raise row.error(
@@ -141,13 +140,9 @@ class PromptFile:
         seen.add(hash(prompt.id))
       yield row, prompt
 
-  def _rows(self) -> Iterator[row_formats.Row]:
+  def _rows(self) -> Iterator[rows.Row]:
     with self._open() as file:
-      for row in row_formats.READERS[self.format](file, self.name, self._stem):
-        signals.check()
-        if isinstance(file, row_formats.Gzip):
-          file.count_rows()
-        yield row
+      yield from rows.read(file, self.format, self.name, self._stem)
 
   @contextlib.contextmanager
   def _open(self) -> Iterator[BinaryIO]:
@@ -156,9 +151,9 @@ class PromptFile:
       with contextlib.ExitStack() as stack:
         file = self._kept or stack.enter_context(self._path.open("rb"))
         file.seek(0)
-        packed = file.read(2) == row_formats.GZIP_MAGIC
+        packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        yield stack.enter_context(row_formats.Gzip(file, self.name)) if packed else file  # pyright: ignore[reportReturnType]
+        yield stack.enter_context(rows.Gzip(file, self.name)) if packed else file  # pyright: ignore[reportReturnType]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
       raise ValueError(
         f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
@@ -173,9 +168,8 @@ class PromptFile:
   def _detect_format(self) -> str:
     """The format of a file, by its name or else by its beginning."""
     suffixes = [s for s in map(str.lower, self._path.suffixes) if s != ".gz"]
-    named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
-    if named:
-      return named
+    if suffixes and suffixes[-1] in _SUFFIXES:
+      return _SUFFIXES[suffixes[-1]]
     with self._open() as file:
       head = file.read(2**16)
     if head.startswith(b"PAR1"):
@@ -184,9 +178,14 @@ class PromptFile:
     if re.match(r'\[\s*[{"\]]', text):
       return "json"
     line, ended, _ = text.partition("\n")
-    if suffixes[-1:] == [".json"] or _is_object(line, whole=bool(ended) or len(head) < 2**16):
-      return "jsonl"
-    return "text"
+    if ended or len(head) < 2**16:
+      try:
+        is_object = isinstance(json.loads(line), dict)
+      except (ValueError, RecursionError):
+        is_object = False
+    else:  # a line that is longer than the beginning
+      is_object = re.match(r'\{\s*"', line) is not None
+    return "jsonl" if suffixes[-1:] == [".json"] or is_object else "text"
 
   def _keep(self, stream: BinaryIO) -> None:
     if stream.isatty():
@@ -216,7 +215,7 @@ def open_prompts(
     limit: the number of prompts to take; None: all.
     input_key: the field with the text of a row; None: the first of `INPUT_KEYS` that the first
       row has.
-    format: a name of `row_formats.FORMATS`; None: detected by the name, then by the content.
+    format: a name of `rows.FORMATS`; None: detected by the name, then by the content.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -225,9 +224,9 @@ def open_prompts(
   """
   if limit is not None and limit < 1:
     raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
-  if format is not None and format not in row_formats.FORMATS:
+  if format is not None and format not in rows.FORMATS:
     raise ValueError(
-      f"Expected `format` to be one of {', '.join(row_formats.FORMATS)}, got {format!r}."
+      f"Expected `format` to be one of {', '.join(rows.FORMATS)}, got {format!r}."
     )
   prompts = PromptFile(path, format)
   prompts.check(input_key, limit)
@@ -259,59 +258,42 @@ def _is_device(stream: BinaryIO) -> bool:
   return stat.S_ISCHR(status.st_mode) and not null
 
 
-def _is_object(line: str, *, whole: bool) -> bool:
-  if not whole:  # a line that is longer than the beginning
-    return re.match(r'\{\s*"', line) is not None
-  try:
-    return isinstance(json.loads(line), dict)
-  except (ValueError, RecursionError):
-    return False
-
-
-def key_of(row: row_formats.Row, wanted: str | None) -> str | None:
+def _key_of(row: rows.Row, wanted: str | None) -> str | None:
   """The field that has the text of every row, by the first row; None where rows are texts."""
   if isinstance(row.value, str):
     if wanted is not None:
       raise row.error(f"expected rows with a key {wanted!r}, got a text; leave the key out")
     return None
   keys = INPUT_KEYS if wanted is None else (wanted,)
-  found = next((key for key in keys if key in row.value), None)
-  if found is None:
-    raise row.error(
-      f"expected a field {' or '.join(f'`{key}`' for key in keys)}, got"
-      f" {list(row.value)[:12]}; call the one with the text `input`, or name it: `--input_key`"
-    )
-  return found
-
-
-def prompt_of(row: row_formats.Row, input_key: str | None) -> Prompt:
-  if isinstance(row.value, str) != (input_key is None):
-    raise row.error(
-      "expected all rows to be objects, or all to be texts, got both; give them as two files"
-    )
-  if isinstance(row.value, str):
-    return Prompt(row.name, _text(row, None, row.value))
-  assert input_key is not None
-  if input_key not in row.value:
-    raise row.error(f"expected a field `{input_key}`, got {list(row.value)[:12]}")
-  name = row.value.get("id")
-  group = _first(row.value, _GROUP_KEYS)
-  return Prompt(
-    row.name if name in (None, "") else _text(row, "id", _named(name)),
-    _text(row, input_key, row.value[input_key]),
-    _targets(row),
-    None if group is None else _text(row, "source", _named(group)),
+  for key in keys:
+    if key in row.value:
+      return key
+  raise row.error(
+    f"expected a field {' or '.join(f'`{key}`' for key in keys)}, got"
+    f" {list(row.value)[:12]}; call the one with the text `input`, or name it: `--input_key`"
   )
 
 
-def _targets(row: row_formats.Row) -> tuple[str, ...]:
-  found = _first(row.value, _TARGET_KEYS)  # pyright: ignore[reportArgumentType]
-  texts = [] if found is None else found if isinstance(found, list) else [found]
-  return tuple(_text(row, "target", text) for text in texts)
-
-
-def _first(value: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-  return next((value[key] for key in keys if value.get(key) is not None), None)
+def _prompt_of(row: rows.Row, input_key: str | None) -> Prompt:
+  fields = row.value
+  if isinstance(fields, str) != (input_key is None):
+    raise row.error(
+      "expected all rows to be objects, or all to be texts, got both; give them as two files"
+    )
+  if isinstance(fields, str):
+    return Prompt(row.name, _text(row, "the text", fields))
+  assert input_key is not None
+  if input_key not in fields:
+    raise row.error(f"expected a field `{input_key}`, got {list(fields)[:12]}")
+  first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)
+  name, group, targets = fields.get("id"), first(_GROUP_KEYS), first(_TARGET_KEYS)
+  targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
+  return Prompt(
+    row.name if name in (None, "") else _text(row, "`id`", _named(name)),
+    _text(row, f"`{input_key}`", fields[input_key]),
+    tuple(_text(row, "`target`", text) for text in targets),
+    None if group is None else _text(row, "`source`", _named(group)),
+  )
 
 
 def _named(value: Any) -> Any:
@@ -319,8 +301,7 @@ def _named(value: Any) -> Any:
   return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _text(row: row_formats.Row, key: str | None, value: Any) -> str:
-  called = "the text" if key is None else f"`{key}`"
+def _text(row: rows.Row, called: str, value: Any) -> str:
   if not isinstance(value, str):
     raise row.error(
       f"expected {called} to be a string, got {type(value).__name__} {value!r:.60}; write it"
@@ -343,53 +324,53 @@ def is_table(value: Any) -> bool:
 
 def check_texts(texts: Any) -> tuple[str, ...]:
   """Texts of any ordered iterable; TypeError where it is something else that iterates."""
-  way_out = "give a list of texts, like `table['input']`, or `[prompt.input, ...]`."
-  if isinstance(texts, str):
-    raise TypeError("Expected `texts` to be a list of prompts, got one text; put it in a list.")
-  if is_table(texts):
-    raise TypeError(f"Expected `texts` to be a list of prompts, got a table; {way_out}")
-  if not arguments.is_listing(texts):
-    raise TypeError(f"Expected `texts` to be a list of texts, got {texts!r:.60}; {way_out}")
-  texts = tuple(texts)
-  odd = [text for text in texts if not isinstance(text, str)]
-  if odd:
-    raise TypeError(f"Expected `texts` to be a list of texts, got {odd[0]!r:.60}; {way_out}")
+  got = None
+  if isinstance(texts, str) or is_table(texts) or not arguments.is_listing(texts):
+    got = "a table" if is_table(texts) else repr(texts)[:60]
+  else:
+    texts = tuple(texts)
+    got = next((repr(text)[:60] for text in texts if not isinstance(text, str)), None)
+  if got is not None:
+    raise TypeError(
+      f"Expected `texts` to be a list of texts, got {got}; put it in a list, or give"
+      " `table['input']`, or `[prompt.input, ...]`."
+    )
   return texts
 
 
-def prompts_of(rows: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]:
+def prompts_of(values: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]:
   """Prompts of rows in memory, by the same names as in files.
 
   Args:
-    rows: a DataFrame of pandas or polars, or texts, mappings or `Prompt`s; those without an
+    values: a DataFrame of pandas or polars, or texts, mappings or `Prompt`s; those without an
       id are named by their number.
-    input_key: where a row has its text; None: the first of `INPUT_KEYS` that the
-      first row has.
+    input_key: where a row has its text; None: the first of `INPUT_KEYS` that the first row has.
 
   Raises:
     TypeError: one text instead of a list, or something that is no prompt.
     ValueError: a row lacks its text, or has one that is no text (names the row).
   """
-  if isinstance(rows, str):
-    raise TypeError("Expected `prompts` to be a list, got one text; put it in a list.")
-  if not arguments.is_listing(rows) and not is_table(rows):
+  if is_table(values):
+    values = _records(values)
+  elif isinstance(values, str) or not arguments.is_listing(values):
     raise TypeError(
-      f"Expected `prompts` to be a list, got {rows!r:.60}; give texts, `Prompt`s or a table."
+      f"Expected `prompts` to be a list, got {values!r:.60}; put it in a list, or give"
+      " texts, `Prompt`s or a table."
     )
-  found, key, is_first = [], input_key, True
-  for number, value in enumerate(_records(rows) if is_table(rows) else rows, start=1):
+  found: list[Prompt] = []
+  keys: list[str | None] = []  # that of the first row
+  for number, value in enumerate(values, start=1):
     if isinstance(value, Prompt):
       found.append(value)
-      continue
-    if not isinstance(value, str | Mapping):
+    elif isinstance(value, str | Mapping):
+      row = rows.Row(value, f"prompt/{number}", f"prompt {number}")
+      keys = keys or [_key_of(row, input_key)]
+      found.append(_prompt_of(row, keys[0]))
+    else:
       raise TypeError(
         "Expected prompts to be texts, mappings with a text at `input`, or `Prompt`s, got"
         f" {value!r:.60} as number {number}; leave it out, or give its text."
       )
-    row = row_formats.Row(value, f"prompt/{number}", f"prompt {number}")
-    key = key_of(row, input_key) if is_first else key
-    found.append(prompt_of(row, key))
-    is_first = False
   return tuple(found)
 
 

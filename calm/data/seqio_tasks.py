@@ -38,17 +38,13 @@ def metric_fn(name: str) -> MetricFn:
   Raises:
     ValueError: there is no such metric.
   """
-  if name in _CORPUS:
+  metric = None if name in _CORPUS else text_metrics.get_metric(name)
 
-    def function(targets, predictions):
+  def function(targets, predictions):
+    if metric is None:
       return {name: text_metrics.corpus_scores(predictions, targets)[name]}
-
-  else:
-    metric = text_metrics.get_metric(name)
-
-    def function(targets, predictions):
-      pairs = zip(predictions, targets, strict=True)
-      return {name: 100 * float(np.mean([metric(text, texts) for text, texts in pairs]))}
+    pairs = zip(predictions, targets, strict=True)
+    return {name: 100 * float(np.mean([metric(text, texts) for text, texts in pairs]))}
 
   function.__name__ = name.replace(":", "_").replace(".", "_")
   return function
@@ -73,7 +69,7 @@ class JsonlSource(seqio.DataSource):
     super().__init__(splits=tuple(paths), caching_permitted=True)
     self.paths = {split: os.fspath(path) for split, path in paths.items()}
     self.prefix = prefix
-    self._examples: dict[str, list[Prompt]] = {}
+    self._examples: dict[str, list[Prompt]] = {}  # of splits that were read
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -177,12 +173,8 @@ def debian_mixture(
 
 def summarization_example(example: Tensors) -> dict[str, Any]:
   """CNN/DailyMail of TFDS (`article`, `highlights`, `id`) -> `summarize: <article>`."""
-  return {
-    "id": example["id"],
-    "inputs": tf.strings.join(["summarize: ", example["article"]]),
-    "targets": example["highlights"],
-    "references": example["highlights"][tf.newaxis],
-  }
+  text = tf.strings.join(["summarize: ", example["article"]])
+  return _example(example["id"], text, example["highlights"][tf.newaxis])
 
 
 def translation_example(example: Tensors) -> dict[str, Any]:
@@ -192,12 +184,8 @@ def translation_example(example: Tensors) -> dict[str, Any]:
   """
   pair = tf.strings.join([example["en"], "\t", example["fr"]])
   code = tf.strings.as_string(tf.strings.to_hash_bucket_fast(pair, 2**62))
-  return {
-    "id": tf.strings.join(["enfr/", code]),
-    "inputs": tf.strings.join(["translate English to French: ", example["en"]]),
-    "targets": example["fr"],
-    "references": example["fr"][tf.newaxis],
-  }
+  text = tf.strings.join(["translate English to French: ", example["en"]])
+  return _example(tf.strings.join(["enfr/", code]), text, example["fr"][tf.newaxis])
 
 
 def question_example(example: Tensors) -> dict[str, Any]:
@@ -206,18 +194,17 @@ def question_example(example: Tensors) -> dict[str, Any]:
   Like T5's own task it puts spaces around ASCII punctuation, in the answers too.
   """
   question, context = _spaced(example["question"]), _spaced(example["context"])
-  answers = _spaced(example["answers"]["text"])
-  return {
-    "id": example["id"],
-    "inputs": tf.strings.join(["question: ", question, " context: ", context]),
-    "targets": answers[0],
-    "references": answers,
-  }
+  text = tf.strings.join(["question: ", question, " context: ", context])
+  return _example(example["id"], text, _spaced(example["answers"]["text"]))
 
 
 def _spaced(text: Any) -> Any:
   text = tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 ")
   return tf.strings.strip(tf.strings.regex_replace(text, r"\s+", " "))
+
+
+def _example(name: Any, text: Any, references: Any) -> dict[str, Any]:
+  return {"id": name, "inputs": text, "targets": references[0], "references": references}
 
 
 def cnn_dailymail(
@@ -234,7 +221,7 @@ def cnn_dailymail(
     data_dir: where TFDS keeps its data; None: its default.
   """
   return _tfds(
-    "calm_cnn_dailymail", tfds_name, data_dir, summarization_example, vocabulary, ["rouge_l"]
+    "cnn_dailymail", summarization_example, ("rouge_l",), vocabulary, tfds_name, data_dir
   )
 
 
@@ -245,9 +232,7 @@ def wmt15_enfr(
   data_dir: str | None = None,
 ) -> str:
   """Registers WMT15 English to French from TFDS, as `calm_wmt15_enfr`; see `cnn_dailymail`."""
-  return _tfds(
-    "calm_wmt15_enfr", tfds_name, data_dir, translation_example, vocabulary, ["bleu", "chrf"]
-  )
+  return _tfds("wmt15_enfr", translation_example, _CORPUS, vocabulary, tfds_name, data_dir)
 
 
 def squad(
@@ -257,23 +242,23 @@ def squad(
   data_dir: str | None = None,
 ) -> str:
   """Registers open-book SQuAD 1.1 from TFDS, as `calm_squad`; see `cnn_dailymail`."""
-  names = ["token_f1", "exact_match"]
-  return _tfds("calm_squad", tfds_name, data_dir, question_example, vocabulary, names)
+  metrics = ("token_f1", "exact_match")
+  return _tfds("squad", question_example, metrics, vocabulary, tfds_name, data_dir)
 
 
 def _tfds(
   name: str,
-  tfds_name: str,
-  data_dir: str | None,
   preprocess: Callable[[Tensors], dict[str, Any]],
-  vocabulary: seqio.Vocabulary | str,
   metrics: Sequence[str],
+  vocabulary: seqio.Vocabulary | str,
+  *place: str | None,
 ) -> str:
+  tfds_name, data_dir = place
   source = seqio.TfdsDataSource(tfds_name=tfds_name, tfds_data_dir=data_dir)
   mapped = functools.partial(
     tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
   )
-  return _register(name, source, [mapped], vocabulary, metrics, (tfds_name, data_dir))
+  return _register(f"calm_{name}", source, [mapped], vocabulary, metrics, place)
 
 
 def _register(

@@ -165,17 +165,13 @@ class Denoising:
 
   @property
   def bucket(self) -> Bucket:
-    num_noise, num_spans = self._num_noise, self.max_spans
+    num_noise, num_spans = round(self.length * self.noise_density), self.max_spans
     return Bucket(self.length - num_noise + num_spans + 1, num_noise + num_spans + 1)
 
   @property
   def max_spans(self) -> int:
     """Sentinels that the longest text needs."""
-    return max(1, round(self._num_noise / self.mean_span_length))
-
-  @property
-  def _num_noise(self) -> int:
-    return round(self.length * self.noise_density)
+    return max(1, round(round(self.length * self.noise_density) / self.mean_span_length))
 
   def batch(self, step: int) -> Batch:
     per_epoch = len(self.texts) // self.batch_size

@@ -57,9 +57,65 @@ class Vocabulary(Protocol):
     ...
 
 
+class _Vocabulary:
+  """What all vocabularies of this module share; subclasses encode and decode plain pieces."""
+
+  pad_id: Any = 0
+  eos_id: Any
+  vocab_size: Any
+  extra_ids: Any
+
+  def encode(self, s: str, /) -> list[int]:
+    """Token ids of a text, without EOS."""
+    check_utf8(s)
+    return self._encode(s)
+
+  def decode(self, ids: Iterable[int], /) -> str:
+    """Text of the ids before the first EOS; padding is skipped.
+
+    Raises:
+      ValueError: an id is below 0.
+    """
+    kept, eos_id, pad_id = [], self.eos_id, self.pad_id
+    for token_id in map(int, ids):
+      if token_id == eos_id:
+        break
+      if token_id < 0:
+        raise ValueError(
+          f"Expected `ids` to be token ids of 0 or more, got {token_id}; mask such positions"
+          f" with the padding id {pad_id}."
+        )
+      if token_id != pad_id:
+        kept.append(token_id)
+    return self._decode(kept)
+
+  def piece(self, token_id: int, /) -> str:
+    """What one token looks like on its own; a word's first piece begins with a space."""
+    found = self._piece(int(token_id))
+    return f"<unused_{int(token_id)}>" if found is None else found
+
+  def digest(self) -> str:
+    """sha256 (hexadecimal) of what determines the ids."""
+    return hashlib.sha256(self._identity()).hexdigest()
+
+  def _encode(self, s: str) -> list[int]:
+    raise NotImplementedError
+
+  def _decode(self, ids: list[int]) -> str:
+    raise NotImplementedError
+
+  def _piece(self, token_id: int) -> str | None:
+    raise NotImplementedError
+
+  def _identity(self) -> bytes:
+    raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(_Vocabulary):
   """A SentencePiece model with `extra_ids` sentinels appended, as seqio appends them.
+
+  Ids of no piece decode as unknown.
 
   Attributes:
     path: the model file; two vocabularies are equal when its bytes and `extra_ids` are.
@@ -78,28 +134,24 @@ class SentencePieceVocabulary:
   extra_ids: int = 100
   padded: bool = True
   model: bytes = dataclasses.field(init=False, repr=False)
-  vocab_size: int = dataclasses.field(init=False, repr=False, compare=False)
-  pad_id: int = dataclasses.field(init=False, repr=False, compare=False)
-  eos_id: int = dataclasses.field(init=False, repr=False, compare=False)
-  unk_id: int = dataclasses.field(init=False, repr=False, compare=False)
-  _processor: Any = dataclasses.field(init=False, repr=False, compare=False)
+
+  vocab_size = property(lambda self: self._processor.get_piece_size())
+  pad_id = property(lambda self: self._processor.pad_id())
+  eos_id = property(lambda self: self._processor.eos_id())
+  unk_id = property(lambda self: self._processor.unk_id())
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
-    path = pathlib.Path(self.path)
-    if not path.is_file():
-      raise FileNotFoundError(
-        f"Expected `path` to name a SentencePiece model file, got {str(path)!r}, which is"
-        " missing; give the path of a `.model` file (T5 calls it `spiece.model`)."
+    model = _content(self.path, "a SentencePiece model file (T5 calls it `spiece.model`)")
+    object.__setattr__(self, "model", model)
+    if (self.padded and self.pad_id != 0) or self.eos_id < 0:
+      raise ValueError(
+        "Expected a SentencePiece model with padding id 0 and an EOS piece, got pad_id"
+        f" {self.pad_id} and eos_id {self.eos_id} in {str(self.path)!r}; train another."
       )
-    object.__setattr__(self, "model", storage.content(path))
-    processor = self._load(path)
-    derived = {"_processor": processor, "vocab_size": processor.get_piece_size()}
-    derived |= {name: getattr(processor, name)() for name in ("pad_id", "eos_id", "unk_id")}
-    for name, value in derived.items():
-      object.__setattr__(self, name, value)
 
-  def _load(self, path: pathlib.Path) -> Any:
+  @functools.cached_property
+  def _processor(self) -> Any:
     processor = sentencepiece.SentencePieceProcessor()
     try:
       # The bare model first: appended pieces would make a model of any readable rubbish.
@@ -107,40 +159,34 @@ class SentencePieceVocabulary:
       processor.LoadFromSerializedProto(_with_extra_pieces(self.model, self.extra_ids))
     except (RuntimeError, OSError) as error:
       raise ValueError(
-        f"Expected `path` to be a SentencePiece model, got {str(path)!r} ({len(self.model)}"
-        f" bytes), which cannot be parsed ({error}); fetch the file again or give another."
+        f"Expected `path` to be a SentencePiece model, got {str(self.path)!r}"
+        f" ({len(self.model)} bytes), which cannot be parsed ({error}); fetch the file again or"
+        " give another."
       ) from error
-    if (self.padded and processor.pad_id() != 0) or processor.eos_id() < 0:
-      raise ValueError(
-        f"Expected a SentencePiece model with padding id 0 and an EOS piece, got {str(path)!r}"
-        f" with pad_id {processor.pad_id()} and eos_id {processor.eos_id()}; train another."
-      )
     return processor
 
-  def encode(self, s: str, /) -> list[int]:
-    """Token ids of a text, without EOS."""
-    check_utf8(s)
+  def _encode(self, s: str) -> list[int]:
     return self._processor.encode(s)
 
-  def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the ids before the first EOS; padding is skipped, ids of no piece are unknown."""
-    kept = until_eos(ids, self.eos_id, self.pad_id)
-    return self._processor.decode([i if i < self.vocab_size else self.unk_id for i in kept])
+  def _decode(self, ids: list[int]) -> str:
+    size, unknown = self.vocab_size, self.unk_id
+    return self._processor.decode([i if i < size else unknown for i in ids])
 
-  def piece(self, token_id: int, /) -> str:
-    """What one token looks like on its own; a word's first piece begins with a space."""
-    if not 0 <= token_id < self.vocab_size:
-      return _unused(token_id)
-    return self._processor.id_to_piece(int(token_id)).replace(_WORD_START, " ")
+  def _piece(self, token_id: int) -> str | None:
+    if 0 <= token_id < self.vocab_size:
+      return self._processor.id_to_piece(token_id).replace(_WORD_START, " ")
+    return None
 
-  def digest(self) -> str:
-    """sha256 (hexadecimal) of the model's bytes and the number of extra ids."""
-    return _sha256(self.model + f"\nextra_ids {self.extra_ids}".encode())
+  def _identity(self) -> bytes:
+    return self.model + f"\nextra_ids {self.extra_ids}".encode()
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteVocabulary:
+class ByteVocabulary(_Vocabulary):
   """UTF-8 bytes as tokens (ByT5): padding 0, EOS 1, unknown 2, byte b at b + 3.
+
+  Tokens that are no bytes decode to nothing, and so does a character that the end of the
+  sequence cuts off, as in seqio.
 
   Attributes:
     extra_ids: sentinels after the 256 bytes; 125 makes ByT5's 384 embedding rows.
@@ -148,48 +194,39 @@ class ByteVocabulary:
 
   extra_ids: int = 125
 
-  pad_id = 0
   eos_id = 1
   unk_id = 2
+  vocab_size = property(lambda self: 3 + 256 + self.extra_ids)
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
 
-  @property
-  def vocab_size(self) -> int:
-    """Three special tokens, 256 bytes, and the extra ids."""
-    return 3 + 256 + self.extra_ids
+  def _encode(self, s: str) -> list[int]:
+    return [byte + 3 for byte in s.encode()]
 
-  def encode(self, s: str, /) -> list[int]:
-    """Token ids of a text, one a byte of its UTF-8, without EOS."""
-    return [byte + 3 for byte in check_utf8(s)]
+  def _decode(self, ids: list[int]) -> str:
+    return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", errors="ignore")
 
-  def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the bytes before the first EOS; tokens that are no bytes are skipped.
-
-    A character cut off by the end of the sequence is dropped, as in seqio.
-    """
-    kept = until_eos(ids, self.eos_id, self.pad_id)
-    return bytes(i - 3 for i in kept if 3 <= i < 259).decode("utf-8", errors="ignore")
-
-  def piece(self, token_id: int, /) -> str:
-    """What one token looks like on its own: a character, or `<0xC3>` for part of one."""
+  def _piece(self, token_id: int) -> str | None:
+    """A character, or `<0xC3>` for part of one."""
     if 3 <= token_id < 131:
       return chr(token_id - 3)
     if 131 <= token_id < 259:
       return f"<0x{token_id - 3:02X}>"
     if 259 <= token_id < self.vocab_size:
       return f"<extra_id_{self.vocab_size - 1 - token_id}>"
-    return {0: "<pad>", 1: "</s>", 2: "<unk>"}.get(int(token_id), _unused(token_id))
+    return {0: "<pad>", 1: "</s>", 2: "<unk>"}.get(token_id)
 
-  def digest(self) -> str:
-    """sha256 (hexadecimal) of this kind of vocabulary and the number of extra ids."""
-    return _sha256(f"utf-8 bytes, 3 special\nextra_ids {self.extra_ids}".encode())
+  def _identity(self) -> bytes:
+    return f"utf-8 bytes, 3 special\nextra_ids {self.extra_ids}".encode()
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerVocabulary:
+class TokenizerVocabulary(_Vocabulary):
   """A `tokenizer.json` of the package tokenizers, which transformers saves for every model.
+
+  Texts are encoded as by transformers, the EOS at their end left out; special tokens but
+  sentinels decode to nothing.
 
   Attributes:
     path: the file; two vocabularies are equal when its bytes and ids are.
@@ -208,22 +245,12 @@ class TokenizerVocabulary:
   model: bytes = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self):
-    path = pathlib.Path(self.path)
-    if not path.is_file():
-      raise FileNotFoundError(
-        f"Expected `path` to name a tokenizer.json, got {str(path)!r}, which is missing."
-      )
-    object.__setattr__(self, "model", storage.content(path))
-    if self._tokenizer.id_to_token(self.eos_id) is None:
+    object.__setattr__(self, "model", _content(self.path, "a tokenizer.json"))
+    token = self._tokenizer.id_to_token(self.eos_id)
+    if token is None or (self._special and self.eos_id not in self._special):
       raise ValueError(
-        f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}, got"
-        f" {self._tokenizer.get_vocab_size()} tokens without it; it belongs to another model."
-      )
-    special = self._special
-    if special and self.eos_id not in special:
-      raise ValueError(
-        f"Expected {str(path)!r} to have a special token at {self.eos_id}, the model's EOS, got"
-        f" {self._tokenizer.id_to_token(self.eos_id)!r}; it belongs to another model."
+        f"Expected {str(self.path)!r} to have a special token at {self.eos_id}, the model's"
+        f" end-of-text token, got {token!r}; it belongs to another model."
       )
 
   @functools.cached_property
@@ -264,10 +291,10 @@ class TokenizerVocabulary:
     return json.loads(self.model)
 
   @functools.cached_property
-  def _special(self) -> dict[int, str]:
-    """{id: token} of the special tokens that are no text, so without the sentinels."""
+  def _special(self) -> set[int]:
+    """Ids of the special tokens that are no text, so without the sentinels."""
     return {
-      token["id"]: token["content"]
+      token["id"]
       for token in self._content.get("added_tokens") or ()
       if token.get("special") and not SENTINEL.fullmatch(token["content"])
     }
@@ -294,39 +321,31 @@ class TokenizerVocabulary:
     token = model.get("unk_token")
     return None if token is None else self._tokenizer.token_to_id(token)
 
-  def encode(self, s: str, /) -> list[int]:
-    """Token ids of a text as transformers makes them, the EOS at their end left out."""
-    check_utf8(s)
+  def _encode(self, s: str) -> list[int]:
     with self._naming(f"to have tokens for every text, so for {s[:40]!r}"):
       ids = self._tokenizer.encode(s).ids
     return ids[:-1] if ids[-1:] == [self.eos_id] else ids
 
-  def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the ids before the first EOS; special tokens but sentinels are skipped."""
-    kept = until_eos(ids, self.eos_id, self.pad_id)
-    texts = [i for i in kept if i not in self._special and i < self.vocab_size]
+  def _decode(self, ids: list[int]) -> str:
+    texts = [i for i in ids if i not in self._special and i < self.vocab_size]
     with self._naming("to give a text for every list of tokens"):
       return self._tokenizer.decode(texts, skip_special_tokens=False)
 
-  def piece(self, token_id: int, /) -> str:
-    """What one token looks like on its own; a word's first piece begins with a space."""
-    token = self._tokenizer.id_to_token(int(token_id))
-    if token is None:
-      return _unused(token_id)
-    if token_id in self._special or SENTINEL.fullmatch(token):
+  def _piece(self, token_id: int) -> str | None:
+    token = self._tokenizer.id_to_token(token_id)
+    if token is None or token_id in self._special or SENTINEL.fullmatch(token):
       return token
     if "ByteLevel" in json.dumps(self._content.get("decoder")):
       with self._naming("to give a text for every token"):
-        return self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
     return token.replace(_WORD_START, " ")
 
-  def digest(self) -> str:
-    """sha256 (hexadecimal) of the file's bytes and the ids."""
-    return _sha256(self.model + f"\neos_id {self.eos_id} pad_id {self.pad_id}".encode())
+  def _identity(self) -> bytes:
+    return self.model + f"\neos_id {self.eos_id} pad_id {self.pad_id}".encode()
 
 
 @dataclasses.dataclass(frozen=True)
-class Renumbered:
+class Renumbered(_Vocabulary):
   """A vocabulary whose padding is not 0 (MADLAD-400: 1), with that id and 0 exchanged.
 
   The network takes token 0 for padding; the model's rows are exchanged too (`checkpoints`).
@@ -339,43 +358,25 @@ class Renumbered:
   base: Any
   base_pad_id: int
 
-  pad_id = 0
+  vocab_size = property(lambda self: self.base.vocab_size)
+  extra_ids = property(lambda self: self.base.extra_ids)
+  eos_id = property(lambda self: self._swap(self.base.eos_id))
+  unk_id = property(lambda self: self._swap(self.base.unk_id))
 
-  @property
-  def vocab_size(self) -> int:
-    return self.base.vocab_size
+  def _swap(self, token_id: Any) -> Any:
+    return {0: self.base_pad_id, self.base_pad_id: 0}.get(token_id, token_id)
 
-  @property
-  def extra_ids(self) -> int:
-    return self.base.extra_ids
-
-  @property
-  def eos_id(self) -> int:
-    return self._swap(self.base.eos_id)
-
-  @property
-  def unk_id(self) -> int | None:
-    return None if self.base.unk_id is None else self._swap(self.base.unk_id)
-
-  def encode(self, s: str, /) -> list[int]:
-    """Token ids of a text, without EOS."""
+  def _encode(self, s: str) -> list[int]:
     return [self._swap(i) for i in self.base.encode(s)]
 
-  def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the ids before the first EOS; padding is skipped."""
-    kept = until_eos(ids, self.eos_id, 0)
-    return self.base.decode([self._swap(i) for i in kept])
+  def _decode(self, ids: list[int]) -> str:
+    return self.base.decode([self._swap(i) for i in ids])
 
-  def piece(self, token_id: int, /) -> str:
-    """What one token looks like on its own."""
-    return self.base.piece(self._swap(int(token_id)))
+  def _piece(self, token_id: int) -> str | None:
+    return self.base.piece(self._swap(token_id))
 
-  def digest(self) -> str:
-    """sha256 (hexadecimal) of the vocabulary and its padding."""
-    return _sha256(f"{self.base.digest()} pad {self.base_pad_id}".encode())
-
-  def _swap(self, token_id: int) -> int:
-    return {0: self.base_pad_id, self.base_pad_id: 0}.get(token_id, token_id)
+  def _identity(self) -> bytes:
+    return f"{self.base.digest()} pad {self.base_pad_id}".encode()
 
 
 AnyVocabulary = SentencePieceVocabulary | ByteVocabulary | TokenizerVocabulary | Renumbered
@@ -456,32 +457,12 @@ def check_utf8(text: str) -> bytes:
     ) from error
 
 
-def until_eos(ids: Iterable[int], eos_id: int, pad_id: int) -> list[int]:
-  """The ids before the first EOS, without padding.
-
-  Raises:
-    ValueError: an id is below 0.
-  """
-  kept = []
-  for token_id in map(int, ids):
-    if token_id == eos_id:
-      break
-    if token_id < 0:
-      raise ValueError(
-        f"Expected `ids` to be token ids of 0 or more, got {token_id}; mask such positions with"
-        f" the padding id {pad_id}."
-      )
-    if token_id != pad_id:
-      kept.append(token_id)
-  return kept
-
-
-def _unused(token_id: int) -> str:
-  return f"<unused_{int(token_id)}>"
-
-
-def _sha256(content: bytes) -> str:
-  return hashlib.sha256(content).hexdigest()
+def _content(path: str | os.PathLike, expected: str) -> bytes:
+  if not os.path.isfile(path):
+    raise FileNotFoundError(
+      f"Expected `path` to name {expected}, got {str(path)!r}, which is missing."
+    )
+  return storage.content(pathlib.Path(path))
 
 
 def _check_extra_ids(extra_ids: Any) -> None:

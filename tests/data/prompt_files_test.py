@@ -42,49 +42,38 @@ def on_stdin(monkeypatch, content: bytes) -> None:
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-@pytest.mark.parametrize("name", ["rows.ndjson", "rows.json", "rows"])
+TEXTS = [Prompt("texts/1", "one"), Prompt("texts/2", "two")]
+PLAIN = [Prompt("some.txt/1", "[1] one"), Prompt("some.txt/2", "{two\u2028lines")]
+TABLE = [Prompt("7", 'one, "two"\nlines', ("eins",)), Prompt("8", "three", ("",))]
+# File, its content, how it is read, its prompts.
+FILES = [
+  *(
+    (name, b"\n" + lines(ROWS), "JSON Lines, key 'input'", PROMPTS)
+    for name in ("a.ndjson", "a")
+  ),
+  ("rows.json", lines(ROWS), "JSON Lines, key 'input'", PROMPTS),
+  ("rows.json", json.dumps(ROWS).encode(), "a JSON array, key 'input'", PROMPTS),
+  ("rows", json.dumps(ROWS, indent=2).encode(), "a JSON array, key 'input'", PROMPTS),
+  ("texts.json", b'["one", "two"]', "a JSON array", TEXTS),
+  (
+    *("some.txt", b"\xef\xbb\xbf[1] one\r\n\n{two\xe2\x80\xa8lines\n"),
+    *("plain text, a prompt a line", PLAIN),
+  ),
+  (
+    *("rows.csv", b'id,text,target\n7,"one, ""two""\nlines",eins\n\n8,three,\n'),
+    *("CSV, column 'text'", TABLE),
+  ),
+  ("a.tsv", b"n\tinput\n1\tgood, very\n", "TSV, column 'input'", [Prompt("a/1", "good, very")]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "taken", "prompts"), FILES)
 @pytest.mark.parametrize("pack", [lambda content: content, gzip.compress])
-def test_json_lines_by_name_or_content(tmp_path, name, pack):
-  opened = prompt_files.open_prompts(write(tmp_path, name, pack(b"\n" + lines(ROWS))))
-  assert (opened.format, len(opened), opened.input_key) == ("jsonl", 2, "input")
-  assert list(opened) == PROMPTS == list(opened)
-  assert opened.taken.endswith(f"{name}: 2 prompts, JSON Lines, key 'input'")
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_has_objects_or_texts(tmp_path, indent):
-  content = json.dumps(ROWS, indent=indent, ensure_ascii=False).encode()
-  opened = prompt_files.open_prompts(write(tmp_path, "rows.json", content))
-  assert (opened.format, list(opened)) == ("json", PROMPTS)
-  texts = write(tmp_path, "texts.json", b'["one", "two"]')
-  assert list(prompt_files.open_prompts(texts)) == [
-    Prompt("texts/1", "one"),
-    Prompt("texts/2", "two"),
-  ]
-
-
-def test_plain_text_is_a_prompt_a_line(tmp_path):
-  path = write(tmp_path, "some.txt", b"\xef\xbb\xbf[1] one\r\n\n{two\xe2\x80\xa8lines\n")
-  opened = prompt_files.open_prompts(path)
-  assert list(opened) == [
-    Prompt("some.txt/1", "[1] one"),
-    Prompt("some.txt/2", "{two\u2028lines"),
-  ]
-  assert opened.taken.endswith("some.txt: 2 prompts, plain text, a prompt a line")
-
-
-def test_tables_have_a_named_column(tmp_path):
-  content = b'id,text,target\n7,"one, ""two""\nlines",eins\n\n8,three,\n'
-  opened = prompt_files.open_prompts(write(tmp_path, "rows.csv", content))
-  assert list(opened) == [
-    Prompt("7", 'one, "two"\nlines', ("eins",)),
-    Prompt("8", "three", ("",)),
-  ]
-  assert "CSV, column 'text'" in opened.taken
-  tsv = write(tmp_path, "rows.tsv", b"number\treview\n1\tgood, very\n")
-  assert list(prompt_files.open_prompts(tsv, input_key="review")) == [
-    Prompt("rows/1", "good, very")
-  ]
+def test_formats_are_told_by_name_or_content(tmp_path, name, content, taken, prompts, pack):
+  opened = prompt_files.open_prompts(write(tmp_path, name, pack(content)))
+  count = "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+  assert opened.taken == f"{tmp_path / name}: {count}, {taken}"
+  assert list(opened) == prompts == list(opened) and len(opened) == len(prompts)
 
 
 def test_parquet_leaves_other_columns_alone(tmp_path):
@@ -113,8 +102,6 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
 @pytest.mark.parametrize(
   ("content", "format", "texts"),
   [
-    (lines(ROWS), "jsonl", ["one, two", "three\u2028four"]),
-    (json.dumps(ROWS).encode(), "json", ["one, two", "three\u2028four"]),
     (gzip.compress(lines(ROWS), mtime=0), "jsonl", ["one, two", "three\u2028four"]),
     (b"{not json}\n", "text", ["{not json}"]),
     (b"[Note] a text\n", "text", ["[Note] a text"]),
@@ -306,21 +293,13 @@ class Frame(dict):
   columns = property(lambda self: list(self))
 
 
-def numpys():
-  targets = [np.array(["x", "y"], object), np.array(["z"], object), float("nan")]
-  return Frame(COLUMNS, target=targets, source=np.array([7, 7, 8]))
-
-
-def made(library):
-  return pytest.importorskip(library, reason=f"{library} is not installed").DataFrame(COLUMNS)
-
-
-FRAMES = {"numpy": numpys, "pandas": lambda: made("pandas"), "polars": lambda: made("polars")}
-
-
-@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("name", ["numpy", "pandas", "polars"])
 def test_a_table_is_read_as_a_file_is(name):
-  frame = FRAMES[name]()
+  if name == "numpy":
+    targets = [np.array(["x", "y"], object), np.array(["z"], object), float("nan")]
+    frame = Frame(COLUMNS, target=targets, source=np.array([7, 7, 8]))
+  else:
+    frame = pytest.importorskip(name, reason=f"{name} is not installed").DataFrame(COLUMNS)
   assert prompt_files.is_table(frame)
   assert prompt_files.prompts_of(frame) == WANTED
 

@@ -99,20 +99,16 @@ def test_an_example_goes_to_the_first_bucket_that_holds_it_or_one_longer():
   assert moved < source.batch_size * (len(BUCKETS) - 1)
 
 
-def test_padding_shift_and_weights():
+def test_padding_shift_and_weights_and_truncation_that_keeps_eos():
   pair = (np.array([5, 6, EOS]), np.array([7, EOS]))
   batch = training_batches.pad_batch([pair], training_batches.Bucket(4, 3))
   assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS, 0]]
   assert batch["decoder_target_tokens"].tolist() == [[7, EOS, 0]]
   assert batch["decoder_input_tokens"].tolist() == [[0, 7, EOS]]
   assert batch["decoder_loss_weights"].tolist() == [[1, 1, 0]]
-
-
-def test_truncation_keeps_eos():
-  pair = (np.array([5, 6, 7, 8, EOS]), np.array([9, 10, 11, EOS]))
-  batch = training_batches.pad_batch([pair], training_batches.Bucket(3, 2))
-  assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS]]
-  assert batch["decoder_target_tokens"].tolist() == [[9, EOS]]
+  batch = training_batches.pad_batch([pair], training_batches.Bucket(2, 1))
+  assert batch["encoder_input_tokens"].tolist() == [[5, EOS]]
+  assert batch["decoder_target_tokens"].tolist() == [[EOS]]
 
 
 def spans_of(tokens):
@@ -198,14 +194,6 @@ def test_mixture_keeps_its_proportions_and_skips_no_step_of_a_source():
     assert names == {"a": 5, "b": 3, "c": 2}
   for name, count in (("a", 20), ("b", 12), ("c", 8)):
     assert [b["step"] for b in got if b["name"] == name] == list(range(count))
-
-
-def test_ragged_gives_back_what_it_was_given():
-  sequences = [[3, 4, EOS], [EOS], [5, EOS]]
-  made = training_batches.encode_all(["ab", "", "c"], lambda s: [ord(x) - 94 for x in s], EOS)
-  assert [list(made[i]) for i in range(len(made))] == sequences
-  assert made.lengths.tolist() == [3, 1, 2]
-  assert len(training_batches.Ragged([])) == 0
 
 
 @pytest.mark.parametrize(
