@@ -270,14 +270,14 @@ def _parquet_parts(file: BinaryIO, name: str) -> Iterator[Any]:
   if sum(sizes) + _PARQUET_ROW * metadata.num_rows > most:
     raise too_much
   texts = [chunk for group in chunks for chunk in group if chunk.physical_type == "BYTE_ARRAY"]
-  if any("DELTA_BYTE_ARRAY" in chunk.encodings for chunk in texts):
+  encodings = {encoding for chunk in texts for encoding in chunk.encodings}
+  # pyarrow makes no dictionary of these, whatever the footer says; one of them shares texts.
+  if odd := [encoding for encoding in encodings if encoding.startswith("DELTA_")]:
     raise ValueError(
-      f"Expected {name!r} to hold texts in an encoding that gives their size, got"
-      " DELTA_BYTE_ARRAY; save it in another, or as JSON Lines."
+      f"Expected {name!r} to hold plain texts or a dictionary of them, got the encoding"
+      f" {odd[0]}; save it without, or as JSON Lines."
     )
-  # The other encoding without a dictionary; its texts are as long as they are stored.
-  plain = {c.path_in_schema for c in texts if "DELTA_LENGTH_BYTE_ARRAY" in c.encodings}
-  paths = {chunk.path_in_schema for chunk in texts} - plain
+  paths = {chunk.path_in_schema for chunk in texts}
   opened = parquet.ParquetFile(file, read_dictionary=sorted(paths))
   for group, size in enumerate(sizes):
     # A batch brings the whole dictionary along: as few of them as can be.
