@@ -61,7 +61,7 @@ BUDGETS = {
   "checkpoints": (1210, 5),
   "commands": (2520, 12),
   "console.py": (280, 1),
-  "data": (2075, 8),
+  "data": (2110, 8),
   "decode": (3175, 13),
   "exits": (1390, 9),
   "fitting": (2555, 8),

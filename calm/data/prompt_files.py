@@ -324,18 +324,18 @@ def is_table(value: Any) -> bool:
 
 def check_texts(texts: Any) -> tuple[str, ...]:
   """Texts of any ordered iterable; TypeError where it is something else that iterates."""
-  got = None
+  made: tuple[str, ...] = ()
   if isinstance(texts, str) or is_table(texts) or not arguments.is_listing(texts):
     got = "a table" if is_table(texts) else repr(texts)[:60]
   else:
-    texts = tuple(texts)
-    got = next((repr(text)[:60] for text in texts if not isinstance(text, str)), None)
+    made = tuple(texts)
+    got = next((repr(text)[:60] for text in made if not isinstance(text, str)), None)
   if got is not None:
     raise TypeError(
       f"Expected `texts` to be a list of texts, got {got}; put it in a list, or give"
       " `table['input']`, or `[prompt.input, ...]`."
     )
-  return texts
+  return made
 
 
 def prompts_of(values: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]:

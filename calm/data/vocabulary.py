@@ -135,10 +135,21 @@ class SentencePieceVocabulary(_Vocabulary):
   padded: bool = True
   model: bytes = dataclasses.field(init=False, repr=False)
 
-  vocab_size = property(lambda self: self._processor.get_piece_size())
-  pad_id = property(lambda self: self._processor.pad_id())
-  eos_id = property(lambda self: self._processor.eos_id())
-  unk_id = property(lambda self: self._processor.unk_id())
+  @property
+  def vocab_size(self) -> int:
+    return self._processor.get_piece_size()
+
+  @property
+  def pad_id(self) -> int:
+    return self._processor.pad_id()
+
+  @property
+  def eos_id(self) -> int:
+    return self._processor.eos_id()
+
+  @property
+  def unk_id(self) -> int:
+    return self._processor.unk_id()
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
@@ -196,7 +207,10 @@ class ByteVocabulary(_Vocabulary):
 
   eos_id = 1
   unk_id = 2
-  vocab_size = property(lambda self: 3 + 256 + self.extra_ids)
+
+  @property
+  def vocab_size(self) -> int:
+    return 3 + 256 + self.extra_ids
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
@@ -358,10 +372,21 @@ class Renumbered(_Vocabulary):
   base: Any
   base_pad_id: int
 
-  vocab_size = property(lambda self: self.base.vocab_size)
-  extra_ids = property(lambda self: self.base.extra_ids)
-  eos_id = property(lambda self: self._swap(self.base.eos_id))
-  unk_id = property(lambda self: self._swap(self.base.unk_id))
+  @property
+  def vocab_size(self) -> int:
+    return self.base.vocab_size
+
+  @property
+  def extra_ids(self) -> int:
+    return self.base.extra_ids
+
+  @property
+  def eos_id(self) -> Any:
+    return self._swap(self.base.eos_id)
+
+  @property
+  def unk_id(self) -> Any:
+    return self._swap(self.base.unk_id)
 
   def _swap(self, token_id: Any) -> Any:
     return {0: self.base_pad_id, self.base_pad_id: 0}.get(token_id, token_id)
