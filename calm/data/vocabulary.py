@@ -313,9 +313,13 @@ class TokenizerVocabulary(_Vocabulary):
       if token.get("special") and not SENTINEL.fullmatch(token["content"])
     }
 
-  @functools.cached_property
+  @property
   def vocab_size(self) -> int:
     """Ids, added tokens included."""
+    return self._size
+
+  @functools.cached_property
+  def _size(self) -> int:
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   @property
