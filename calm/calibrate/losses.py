@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import arguments
+from calm import arguments, signals
 from calm.calibrate import checks, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import cache
@@ -229,6 +229,7 @@ def prefix_losses(
   columns = [cache.texts(records) for records in (generations.full, *generations.records)]
   pieces = []
   for first in range(0, max(1, count), PROMPTS):
+    signals.check()
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     prompts = generations.prompts[first : first + PROMPTS]
     known = [(text,) for text in full] if kind == "textual" else [p.targets for p in prompts]

@@ -26,16 +26,16 @@ def short(monkeypatch):
   monkeypatch.setattr(staged, "RATIO", 2)
 
 
-def decoded(program, active=None, threshold=0.6, prior=None):
-  toy = engine.toy()
+def decoded(program, active=None, threshold=0.6, prior=None, toy=None):
+  toy = toy or engine.toy()
   active = np.ones(len(engine.PROMPTS), bool) if active is None else active
   level = np.float32(threshold)
   return program.decode(toy.weights, engine.encode(toy), active, level, prior)
 
 
-def ending(program):
+def ending(program, toy=None):
   """The program with an end of texts that some rows say early and others late or never."""
-  said = np.asarray(decoded(program).tokens)
+  said = np.asarray(decoded(program, toy=toy).tokens)
   early, late = set(said[:, :3].flat), set(said[:, 4:].flat)
   in_every_row = set.intersection(*(set(row[:4]) for row in said))
   end = min((early & late) - in_every_row)
@@ -79,7 +79,7 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
   """Threshold after threshold, from where each row changes, in the stage that it needs."""
   rule, made = resume_test.CASES[name]
   toy = engine.toy_for(rule)
-  program = ending(program_lib.Program(toy.config, rule, engine.LENGTH, engine=made))
+  program = ending(program_lib.Program(toy.config, rule, engine.LENGTH, engine=made), toy)
   known, rows = (toy.weights, engine.encode(toy)), len(engine.PROMPTS)
   ways = {"whole": program, "stages": staged.staged(program)}
   states = {way: run.nothing_yet(rows) for way, run in ways.items()}
