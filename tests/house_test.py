@@ -62,18 +62,18 @@ BUDGETS = {
   "commands": (2520, 12),
   "console.py": (280, 1),
   "data": (2110, 8),
-  "decode": (3175, 13),
+  "decode": (3185, 13),
   "exits": (1390, 9),
   "fitting": (2555, 8),
   "inference": (2430, 9),
   "paper": (2560, 11),
   "signals.py": (100, 1),
   "storage.py": (530, 1),
-  "t5": (3410, 16),
+  "t5": (3830, 17),
   "t5x": (1690, 6),
   "training": (1790, 9),
 }
-WHOLE = {"calm": (36_000, 147), "tests": (33_400, 193), "scripts": (5_530, 27)}
+WHOLE = {"calm": (34_150, 141), "tests": (30_900, 186), "scripts": (5_530, 27)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -537,6 +537,8 @@ class Passes:
         task.encoded.cross[layer - 1],
         task.encoded.bias,
         task.config.float32_attention_logits,
+        task.native,
+        decoder.single_threaded(hidden),
       )
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(written)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from calm.exits.layers import KeyValue
-from calm.t5 import layers, network, platforms
+from calm.t5 import kernels, layers, network, platforms
 from calm.t5.caches import Cache
 from calm.t5.decoder_weights import DecoderWeights
 
@@ -184,6 +184,47 @@ class Attention:
     return x.astype(jnp.float32) if self.float32 else x
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelAttention:
+  """`Attention` by `kernels.attend`, for float32 caches on a CPU.
+
+  Attributes:
+    whole: the batch's.
+    single_threaded, rows: see there.
+  """
+
+  whole: Attention
+  single_threaded: bool = False
+  rows: Int[Array, " queries"] | None = None
+
+  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
+    """As `Attention.to_past`."""
+    bias = self.whole.past_bias
+    now = row.key, row.value, self.whole.current_bias
+    return self._attend(query, self.whole.cache, bias if bias.ndim == 3 else bias[None], now)
+
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    """As `Attention.to_prompt`."""
+    return self._attend(query, self.whole.cross, self.whole.cross_bias, None)
+
+  def _attend(self, query, cache: Cache, bias: jax.Array, now) -> jax.Array:
+    keys, values, alone = cache.keys, cache.values, self.single_threaded
+    return kernels.attend(self.rows, query, keys, values, bias, now, alone)
+
+
+def by_kernel(
+  whole: Attention, single_threaded: bool, rows: Int[Array, " queries"] | None = None
+) -> KernelAttention | None:
+  """The attention of a batch or of some of its rows; None where XLA has to compute it.
+
+  Args:
+    whole: the batch's.
+    single_threaded, rows: see `kernels.attend`.
+  """
+  reads = all(kernels.reads(each.keys, each.values) for each in (whole.cross, whole.cache))
+  return KernelAttention(whole, single_threaded, rows) if reads else None
+
+
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
   """[batch, heads, length] of queries [batch, heads, head_dim]."""
   if keys.ndim == 4:
@@ -216,6 +257,8 @@ class WindowAttention:
   Attributes:
     bias: [batch, heads, positions, length].
     cross_bias, float32: as of `Attention`.
+    native: see `engines.Task`.
+    single_threaded: see `kernels.attend`.
   """
 
   cache: Cache
@@ -223,6 +266,8 @@ class WindowAttention:
   cross: Cache
   cross_bias: jax.Array
   float32: bool
+  native: bool = False
+  single_threaded: bool = False
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [rows, heads * head_dim] of the past and of the window."""
@@ -234,8 +279,13 @@ class WindowAttention:
     return self._attend(query, self.cross, self.cross_bias[:, :, None])
 
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
-    scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     keys, values = (_apart(x, query.shape[1]) for x in (cache.keys, cache.values))
+    batch, alone = len(self.cross_bias), self.single_threaded
+    if self.native and kernels.reads(keys, values):
+      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(query) // batch, bias.shape[3]))
+      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
+      return kernels.attend(None, query, keys, values, by_query, None, alone)
+    scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     rows = by_window(query, self.cross_bias.shape[0])
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.
     queries = jnp.swapaxes(scored(rows), 2, 3)

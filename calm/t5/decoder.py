@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from calm.exits.evidence import CERTAIN, evidence
 from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
 from calm.t5 import kernels, network, platforms
-from calm.t5.attention import Attends, Attention, of_layer
+from calm.t5.attention import Attends, Attention, by_kernel, of_layer
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights, Matrix
 from calm.t5.eight_bits import EightBits, QuantizedHead
@@ -76,8 +76,21 @@ class DecoderStep:
 
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
-    row = self.project(layer, hidden)
-    return self.run_projected(layer, hidden, row, self.attention(layer, cache)), row
+    row, attention = self.project(layer, hidden), self.attention(layer, cache)
+    attends = self.kernel_attention(attention, hidden) or attention
+    return self.run_projected(layer, hidden, row, attends), row
+
+  def kernel_attention(
+    self, attention: Attention, states: jax.Array, rows: jax.Array | None = None
+  ) -> Attends | None:
+    """`attention.by_kernel` for the queries of these states, where that may be."""
+    if not self.native:
+      return None  # before the states are counted: their number may be a symbol
+    return by_kernel(attention, self.single_threaded(states), rows)
+
+  def single_threaded(self, states: jax.Array) -> bool:
+    """Whether a kernel makes products of so many rows in one thread."""
+    return self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(states))
 
   def run_projected(
     self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
@@ -185,12 +198,8 @@ class DecoderStep:
     """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
     if isinstance(matrix, EightBits):
       return matrix.product(x)
-    # Asked of a native program alone: elsewhere the number of rows may be a symbol.
-    if self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(x)):
-      made = kernels.product(x, matrix)
-      if made is not None:
-        return made
-    return platforms.product(x, matrix.astype(x.dtype))
+    made = kernels.product(x, matrix) if self.single_threaded(x) else None
+    return platforms.product(x, matrix.astype(x.dtype)) if made is None else made
 
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)

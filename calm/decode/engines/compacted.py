@@ -78,6 +78,11 @@ class Bucket:
     """The bucket of the first `size` rows of this one."""
     return Bucket(self.order[:size], self.rank)
 
+  def present(self, count: jax.Array) -> jax.Array:
+    """Its rows, [bucket], of which the first `count` are there, and -1 for the others."""
+    there = jnp.arange(len(self.order), dtype=jnp.int32) < count
+    return jnp.where(there, self.order, -1)
+
   def take(self, tree: Any) -> Any:
     """The bucket's rows of arrays [batch, ...]."""
     return jax.tree.map(lambda x: _rows(x, self.order), tree)
@@ -252,7 +257,8 @@ class _BoundCompacted:
       row = decoder.project(layer, walk.layer_input(layer, state))
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
       whole = decoder.attention(layer, step.cache)
-      attention = self._attention(whole, rows, count)
+      by_kernel = decoder.kernel_attention(whole, part.hidden, rows.present(count))
+      attention = by_kernel or self._attention(whole, rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)

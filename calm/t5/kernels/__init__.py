@@ -11,11 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Int32
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from calm.t5 import platforms
 
-__all__ = ["available", "is_small", "pack", "product", "product_in_8_bits", "single_threaded"]
+__all__ = [
+  "attend",
+  "available",
+  "is_small",
+  "pack",
+  "product",
+  "product_in_8_bits",
+  "reads",
+  "single_threaded",
+]
 
 # Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
 # wakes a second thread for less.
@@ -27,6 +36,38 @@ MOST_NUMBERS_OF_HEADS = 2**20
 def available() -> bool:
   """Whether XLA can be given functions that LLVM compiles."""
   return platforms.runs_in_this_process() and _has_llvmlite()
+
+
+def reads(keys: jax.Array, values: jax.Array) -> bool:
+  """Whether `attend` reads keys and values of this layout."""
+  return keys.dtype == values.dtype == jnp.float32 and keys.ndim == 4 and available()
+
+
+def attend(
+  rows: Int[Array, " queries"] | None,
+  query: Float[Array, "queries heads head_dim"],
+  keys: Float[Array, "batch heads length head_dim"],
+  values: Float[Array, "batch heads length head_dim"],
+  bias: Float[Array, "queries_batch_or_one heads_or_one length"],
+  now: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  single_threaded: bool = False,
+) -> Float[Array, "queries heads_head_dim"]:
+  """softmax(keys query + bias) values, of every query and head.
+
+  Args:
+    rows: the row of the batch that each query reads; of queries with a negative one the result
+      is 0. None: as many read each row, in the batch's order.
+    query: the queries.
+    keys, values: the batch's, which it `reads`.
+    bias: of the keys: for each query, for each row of the batch, or for all. Keys at
+      `layers.MASK_BIAS` before the first or behind the last that is not are not read; a query
+      that sees none gets 0.
+    now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
+    single_threaded: whether one thread makes the layer's products, the others asleep.
+  """
+  from calm.t5.kernels import attention_kernel
+
+  return attention_kernel.attend(rows, query, keys, values, bias, now, single_threaded)
 
 
 def single_threaded(matrix: Any, rows: int) -> bool:

@@ -14,11 +14,20 @@ import jax
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
+PIECES = 12
 LANES = 16  # numbers of a vector
+LEAST = -3.0e38  # of numbers that are worth a comparison
 _BYTES, _WORD = 4, 8  # of a number, of a word of a frame
-FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOAT, INT, INDEX, _BIT = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(1)
 _POINTER = ir.IntType(8).as_pointer()
 _ALIGNED = ir.Constant(INT, _BYTES)
+# Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2, with a polynomial for e^r.
+_LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_POLYNOMIAL = (
+  1.98756915e-4, 1.39819995e-3, 8.3334519e-3, 4.16657959e-2, 0.166666655, 0.5,
+)  # fmt: skip
+
 
 # XLA calls a function with one `XLA_FFI_CallFrame` (xla/ffi/api/c_api.h, whose layout a major
 # version keeps). All that is read of it lies in words of 64 bits: of what is asked besides a
@@ -30,13 +39,18 @@ _DATA, _SIZES = 3, 5
 # written by, which XLA refuses where it can no longer serve it.
 _METADATA, _VERSION, _TRAITS = 3, 3, 4
 _MAJOR, _MINOR = 0, 3
-# XLA calls these functions for as long as the process lives.
+# What XLA was given; it calls them for as long as the process lives.
 _COMPILED: dict[str, Any] = {}
 _lock = threading.Lock()
 
 
 def target(name: str, write: Callable[["Writer", "Frame"], None]) -> str:
-  """The name by which XLA calls a function, compiled when it is first asked for."""
+  """The name by which XLA calls a function, compiled when it is first asked for.
+
+  Args:
+    name: of the function, and of its sizes.
+    write: writes what it does with a call's arrays.
+  """
   with _lock:
     if name not in _COMPILED:
       engine = _compile(write)
@@ -45,6 +59,18 @@ def target(name: str, write: Callable[["Writer", "Frame"], None]) -> str:
       jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
       _COMPILED[name] = engine, function
   return name
+
+
+def split(count: int, parts: int) -> list[int]:
+  """Where so many parts of equal ones end, from 0 on: none is empty, so there may be fewer."""
+  parts = min(parts, count)
+  return [i * count // parts for i in range(parts + 1)]
+
+
+def pieces(worth: bool = True) -> int:
+  """Calls that a function is divided into: several where it is worth that XLA's threads share
+  them, and XLA has more than one."""
+  return PIECES if worth and num_cores() > 1 else 1
 
 
 def num_cores() -> int:
@@ -67,8 +93,8 @@ def _compile(write: Callable[["Writer", "Frame"], None]) -> Any:
   w.b.cbranch(w.b.icmp_signed("!=", asks, number(0)), asked, called)
   w.b.position_at_end(asked)
   metadata = w.word(asks, _METADATA)
-  w.set_word(metadata, _VERSION, number(_MAJOR | _MINOR << 32))
-  w.set_word(metadata, _TRAITS, number(0))
+  w.set_word(metadata, _VERSION, _MAJOR | _MINOR << 32)
+  w.set_word(metadata, _TRAITS, 0)
   w.b.branch(end)
   w.b.position_at_end(called)
   write(w, frame)
@@ -103,7 +129,11 @@ def constant(value: float, kind: Any = FLOAT) -> Any:
 
 
 class Writer:
-  """Writes instructions; `b` writes single ones."""
+  """Writes instructions.
+
+  Attributes:
+    b: of single ones.
+  """
 
   def __init__(self, builder: ir.IRBuilder, module: ir.Module):
     self.b, self._module = builder, module
@@ -132,16 +162,30 @@ class Writer:
     b.position_at_end(after)
     values[:] = phis[1:]
 
+  def parts(
+    self, row: Any, begin: Any, end: Any, carried: list[Any], instead: float = 0.0
+  ) -> Iterator[tuple[Any, Any, Any]]:
+    """(its place, a vector, its mask) of every vector of a row from `begin` to `end`.
+
+    `carried` is to be set to the next values, as in `loop`. The last vector, the only one with
+    a mask, has `instead` where that says no.
+    """
+    at = lambda place: self.item(row, place)
+    whole = self.b.add(begin, self.below(self.b.sub(end, begin), LANES))
+    for place, _ in self.loop(begin, whole, LANES, carried):
+      yield place, self.load(at(place)), None
+    mask = self.first_lanes(self.b.sub(end, whole))
+    yield whole, self.load(at(whole), mask, instead), mask
+
   def word(self, address: Any, index: int) -> Any:
     """A word of an array of words."""
-    return self.b.load(self._word(address, index))
+    at = self.b.add(address, number(_WORD * index))
+    return self.b.load(self._typed(at, INDEX))
 
-  def set_word(self, address: Any, index: int, value: Any) -> None:
+  def set_word(self, address: Any, index: int, value: int) -> None:
     """Writes one."""
-    self.b.store(value, self._word(address, index))
-
-  def _word(self, address: Any, index: int) -> Any:
-    return self._typed(self.b.add(address, number(_WORD * index)), INDEX)
+    at = self.b.add(address, number(_WORD * index))
+    self.b.store(number(value), self._typed(at, INDEX))
 
   def at(self, array: Any, row_size: Any, row: Any, column: Any) -> Any:
     """The address of a number of an array of rows."""
@@ -159,27 +203,55 @@ class Writer:
     """The smaller index."""
     return self.b.select(self.b.icmp_signed("<", one, other), one, other)
 
+  def most(self, one: Any, other: Any) -> Any:
+    """The larger index."""
+    return self.b.select(self.b.icmp_signed(">", one, other), one, other)
+
   def first_lanes(self, count: Any) -> Any:
     """The mask of the first lanes of a vector."""
-    order = ir.Constant(vector_of(INT), list(range(LANES)))
-    return self.b.icmp_signed("<", order, self.spread(self.b.trunc(count, INT)))
+    return self.b.icmp_signed("<", self.lanes(number(0)), self.spread(self.b.trunc(count, INT)))
 
-  def load(self, address: Any, mask: Any = None) -> Any:
+  def load(self, address: Any, mask: Any = None, instead: float = 0.0) -> Any:
     """A vector of float32; where a mask says no, nothing is read."""
     pointer = self._typed(address, vector_of(FLOAT))
     if mask is None:
       return self.b.load(pointer, align=_BYTES)
     given = [pointer.type, INT, mask.type, vector_of(FLOAT)]
     load = self.external("llvm.masked.load.v16f32.p0v16f32", vector_of(FLOAT), given)
-    return self.b.call(load, [pointer, _ALIGNED, mask, constant(0.0)])
+    return self.b.call(load, [pointer, _ALIGNED, mask, constant(instead)])
 
   def load_one(self, address: Any) -> Any:
     """A float32."""
     return self.b.load(self._typed(address, FLOAT))
 
-  def load_ints(self, address: Any) -> Any:
-    """A vector of int32."""
-    return self.b.load(self._typed(address, vector_of(INT)), align=_BYTES)
+  def load_ints(self, address: Any, mask: Any = None) -> Any:
+    """A vector of int32; where a mask says no, nothing is read."""
+    return self.b.bitcast(self.load(address, mask), vector_of(INT))
+
+  def load_index(self, address: Any) -> Any:
+    """An int32, as an index."""
+    return self.index(self.b.load(self._typed(address, INT)))
+
+  def index(self, value: Any) -> Any:
+    """An int32 as an index."""
+    return self.b.sext(value, INDEX)
+
+  def int(self, value: int) -> Any:
+    """A single int32."""
+    return ir.Constant(INT, value)
+
+  def any(self, mask: Any) -> Any:
+    """Whether a mask says yes somewhere."""
+    bits = ir.IntType(LANES)
+    return self.b.icmp_unsigned("!=", self.b.bitcast(mask, bits), ir.Constant(bits, 0))
+
+  def float(self, value: float) -> Any:
+    """A single number."""
+    return ir.Constant(FLOAT, value)
+
+  def room(self, count: Any) -> Any:
+    """The address of room for so many numbers, until the function returns."""
+    return self.b.ptrtoint(self.b.alloca(FLOAT, count), INDEX)
 
   def store(self, value: Any, address: Any, mask: Any = None) -> None:
     """Writes a vector, or a single number; where a mask says no, nothing is written."""
@@ -205,6 +277,28 @@ class Writer:
     """Whole numbers nearest to a vector's, the even one of two."""
     return self._of_vectors("nearbyint", x)
 
+  def exp(self, x: Any) -> Any:
+    """e^x to 3e-7 of itself, of x held between -87 and 87; NaN of NaN."""
+    b, least, most = self.b, constant(-87.0), constant(87.0)
+    x = b.select(b.fcmp_ordered("<", x, least), least, x)
+    x = b.select(b.fcmp_ordered(">", x, most), most, x)
+    nearest = self.nearest(b.fmul(x, constant(_LOG2_E)))
+    r = self.fused(nearest, constant(-_LOG_2_HIGH), x)
+    r = self.fused(nearest, constant(-_LOG_2_LOW), r)
+    p = constant(_POLYNOMIAL[0])
+    for factor in _POLYNOMIAL[1:]:
+      p = self.fused(p, r, constant(factor))
+    p = self.fused(b.fmul(p, r), r, b.fadd(r, constant(1.0)))
+    known = b.select(b.fcmp_ordered("ord", x, x), nearest, constant(0.0))
+    n = b.fptosi(known, vector_of(INT))
+    power = b.shl(b.add(n, constant(127, INT)), constant(23, INT))
+    return b.fmul(p, b.bitcast(power, x.type))
+
+  def lanes(self, begin: Any) -> Any:
+    """begin, begin + 1, ... as int32."""
+    order = ir.Constant(vector_of(INT), list(range(LANES)))
+    return self.b.add(self.spread(self.b.trunc(begin, INT)), order)
+
   def larger(self, one: Any, other: Any) -> Any:
     """The larger of two numbers, or of each lane's; the other one where one is NaN."""
     return self.b.select(self.b.fcmp_ordered(">", one, other), one, other)
@@ -225,22 +319,28 @@ class Writer:
       values = combine(values, upper)
     return self.b.extract_element(values, ir.Constant(INT, 0))
 
+  def _typed(self, address: Any, kind: Any) -> Any:
+    return self.b.inttoptr(address, kind.as_pointer())
+
+  def _of_vectors(self, name: str, *given: Any) -> Any:
+    """What one of LLVM's functions makes of vectors of float32."""
+    kinds = [value.type for value in given]
+    return self.b.call(
+      self.external(f"llvm.{name}.v{LANES}f32", vector_of(FLOAT), kinds), given
+    )
+
   def external(self, name: str, result: Any, given: list[Any]) -> Any:
     """A function of LLVM's or of this process."""
     known = self._module.globals.get(name)
     return known or ir.Function(self._module, ir.FunctionType(result, given), name)
 
-  def _typed(self, address: Any, kind: Any) -> Any:
-    return self.b.inttoptr(address, kind.as_pointer())
-
-  def _of_vectors(self, name: str, *given: Any) -> Any:
-    kinds = [value.type for value in given]
-    name = f"llvm.{name}.v{LANES}f32"
-    return self.b.call(self.external(name, vector_of(FLOAT), kinds), given)
-
 
 class Frame:
-  """What XLA hands to a call, at `address`."""
+  """What XLA hands to a call.
+
+  Attributes:
+    address: where it is.
+  """
 
   def __init__(self, writer: Writer, address: Any):
     self._w, self.address = writer, address
