@@ -65,11 +65,12 @@ def read_examples(path: str | pathlib.Path, *, require_target: bool = True) -> l
   Raises:
     FileNotFoundError: there is no such file.
     IsADirectoryError: it is a folder.
-    ValueError: the file is empty or damaged, or a line is no UTF-8, no JSON object, lacks a
-      field, has one of another type, or repeats an id. The message names file and line.
+    ValueError: the file is empty, damaged or not regular, or a line is no UTF-8, no JSON
+      object, lacks a field, has one of another type, or repeats an id. The message names file
+      and line.
   """
   examples: list[Prompt] = []
-  for row, prompt in prompt_files.PromptFile(path, "jsonl").read("input"):
+  for row, prompt in prompt_files.PromptFile(path, "jsonl", streams=False).read("input"):
     if require_target and not prompt.targets:
       raise row.error(
         "expected a field `target`, a reference for training and scoring, got none, or an"

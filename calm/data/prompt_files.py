@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from calm import arguments, signals
+from calm import arguments, signals, storage
 from calm.calibrate import Prompt
 from calm.data import rows
 
@@ -49,7 +49,9 @@ class PromptFile:
     input_key: the field with the text of a row; None where rows are texts.
   """
 
-  def __init__(self, path: str | os.PathLike, format: str | None = None):
+  def __init__(
+    self, path: str | os.PathLike, format: str | None = None, *, streams: bool = True
+  ):
     self._path = pathlib.Path(path)
     self._kept: BinaryIO | None = None  # the content of a stream
     self.name, self._stem = str(path), self._path.name.split(".")[0]
@@ -70,7 +72,7 @@ class PromptFile:
           " in it."
         )
       if not stat.S_ISREG(mode):
-        with open(path, "rb") as file:
+        with open(path, "rb") if streams else storage.opened(path) as file:
           self._keep(file)
     self.format = format or self._detect_format()
     self.input_key: str | None = None
