@@ -12,7 +12,6 @@ hits all alike; compilation is excluded and reported.
 import argparse
 import dataclasses
 import itertools
-import pathlib
 import statistics
 import sys
 import warnings
@@ -61,13 +60,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
   add("--exit_layers", type=ints, default=None, help="where --thresholds may leave; all")
   add("--peers", type=words, default=tuple(peer.name for peer in peers.PEERS))
-  add("--against", help="also how many times as long the first row with these words takes")
   add("--repeats", type=int, default=7)
   add("--num_prompts", type=int, default=16, help="prompts of the packed model")
   add("--shortlist", type=int, default=512, help="tokens on a random model's shortlist")
   add("--dtype", default="float32", help="ours and T5X's: float32 or bfloat16")
-  add("--output", type=pathlib.Path, help="writes this JSON file after every setting")
-  add("--results", help="writes scripts/results/RESULTS.json at the end, for scripts/tables.py")
+  add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   parsed = parser.parse_args(arguments)
   unknown = set(parsed.shapes) - set(models.SHAPES) | set(parsed.readings) - set(
     models.READINGS
@@ -167,7 +164,7 @@ def variants(
   ]
 
 
-def cells(setting: models.Setting, rows: list[Row], against: str | None) -> list[list[Any]]:
+def cells(setting: models.Setting, rows: list[Row]) -> list[list[Any]]:
   """The rows of the table, beside the static models of the same mean depth and full depth."""
   medians = [statistics.median(row.milliseconds()) for row in rows]
   static = {
@@ -176,7 +173,6 @@ def cells(setting: models.Setting, rows: list[Row], against: str | None) -> list
     if not row.system.peer and row.system.measured_layers is not None
   }
   depths = sorted(static)
-  rival = next((row for row in rows if against and against in row.system.name), None)
   lines = []
   for row, median in zip(rows, medians, strict=True):
     layers, over_static = row.layers, None
@@ -184,16 +180,8 @@ def cells(setting: models.Setting, rows: list[Row], against: str | None) -> list
       over_static = median / float(np.interp(layers, depths, [static[d] for d in depths]))
     whole = statistics.median(row.milliseconds(encoder=True))
     compiling = max(row.decode.first - row.decode.median, 0.0)
-    line: list[Any] = [str(setting), row.system.name, layers, median, over_static]
-    line += [median / medians[0], whole, compiling]
-    if rival is not None:
-      times = (each.milliseconds() for each in (rival, row))
-      wholes = (each.milliseconds(encoder=True) for each in (rival, row))
-      comparable = layers == rows[0].system.measured_layers
-      equal = agreement(row.decode.result, rows[0].decode.result, row.eos_id)
-      line += [str(harness.ratio(*times)), str(harness.ratio(*wholes))]
-      line.append(equal if comparable else None)
-    lines.append(line)
+    line = [str(setting), row.system.name, layers, median, over_static]
+    lines.append([*line, median / medians[0], whole, compiling])
   return lines
 
 
@@ -204,18 +192,8 @@ def lengths(tokens: np.ndarray, eos_id: int) -> np.ndarray:
   return np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1])
 
 
-def agreement(got: systems.Decoded, full: systems.Decoded, eos_id: int) -> float:
-  """Share of the full depth's tokens that the other decoder has at the same place."""
-  equal = count = 0
-  for ours, theirs in zip(full.tokens, got.tokens, strict=True):
-    real = np.arange(ours.shape[1]) < lengths(ours, eos_id)[:, None]
-    equal += int((np.asarray(ours) == np.asarray(theirs))[real].sum())
-    count += int(real.sum())
-  return equal / count
-
-
 def main(arguments: list[str] | None = None) -> int:
-  """Runs the whole table; --output is written after every setting."""
+  """Runs the whole table; the results are written after every setting."""
   options = parse(arguments)
   sharded.make_cpu_devices(options.num_devices)
   # Compilation is reported: it must not come from disk.
@@ -225,8 +203,6 @@ def main(arguments: list[str] | None = None) -> int:
   for peer in peers.PEERS:
     if peer.name in options.peers and (why := peers.not_installed(*peer.packages)):
       log(f"not installed: {peer.name} ({why})")
-  against = options.against
-  more = (f"{against} over it", "with both encoders", "tokens equal") if against else ()
   settings = models.grid(
     options.shapes,
     options.batch_sizes,
@@ -235,17 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
     options.num_prompts,
   )
   lines: list[list[Any]] = []
-  columns, machine = [*COLUMNS, *more], harness.machine()
-  about = {"command": tables.command_line(), "columns": columns, "machine": machine}
+  machine = harness.machine()
+  about = {"command": tables.command_line(), "columns": COLUMNS, "machine": machine}
   about["versions"] = tables.versions(*PACKAGES)
-  write = lambda path: tables.write(path, columns, lines, machine=machine, packages=PACKAGES)
   for number, setting in enumerate(settings, start=1):
     log(f"{setting} ({number} of {len(settings)})")
-    lines += cells(setting, measured(setting, options, log), against)
-    if options.output:
-      write(options.output)
-  if options.results:
-    write(tables.RESULTS / f"{options.results}.json")
+    lines += cells(setting, measured(setting, options, log))
+    if options.results:
+      path = tables.RESULTS / f"{options.results}.json"
+      tables.write(path, COLUMNS, lines, machine=machine, packages=PACKAGES)
   print(tables.table({**about, "rows": lines}))
   return 0
 

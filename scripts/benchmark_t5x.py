@@ -1,15 +1,12 @@
 """Our model against T5X's own network in T5X's own loop, side by side.
 
   python scripts/benchmark_t5x.py --batch_sizes 1 8 --repeats 5
-  python scripts/benchmark_t5x.py --compile --batch_sizes 8 --repeats 3
   python scripts/benchmark_t5x.py --devices 4x1 8x1 2x2 --repeats 9 --data data
 
 Random weights of a T5 1.1 shape, float32, greedy, every step of the length run, to
-scripts/results/t5x_full_depth.json; with `--compile` the seconds that lowering and compiling
-take, exits at every layer too, to t5x_compile.json beside it. With `--devices` (data x
-model): the model in the box and real prompts in T5X's partitioned step on virtual CPU devices,
-a process for each mesh and kind of text, to scripts/results/t5x_mesh.json; what that file holds
-of the same versions and repeats is kept. Our decoder's weights stay whole on every device.
+scripts/results/t5x_full_depth.json. With `--devices` (data x model): the model in the box and
+real prompts in T5X's partitioned step on virtual CPU devices, a process for each mesh and kind
+of text, to scripts/results/t5x_mesh.json. Our decoder's weights stay whole on every device.
 Medians of repeats that take turns, in one process. Needs T5X.
 """
 
@@ -20,10 +17,8 @@ import itertools
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -103,50 +98,16 @@ def module_of(shape: str) -> Any:
   return t5x_network.Transformer(config)
 
 
-def systems(shape: str, **ours: Any) -> dict[str, Any]:
-  """Name -> model; `ours` are arguments of our class."""
+def systems(shape: str) -> dict[str, Any]:
+  """Name -> model."""
   words = seqio.PassThroughVocabulary(VOCABULARY, 1)
   sample = functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
   arguments = (module_of(shape), words, words, adafactor.Adafactor(learning_rate=1e-3))
   return {
     "T5X's network, T5X's loop": t5x_models.EncoderDecoderModel(*arguments, sample),
-    "our model, T5X's loop": models.EncoderDecoderModel(*arguments, sample, **ours),
-    "our model, greedy_decode": models.EncoderDecoderModel(
-      *arguments, models.greedy_decode, **ours
-    ),
+    "our model, T5X's loop": models.EncoderDecoderModel(*arguments, sample),
+    "our model, greedy_decode": models.EncoderDecoderModel(*arguments, models.greedy_decode),
   }
-
-
-def compiling(model: Any, shapes: dict[str, Any]) -> float:
-  """Seconds that a prediction takes to be lowered and compiled."""
-  init = lambda: model.get_initial_variables(
-    jax.random.key(0), {name: x.shape for name, x in shapes.items()}
-  )
-  params = jax.eval_shape(init)["params"]
-  jax.clear_caches()
-  start = time.perf_counter()
-  jax.jit(lambda p, b: model.predict_batch_with_aux(p, b)).lower(params, shapes).compile()
-  return time.perf_counter() - start
-
-
-def measure_compilation(flags: argparse.Namespace) -> dict[str, Any]:
-  """Seconds of lowering and compiling, in brackets over those of T5X's own model and loop."""
-  measures = {"softmax": confidence.Softmax(), "classifier": confidence.Classifier()}
-  kinds = systems(flags.shape)
-  for name, measure in measures.items():
-    made = systems(flags.shape, rule=exits.DynamicExits(measure), threshold=0.5)
-    kinds |= {f"{k}, exits by {name}": v for k, v in made.items() if k.startswith("our")}
-  rows: dict[str, list[str]] = {name: [name] for name in kinds}
-  for size in flags.batch_sizes:
-    ints = lambda length, size=size: jax.ShapeDtypeStruct((size, length), jnp.int32)
-    shapes = {INPUTS: ints(flags.input_length), "decoder_input_tokens": ints(flags.steps)}
-    found = [{k: compiling(x, shapes) for k, x in kinds.items()} for _ in range(flags.repeats)]
-    medians = {name: statistics.median(one[name] for one in found) for name in kinds}
-    for name, median in medians.items():
-      rows[name].append(f"{median:.2f} (x{median / next(iter(medians.values())):.2f})")
-      print(f"{flags.shape} B={size} {name}: {rows[name][-1]}", flush=True)
-  sizes = [f"{flags.shape}, B={size}, seconds" for size in flags.batch_sizes]
-  return {"columns": ["", *sizes], "rows": list(rows.values())}
 
 
 def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -276,38 +237,23 @@ def told(name: str, medians: dict[str, float], layers: np.ndarray) -> str:
 
 def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
   """A process for each mesh (the number of devices is fixed when JAX starts), and the file."""
-  place = lambda row: (row["texts"], row["data x model"])
-  rows = stored(path, flags.repeats)
+  rows: list[dict[str, Any]] = []
   for kind, mesh in itertools.product(flags.texts, flags.devices):
-    made = [row for row in rows if place(row) == (kind, mesh)]
-    if not made:
-      count = int(np.prod([int(n) for n in mesh.split("x")]))
-      devices = f"--xla_force_host_platform_device_count={count}"
-      command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
-      done = subprocess.run(
-        [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
-        env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-      )
-      made = json.loads(done.stdout.splitlines()[-1])
+    count = int(np.prod([int(n) for n in mesh.split("x")]))
+    devices = f"--xla_force_host_platform_device_count={count}"
+    command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
+    done = subprocess.run(
+      [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
+      env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
+      stdout=subprocess.PIPE,
+      text=True,
+      check=True,
+    )
+    made = json.loads(done.stdout.splitlines()[-1])
     for row in made:
       print(*row.values(), sep=" | ", flush=True)
-    rows = sorted([row for row in rows if place(row) != (kind, mesh)] + made, key=place)
-    write(path, {"columns": list(made[0]), "rows": rows, "repeats": flags.repeats})
-
-
-def stored(path: pathlib.Path, repeats: int) -> list[dict[str, Any]]:
-  """Rows that an earlier run of the same versions measured."""
-  if not path.exists():
-    return []
-  found = json.loads(path.read_text("utf-8"))
-  same = (
-    found["versions"] == tables.versions(*PACKAGES) | {"t5x": T5X}
-    and found.get("repeats") == repeats
-  )
-  return found["rows"] if same else []
+    rows = sorted([*rows, *made], key=lambda row: (row["texts"], row["data x model"]))
+    write(path, {"columns": list(rows[0]), "rows": rows})
 
 
 def write(path: pathlib.Path, table: dict[str, Any]) -> None:
@@ -349,7 +295,6 @@ def main() -> None:
   add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
   add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
   add("--output", type=pathlib.Path, help="default: in scripts/results")
-  add("--compile", action="store_true", help="seconds of compilation")
   add("--mesh", help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.mesh:
@@ -357,8 +302,6 @@ def main() -> None:
     print(json.dumps(made))
   elif flags.devices:
     measure_meshes(flags, flags.output or RESULTS / "t5x_mesh.json")
-  elif flags.compile:
-    write(flags.output or RESULTS / "t5x_compile.json", measure_compilation(flags))
   else:
     write(flags.output or RESULTS / "t5x_full_depth.json", measure_loops(flags))
 

@@ -3,16 +3,14 @@
     python scripts/compare_measures.py --data=data --output=scripts/results/measures
 
 Of every task's test prompts, one a source, four in five calibrate (textual, `auto`, epsilon
-0.05) and the others are unseen. Writes `<output>_calibrated.json` (risk on unseen prompts,
-layers a token and decoder speed-up one prompt at a time, by delta) and `<output>_by_depth.json`
-(quality against references at the same mean depth, interpolated along a measure's grid).
-Decoded prompts and seconds are cached in --cache.
+0.05) and the others are unseen. Writes `<output>_calibrated.json`: risk on unseen prompts,
+layers a token and decoder speed-up one prompt at a time, by delta. Decoded prompts and seconds
+are cached in --cache.
 """
 
 import argparse
 import pathlib
 
-import numpy as np
 import tables
 
 from calm import exits, inference
@@ -20,7 +18,6 @@ from calm.paper import bench, experiments, scores, tasks
 
 MEASURES = ("softmax@2,4", "softmax@2,3,4", "shortlist@2,4", "classifier", "probe@2,4")
 TARGETS = [experiments.Target("textual", delta) for delta in (0.02, 0.1, 0.25)]
-DEPTHS = (2.0, 2.5, 3.0, 4.0, 6.0)
 METHOD = experiments.Method("auto", "risk_signed")
 
 
@@ -57,29 +54,19 @@ def cell(gain: experiments.Gain, tolerance: float) -> str:
   return f"{risk}, {gain.layers:.2f}, x{gain.speedup:.2f}"
 
 
-def rows(of: bench.Bench) -> tuple[list[list[str]], list[list[str]]]:
-  """(a row a measure by delta, a row a measure by depth)."""
-  depths, title = range(1, of.num_layers + 1), of.settings.title
-  static = [of.records(f"static {k} test", exits.StaticExit(k), of.test) for k in depths]
+def rows(of: bench.Bench) -> list[list[str]]:
+  """A row a measure by delta, and the oracle's."""
+  title = of.settings.title
   scorer = scores.Scorer([prompt.targets for prompt in of.test], of.settings.metric)
-  scored = lambda records: scorer.scores(records, static[-1])
-  oracle = scored(of.records("oracle test", exits.OracleExit(), of.test))
+  full = of.records(f"static {of.num_layers} test", exits.StaticExit(of.num_layers), of.test)
+  oracle = scorer.scores(of.records("oracle test", exits.OracleExit(), of.test), full)
   table = experiments.gains(of, targets=TARGETS, methods=[METHOD])
   cells = {(row.target, row.measure): row.gains[0] for row in table.rows}
   calibrated = [
     [title, titled(m), *(cell(cells[target, m], target.tolerance) for target in TARGETS)]
     for m in of.measures
   ]
-  calibrated.append([title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"])
-  curves = {titled(m): list(map(scored, of.test_grids[m].records)) for m in of.measures}
-  curves["static"] = list(map(scored, static))
-  by_depth = []
-  for name, points in curves.items():
-    points = sorted(points, key=lambda point: point.layers)
-    layers, quality = zip(*((p.layers, 100 * p.quality) for p in points), strict=True)
-    values = np.interp(DEPTHS, layers, quality, left=np.nan, right=np.nan)
-    by_depth.append([title, name, *("" if np.isnan(v) else f"{v:.1f}" for v in values)])
-  return calibrated, by_depth
+  return [*calibrated, [title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"]]
 
 
 def main() -> None:
@@ -95,25 +82,19 @@ def main() -> None:
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--seed", type=int, default=0, help="draws the prompts")
   parser.add_argument("--cache", default="runs/measures", help="what is done already")
-  parser.add_argument("--output", help="begin of the names of the two JSON files")
+  parser.add_argument("--output", help="begin of the name of the JSON file")
   arguments = parser.parse_args()
-  lines, depths = [], []
+  lines = []
   for name in arguments.tasks:
-    calibrated, by_depth = rows(opened(arguments, name))
-    lines += calibrated
-    depths += by_depth
-    for line in [*calibrated, *by_depth]:
+    lines += rows(opened(arguments, name))
+    for line in lines[-len(arguments.measures) - 1 :]:
       print("  ".join(f"{text:<24}" for text in line), flush=True)
   if arguments.output:
-    for kind, heads, made in (
-      ("calibrated", [f"delta = {target.tolerance:g}" for target in TARGETS], lines),
-      ("by_depth", [f"{depth:g} layers" for depth in DEPTHS], depths),
-    ):
-      columns = ["task", "measure", *heads]
-      padded = [[*row, *[""] * (len(columns) - len(row))] for row in made]
-      align = ["left", "left", *["right"] * len(heads)]
-      about = {"align": align, "machine": "two shared CPU cores", "packages": ["jax"]}
-      tables.write(f"{arguments.output}_{kind}.json", columns, padded, **about)
+    columns = ["task", "measure", *(f"delta = {target.tolerance:g}" for target in TARGETS)]
+    padded = [[*row, *[""] * (len(columns) - len(row))] for row in lines]
+    align = ["left", "left", *["right"] * len(TARGETS)]
+    about = {"align": align, "machine": "two shared CPU cores", "packages": ["jax"]}
+    tables.write(f"{arguments.output}_calibrated.json", columns, padded, **about)
 
 
 if __name__ == "__main__":

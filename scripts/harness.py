@@ -1,17 +1,15 @@
-"""Timing: calls that take turns, medians of the repeats, and ratios within a repeat."""
+"""Timing: calls that take turns, and medians of the repeats."""
 
 import dataclasses
-import math
 import os
 import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from scipy import stats
 
 
 @dataclasses.dataclass
@@ -43,30 +41,6 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Ti
       timed[name].seconds.append(seconds)
       timed[name].results.append(jax.device_get(result))
   return timed
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-  """The median of ratios within repeats, and its 95 % interval by order statistics.
-
-  The interval supposes no distribution; its ends are NaN where there are too few repeats.
-  """
-
-  median: float
-  low: float
-  high: float
-
-  def __str__(self) -> str:
-    if math.isnan(self.low) or math.isnan(self.high):
-      return f"{self.median:.2f}"
-    return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
-  """How many times as long `over` took as `under`, repeat by repeat."""
-  ratios = [a / b for a, b in zip(over, under, strict=True)]
-  ends = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
-  return Ratio(statistics.median(ratios), float(ends.low), float(ends.high))
 
 
 def machine() -> str:

@@ -16,16 +16,14 @@ import json
 import pathlib
 import platform
 import random
-import re
 import shutil
 import subprocess
 import time
 from typing import Any
 
-import jax
 import numpy as np
+import tables
 
-import calm
 from calm import checkpoints, exits, fitting, inference, storage
 from calm.calibrate import Prompt, calibrate, generations, metrics
 from calm.calibrate import losses as sequence_losses
@@ -250,23 +248,10 @@ def record(arguments: argparse.Namespace, made: dict) -> None:
   path = pathlib.Path(arguments.output)
   rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
   key = lambda row: (row["model"], row["task"], row["exits"])
-  names = [re.sub("=.*", "=FOLDER", model) for model in arguments.models]
   rows = sorted([row for row in rows if key(row) != key(made)] + [made], key=key)
-  table = {
-    "command": "python scripts/show_fit.py --data=data --work=runs/fit --output=frozen.json"
-    f" --models {' '.join(names)} --ways {' '.join(arguments.ways)}"
-    f" --rows={arguments.rows} --budget={arguments.budget}",
-    "machine": "two shared CPU cores",
-    "columns": COLUMNS,
-    "rows": rows,
-    "versions": {
-      "calm": calm.__version__,
-      "jax": jax.__version__,
-      "python": platform.python_version(),
-    },
-  }
-  text = json.dumps(table, indent=1, ensure_ascii=False)
-  storage.write_atomically(path, text + "\n")
+  python = {"python": platform.python_version()}
+  machine, packages = "two shared CPU cores", ("jax",)
+  tables.write(path, COLUMNS, rows, machine=machine, packages=packages, versions=python)
 
 
 if __name__ == "__main__":

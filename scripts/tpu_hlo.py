@@ -7,13 +7,8 @@ nothing, so the cycles are added up along the path that a forced exit takes.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
-# Instructions that compute nothing, as such without an estimate.
-FREE = {
-  *("after-all", "bitcast", "constant", "get-tuple-element", "iota", "parameter"),
-  *("partition-id", "replica-id", "tuple", "conditional", "while"),
-}
 # What moves numbers and makes none.
 MOVES = {"copy", "copy-start", "transpose", "reverse"}
 COLLECTIVES = (
@@ -178,13 +173,11 @@ def step_cycles(
   module: Module,
   path: Path,
   segments: int = 1,
-  counts: Callable[[Instruction], bool] = lambda instruction: True,
 ) -> int:
   """Estimated cycles of one token whose every row leaves after `segments` segments.
 
-  Only instructions that `counts` names are counted. Fills of skipped layers that a forced exit
-  never makes pending (loops of no turn) are left out; so is what the compiler gives no estimate
-  for.
+  Fills of skipped layers that a forced exit never makes pending (loops of no turn) are left
+  out; so is what the compiler gives no estimate for.
   """
   # Segments that control flow has still to run: without a conditional of its own, the first
   # always is.
@@ -203,7 +196,7 @@ def step_cycles(
           left -= 1
           total += run(instruction.called("body"), turns=False)
       else:
-        total += instruction.cycles or 0 if counts(instruction) else 0
+        total += instruction.cycles or 0
     return total
 
   total = run(module.token_loop(), turns=True)
@@ -213,15 +206,6 @@ def step_cycles(
       " that it has."
     )
   return total
-
-
-def unestimated(module: Module) -> dict[str, int]:
-  """Opcodes in the token loop that carry no estimate, with their number."""
-  counts: dict[str, int] = {}
-  for instruction in module.within(module.token_loop()):
-    if instruction.cycles is None and instruction.opcode not in FREE:
-      counts[instruction.opcode] = counts.get(instruction.opcode, 0) + 1
-  return counts
 
 
 def moved(module: Module, elements: int) -> list[Instruction]:

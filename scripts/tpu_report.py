@@ -3,23 +3,17 @@
 Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
 
   pip install '.[train,tpu]'   (x86 Linux)
-  python scripts/tpu_report.py --topology=v3:2x2 --sizes=8x64,32x64     a table of your own
-  python scripts/tpu_report.py --table                                  scripts/results/tpu.json
-
-Of the programs that a command names, those that its output holds already are kept; that of
-`--table` is shown by scripts/tables.py.
+  python scripts/tpu_report.py     scripts/results/tpu.json
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,10 +25,11 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
+import tables
 import tpu_hlo
 from jax.experimental import topologies
 
-from calm import exits, storage
+from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
@@ -167,185 +162,77 @@ def compiled(
   return Compiled(tpu_hlo.parse(made.as_text() or ""), memory.temp_size_in_bytes, caches, half)
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """One program, one row of the table.
-
-  Attributes:
-    topology, shape, dtype: where and what.
-    batch, input, length: rows, tokens of a prompt, tokens decoded.
-    program: 'static' or an engine's name.
-    kilocycles: of one token by exit layer (as text: JSON's keys are).
-    temporaries_mb, caches_mb: of the deepest exit.
-    moved: instructions of its token loop that only move half a layer's keys or more.
-    collectives: of its token loop.
-  """
-
-  topology: str
-  shape: str
-  dtype: str
-  batch: int
-  input: int
-  length: int
-  program: str
-  kilocycles: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  temporaries_mb: float = 0.0
-  caches_mb: float = 0.0
-  moved: int = 0
-  collectives: int = 0
-
-  @property
-  def place(self) -> tuple[Any, ...]:
-    """What programs that are compared have in common."""
-    return self.topology, self.shape, self.dtype, self.batch, self.input, self.length
-
-  def made(self, layers: Sequence[int]) -> "Estimate":
-    """With the figures of these exit layers, ascending: compiles, once a static depth."""
-    config, sizes = configuration(self.shape, self.dtype), (self.batch, self.input, self.length)
-    one, cycles = None, {}
-    for layer in layers:
-      if one is None or self.program == "static":
-        one = compiled(self.topology, config, self.program, layer, sizes)
-      segments = 1 if self.program == "static" else layer
-      total = tpu_hlo.step_cycles(one.module, PATHS[self.program], segments)
-      cycles[str(layer)] = total / 1e3
-    assert one is not None, "no exit layer"
-    return dataclasses.replace(
-      self,
-      kilocycles=cycles,
-      temporaries_mb=one.temporaries / 1e6,
-      caches_mb=one.caches / 1e6,
-      moved=len(tpu_hlo.moved(one.module, one.half_cache)),
-      collectives=sum(tpu_hlo.collectives(one.module).values()),
-    )
-
-
-def cases(
-  topology: str,
-  dtype: str,
-  sizes: str,
-  programs: str,
-  shape: str = "small",
-  input_length: int = 128,
-) -> list[Estimate]:
-  """Programs without their figures, from words as the command line has them."""
-  made = []
-  for size in sizes.split(","):
-    batch, length = map(int, size.split("x"))
-    where = topology, shape, dtype, batch, input_length, length
-    made += [Estimate(*where, name) for name in programs.split(",")]
-  return made
-
-
-# What the table shows. `compacted` lays caches out anew at 128 rows, and takes minutes to
-# compile.
+# What the table shows: topology, dtype, rows, tokens decoded, programs. `compacted` lays caches
+# out anew at 128 rows, and takes minutes to compile.
+THREE = ("static", "eager", "deferred")
 TABLE = (
-  *cases("v3:2x2", "bfloat16", "1x64", "static,deferred"),
-  *cases("v3:2x2", "float32", "1x64,128x64", "static,eager,deferred"),
-  *cases("v3:2x2", "float32", "8x512", "static,deferred"),
-  *cases("v3:2x2", "float32", "8x64,32x64", "static,eager,deferred,compacted"),
-  *cases("v5e:2x2", "float32", "1x64", "static,deferred"),
+  ("v3:2x2", "bfloat16", 1, 64, ("static", "deferred")),
+  ("v3:2x2", "float32", 1, 64, THREE),
+  ("v3:2x2", "float32", 8, 64, (*THREE, "compacted")),
+  ("v3:2x2", "float32", 8, 512, ("static", "deferred")),
+  ("v3:2x2", "float32", 32, 64, (*THREE, "compacted")),
+  ("v3:2x2", "float32", 128, 64, THREE),
+  ("v5e:2x2", "float32", 1, 64, ("static", "deferred")),
+)
+EXITS = (1, 2, 4, 8)
+INPUT = 128  # tokens of a prompt
+COLUMNS = (
+  *("TPU, model", "B, length", "program", *(f"exit at {k}" for k in EXITS)),
+  *("temporaries, MB", "caches, MB", "moves"),
 )
 
 
-def versions() -> dict[str, str]:
-  """Of what decides the figures."""
-  return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+def rows(topology: str, dtype: str, batch: int, length: int, programs: Sequence[str]) -> list:
+  """Rows of the table: thousands of cycles by exit layer, in brackets the ratio to static."""
+  config, sizes, static, made = configuration("small", dtype), (batch, INPUT, length), {}, []
+  for name in programs:
+    one, cells = None, []
+    for layer in EXITS:
+      if one is None or name == "static":
+        one = compiled(topology, config, name, layer, sizes)
+      segments = 1 if name == "static" else layer
+      cycles = tpu_hlo.step_cycles(one.module, PATHS[name], segments) / 1e3
+      if name == "static":
+        static[layer] = cycles
+      cells.append(f"{cycles:.0f}" + (f" ({cycles / static[layer]:.2f})" * (name != "static")))
+    assert one is not None
+    memory = [f"{one.temporaries / 1e6:.0f}", f"{one.caches / 1e6:.0f}"]
+    moves = len(tpu_hlo.moved(one.module, one.half_cache))
+    where = f"{topology.split(':')[0]}, small {dtype}"
+    made.append([where, f"{batch}, {length}", name, *cells, *memory, moves])
+    print(*made[-1], sep=" | ", flush=True)
+  return made
 
 
-def stored(path: pathlib.Path | None) -> list[Estimate]:
-  """What an earlier run of the same versions wrote.
-
-  Raises:
-    ValueError: the versions are others.
-  """
-  if path is None or not path.exists():
-    return []
-  value = json.loads(path.read_text("utf-8"))
-  if value["versions"] != versions():
-    raise ValueError(
-      f"Expected {path} to be made with {versions()}, got {value['versions']}; name another"
-      " `--output`, or delete it."
-    )
-  return [Estimate(**one) for one in value["programs"]]
+def write(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Any], left: int) -> None:
+  """Writes a table whose first `left` columns are words."""
+  align = ["left"] * left + ["right"] * (len(columns) - left)
+  machine = "compiled for the TPU, estimated by its compiler: nothing was run"
+  packages = ("jax", "jaxlib", "libtpu")
+  tables.write(path, columns, rows, align=align, machine=machine, packages=packages)
 
 
-def table(estimates: Sequence[Estimate]) -> dict[str, Any]:
-  """Columns and rows: thousands of cycles by exit layer, in brackets the ratio to static."""
-  layers = sorted({int(layer) for one in estimates for layer in one.kilocycles})
-  static = {one.place: one.kilocycles for one in estimates if one.program == "static"}
-  first = ["TPU, model", "B, length", "program"]
-  last = ["temporaries, MB", "caches, MB", "moves"]
-  rows = []
-  for one in estimates:
-    beside = {} if one.program == "static" else static.get(one.place, {})
-    cells = [_cell(one.kilocycles.get(str(k)), beside.get(str(k))) for k in layers]
-    where = f"{one.topology.split(':')[0]}, {one.shape} {one.dtype}"
-    memory = [f"{one.temporaries_mb:.0f}", f"{one.caches_mb:.0f}", one.moved]
-    rows.append([where, f"{one.batch}, {one.length}", one.program, *cells, *memory])
-  columns = [*first, *(f"exit at {k}" for k in layers), *last]
-  align = ["left"] * len(first) + ["right"] * (len(layers) + len(last))
-  return {"columns": columns, "rows": rows, "align": align}
-
-
-def _cell(cycles: float | None, static: float | None) -> str | None:
-  if cycles is None:
-    return None
-  return f"{cycles:.0f}" + (f" ({cycles / static:.2f})" if static else "")
-
-
-def write(path: pathlib.Path, command: str, estimates: Sequence[Estimate]) -> None:
-  """Writes the table with what it was made from."""
-  order = sorted(estimates, key=lambda one: (*one.place, list(PATHS).index(one.program)))
-  value = {
-    "command": command,
-    "versions": versions(),
-    "machine": "compiled for the TPU, estimated by its compiler: nothing was run",
-    **table(order),
-    "programs": [dataclasses.asdict(one) for one in order],
-  }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  storage.write_atomically(path, json.dumps(value, indent=1) + "\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-  """Compiles what the command names, and writes the output."""
-  numbers = lambda text: [int(part) for part in text.split(",")]
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--table", action="store_true", help="the programs of the table")
-  parser.add_argument("--topology", default="v3:2x2")
-  parser.add_argument("--shape", default="small", choices=SIZES)
-  parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-  parser.add_argument("--sizes", default="1x64,8x64,32x64", help="rows x tokens decoded")
-  parser.add_argument("--input_length", default=128, type=int)
-  parser.add_argument("--exit_layers", default=[1, 2, 4, 8], type=numbers)
-  parser.add_argument("--programs", default="static,deferred", help=", ".join(PATHS))
-  parser.add_argument("--output", type=pathlib.Path, help="of --table: results/tpu.json")
-  flags = parser.parse_args(arguments)
-  output = flags.output or (OUTPUT if flags.table else None)
+def refuse_elsewhere() -> None:
+  """SystemExit where nothing can be compiled for a TPU."""
   if reason := available():
     raise SystemExit(
       f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"
       " Linux with the compiler."
     )
-  given = [part for part in arguments or sys.argv[1:] if not part.startswith("--output")]
-  command = shlex.join(["python", "scripts/tpu_report.py", *given])
-  words = flags.topology, flags.dtype, flags.sizes, flags.programs
-  wanted = TABLE if flags.table else cases(*words, flags.shape, flags.input_length)
-  held = {(one.place, one.program): one for one in stored(output)}
+
+
+def main() -> None:
+  """Compiles the programs of the table, and writes it."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
+  output = parser.parse_args().output
+  refuse_elsewhere()
   made = []
-  for one in wanted:
-    known = held.get((one.place, one.program))
-    made.append(known or one.made(flags.exit_layers))
-    print(made[-1], flush=True)
-    # What is still to come is kept meanwhile.
-    later = [
-      held[x.place, x.program] for x in wanted[len(made) :] if (x.place, x.program) in held
-    ]
-    if output:
-      write(output, command, [*made, *later])
+  for case in TABLE:
+    made += rows(*case)
+    write(output, COLUMNS, made, left=3)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ Compiled for the TPU that is named, estimated by its compiler: nothing runs, non
   python scripts/tpu_steps.py --steps=squad_small_train,large_train
 
 Parameters and activations lie along the mesh by T5X's standard rules (one axis of activations
-and one of parameters). Steps that scripts/results/tpu_memory.json holds of the same versions
-are kept, and the command in it names them all.
+and one of parameters).
 """
 
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +27,7 @@ from flax.linen import partitioning
 from jax import sharding
 from jax.experimental import topologies
 
-from calm import exits, storage
+from calm import exits
 from calm.decode import program as program_lib
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network, platforms
@@ -183,18 +180,14 @@ class Memory:
   Attributes:
     step: what was compiled.
     arguments, temporaries, peak: GB (10^9 bytes); the peak counts donated arguments once.
-    collectives: of the whole step, with their number.
     loop_collectives: of the token loop; None of a training step.
-    seconds: of compilation.
   """
 
   step: Step
   arguments: float
   temporaries: float
   peak: float
-  collectives: Mapping[str, int]
   loop_collectives: int | None
-  seconds: float
 
 
 def compiled(step: Step) -> Any:
@@ -207,7 +200,6 @@ def memory(step: Step) -> Memory:
   Raises:
     RuntimeError: it does not fit the core's memory, or the compiler tells nothing.
   """
-  start = time.perf_counter()
   try:
     made = compiled(step)
   except jax.errors.JaxRuntimeError as error:
@@ -227,9 +219,7 @@ def memory(step: Step) -> Memory:
     found.argument_size_in_bytes / 1e9,
     found.temp_size_in_bytes / 1e9,
     (peak + found.temp_size_in_bytes) / 1e9,
-    tpu_hlo.collectives(module, module.entry),
     sum(tpu_hlo.collectives(module).values()) if decodes else None,
-    time.perf_counter() - start,
   )
 
 
@@ -270,57 +260,25 @@ def row(name: str, one: Memory) -> list[Any]:
   return [name, where, lengths, *kept, loops]
 
 
-def write(path: pathlib.Path, made: Mapping[str, Memory]) -> None:
-  """Writes the table; its command makes all that it holds."""
-  names = [name for name in STEPS if name in made]
-  columns = [
-    "step",
-    "cores, data x model",
-    "batch, lengths",
-    "arguments, GB",
-    "temporaries, GB",
-  ]
-  columns += ["in all, GB of 16 a core", "collectives in the token loop"]
-  value = {
-    "command": f"python scripts/tpu_steps.py --steps={','.join(names)}",
-    "versions": tpu_report.versions(),
-    "machine": "compiled for the TPU, estimated by its compiler: nothing was run",
-    "columns": columns,
-    "align": ["left"] * 3 + ["right"] * 4,
-    "rows": [row(name, made[name]) for name in names],
-    "steps": {name: dataclasses.asdict(made[name]) for name in names},
-  }
-  storage.write_atomically(path, json.dumps(value, indent=1) + "\n")
+COLUMNS = (
+  *("step", "cores, data x model", "batch, lengths", "arguments, GB", "temporaries, GB"),
+  *("in all, GB of 16 a core", "collectives in the token loop"),
+)
 
 
-def stored(path: pathlib.Path) -> dict[str, Memory]:
-  """Steps that an earlier run of the same versions compiled, as they are defined now."""
-  if not path.exists():
-    return {}
-  value = json.loads(path.read_text("utf-8"))
-  found = value["steps"] if value["versions"] == tpu_report.versions() else {}
-  made = {k: Memory(**{**v, "step": Step(**v["step"])}) for k, v in found.items()}
-  return {name: one for name, one in made.items() if STEPS.get(name) == one.step}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--steps", default=list(STEPS), type=lambda text: text.split(","))
   parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
-  flags = parser.parse_args(arguments)
-  if reason := tpu_report.available():
-    raise SystemExit(
-      f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"
-      " Linux with the compiler."
-    )
-  made = stored(flags.output)
+  flags = parser.parse_args()
+  tpu_report.refuse_elsewhere()
+  made = []
   for name in flags.steps:
-    if name not in made:
-      made[name] = memory(STEPS[name])
-      print(*row(name, made[name]), f"{made[name].seconds:.0f} s", sep=" | ", flush=True)
-    write(flags.output, made)
+    made.append(row(name, memory(STEPS[name])))
+    print(*made[-1], sep=" | ", flush=True)
+    tpu_report.write(flags.output, COLUMNS, made, left=3)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
-import pytest
+from scripts import mutation_check
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 SOURCE = '''
@@ -25,33 +24,13 @@ def check(x=True):
 '''
 
 
-@pytest.fixture
-def script(monkeypatch):
-  """The script as a module, as `python scripts/mutation_check.py` finds them."""
-  monkeypatch.syspath_prepend(str(SCRIPTS))
-  import mutation_check
-
-  return mutation_check
-
-
-def test_each_mutant_is_one_change(script):
-  mutants = list(script.mutants(SOURCE))
-  assert sorted((m.line, m.change, m.function) for m in mutants) == [
-    (3, "3 -> 4", 0),
-    (8, "0 -> 1", 6),
-    (8, "1 -> 2", 6),
-    (8, "2 -> 3", 6),
-    (8, "9 -> 10", 6),
-    (8, "Lt -> LtE", 6),
-    (8, "LtE -> Lt", 6),
-    (8, "Not dropped", 6),
-    (8, "USub dropped", 6),
-    (8, "max -> min", 6),
-    (9, "True -> False", 9),
-    (10, "2 -> 3", 9),
-    (10, "Gt -> GtE", 9),
-    (12, "Add -> Sub", 9),
-    (12, "any -> all", 9),
+def test_each_mutant_is_one_change():
+  mutants = list(mutation_check.mutants(SOURCE))
+  of_8 = ("0 -> 1", "1 -> 2", "2 -> 3", "9 -> 10", "Lt -> LtE", "LtE -> Lt", "Not dropped")
+  assert sorted((m.line, m.change) for m in mutants) == [
+    *((3, "3 -> 4"), *((8, change) for change in (*of_8, "USub dropped", "max -> min"))),
+    *((9, "True -> False"), (10, "2 -> 3"), (10, "Gt -> GtE")),
+    *((12, "Add -> Sub"), (12, "any -> all")),
   ]
   plain = ast.unparse(ast.parse(SOURCE)).splitlines()
   for mutant in mutants:
@@ -60,32 +39,24 @@ def test_each_mutant_is_one_change(script):
     assert mutant.text == SOURCE.splitlines()[mutant.line - 1].strip()
 
 
-def test_all_promises_and_their_tests_are_there(script):
-  assert {"p_values", "betting", "testing", "risks"} <= set(script.TESTS)
-  folder = SCRIPTS.parent / "tests" / "calibrate"
-  for names in script.TESTS.values():
-    assert all((folder / f"{name}.py").is_file() for name in names)
-
-
-def test_tests_that_enter_the_function_come_first_and_the_quick_ones_of_them(script):
-  seen = {"a": (0.1, []), "b": (2.0, [5]), "c": (1.0, [5, 9])}
-  items = [types.SimpleNamespace(nodeid=name) for name in "abc"]
-  script.Order(seen, 5).pytest_collection_modifyitems(items)
-  assert [item.nodeid for item in items] == ["c", "b", "a"]
-  script.Order(seen, 0).pytest_collection_modifyitems(items)
-  assert [item.nodeid for item in items] == ["a", "c", "b"]
+def test_all_modules_and_their_tests_are_there():
+  assert {"p_values", "betting", "testing", "risks"} <= set(mutation_check.TESTS)
+  root = SCRIPTS.parent
+  for module, names in mutation_check.TESTS.items():
+    assert (root / "calm" / "calibrate" / f"{module}.py").is_file()
+    assert all((root / "tests" / "calibrate" / f"{name}.py").is_file() for name in names)
 
 
 # Forks, which a process with JAX in it should not.
 RUN = """
-import pathlib, sys
+import pathlib
 import mutation_check as check
 module = pathlib.Path("sums_of_two.py").resolve()
 tests = [str(module.with_name("sums_of_two_test.py"))]
-subject, seen = check.watched(check.Subject("sums_of_two", module, tests), module.read_text())
-assert [entered for _, entered in seen.values()] == [[1]] and 5.0 < subject.limit < 600.0, seen
+subject = check.Subject("sums_of_two", module, tests).limited()
+assert 5.0 < subject.limit < 600.0
 mutants = check.mutants("def add(x, y):\\n  return x * y + 0\\n")
-found = {mutant.change: lives for mutant, lives in check.survivors(subject, mutants, seen, 2)}
+found = {mutant.change: lives for mutant, lives in check.survivors(subject, mutants, 2)}
 # 2 and 2 do not tell sums from products.
 assert found == {"Add -> Sub": True, "Mult -> Div": False, "0 -> 1": False}, found
 """
@@ -96,11 +67,7 @@ def test_a_test_that_notices_kills(tmp_path):
   (tmp_path / "sums_of_two_test.py").write_text(
     "import sums_of_two\ndef test_add(): assert sums_of_two.add(2, 2) == 4\n"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", RUN],
-    cwd=tmp_path,
-    env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{tmp_path}"},
-    capture_output=True,
-    text=True,
-  )
+  env = {**os.environ, "PYTHONPATH": f"{SCRIPTS}:{tmp_path}"}
+  run = [sys.executable, "-c", RUN]
+  done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
