@@ -95,8 +95,7 @@ class Style:
   title: str
 
 
-# Nine colours that stay apart for deuteranopes and protanopes, on light and on dark pages
-# (tests/paper/colours_test.py says by how much).
+# Nine colours that stay apart for deuteranopes and protanopes, on light and on dark pages.
 STYLES: Mapping[str, Style] = {
   "softmax": Style("#0077aa", "o", "-", "softmax"),
   "shortlist": Style("#6611ff", "D", "--", "softmax, shortlist first"),

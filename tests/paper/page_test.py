@@ -5,6 +5,8 @@ import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -157,3 +159,19 @@ def test_the_terminal_shows_the_table():
     page.print_report(rich.console.Console(file=file, width=width), [samples.report()])
     narrow = file.getvalue()
     assert max(map(len, narrow.splitlines())) <= width and "…" not in narrow
+
+
+def test_the_slider_recolours_the_outputs_in_a_browser(tmp_path, text):
+  chromium = shutil.which("chromium") or pytest.skip("needs Chromium: apt-get install chromium")
+  move = "const s = document.querySelector('.slider'); s.value = 2;"
+  move += " s.dispatchEvent(new Event('input'))"
+  (tmp_path / "page.html").write_text(f"{text}<script>{move}</script>", "utf-8")
+  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+  done = subprocess.run(
+    [chromium, *flags, "--dump-dom", (tmp_path / "page.html").as_uri()],
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  layers = [re.findall(r'data-l="(\d)"', page)[:2] for page in (text, done.stdout)]
+  assert layers == [["4", "2"], ["4", "1"]] and "CONSOLE" not in done.stderr
