@@ -10,12 +10,12 @@ Needs numpy and scipy only.
 """
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable
 
+import laws
 import numpy as np
 import tables
-from compare_bets import draw
 
 from calm.calibrate import Online, Support, methods, online
 
@@ -23,37 +23,12 @@ ERROR_RATE = 0.05
 LAWS = ("text", "near binary", "dense")
 
 
-def heavy(generator: np.random.Generator, mean: float, shape) -> np.ndarray:
-  """One text in fifty is lost whole, the others lose little."""
-  return np.where(generator.random(shape) < 0.02, 1.0, (mean - 0.02) / 0.98)
-
-
-def two_values(generator: np.random.Generator, mean: float, shape) -> np.ndarray:
-  """Exact match."""
-  return (generator.random(shape) < mean) * 1.0
-
-
-def signed(generator: np.random.Generator, mean: float, shape) -> np.ndarray:
-  """Differences of a risk."""
-  up, down = 0.2 + mean / 2.0, 0.2 - mean / 2.0
-  change = generator.random(shape)
-  return np.where(change < up, 1.0, np.where(change < up + down, -1.0, 0.0))
-
-
-OWN = {"heavy": heavy, "0 or 1": two_values, "signed": signed}
-
-
-def of_law(name: str) -> Callable[..., np.ndarray]:
-  """The law of a name: (generator, mean, shape) -> losses."""
-  return OWN.get(name) or (lambda generator, mean, shape: draw(name, generator, mean, shape))
-
-
 def at_the_bound(law: str, tolerance: float, lives: int, checks: int) -> float:
   """Share of lives that ever certify a threshold of that risk, all followed at once."""
   generator = np.random.default_rng([52, checks, round(1000 * tolerance), len(law)])
   wealth = online.Wealth(1.0 / (1.0 - tolerance), (lives,))
   for _ in range(checks):
-    wealth.bet(tolerance - of_law(law)(generator, tolerance, (1, lives))[0])
+    wealth.bet(tolerance - laws.BY_NAME[law](generator, tolerance, (1, lives))[0])
   target = -math.log(online.life_level(ERROR_RATE, 0))
   return float(np.mean(wealth.highest >= target))
 
@@ -61,9 +36,9 @@ def at_the_bound(law: str, tolerance: float, lives: int, checks: int) -> float:
 def wrong_table(lives: int) -> tuple[list[str], list[list[str]]]:
   """Columns and rows of `wrong`."""
   rows = []
-  for law in (*LAWS, "heavy", "0 or 1"):
-    share = at_the_bound(law, 0.1, lives, 2000)
-    rows.append([law, "0.1", "2000", str(lives), f"{share:.4f}", error(share, lives)])
+  for law, tolerance in itertools.product(laws.BY_NAME, (0.05, 0.1)):
+    share = at_the_bound(law, tolerance, lives, 2000)
+    rows.append([law, str(tolerance), "2000", str(lives), f"{share:.4f}", error(share, lives)])
     print(rows[-1], flush=True)
   return ["losses", "tolerance", "checks", "lives", "wrong", "standard error"], rows
 
@@ -75,7 +50,7 @@ def error(share: float, count: int) -> str:
 def certified(law: str, tolerance: float, mean: float, size: int, draws: int) -> float:
   """Share of batches of so many prompts that are certified without a uniform."""
   generator = np.random.default_rng([54, size])
-  losses = of_law(law)(generator, mean, (size, draws))
+  losses = laws.BY_NAME[law](generator, mean, (size, draws))
   sample = methods.Sample(losses, Support(), tolerance, ERROR_RATE)
   return float(
     np.mean(
@@ -111,7 +86,7 @@ def cost_table(lives: int) -> tuple[list[str], list[list[str]]]:
     target, found = -math.log(online.life_level(ERROR_RATE, 0)), np.full(lives, np.inf)
     while np.isinf(found).any() and most < 40 * batch:
       most += 1
-      wealth.bet(tolerance - of_law(law)(generator, mean, (1, lives))[0])
+      wealth.bet(tolerance - laws.BY_NAME[law](generator, mean, (1, lives))[0])
       found[np.isinf(found) & (wealth.highest >= target)] = most
     found[np.isinf(found)] = most
     quantiles = (np.median(found), found.mean(), np.quantile(found, 0.8))
@@ -156,12 +131,12 @@ def delay_table(lives: int) -> tuple[list[str], list[list[str]]]:
       generator = np.random.default_rng([57, good])
       alarm = online.Wealth(1.0 / tolerance, (lives,), restarts=True)
       for _ in range(good):
-        alarm.bet(draw("text", generator, 0.5 * tolerance, (1, lives))[0] - tolerance)
+        alarm.bet(laws.text(generator, 0.5 * tolerance, (1, lives))[0] - tolerance)
       false = alarm.highest >= math.log(20.0)
       found, count = np.where(false, -1.0, np.inf), 0
       while np.isinf(found).any():
         count += 1
-        alarm.bet(draw("text", generator, 2.0 * tolerance, (1, lives))[0] - tolerance)
+        alarm.bet(laws.text(generator, 2.0 * tolerance, (1, lives))[0] - tolerance)
         found[np.isinf(found) & (alarm.highest >= math.log(20.0))] = count
       seen = found[~false]
       cells = [

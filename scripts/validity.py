@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable
 
+import laws
 import numpy as np
 import tables
 from scipy import stats
@@ -33,46 +34,11 @@ from calm.calibrate import (
 from calm.calibrate.certify import each_group as calibrate_each_group
 
 LEVEL, TOLERANCE = 0.05, 0.1
-# Columns that share what belongs to a prompt (labels, weights) or to a call (the uniform of a
-# randomised test); blocks of them are independent.
-COLUMNS = 100
+# Columns of a block, each with a uniform of its own; and of one where all share what belongs to
+# a prompt (labels, weights) or to a call (the uniform of a randomised test).
+COLUMNS, SHARING = 100, 4
 COLUMN_NAMES = ("promise", "losses", "prompts", "level", "wrong", "standard error", "draws")
 ORDERS = ("sorted", "stratified", "clustered")
-
-
-def text_like(generator: np.random.Generator, mean, shape) -> np.ndarray:
-  """Most texts are unchanged, the others lose something."""
-  return (generator.random(shape) < 3.0 * np.asarray(mean)) * generator.beta(1.5, 3.0, shape)
-
-
-def zero_or_one(generator: np.random.Generator, mean, shape) -> np.ndarray:
-  """Exact match."""
-  return (generator.random(shape) < mean) * 1.0
-
-
-def near_binary(generator: np.random.Generator, mean, shape) -> np.ndarray:
-  """F1 of short answers."""
-  changed = generator.random(shape) < np.asarray(mean) / 0.875
-  return changed * np.where(generator.random(shape) < 0.75, 1.0, 0.5)
-
-
-def dense(generator: np.random.Generator, mean, shape) -> np.ndarray:
-  """All texts change a little."""
-  return generator.beta(20.0 * mean, 20.0 * (1.0 - mean), shape)
-
-
-def heavy(generator: np.random.Generator, mean, shape) -> np.ndarray:
-  """One text in fifty is lost whole, the others lose little."""
-  return np.where(generator.random(shape) < 0.02, 1.0, (mean - 0.02) / 0.98)
-
-
-def signed(generator: np.random.Generator, mean, shape) -> np.ndarray:
-  """Differences of a risk: some for the worse, as many for the better."""
-  change = generator.random(shape)
-  half = 0.5 + np.asarray(mean)
-  return np.where(change < 0.4 * half, 1.0, np.where(change < 0.4, -1.0, 0.0)) * 0.5 + (
-    0.6 * np.asarray(mean)
-  )
 
 
 def table(values: np.ndarray, **fields) -> SequenceLosses:
@@ -125,35 +91,35 @@ def mean(law, support=None, method="auto"):
 
 
 def quantile(generator, count):
-  values = np.where(generator.random((count, COLUMNS)) < 0.1, 0.5, 0.05)
+  values = np.where(generator.random((count, SHARING)) < 0.1, 0.5, 0.05)
   return certified(table(values), tolerance=TOLERANCE, promise=risks.Quantile(0.9))
 
 
 def every_group(generator, count):
   labels = np.where(generator.random(count) < 0.5, "easy", "hard")
   rates = np.where(labels == "hard", TOLERANCE, 0.0)[:, None]
-  values = text_like(generator, rates, (count, COLUMNS))
+  values = laws.text(generator, rates, (count, SHARING))
   promise = risks.EveryGroup(labels=labels.tolist())
   return certified(table(values), tolerance=TOLERANCE, promise=promise)
 
 
 def each_group(generator, count):
   labels = ["a" if row % 2 else "b" for row in range(count)]
-  losses = table(text_like(generator, TOLERANCE, (count, COLUMNS)))
+  losses = table(laws.text(generator, TOLERANCE, (count, SHARING)))
   found = calibrate_each_group(losses, labels, tolerance=TOLERANCE, error_rate=LEVEL)
   wrong = [one.column("p_value") <= LEVEL / len(found) for one in found.values()]
   return np.any(wrong, axis=0)
 
 
 def early_exits(generator, count):
-  depths = generator.choice([2.0, 4.0, 8.0], (count, COLUMNS))
-  values = text_like(generator, np.where(depths <= 2.0, TOLERANCE, 0.02), depths.shape)
+  depths = generator.choice([2.0, 4.0, 8.0], (count, SHARING))
+  values = laws.text(generator, np.where(depths <= 2.0, TOLERANCE, 0.02), depths.shape)
   promise = risks.EarlyExits((2.0, 4.0), depths=depths)
   return certified(table(values), tolerance=TOLERANCE, promise=promise)
 
 
 def tail_mean(generator, count):
-  shape = (count, COLUMNS)  # the worst tenth loses 0.4 on average
+  shape = (count, SHARING)  # the worst tenth loses 0.4 on average
   values = np.where(generator.random(shape) < 0.1, generator.uniform(0.2, 0.6, shape), 0.0)
   return certified(table(values), tolerance=0.4, promise=risks.TailMean(0.9, 0.2))
 
@@ -161,14 +127,14 @@ def tail_mean(generator, count):
 def known_mixture(generator, count):
   often = generator.random(count) < 0.5
   rates = np.where(often, 0.12, 0.04)[:, None]  # 0.1 under the weights
-  values = text_like(generator, rates, (count, COLUMNS))
+  values = laws.text(generator, rates, (count, SHARING))
   promise = risks.KnownMixture(1.5, weights=np.where(often, 1.5, 0.5))
   return certified(table(values), tolerance=TOLERANCE, promise=promise)
 
 
 def several_risks(generator, count):
-  first = table(text_like(generator, TOLERANCE, (count, COLUMNS)), kind="first")
-  second = table(text_like(generator, 0.01, (count, COLUMNS)), kind="second")
+  first = table(laws.text(generator, TOLERANCE, (count, SHARING)), kind="first")
+  second = table(laws.text(generator, 0.01, (count, SHARING)), kind="second")
   several = [risks.Risk(first, TOLERANCE), risks.Risk(second, TOLERANCE)]
   found = calibrate(risks=several, error_rate=LEVEL)
   return found.column("p_value") <= LEVEL
@@ -176,8 +142,8 @@ def several_risks(generator, count):
 
 def cost(risk: bool):
   def wrong(generator, count):
-    shape = (count, COLUMNS)
-    values = text_like(generator, TOLERANCE if risk else 0.0, shape)
+    shape = (count, SHARING)
+    values = laws.text(generator, TOLERANCE if risk else 0.0, shape)
     costs = np.full(shape, 0.1) if risk else generator.beta(2.0, 2.0, shape)
     return certified(table(values), tolerance=TOLERANCE, promise=risks.Cost(0.5, costs=costs))
 
@@ -185,7 +151,7 @@ def cost(risk: bool):
 
 
 def cluster_means(generator, count):
-  values = np.repeat(text_like(generator, TOLERANCE, (count, COLUMNS)), 4, axis=0)
+  values = np.repeat(laws.text(generator, TOLERANCE, (count, COLUMNS)), 4, axis=0)
   groups = tuple(f"g{row // 4}" for row in range(len(values)))
   return tested(generator, clusters.cluster_means(table(values), groups).values)
 
@@ -194,7 +160,7 @@ def prompts_of_clusters(generator, count):
   """Clusters of 1 or 5 prompts; those of 5 have three times the risk."""
   sizes = generator.choice([1, 5], count)
   rates = np.where(sizes == 5, 3.0, 1.0) * TOLERANCE / (16.0 / 6.0)
-  values = text_like(generator, np.repeat(rates, sizes)[:, None], (sizes.sum(), COLUMNS))
+  values = laws.text(generator, np.repeat(rates, sizes)[:, None], (sizes.sum(), COLUMNS))
   groups = tuple(f"g{row}" for row in np.repeat(np.arange(count), sizes))
   return tested(generator, clusters.cluster_means(table(values), groups, 5, TOLERANCE).values)
 
@@ -203,7 +169,7 @@ def one_configuration(generator, count):
   """All configurations are at the boundary, in two families of three."""
   families, costs = {}, {}
   for name in ("one", "other"):
-    values = zero_or_one(generator, TOLERANCE, (count, 3))
+    values = laws.zero_or_one(generator, TOLERANCE, (count, 3))
     losses = SequenceLosses(values, np.array([0.9, 0.6, 0.3]), Support(binary=True))
     families[name] = [risks.Risk(losses, TOLERANCE)]
     costs[name] = generator.random((count, 3))
@@ -213,33 +179,36 @@ def one_configuration(generator, count):
 
 def grid_of_four(generator, count):
   """The whole of `calibrate`: two thresholds within the tolerance, two at it."""
-  values = text_like(generator, [0.01, 0.05, TOLERANCE, TOLERANCE], (count, 4))
+  values = laws.text(generator, [0.01, 0.05, TOLERANCE, TOLERANCE], (count, 4))
   found = calibrate(values, [0.9, 0.7, 0.5, 0.3], tolerance=TOLERANCE, error_rate=LEVEL)
   return np.array([found.threshold < 0.7])
 
 
 CELLS = (
-  *(Cell("mean", "text", size, mean(text_like)) for size in (50, 100, 300, 1000)),
-  *(Cell("mean", "near binary", size, mean(near_binary)) for size in (50, 300)),
-  *(Cell("mean", "dense", size, mean(dense)) for size in (50, 300)),
-  *(Cell("mean", "heavy", size, mean(heavy)) for size in (50, 300)),
-  *(Cell("mean", "signed", size, mean(signed, Support(lower=-1.0))) for size in (50, 100, 300)),
-  *(Cell("mean", "0 or 1, bets", size, mean(zero_or_one)) for size in (50, 100, 300)),
-  Cell("mean", "0 or 1, binomial", 100, mean(zero_or_one, Support(binary=True))),
-  Cell("mean, no uniform", "text", 100, mean(text_like, method="betting_fixed_level")),
-  Cell("mean, convex_order", "text", 100, mean(text_like, method="convex_order")),
-  Cell("mean, betting", "text", 100, mean(text_like, method="betting")),
+  *(Cell("mean", "text", size, mean(laws.text)) for size in (50, 100, 300, 1000)),
+  *(Cell("mean", "near binary", size, mean(laws.near_binary)) for size in (50, 300)),
+  *(Cell("mean", "dense", size, mean(laws.dense)) for size in (50, 300)),
+  *(Cell("mean", "heavy", size, mean(laws.heavy)) for size in (50, 300)),
+  *(
+    Cell("mean", "signed", size, mean(laws.signed, Support(lower=-1.0)))
+    for size in (50, 100, 300)
+  ),
+  *(Cell("mean", "0 or 1, bets", size, mean(laws.zero_or_one)) for size in (50, 100, 300)),
+  Cell("mean", "0 or 1, binomial", 100, mean(laws.zero_or_one, Support(binary=True))),
+  Cell("mean, no uniform", "text", 100, mean(laws.text, method="betting_fixed_level")),
+  Cell("mean, convex_order", "text", 100, mean(laws.text, method="convex_order")),
+  Cell("mean, betting", "text", 100, mean(laws.text, method="betting")),
   Cell("mean, clusters of 4 copies", "text", 100, cluster_means),
   Cell("mean over prompts of clusters", "text", 100, prompts_of_clusters),
-  Cell("quantile", "two values", 100, quantile),
-  Cell("every group", "text", 200, every_group),
-  Cell("each group", "text", 200, each_group),
-  Cell("early exits", "text", 300, early_exits),
-  Cell("tail mean", "a worst tenth", 200, tail_mean),
-  Cell("known mixture", "text", 200, known_mixture),
-  Cell("several risks", "text", 100, several_risks),
-  Cell("cost, the risk", "text", 100, cost(risk=True), LEVEL / 2),
-  Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2),
+  Cell("quantile", "two values", 100, quantile, block=SHARING),
+  Cell("every group", "text", 200, every_group, block=SHARING),
+  Cell("each group", "text", 200, each_group, block=SHARING),
+  Cell("early exits", "text", 300, early_exits, block=SHARING),
+  Cell("tail mean", "a worst tenth", 200, tail_mean, block=SHARING),
+  Cell("known mixture", "text", 200, known_mixture, block=SHARING),
+  Cell("several risks", "text", 100, several_risks, block=SHARING),
+  Cell("cost, the risk", "text", 100, cost(risk=True), LEVEL / 2, SHARING),
+  Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2, SHARING),
   Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1, most=5000),
   Cell("mean, a grid of four", "text", 100, grid_of_four, block=1, most=2000),
 )
@@ -294,7 +263,7 @@ def simulate_orders(draws: int, most: int) -> tuple[list[list], bool]:
   lines, kept = [], True
   limit = LEVEL + 3.0 * math.sqrt(LEVEL * (1.0 - LEVEL) / draws)
   chance = float(stats.binom.sf(math.floor(limit * draws + 1e-9), draws, LEVEL))
-  for law, name in ((text_like, "text"), (zero_or_one, "0 or 1")):
+  for law, name in ((laws.text, "text"), (laws.zero_or_one, "0 or 1")):
     for order in ORDERS:
       generator = np.random.default_rng([2023, len(lines)])
       rates = np.array(

@@ -289,7 +289,8 @@ BORDER = {
 
 @pytest.mark.parametrize("name", BORDER)
 @pytest.mark.filterwarnings("ignore:every row of losses")
-def test_every_argument_is_taken_or_refused_by_name(name):
+def test_every_argument_is_taken_or_refused_by_name(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # a path among the odd values is written to
   call, given = BORDER[name]
   call(**given)
   assert list(odd_arguments.unclear(call, given)) == []
