@@ -10,7 +10,6 @@ inputs / 4, 16, 4]. Sums of 12 rows and 32 columns stay in registers while all i
 rows are shared by threads that live as long as a call: XLA runs a few operations one by one.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import INDEX, INT, LANES, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import FLOAT, INDEX, INT, LANES, Frame, Writer, constant, number
 
 # Rows, and vectors of columns, whose sums are in registers: 24 of 32.
 _HEIGHTS, _WIDTH = (12, 4, 1), 2
@@ -73,18 +72,18 @@ def _sharing(body: _Body, least: int, multiplies: bool) -> Callable[[Writer, Fra
 
 def _share(w: Writer, frame: Frame, rows: Any, worth: Any, body: _Body) -> None:
   """Divides rows among as many threads as the work is worth, this one being the first."""
-  b, word, threads = w.b, number(8), llvm.num_cores()
+  b, threads = w.b, llvm.num_cores()
   work = ir.Function(b.module, ir.FunctionType(INDEX, [INDEX]), "work")
   part = Writer(ir.IRBuilder(work.append_basic_block("begin")), b.module)
   (told,) = work.args
   of_call = Frame(part, part.word(told, 0))
   body(part, of_call, part.word(told, 1), part.word(told, 2))
   part.b.ret(number(0))
-  parts = w.most(number(1), w.least(worth, number(threads)))
+  parts = w.least(worth, number(threads))
+  parts = b.select(b.icmp_signed(">", parts, number(1)), parts, number(1))
   # Of each part: the call, its first row and the one behind its last, its thread.
-  told = b.ptrtoint(b.alloca(INDEX, number(4 * threads)), INDEX)
-  of_part = lambda i, field: b.add(told, b.mul(b.add(b.mul(i, number(4)), number(field)), word))
-  put = lambda value, at: b.store(value, b.inttoptr(at, INDEX.as_pointer()))
+  parts_at = b.ptrtoint(b.alloca(INDEX, number(4 * threads)), INDEX)
+  of_part = lambda i: b.add(parts_at, b.mul(i, number(4 * 8)))
   tall = number(_HEIGHTS[0])
   tiles = b.udiv(b.add(rows, number(_HEIGHTS[0] - 1)), tall)
   edge = lambda i: w.least(rows, b.mul(b.udiv(b.mul(i, tiles), parts), tall))
@@ -92,17 +91,17 @@ def _share(w: Writer, frame: Frame, rows: Any, worth: Any, body: _Body) -> None:
   end = w.external("pthread_join", INT, [INDEX] * 2)
   for i, _ in w.loop(number(0), parts, 1):
     for field, value in enumerate((frame.address, edge(i), edge(b.add(i, number(1))))):
-      put(value, of_part(i, field))
-    put(number(0), of_part(i, 3))
+      w.set_word(of_part(i), field, value)
+    w.set_word(of_part(i), 3, number(0))
   for i, _ in w.loop(number(1), parts, 1):
-    start = b.ptrtoint(work, INDEX)
-    failed = b.call(begin, [of_part(i, 3), number(0), start, of_part(i, 0)])
+    given = b.add(of_part(i), number(3 * 8)), number(0), b.ptrtoint(work, INDEX), of_part(i)
+    failed = b.call(begin, given)
     with b.if_then(b.icmp_signed("!=", failed, ir.Constant(INT, 0))):
-      put(number(0), of_part(i, 3))
-      b.call(work, [of_part(i, 0)])
-  b.call(work, [of_part(number(0), 0)])
+      w.set_word(of_part(i), 3, number(0))
+      b.call(work, [of_part(i)])
+  b.call(work, [of_part(number(0))])
   for i, _ in w.loop(number(1), parts, 1):
-    thread = w.word(of_part(i, 3), 0)
+    thread = w.word(of_part(i), 3)
     with b.if_then(b.icmp_signed("!=", thread, number(0))):
       b.call(end, [thread, number(0)])
 
@@ -121,11 +120,11 @@ def _write_codes(w: Writer, frame: Frame, begin: Any, end: Any) -> None:
       # What is no finite number makes the step, and so the row, none.
       values[:] = w.larger(size, values[0]), w.fused(part, constant(0.0), values[1])
     peak, odd = w.folded(peaks[0], w.larger), w.folded(peaks[1], b.fadd)
-    peak = w.larger(peak, w.float(1e-30))
+    peak = w.larger(peak, ir.Constant(FLOAT, 1e-30))
     # As `eight_bits.step`, in its rounding.
-    step = b.fadd(b.fmul(peak, w.float(float(np.float32(1 / 127)))), odd)
+    step = b.fadd(b.fmul(peak, ir.Constant(FLOAT, float(np.float32(1 / 127)))), odd)
     w.store(step, w.item(steps, row))
-    finer = w.spread(b.fdiv(w.float(1.0), step))
+    finer = w.spread(b.fdiv(ir.Constant(FLOAT, 1.0), step))
     out = b.add(coded, b.mul(row, inputs))
     for i, _ in w.loop(number(0), inputs, LANES):
       near = w.nearest(b.fmul(w.load(w.item(first, i)), finer))
@@ -135,70 +134,55 @@ def _write_codes(w: Writer, frame: Frame, begin: Any, end: Any) -> None:
 
 
 def _write_product(w: Writer, frame: Frame, begin: Any, end: Any) -> None:
-  arrays = [frame.argument(i) for i in range(5)]
-  rows, steps, matrix, sums, scales = map(frame.numbers, arrays)
-  columns = frame.size(frame.result(0), 1)
-  task = _Task(
-    w, frame.size(arrays[0], 1), columns, rows, steps, matrix, sums, scales,
-    frame.numbers(frame.result(0)),
-  )  # fmt: skip
+  rows, steps, matrix, sums, scales = (frame.numbers(frame.argument(i)) for i in range(5))
+  inputs, columns = frame.size(frame.argument(0), 1), frame.size(frame.result(0), 1)
+  out = frame.numbers(frame.result(0))
+
+  def written(first: Any, last: Any, column: Any, width: int) -> None:
+    """Rows from one to another, and so many vectors of columns."""
+    for height in _HEIGHTS:
+      whole = w.b.sub(last, w.b.urem(w.b.sub(last, first), number(height)))
+      for row, _ in w.loop(first, whole, height):
+        made = _sums(w, inputs, rows, row, height, matrix, column, width)
+        scaled(made, row, height, column, width)
+      first = whole
+
+  def scaled(made: list[Any], row: Any, height: int, column: Any, width: int) -> None:
+    b = w.b
+    for v in range(width):
+      place = b.add(column, number(LANES * v))
+      away = b.mul(w.load_ints(w.item(sums, place)), constant(_SHIFT, INT))
+      scale = w.load(w.item(scales, place))
+      for r in range(height):
+        at = b.add(row, number(r))
+        step = w.spread(w.load_one(w.item(steps, at)))
+        whole = b.sitofp(b.sub(made[r * width + v], away), scale.type)
+        w.store(b.fmul(whole, b.fmul(step, scale)), w.at(out, columns, at, place))
+
   wide = w.below(columns, LANES * _WIDTH)
   for first, _ in w.loop(begin, end, _BLOCK):
     last = w.least(end, w.b.add(first, number(_BLOCK)))
     for column, _ in w.loop(number(0), wide, LANES * _WIDTH):
-      task.write(first, last, column, _WIDTH)
+      written(first, last, column, _WIDTH)
     for column, _ in w.loop(wide, columns, LANES):
-      task.write(first, last, column, 1)
+      written(first, last, column, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Task:
-  """A product: numbers of a row of either side, and where its arrays begin."""
-
-  w: Writer
-  inputs: Any
-  columns: Any
-  rows: Any
-  steps: Any
-  matrix: Any
-  sums: Any
-  scales: Any
-  out: Any
-
-  def write(self, begin: Any, end: Any, column: Any, width: int) -> None:
-    """Rows from one to another, and so many vectors of columns."""
-    w, b = self.w, self.w.b
-    for height in _HEIGHTS:
-      whole = b.sub(end, b.urem(b.sub(end, begin), number(height)))
-      for row, _ in w.loop(begin, whole, height):
-        self._tile(row, height, column, width)
-      begin = whole
-
-  def _tile(self, row: Any, height: int, column: Any, width: int) -> None:
-    w, b = self.w, self.w.b
-    vector, word = llvm.vector_of(INT), INT.as_pointer()
-    panels = [
-      b.add(self.matrix, b.mul(b.add(column, number(LANES * v)), self.inputs))
-      for v in range(width)
-    ]
-    given = [b.add(self.rows, b.mul(b.add(row, number(r)), self.inputs)) for r in range(height)]
-    multiply = w.external("llvm.x86.avx512.vpdpbusd.512", vector, [vector] * 3)
-    sums = [constant(0, INT) for _ in range(height * width)]
-    for i, values in w.loop(number(0), self.inputs, _QUAD, sums):
-      at = b.mul(i, number(LANES))
-      codes = [w.load_ints(b.add(panel, at)) for panel in panels]
-      for r, start in enumerate(given):
-        quad = w.spread(b.load(b.inttoptr(b.add(start, i), word), align=1))
-        for v, part in enumerate(codes):
-          place = r * width + v
-          values[place] = b.call(multiply, [values[place], quad, part])
-    for v in range(width):
-      place = b.add(column, number(LANES * v))
-      away = b.mul(w.load_ints(w.item(self.sums, place)), constant(_SHIFT, INT))
-      scale = w.load(w.item(self.scales, place))
-      for r in range(height):
-        at = b.add(row, number(r))
-        step = w.spread(w.load_one(w.item(self.steps, at)))
-        whole = b.sitofp(b.sub(sums[r * width + v], away), scale.type)
-        made = b.fmul(whole, b.fmul(step, scale))
-        w.store(made, w.at(self.out, self.columns, at, place))
+def _sums(w: Writer, inputs, rows, row, height: int, matrix, column, width: int) -> list[Any]:
+  """Sums of products of codes, by row and vector of columns, with `_SHIFT` in them."""
+  b, vector, word = w.b, llvm.vector_of(INT), INT.as_pointer()
+  panels = [
+    b.add(matrix, b.mul(b.add(column, number(LANES * v)), inputs)) for v in range(width)
+  ]
+  given = [b.add(rows, b.mul(b.add(row, number(r)), inputs)) for r in range(height)]
+  multiply = w.external("llvm.x86.avx512.vpdpbusd.512", vector, [vector] * 3)
+  sums = [constant(0, INT) for _ in range(height * width)]
+  for i, values in w.loop(number(0), inputs, _QUAD, sums):
+    at = b.mul(i, number(LANES))
+    codes = [w.load_ints(b.add(panel, at)) for panel in panels]
+    for r, start in enumerate(given):
+      quad = w.spread(b.load(b.inttoptr(b.add(start, i), word), align=1))
+      for v, part in enumerate(codes):
+        place = r * width + v
+        values[place] = b.call(multiply, [values[place], quad, part])
+  return sums

@@ -19,7 +19,7 @@ PIECES = 12
 LANES = 16  # numbers of a vector
 LEAST = -3.0e38  # of numbers that are worth a comparison
 _BYTES, _WORD = 4, 8  # of a number, of a word of a frame
-FLOAT, INT, INDEX, _BIT = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(1)
+FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
 _ALIGNED = ir.Constant(INT, _BYTES)
 # Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2, with a polynomial for e^r.
@@ -45,12 +45,7 @@ _lock = threading.Lock()
 
 
 def target(name: str, write: Callable[["Writer", "Frame"], None]) -> str:
-  """The name by which XLA calls a function, compiled when it is first asked for.
-
-  Args:
-    name: of the function, and of its sizes.
-    write: writes what it does with a call's arrays.
-  """
+  """The name by which XLA calls a function, compiled when it is first asked for."""
   with _lock:
     if name not in _COMPILED:
       engine = _compile(write)
@@ -93,8 +88,8 @@ def _compile(write: Callable[["Writer", "Frame"], None]) -> Any:
   w.b.cbranch(w.b.icmp_signed("!=", asks, number(0)), asked, called)
   w.b.position_at_end(asked)
   metadata = w.word(asks, _METADATA)
-  w.set_word(metadata, _VERSION, _MAJOR | _MINOR << 32)
-  w.set_word(metadata, _TRAITS, 0)
+  w.set_word(metadata, _VERSION, number(_MAJOR | _MINOR << 32))
+  w.set_word(metadata, _TRAITS, number(0))
   w.b.branch(end)
   w.b.position_at_end(called)
   write(w, frame)
@@ -129,11 +124,7 @@ def constant(value: float, kind: Any = FLOAT) -> Any:
 
 
 class Writer:
-  """Writes instructions.
-
-  Attributes:
-    b: of single ones.
-  """
+  """Writes instructions; `b` writes single ones."""
 
   def __init__(self, builder: ir.IRBuilder, module: ir.Module):
     self.b, self._module = builder, module
@@ -179,13 +170,14 @@ class Writer:
 
   def word(self, address: Any, index: int) -> Any:
     """A word of an array of words."""
-    at = self.b.add(address, number(_WORD * index))
-    return self.b.load(self._typed(at, INDEX))
+    return self.b.load(self._word(address, index))
 
-  def set_word(self, address: Any, index: int, value: int) -> None:
+  def set_word(self, address: Any, index: int, value: Any) -> None:
     """Writes one."""
-    at = self.b.add(address, number(_WORD * index))
-    self.b.store(number(value), self._typed(at, INDEX))
+    self.b.store(value, self._word(address, index))
+
+  def _word(self, address: Any, index: int) -> Any:
+    return self._typed(self.b.add(address, number(_WORD * index)), INDEX)
 
   def at(self, array: Any, row_size: Any, row: Any, column: Any) -> Any:
     """The address of a number of an array of rows."""
@@ -224,9 +216,9 @@ class Writer:
     """A float32."""
     return self.b.load(self._typed(address, FLOAT))
 
-  def load_ints(self, address: Any, mask: Any = None) -> Any:
-    """A vector of int32; where a mask says no, nothing is read."""
-    return self.b.bitcast(self.load(address, mask), vector_of(INT))
+  def load_ints(self, address: Any) -> Any:
+    """A vector of int32."""
+    return self.b.load(self._typed(address, vector_of(INT)), align=_BYTES)
 
   def load_index(self, address: Any) -> Any:
     """An int32, as an index."""
@@ -235,15 +227,6 @@ class Writer:
   def index(self, value: Any) -> Any:
     """An int32 as an index."""
     return self.b.sext(value, INDEX)
-
-  def int(self, value: int) -> Any:
-    """A single int32."""
-    return ir.Constant(INT, value)
-
-  def any(self, mask: Any) -> Any:
-    """Whether a mask says yes somewhere."""
-    bits = ir.IntType(LANES)
-    return self.b.icmp_unsigned("!=", self.b.bitcast(mask, bits), ir.Constant(bits, 0))
 
   def float(self, value: float) -> Any:
     """A single number."""
@@ -336,11 +319,7 @@ class Writer:
 
 
 class Frame:
-  """What XLA hands to a call.
-
-  Attributes:
-    address: where it is.
-  """
+  """What XLA hands to a call, at `address`."""
 
   def __init__(self, writer: Writer, address: Any):
     self._w, self.address = writer, address

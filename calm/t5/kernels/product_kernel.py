@@ -6,7 +6,7 @@ while these are multiplied: a product of eight rows then takes little longer tha
 read the matrix.
 """
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -38,77 +38,54 @@ def _write(w: Writer, frame: Frame) -> None:
     for height, width in _TILES:
       end = w.below(rows, height)
       for row, _ in w.loop(begin, end, height):
-        strip = _Strip(
-          w, height, inputs, columns, count,
+        tile = functools.partial(
+          _tile, w, height, inputs, columns, count,
           x=w.at(x, inputs, row, i),
           matrix=w.at(matrix, columns, i, number(0)),
           out=w.at(out, columns, row, number(0)),
           first=w.b.icmp_signed("==", i, number(0)),
           to_come=w.b.select(w.b.icmp_signed("==", row, number(0)), to_come, number(0)),
         )  # fmt: skip
-        strip.write(width)
+        wide, whole = w.below(columns, LANES * width), w.below(columns, LANES)
+        for column, _ in w.loop(number(0), wide, LANES * width):
+          tile(column, width)
+        for column, _ in w.loop(wide, whole, LANES):
+          tile(column, 1)
+        rest = w.b.sub(columns, whole)
+        with w.b.if_then(w.b.icmp_signed(">", rest, number(0))):
+          tile(whole, 1, w.first_lanes(rest))
       begin = end
 
 
-@dataclasses.dataclass(frozen=True)
-class _Strip:
-  """`rows` rows of x times `count` rows of the matrix, which begin at `x`, `matrix` and `out`.
+def _tile(
+  w: Writer, rows: int, inputs, columns, count, column, vectors: int, mask=None,
+  *, x, matrix, out, first, to_come,
+) -> None:  # fmt: skip
+  """`rows` rows of x times `count` rows of the matrix, at some vectors of its columns; `x`,
+  `matrix` and `out` are where these begin.
 
   Sums begin here if `first`, or go on from what is in `out`; `to_come` rows of the matrix
   behind these are prefetched.
   """
-
-  w: Writer
-  rows: int
-  inputs: Any
-  columns: Any
-  count: Any
-  x: Any
-  matrix: Any
-  out: Any
-  first: Any
-  to_come: Any
-
-  def write(self, vectors: int) -> None:
-    w = self.w
-    wide, whole = w.below(self.columns, LANES * vectors), w.below(self.columns, LANES)
-    self._tiles(number(0), wide, vectors)
-    self._tiles(wide, whole, 1)
-    left = w.b.sub(self.columns, whole)
-    with w.b.if_then(w.b.icmp_signed(">", left, number(0))):
-      self._tile(whole, 1, w.first_lanes(left))
-
-  def _tiles(self, begin: Any, end: Any, vectors: int) -> None:
-    """Columns from `begin` to `end`."""
-    w = self.w
-    for column, _ in w.loop(begin, end, LANES * vectors):
-      self._tile(column, vectors, None)
-      for row, _ in w.loop(self.count, w.b.add(self.count, self.to_come), 1):
-        for place in self._places(column, vectors):
-          w.prefetch(w.at(self.matrix, self.columns, row, place))
-
-  def _tile(self, column: Any, vectors: int, mask: Any) -> None:
-    w, places = self.w, self._places(column, vectors)
-    outs = [
-      w.at(self.out, self.columns, number(r), p) for r in range(self.rows) for p in places
-    ]
-    before, zero = w.b.block, constant(0.0)
-    with w.b.if_then(w.b.not_(self.first)):
-      old, read = [w.load(address, mask) for address in outs], w.b.block
-    sums = []
-    for part in old:
-      sums.append(w.b.phi(part.type))
-      sums[-1].add_incoming(zero, before)
-      sums[-1].add_incoming(part, read)
-    for i, values in w.loop(number(0), self.count, 1, sums):
-      row = [w.load(w.at(self.matrix, self.columns, i, place), mask) for place in places]
-      for r in range(self.rows):
-        factor = w.spread(w.load_one(w.at(self.x, self.inputs, number(r), i)))
-        for v, vector in enumerate(row):
-          values[r * vectors + v] = w.fused(factor, vector, values[r * vectors + v])
-    for value, address in zip(sums, outs, strict=True):
-      w.store(value, address, mask)
-
-  def _places(self, column: Any, vectors: int) -> list[Any]:
-    """Columns that the vectors begin at."""
-    return [self.w.b.add(column, number(LANES * vector)) for vector in range(vectors)]
+  places = [w.b.add(column, number(LANES * vector)) for vector in range(vectors)]
+  outs = [w.at(out, columns, number(r), place) for r in range(rows) for place in places]
+  before, zero = w.b.block, constant(0.0)
+  with w.b.if_then(w.b.not_(first)):
+    old, read = [w.load(address, mask) for address in outs], w.b.block
+  sums: list[Any] = []
+  for part in old:
+    sums.append(w.b.phi(part.type))
+    sums[-1].add_incoming(zero, before)
+    sums[-1].add_incoming(part, read)
+  for i, values in w.loop(number(0), count, 1, sums):
+    row = [w.load(w.at(matrix, columns, i, place), mask) for place in places]
+    for r in range(rows):
+      factor = w.spread(w.load_one(w.at(x, inputs, number(r), i)))
+      for v, vector in enumerate(row):
+        values[r * vectors + v] = w.fused(factor, vector, values[r * vectors + v])
+  for value, address in zip(sums, outs, strict=True):
+    w.store(value, address, mask)
+  if mask is None:
+    for row, _ in w.loop(count, w.b.add(count, to_come), 1):
+      for place in places:
+        w.prefetch(w.at(matrix, columns, row, place))
