@@ -125,7 +125,7 @@ def test_the_first_pages_installations_are_enough():
   brought = lambda said: [*base, f"calm-t5x{said.removeprefix('.')}"]
   command = lambda *names: [f"calm.commands.{name}" for name in names]
   decoding = [*modules_of(*DECODE), *command("demo", "generate", "infer")]
-  fitting = [*modules_of("fitting", "training"), *command("fit", "report")]
+  fitting = [*modules_of("fitting", "training"), *command("fit", "report", "train")]
   bare = [*modules_of("calibrate"), *command("cli", "calibrate", "merge")]
   assert not missing_from(base, extras, bare)
   assert not missing_from(brought(to_decode), extras, decoding)

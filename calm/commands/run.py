@@ -44,7 +44,8 @@ _KEPT = "stopped; what was finished is kept, and the same command goes on from t
 _NOTHING = "stopped; files that were there are as they were, and the same command starts anew"
 _EXTRAS = {
   "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping", "tokenizers"},
-  "train": {"optax", "orbax", "clu", "seqio", "tensorboard", "tensorflow"},
+  "train": {"optax", "orbax", "tensorboard", "tensorstore"},
+  "seqio": {"clu", "seqio", "tensorflow"},
   "report": {"matplotlib", "jinja2"},
 }
 _GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')

@@ -11,11 +11,15 @@ never stopped. TensorBoard's scalars go to the output folder, the model to its
 
 import argparse
 import contextlib
+import os
 import pathlib
+import platform
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich import console as rich_console
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import record_writer
 
 from calm import storage
 from calm.commands import flags
@@ -49,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_shared(parser, "gin_bindings", "gin_search_paths")
   text = "folder of the run (resumed if it exists); overrides gin's"
   flags.add(parser, "output_dir", "DIR", text)
-  flags.add(parser, "no_tensorboard", None, "write no scalars; saves TensorFlow's start")
 
 
 @run_lib.user_errors
@@ -75,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
-  console, tensorboard = rich_console.Console(), not arguments.no_tensorboard
+  console = rich_console.Console()
   with Progress(console) as progress:
-    monitor = Monitor(output_dir, console, progress, tensorboard=tensorboard)
+    monitor = Monitor(output_dir, console, progress)
     with contextlib.closing(monitor):
       listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
       exported = train(listener=listener, **options)
@@ -105,10 +108,9 @@ def _output_dir(arguments: argparse.Namespace) -> str:
 class Monitor:
   """Shows a run's progress, and writes TensorBoard scalars; its methods are the `Listener`."""
 
-  def __init__(self, output_dir: pathlib.Path, console, progress, *, tensorboard: bool):
-    self._output_dir, self._tensorboard = output_dir, tensorboard
-    self._console, self._progress = console, progress
-    self._writers: dict[str, Any] = {}
+  def __init__(self, output_dir: pathlib.Path, console, progress):
+    self._output_dir, self._console, self._progress = output_dir, console, progress
+    self._files: dict[str, BinaryIO] = {}
     self._num_steps, self._since = 1, time.monotonic()
 
   def start(self, step: int, num_steps: int) -> None:
@@ -142,17 +144,24 @@ class Monitor:
     self._since = time.monotonic()
 
   def _write(self, split: str, step: int, scalars: dict[str, float]) -> None:
-    if not self._tensorboard:
-      return
-    if split not in self._writers:
-      # Brings TensorFlow, which takes seconds to start.
-      from clu import metric_writers
+    """Appends scalars to a file of TensorBoard's, which is written without TensorFlow."""
+    if split not in self._files:
+      folder = self._output_dir / split
+      folder.mkdir(parents=True, exist_ok=True)
+      name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+      self._files[split] = (folder / name).open("xb")
+      self._add(split, file_version="brain.Event:2")
+    summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
+    values = [summary.Value(tag=name, simple_value=v) for name, v in scalars.items()]
+    self._add(split, step=step, summary=summary(value=values))
 
-      self._writers[split] = metric_writers.SummaryWriter(str(self._output_dir / split))
-    self._writers[split].write_scalars(step, scalars)
-    self._writers[split].flush()
+  def _add(self, split: str, **event: Any) -> None:
+    kind: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+    made = kind(wall_time=time.time(), **event)
+    record_writer.RecordWriter(self._files[split]).write(made.SerializeToString())
+    self._files[split].flush()
 
   def close(self) -> None:
     """Closes the files of scalars."""
-    for writer in self._writers.values():
-      writer.close()
+    for file in self._files.values():
+      file.close()

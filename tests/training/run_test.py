@@ -51,7 +51,7 @@ def files(tmp_path_factory):
 def arguments(gin_file, output_dir, *bindings, **options):
   parser = argparse.ArgumentParser()
   train.add_arguments(parser)
-  words = [f"--gin_file={gin_file}", "--no_tensorboard"]
+  words = [f"--gin_file={gin_file}"]
   words += [f"--gin_bindings={binding}" for binding in bindings]
   words += [f"--output_dir={output_dir}"] if output_dir else []
   made = parser.parse_args(words)
@@ -134,15 +134,18 @@ def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
 
 @pytest.mark.tf
 def test_scalars_reach_tensorboard(files, tmp_path):
-  pytest.importorskip("tensorflow")
-  monitor = train.Monitor(tmp_path, rich_console.Console(), None, tensorboard=True)
+  tf = pytest.importorskip("tensorflow", reason="reads the files as TensorFlow does")
+  monitor = train.Monitor(tmp_path, rich_console.Console(), None)
   with contextlib.closing(monitor):
     monitor.start(0, 3)
     monitor.step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
     monitor.evaluation(3, {"loss": 1.0, "accuracy/layer_1": 0.5, "qa/loss": 3.0})
-  for split in ("train", "validation"):
-    (events,) = (tmp_path / split).glob("events*")
-    assert b"accuracy/layer_1" in events.read_bytes()
+  for split, loss in (("train", 2.0), ("validation", 1.0)):
+    (path,) = (tmp_path / split).glob("events*")
+    version, event = tf.compat.v1.train.summary_iterator(str(path))
+    found = {value.tag: value.simple_value for value in event.summary.value}
+    assert (version.file_version, event.step) == ("brain.Event:2", 3)
+    assert (found["loss"], found["accuracy/layer_1"]) == (loss, 0.5)
 
 
 def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
@@ -176,8 +179,7 @@ def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
 def test_bindings_may_name_every_choice(files, tmp_path):
   # In a process of its own: here, other tests' gin files have made the names known.
   code = (
-    "import sys; from calm.commands import cli; "
-    "sys.exit(cli.main(['train', '--no_tensorboard', *sys.argv[1:]]))"
+    "import sys; from calm.commands import cli; sys.exit(cli.main(['train', *sys.argv[1:]]))"
   )
   given = [
     *bindings(files, num_steps=1),
