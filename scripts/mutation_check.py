@@ -26,11 +26,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = {
-  "p_values": ("p_values_test", "betting_test", "pitfalls_test"),
-  "testing": ("testing_test", "pitfalls_test", "risks_test", "configurations_test"),
-  "betting": ("betting_test", "trials_test"),
+  "p_values": ("p_values_test", "betting_test"),
+  "testing": ("testing_test", "risks_test", "configurations_test"),
+  "betting": ("betting_test", "order_edges_test"),
   "online": ("online_test",),
-  "trials": ("trials_test", "edges_test"),
   "generations/order": ("generations/order_test", "order_edges_test"),
   "clusters": ("order_edges_test", "calibration_test", "edges_test"),
   "risks": ("risks_test", "configurations_test", "forgery_test"),

@@ -20,7 +20,6 @@ from calm.calibrate import (
   metrics,
   planning,
   risks,
-  trials,
 )
 from tests import odd_arguments
 
@@ -170,10 +169,6 @@ def certify(promise: Any = None, **options) -> calibrate.Calibration:
   return calibrate.calibrate(LOSSES, GRID, promise=promise, **RATES, **options)
 
 
-def valid(**options):
-  return trials.validity_trials(losses(), [0.1], **{"error_rate": 0.05, **options})
-
-
 @pytest.mark.parametrize(
   ("call", "message"),
   [
@@ -191,9 +186,6 @@ def valid(**options):
     (lambda: planning.method_size("auto", **RATES, share=math.nan), "`share`"),
     (lambda: planning.refusal(9, **RATES, share=-0.5), "`share`"),
     (lambda: planning.refusal(9, **RATES, share=2.0), "`share`"),
-    (lambda: valid(trials=10**9), "`trials` sets of"),
-    (lambda: valid(calibration_size=trials.MOST_DRAWN), "`trials` sets of"),
-    (lambda: valid(seed=-1), "`seed`"),
   ],
 )
 def test_what_is_wrong_is_named_at_once(call, message):
@@ -219,7 +211,6 @@ def test_costs_and_depths_are_finite_and_not_negative(name, value):
 
 
 TEXTS = {"full": FULL, "early": {"a": FULL, "b": CHEAP}, "references": None, "kind": None}
-POOL = {"losses": losses(), "tolerances": [0.1], "error_rate": 0.05, "method": "auto"}
 PLANNED = {"method": "auto", **RATES, "support": None}
 BORDER = {
   "calibrate": (
@@ -255,9 +246,7 @@ BORDER = {
   "size": (planning.min_calibration_size, {**RATES, "lower": 0.0, "upper": 1.0}),
   "method_size": (planning.method_size, {**PLANNED, "share": 1.0}),
   "promise_size": (planning.promise_size, {**PLANNED, "promise": risks.Mean()}),
-  "refusal": (planning.refusal, {**PLANNED, "num_examples": 9, "lower": 0.0, "share": 1.0}),
-  "split": (trials.split_trials, {**POOL, "layers": None, "groups": None, "trials": 2}),
-  "validity": (trials.validity_trials, {**POOL, "calibration_size": 9, "trials": 2, "seed": 0}),
+  "refusal": (planning.refusal, {**PLANNED, "num_examples": 9, "share": 1.0}),
   "online": (
     Online,
     {

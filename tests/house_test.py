@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (180, 1),
-  "calibrate": (7770, 28),
+  "calibrate": (6775, 27),
   "checkpoints": (1210, 5),
   "commands": (2530, 12),
   "console.py": (280, 1),
@@ -66,14 +66,14 @@ BUDGETS = {
   "exits": (1390, 9),
   "fitting": (2555, 8),
   "inference": (2430, 9),
-  "paper": (2560, 11),
+  "paper": (2740, 12),
   "signals.py": (100, 1),
   "storage.py": (530, 1),
   "t5": (3770, 17),
   "t5x": (1690, 6),
   "training": (1790, 9),
 }
-WHOLE = {"calm": (34_095, 141), "tests": (30_410, 182), "scripts": (4435, 24)}
+WHOLE = {"calm": (33_300, 141), "tests": (29_910, 181), "scripts": (4_435, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

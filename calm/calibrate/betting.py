@@ -366,10 +366,7 @@ def p_value(
     log: whether to return log p.
 
   Returns:
-    p in (0, 1], [] or [num_thresholds].
-
-  Raises:
-    ValueError: losses are empty, NaN or above `upper`, or another argument leaves its range.
+    p in (0, 1], [] or [num_thresholds]; ValueError where an argument leaves its range.
 
   >>> float(p_value(np.zeros(100), 0.1).round(6))
   8e-05
@@ -408,21 +405,13 @@ def upper_bound(
   exactly where the test rejects.
 
   Args:
-    losses: [num_examples] or [num_examples, num_thresholds], in the fixed order.
-    error_rate: in (0, 1).
+    losses, error_rate, upper, planned_size, strategy, uniform: as for `p_value`.
     lower: declared lower bound of losses.
-    upper: declared upper bound of losses.
-    planned_size: prompts that were planned; None takes the number of losses.
     tolerance: the tolerance that was tested; bets may aim at it.
-    strategy: how bets are chosen.
-    uniform: as for `p_value`.
     precision: how far the bound may lie above that lower end, as a share of `upper - lower`.
 
   Returns:
-    [] or [num_thresholds], in (lower, upper].
-
-  Raises:
-    ValueError: losses leave their range, `error_rate` does, or bets need a tolerance to aim at.
+    [] or [num_thresholds], in (lower, upper]; ValueError as for `p_value`.
   """
   losses = _check_losses(losses, upper)
   check_levels(lower, error_rate, upper)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import storage
+from calm import arguments, storage
 from calm.calibrate import display, risks, verification
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
@@ -17,6 +17,7 @@ from calm.calibrate.risks import Mean, Promise
 from calm.calibrate.testing import Decision, Evidence, nan_of_null, null_of_nan
 
 _MOST_BYTES = 64 * 2**20
+_DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _KINDS = {
   "textual": "dissimilarity to {full}, 1 - {metric} between both outputs,",
   "risk_signed": "increase of the risk, 1 - {metric} against references, over {full}",
@@ -25,6 +26,7 @@ _KINDS = {
 }
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Row:
   """What was found at one threshold."""
@@ -67,12 +69,13 @@ class Row:
     return cls(**{name: nan_of_null(entry) for name, entry in value.items()})
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Calibration:
   """A calibrated threshold and everything that it stands on.
 
   Raises:
-    ValueError: a text is none that `load` would read again.
+    ValueError: a text or number is none that `load` would read again.
   """
 
   threshold: float  # the lowest certified threshold, or `NEVER_EXIT` (the full model)
@@ -111,7 +114,7 @@ class Calibration:
   largest_cluster: int = 0
 
   def __post_init__(self):
-    verification.check_texts(self)
+    verification.check_ranges(self)
 
   @property
   def certified(self) -> bool:
@@ -168,12 +171,10 @@ class Calibration:
     return display.plot(self, axes, layers=layers)
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
-    """Raises ValueError, which names each differing field, unless the promise holds.
+    """Raises ValueError, which names each field that differs from outputs' `procedure`.
 
-    Args:
-      procedure: how outputs are decoded.
-      allow_platform: whether the platform and its matmul precision may be others. The promise
-        is then not of these outputs.
+    `allow_platform`: the platform and its matmul precision may be others. The promise is then
+    not of these outputs.
     """
     if self.procedure is None:
       raise ValueError(
@@ -225,34 +226,22 @@ class Calibration:
   ) -> "Calibration":
     """The inverse of `to_json`; the decision is made again from the stored rows.
 
-    Args:
-      value: JSON values.
-      expect_digest: what the digest must be, from whoever made the calibration.
-
-    Raises:
-      ValueError: another schema version, a field is missing or has no meaning, or the fields
-        contradict one another or the digest.
+    ValueError where the schema version is another, a field is missing or has no meaning, fields
+    contradict one another or the digest, or this is not the one that is expected.
     """
-    verification.check_fields(value, {field.name for field in dataclasses.fields(cls)})
-    verification.check_digest(value, expect_digest)
+    names = {field.name for field in dataclasses.fields(cls)}
+    verification.check_file(value, names, expect_digest)
     procedure = value["procedure"]
-    fields = {
-      field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value
+    changed = {
+      "threshold": thresholds_lib.parse_threshold(value["threshold"]),
+      "support": Support(**value["support"]),
+      "rows": [Row.from_json(row) for row in value["rows"]],
+      "procedure": None if procedure is None else Procedure.from_json(procedure),
+      "provenance": Provenance.from_json(value["provenance"]),
+      "promise": risks.from_json(value.get("promise", Mean().to_json())),
+      "parts": [Evidence.from_json(part) for part in value.get("parts", ())],
     }
-    found = cls(
-      **{
-        **fields,
-        "threshold": thresholds_lib.parse_threshold(value["threshold"]),
-        "support": Support(**value["support"]),
-        "rows": tuple(Row.from_json(row) for row in value["rows"]),
-        "visited": tuple(value["visited"]),
-        "procedure": None if procedure is None else Procedure.from_json(procedure),
-        "provenance": Provenance.from_json(value["provenance"]),
-        "promise": risks.from_json(value.get("promise", Mean().to_json())),
-        "parts": tuple(Evidence.from_json(part) for part in value.get("parts", ())),
-        "knobs": tuple(value.get("knobs", ())),
-      }
-    )
+    found = cls(**{name: entry for name, entry in value.items() if name in names} | changed)
     verification.check_decision(found)
     return found
 
@@ -263,11 +252,7 @@ class Calibration:
 
   @classmethod
   def load(cls, path: str | pathlib.Path, *, expect_digest: str | None = None) -> "Calibration":
-    """Reads what `save` wrote, and checks it as `from_json` does.
-
-    Raises:
-      ValueError: the file is missing, no JSON, or no calibration; the message names it.
-    """
+    """Reads what `save` wrote; ValueError, which names the file, where it is none."""
     try:
       content = storage.content(path, _MOST_BYTES)
       return cls.from_json(storage.parse_json(content), expect_digest=expect_digest)
@@ -276,7 +261,7 @@ class Calibration:
         f"{path}: expected a calibration that can be read, got: {error.strerror}; check its"
         " path and rights."
       ) from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except _DAMAGE as error:
       raise ValueError(
         f"{path}: expected a calibration, got none: {str(error).rstrip('.')}; restore the"
         " file, or calibrate again."

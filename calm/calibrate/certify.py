@@ -20,7 +20,7 @@ from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.generations import order as order_lib
-from calm.calibrate.generations.procedure import Provenance
+from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
 from calm.calibrate.risks import Configurations, Part, Promise, Risk, SeveralRisks
 from calm.calibrate.testing import Decision, Evidence
@@ -52,129 +52,145 @@ def calibrate(
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
-      `SequenceLosses`, which carries its declared support, ids and procedure. A DataFrame of
-      pandas or polars has a column a threshold, and may have `id` and `group`.
+      `SequenceLosses`. A DataFrame of pandas or polars has a column a threshold, and may have
+      `id` and `group`.
     thresholds: [num_thresholds], strictly descending, chosen before any loss was seen; None
       takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
     error_rate: epsilon, in (0, 1).
-    method: 'auto' (binary support, or a plain array of 0 and 1: 'binomial'; else
-      'betting_randomized' for fixed sequence testing, 'betting' for all other procedures),
-      'paper' (Eq. 11 and the Hoeffding-Bentkus p-value, `p_values.hoeffding_bentkus`),
-      'betting', 'betting_fixed_level', 'convex_order' or 'binomial'.
+    method: a name of `methods.METHODS`, or 'auto': 'binomial' for a binary support or a plain
+      array of 0 and 1; else 'betting_randomized' for fixed sequence testing and 'betting' for
+      other procedures.
     testing_procedure: 'fixed_sequence', 'fallback' or 'holm'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
-      those of a `SequenceLosses`, which has none after `.ungrouped()` (the guarantee says so).
-    support: declared range of plain arrays; [0, 1] by default, binary for 'auto' where the
-      values are 0 and 1 alone, which the guarantee repeats.
+      those of a `SequenceLosses`.
+    support: declared range of plain arrays; [0, 1] by default.
     promise: the risk functional, one of `risks` or its name; None is the mean loss.
     risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
     seed: of the order of a betting test: that of an earlier `Calibration` of the same losses,
       to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
-      contents and procedure. Where rows are of at most eight kinds and nothing is known of what
-      the prompts say, 16 orders are made so and the largest p-value counts. Trying several
-      seeds until one certifies breaks the promise.
+      contents and procedure. Trying several until one certifies breaks the promise.
     randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what the bets leave
-      open at the end; False takes 'betting_fixed_level' for 'betting_randomized', and so do
-      rows of at most eight kinds of which nothing else is known.
+      open at the end, where it is as good as drawn; else it is 'betting_fixed_level'.
     largest_cluster: the most prompts that a cluster has, here and when served, declared before
       any loss was seen: the promise is then about prompts, of which each counts once. 0: it is
       about clusters.
 
   Returns:
-    A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
-    few prompts, nothing certified, NaN losses, losses out of their range).
+    A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why.
 
   Raises:
-    ValueError: an argument is malformed (shapes, grid, tolerance, error rate, names), or
-      `method` does not fit the declared support.
+    ValueError: an argument is malformed, or `method` does not fit the declared support.
   """
-  losses, tolerance, promise = _promise_and_losses(losses, tolerance, promise, risks)
-  sample = _as_losses(losses, thresholds, support)
+  if risks is not None:
+    if losses is not None or tolerance is not None or promise is not None:
+      raise ValueError(
+        "Expected `risks` alone, which bring their losses and tolerances, got `losses`,"
+        " `tolerance` or `promise` beside; leave these out."
+      )
+    promise = SeveralRisks(risks=risks)
+    losses, tolerance = risks[0].losses, risks[0].tolerance
+  if losses is None or tolerance is None:
+    raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
+  sample, promise = _as_losses(losses, thresholds, support), promise or risks_lib.Mean()
   if sample is not losses and support is None and method == "auto":
     sample = _declare_binary(sample)
   checks.in_range("tolerance", tolerance, 0.0, 1.0)
-  _check_error_rate(error_rate)
-  checks.check_seed(seed)
   tables = [sample, *(risk.losses for risk in risks or ())]
   if groups is None:
     groups = next(filter(None, map(clusters.declared_groups, tables)), None)
   if groups is not None:
     groups = checks.check_groups(groups, len(sample.values))
-  sample = dataclasses.replace(sample, groups=groups)
-  parts = promise.parts(sample, tolerance)
-  randomized = randomized and clusters.draws_uniform(sample, seed)
-  run = Run(method, testing_procedure, error_rate, randomized, largest_cluster)
-  ordered = any(run.method_of(part.losses, groups).ordered for part in parts)
-  seeds = (
-    clusters.order_seeds(sample, seed) if ordered else (seed or clusters.order_seed(sample),)
-  )
-  names = clusters.names_of_rows(sample) if ordered else sample.ids
-  evidence = tuple(run.test(part, sample, seeds, names) for part in parts)
-  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
-  if groups is None and numbers_alone and not sample.groups_ignored:
-    checks.warn_of_copies(sample.values)
-  decision = testing.decide(evidence, testing_procedure, error_rate)
-  grid = sample.thresholds
-  place = promise.place(decision.rejected)
-  return _record(
-    sample,
+  ignored = any(table.groups_ignored for table in tables)
+  sample = dataclasses.replace(sample, groups=groups, groups_ignored=ignored)
+  return _certify(
     promise,
-    evidence,
-    decision,
-    threshold=thresholds_lib.NEVER_EXIT if place is None else float(grid[place]),
-    thresholds=grid.tolist(),
-    reason=_reason(sample, decision, parts, evidence, run)
-    + _binary_hint(sample, decision, parts, run),
+    [promise.parts(sample, tolerance)],
+    sample,
+    Run(method, testing_procedure, error_rate, randomized, largest_cluster),
+    seed,
     tolerance=float(tolerance),
-    error_rate=float(error_rate),
-    testing=testing_procedure,
-    num_examples=len(sample.values) if groups is None else len(set(groups)),
-    groups_ignored=groups is None and any(table.groups_ignored for table in tables),
-    order="permuted" if ordered else "irrelevant",
-    seed=seeds[0],
+    thresholds=sample.thresholds.tolist(),
+    procedures=[sample.procedure] * len(sample.thresholds),
     losses_digest=_digest(sample),
     knobs=sample.knobs,
     largest_cluster=0 if groups is None else largest_cluster,
   )
 
 
-def _record(
-  sample: SequenceLosses,
+def _certify(
   promise: Promise,
-  evidence: tuple[Evidence, ...],
-  decision: Decision,
+  families: Sequence[Sequence[Part]],
+  sample: SequenceLosses,
+  run: "Run",
+  seed: str | None,
   *,
   thresholds: Sequence[float],
-  seed: str,
+  procedures: Sequence[Procedure | None],
   **fields: Any,
 ) -> Calibration:
-  """The `Calibration` of a decision, with what follows from the losses and the evidence."""
-  method = evidence[0].method
+  """Tests the parts of a promise on each family of outputs and makes the decision.
+
+  `sample` has the losses of all families side by side; it decides the order of prompts and
+  names what was lost. `thresholds` and `procedures` are those of all rows, family after family.
+  """
+  checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
+  checks.warn_of_error_rate(run.error_rate)
+  checks.check_seed(seed)
+  groups, parts = sample.groups, families[0]
+  run = dataclasses.replace(
+    run, randomized=run.randomized and clusters.draws_uniform(sample, seed)
+  )
+  ordered = isinstance(promise, Configurations) or any(
+    run.method_of(part.losses, groups).ordered for part in parts
+  )
+  seeds, names = (seed or clusters.order_seed(sample),), sample.ids
+  if ordered:
+    seeds, names = clusters.order_seeds(sample, seed), clusters.names_of_rows(sample)
+  found = [[run.test(part, groups, seeds, names) for part in parts] for parts in families]
+  evidence = tuple(map(_joined, zip(*found, strict=True)))
+  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
+  if groups is None and numbers_alone and not sample.groups_ignored:
+    checks.warn_of_copies(sample.values)
+  decision = testing.decide(evidence, run.procedure, run.error_rate, promise.sequences())
+  place, first = promise.place(decision.rejected), evidence[0]
+  reason = promise.reason(place, decision.rejected)
+  if not reason:
+    reason = _reason(sample, decision, parts, evidence, run)
+    reason += _binary_hint(sample, decision, parts, run)
+  grid = () if isinstance(promise, Configurations) else tuple(thresholds)
   versions = {"calm": calm.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
+  provenance = Provenance(
+    metric=sample.metric,
+    references="full model" if sample.kind == "textual" else "targets",
+    grid=grid,
+    num_examples=max(first.num_examples),
+    order="permuted",
+    seed=seeds[0],
+    method=first.method,
+    versions=versions,
+  )
   return Calibration(
-    method=method,
+    threshold=thresholds_lib.NEVER_EXIT if place is None else float(thresholds[place]),
+    reason=reason,
+    error_rate=float(run.error_rate),
+    method=first.method,
+    testing=run.procedure,
     kind=sample.kind,
     metric=sample.metric,
-    support=evidence[0].support,
-    clusters=sample.groups is not None,
+    support=first.support,
+    num_examples=len(sample.values) if groups is None else len(set(groups)),
+    clusters=groups is not None,
+    groups_ignored=groups is None and sample.groups_ignored,
     rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(thresholds)),
     visited=decision.visited,
-    seed=seed,
-    procedure=fields.pop("procedure", sample.procedure),
-    provenance=Provenance(
-      metric=sample.metric,
-      references="full model" if sample.kind == "textual" else "targets",
-      grid=fields.pop("grid", tuple(thresholds)),
-      num_examples=max(evidence[0].num_examples),
-      order="permuted",
-      seed=seed,
-      method=method,
-      versions=versions,
-    ),
+    order="permuted" if ordered else "irrelevant",
+    seed=seeds[0],
+    procedure=procedures[place or 0],
+    provenance=provenance,
     promise=promise,
     # The rows of a calibration say all that there is of one part.
-    parts=() if len(evidence) == 1 and not evidence[0].name else evidence,
+    parts=() if len(evidence) == 1 and not first.name else evidence,
     **fields,
   )
 
@@ -197,9 +213,6 @@ def each_group(
 
   Returns:
     {group: `Calibration`}, groups sorted.
-
-  Raises:
-    ValueError: as `calibrate`.
   """
   checks.in_range("error_rate", error_rate, 0.0, 1.0)
   names = risks_lib.EveryGroup(labels=labels).groups
@@ -228,24 +241,22 @@ class Run:
       )
     several_levels = self.procedure != "fixed_sequence"
     units = clusters.unit_support(losses, groups)
-    chosen = methods.get_method(
-      self.method, units, any_level=several_levels, randomized=self.randomized
-    )
+    options = {"any_level": several_levels, "randomized": self.randomized}
+    chosen = methods.get_method(self.method, units, **options)
     if several_levels and not chosen.any_level:
       raise ValueError(
         f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
-        f" bets for the level `error_rate` alone, got {self.procedure!r}; use 'betting'"
-        " with it."
+        f" bets for one level, got {self.procedure!r}; use 'betting' with it."
       )
     return chosen
 
-  def test(self, part: Part, sample: SequenceLosses, seeds, names) -> Evidence:
+  def test(self, part: Part, groups, seeds, names) -> Evidence:
     """Tests one part, column by column where other rows count at each threshold."""
-    test, groups = part.test, sample.groups
+    test = part.test
     losses = dataclasses.replace(part.losses, groups=groups, ids=names)
-    chosen, usable = self.method_of(losses, groups), np.array([not f for f in _faults(losses)])
+    chosen, size = self.method_of(losses, groups), losses.values.shape[1]
+    usable = np.array([not _fault(losses, place) for place in range(size)])
     _, declared = chosen.prepare(losses.values[:1], losses.support)
-    size = losses.values.shape[1]
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
     all_orders = []
@@ -304,21 +315,6 @@ def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[Any, list[int]]
       yield index, places
 
 
-def _promise_and_losses(losses, tolerance, promise, risks):
-  """(losses, tolerance, promise), of whichever of the arguments were given."""
-  if risks is None:
-    if losses is None or tolerance is None:
-      raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
-    return losses, tolerance, promise or risks_lib.Mean()
-  if losses is not None or tolerance is not None or promise is not None:
-    raise ValueError(
-      "Expected `risks` alone, which bring their losses and tolerances, got `losses`,"
-      " `tolerance` or `promise` beside; leave these out."
-    )
-  several = risks_lib.SeveralRisks(risks=risks)
-  return risks[0].losses, risks[0].tolerance, several
-
-
 def _digest(sample: SequenceLosses) -> str:
   """SHA-256 (hexadecimal) of grid, ids and losses as they were given."""
   digest = hashlib.sha256()
@@ -326,11 +322,6 @@ def _digest(sample: SequenceLosses) -> str:
     digest.update(np.ascontiguousarray(array, "<f8").data)
   digest.update("\n".join(sample.ids or ()).encode("utf-8"))
   return digest.hexdigest()
-
-
-def _check_error_rate(error_rate: float) -> None:
-  checks.in_range("error_rate", error_rate, 0.0, 1.0)
-  checks.warn_of_error_rate(error_rate)
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
@@ -343,17 +334,15 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
         " column."
       )
     return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
-  if support is not None and support != losses.support:
+  if support not in (None, losses.support):
     raise ValueError(
       f"Expected no `support` beside `losses` that declare theirs, got {support} beside"
       f" {losses.support}; leave it out."
     )
-  if thresholds is not None:
-    grid = thresholds_lib.validate_grid(thresholds)
-    if not np.array_equal(grid, losses.thresholds):
-      raise ValueError(
-        "Expected `thresholds` to be those of `losses`, got others; leave them out."
-      )
+  if thresholds is not None and not np.array_equal(thresholds, losses.thresholds):
+    raise ValueError(
+      "Expected `thresholds` to be those of `losses`, got others; leave them out."
+    )
   return losses
 
 
@@ -370,25 +359,21 @@ def _declare_binary(sample: SequenceLosses) -> SequenceLosses:
   return dataclasses.replace(sample, support=Support(binary=True))
 
 
-def _faults(losses: SequenceLosses) -> list[str]:
-  """Per threshold why its losses cannot be tested, or ''."""
-  low, high = losses.support.lower, losses.support.upper
+def _fault(losses: SequenceLosses, place: int) -> str:
+  """Why the losses at a threshold cannot be tested, or ''."""
+  low, high, column = losses.support.lower, losses.support.upper, losses.values[:, place]
   wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
-  faults = []
-  for column in losses.values.T:
-    bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
-    if losses.support.binary:
-      bad |= (column != 0.0) & (column != 1.0)
-    row = int(np.argmax(bad))
-    if not bad[row]:
-      faults.append("")
-      continue
-    name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
-    fault = f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
-    if np.isnan(column[row]):
-      fault += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
-    faults.append(fault)
-  return faults
+  bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
+  if losses.support.binary:
+    bad |= (column != 0.0) & (column != 1.0)
+  row = int(np.argmax(bad))
+  if not bad[row]:
+    return ""
+  name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
+  fault = f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
+  if np.isnan(column[row]):
+    fault += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
+  return fault
 
 
 def _reason(
@@ -404,7 +389,7 @@ def _reason(
   first = int(np.argmin(rejected))
   worst = parts[decision.worst[first]]
   name = f" ({worst.test.name})" if worst.test.name else ""
-  fault = _faults(worst.losses)[first]
+  fault = _fault(worst.losses, first)
   why = f"{name}: {fault}" if fault else name
   if rejected.any():
     last = int(np.flatnonzero(rejected)[-1])
@@ -418,20 +403,15 @@ def _reason(
   return f"Nothing is certified: the first threshold {grid[first]} already fails{why}."
 
 
-def _binary_hint(
-  sample: SequenceLosses, decision: Decision, parts: Sequence[Part], run: Run
-) -> str:
+def _binary_hint(sample: SequenceLosses, decision: Decision, parts, run: Run) -> str:
   """What the exact test of 0-or-1 losses would certify, where it was not asked for and can."""
-  (part, *more), rejected = parts, decision.rejected
-  plain = part.losses.support == Support() and sample.groups is None and part.rows is None
-  if more or not plain or run.procedure != "fixed_sequence" or rejected.all():
+  losses, plain = parts[0].losses, len(parts) == 1 and parts[0].rows is None
+  plain = plain and losses.support == Support() and sample.groups is None
+  if not plain or run.procedure != "fixed_sequence" or _declare_binary(losses) is losses:
     return ""
-  if _declare_binary(part.losses) is part.losses:
-    return ""
-  sums, count = part.losses.values.sum(axis=0), len(part.losses.values)
-  p = p_values.binomial(sums, count, part.test.tolerance)
+  p = p_values.binomial(losses.values.sum(axis=0), len(losses.values), parts[0].test.tolerance)
   passed = int(np.argmin(np.append(p <= run.error_rate, False)))
-  if passed <= rejected.sum():
+  if passed <= decision.rejected.sum():
     return ""
   grid = sample.knobs or sample.thresholds.tolist()
   return (
@@ -488,119 +468,67 @@ def calibrate_configurations(
   Raises:
     ValueError: families differ in prompts or risks, or an argument leaves its range.
   """
-  families = {name: tuple(several) for name, several in risks.items()}
-  first = _check_families(families, costs, error_rate)
-  checks.check_seed(seed)
-  tables = [risk.losses for several in families.values() for risk in several]
-  values = np.concatenate([table.values for table in tables], axis=1)
-  groups = clusters.declared_groups(first)
-  if groups is None and not first.groups_ignored and first.metric == UNKNOWN:
-    checks.warn_of_copies(values)
-  grids = tuple(len(several[0].losses.thresholds) for several in families.values())
-  places = [
-    (name, float(threshold))
-    for name, several in families.items()
-    for threshold in several[0].losses.thresholds
-  ]
-  several = SeveralRisks(risks=next(iter(families.values())))
-  promise = Configurations(
-    names=several.names,
-    tolerances=several.tolerances,
-    configurations=tuple(f"{name} at {threshold:.10g}" for name, threshold in places),
-    costs=tuple(_mean_costs(families, costs, groups).tolist()),
-    grids=grids,
-  )
+  if not risks or not all(risks.values()) or set(risks) != set(costs):
+    raise ValueError(
+      "Expected `risks` of at least one family, each with a table of `costs`, got families"
+      f" {sorted(risks)} and costs of {sorted(costs)}."
+    )
+  several = {name: SeveralRisks(risks=of_family) for name, of_family in risks.items()}
+  one, (first, *_) = next(iter(several.values())), [of[0].losses for of in risks.values()]
+  groups, families, amounts, names = clusters.declared_groups(first), [], [], []
+  for name, of_family in several.items():
+    losses, table = risks[name][0].losses, checks.as_amounts(costs[name], "costs")
+    if of_family != one:
+      wanted = list(zip(one.names, one.tolerances, strict=True))
+      raise ValueError(
+        f"Expected `risks` to be {wanted} of every family, got others of {name!r}."
+      )
+    alike = losses.ids == first.ids and losses.groups == first.groups
+    if len(losses.values) != len(first.values) or not alike:
+      raise ValueError(f"Expected `risks` of the same prompts, got others in {name!r}.")
+    if table.shape != losses.values.shape:
+      raise ValueError(
+        f"Expected `costs` of {name!r} of shape {losses.values.shape}, got {table.shape}."
+      )
+    table = SequenceLosses(table, losses.thresholds, ids=losses.ids)
+    table = table if groups is None else clusters.cluster_means(table, groups)
+    amounts += table.values.mean(axis=0).tolist()
+    names += [f"{name} at {level:.10g}" for level in losses.thresholds]
+    parts = of_family.parts(losses, one.tolerances[0])
+    # Each family at its share of the error rate.
+    tests = [dataclasses.replace(part.test, share=1.0 / len(risks)) for part in parts]
+    families.append([Part(t, part.losses) for t, part in zip(tests, parts, strict=True)])
+  grids = tuple(parts[0].losses.values.shape[1] for parts in families)
+  promise = Configurations(one.names, one.tolerances, None, tuple(names), tuple(amounts), grids)
   # One order of prompts for all: it depends on all losses and on no single procedure.
-  grid = np.linspace(1.0, 0.0, values.shape[1])
-  whole = SequenceLosses(values, grid, ids=first.ids, contents=first.contents, groups=groups)
-  seeds, names = clusters.order_seeds(whole, seed), clusters.names_of_rows(whole)
-  run = Run(method, "fixed_sequence", error_rate, clusters.draws_uniform(whole, seed))
-  parts = []
-  for number, name in enumerate(several.names):
-    found = []
-    for risks_of in families.values():
-      losses = risks_of[number].losses
-      test = promise.tests(promise.tolerances[0], losses.support)[number]
-      found.append(run.test(Part(test, losses), whole, seeds, names))
-    if len({(each.method, each.support) for each in found}) != 1:
-      raise ValueError(f"Expected `risks` with one support of {name!r}, got several.")
-    parts.append(_joined(found))
-  decision = testing.decide(parts, run.procedure, error_rate, grids)
-  place = promise.place(decision.rejected)
-  family, threshold = places[place or 0]
-  return _record(
-    dataclasses.replace(first, groups=groups),
-    promise,
-    tuple(parts),
-    decision,
-    threshold=thresholds_lib.NEVER_EXIT if place is None else threshold,
-    thresholds=[level for _, level in places],
-    reason=_reason_of_families(promise, place, int(decision.rejected.sum())),
-    tolerance=promise.tolerances[0],
-    error_rate=error_rate,
-    testing=run.procedure,
-    num_examples=max(parts[0].num_examples),
-    groups_ignored=first.groups_ignored,
-    order="permuted",
-    seed=seeds[0],
-    grid=(),
-    procedure=families[family][0].losses.procedure,
+  values = [part.losses.values for parts in families for part in parts]
+  values = np.concatenate(values, axis=1)
+  whole = dataclasses.replace(
+    first,
+    values=values,
+    thresholds=np.linspace(1.0, 0.0, values.shape[1]),
+    groups=groups,
+    procedure=None,
+    knobs=(),
   )
-
-
-def _reason_of_families(promise: Configurations, place: int | None, count: int) -> str:
-  if place is None:
-    return "Nothing is certified: the safest configuration of every family already fails."
-  return (
-    f"{promise.configurations[place]} is the cheapest ({promise.costs[place]:.4g}) of {count}"
-    f" certified among {len(promise.configurations)} configurations."
+  return _certify(
+    promise,
+    families,
+    whole,
+    Run(method, "fixed_sequence", error_rate),
+    seed,
+    tolerance=promise.tolerances[0],
+    thresholds=[level for parts in families for level in parts[0].losses.thresholds.tolist()],
+    procedures=[
+      of[0].losses.procedure for of in risks.values() for _ in of[0].losses.thresholds
+    ],
   )
 
 
 def _joined(found: Sequence[Evidence]) -> Evidence:
-  """Evidence of one risk, grid after grid."""
+  """Evidence of one part, family after family."""
+  if len({(each.method, each.support) for each in found}) != 1:
+    raise ValueError(f"Expected `risks` with one support of {found[0].name!r}, got several.")
   columns = ("num_examples", "means", "log_p_values", "upper_bounds")
   joined = {name: sum((getattr(each, name) for each in found), ()) for name in columns}
   return dataclasses.replace(found[0], **joined)
-
-
-def _mean_costs(families, costs, groups) -> np.ndarray:
-  """[num_configurations] means over prompts, or over clusters."""
-  tables = []
-  for name, several in families.items():
-    losses, amounts = several[0].losses, checks.as_amounts(costs[name], "costs")
-    table = SequenceLosses(amounts, losses.thresholds, ids=losses.ids)
-    tables.append(table if groups is None else clusters.cluster_means(table, groups))
-  return np.concatenate([table.values.mean(axis=0) for table in tables])
-
-
-def _check_families(
-  families, costs: Mapping[str, npt.ArrayLike], error_rate: float
-) -> SequenceLosses:
-  """The losses of the first risk of the first family, once all families are checked."""
-  if not families or not all(families.values()) or set(families) != set(costs):
-    raise ValueError(
-      "Expected `risks` of at least one family, each with a table of `costs`, got families"
-      f" {sorted(families)} and costs of {sorted(costs)}."
-    )
-  _check_error_rate(error_rate)
-  of_first = next(iter(families.values()))
-  first = of_first[0].losses
-  wanted = [(risk.called, risk.tolerance) for risk in of_first]
-  for name, several in families.items():
-    if [(risk.called, risk.tolerance) for risk in several] != wanted:
-      raise ValueError(
-        f"Expected `risks` to be {wanted} of every family, got others of {name!r}."
-      )
-    losses = several[0].losses
-    for risk in several:
-      risks_lib.check_outputs(risk, losses)
-    alike = losses.ids == first.ids and losses.groups == first.groups
-    if len(losses.values) != len(first.values) or not alike:
-      raise ValueError(f"Expected `risks` of the same prompts, got others in {name!r}.")
-    if np.shape(costs[name]) != losses.values.shape:
-      raise ValueError(
-        f"Expected `costs` of {name!r} of shape {losses.values.shape}, got"
-        f" {np.shape(costs[name])}."
-      )
-  return first

@@ -120,17 +120,12 @@ def check_lines(values: Iterable[Any], name: str, longest: int = LONGEST_NAME) -
       )
 
 
-def is_seed(value: Any) -> bool:
-  """Whether a calibration's file may hold this seed."""
-  return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{0,64}", value))
-
-
-def check_seed(seed: str | None) -> None:
-  """ValueError unless an order's seed is None or one that a calibration has."""
-  if seed is not None and not is_seed(seed):
+def check_seed(seed: str | None, name: str = "seed") -> None:
+  """ValueError unless an order's seed is None or one that a calibration's file may hold."""
+  if seed is not None and not re.fullmatch(r"[0-9a-f]{0,64}", seed):
     raise ValueError(
-      f"Expected `seed` of at most 64 hexadecimal digits, got {seed!r:.200}; give the `seed` of"
-      " an earlier calibration, or none."
+      f"Expected `{name}` of at most 64 hexadecimal digits, got {seed!r:.200}; give the `seed`"
+      " of an earlier calibration, or none."
     )
 
 
@@ -153,15 +148,17 @@ def looks_copied(values: np.ndarray) -> bool:
   _, first, kinds, sizes = np.unique(
     _row_hashes(values), return_index=True, return_inverse=True, return_counts=True
   )
-  count = len(kinds)
+  count, longest = len(kinds), min(64, len(kinds) // 2)
+  pattern = any(np.array_equal(kinds[n:], kinds[:-n]) for n in range(1, longest + 1))
   for times in _COPIES:
     period = count // times
     apart = kinds[: times * period].reshape(times, period).T.ravel()
-    if _are_multiples(sizes, times):
-      return True
-    stretches = _stretches(kinds), _stretches(apart)
-    if any(_are_multiples(lengths, times) for lengths in stretches) and not _is_pattern(kinds):
-      return True
+    tables = [sizes] if pattern else [sizes, _stretches(kinds), _stretches(apart)]
+    for lengths in tables:
+      # So many sizes are multiples as happens once in 10^6 draws at most.
+      hits, chance = int((lengths % times == 0).sum()), max(1.0 / times, 0.2)
+      if hits and special.bdtrc(hits - 1, len(lengths), chance) < 1e-6:
+        return True
   often = values[first[sizes > max(1, count // 10)]]
   several = (len(set(row.tolist()) - {-1.0, 0.0, 1.0}) >= 3 for row in often)
   return len(sizes) > 8 and any(several)
@@ -195,19 +192,6 @@ def _stretches(kinds: np.ndarray) -> np.ndarray:
   """Lengths of the stretches of equal entries."""
   ends = np.flatnonzero(np.diff(kinds)) + 1
   return np.diff(ends, prepend=0, append=len(kinds))
-
-
-def _is_pattern(kinds: np.ndarray) -> bool:
-  """Whether at most 64 entries, in that order again and again, make them all."""
-  longest = min(64, len(kinds) // 2)
-  return any(np.array_equal(kinds[n:], kinds[:-n]) for n in range(1, longest + 1))
-
-
-def _are_multiples(sizes: np.ndarray, times: int) -> bool:
-  """Whether so many sizes are multiples of `times` as happens once in 10^6 draws at most."""
-  hits = int((sizes % times == 0).sum())
-  chance = max(1.0 / times, 0.2)
-  return hits > 0 and bool(special.bdtrc(hits - 1, len(sizes), chance) < 1e-6)
 
 
 def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -25,7 +25,6 @@ def with_contents(losses: SequenceLosses) -> SequenceLosses:
 def order_seeds(losses: SequenceLosses, seed: str | None = None) -> tuple[str, ...]:
   """Hexadecimal seeds of the orders in which rows, or clusters, are tested; the first is kept.
 
-  The seed is a function of ids, contents and procedure, so that equal calls answer equally.
   Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1, so that
   the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
   orders are tested and the largest p-value counts: a false certificate must pass all of them,
@@ -77,7 +76,7 @@ def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:
 def order_seed(losses: SequenceLosses) -> str:
   """Hexadecimal seed of the order in which rows, or clusters, are tested."""
   names = losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
-  units = order_lib.unit_names(names, losses.groups)
+  units = names if losses.groups is None else tuple(set(losses.groups))
   return order_lib.order_seed(units, losses.procedure, losses.contents)
 
 
@@ -107,7 +106,6 @@ def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Suppor
   """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1."""
   if groups is None:
     return losses.support
-  groups = checks.check_groups(groups, len(losses.values))
   binary = losses.support.binary and len(set(groups)) == len(groups)
   return Support(losses.support.lower, losses.support.upper, binary)
 
@@ -122,7 +120,6 @@ def cluster_means(
   exactly where the loss of a prompt is, E[sum of losses] <= tolerance E[size].
   """
   support = unit_support(losses, groups)
-  groups = checks.check_groups(groups, len(losses.values))
   names, index = np.unique(np.asarray(groups), return_inverse=True)
   sums = np.zeros((len(names), losses.values.shape[1]))
   np.add.at(sums, index, losses.values)

@@ -22,19 +22,13 @@ def _module(name: str) -> Any:
   except ModuleNotFoundError as error:
     package = name.split(".")[0]
     raise ModuleNotFoundError(
-      f"Expected the package {package!r} to be installed, got none; install it, or read"
-      " `calibration.rows`.",
+      f"Expected the package {package!r} to be installed; `calibration.rows` needs none.",
       name=package,
     ) from error
 
 
 def to_frame(calibration: Any, library: str = "pandas") -> Any:
-  """A DataFrame of 'pandas' or 'polars', one line a threshold, one column a field of `Row`.
-
-  Raises:
-    ValueError: another library.
-    ModuleNotFoundError: it is not installed.
-  """
+  """A DataFrame of 'pandas' or 'polars', one line a threshold, one column a field of `Row`."""
   if library not in ("pandas", "polars"):
     raise ValueError(f"Expected `library` 'pandas' or 'polars', got {library!r}.")
   rows = [dataclasses.asdict(row) for row in calibration.rows]
@@ -52,10 +46,8 @@ def names(calibration: Any) -> tuple[str, ...]:
 
 def unit(calibration: Any) -> str:
   """What one row is: a knob's setting, a configuration or a threshold."""
-  if calibration.knobs:
-    return "knob"
-  configured = getattr(calibration.promise, "configurations", ())
-  return "configuration" if configured else "threshold"
+  configured = hasattr(calibration.promise, "configurations")
+  return "knob" if calibration.knobs else "configuration" if configured else "threshold"
 
 
 def place(calibration: Any) -> int | None:
@@ -136,10 +128,6 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
 
   Returns:
     The axes; `axes.figure.savefig(path)` writes them.
-
-  Raises:
-    ModuleNotFoundError: matplotlib is not installed.
-    ValueError: `layers` has another length, or the generations do not know them.
   """
   x = calibration.column("threshold") if layers is None else _layers(calibration, layers)
   axes = _new_axes() if axes is None else axes

@@ -27,26 +27,27 @@ def find_requests(generations: Generations) -> list[dict[str, Any]]:
   return requests
 
 
-def read_references(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
-  """References of a JSON Lines file of {id, targets or references}.
+def read_references(
+  path: str | pathlib.Path, only: set[str] | None = None
+) -> dict[str, tuple[str, ...]]:
+  """References of a JSON Lines file of {id, targets or references}; a lone text is one.
 
   Raises:
-    GenerationsError: a line is none, or an id occurs twice; the message names file and line.
+    GenerationsError: a line is none, has other fields than `only`, or an id occurs twice; the
+      message names file and line.
   """
-  return {line.value["id"]: texts for line, texts in _answers(path)}
-
-
-def _answers(path: str | pathlib.Path) -> list[tuple[storage.Line, tuple[str, ...]]]:
-  answers: dict[str, tuple[storage.Line, tuple[str, ...]]] = {}
+  found: dict[str, tuple[str, ...]] = {}
   for line in storage.read_lines(path, pipes=True):
     name, value = line.value.get("id"), line.value.get("targets", line.value.get("references"))
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(name, str) or name in answers or not isinstance(texts, list):
-      raise line.error(f"expected an `id` that is new and `targets`, got {line.value!r:.100}")
-    if not all(isinstance(text, str) for text in texts):
-      raise line.error(f"expected `targets` to be texts, got {texts!r:.100}")
-    answers[name] = (line, tuple(texts))
-  return list(answers.values())
+    whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    odd = name in found or (only is not None and not set(line.value) <= only)
+    if not isinstance(name, str) or not whole or odd:
+      raise line.error(
+        f"expected an `id` that is new and `targets`, texts, got {line.value!r:.100}"
+      )
+    found[name] = tuple(texts)
+  return found
 
 
 def write_requests(path: str | pathlib.Path, requests: Sequence[Mapping[str, Any]]) -> None:
@@ -57,17 +58,16 @@ def write_requests(path: str | pathlib.Path, requests: Sequence[Mapping[str, Any
   Raises:
     GenerationsError: the file holds something else, which is left alone.
   """
-  path, kept = pathlib.Path(path), {}
+  path, kept = pathlib.Path(path), []
   if path.exists():
     try:
-      for line, texts in _answers(path):
-        if odd := set(line.value) - _FIELDS:
-          raise line.error(f"expected {sorted(_FIELDS)}, got {sorted(odd)}")
-        kept |= {line.value["id"]: line.value} if texts else {}
+      answers = read_references(path, _FIELDS)
+      kept = [line.value for line in storage.read_lines(path) if answers[line.value["id"]]]
     except GenerationsError as error:
       raise GenerationsError(
         f"Expected {path} to be new, or to hold requests and answers, got something else,"
         f" which would be replaced ({error}); choose another file."
       ) from error
-  new = [{**request, "targets": []} for request in requests if request["id"] not in kept]
-  storage.write_atomically(path, "".join(map(storage.dump_line, [*kept.values(), *new])))
+  answered = {value["id"] for value in kept}
+  new = [{**request, "targets": []} for request in requests if request["id"] not in answered]
+  storage.write_atomically(path, "".join(map(storage.dump_line, [*kept, *new])))

@@ -31,11 +31,7 @@ _DAMAGE = (KeyError, TypeError, AttributeError, ValueError)
 def keep(
   folder: str | pathlib.Path, calibration: Calibration, prompts: Iterable[Prompt]
 ) -> str:
-  """`record` of a calibration, in the folder of its cached generations.
-
-  Returns:
-    Sentences for the user; they say so where the calibration could not be recorded.
-  """
+  """`record` of a calibration in the folder of its generations; says so where it cannot."""
   procedure = calibration.procedure
   names = ("kind", "metric", "tolerance", "method", "testing", "clusters")
   question = {name: getattr(calibration, name) for name in names} | {

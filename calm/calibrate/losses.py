@@ -6,7 +6,7 @@ polars (`from_frame`), neither of which is imported.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,12 +91,12 @@ class SequenceLosses:
     checks.check_lines(self.knobs, "knobs")
     if self.knobs and len(self.knobs) != len(grid):
       raise ValueError(f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}.")
-    object.__setattr__(self, "values", values)
-    object.__setattr__(self, "thresholds", grid)
+    changed: dict[str, Any] = {"values": values, "thresholds": grid}
     if self.ids is not None:
-      object.__setattr__(self, "ids", checks.check_ids(self.ids, len(values)))
+      changed["ids"] = checks.check_ids(self.ids, len(values))
     if self.groups is not None:
-      object.__setattr__(self, "groups", checks.check_groups(self.groups, len(values)))
+      changed["groups"] = checks.check_groups(self.groups, len(values))
+    vars(self).update(changed)
 
   def ungrouped(self) -> "SequenceLosses":
     """The same losses, each prompt taken for an independent draw.
@@ -117,12 +117,9 @@ class SequenceLosses:
     index = np.asarray(index)
     if index.dtype.kind not in "iub":
       raise ValueError(f"Expected `index` to be a list of row numbers, got {index!r:.60}.")
-    return dataclasses.replace(
-      self,
-      values=self.values[index],
-      ids=None if self.ids is None else tuple(np.array(self.ids, object)[index]),
-      groups=None if self.groups is None else tuple(np.array(self.groups, object)[index]),
-    )
+    some = lambda names: None if names is None else tuple(np.array(names, object)[index])
+    rows = {"values": self.values[index], "ids": some(self.ids), "groups": some(self.groups)}
+    return dataclasses.replace(self, **rows)
 
   def __repr__(self) -> str:
     return (
@@ -147,8 +144,7 @@ def compute(
       risk_clipped  max(0, R(early_i, Z_i) - R(full_i, Z_i))  in [0, 1]   (Eq. 11)
 
   of prompt i at each threshold, with R = 1 - metric and references Z_i; 0, without a call of
-  the metric, where both texts are equal. The clipped mean is an upper bound of the signed one:
-  it does not reward prompts whose output improves.
+  the metric, where both texts are equal.
 
   Args:
     generations: complete cached generations; for a risk, every prompt whose text differs from
@@ -161,7 +157,8 @@ def compute(
     [num_examples, num_thresholds] losses.
 
   Raises:
-    ValueError: generations are incomplete, a prompt lacks references, or as `prefix_losses`.
+    ValueError: generations are incomplete, a prompt lacks references, the metric is no bounded
+      mean or leaves [0, 1], or `kind` is unknown.
   """
   grid = [*generations.thresholds, thresholds_lib.NEVER_EXIT]
   pairs = zip(grid, [*generations.records, generations.full], strict=True)
@@ -202,23 +199,13 @@ def prefix_losses(
   metric: metrics.MetricLike = "rouge_l",
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, ...]:
-  """Losses of a run that may have stopped early: per threshold a prefix of the recorded order.
+  """[num_thresholds] arrays of losses, each of the records that a threshold has.
 
-  Arguments are those of `compute`; a threshold may have records of the first prompts only.
-
-  Returns:
-    [num_thresholds] arrays, each [records of that threshold].
-
-  Raises:
-    ValueError: a prompt has no references, a threshold has more records than the full model,
-      the metric is no bounded mean or leaves [0, 1], or `kind` is unknown.
+  Arguments and errors are those of `compute`; in a run of an earlier version that stopped early
+  a threshold may have records of the first prompts only.
   """
   kind_support(kind, metric := metrics.get_metric(metric))
   count = len(generations.full)
-  if max(map(len, generations.records)) > count:
-    raise ValueError(
-      f"Expected `generations` to have full-model records for all prompts used, got {count}."
-    )
   if kind != "textual" and (bare := unlabelled(generations)):
     raise ValueError(
       "Expected `generations` to have references (`targets`) for every prompt whose text"
@@ -241,10 +228,7 @@ def prefix_losses(
 
 def _losses(full: list[str], early: list[list[str]], known, metric) -> list[np.ndarray]:
   """metric(full, known) - metric(early, known) per threshold, 0 where texts are equal."""
-  differ = [
-    [row for row, (ours, theirs) in enumerate(zip(texts, full, strict=False)) if ours != theirs]
-    for texts in early
-  ]
+  differ = [_differing(texts, full) for texts in early]
   of_full = sorted({row for rows in differ for row in rows})
   pairs = [(full[row], known[row]) for row in of_full]
   for texts, rows in zip(early, differ, strict=True):
@@ -260,12 +244,16 @@ def _losses(full: list[str], early: list[list[str]], known, metric) -> list[np.n
 
 def unlabelled(generations: Generations) -> tuple[str, ...]:
   """Ids of prompts without references whose text differs from the full model's somewhere."""
-  rows: set[int] = set()
+  full, rows = [*cache.texts(generations.full)], set[int]()
   for records in generations.records:
-    texts = zip(cache.texts(records), cache.texts(generations.full), strict=False)
-    rows |= {row for row, (ours, theirs) in enumerate(texts) if ours != theirs}
+    rows.update(_differing(cache.texts(records), full))
   prompts = generations.prompts
   return tuple(prompts[row].id for row in sorted(rows) if not prompts[row].targets)
+
+
+def _differing(texts: Iterable[str], full: Iterable[str]) -> list[int]:
+  """Rows at which texts differ from the full model's."""
+  return [row for row, (a, b) in enumerate(zip(texts, full, strict=False)) if a != b]
 
 
 @arguments.checked()
@@ -312,15 +300,12 @@ def from_texts(
 
   Returns:
     [num_examples, num_knobs] losses; `calibrate(...).knob` is the knob that was chosen.
-
-  Raises:
-    ValueError: lengths differ, there is no knob, or references are missing that a risk needs.
   """
   names = tuple(f"text {row}" for row in range(len(full))) if ids is None else ids
   names = checks.check_ids(names, len(full))
   targets: Any = [()] * len(full) if references is None else references
-  tables = {"references": targets}
-  for name, rows in (tables | {f"early[{knob!r}]": early[knob] for knob in early}).items():
+  tables = {"references": targets} | {f"early[{knob!r}]": early[knob] for knob in early}
+  for name, rows in tables.items():
     if isinstance(rows, str) or len(rows) != len(full):
       raise ValueError(f"Expected `{name}` of {len(full)} texts, as `full`, got {len(rows)}.")
   grid, knobs = thresholds_lib.grid_of_knobs(list(early))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,30 +54,21 @@ class Method:
     values = sample.values
     if self.p_value is not None:
       return self.p_value(values.sum(axis=0), len(values), sample.tolerance, log=True)
-    return betting.p_value(
-      values,
-      sample.tolerance,
-      error_rate=sample.error_rate,
-      upper=sample.support.upper,
-      strategy=self.strategy,
-      uniform=sample.uniform if self.randomized else 1.0,
-      log=True,
-    )
+    return betting.p_value(values, sample.tolerance, **self._bet(sample), log=True)
+
+  def _bet(self, sample: Sample) -> dict[str, Any]:
+    """Options of the bets."""
+    uniform = sample.uniform if self.randomized else 1.0
+    level = {"error_rate": sample.error_rate, "upper": sample.support.upper}
+    return level | {"strategy": self.strategy, "uniform": uniform}
 
   def upper_bounds(self, sample: Sample) -> np.ndarray:
     """[num_thresholds] upper confidence bounds at `error_rate`."""
     values, level = sample.values, sample.error_rate
     if self.p_value is not None:
       return p_values.invert(self.p_value, values.sum(axis=0), len(values), error_rate=level)
-    return betting.upper_bound(
-      values,
-      error_rate=level,
-      lower=sample.support.lower,
-      upper=sample.support.upper,
-      tolerance=float(np.asarray(sample.tolerance)),
-      strategy=self.strategy,
-      uniform=sample.uniform if self.randomized else 1.0,
-    )
+    tested = {"lower": sample.support.lower, "tolerance": float(np.asarray(sample.tolerance))}
+    return betting.upper_bound(values, **tested, **self._bet(sample))
 
   def certifies(self, sample: Sample, columns: np.ndarray) -> np.ndarray:
     """[num_pairs] whether p <= error_rate, for pairs of a column and a tolerance."""
@@ -166,14 +158,11 @@ def get_method(
   every level (Holm, fallback), not at `error_rate` alone (fixed sequence testing); there it
   may be `randomized`.
   """
-  if name in SUM_P_VALUES and name not in METHODS:
-    raise ValueError(
-      f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}, of which earlier"
-      " calibrations are read but no new ones are made; use 'convex_order', which is never"
-      " weaker, or 'paper'."
-    )
   if name not in NAMES:
-    raise ValueError(f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}.")
+    earlier = ""
+    if name in SUM_P_VALUES:
+      earlier = ", of which earlier calibrations are read but no new ones are made"
+    raise ValueError(f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}{earlier}.")
   if name == "auto":
     bets = "betting_randomized" if randomized else "betting_fixed_level"
     bets = "betting" if any_level else bets

@@ -5,12 +5,12 @@ whether it takes only two values; the tests look at the declaration, never at th
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import re
 import string
@@ -43,8 +43,7 @@ class Metric:
   def __call__(self, prediction: str, references: Sequence[str]) -> float:
     """Similarity of `prediction` to its best reference, 1 for equal texts.
 
-    Raises:
-      ValueError: there is no reference, or the metric gives no number in [0, 1].
+    ValueError where there is no reference, or the metric gives no number in [0, 1].
     """
     if not references:
       raise ValueError(
@@ -53,26 +52,21 @@ class Metric:
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
       return 1.0
-    value = self._number(prediction, references)
-    expected = "0 or 1, as it is declared binary" if self.binary else "a number in [0, 1]"
+    try:
+      given: Any = self.function(prediction, references)
+    except SystemExit as error:  # the command would end as if all was well
+      given = f"the end of the program ({error.code})"
+    try:
+      value = float(given)
+    except (TypeError, ValueError, OverflowError):
+      value = math.nan
     if not -1e-9 <= value <= 1.0 + 1e-9 or (self.binary and value not in (0.0, 1.0)):
+      expected = "0 or 1, as it is declared binary" if self.binary else "a number in [0, 1]"
       raise ValueError(
-        f"Expected `metric` {self.name!r} to give {expected}, got {value!r} for"
+        f"Expected `metric` {self.name!r} to give {expected}, got {given!r:.80} for"
         f" {prediction[:80]!r} against {list(references)[:2]!r}; change the function."
       )
     return min(1.0, max(0.0, value))
-
-  def _number(self, prediction: str, references: Sequence[str]) -> float:
-    try:
-      value: Any = self.function(prediction, references)
-    except SystemExit as error:  # the command would end as if all was well
-      value = f"the end of the program ({error.code})"
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-      return float(value)
-    raise ValueError(
-      f"Expected `metric` {self.name!r} to give a number in [0, 1], got {value!r:.80}; have it"
-      " return one."
-    )
 
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
@@ -152,7 +146,11 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 @functools.cache
-def _rouge_scorer() -> Any:
+def _scorer(name: str) -> Any:
+  if name == "chrf":
+    import sacrebleu
+
+    return sacrebleu.CHRF()
   from rouge_score import rouge_scorer
 
   return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
@@ -160,8 +158,8 @@ def _rouge_scorer() -> Any:
 
 def rouge_l_rouge_score(prediction: str, references: Sequence[str]) -> float:
   """ROUGE-L F-measure as the rouge-score package computes it: Latin letters and digits only."""
-  scorer = _rouge_scorer()
-  return max(scorer.score(text, prediction)["rougeL"].fmeasure for text in references)
+  score = _scorer("rouge").score
+  return max(score(text, prediction)["rougeL"].fmeasure for text in references)
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -180,14 +178,6 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
   return float(any(answer == squad_normalize(text) for text in references))
 
 
-def _token_f1(prediction: str, reference: str) -> float:
-  words, others = squad_normalize(prediction).split(), squad_normalize(reference).split()
-  if not words and not others:
-    return 1.0
-  common = sum((collections.Counter(words) & collections.Counter(others)).values())
-  return _f_measure(common, len(words), len(others))
-
-
 def token_f1(prediction: str, references: Sequence[str]) -> float:
   """Token F1 after SQuAD's normalisation, best over references, in [0, 1].
 
@@ -195,14 +185,13 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
 
   (Rajpurkar et al. 2016.)
   """
-  return max(_token_f1(prediction, text) for text in references)
-
-
-@functools.cache
-def _chrf() -> Any:
-  import sacrebleu
-
-  return sacrebleu.CHRF()
+  words, best = collections.Counter(squad_normalize(prediction).split()), 0.0
+  for text in references:
+    others = collections.Counter(squad_normalize(text).split())
+    if not words and not others:
+      return 1.0
+    best = max(best, _f_measure((words & others).total(), words.total(), others.total()))
+  return best
 
 
 def chrf(prediction: str, references: Sequence[str]) -> float:
@@ -212,7 +201,7 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
 
   (Popovic 2015.)
   """
-  return _chrf().sentence_score(prediction, list(references)).score / 100.0
+  return _scorer("chrf").sentence_score(prediction, list(references)).score / 100.0
 
 
 METRICS: Mapping[str, Metric] = {
@@ -232,10 +221,9 @@ _CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
 def _module(name: str) -> Any:
-  """A module by its import name, or by the path of its file.
+  """A module by its import name, or by the path of its file (a name of nothing installed).
 
-  A name that nothing installed has is that of a file in the working directory, which is loaded
-  by its path: no folder is searched for what such a file, or anything else, imports.
+  The file is loaded by its path: no folder is searched for what it, or anything else, imports.
   """
   path = os.path.abspath(name)
   if not name.endswith(".py"):
@@ -245,7 +233,7 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
       if not name.startswith(str(error.name)) or not os.path.isfile(path):
         raise
-  known = _known(path)
+  known = f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
   if known not in sys.modules:
     spec = importlib.util.spec_from_file_location(known, path)
     assert spec is not None and spec.loader is not None
@@ -255,37 +243,33 @@ def _module(name: str) -> Any:
   return sys.modules[known]
 
 
-def _known(path: str) -> str:
-  """The name in `sys.modules` of a metric's file."""
-  return f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
-
-
-def _of_function(function: MetricFn) -> Metric:
+def _of_function(function: Any, name: str = "") -> Metric:
   """A metric of a function, named by its import path where that leads to it."""
-  name = getattr(function, "__qualname__", type(function).__name__)
-  module = getattr(function, "__module__", None)
-  if getattr(sys.modules.get(str(module)), name, None) is function:
-    name = f"{module}:{name}"
-  known = [metric for metric in METRICS.values() if metric.function is function]
-  return known[0] if known else Metric(name, function, bool(getattr(function, "binary", False)))
+  if isinstance(function, Metric):
+    return function
+  for metric in METRICS.values():
+    if metric.function is function:
+      return metric
+  if not name:
+    name = getattr(function, "__qualname__", type(function).__name__)
+    module = str(getattr(function, "__module__", None))
+    if getattr(sys.modules.get(module), name, None) is function:
+      name = f"{module}:{name}"
+  return Metric(name, function, binary=bool(getattr(function, "binary", False)))
 
 
 @arguments.checked()
 def get_metric(name: MetricLike) -> Metric:
   """A metric by registry name or import path, or of a function.
 
-  Args:
-    name: a name of `METRICS`, a `Metric`, a function, 'folder/file.py:function' or
-      'package.module:function' (installed, or 'folder/module.py' in the working directory),
-      which are imported (trust them as any program), with
-      `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
-      declares values 0 and 1 only.
-
-  Raises:
-    ValueError: the name is unknown, cannot be imported, or names a corpus metric.
+  A name is one of `METRICS`, 'folder/file.py:function' or 'package.module:function' (installed,
+  or 'folder/module.py' in the working directory), which are imported (trust them as any
+  program), with `function(prediction, references) -> [0, 1]`. A function with a true attribute
+  `binary` declares values 0 and 1 only. ValueError where the name is unknown, cannot be
+  imported, or names a corpus metric.
   """
   if not isinstance(name, str):
-    return name if isinstance(name, Metric) else _of_function(name)
+    return _of_function(name)
   if name in METRICS:
     return METRICS[name]
   if name.lower() in _CORPUS_METRICS:
@@ -306,17 +290,11 @@ def get_metric(name: MetricLike) -> Metric:
       f"Expected `metric` {name!r} to be a function that can be imported, got: {error};"
       " check the import path."
     ) from error
-  if isinstance(function, Metric):
-    return function
-  return Metric(name, function, binary=bool(getattr(function, "binary", False)))
+  return _of_function(function, name)
 
 
 def metric_name(metric: MetricLike) -> str:
-  """The name that leads to a metric in another process too.
-
-  Raises:
-    ValueError: as `get_metric`; or it is a function that no import path leads to.
-  """
+  """The name that leads to a metric in another process too; ValueError where none does."""
   if isinstance(metric, str):
     get_metric(metric)
     return metric

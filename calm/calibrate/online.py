@@ -10,14 +10,13 @@ is within the tolerance, and there are gamblers who bet that the risk of what is
 
 If the risk of a threshold is above the tolerance, its wealth is a nonnegative supermartingale
 that begins at 1: it ever reaches 1 / level with probability at most the level (Ville 1939).
-Thresholds are certified in their order, the safest first, so that the first false one must
-err (fixed sequence testing), whenever one looks. A check has propensity pi, which depends on
-earlier checks alone; in bets pi b on losses that are weighted by 1 / pi it cancels.
+Thresholds are certified in their order, the safest first, so that the first false one must err
+(fixed sequence testing). A check has propensity pi, which depends on earlier checks alone; in
+bets pi b on losses that are weighted by 1 / pi it cancels.
 
 After an alarm all evidence counts as old: the safest setting is served at once, and thresholds
 are certified anew, at error_rate times 0.8, 0.2 / 2, 0.2 / 6, ... for the first, second, third
-such life, error_rate in all. Losses count in the order of serving, however late they come: an
-order of arrival could depend on them.
+such life. Losses count in the order of serving: an order of arrival could depend on them.
 """
 
 import hashlib
@@ -144,23 +143,17 @@ class Online:
 
     Raises:
       ValueError: an argument leaves its range.
-      storage.FormatError: the file is another's, of other settings, or damaged; nothing of it
-        is changed. The message names it.
+      storage.FormatError: the file is another's, of other settings, or damaged.
       storage.LockedError: another process has the file.
     """
     self._grid, self._support = thresholds_lib.validate_grid(thresholds), support or Support()
     low, high = self._support.lower, self._support.upper
-    over = math.nextafter(1.0, 2.0)
-    for name, value, least, most in (
-      ("tolerance", tolerance, low, high),
-      ("error_rate", error_rate, 0.0, 1.0),
-      ("share", share, 0.0, over),
-      ("least_share", least_share, 0.0, math.nextafter(share, 2.0)),
-      ("alarm_level", alarm_level, 0.0, 1.0),
-      ("patience", patience, 0, 2**53),
-    ):
-      if not least < value < most:
-        raise ValueError(f"Expected `{name}` to be in ({least:g}, {most:g}), got {value!r}.")
+    checks.in_range("tolerance", tolerance, low, high)
+    checks.in_range("error_rate", error_rate, 0.0, 1.0)
+    checks.in_range("share", share, 0.0, math.nextafter(1.0, 2.0))
+    checks.in_range("least_share", least_share, 0.0, math.nextafter(share, 2.0))
+    checks.in_range("alarm_level", alarm_level, 0.0, 1.0)
+    checks.in_range("patience", patience, 0, 2**53)
     checks.warn_of_error_rate(error_rate)
     self.about = dict(about or {})
     self._tolerance, self._error_rate, self._seed = tolerance, error_rate, seed
@@ -200,9 +193,7 @@ class Online:
   def should_check(self, id: str | int) -> bool:
     """Counts a served prompt; whether its losses are wanted.
 
-    Args:
-      id: of the prompt, or of its cluster (a source, a user) where prompts of one are alike.
-        Once its losses were observed it is not drawn again.
+    `id` is of the prompt, or of its cluster (a source, a user) where prompts of one are alike.
     """
     self.served += 1
     mark = self._mark(id)
@@ -229,10 +220,8 @@ class Online:
         None: they will never be known, and count as the worst.
 
     Returns:
-      `threshold`, which may be another now.
-
-    Raises:
-      ValueError: the prompt was not drawn, or a loss is missing or leaves its range.
+      `threshold`, which may be another now; ValueError where the prompt was not drawn, or a
+      loss is missing or leaves its range.
     """
     mark = self._mark(id)
     if mark not in self._seen:
@@ -251,15 +240,10 @@ class Online:
   @property
   def guarantee(self) -> str:
     """What holds and since when, as a sentence."""
-    counts = f"{self.checked} of {self.served} served prompts were checked"
-    if self.missing:
-      counts += f", {self.missing} of them have no loss yet"
-    alarms = ""
-    if self.life:
-      alarms = (
-        f" Alarms so far: {self.life}; nothing is promised of prompts between a change of their"
-        " kind and its alarm."
-      )
+    late = f", {self.missing} of them have no loss yet" if self.missing else ""
+    counts = f"{self.checked} of {self.served} served prompts were checked{late}"
+    alarms = f" Alarms so far: {self.life}; nothing is promised of prompts between a change of"
+    alarms = f"{alarms} their kind and its alarm." if self.life else ""
     if not self._certified:
       return f"No threshold is certified now: the safe setting is served; {counts}.{alarms}"
     check, served = self._since
@@ -384,9 +368,8 @@ class Online:
       raw = file.readline(storage.LONGEST_LINE + 1)
     stored, expected = storage.parse_line(raw.removesuffix(b"\n"))[0] or {}, self._settings()
     if stored.get("format") != FORMAT:
-      kind = "the file of another program"
-      if "sampling_rate" in stored:
-        kind = "the monitor of an earlier version, whose checks certify nothing"
+      monitor = "the monitor of an earlier version, whose checks certify nothing"
+      kind = monitor if "sampling_rate" in stored else "the file of another program"
       raise storage.FormatError(
         f"{path}:1: expected a state of `calibrate.Online`, got {kind}; name another file."
       )

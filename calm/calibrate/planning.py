@@ -10,7 +10,6 @@ from calm.calibrate.losses import Support
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.
 _MOST_PROMPTS = 10**6
-_MORE = "give more, or allow a larger loss or error rate"
 
 
 @arguments.checked()
@@ -31,10 +30,7 @@ def min_calibration_size(
     upper: declared upper bound of losses.
 
   Returns:
-    Prompts, at least 1.
-
-  Raises:
-    ValueError: an argument leaves its range.
+    Prompts, at least 1; ValueError where an argument leaves its range.
 
   >>> [min_calibration_size(tolerance, 0.05) for tolerance in (0.02, 0.05, 0.1, 0.25)]
   [149, 59, 29, 11]
@@ -60,10 +56,9 @@ def method_size(
 ) -> int | None:
   """The fewest prompts with which one method certifies losses that are the lowest throughout.
 
-  Of a randomised method: with which it does so in at least half of all draws.
-
-  A method may need more than `min_calibration_size` (bets stop short of the largest one, so
-  that one loss of 1 does not ruin them).
+  Of a randomised method: with which it does so in at least half of all draws. A method may need
+  more than `min_calibration_size` (bets stop short of the largest one, so that one loss of 1
+  does not ruin them).
 
   Args:
     method: as for `calibrate`.
@@ -78,9 +73,9 @@ def method_size(
   >>> method_size("convex_order", 0.1, 0.05)
   29
   """
-  _check_share(share)
+  checks.in_range("share", share, 0.0, math.nextafter(1.0, 2.0))
   support = support or Support()
-  chosen = _method(method, support, share)
+  chosen = methods.get_method(method, support, any_level=share < 1.0)
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
 
   def certifies(size: int) -> bool:
@@ -90,17 +85,20 @@ def method_size(
 
   level = (_half(error_rate) if chosen.randomized else error_rate) * share
   floor = min_calibration_size(tolerance, level, lower=declared.lower, upper=declared.upper)
-  if floor > _MOST_PROMPTS:
-    return None
   few, enough = floor - 1, floor
-  while not certifies(enough):
+  while enough <= _MOST_PROMPTS and not certifies(enough):
     few, enough = enough, 2 * enough
-    if enough > _MOST_PROMPTS:
-      return None
+  if enough > _MOST_PROMPTS:
+    return None
   while enough - few > 1:
     middle = (few + enough) // 2
     few, enough = (few, middle) if certifies(middle) else (middle, enough)
   return enough
+
+
+def _half(error_rate: float) -> float:
+  """The level at which losses of the lowest certify where a uniform of 1/2 is drawn."""
+  return min(2.0 * error_rate, 0.999)
 
 
 @arguments.checked(promise=risks.of_name)
@@ -130,62 +128,38 @@ def refusal(
   tolerance: float,
   error_rate: float,
   *,
-  lower: float = 0.0,
   support: Support | None = None,
-  method: str | None = None,
+  method: str = "auto",
   share: float = 1.0,
   unit: str = "prompts",
 ) -> str:
-  """The reason why so few prompts cannot certify anything, or ''.
+  """The reason why so few prompts (or clusters, `unit`) cannot certify anything, or ''.
 
   With fewer than `method_size` a randomised method certifies in less than half of all draws,
-  whatever the losses: too few as well.
-
-  Args:
-    num_examples: prompts there are.
-    tolerance: in (lower, upper).
-    error_rate: epsilon.
-    lower: declared lower bound of losses, where no `support` is given.
-    support: declared range of losses.
-    method: as for `calibrate`; None asks for `min_calibration_size`.
-    share: of the error rate at which the first hypothesis is tested, in (0, 1].
-    unit: prompts, or clusters of them.
+  whatever the losses: too few as well. Other arguments are those of `method_size`.
   """
-  _check_share(share)
-  support = support or Support(lower=lower)
-  # 'paper' counts improvements as 0.
-  least, level = max(support.lower, 0.0) if method == "paper" else support.lower, error_rate
-  few = ""
-  if method is not None and _method(method, support, share).randomized:
+  support = support or Support()
+  own = method_size(method, tolerance, error_rate, support=support, share=share)
+  chosen, level, few = (
+    methods.get_method(method, support, any_level=share < 1.0),
+    error_rate,
+    "",
+  )
+  if chosen.randomized:
     level, few = _half(error_rate), " (at most half of all draws would certify)"
+  # 'paper' counts improvements as 0.
+  least = max(support.lower, 0.0) if chosen.clips else support.lower
   needed = min_calibration_size(tolerance, level * share, lower=least, upper=support.upper)
-  rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
-  own = None
-  if method is not None:
-    own = method_size(method, tolerance, error_rate, support=support, share=share)
+  if own is not None and num_examples >= max(own, needed):
+    return ""
   if num_examples < needed:
     wanted = f"at least {needed}"
     by = f" ({own} by the method {method!r})" if own is not None else ""
-  elif method is None or (own is not None and num_examples >= own):
-    return ""
   else:
     wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
     by = f" for the method {method!r}"
   return (
-    f"Expected {wanted} {unit} {rates}{by}, got {num_examples}, which are too few whatever"
-    f" their losses{few}; {_MORE}."
+    f"Expected {wanted} {unit} at tolerance {tolerance} and error rate {error_rate * share}"
+    f"{by}, got {num_examples}, which are too few whatever their losses{few}; give more, or"
+    " allow a larger loss or error rate."
   )
-
-
-def _method(name: str, support: Support, share: float) -> methods.Method:
-  return methods.get_method(name, support, any_level=share < 1.0)
-
-
-def _half(error_rate: float) -> float:
-  """The level at which losses of the lowest certify where a uniform of 1/2 is drawn."""
-  return min(2.0 * error_rate, 0.999)
-
-
-def _check_share(share: float) -> None:
-  if not 0.0 < share <= 1.0:
-    raise ValueError(f"Expected `share` to be in (0, 1], got {share!r}; give a share, as 0.8.")

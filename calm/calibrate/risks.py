@@ -7,7 +7,7 @@ certifies a threshold where every part is certified (p = the largest p over part
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,6 +42,9 @@ class Part:
   rows: np.ndarray | None = None
 
 
+Tested = tuple[np.ndarray | None, np.ndarray | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Promise:
   """Base of all promises: a frozen dataclass of plain numbers.
@@ -51,8 +54,6 @@ class Promise:
   """
 
   name: ClassVar[str]
-  # Fields that files leave out where they are empty.
-  optional: ClassVar[tuple[str, ...]] = ()
   # The sentence of `limits`.
   nothing: ClassVar[str] = (
     "This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
@@ -63,9 +64,19 @@ class Promise:
     """What will be tested of losses in `support`, in the order of `parts`."""
     return (Test("", tolerance, support),)
 
+  def tested(self, losses: SequenceLosses, tolerance: float) -> Iterable[Tested]:
+    """(other values, rows that count) of each test; None: those of the losses, all."""
+    del losses, tolerance
+    return [(None, None)]
+
   def parts(self, losses: SequenceLosses, tolerance: float) -> tuple[Part, ...]:
     """The tests on these losses; ValueError where the promise lacks fitting data."""
-    return tuple(Part(test, losses) for test in self.tests(tolerance, losses.support))
+    tests, parts = self.tests(tolerance, losses.support), []
+    for test, (values, rows) in zip(tests, self.tested(losses, tolerance), strict=True):
+      if values is not None:
+        changed = dataclasses.replace(losses, values=values, support=test.support)
+      parts.append(Part(test, losses if values is None else changed, rows))
+    return tuple(parts)
 
   def place(self, rejected: Any) -> int | None:
     """Position of the served one of the certified rows [num_thresholds], or None."""
@@ -91,6 +102,11 @@ class Promise:
     """What is not promised of such prompts (or clusters)."""
     return self.nothing.format(**{**vars(self), "unit": unit})
 
+  def reason(self, place: int | None, rejected: np.ndarray) -> str:
+    """Why the row at `place` was chosen; '' where it is the lowest certified threshold."""
+    del place, rejected
+    return ""
+
   @classmethod
   def stored(cls) -> list[str]:
     """Names of the fields that files have."""
@@ -98,21 +114,11 @@ class Promise:
 
   def to_json(self) -> dict[str, Any]:
     """Name and numbers."""
-    values = {key: getattr(self, key) for key in self.stored()}
-    return {"name": self.name} | {
-      key: list(value) if isinstance(value, tuple) else value
-      for key, value in values.items()
-      if value or key not in self.optional
-    }
-
-  def _set(self, **values: Any) -> None:
-    for name, value in values.items():
-      object.__setattr__(self, name, value)
-
-
-def _transformed(test: Test, losses: SequenceLosses, values: np.ndarray) -> Part:
-  """A part that tests other values in another range."""
-  return Part(test, dataclasses.replace(losses, values=values, support=test.support))
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    values = {name: plain(getattr(self, name)) for name in self.stored()}
+    if not values.get("grids", True):  # as in files of versions that had none
+      del values["grids"]
+    return {"name": self.name} | values
 
 
 def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> np.ndarray:
@@ -143,8 +149,7 @@ class Quantile(Promise):
 
       Z = 1{loss > tolerance},   E[Z] <= 1 - share
 
-  Z is binary, so the test is the exact binomial one. The fewest prompts that can certify it are
-  log(error_rate) / log(share): 29, 59 and 299 for 0.9, 0.95 and 0.99 at 0.05.
+  Z is binary, so the test is the exact binomial one.
   """
 
   share: float = 0.95  # of texts, in (0, 1)
@@ -155,19 +160,18 @@ class Quantile(Promise):
   )
 
   def __post_init__(self):
-    self._set(share=checks.in_range("share", self.share, 0.0, 1.0))
+    vars(self).update(share=checks.in_range("share", self.share, 0.0, 1.0))
 
   def tests(self, tolerance, support):
     # 1 - 0.9 is 0.09999999999999998, which would ask for one prompt more.
     return (Test("", round(1.0 - self.share, 12), Support(binary=True)),)
 
-  def parts(self, losses, tolerance):
+  def tested(self, losses, tolerance):
     # NaN stays NaN, and no threshold with it passes.
     values, low, high = losses.values, losses.support.lower, losses.support.upper
     above = np.where(np.isnan(values), np.nan, values > tolerance)
     outside = (values < low - 1e-9) | (values > high + 1e-9)
-    (test,) = self.tests(tolerance, losses.support)
-    return (_transformed(test, losses, np.where(outside, np.nan, above)),)
+    return [(np.where(outside, np.nan, above), None)]
 
   def statement(self, calibration, loss):
     bound, share = calibration.tolerance, 100.0 * self.share
@@ -181,8 +185,7 @@ class EveryGroup(Promise):
 
       p = max over groups of p on the prompts of that group
 
-  There is no charge for the number of groups, but each needs prompts enough of its own. Groups
-  are those that the calibration prompts have; of any other nothing is said.
+  There is no charge for the number of groups, but each needs prompts enough of its own.
   """
 
   groups: tuple[str, ...] = ()  # names, sorted; made of `labels`
@@ -202,7 +205,7 @@ class EveryGroup(Promise):
         " ('other'): without them the promise would be of other prompts."
       )
     if self.labels is not None:
-      self._set(groups=tuple(sorted({str(label) for label in self.labels})))
+      vars(self).update(groups=tuple(sorted({str(label) for label in self.labels})))
     if not self.groups:
       raise ValueError("Expected `labels` to name at least one group, got none.")
     checks.check_lines(self.groups, "labels")
@@ -210,13 +213,10 @@ class EveryGroup(Promise):
   def tests(self, tolerance, support):
     return tuple(Test(group, tolerance, support) for group in self.groups)
 
-  def parts(self, losses, tolerance):
+  def tested(self, losses, tolerance):
     labels = rows_of(self.labels, losses, "labels", table=False)[:, None]
     shape = losses.values.shape
-    return tuple(
-      Part(test, losses, np.broadcast_to(labels == test.name, shape))
-      for test in self.tests(tolerance, losses.support)
-    )
+    return [(None, np.broadcast_to(labels == group, shape)) for group in self.groups]
 
   def statement(self, calibration, loss):
     groups = ", ".join(repr(group) for group in self.groups[:12])
@@ -231,10 +231,9 @@ class EarlyExits(Promise):
 
       p = max over t of p on the prompts whose depth at that threshold is at most t
 
-  A mean over all texts may hide that those that leave early are bad, because many never leave
-  and lose nothing. Given that their depth is at most t, prompts are independent draws from that
-  event, so the test on them is valid (Ringel et al., arXiv 2402.00857; with one grid fixed
-  beforehand no second stage is needed). Where no prompt is so early, nothing is certified.
+  Given that their depth is at most t, prompts are independent draws from that event, so the
+  test on them is valid (Ringel et al., arXiv 2402.00857; with one grid fixed beforehand no
+  second stage is needed). Where no prompt is so early, nothing is certified.
   """
 
   # Grid of t, in the unit of `depths`, fixed before any depth was seen.
@@ -256,20 +255,16 @@ class EarlyExits(Promise):
         "Expected `limits_of_depth` to be finite, above 0 and to rise strictly, got"
         f" {self.limits_of_depth!r}."
       )
-    self._set(limits_of_depth=limits)
+    vars(self).update(limits_of_depth=limits)
 
   def tests(self, tolerance, support):
     return tuple(
       Test(f"depth <= {limit:g}", tolerance, support) for limit in self.limits_of_depth
     )
 
-  def parts(self, losses, tolerance):
+  def tested(self, losses, tolerance):
     depths = rows_of(self.depths, losses, "depths", table=True)
-    tests = self.tests(tolerance, losses.support)
-    return tuple(
-      Part(test, losses, depths <= limit)
-      for test, limit in zip(tests, self.limits_of_depth, strict=True)
-    )
+    return [(None, depths <= limit) for limit in self.limits_of_depth]
 
   def statement(self, calibration, loss):
     limits = ", ".join(f"{limit:g}" for limit in self.limits_of_depth)
@@ -298,8 +293,8 @@ class TailMean(Promise):
   )
 
   def __post_init__(self):
-    self._set(beta=checks.in_range("beta", self.beta, 0.0, 1.0))
-    self._set(start=checks.in_range("start", self.start, -2.0, 1.0))
+    vars(self).update(beta=checks.in_range("beta", self.beta, 0.0, 1.0))
+    vars(self).update(start=checks.in_range("start", self.start, -2.0, 1.0))
 
   def tests(self, tolerance, support):
     if not max(self.start, support.lower) < tolerance:
@@ -310,9 +305,8 @@ class TailMean(Promise):
     low, high = self._of(np.array([support.lower, support.upper])).tolist()
     return (Test("", tolerance, Support(low, high)),)
 
-  def parts(self, losses, tolerance):
-    (test,) = self.tests(tolerance, losses.support)
-    return (_transformed(test, losses, self._of(losses.values)),)
+  def tested(self, losses, tolerance):
+    return [(self._of(losses.values), None)]
 
   def _of(self, values: np.ndarray) -> np.ndarray:
     return self.start + np.maximum(0.0, values - self.start) / (1.0 - self.beta)
@@ -344,28 +338,27 @@ class KnownMixture(Promise):
   )
 
   def __post_init__(self):
-    if not (np.isfinite(self.most) and self.most >= 1.0):
-      raise ValueError(
-        f"Expected `most` of at least 1 (weights have mean 1), got {self.most!r}."
-      )
-    self._set(most=float(self.most))
+    weights = () if self.weights is None else checks.as_numbers(self.weights, "weights")
     if self.weights is not None:
-      self._set(weights=(weights := checks.as_numbers(self.weights, "weights")))
-      if not np.all((weights >= 0.0) & (weights <= self.most)):
-        raise ValueError(
-          f"Expected `weights` in [0, `most`] = [0, {self.most}], got"
-          f" {float(weights.min())} to {float(weights.max())}."
-        )
+      vars(self).update(weights=weights)
+    if not (1.0 <= self.most < math.inf and np.all(np.greater_equal(weights, 0.0))):
+      raise ValueError(
+        "Expected `weights` of at least 0 and `most` of at least 1 (they have mean 1), got"
+        f" `most` {self.most!r}."
+      )
+    if np.any(np.greater(weights, self.most)):
+      raise ValueError(
+        f"Expected `weights` in [0, `most`] = [0, {self.most}], got up to {np.max(weights)}."
+      )
 
   def tests(self, tolerance, support):
     low = tolerance + self.most * (support.lower - tolerance)
     high = tolerance + self.most * (support.upper - tolerance)
     return (Test("", tolerance, Support(low, high)),)
 
-  def parts(self, losses, tolerance):
+  def tested(self, losses, tolerance):
     weights = rows_of(self.weights, losses, "weights", table=False)[:, None]
-    (test,) = self.tests(tolerance, losses.support)
-    return (_transformed(test, losses, tolerance + weights * (losses.values - tolerance)),)
+    return [(tolerance + weights * (losses.values - tolerance), None)]
 
   def statement(self, calibration, loss):
     weights = f"the caller's weights (at most {self.most:.10g})"
@@ -407,8 +400,8 @@ class SeveralRisks(Promise):
 
   def __post_init__(self):
     if self.risks is not None:
-      self._set(names=tuple(risk.called for risk in self.risks))
-      self._set(tolerances=tuple(float(risk.tolerance) for risk in self.risks))
+      vars(self).update(names=tuple(risk.called for risk in self.risks))
+      vars(self).update(tolerances=tuple(float(risk.tolerance) for risk in self.risks))
     if not self.names or len(self.names) != len(self.tolerances):
       raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
     if len(set(self.names)) != len(self.names):
@@ -423,7 +416,7 @@ class SeveralRisks(Promise):
     if self.risks is None:
       raise ValueError("Expected `risks` with their tables, got a promise read from a file.")
     for risk in self.risks:
-      check_outputs(risk, losses)
+      _check_outputs(risk, losses)
     tests = self.tests(tolerance, losses.support)
     return tuple(Part(test, risk.losses) for test, risk in zip(tests, self.risks, strict=True))
 
@@ -434,22 +427,18 @@ class SeveralRisks(Promise):
     )
 
 
-def check_outputs(risk: Risk, first: SequenceLosses) -> None:
+def _check_outputs(risk: Risk, first: SequenceLosses) -> None:
   """Raises ValueError unless a risk is of the first one's prompts, grid and procedure."""
-  losses = risk.losses
+  losses, difference = risk.losses, ""
   if len(losses.values) != len(first.values) or losses.ids != first.ids:
     raise ValueError(f"Expected `risks` of the same prompts, got others in {risk.called!r}.")
-  ours, theirs = first.thresholds.tolist(), losses.thresholds.tolist()
-  if ours != theirs:
+  if not np.array_equal(first.thresholds, losses.thresholds):
+    difference = f"the grid {losses.thresholds.tolist()} beside {first.thresholds.tolist()}"
+  elif None not in (first.procedure, losses.procedure):
+    difference = describe_differences(first.procedure, losses.procedure)
+  if difference:
     raise ValueError(
-      f"Expected `risks` on the same grid, got {theirs} of {risk.called!r} beside {ours}; take"
-      " every loss from the same outputs."
-    )
-  if first.procedure is None or losses.procedure is None:
-    return
-  if difference := describe_differences(first.procedure, losses.procedure):
-    raise ValueError(
-      f"Expected `risks` of outputs of one procedure, got another of {risk.called!r}:"
+      f"Expected `risks` of outputs of one grid and procedure, got another of {risk.called!r}:"
       f" {difference}; take every loss from the same outputs."
     )
 
@@ -479,17 +468,15 @@ class Cost(Promise):
   )
 
   def __post_init__(self):
-    self._set(at_most=checks.in_range("at_most", self.at_most, 0.0, 1.0))
-    self._set(share=checks.in_range("share", self.share, 0.0, 1.0))
+    vars(self).update(at_most=checks.in_range("at_most", self.at_most, 0.0, 1.0))
+    vars(self).update(share=checks.in_range("share", self.share, 0.0, 1.0))
 
   def tests(self, tolerance, support):
     risk = Test("risk", tolerance, support, 1.0 - self.share)
     return risk, Test("cost", self.at_most, Support(), self.share, ascending=True)
 
-  def parts(self, losses, tolerance):
-    costs = rows_of(self.costs, losses, "costs", table=True)
-    risk, cost = self.tests(tolerance, losses.support)
-    return Part(risk, losses), _transformed(cost, losses, costs)
+  def tested(self, losses, tolerance):
+    return [(None, None), (rows_of(self.costs, losses, "costs", table=True), None)]
 
   def statement(self, calibration, loss):
     return (
@@ -499,12 +486,13 @@ class Cost(Promise):
     )
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Configurations(SeveralRisks):
   """E[loss of risk r] <= tolerance of r, for every r, of one configuration among many.
 
   Rows are configurations, grid after grid; the cheapest certified one is served. Made by
-  `configurations.calibrate_configurations`.
+  `certify.calibrate_configurations`.
   """
 
   configurations: tuple[str, ...] = ()  # names, in the tested order
@@ -513,24 +501,17 @@ class Configurations(SeveralRisks):
   # empty in files of versions that tested one order of all.
   grids: tuple[int, ...] = ()
   name: ClassVar[str] = "configurations"
-  optional: ClassVar[tuple[str, ...]] = ("grids",)
 
   def __post_init__(self):
     super().__post_init__()
-    if not self.configurations or len(self.configurations) != len(self.costs):
+    count = len(self.configurations)
+    whole = sum(self.grids) == count and min(self.grids) > 0 if self.grids else count > 0
+    if not whole or len(self.costs) != count or not np.isfinite(self.costs).all():
       raise ValueError(
-        "Expected `configurations` with a cost each, got"
-        f" {len(self.configurations)} and {len(self.costs)} costs."
+        "Expected `configurations` with a finite cost each, in `grids` that have them all, got"
+        f" {count}, {len(self.costs)} costs and grids of {self.grids!r:.200}."
       )
     checks.check_lines(self.configurations, "configurations")
-    if not np.isfinite(self.costs).all():
-      raise ValueError(f"Expected finite `costs`, got {self.costs!r:.200}.")
-    whole = all(type(size) is int and size > 0 for size in self.grids)
-    if self.grids and (not whole or sum(self.grids) != len(self.configurations)):
-      raise ValueError(
-        f"Expected `grids` of {len(self.configurations)} configurations together, got"
-        f" {self.grids!r:.200}."
-      )
 
   def tests(self, tolerance, support):
     tests = super().tests(tolerance, support)
@@ -546,6 +527,14 @@ class Configurations(SeveralRisks):
     if not len(certified):
       return None
     return int(certified[np.argmin(np.asarray(self.costs)[certified])])
+
+  def reason(self, place, rejected):
+    if place is None:
+      return "Nothing is certified: the safest configuration of every family already fails."
+    return (
+      f"{self.configurations[place]} is the cheapest ({self.costs[place]:.4g}) of"
+      f" {np.sum(rejected)} certified among {len(self.configurations)} configurations."
+    )
 
   def check_rows(self, thresholds):
     if len(thresholds) != len(self.configurations):
@@ -582,7 +571,7 @@ def from_json(value: Any) -> Promise:
   if not isinstance(name, str) or name not in PROMISES:
     raise ValueError(f"Expected `promise` to name one of {sorted(PROMISES)}, got {value!r}.")
   kind = PROMISES[name]
-  allowed = set(kind.stored()) - (set(kind.optional) - set(value))
+  allowed = set(kind.stored()) - ({"grids"} - set(value))
   found = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "name"}
   if set(found) != allowed:
     raise ValueError(

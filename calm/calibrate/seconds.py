@@ -32,24 +32,22 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """What was measured."""
+  """What was measured: one prompt at a time, and in full batches where prompts suffice."""
 
-  single: Pair  # one prompt at a time
-  batched: Pair | None = None  # in full batches, where there were enough prompts of one length
-
-  @property
-  def _pairs(self) -> list[Pair]:
-    return [pair for pair in (self.single, self.batched) if pair is not None]
+  single: Pair
+  batched: Pair | None = None
 
   @property
   def slower(self) -> str:
     """Where calibrated exits are no faster than full depth, in words; '' where they are."""
-    return " and ".join(str(pair) for pair in self._pairs if not pair.speedup > 1.0)
+    pairs = filter(None, (self.single, self.batched))
+    return " and ".join(str(pair) for pair in pairs if not pair.speedup > 1.0)
 
   @property
   def told(self) -> str:
     """Full depth's time over that of calibrated exits, in words."""
-    return ", ".join(f"{p} (x{p.end_to_end:.2f} with the encoder)" for p in self._pairs)
+    pairs = filter(None, (self.single, self.batched))
+    return ", ".join(f"{p} (x{p.end_to_end:.2f} with the encoder)" for p in pairs)
 
 
 def noted(calibration: Calibration, seconds: Seconds | None) -> Calibration:
@@ -64,10 +62,11 @@ def noted(calibration: Calibration, seconds: Seconds | None) -> Calibration:
 def of(calibration: Calibration) -> Seconds | None:
   """What was measured for a calibration; None where nothing was, or the note is another's."""
   value = (calibration.provenance.notes or {}).get(_NOTE)
-  if not isinstance(value, Mapping):
-    return None
-  single = _pair(value.get("single"))
-  return None if single is None else Seconds(single, _pair(value.get("batched")))
+  single, batched = (
+    _pair(value.get(name)) if isinstance(value, Mapping) else None
+    for name in ("single", "batched")
+  )
+  return None if single is None else Seconds(single, batched)
 
 
 def _pair(value: Any) -> Pair | None:
@@ -79,12 +78,7 @@ def _pair(value: Any) -> Pair | None:
 
 
 def warning(calibration: Calibration, seconds: Seconds | None = None) -> str:
-  """What to say of a threshold that is served though it is not faster, or ''.
-
-  Args:
-    calibration: the one that is served.
-    seconds: what was measured; None takes what is noted in the calibration.
-  """
+  """What to say of a served threshold that is not faster as measured (or as noted), or ''."""
   seconds = of(calibration) if seconds is None else seconds
   slow = "" if seconds is None or not calibration.certified else seconds.slower
   return slow and (

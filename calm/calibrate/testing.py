@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from calm import arguments
 from calm.calibrate.losses import Support
 
 
@@ -32,12 +33,8 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
 
       adjusted p_j = max over i <= j of p_i
 
-  Args:
-    p_values: [num_hypotheses] in [0, 1], in the order fixed beforehand.
-    error_rate: family-wise error rate, in (0, 1).
-
-  Returns:
-    Rejections form a prefix of the order (paper, section 4.3).
+  `p_values` are [num_hypotheses] in [0, 1], in the order fixed beforehand, of which rejections
+  form a prefix (paper, section 4.3); `error_rate` is family-wise, in (0, 1).
 
   >>> fixed_sequence([0.01, 0.2, 0.01], 0.05).rejected.tolist()
   [True, False, False]
@@ -114,6 +111,7 @@ def first_share(procedure: str, count: int) -> float:
   return shares[procedure]
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Evidence:
   """The result of one test of a promise at each threshold of the grid."""

@@ -97,12 +97,11 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
   1 - i / len(knobs). ValueError where there are none, two have the same text, or a calibration
   cannot store one.
   """
-  numbers = all(isinstance(knob, int | float | np.number) for knob in knobs)
-  if knobs and numbers and all(0.0 <= knob <= 1.0 for knob in knobs):
+  numbers = [knob for knob in knobs if isinstance(knob, int | float | np.number)]
+  if knobs and len(numbers) == len(knobs) and all(0.0 <= knob <= 1.0 for knob in knobs):
     return validate_grid(knobs), ()
-  names = tuple(str(knob) for knob in knobs)
-  infinite = any(isinstance(k, int | float | np.number) and not np.isfinite(k) for k in knobs)
-  if not names or len(set(names)) != len(names) or infinite:
+  names = tuple(map(str, knobs))
+  if not names or len(set(names)) != len(names) or not np.isfinite(numbers).all():
     raise ValueError(
       "Expected `knobs` to be finite numbers or names, at least one, all different and without"
       f" the full system, got {list(names)}."

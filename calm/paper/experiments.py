@@ -9,12 +9,12 @@ import numpy as np
 
 from calm import calibrate as calibrate_lib
 from calm import exits
-from calm.calibrate import generations, metrics, trials
+from calm.calibrate import generations, metrics
 from calm.calibrate import losses as sequence_losses
 from calm.data import prompt_batches
 from calm.exits import propagation, schedules
 from calm.inference import result_cache, timing
-from calm.paper import bench, perturbations, scores, tasks
+from calm.paper import bench, perturbations, scores, tasks, trials
 from calm.paper.scores import Curve
 from calm.t5 import costs
 
@@ -412,7 +412,7 @@ def validity(of: bench.Bench) -> Validity:
     for number, (measure, cached) in enumerate(of.test_grids.items()):
       losses = sequence_losses.compute(cached, "textual", metric=of.settings.metric).ungrouped()
       counts = cached.layer_counts()
-      layers = counts and trials.LayerCounts(*counts, full_depth=of.num_layers)
+      layers = counts and (*counts, of.num_layers)
       for turn, method in enumerate(("paper", "auto")):
         progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
         common = {"error_rate": rate, "method": method}

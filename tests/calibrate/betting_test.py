@@ -66,20 +66,6 @@ def test_bets_see_the_past_only():
     assert np.all((bets >= 0.0) & (bets <= strategy.cap_share / 0.9 + 1e-15))
 
 
-def test_pairs_beyond_one_block_are_certified_like_alone(monkeypatch):
-  generator = np.random.default_rng(4)
-  losses = laws.mostly_zero(generator, 0.05, (60, 5))
-  columns = np.arange(20) % 5
-  design = betting.FIXED_LEVEL.design(np.linspace(0.05, 0.4, 20), 0.05, 60)
-  whole = betting.certifies(losses, columns, design, betting.FIXED_LEVEL)
-  monkeypatch.setattr(betting, "_HEDGED_PAIRS", 7)
-  parts = betting.certifies(losses, columns, design, betting.FIXED_LEVEL)
-  np.testing.assert_array_equal(parts, whole)
-  wealth = betting.log_wealth(losses[:, columns], design, betting.FIXED_LEVEL)
-  np.testing.assert_array_equal(whole, wealth.max(axis=0) >= design.target)
-  assert 0 < whole.sum() < 20
-
-
 def test_wealth_that_just_gets_there_has_got_there():
   """A factor of 2 at an error rate of 1/2, to the last digit."""
   losses, only = np.array([[-0.99]]), np.array([0])
@@ -137,17 +123,6 @@ def test_the_hedge_by_hand(mean, reached, error_rate):
   assert betting.certifies(losses[:, None], np.array([0]), design, strategy) == reached
 
 
-@pytest.mark.parametrize(
-  ("tolerance", "share"), [(0.001, 0.01), (0.2, 0.2), (0.5, 0.5), (0.9, 0.5)]
-)
-def test_the_first_bet_knows_the_tolerance_alone(tolerance, share):
-  """At an error rate of 1/2 the chance is 1/2: phi(0) / (1/2) over the deviation."""
-  design = betting.Design(tolerance, 0.5, 9)
-  (bet,) = betting.hedge_bets(np.zeros((1, 1)), design)[0]
-  deviation = math.sqrt(share * (1.0 - share))
-  assert bet == pytest.approx(math.sqrt(2.0 / math.pi) / deviation / 3.0)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 200])
 def test_wealth_is_followed_alike_in_factors_and_in_logarithms(rows):
   gains = np.random.default_rng(rows).uniform(-0.5, 0.5, (rows, 4))
@@ -182,32 +157,6 @@ def test_binomial_bound_is_clopper_pearson():
   for count, size in ((0, 10), (3, 10), (40, 500)):
     found = p_values.invert(p_values.binomial, count, size, error_rate=0.05)
     assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
-
-
-@pytest.mark.parametrize("law", [*laws.UNIT_LAWS, *laws.SIGNED_LAWS], ids=lambda f: f.__name__)
-def test_betting_bound_covers(law):
-  generator = np.random.default_rng(11)
-  lower = -1.0 if law in laws.SIGNED_LAWS else 0.0
-  losses = law(generator, 0.1, (150, 1500))
-  bound = betting.upper_bound(losses, error_rate=0.1, lower=lower)
-  misses = int(np.sum(bound < 0.1))
-  assert stats.binomtest(misses, 1500, 0.1, alternative="greater").pvalue > 1e-5
-
-
-def test_everything_above_the_betting_bound_is_rejected_without_assuming_an_interval():
-  generator = np.random.default_rng(2)
-  for law in (laws.bernoulli, laws.mostly_zero, laws.signed):
-    lower = -1.0 if law is laws.signed else 0.0
-    losses = law(generator, 0.08, (60, 8))
-    bound = betting.upper_bound(losses, error_rate=0.1, lower=lower)
-    for column, end in zip(losses.T, bound, strict=True):
-      for tolerance in np.linspace(end, 1.0, 80)[:-1]:
-        assert betting.p_value(column, tolerance, error_rate=0.1) <= 0.1 * (1 + 1e-9)
-      if end < 1.0:
-        # ... and it is not far above the largest tolerance that is not rejected.
-        below = end - np.linspace(0.0, 0.05, 200)[1:]
-        p = [betting.p_value(column, tolerance, error_rate=0.1) for tolerance in below]
-        assert max(p) > 0.1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
@@ -252,10 +201,8 @@ def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, la
   [
     *(
       (lambda losses=losses: betting.p_value(losses, 0.1), "`losses` to be")
-      for losses in ([], [[[0.0]]], [0.0, math.nan], [math.inf], [-math.inf], [1.5])
+      for losses in ([], [[[0.0]]], [0.0, math.nan], [-math.inf], [1.5])
     ),
-    (lambda: betting.p_value([0.0], 1.0), "`tolerance` to be below"),
-    (lambda: betting.p_value([0.0], math.nan), "`tolerance` to be below"),
     (lambda: betting.p_value(np.zeros((3, 2)), [0.1, 1.0]), "`tolerance` to be below"),
     (lambda: betting.p_value([0.0], 0.1, error_rate=0.0), "`error_rate` to be"),
     (lambda: betting.p_value([0.0, 0.0], 0.1, planned_size=1), "`planned_size` to be at least"),
@@ -272,7 +219,7 @@ def test_what_cannot_be_bet_on_is_refused(call, message):
     call()
 
 
-@pytest.mark.parametrize("strategy", [betting.PLUG_IN, betting.FIXED_LEVEL], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
 @pytest.mark.parametrize("tolerance", [0.1, 0.4])
 def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(strategy, tolerance):
   """Losses of 0 and 1 at the bound: sum over paths of P(reject | path), exactly."""

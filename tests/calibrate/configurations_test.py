@@ -10,12 +10,13 @@ from scipy import stats
 from calm.calibrate import (
   Calibration,
   SequenceLosses,
+  Support,
   calibrate,
   calibrate_configurations,
   risks,
   verification,
 )
-from calm.calibrate.generations.procedure import Procedure
+from tests.calibrate import laws
 
 GRIDS = {"softmax": [0.9, 0.5], "state": [0.8]}
 RATES = {"softmax": [0.01, 0.3], "state": [0.02]}
@@ -23,10 +24,7 @@ DEPTHS = {"softmax": [6.0, 2.0], "state": [4.0]}
 
 
 def procedure(measure):
-  return Procedure(
-    "p", "t", "", 8, 8, 1, measure, (1,), {"name": "constant"}, "exit_state", None, "shared",
-    "float32", {"name": "greedy"},
-  )  # fmt: skip
+  return laws.procedure(measure=measure)
 
 
 def families(count=400, seed=0, tolerances=(0.1, 0.2), groups=None):
@@ -77,11 +75,11 @@ def test_it_is_stored_and_its_decision_made_again(tmp_path):
     (lambda v: v.update(threshold=0.9), "`threshold` 0.8"),
     (lambda v: v["promise"].update(costs=[1.0, 2.0, 9.0]), "`threshold`"),
     (lambda v: v["promise"].update(grids=[3]), "`parts`"),
-    (lambda v: v["promise"].update(grids=[1, 1]), "`grids` of 3"),
+    (lambda v: v["promise"].update(grids=[1, 1]), "in `grids` that have them all"),
     (lambda v: v["promise"].pop("grids"), "`parts`"),
     (
       lambda v: v["promise"].update(configurations=["a"], costs=[1.0]),
-      "`grids` of 1 configurations",
+      "in `grids` that have them all",
     ),
     (lambda v: v["promise"].update(tolerances=[0.1, 0.3]), "`parts`"),
     (lambda v: v["promise"].update(costs=[1.0, 2.0, "x"]), "costs|numbers"),
@@ -149,11 +147,29 @@ def test_sorted_tables_at_the_boundary_are_certified_as_seldom_as_any():
   assert stats.binomtest(wrong, draws, 0.05, alternative="greater").pvalue > 1e-3
 
 
+def test_choosing_among_measures_is_part_of_one_family():
+  generator = np.random.default_rng(3)
+  wrong, naive, draws = 0, 0, 100
+  for _ in range(draws):
+    values = laws.bernoulli(generator, 0.3, (120, 12))  # twelve measures, all just too risky
+    families, costs = {}, {}
+    for column in range(12):
+      losses = SequenceLosses(values[:, column : column + 1], [0.5], Support(binary=True))
+      families[f"m{column}"] = [risks.Risk(losses, 0.299)]
+      costs[f"m{column}"] = np.full((120, 1), float(column))
+    found = calibrate_configurations(families, costs, error_rate=0.1)
+    wrong += found.certified
+    naive += bool((found.column("p_value") / 12 <= 0.1).any())
+  assert stats.binomtest(wrong, draws, 0.1, alternative="greater").pvalue > 1e-3
+  # The best of them, picked after twelve tests, would not have kept the rate.
+  assert stats.binomtest(naive, draws, 0.1, alternative="greater").pvalue < 1e-6
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"thresholds": np.array([0.8, 0.4])}, r"same grid, got \[0.8, 0.4\] of 'answers' beside"),
-    ({"procedure": procedure("state")}, "one procedure, got another of 'answers': `measure`"),
+    ({"thresholds": np.array([0.8, 0.4])}, r"of 'answers': the grid \[0.8, 0.4\] beside"),
+    ({"procedure": procedure("state")}, "procedure, got another of 'answers': `measure`"),
   ],
 )
 def test_risks_of_other_outputs_are_refused(changes, message):

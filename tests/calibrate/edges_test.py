@@ -6,12 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from calm.calibrate import (
-  SequenceLosses,
-  Support,
-  calibrate,
-  trials,
-)
+from calm.calibrate import SequenceLosses, Support, calibrate
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.5])
@@ -29,27 +24,8 @@ def test_losses_above_1_are_not_clipped_to_1(method):
   values = 2.0 * laws.bernoulli(generator, 0.045, (400, 1))  # risk 0.09
   with pytest.raises(ValueError, match=r"range \[0.0, 2.0\]; divide losses and tolerance"):
     calibrate(values, [0.5], tolerance=0.08, error_rate=0.05, support=wide, method=method)
-  losses = SequenceLosses(values, [0.5], support=wide)
-  with pytest.raises(ValueError, match="divide losses and tolerance"):
-    trials.validity_trials(losses, [0.08], error_rate=0.05, method=method)
   found = calibrate(values / 2.0, [0.5], tolerance=0.04, error_rate=0.05, method=method)
   assert not found.certified
-
-
-def test_groups_that_losses_carry_are_used():
-  generator = np.random.default_rng(0)
-  wrong = 0
-  for _ in range(40):
-    values = np.repeat(laws.bernoulli(generator, 0.11, (40, 1)), 10, axis=0)
-    groups = tuple(f"g{row // 10}" for row in range(400))
-    losses = SequenceLosses(values, [0.5], groups=groups)
-    wrong += calibrate(losses, **RATES).certified
-  assert wrong <= 6  # .27 of draws when they were ignored
-  found = calibrate(losses, **RATES)
-  assert found.clusters and found.num_examples == 40
-  assert len(trials.Draws(losses, "auto").values) == 40
-  prompts = losses.ungrouped()
-  assert calibrate(prompts, **RATES).num_examples == len(trials.Draws(prompts, "auto").values)
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, 1.5, True, ["a"]])
@@ -60,8 +36,6 @@ def test_a_missing_group_is_refused_and_not_one_cluster(missing):
     calibrate(values, [0.5], **RATES, groups=groups)
   with pytest.raises(ValueError, match="1000 rows without a name"):
     SequenceLosses(values, [0.5], groups=groups)
-  with pytest.raises(ValueError, match="`groups` to name"):
-    trials.Draws(SequenceLosses(values, [0.5]), "auto", groups)
 
 
 @pytest.mark.parametrize(

@@ -55,15 +55,12 @@ FORGERIES = [
   ("tolerance", 0.0001),
   ("tolerance", 1.5),
   ("tolerance", "0.1"),
-  ("tolerance", None),
   ("error_rate", 0.0001),
   ("error_rate", 0.0),
   ("num_examples", 30_000),
   ("num_examples", 30),
-  ("num_examples", 2.5),
   ("metric", "exact_match"),
   ("metric", "rouge_l\x1b[31m of nothing\x1b[0m"),
-  ("metric", "x" * 5000),
   ("metric", "\u202egnihton"),
   ("kind", "risk_signed"),
   ("reason", "all is well"),
@@ -80,11 +77,9 @@ FORGERIES = [
   ("support", {"lower": 0.0, "upper": 1.0}),
   ("support.upper", 0.5),
   ("support.lower", -1.0),
-  ("support.binary", 1),
   ("rows", []),
   ("rows.0", {}),
   ("rows.0.p_value", 1.0),
-  ("rows.2.p_value", 0.0),
   ("rows.2.log_p_value", -100.0),
   ("rows.2.adjusted_p_value", 0.0),
   ("rows.2.rejected", True),
@@ -103,7 +98,6 @@ FORGERIES = [
   ("procedure.measure", "state"),
   ("procedure", None),
   ("procedure", []),
-  ("provenance", []),
   ("provenance.metric", "other"),
   ("losses_digest", "00"),
   ("digest", "0" * 64),
@@ -131,26 +125,17 @@ def test_every_forgery_is_refused_with_a_named_error(honest, path, new, tmp_path
 CONTRADICTIONS = [
   ("threshold", 0.02, "`threshold` 0.5"),
   ("threshold", "never", "`threshold` 0.5"),
-  ("tolerance", 0.0001, "the least that 300 prompts"),
   ("error_rate", 1e-30, "`rejected` False"),
-  ("num_examples", 30, "`num_examples` of at most 30"),
-  ("rows.0.num_examples", 20, "the least that 20 prompts"),
   ("rows.0.p_value", 1.0, "`p_value`"),
   ("rows.2.log_p_value", -1.0, "`p_value`"),
   ("rows.0.rejected", False, "`rejected` True"),
   ("rows.2.rejected", True, "`rejected` False"),
   ("rows.2.adjusted_p_value", 0.01, "`adjusted_p_value`"),
   ("rows.0.threshold", 0.01, "strictly descending"),
-  ("rows.0.upper_bound", -1.0, "`upper_bound` in "),
-  ("rows.0.upper_bound", 1.5, "`upper_bound` in "),
-  ("rows.0.upper_bound", 0.11, "`upper_bound` .* at most 0.1"),
-  ("rows.0.upper_bound", None, "`upper_bound` in"),
-  ("rows.2.upper_bound", 0.09, "`upper_bound` .* above 0.1"),
   ("testing", "bonferroni", "`adjusted_p_value`"),
   ("visited", [0], "`visited`"),
-  ("promise", {"name": "quantile", "share": 0.5}, "`support` binary for the promise"),
-  ("support.upper", 0.05, r"`tolerance` in "),
-  ("support.lower", 0.05, "Expected"),
+  ("promise", {"name": "tail_mean", "beta": 0.5, "start": 0.5}, "`start` below the tolerance"),
+  ("promise", {"name": "every_group", "groups": ["a", "b"]}, "`parts` "),
 ]
 
 
@@ -183,17 +168,6 @@ def test_rows_say_what_the_least_certain_part_says(path):
     Calibration.from_json(value)
 
 
-def test_files_of_version_1_are_read_and_their_decision_made_again():
-  value = {k: v for k, v in HONEST.items() if k not in ("digest", *verification.NEW_FIELDS)}
-  value["schema_version"] = 1
-  back = Calibration.from_json(value)
-  assert back.threshold == 0.5 and back.promise == risks.Mean()
-  with pytest.raises(ValueError, match=r"`threshold` 0\.5"):
-    Calibration.from_json({**value, "threshold": 0.02})
-  with pytest.raises(ValueError, match="without other fields"):
-    Calibration.from_json({**HONEST, "schema_version": 1})
-
-
 def test_a_digest_can_be_expected(tmp_path):
   found = made()
   found.save(tmp_path / "c.json")
@@ -210,10 +184,19 @@ def test_a_digest_can_be_expected(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text", ["[" * 100_000, '{"schema_version": NaN}', "\x00", '"' + "x" * 200, "12", ""]
+  ("path", "new"),
+  [
+    *(("rows", [3]), ("rows", 3), ("rows.0", {}), ("rows.0.mean", "x"), ("rows.0.mean", True)),
+    *(("tolerance", 10**400), ("support", 3), ("support.lower", None), ("visited", ["0"])),
+    *(("visited", 3), ("num_examples", 2.5), ("clusters", 1), ("parts", [3]), ("parts", [{}])),
+    *(("seed", 7), ("kind", None), ("procedure", 3), ("provenance", 3), ("promise", 3)),
+    *(("rows.0.log_p_value", 1.0), ("rows.0.p_value", -1.0), ("rows.0.threshold", 2.0)),
+  ],
 )
-def test_files_that_are_no_such_json_are_refused(tmp_path, text):
-  (tmp_path / "c.json").write_text(text)
+def test_fields_of_other_types_are_refused_whatever_the_digest_says(path, new, tmp_path):
+  value = edited(HONEST, path, new)
+  value["digest"] = verification.digest(value)
+  (tmp_path / "c.json").write_text(json.dumps(value))
   with pytest.raises(ValueError, match=r"c\.json: expected a calibration, got none: "):
     Calibration.load(tmp_path / "c.json")
 
@@ -236,11 +219,11 @@ def test_p_equal_to_the_error_rate_goes_either_way():
 @pytest.mark.parametrize(
   ("name", "column", "message"),
   [
-    ("means", [0.1, 0.2], "of as many|to be"),
-    ("means", [0.1, 0.2, 0.3, 0.4], "of as many|to be"),
-    ("num_examples", [300, 300, 0.5], "of as many|to be"),
-    ("log_p_values", [-1.0, -1.0, 1.0], "of as many|to be"),
-    ("upper_bounds", "0.1", "of as many|to be"),
+    ("means", [0.1, 0.2], "of as many"),
+    ("means", [0.1, 0.2, 0.3, 0.4], "of as many"),
+    ("num_examples", [300, 300, 0.5], "whole numbers, got 0.5"),
+    ("log_p_values", [-1.0, -1.0, 1.0], "`mean` .* in row 0"),
+    ("upper_bounds", "0.1", "a list of numbers"),
   ],
 )
 def test_columns_of_a_part_have_an_entry_a_threshold(name, column, message):

@@ -22,7 +22,7 @@ def read(root: pathlib.Path) -> dict:
     copy = pathlib.Path(place) / "caches"
     shutil.copytree(root, copy)
     found = {name: of_generations(generations.load(copy / name)) for name in FOLDERS}
-    found["sequential"] = of_sequential(generations.load(copy / "sequential"))
+    found["sequential"] = of_sequential(copy / "sequential")
     found |= {f"foreign {form}": of_foreign(copy / "foreign", form) for form in FORMS}
     found |= {name: of_stopped(copy / name) for name in ("stopped", "two_writers")}
     found["merging"] = of_merging(copy)
@@ -64,11 +64,12 @@ def of_losses(made, kind: str) -> dict:
   }
 
 
-def of_sequential(made) -> dict:
+def of_sequential(folder: pathlib.Path) -> dict:
+  made, manifest = generations.load(folder), generations.read_manifest(folder)
   prefixes = sequence_losses.prefix_losses(made, "textual")
   return {
     "ids": made.ids,
-    "flags": [made.sequential, made.by_group],
+    "flags": [manifest["sequential"], manifest["by_group"]],
     "losses": [[value.hex() for value in column.tolist()] for column in prefixes],
   }
 

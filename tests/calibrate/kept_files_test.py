@@ -52,8 +52,10 @@ def test_a_file_of_version_1_is_read(name):
   value = dict(STORED[name]["calibration"])
   for field in ("promise", "parts", "losses_digest", "digest"):
     del value[field]
-  found = Calibration.from_json({**value, "schema_version": 1})
+  found = Calibration.from_json(value | {"schema_version": 1})
   assert [row.threshold for row in found.rows if row.rejected] == STORED[name]["certified"]
+  with pytest.raises(ValueError, match="Expected `threshold`"):
+    Calibration.from_json(value | {"schema_version": 1, "threshold": 0.02})
 
 
 def test_a_stored_monitor_is_refused_by_name_and_kept(tmp_path):

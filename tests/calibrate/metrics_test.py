@@ -113,13 +113,6 @@ same_length.binary = True
 HALF = metrics.Metric("half", half)
 
 
-@pytest.mark.parametrize("value", [1.5, -0.5, float("nan")])
-def test_a_metric_that_leaves_its_range_is_refused(value):
-  metric = metrics.Metric("bad", lambda prediction, references: value)
-  with pytest.raises(ValueError, match=r"`metric` 'bad' to give a number in \[0, 1\], got"):
-    metric("a", ["b"])
-
-
 def test_declared_binary_is_held_to_it_and_references_are_needed():
   with pytest.raises(ValueError, match=r"to give 0 or 1, as it is declared binary, got 0.5"):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
@@ -162,8 +155,10 @@ def test_a_file_of_the_working_directory_is_a_module(tmp_path, monkeypatch):
       metrics.get_metric(name)
 
 
-@pytest.mark.parametrize("made", [None, "x", 10**400, [1.0, 2.0], "exit"])
-def test_what_is_no_number_is_refused_by_the_metrics_name(made):
+@pytest.mark.parametrize(
+  "made", [1.5, -0.5, float("nan"), None, "x", 10**400, [1.0, 2.0], "exit"]
+)
+def test_what_is_no_number_in_range_is_refused_by_the_metrics_name(made):
   def function(prediction, references):
     if made == "exit":
       raise SystemExit(0)  # the command would end as if all was well
@@ -173,18 +168,9 @@ def test_what_is_no_number_is_refused_by_the_metrics_name(made):
     metrics.Metric("odd", function)("a", ["b"])
 
 
-ROUGE = metrics.METRICS["rouge_l"]
-
-PAIRS = [(f"a b {i % 7}", (f"a c {i % 5}",)) for i in range(600)]
-
-
 def test_equal_pairs_are_computed_once():
-  asked = []
-
-  def function(prediction, references):
-    asked.append((prediction, references))
-    return 0.5
-
-  metrics.compute(metrics.Metric("counting", function), PAIRS)
+  asked, pairs = [], [(f"a b {i % 7}", (f"a c {i % 5}",)) for i in range(600)]
+  counting = metrics.Metric("counting", lambda *pair: asked.append(pair) or 0.5)
+  metrics.compute(counting, pairs)
   assert len(asked) == len(set(asked)) == 35
-  assert metrics.compute(ROUGE, []).shape == (0,)
+  assert metrics.compute(metrics.METRICS["rouge_l"], []).shape == (0,)

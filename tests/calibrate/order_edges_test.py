@@ -173,18 +173,6 @@ def test_the_level_of_every_table_of_zeros_and_ones_is_exact(count, tolerance, m
   assert worse[passed].sum() <= 0.02
 
 
-@pytest.mark.parametrize("stored", [np.sort, lambda values, axis: -np.sort(-values, axis=axis)])
-def test_graded_losses_keep_the_level_in_twenty_thousand_draws(stored):
-  """0, 1/2 and 1 at the boundary; tables of the same counts are decided once."""
-  counts = np.random.default_rng(0).multinomial(60, [0.85, 0.1, 0.05], size=20_000)
-  kinds, times = np.unique(counts, axis=0, return_counts=True)
-  wrong = 0
-  for (zeros, halves, ones), number in zip(kinds.tolist(), times.tolist(), strict=True):
-    table = np.repeat([0.0, 0.5, 1.0], [zeros, halves, ones])[:, None]
-    wrong += number * certified(stored(table, axis=0), 0.1, "betting_fixed_level")[1]
-  assert wrong <= 0.05 * 20_000
-
-
 def test_plain_arrays_of_zeros_and_ones_are_tested_exactly_and_the_promise_says_so():
   table = laws.bernoulli(np.random.default_rng(0), 0.03, (100, 1))
   found = calibrate(table, [0.5], **RATES)
@@ -271,16 +259,6 @@ def test_independent_draws_do_not_look_copied_however_they_are_stored():
     shape = (int(generator.integers(2, 400)), int(generator.integers(1, 9)))
     values = way(law(generator, float(generator.uniform(0.01, 0.3)), shape))
     assert not checks.looks_copied(values), (law, shape, seed)
-
-
-@pytest.mark.parametrize("period", [2, 10, 60])
-def test_a_pattern_made_by_hand_is_no_copy_of_prompts(period):
-  pattern = np.arange(480) % period == 0
-  assert not checks.looks_copied(pattern[:, None].astype(float))
-  # Broken by one row it is a list that was repeated.
-  assert checks.looks_copied(np.insert(pattern, 0, True)[:, None].astype(float)) == (
-    period < 60
-  )
 
 
 def test_copied_prompts_are_warned_of():

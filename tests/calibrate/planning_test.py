@@ -26,9 +26,10 @@ def test_numbers_of_the_literature_and_of_signed_losses():
 
 
 def test_refusals_say_how_many_would_do():
-  assert planning.refusal(29, 0.1, 0.05) == ""
-  assert "Expected at least 29 prompts" in planning.refusal(28, 0.1, 0.05)
-  assert planning.refusal(28, 0.1, 0.05, lower=-1.0) == ""
+  exact = {"method": "convex_order"}
+  assert planning.refusal(29, 0.1, 0.05, **exact) == ""
+  assert "Expected at least 29 prompts" in planning.refusal(28, 0.1, 0.05, **exact)
+  assert planning.refusal(28, 0.1, 0.05, support=Support(lower=-1.0)) == ""
 
 
 @pytest.mark.parametrize("method", ["betting_fixed_level", "paper", "convex_order", "betting"])
@@ -66,11 +67,11 @@ def test_a_randomised_method_needs_what_certifies_in_half_of_all_draws():
     <= size
     < planning.method_size("betting_fixed_level", **rates)
   )
-  seeds = [f"{number:04x}" for number in range(400)]
+  seeds = [f"{number:04x}" for number in range(150)]
   share = lambda count: np.mean(
     [calibrate(np.zeros((count, 1)), [0.5], **rates, seed=seed).certified for seed in seeds]
   )
-  assert share(size - 1) < 0.5 + 0.08 and share(size) > 0.5 - 0.08
+  assert share(size - 1) < 0.5 + 0.13 and share(size) > 0.5 - 0.13
 
 
 def test_no_number_of_prompts_is_enough_for_next_to_nothing():

@@ -104,12 +104,6 @@ def test_fallback_equals_its_definition(p):
   assert testing.fallback(p, 0.3).rejected.tolist() == expected
 
 
-def test_equality_with_the_level_rejects():
-  for procedure in testing.PROCEDURES.values():
-    assert procedure([0.05], 0.05).rejected.tolist() == [True]
-    assert procedure([np.nextafter(0.05, 1)], 0.05).rejected.tolist() == [False]
-
-
 def part(p_values, share=1.0, ascending=False):
   many = len(p_values)
   return Evidence(

@@ -46,10 +46,9 @@ def test_errors_say_what_is_wrong_with_a_grid(grid, message):
 
 
 def test_default_grids():
-  even = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5]
-  even += [0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]
-  assert thresholds.default_grid("softmax").tolist() == even
-  assert thresholds.default_grid("classifier").tolist() == even
+  even = np.round(np.arange(0.95, 0.0, -0.05), 2)
+  for measure in ("softmax", "classifier"):
+    np.testing.assert_array_equal(thresholds.default_grid(measure), even)
   state = thresholds.default_grid("state")
   assert state[0] == 0.999 and state[-1] == 0.5
   gaps = 1.0 - state

@@ -1,4 +1,4 @@
-"""Cached generations: what a model said at every threshold, on disk and in memory.
+"""Cached generations: outputs of a model at every threshold, on disk and in memory.
 
 A directory holds
 
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from calm import storage
+from calm.calibrate import checks
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import order
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedure import (
   Procedure,
@@ -36,34 +36,22 @@ MANIFEST = "manifest.json"
 PROMPTS = "prompts.jsonl"
 # Records of longer files, in bytes, are left there until they are asked for.
 LONG_FILE = 2 * 2**20
+_OTHER_FOLDER = "choose another folder (--output), or the options of the run that is there."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generations:
-  """Cached generations in memory.
+  """Cached generations in memory."""
 
-  Attributes:
-    prompts: [num_examples], in the recorded order.
-    thresholds: [num_thresholds] float64, strictly descending.
-    records: per threshold (same order as `thresholds`) the records in the order of `prompts`;
-      in a sequential run a threshold may have a prefix only. Those of long files stay on the
-      disk (`Column`).
-    full: the full-depth reference, in the order of `prompts`.
-    procedure: how they were decoded; None for files from elsewhere.
-    provenance: their story.
-    sequential: whether the run was allowed to stop early.
-    by_group: whether a sequential run was tested on clusters, whose prompts stand together.
-    knobs: names of the settings, in the order of `thresholds`, where they were no thresholds.
-  """
-
-  prompts: tuple[Prompt, ...]
-  thresholds: np.ndarray
+  prompts: tuple[Prompt, ...]  # [num_examples], in the recorded order
+  thresholds: np.ndarray  # [num_thresholds] float64, strictly descending
+  # Per threshold the records in the order of `prompts`; those of long files stay on the disk.
+  # Runs of earlier versions that stopped early have those of the first prompts only.
   records: tuple[Sequence[Record], ...]
-  full: Sequence[Record]
-  procedure: Procedure | None = None
-  provenance: Provenance = dataclasses.field(default_factory=Provenance)
-  sequential: bool = False
-  by_group: bool = False
+  full: Sequence[Record]  # the full-depth reference, in the order of `prompts`
+  procedure: Procedure | None = None  # how they were decoded; None for files from elsewhere
+  provenance: Provenance = dataclasses.field(default_factory=Provenance)  # their story
+  # Names of the settings, in the order of `thresholds`, where they were no thresholds.
   knobs: tuple[str, ...] = ()
 
   @property
@@ -77,27 +65,21 @@ class Generations:
     return tuple(prompt.targets for prompt in self.prompts)
 
   def layer_counts(self) -> tuple[np.ndarray, np.ndarray] | None:
-    """Decoder layers and tokens per prompt and threshold.
+    """(layers summed over real tokens, real tokens), each [num_examples, num_thresholds] int64.
 
-    Returns:
-      (layers, tokens): two [num_examples, num_thresholds] int64 arrays: layers summed over real
-      tokens (EOS yes, padding no), and real tokens. None where a record has no `exit_layers` or
-      a sequential run left some out.
+    EOS counts, padding does not. None where a record is missing or has no `exit_layers`.
     """
-    if any(len(records) != len(self.prompts) for records in self.records):
+    sums = list(map(layer_sums, self.records))
+    if any(one is None or len(one[0]) != len(self.prompts) for one in sums):
       return None
-    sums = [found for found in map(layer_sums, self.records) if found is not None]
-    if len(sums) < len(self.records):
-      return None
-    layers, tokens = zip(*sums, strict=True)
-    return np.stack(layers, axis=1), np.stack(tokens, axis=1)
+    layers, tokens = np.stack(sums, axis=2)  # pyright: ignore
+    return layers, tokens
 
 
 class Column(Sequence[Record]):
-  """Records that stay in their file, each read when it is asked for.
+  """Records that stay in their file: a million take gigabytes as objects, 24 bytes each here.
 
-  A million records of some twenty tokens take gigabytes as objects, and here 24 bytes each:
-  `table` is [num_records, 3] int64, where each line begins, in bytes; decoder layers run,
+  `table` is [num_records, 3] int64: where each line begins, in bytes; decoder layers run,
   summed over tokens, -1 where a record says none; tokens without padding.
   """
 
@@ -178,7 +160,7 @@ _FIELDS: Fields = {
   "checksums": CHECKSUMS,
   "procedure": _object,
   "provenance": _object,
-  "sequential": _flag,
+  "sequential": _flag,  # of earlier versions: the run could stop early
   "by_group": _flag,
 }
 
@@ -194,14 +176,14 @@ def read_document(
   """
   try:
     value = storage.parse_json(storage.content(path))
+    if not isinstance(value, dict):
+      raise ValueError(f"{value!r:.80}")
   except FileNotFoundError:
     raise
   except (OSError, ValueError) as error:
     raise GenerationsError(
       f"{path}: expected a JSON object, got {error}; {way_out}."
     ) from error
-  if not isinstance(value, dict):
-    raise GenerationsError(f"{path}: expected a JSON object, got {value!r:.80}; {way_out}.")
   for name, (kind, holds) in fields.items():
     if (name in value or name not in optional) and not holds(value.get(name)):
       got = repr(value[name])[:80] if name in value else "none"
@@ -210,11 +192,7 @@ def read_document(
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
-  """Reads and checks manifest.json.
-
-  Raises:
-    GenerationsError: it is missing, damaged, or of another schema version.
-  """
+  """manifest.json; GenerationsError where it is missing, damaged or of another version."""
   path = pathlib.Path(directory) / MANIFEST
   way_out = "resume the run that wrote it, or generate again"
   optional = ("checksums", "procedure", "provenance", "sequential", "by_group")
@@ -228,7 +206,6 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-  """Writes a manifest whole."""
   text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
   storage.write_atomically(directory / MANIFEST, text)
 
@@ -281,8 +258,7 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
       alone; the folder must then stay as it is.
 
   Raises:
-    GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the
-      file and the line.
+    GenerationsError: anything is missing, damaged, duplicated or mixed; names file and line.
   """
   directory = pathlib.Path(directory)
   manifest = read_manifest(directory)
@@ -290,21 +266,22 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
   check_checksums(directory, checksums)
   by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
   ids = manifest["prompt_ids"]
-  if odd := sorted(set(ids) ^ set(by_id)):
-    raise GenerationsError(
-      f"{directory / PROMPTS}: expected the ids of {MANIFEST}, got some that are in one"
-      f" only: {odd[:5]}; restore the file, or generate again."
-    )
-  prompts = tuple(by_id[name] for name in ids)
   procedure = manifest_procedure(manifest)
   provenance = _parsed(manifest, "provenance", Provenance) or Provenance()
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
-  sequential, by_group = (bool(manifest.get(name)) for name in ("sequential", "by_group"))
-  _check_story(directory / MANIFEST, manifest, prompts, procedure, provenance)
-  names = file_names(grid)
+  for name, told, got in (
+    ("prompt_ids", sorted(by_id), sorted(ids)),
+    ("number of prompts", provenance.num_examples, len(ids)),
+    ("thresholds", provenance.grid, tuple(grid)),
+  ):
+    if told not in (None, got):
+      raise GenerationsError(
+        f"{directory / MANIFEST}: expected `{name}` of the run that wrote it"
+        f" ({told!r:.100}), got {got!r:.100}; restore the file, or generate again."
+      )
+  names, partial = file_names(grid), manifest.get("sequential", False)
   full, *records = (
-    _read_threshold(directory / name, ids, procedure, sequential, in_memory)
-    for name in names[1:]
+    _read_column(directory / name, ids, procedure, partial, in_memory) for name in names[1:]
   )
   # Last, since a missing record says more about a run that was stopped.
   unlisted = [n for n in names if n not in checksums and (directory / n).exists()]
@@ -313,43 +290,36 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
       f"{directory / MANIFEST}: expected `checksums` to list every file of a run that finished,"
       f" got none for {unlisted[:3]}; resume the run that wrote it."
     )
-  columns = tuple(records)
-  return Generations(prompts, grid, columns, full, procedure, provenance, sequential, by_group)
+  prompts = tuple(by_id[name] for name in ids)
+  return Generations(prompts, grid, tuple(records), full, procedure, provenance)
 
 
-def _check_story(
+def _read_column(
   path: pathlib.Path,
-  manifest: Mapping[str, Any],
-  prompts: Sequence[Prompt],
+  ids: Sequence[str],
   procedure: Procedure | None,
-  story: Provenance,
-) -> None:
-  """GenerationsError where a manifest was changed after the run that its provenance tells of.
-
-  A threshold or prompts were dropped, or it was declared a run that stopped early: prompts of
-  those stand in an order of its own, and of a whole run in the user's.
-  """
-  notes, flags = story.notes or {}, ("sequential", "by_group")
-  there = {name: manifest.get(name, False) for name in flags}
-  there |= {"thresholds": manifest["thresholds"], "number of prompts": len(prompts)}
-  said: dict[str, Any] = {name: notes.get(name) for name in flags if set(flags) & set(notes)}
-  if story.grid is not None:
-    said["thresholds"] = list(story.grid)
-  if story.num_examples is not None:
-    said["number of prompts"] = story.num_examples
-  differ = [n for n in said if there[n] != said[n] or type(there[n]) is not type(said[n])]
-  if not differ and there["sequential"]:
-    groups = order.prompt_clusters(prompts) if there["by_group"] else None
-    ids, contents = manifest["prompt_ids"], order.prompts_digest(prompts)
-    rows = order.decoding_order(ids, groups, procedure, contents).tolist()
-    said = {"order of prompts": "that of a test that stops early"}
-    there["order of prompts"] = "another"
-    differ = [] if rows == sorted(rows) else list(said)
-  if differ:
+  partial: bool,
+  in_memory: bool,
+) -> Sequence[Record]:
+  """The records of one threshold, of the first `ids` where the run may be `partial`."""
+  if partial and not path.exists():
+    return ()
+  long = not in_memory and path.is_file() and path.stat().st_size > LONG_FILE
+  by_id: dict[str, Any] = {
+    record.id: (line.offset, *_sums(record)) if long else record
+    for line, record in read_records(path, procedure)
+  }
+  wanted = ids[: len(by_id)] if partial else ids
+  if by_id.keys() != set(wanted):
+    missing = [name for name in wanted if name not in by_id]
+    unknown = sorted(by_id.keys() - set(wanted))
     raise GenerationsError(
-      f"{path}: expected `{differ[0]}` of the run that wrote it ({said[differ[0]]!r:.100}), got"
-      f" {there[differ[0]]!r:.100}; restore the file, or generate again."
+      f"{path}: expected a record of each of the {len(wanted)} prompts, got {len(missing)}"
+      f" without one, first {missing[:5]}, and records of others: {unknown[:5]}; resume the run"
+      " that wrote it, or restore the file."
     )
+  kept = [by_id[name] for name in wanted]
+  return Column(path, np.array(kept, np.int64).reshape(-1, 3)) if long else tuple(kept)
 
 
 def read_records(
@@ -357,13 +327,10 @@ def read_records(
 ) -> Iterator[tuple[storage.Line, Record]]:
   """Reads one file of records, each with its line.
 
-  Raises:
-    GenerationsError: a line is no record, an id occurs twice, or a line belongs to another
-      procedure or threshold.
+  GenerationsError where a line is no record or belongs to another procedure or threshold, or an
+  id occurs twice.
   """
-  mark = procedure_mark(procedure)
-  seen: set[str] = set()
-  name = pathlib.Path(path).name
+  mark, seen, name = procedure_mark(procedure), set[str](), pathlib.Path(path).name
   for line in storage.read_lines(path):
     try:
       record = Record.from_json(line.value)
@@ -395,38 +362,6 @@ def read_records(
 def procedure_mark(procedure: Procedure | None) -> str | None:
   """The short digest that every record line carries, so that mixed files are found."""
   return None if procedure is None else procedure.digest()[:16]
-
-
-def _read_threshold(
-  path: pathlib.Path,
-  ids: Sequence[str],
-  procedure: Procedure | None,
-  sequential: bool,
-  in_memory: bool,
-) -> Sequence[Record]:
-  if sequential and not path.exists() and path.name != file_names([])[1]:
-    return ()
-  long = not in_memory and path.is_file() and path.stat().st_size > LONG_FILE
-  by_id: dict[str, Any] = {
-    record.id: (line.offset, *_sums(record)) if long else record
-    for line, record in read_records(path, procedure)
-  }
-  missing = [name for name in ids if name not in by_id]
-  unknown = sorted(set(by_id) - set(ids)) if len(by_id) + len(missing) > len(ids) else []
-  if unknown or (missing and not sequential):
-    raise GenerationsError(
-      f"{path}: expected a record of each of the {len(ids)} prompts, got {len(missing)}"
-      f" without one, first {missing[:5]}, and records of others: {unknown[:5]}; resume the run"
-      " that wrote it, or restore the file."
-    )
-  if missing != list(ids[len(by_id) :]):
-    raise GenerationsError(
-      f"{path}: expected a sequential run to lack only the last prompts of the order, got"
-      f" {missing[0]!r} missing before prompts that are there; restore the file, or generate"
-      " again."
-    )
-  kept = [by_id[name] for name in ids[: len(by_id)]]
-  return Column(path, np.array(kept, np.int64).reshape(-1, 3)) if long else tuple(kept)
 
 
 # ---- Writing
@@ -485,11 +420,7 @@ class Writer:
     return {record.id: record for record in column}
 
   def append(self, threshold: float, records: Iterable[Record]) -> None:
-    """Appends whole records and hands them to the operating system before it returns.
-
-    Raises:
-      ValueError: an id is unknown or already written.
-    """
+    """Appends records as a whole; ValueError where an id is unknown or already written."""
     done = self._done[threshold]
     marks = {"threshold": thresholds_lib.threshold_to_json(threshold)}
     if (mark := procedure_mark(self.procedure)) is not None:
@@ -510,21 +441,16 @@ class Writer:
     done.update(begins)
 
   def finish(self) -> None:
-    """Writes the checksums of all files into the manifest; call it when nothing is missing.
-
-    Raises:
-      ValueError: a prompt has no record at some threshold (sequential runs excepted).
-    """
+    """Writes the checksums of all files into the manifest; ValueError if a record lacks."""
     for threshold, done in self._done.items():
-      missing = len(self._ids - set(done))
-      if missing and not self._manifest["sequential"]:
+      if missing := len(self._ids - set(done)):
         raise ValueError(
           f"{self.directory}: expected a record of every prompt at threshold"
           f" {thresholds_lib.format_threshold(threshold)}, got {missing} without one;"
           " append them before `finish`."
         )
-    paths = [self.directory / name for name in file_names(self._manifest["thresholds"])]
-    sums = {path.name: storage.checksum(path) for path in paths if path.exists()}
+    names = file_names(self._manifest["thresholds"])
+    sums = {name: storage.checksum(self.directory / name) for name in names}
     self._manifest["checksums"] = sums
     write_manifest(self.directory, self._manifest)
     self._lock.release()
@@ -537,8 +463,6 @@ def open_writer(
   thresholds: Sequence[float] | np.ndarray,
   procedure: Procedure | None,
   provenance: Provenance | None = None,
-  sequential: bool = False,
-  by_group: bool = False,
 ) -> Writer:
   """Creates a directory of cached generations, or resumes it.
 
@@ -549,8 +473,6 @@ def open_writer(
       there).
     procedure: how the outputs are decoded, or None.
     provenance: the story of the run.
-    sequential: whether the run may stop early, leaving a suffix of prompts out.
-    by_group: whether such a run is tested on clusters; the prompts of one stand together then.
 
   Returns:
     A `Writer`; `reports` says what resuming repaired.
@@ -558,29 +480,29 @@ def open_writer(
   Raises:
     GenerationsError: the directory holds another procedure, grid or prompts (the message names
       the field), or is damaged.
-    ValueError: ids occur twice, or `by_group` and a cluster's prompts do not stand together.
+    ValueError: there is no prompt, or an id occurs twice.
     storage.LockedError: another process writes there.
     OSError: it cannot be written, or one of its files is a link to nothing.
   """
   directory = pathlib.Path(directory)
-  records_lib.check_unique(prompts)
-  if by_group:
-    order.consecutive_units(len(prompts), order.prompt_clusters(prompts))
+  twice = checks.repeated(prompt.id for prompt in prompts)
+  if not prompts or twice:
+    raise ValueError(
+      f"Expected `prompts` to be at least one prompt with unique ids, got {len(prompts)}"
+      f" prompts; ids that occur more than once: {twice[:5]}."
+    )
   grid = thresholds_lib.validate_grid(thresholds).tolist()
-  flags = {"sequential": sequential, "by_group": by_group}  # held against the manifest's
   story = provenance or Provenance()
-  changes = {"grid": story.grid or tuple(grid), "num_examples": len(prompts)}
-  story = dataclasses.replace(story, **changes, notes={**(story.notes or {}), **flags})
+  story = dataclasses.replace(story, grid=story.grid or tuple(grid), num_examples=len(prompts))
   manifest = {
     "schema_version": SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),
     "provenance": story.to_json(),
     "thresholds": grid,
     "prompt_ids": [prompt.id for prompt in prompts],
-    **flags,
     "checksums": {},
   }
-  lines = [storage.dump_line(prompt.to_json()).encode() for prompt in prompts]
+  lines = (storage.dump_line(prompt.to_json()).encode() for prompt in prompts)
   lock, there = claim(directory, manifest, lines)
   if there is not None:
     # Records that were edited must not be written into new checksums.
@@ -597,17 +519,12 @@ def open_writer(
 
 
 def claim(
-  directory: pathlib.Path, manifest: Mapping[str, Any], prompts: Sequence[bytes]
+  directory: pathlib.Path, manifest: Mapping[str, Any], prompts: Iterable[bytes]
 ) -> tuple[storage.Lock, dict[str, Any] | None]:
   """Takes a folder for the run of a manifest, and writes its prompts (lines of prompts.jsonl).
 
-  Returns:
-    The lock, and the manifest that is there: that of the same run, or None.
-
-  Raises:
-    GenerationsError: another run, or other prompts, are there; the message names the field.
-    storage.LockedError: another process writes there.
-    OSError: it cannot be written, or one of its files is a link to nothing.
+  Returns the lock, and the manifest that is there: that of the same run, or None. Errors are
+  those of `open_writer`.
   """
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -621,7 +538,16 @@ def claim(
   lock, path = storage.lock(directory), directory / PROMPTS
   there = read_manifest(directory) if (directory / MANIFEST).exists() else None
   if there is not None:
-    _check_same_run(directory / MANIFEST, there, manifest)
+    differ = describe_differences(manifest_procedure(there), manifest_procedure(manifest))
+    for name in ("thresholds", "prompt_ids", "sequential"):
+      ours, theirs = (one.get(name, False) for one in (manifest, there))
+      if ours != theirs:
+        differ = differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"
+    if differ:
+      raise GenerationsError(
+        f"{directory / MANIFEST}: expected the run that is there, got another: {differ};"
+        f" {_OTHER_FOLDER}"
+      )
   text = b"".join(prompts)
   if not path.exists():
     storage.write_atomically(path, text)
@@ -631,27 +557,6 @@ def claim(
       f" {_OTHER_FOLDER}"
     )
   return lock, there
-
-
-_OTHER_FOLDER = "choose another folder (--output), or the options of the run that is there."
-
-
-def _check_same_run(
-  path: pathlib.Path, there: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> None:
-  difference = describe_differences(manifest_procedure(there), manifest_procedure(manifest))
-  if difference:
-    raise GenerationsError(
-      f"{path}: expected the procedure of the run that is there, got another: {difference};"
-      f" {_OTHER_FOLDER}"
-    )
-  for name in ("thresholds", "prompt_ids", "sequential", "by_group"):
-    # Older manifests do not name the flags.
-    ours, theirs = (one.get(name, False) for one in (manifest, there))
-    if ours != theirs:
-      raise GenerationsError(
-        f"{path}: expected `{name}` to be {theirs!r:.100}, got {ours!r:.100}; {_OTHER_FOLDER}"
-      )
 
 
 def repair(path: pathlib.Path, procedure: Procedure | None) -> str | None:

@@ -18,6 +18,7 @@ from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 Path = str | pathlib.Path
+_TARGET = "targets_pretokenized"
 
 
 def read_predictions(
@@ -38,11 +39,8 @@ def read_predictions(
       lines are not asked.
 
   Returns:
-    Prompts and records in the order of the file.
-
-  Raises:
-    GenerationsError: a line is neither, or holds several decodes of its prompt, or was decoded
-      by T5X with another threshold, or an id occurs twice; the message names file and line.
+    Prompts and records in the order of the file; GenerationsError, which names file and line,
+    where a line is none, or holds several decodes, or an id occurs twice.
   """
   prompts, records = {}, []
   for line in storage.read_lines(path, pipes=True):
@@ -73,7 +71,7 @@ def _plain(line: storage.Line, threshold: float | None) -> Mapping[str, Any]:
   """A line of any form as a plain one: the fields of a prompt and of its record."""
   value = line.value
   if isinstance(decodes := value.get("prediction"), list):
-    raise _several(line, decodes, "decode with `return_all_decodes = False`")
+    raise _several(line, decodes)
   if isinstance(value.get("inputs"), Mapping):
     return _of_t5x(line, threshold)
   if "custom_id" in value:
@@ -107,14 +105,15 @@ def _only(line: storage.Line, entries: Any, name: str) -> Mapping[str, Any]:
   if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
     raise ValueError(f"Expected `{name}` to be a list of objects, got {entries!r:.100}")
   if len(entries) > 1:  # which of them is served is not known
-    raise _several(line, entries, "ask for one, as with `n = 1`")
+    raise _several(line, entries)
   return entries[0]
 
 
-def _several(line: storage.Line, decodes: Sequence[Any], one: str) -> GenerationsError:
+def _several(line: storage.Line, decodes: Sequence[Any]) -> GenerationsError:
   return line.error(
-    f"expected one `prediction` of a prompt, got a list of {len(decodes)} decodes; {one}, or"
-    " write the one that is served as `prediction`."
+    f"expected one `prediction` of a prompt, got a list of {len(decodes)} decodes; decode with"
+    " `return_all_decodes = False`, ask for one (`n = 1`), or write the one that is served as"
+    " `prediction`."
   )
 
 
@@ -123,13 +122,13 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
   value, features = line.value, line.value["inputs"]
   name = features.get("id", f"line {line.number}")
   aux, tokens = value.get("aux") or {}, value.get("prediction_tokens")
-  for field, got, kind in (
-    ("inputs.id", name, str | int),
-    ("aux", value.get("aux"), dict | None),
-    ("prediction_tokens", tokens, list | None),
+  for field, got, kind, words in (
+    ("inputs.id", name, str | int, "a text or a whole number"),
+    ("aux", value.get("aux"), dict | None, "an object"),
+    ("prediction_tokens", tokens, list | None, "a list"),
   ):
     if not isinstance(got, kind) or isinstance(got, bool):
-      raise ValueError(f"Expected `{field}` to be {_KINDS[field]}, got {got!r:.100}")
+      raise ValueError(f"Expected `{field}` to be {words}, got {got!r:.100}")
   targets = features.get("targets", features.get(_TARGET, ()))
   texts = [targets] if isinstance(targets, str) else list(targets or ())
   if not all(isinstance(text, str) for text in texts):
@@ -155,14 +154,6 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
     "score": aux.get("scores", aux.get("score")),
     **record,
   }
-
-
-_TARGET = "targets_pretokenized"
-_KINDS = {
-  "inputs.id": "a text or a whole number",
-  "aux": "an object",
-  "prediction_tokens": "a list",
-}
 
 
 def _check_threshold(
@@ -204,13 +195,8 @@ def gather(
     procedure: how they were decoded, where the caller can vouch for it.
     provenance: their story.
 
-  Returns:
-    `Generations` with prompts in the order of `prompts`, or of `full`.
-
   Raises:
-    GenerationsError: a file is damaged, ids are missing or unknown somewhere, or a line that
-      goes by its number has another input than the same line of `full`, or T5X decoded a line
-      with another threshold than its file is given as.
+    GenerationsError: a file is damaged, or its prompts or threshold are others.
     ValueError: some knobs are thresholds in [0, 1] and others are not.
   """
   order = list(by_threshold)

@@ -36,21 +36,17 @@ def digest_of_digests(digests: np.ndarray) -> str:
   return hashlib.sha256(np.sort(digests).tobytes()).hexdigest()
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-  """What prompts say, as a digest that depends neither on their order nor on their names."""
-  return digest_of_digests(content_digests(prompt.input.encode() for prompt in prompts))
-
-
 def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
-  """`prompts_digest`; where an input is missing, that of inputs and the full model's texts.
+  """Digest of what prompts say, whatever their order and names.
 
-  '' where these texts are of few kinds, which say too little for a seed.
+  Where an input is missing it is of inputs and the full model's texts, and '' where these are
+  of few kinds, which say too little for a seed.
   """
-  if all(prompt.input for prompt in prompts):
-    return prompts_digest(prompts)
-  texts = [f"{p.input}\0{text}" for p, text in zip(prompts, predictions, strict=True)]
-  if len(set(texts)) <= FEW_KINDS:
-    return ""
+  texts = [prompt.input for prompt in prompts]
+  if not all(texts):
+    texts = [f"{p.input}\0{text}" for p, text in zip(prompts, predictions, strict=True)]
+    if len(set(texts)) <= FEW_KINDS:
+      return ""
   return digest_of_digests(content_digests(text.encode() for text in texts))
 
 
@@ -69,22 +65,8 @@ def order_seed(ids: Sequence[str], procedure: Procedure | None, contents: str = 
 
 def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
   """[num_examples] row numbers sorted by SHA-256 of seed and (unique) name."""
-  start = hashlib.sha256(seed.encode("utf-8") + b"\n")
-
-  def key(name: str) -> bytes:
-    digest = start.copy()
-    digest.update(name.encode("utf-8"))
-    return digest.digest()
-
-  keys = np.fromiter(map(key, names), "S32", len(names))
+  keys = content_digests(f"{seed}\n{name}".encode() for name in names)
   return np.argsort(keys, kind="stable")
-
-
-def permutation(
-  ids: Sequence[str], procedure: Procedure | None, contents: str = ""
-) -> np.ndarray:
-  """[num_examples] row numbers in the tested order, however the prompts are stored."""
-  return seeded_order(ids, order_seed(ids, procedure, contents))
 
 
 def seeded_uniform(seed: str) -> float:
@@ -147,60 +129,3 @@ def known_groups(prompts: Sequence[Prompt]) -> tuple[str, ...] | None:
   """`prompt_clusters`, or None where every prompt is a cluster of its own."""
   names = prompt_clusters(prompts)
   return names if len(set(names)) < len(names) else None
-
-
-def unit_names(ids: Sequence[str], groups: Sequence[str] | None) -> tuple[str, ...]:
-  """Names of the exchangeable units: prompts, or clusters where there are `groups`."""
-  return tuple(ids) if groups is None else tuple(sorted(set(groups)))
-
-
-def decoding_order(
-  ids: Sequence[str],
-  groups: Sequence[str] | None,
-  procedure: Procedure | None,
-  contents: str = "",
-) -> np.ndarray:
-  """[num_examples] row numbers in the order of a sequential run.
-
-  Units are permuted as `calibrate` permutes them; the prompts of a cluster stand together,
-  sorted by id, so that a run that stops leaves whole clusters.
-
-  Args:
-    ids: [num_examples] unique ids.
-    groups: [num_examples] cluster of each, or None where prompts are the units.
-    procedure: how outputs are decoded, or None.
-    contents: `prompts_digest` of the prompts.
-  """
-  if groups is None:
-    return permutation(ids, procedure, contents)
-  names = unit_names(ids, groups)
-  order = permutation(names, procedure, contents).tolist()
-  place = {names[row]: position for position, row in enumerate(order)}
-  rows = sorted(range(len(ids)), key=lambda row: (place[groups[row]], ids[row]))
-  return np.array(rows, np.int64)
-
-
-def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, ...]:
-  """[num_units] slices of rows, where the rows of a cluster stand together.
-
-  `groups` are the [count] clusters; None makes every row its own unit. ValueError where a
-  cluster stands in two places.
-  """
-  if groups is None:
-    return tuple(slice(row, row + 1) for row in range(count))
-  starts = [row for row in range(count) if row == 0 or groups[row] != groups[row - 1]]
-  if len(starts) != len(set(groups)):
-    raise ValueError(
-      "Expected `groups` to have the rows of each cluster together to be tested in their"
-      f" order, got {len(set(groups))} clusters in {len(starts)} places; use"
-      " `decoding_order`."
-    )
-  ends = [*starts[1:], count]
-  return tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))
-
-
-def unit_means(losses: np.ndarray, units: Sequence[slice]) -> np.ndarray:
-  """[num_units] mean loss of consecutive units, the first of which begins at `losses[0]`."""
-  starts = np.array([unit.start for unit in units]) - units[0].start
-  sizes = np.array([unit.stop - unit.start for unit in units])
-  return np.add.reduceat(np.asarray(losses, np.float64), starts) / sizes

@@ -26,10 +26,6 @@ _UNKNOWN = ("configuration", "platform", "matmul_precision")
 PLATFORM = ("platform", "matmul_precision")
 
 
-def _is_named(value: Any) -> bool:
-  return isinstance(value, dict) and "name" in value
-
-
 def _plain(value: Any, name: str) -> Any:
   """`value` as what JSON gives back: lists, dicts, finite numbers."""
   try:
@@ -43,67 +39,41 @@ def _plain(value: Any, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Procedure:
-  """One exact way of decoding (frozen; compared field by field).
+  """One exact way of decoding (frozen; compared field by field)."""
 
-  Attributes:
-    parameters_digest: digest of the parameter tree as decoded.
-    tokenizer_digest: digest of the vocabulary.
-    task_prefix: text put before every prompt.
-    max_input_length: tokens of a prompt that are read.
-    max_decode_length: most tokens that are generated.
-    eos_id: the token that ends a sequence.
-    measure: name of the confidence measure.
-    exit_layers: decoder layers (1-based) that may be exited at.
-    schedule: {'name': ..., and its numbers}.
-    propagation: how skipped layers get their keys and values.
-    shortlist: None, or {'digest': ..., 'size': ...} of the vocabulary shortlist.
-    heads: 'shared' or 'per_layer' output heads.
-    activation_dtype: dtype of activations.
-    decode_method: {'name': ..., and its numbers}.
-    batch_bucket: rows decoded together where they matter (below float32), else None.
-    rule_version: version of the exit rule itself.
-    configuration: every size and choice of the network as decoded, which the parameters alone
-      do not tell; None in files of versions that did not record it: not compared then.
-    platform: what it was decoded on ('cpu', 'gpu', 'tpu'); None likewise.
-    matmul_precision: of products of float32 matrices there, as JAX names it ('default',
-      'high', 'highest'); None likewise.
-    weights_dtype: what matrices and heads are rounded to and stored in; None: matrices in the
-      activation dtype and heads in float32.
-    head_dtype: 'int8' where output heads were read in 8 bits first; None: as they were stored.
-    base_digest: digest of the parameters that every full-depth text depends on, where maps of
-      the exits were fitted beside them; None: there are no such maps.
-    encoder_dtype: 'int8' where all that is multiplied once a prompt was in 8 bits; None: as
-      `weights_dtype` has it.
-    reference_dtype: 'float32' where outputs are compared with the full model's in that dtype;
-      None: with those of full depth decoded as they are themselves.
-    reference_digest: `parameters_digest` of another model, with whose full-depth outputs they
-      are compared; None: with this model's own.
-  """
-
-  parameters_digest: str
-  tokenizer_digest: str
-  task_prefix: str
-  max_input_length: int
-  max_decode_length: int
-  eos_id: int
-  measure: str
-  exit_layers: tuple[int, ...]
-  schedule: Mapping[str, Any]
-  propagation: str
-  shortlist: Mapping[str, Any] | None
-  heads: str
+  parameters_digest: str  # of the parameter tree as decoded
+  tokenizer_digest: str  # of the vocabulary
+  task_prefix: str  # text put before every prompt
+  max_input_length: int  # tokens of a prompt that are read
+  max_decode_length: int  # most tokens that are generated
+  eos_id: int  # the token that ends a sequence
+  measure: str  # name of the confidence measure
+  exit_layers: tuple[int, ...]  # decoder layers (1-based) that may be exited at
+  schedule: Mapping[str, Any]  # {'name': ..., and its numbers}
+  propagation: str  # how skipped layers get their keys and values
+  shortlist: Mapping[str, Any] | None  # {'digest', 'size'} of the vocabulary shortlist
+  heads: str  # 'shared' or 'per_layer' output heads
   activation_dtype: str
-  decode_method: Mapping[str, Any]
-  batch_bucket: int | None = None
-  rule_version: int = RULE_VERSION
+  decode_method: Mapping[str, Any]  # {'name': ..., and its numbers}
+  batch_bucket: int | None = None  # rows decoded together where they matter (below float32)
+  rule_version: int = RULE_VERSION  # of the exit rule itself
+  # Every size and choice of the network as decoded, which the parameters alone do not tell;
+  # None in files of versions that did not record it: not compared then.
   configuration: Mapping[str, Any] | None = None
-  platform: str | None = None
-  matmul_precision: str | None = None
+  platform: str | None = None  # 'cpu', 'gpu' or 'tpu'; None likewise
+  matmul_precision: str | None = None  # of float32 products, as JAX names it; None likewise
+  # What matrices and heads are rounded to and stored in; None: matrices in the activation dtype
+  # and heads in float32.
   weights_dtype: str | None = None
-  head_dtype: str | None = None
+  head_dtype: str | None = None  # 'int8' where output heads were read in 8 bits first
+  # Of the parameters that every full-depth text depends on, where maps of the exits were fitted
+  # beside them.
   base_digest: str | None = None
-  encoder_dtype: str | None = None
+  encoder_dtype: str | None = None  # 'int8' where all that is multiplied once a prompt was
+  # 'float32' where outputs are compared with the full model's in that dtype; None: with those
+  # of full depth decoded as they are themselves.
   reference_dtype: str | None = None
+  # `parameters_digest` of another model, with whose full-depth outputs they are compared.
   reference_digest: str | None = None
 
   def __post_init__(self):
@@ -113,14 +83,15 @@ class Procedure:
       raise ValueError(
         f"Expected `exit_layers` to be decoder layers, whole numbers from 1, got {layers!r}."
       )
-    object.__setattr__(self, "exit_layers", tuple(map(int, layers)))
+    vars(self)["exit_layers"] = tuple(map(int, layers))
     for name in ("schedule", "shortlist", "decode_method", "configuration"):
-      object.__setattr__(self, name, _plain(getattr(self, name), name))
-    kinds = dict.fromkeys(("schedule", "decode_method"), ("a dict with a 'name'", _is_named))
-    kinds |= dict.fromkeys(_ADDED[1:], ("a text or null", lambda v: isinstance(v, str | None)))
-    for name, (kind, holds) in kinds.items():
-      if not holds(value := getattr(self, name)):
-        raise ValueError(f"Expected `{name}` to be {kind}, got {value!r}.")
+      vars(self)[name] = value = _plain(getattr(self, name), name)
+      named = isinstance(value, dict) and "name" in value
+      if name in ("schedule", "decode_method") and not named:
+        raise ValueError(f"Expected `{name}` to be a dict with a 'name', got {value!r}.")
+    for name in _ADDED[1:]:
+      if not isinstance(value := getattr(self, name), str | None):
+        raise ValueError(f"Expected `{name}` to be a text or null, got {value!r}.")
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, without those that are None in files of earlier versions."""
@@ -144,26 +115,28 @@ class Procedure:
     Of configurations the entries that differ alone.
     """
     ours, theirs = self.to_json(), other.to_json()
-    unknown = {name for name in _UNKNOWN if name not in ours or name not in theirs}
-    differ = lambda a, b: [name for name in a | b if a.get(name) != b.get(name)]
-    found = {n: (ours.get(n), theirs.get(n)) for n in differ(ours, theirs) if n not in unknown}
+    differ = lambda a, b: {n: (a.get(n), b.get(n)) for n in a | b if a.get(n) != b.get(n)}
+    found = differ(ours, theirs)
+    for name in _UNKNOWN:
+      if name not in ours or name not in theirs:
+        found.pop(name, None)
     if "configuration" in found:
-      here, there = (dict(one or {}) for one in found["configuration"])
-      names = differ(here, there)
-      pick = lambda one: {n: one.get(n) for n in names}
-      found["configuration"] = pick(here), pick(there)
+      entries = differ(ours["configuration"], theirs["configuration"])
+      pick = lambda side: {name: pair[side] for name, pair in entries.items()}
+      found["configuration"] = pick(0), pick(1)
     return found
 
 
 def unknown_platform(procedure: Procedure | None) -> str:
   """One line that says so where a file does not tell where it was decoded; else ''."""
-  missing = [name for name in PLATFORM if procedure and getattr(procedure, name) is None]
-  if not missing:
-    return ""
-  names = " and ".join(f"`{name}`" for name in missing)
+  missing = [f"`{name}`" for name in PLATFORM if procedure and not getattr(procedure, name)]
   return (
-    f"An earlier version wrote it, which did not record {names}:"
-    " whether it was decoded on a platform like this one is not checked."
+    ""
+    if not missing
+    else (
+      f"An earlier version wrote it, which did not record {' and '.join(missing)}:"
+      " whether it was decoded on a platform like this one is not checked."
+    )
   )
 
 
@@ -190,37 +163,23 @@ def describe_differences(
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-  """Where numbers came from: recorded, never compared. Every field may be None.
+  """Where numbers came from: recorded, never compared. Every field may be None."""
 
-  Attributes:
-    metric: name or import path of the text metric.
-    references: what outputs were compared with ('full model' or 'targets').
-    grid: thresholds of the run.
-    num_examples: prompts of the run.
-    order: how prompts were ordered ('permuted' or 'given').
-    seed: seed of that order.
-    method: name of the p-value method.
-    versions: package versions {name: version}.
-    notes: anything else (command, data set, time).
-  """
-
-  metric: str | None = None
-  references: str | None = None
-  grid: tuple[float, ...] | None = None
-  num_examples: int | None = None
-  order: str | None = None
-  seed: str | None = None
-  method: str | None = None
-  versions: Mapping[str, str] | None = None
-  notes: Mapping[str, Any] | None = None
+  metric: str | None = None  # name or import path of the text metric
+  references: str | None = None  # what outputs were compared with ('full model' or 'targets')
+  grid: tuple[float, ...] | None = None  # thresholds of the run
+  num_examples: int | None = None  # prompts of the run
+  order: str | None = None  # how prompts were ordered ('permuted' or 'given')
+  seed: str | None = None  # of that order
+  method: str | None = None  # name of the p-value method
+  versions: Mapping[str, str] | None = None  # package versions {name: version}
+  notes: Mapping[str, Any] | None = None  # anything else (command, data set, time)
 
   def __post_init__(self):
     if self.num_examples is not None and self.num_examples < 0:
       raise ValueError(f"Expected `num_examples` from 0, got {self.num_examples}.")
-    if self.grid is not None:
-      object.__setattr__(self, "grid", tuple(float(threshold) for threshold in self.grid))
     for name in ("versions", "notes"):
-      object.__setattr__(self, name, _plain(getattr(self, name), name))
+      vars(self)[name] = _plain(getattr(self, name), name)
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""

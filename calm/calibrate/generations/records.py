@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import arguments, storage
-from calm.calibrate import checks
 
 # Cached generations that cannot be used; the message names the file and the line.
 GenerationsError = storage.FormatError
@@ -20,22 +19,12 @@ GenerationsError = storage.FormatError
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One prompt.
+  """One prompt; ValueError where `id` or `input` is no text, or targets are no texts."""
 
-  Attributes:
-    id: unique name.
-    input: text, without task prefix.
-    targets: accepted references, best first (may be empty); a lone text is one.
-    group: name of the cluster that the prompt belongs to (its source), or None.
-
-  Raises:
-    ValueError: `id` or `input` is no text, or targets are no texts.
-  """
-
-  id: str
-  input: str
-  targets: tuple[str, ...] = ()
-  group: str | None = None
+  id: str  # unique name
+  input: str  # text, without task prefix
+  targets: tuple[str, ...] = ()  # accepted references, best first; a lone text is one
+  group: str | None = None  # name of the cluster that the prompt belongs to (its source)
 
   def __post_init__(self):
     targets, group = self.targets, self.group
@@ -57,12 +46,7 @@ class Prompt:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
-    """Reads `to_json`'s form, or a data-set row: {id, input, target or references, source}.
-
-    Raises:
-      ValueError: `id` or `input` is missing or no text, targets are no texts, or a text holds
-        half of a surrogate pair.
-    """
+    """Reads `to_json`'s form, or a data-set row: {id, input, target or references, source}."""
     field: Any = value.get
     targets = field("targets", field("references", field("target")))
     texts = () if targets is None else targets
@@ -71,26 +55,16 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One output. What foreign files lack is None.
+  """One output. What foreign files lack is None."""
 
-  Attributes:
-    id: the prompt's id.
-    prediction: decoded text.
-    tokens: [length] generated tokens, EOS included, nothing after it.
-    exit_layers: [length] decoder layers run for each token (1-based).
-    confidences: [length] confidence at the exit, in [0, 1].
-    rejected_confidences: [length] highest confidence that was evaluated and refused at that
-      token, 0 if none.
-    score: sum of the emitted tokens' log-probabilities, nats.
-  """
-
-  id: str
-  prediction: str
-  tokens: tuple[int, ...] | None = None
-  exit_layers: tuple[int, ...] | None = None
-  confidences: tuple[float, ...] | None = None
+  id: str  # the prompt's
+  prediction: str  # decoded text
+  tokens: tuple[int, ...] | None = None  # [length], EOS included, nothing after it
+  exit_layers: tuple[int, ...] | None = None  # [length] decoder layers run (1-based)
+  confidences: tuple[float, ...] | None = None  # [length] at the exit, in [0, 1]
+  # [length] highest confidence that was evaluated and refused at that token, 0 if none.
   rejected_confidences: tuple[float, ...] | None = None
-  score: float | None = None
+  score: float | None = None  # sum of the emitted tokens' log-probabilities, nats
 
   def __post_init__(self):
     _require_texts(id=(self.id,), prediction=(self.prediction,))
@@ -118,11 +92,7 @@ class Record:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Record":
-    """The inverse of `to_json`; unknown fields are ignored.
-
-    Raises:
-      ValueError: `id` or `prediction` is missing, or sequences disagree in length.
-    """
+    """The inverse of `to_json`; unknown fields are ignored, ValueError for what is none."""
     names = ("id", "prediction", *_MOST, "score")
     given: dict[str, Any] = {"id": None, "prediction": None}
     return cls(**given | {n: value[n] for n in names if n in value})
@@ -202,16 +172,6 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
   return tuple(prompts.values())
 
 
-def check_unique(prompts: Sequence[Prompt]) -> None:
-  """ValueError unless there is at least one prompt and every id occurs once."""
-  twice = checks.repeated(prompt.id for prompt in prompts)
-  if not prompts or twice:
-    raise ValueError(
-      f"Expected `prompts` to be at least one prompt with unique ids, got {len(prompts)}"
-      f" prompts; ids that occur more than once: {twice[:5]}."
-    )
-
-
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   """Leading tokens of `record` that are the same when decoded with lower thresholds.
 
@@ -230,8 +190,7 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
       at most the value that `record` was decoded with. More values than tokens are ignored.
 
   Returns:
-    The number of tokens, `len(record.tokens)` where the whole sequence is the same. The token
-    at that position is where decoding goes on. 0 for records that lack `rejected_confidences`.
+    The number of tokens; 0 for records that lack `rejected_confidences`.
   """
   refused = np.asarray(record.rejected_confidences or (), np.float32)
   exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
@@ -239,12 +198,7 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
 
 
 def count_reuse(reused: Sequence[int], made: Sequence[Record]) -> collections.Counter[str]:
-  """Sequences and tokens of some records, and how many of each were not decoded again.
-
-  Args:
-    reused: [num_records] leading tokens taken over for each.
-    made: [num_records] the records.
-  """
+  """Sequences and tokens of records, of which [num_records] leading tokens were `reused`."""
   lengths = [len(record.tokens or ()) for record in made]
   kept = list(map(min, reused, lengths))
   whole = sum(part == length for part, length in zip(kept, lengths, strict=True))
@@ -255,9 +209,8 @@ def count_reuse(reused: Sequence[int], made: Sequence[Record]) -> collections.Co
 
 def describe_reuse(counts: Mapping[str, int]) -> str:
   """Summed counts of `count_reuse` as a sentence."""
-  whole, sequences, reused, tokens = (
-    counts[name] for name in ("whole", "sequences", "reused_tokens", "tokens")
-  )
+  names = ("whole", "sequences", "reused_tokens", "tokens")
+  whole, sequences, reused, tokens = map(counts.__getitem__, names)
   share = lambda part, total: f"{part / total:.1%}" if total else "none to reuse"
   return (
     f"reused {whole} of {sequences} sequences whole ({share(whole, sequences)}) and {reused} of"

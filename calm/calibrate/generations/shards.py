@@ -7,14 +7,13 @@ is written last and says what the shard is of. Merging copies lines as they are,
 the list; the manifest of a merged folder, or the merged file itself, takes its place last.
 """
 
-import collections
 import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ MARK = "complete.json"
 # What the shards of `calm infer` write.
 OUTPUTS = "outputs.jsonl"
 MOST_SHARDS = 99_999
-_FOLDER = re.compile(r"shard-(\d{5})-of-(\d{5})")
+_FOLDER = re.compile(r"shard-\d{5}-of-\d{5}")
 _AGAIN = "take the folder away and run the shard again"
 # Folders of finished shards, by number, and what each says of itself (`Listing.mark`).
 Marks = Mapping[pathlib.Path, Mapping[str, Any]]
@@ -36,11 +35,7 @@ Marks = Mapping[pathlib.Path, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """One of `count` shards; `number` counts from 0.
-
-  Raises:
-    ValueError: there is no such shard.
-  """
+  """One of `count` shards; `number` counts from 0; ValueError where there is no such shard."""
 
   number: int
   count: int
@@ -68,16 +63,11 @@ class Shard:
 
 
 class Listing:
-  """The whole list of prompts as every shard sees it: how many, a digest, and who is mine.
-
-  Attributes:
-    count: prompts seen so far.
-    positions: places in the list of those of the shard, in order.
-  """
+  """The whole list of prompts as every shard sees it: how many, a digest, and who is mine."""
 
   def __init__(self, shard: Shard):
     self.shard, self.count = shard, 0
-    self.positions: list[int] = []
+    self.positions: list[int] = []  # places in the list of those of the shard
     self._digest = hashlib.sha256()
 
   def mine(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
@@ -92,13 +82,9 @@ class Listing:
   def mark(
     self, kind: str, about: Mapping[str, Any], folder: pathlib.Path, names: Iterable[str]
   ) -> dict[str, Any]:
-    """What a finished shard says of itself.
+    """What a finished shard of `calm generate` or `calm infer` (`kind`) says of itself.
 
-    Args:
-      kind: 'generate' or 'infer', the command that wrote it.
-      about: what the outputs depend on, compared between shards.
-      folder: where it is.
-      names: its files, which are whole.
+    `about` is what the outputs depend on, compared between shards; `names` are its files.
     """
     mark = {
       "schema_version": 1,
@@ -149,11 +135,7 @@ _FIELDS: cache.Fields = {
 
 
 def read_mark(folder: pathlib.Path) -> dict[str, Any] | None:
-  """What a shard says of itself; None where it is not done.
-
-  Raises:
-    GenerationsError: the mark is damaged, or of a folder of another name.
-  """
+  """What a shard says of itself; None where it is not done, GenerationsError if damaged."""
   try:
     mark = cache.read_document(folder / MARK, _FIELDS, _AGAIN)
   except FileNotFoundError:
@@ -165,18 +147,7 @@ def read_mark(folder: pathlib.Path) -> dict[str, Any] | None:
       f" `num_prompts`, got {number} of {count}, {places[-1:]} of {mark['num_prompts']};"
       f" {_AGAIN}."
     )
-  if named(folder) not in (None, Shard(number, count)):
-    raise GenerationsError(
-      f"{folder / MARK}: expected the folder {Shard(number, count).name} of its mark, got"
-      f" {folder.name}; give the folder its name back."
-    )
   return mark
-
-
-def named(folder: pathlib.Path) -> Shard | None:
-  """The shard that a folder's name tells."""
-  match = _FOLDER.fullmatch(folder.name)
-  return Shard(int(match[1]), int(match[2])) if match else None
 
 
 def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> int:
@@ -186,13 +157,9 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
     places: the folders of the shards, or one folder that holds them.
     output: the folder (of `calm generate`) or file (of `calm infer`) to write.
 
-  Returns:
-    Prompts of the list.
-
   Raises:
     GenerationsError: a shard is missing, not finished, there twice or of another list, grid or
-      procedure; an id is missing or doubled; or a file is not as its shard left it. The message
-      says which.
+      procedure; an id is missing or doubled; or a file is not as its shard left it.
     OSError: `output` cannot be written, or another process is at it.
   """
   marks, output = parts(places), pathlib.Path(output)
@@ -206,52 +173,49 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
   marks = {folder: mark for folder, mark in marks.items() if mark["positions"]}
   if first["kind"] == "infer":
     _check_files(marks, [OUTPUTS])
+    lines = _in_order(_lines(marks, OUTPUTS))
     with storage.replacing(output) as file:
-      file.writelines(_end(line) for line in _in_order(marks, OUTPUTS))
+      file.writelines(lines.values())
   else:
     _merge_generations(marks, output)
   return first["num_prompts"]
 
 
 def parts(places: Sequence[str | pathlib.Path]) -> Marks:
-  """All shards of a list, checked against one another, by number.
-
-  Raises:
-    GenerationsError: as `merge` says, but for the contents of files.
-  """
+  """All shards of a list, checked against one another (but for their files), by number."""
   at = [pathlib.Path(place) for place in places]
-  if len(at) == 1 and named(at[0]) is None and at[0].is_dir() and not (at[0] / MARK).exists():
-    at = sorted(folder for folder in at[0].iterdir() if folder.is_dir() and named(folder))
-  marks = {folder: mark for folder in at if (mark := read_mark(folder)) is not None}
-  which = {
-    folder: Shard(mark["shard_id"], mark["num_shards"]) for folder, mark in marks.items()
-  }
-  counts = {shard.count for shard in (*which.values(), *map(named, at)) if shard is not None}
-  numbers = collections.Counter(shard.number for shard in which.values())
+  if len(at) == 1 and at[0].is_dir() and not (at[0] / MARK).exists():
+    at = sorted(folder for folder in at[0].iterdir() if _FOLDER.fullmatch(folder.name)) or at
+  found = {folder: mark for folder in at if (mark := read_mark(folder)) is not None}
+  marks = dict(sorted(found.items(), key=lambda pair: pair[1]["shard_id"]))
+  counts = {mark["num_shards"] for mark in marks.values()}
+  numbers = [mark["shard_id"] for mark in marks.values()]
   missing = sorted({*range(max(counts, default=0))} - {*numbers})
-  half = [folder for folder in at if folder not in marks]
-  twice = [folder for folder in marks if numbers[which[folder].number] > 1]
+  half = [str(folder) for folder in at if folder not in marks]
+  twice = [str(f) for f, mark in marks.items() if numbers.count(mark["shard_id"]) > 1]
   for what, odd in (
-    (f"a folder without any, as {MARK} ends each: {', '.join(map(str, places))}", not at),
-    (f"folders that have no {MARK}: {_names(half)}; run them again, they go on", half),
-    (f"divisions into {sorted(counts)}: {_names(at)}", len(counts) > 1),
-    (f"one twice: {_names(twice)}; leave one out", twice),
-    (f"none with --shard_id {_names(missing)} of {max(counts, default=0)}; run them", missing),
+    ("folders that have no {MARK}: {}; run the shards again, they go on", half),
+    ("divisions into {}", sorted(counts)[1:] and sorted(counts)),
+    ("one twice: {}; leave one out", twice),
+    (f"none with --shard_id {{}} of {max(counts, default=0)}; run them", missing),
   ):
     if odd:
+      got = what.format(", ".join(map(str, odd[:8])) + ", ..." * (len(odd) > 8), MARK=MARK)
       raise GenerationsError(
         "Expected the finished folders of all shards of one run, as `calm generate` and `calm"
-        f" infer` write them with --num_shards, got {what}."
+        f" infer` write them with --num_shards, got {got}."
       )
-  marks = dict(sorted(marks.items(), key=lambda pair: pair[1]["shard_id"]))
   for folder in marks:
     _check_alike(marks, folder)
-  _owners(marks)
+  positions = [np.array(mark["positions"], np.int64) for mark in marks.values()]
+  count, wanted = sum(map(len, positions)), next(iter(marks.values()))["num_prompts"]
+  different = len(np.unique(np.concatenate(positions)))
+  if not count == different == wanted:
+    raise GenerationsError(
+      f"Expected every prompt of the list in one shard, got {wanted - different} in none and"
+      f" {count - different} in several; run the shards again."
+    )
   return marks
-
-
-def _names(some: Sequence[Any]) -> str:
-  return ", ".join(map(str, some[:8])) + (", ..." if len(some) > 8 else "")
 
 
 def _check_alike(marks: Marks, other: pathlib.Path) -> None:
@@ -265,8 +229,7 @@ def _check_alike(marks: Marks, other: pathlib.Path) -> None:
   differ = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
   if not differ:
     return
-  pairs = (f"`{name}` ({ours.get(name)!r}, {theirs.get(name)!r})" for name in differ)
-  text = ", ".join(pairs)
+  text = ", ".join(f"`{name}` ({ours.get(name)!r}, {theirs.get(name)!r})" for name in differ)
   if differ == ["procedure"]:
     procedures = (Procedure.from_json(side["procedure"]) for side in (ours, theirs))
     text = describe_differences(*procedures) or "`procedure`, of which one says less"
@@ -276,65 +239,7 @@ def _check_alike(marks: Marks, other: pathlib.Path) -> None:
   )
 
 
-def _owners(marks: Marks) -> np.ndarray:
-  """[num_prompts] index in `marks` of the shard of each place of the list, which is one."""
-  # Counted first: `num_prompts` is no more than what a file says.
-  places = [np.array(mark["positions"], np.int64) for mark in marks.values()]
-  wanted = next(iter(marks.values()))["num_prompts"] if marks else 0
-  if (count := sum(map(len, places))) < wanted:
-    held = {*np.concatenate(places).tolist()}
-    missing = itertools.islice((at + 1 for at in range(wanted) if at not in held), 10)
-    raise GenerationsError(
-      f"Expected every prompt in a shard, got {wanted - count} in none: the prompts"
-      f" {', '.join(map(str, missing))} of the list; run the shards that have them."
-    )
-  owners = np.full(wanted, -1)
-  for number, (folder, mine) in enumerate(zip(marks, places, strict=True)):
-    if len(twice := mine[owners[mine] >= 0]):
-      raise GenerationsError(
-        f"Expected every prompt in one shard, got {len(twice)} in"
-        f" {list(marks)[owners[twice[0]]]} and in {folder}, first the prompt {twice[0] + 1} of"
-        " the list; leave one of these folders out."
-      )
-    owners[mine] = number
-  return owners
-
-
-def _in_order(marks: Marks, name: str) -> Iterator[storage.Line]:
-  """The lines of shards' files, one a prompt in the order of each, in the order of the list."""
-  files = [storage.read_lines(folder / name) for folder in marks]
-  folders, seen = list(marks), dict[str, pathlib.Path]()
-  for owner in _owners(marks).tolist():
-    folder = folders[owner]
-    if (line := next(files[owner], None)) is None:
-      raise _other_number(marks, folder / name)
-    key = line.value.get("id")
-    if not isinstance(key, str):
-      raise line.error(f"expected an `id`, a text, got {key!r}; {_AGAIN}.")
-    if key in seen:
-      raise line.error(
-        f"expected every id in one shard, got {key!r} in {seen[key]} too; give every prompt its"
-        " own."
-      )
-    seen[key] = folder
-    yield line
-  for folder, rest in zip(folders, files, strict=True):
-    if next(rest, None) is not None:
-      raise _other_number(marks, folder / name)
-
-
-def _other_number(marks: Marks, path: pathlib.Path) -> GenerationsError:
-  wanted = len(marks[path.parent]["positions"])
-  return GenerationsError(
-    f"{path}: expected {wanted} lines, one a prompt, got another number; {_AGAIN}."
-  )
-
-
-def _end(line: storage.Line) -> bytes:
-  return line.raw.removesuffix(b"\n") + b"\n"
-
-
-def _check_files(marks: Marks, names: Iterable[str]) -> None:
+def _check_files(marks: Marks, names: Collection[str]) -> None:
   """Every file is there, as its shard left it."""
   for folder, mark in marks.items():
     if odd := set(names) ^ set(mark["checksums"]):
@@ -345,45 +250,57 @@ def _check_files(marks: Marks, names: Iterable[str]) -> None:
     cache.check_checksums(folder, mark["checksums"], manifest=MARK)
 
 
+def _lines(marks: Marks, name: str) -> dict[str, tuple[int, bytes]]:
+  """{id: (place in the list, line)} of a file of all shards, one line a prompt in each."""
+  found: dict[str, tuple[int, bytes]] = {}
+  for folder, mark in marks.items():
+    before, places = len(found), mark["positions"]
+    for line in storage.read_lines(folder / name):
+      key = line.value.get("id")
+      if not isinstance(key, str) or key in found:
+        raise line.error(
+          f"expected an `id`, a text, once in all shards, got {key!r}; {_AGAIN}."
+        )
+      place = places[min(len(found) - before, len(places) - 1)]
+      found[key] = (place, line.raw.removesuffix(b"\n") + b"\n")
+    if len(found) - before != len(places):
+      raise GenerationsError(
+        f"{folder / name}: expected {len(places)} lines, one a prompt, got"
+        f" {len(found) - before}; {_AGAIN}."
+      )
+  return found
+
+
+def _in_order(lines: Mapping[str, tuple[int, bytes]]) -> dict[str, bytes]:
+  """Lines of files that have prompts in the order of the list, by id, in that order."""
+  return {key: line for key, (_, line) in sorted(lines.items(), key=lambda pair: pair[1][0])}
+
+
 def _merge_generations(marks: Marks, output: pathlib.Path) -> None:
   """One folder of cached generations."""
   folder = next(iter(marks))
   manifest = cache.read_manifest(folder)
   names = cache.file_names(manifest["thresholds"])
   _check_files(marks, names)
-  prompts, ids, digest = [], [], hashlib.sha256()
-  for line in _in_order(marks, cache.PROMPTS):
-    digest.update(_digested(Prompt.from_json(line.value)))
-    prompts.append(_end(line))
-    ids.append(line.value["id"])
+  prompts, digest = _in_order(_lines(marks, cache.PROMPTS)), hashlib.sha256()
+  for line in prompts.values():
+    digest.update(_digested(Prompt.from_json(storage.parse_json(line))))
   if digest.hexdigest() != marks[folder]["prompts_digest"]:
     raise GenerationsError(
       f"{folder / cache.PROMPTS}: expected, with those of the other shards, the list of prompts"
       f" that {MARK} names by its digest, got another; {_AGAIN}."
     )
-  manifest["provenance"] = {**(manifest.get("provenance") or {}), "num_examples": len(ids)}
-  manifest["prompt_ids"] = ids
-  with cache.claim(output, manifest, prompts)[0]:
+  manifest["provenance"] = {**(manifest.get("provenance") or {}), "num_examples": len(prompts)}
+  manifest["prompt_ids"] = [*prompts]
+  with cache.claim(output, manifest, prompts.values())[0]:
     for name in names[1:]:
-      lines = _records(marks, name, ids)
+      lines = _lines(marks, name)
+      if odd := sorted(set(lines) ^ set(prompts)):
+        raise GenerationsError(
+          f"{name}: expected a record of each prompt in the shards, got none, or one of no"
+          f" prompt, for {odd[:3]}; {_AGAIN}."
+        )
       with storage.replacing(output / name) as file:
-        file.writelines(lines[key] for key in ids)
+        file.writelines(lines[key][1] for key in prompts)
     manifest["checksums"] = {name: storage.checksum(output / name) for name in names}
     cache.write_manifest(output, manifest)
-
-
-def _records(marks: Marks, name: str, ids: Sequence[str]) -> dict[str, bytes]:
-  """Lines of the shards' records at one threshold, by id; each has those of its prompts."""
-  found = {}
-  for folder, mark in marks.items():
-    procedure = mark["about"].get("procedure")
-    procedure = None if procedure is None else Procedure.from_json(procedure)
-    mine = {r.id: _end(line) for line, r in cache.read_records(folder / name, procedure)}
-    wanted = [str(ids[at]) for at in mark["positions"]]
-    if odd := set(wanted) ^ set(mine):
-      raise GenerationsError(
-        f"{folder / name}: expected a record of each of its {len(wanted)} prompts, got"
-        f" {len(mine)}, first that is missing, or no prompt of it: {sorted(odd)[:3]}; {_AGAIN}."
-      )
-    found |= mine
-  return found

@@ -13,7 +13,7 @@ import pytest
 
 from calm import storage
 from calm.calibrate import NEVER_EXIT, GenerationsError, Prompt, Provenance, Record, losses
-from calm.calibrate.generations import cache, order, records, shards
+from calm.calibrate.generations import cache, shards
 from calm.commands import run as run_lib
 from tests.calibrate import laws
 from tests.calibrate.generations import shards_test
@@ -36,13 +36,6 @@ def write(directory, *, short=(), **changes):
     kept = rows[: dict(short).get(threshold, len(rows))]
     writer.append(threshold, [laws.record(p.id, f"{p.id} at {threshold}") for p in kept])
   return writer
-
-
-def in_test_order(prompts, procedure=None, by_group=False):
-  ids = [prompt.id for prompt in prompts]
-  groups = order.prompt_clusters(prompts) if by_group else None
-  contents = order.prompts_digest(prompts)
-  return [prompts[row] for row in order.decoding_order(ids, groups, procedure, contents)]
 
 
 def edit(path, change):
@@ -102,7 +95,11 @@ def test_layer_counts_leave_padding_out():
       lambda b: b.replace(b'"prediction"', b'"o"', 1),
       r":1: expected a record of an outp",
     ),
-    ("prompts.jsonl", lambda b: b.replace(b"id-001", b"id-777"), "the ids of manifest.json"),
+    (
+      "prompts.jsonl",
+      lambda b: b.replace(b"id-001", b"id-777"),
+      "`prompt_ids` of the run that",
+    ),
   ],
 )
 def test_damage_is_named_with_file_and_line(tmp_path, name, change, message):
@@ -173,8 +170,6 @@ def swap_two_files(folder):
   ("change", "forge", "message"),
   [
     ({"thresholds": [0.5]}, None, "`thresholds` of the run that wrote it"),
-    ({"sequential": True}, None, "`sequential` of the run that wrote it"),
-    ({"by_group": True}, None, "`by_group` of the run that wrote it"),
     ({"prompt_ids": list(IDS[:2])}, drop_the_last_prompt, "`number of prompts` of the run"),
     ({}, swap_two_files, "records of the threshold that the file is named by"),
   ],
@@ -188,37 +183,18 @@ def test_a_forged_run_is_held_against_its_own_story(tmp_path, change, forge, mes
     cache.load(tmp_path)
 
 
-@pytest.mark.parametrize("by_group", [False, True])
-def test_sequential_is_not_turned_on_in_a_manifest_of_an_earlier_version(tmp_path, by_group):
-  """Its provenance tells nothing of it, but a run that stops early has an order of its own."""
-  write(tmp_path, procedure=None, prompts=laws.prompts(8)).finish()
-  flags = {"sequential": True, "by_group": by_group}
-  edit_manifest(tmp_path, {"provenance": {"notes": {"model": "m"}}, **flags})
-  with pytest.raises(GenerationsError, match=r"`order of prompts` .* test that stops early"):
-    cache.load(tmp_path)
-  # An honest run of an earlier version, cut off where it was decided, is read; the unit of its
-  # test is not changed either.
-  honest = [prompt.id for prompt in in_test_order(laws.prompts(8), None, by_group)]
-  rows = (tmp_path / EARLY).read_text().splitlines(True)
-  (tmp_path / EARLY).write_text(
-    "".join(row for row in rows if json.loads(row)["id"] in honest[:2])
-  )
-  edit_manifest(tmp_path, {"prompt_ids": honest})
-  assert [len(rows) for rows in cache.load(tmp_path).records] == [8, 2]
-  edit_manifest(tmp_path, {"by_group": not by_group})
-  with pytest.raises(GenerationsError, match=r"`order of prompts` .* test that stops early"):
-    cache.load(tmp_path)
-
-
-def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
-  rows = in_test_order(laws.prompts(3), laws.procedure())
-  write(tmp_path, prompts=rows, sequential=True, short={0.9: 2, 0.5: 0}).finish()
+def test_runs_of_earlier_versions_may_lack_the_last_prompts_only(tmp_path):
+  write(tmp_path)
+  for level, count in ((LATE, 2), (EARLY, 0)):
+    edit(tmp_path / level, lambda b, n=count: b"".join(b.splitlines(True)[:n]))
+  sums = {name: "" for name in ("prompts.jsonl", FULL, LATE, EARLY)}
+  edit_manifest(tmp_path, {"sequential": True, "by_group": False, "checksums": sums})
   loaded = cache.load(tmp_path)
   assert [len(column) for column in loaded.records] == [2, 0]
-  assert loaded.sequential and loaded.layer_counts() is None
+  assert loaded.layer_counts() is None
   edit(tmp_path / LATE, lambda b: b.splitlines(True)[1])
   edit_manifest(tmp_path, {})
-  with pytest.raises(GenerationsError, match=r"lack only the last prompts .* missing before"):
+  with pytest.raises(GenerationsError, match=r"1 without one, first \['id-000'\]"):
     cache.load(tmp_path)
 
 
@@ -345,34 +321,26 @@ def test_resuming_launders_no_tampered_file(tmp_path, name):
   [
     ({"procedure": laws.procedure(measure="state")}, "`measure`: expected 'softmax', got 'sta"),
     ({"procedure": None}, r"has none \(null\)"),
-    ({"thresholds": [0.9, 0.4]}, r"expected `thresholds` to be \[0.9, 0.5\], got \[0.9, 0.4\]"),
-    ({"prompts": laws.prompts(2)}, "expected `prompt_ids` to be .*, got .*; choose"),
+    ({"thresholds": [0.9, 0.4]}, r"`thresholds`: expected \[0.9, 0.5\], got \[0.9, 0.4\]; "),
+    ({"prompts": laws.prompts(2)}, "`prompt_ids`: expected .*, got .*; choose"),
     (
       {"prompts": [dataclasses.replace(p, input="!") for p in laws.prompts(3)]},
       "the prompts of",
     ),
-    ({"sequential": True}, "expected `sequential` to be False, got True"),
-    ({"by_group": True}, "expected `by_group` to be False, got True"),
   ],
 )
 def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message):
   start(tmp_path)
   with pytest.raises(GenerationsError, match=message):
     start(tmp_path, **change)
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
-  del manifest["by_group"]  # a run from before groups goes on
-  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
   start(tmp_path)
 
 
-def test_clusters_of_a_run_by_group_stand_together_and_are_recorded(tmp_path):
-  writer = start(tmp_path, sequential=True, by_group=True)
-  writer.append(NEVER_EXIT, [Record("id-000", "x")])
-  writer.finish()
-  assert cache.load(tmp_path).by_group
-  rows = laws.prompts(3)  # of the groups 0, 0, 1
-  with pytest.raises(ValueError, match="2 clusters in 3 places"):
-    start(tmp_path / "other", prompts=(rows[0], rows[2], rows[1]), by_group=True)
+def test_a_run_that_could_stop_early_is_not_gone_on_with(tmp_path):
+  start(tmp_path)
+  edit_manifest(tmp_path, {"sequential": True}, seal=False)
+  with pytest.raises(GenerationsError, match="`sequential`: expected True, got False"):
+    start(tmp_path)
 
 
 def test_append_takes_each_prompt_once_and_finish_needs_everything(tmp_path):
@@ -415,13 +383,6 @@ def test_a_run_makes_no_file_where_a_planted_link_leads(tmp_path, name):
   assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_start_that_was_stopped_goes_on(tmp_path):
-  start(tmp_path)
-  (tmp_path / cache.MANIFEST).unlink()
-  start(tmp_path)
-  assert (tmp_path / cache.MANIFEST).exists()
-
-
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
   code = """
 from tests.calibrate import laws
@@ -446,8 +407,8 @@ for p in laws.prompts(400):
   assert found == {p.id for p in laws.prompts(400)}
 
 
-def test_prompts_need_unique_ids():
+def test_prompts_need_unique_ids(tmp_path):
   one = Prompt("a", "i")
   for bad in ([], [one, one]):
     with pytest.raises(ValueError, match="`prompts` to be at least one prompt with unique ids"):
-      records.check_unique(bad)
+      start(tmp_path, prompts=bad)

@@ -127,27 +127,6 @@ def test_a_threshold_that_is_none_is_refused(tmp_path, said):
     gathered(tmp_path, FULL, decoded_at(said), 0.5)
 
 
-HALF = "half \ud83d"
-
-# Field: a line of a form in which it holds half of a surrogate pair.
-HALVES = {
-  "prediction": t5x("a", HALF),
-  "id": {"request_id": HALF, "outputs": [{"text": "x"}]},
-  "input": {"id": "a", "prediction": "x", "input": HALF},
-  "targets": {"id": "a", "prediction": "x", "targets": ["x", HALF]},
-  "group": {"id": "a", "prediction": "x", "group": HALF},
-}
-
-
-@pytest.mark.parametrize(("name", "row"), HALVES.items())
-def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path, name, row):
-  """No file in UTF-8 can hold it: it would be an error after all the work."""
-  path = write(tmp_path / "f.jsonl", [{"id": "b", "prediction": "whole \U0001f600"}, row])
-  message = rf"f\.jsonl:2: .*`{name}` to be Unicode, got half of a surrogate pair"
-  with pytest.raises(GenerationsError, match=message):
-    foreign.read_predictions(path)
-
-
 def chat(row, text, **body):
   message = {"index": 0, "message": {"role": "assistant", "content": text}}
   return {

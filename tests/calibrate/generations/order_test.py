@@ -1,53 +1,13 @@
-"""The order of a sequential run on clusters: that of `calibrate`, clusters whole."""
+"""Clusters of prompts, and the seed of the order in which they are tested."""
 
 import itertools
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import Prompt, SequenceLosses, clusters
+from calm.calibrate import Prompt
 from calm.calibrate.generations import order
 from tests.calibrate import laws
-
-GROUPS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=20)
-
-
-@given(GROUPS)
-def test_clusters_stand_together_in_the_order_that_calibrate_tests_them(groups):
-  ids = [f"id-{row:02d}" for row in range(len(groups))]
-  procedure = laws.procedure()
-  rows = order.decoding_order(ids, groups, procedure)
-  assert sorted(rows.tolist()) == list(range(len(groups)))
-  ordered = [groups[row] for row in rows]
-  units = order.consecutive_units(len(rows), ordered)
-  values = np.random.default_rng(0).random((len(groups), 1))
-  losses = SequenceLosses(values, np.array([0.5]), ids=tuple(ids), procedure=procedure)
-  means = clusters.cluster_means(losses, groups)
-  seed = clusters.order_seed(means)
-  (tested,) = clusters.tested_orders(means, [seed])
-  assert [ordered[unit.start] for unit in units] == [means.ids[row] for row in tested]
-  np.testing.assert_allclose(
-    order.unit_means(values[rows, 0], units), means.values[tested, 0], rtol=1e-12
-  )
-  assert seed == order.order_seed(order.unit_names(ids, groups), procedure)
-
-
-@given(GROUPS, st.randoms(use_true_random=False))
-def test_the_order_does_not_depend_on_how_the_prompts_are_stored(groups, random):
-  rows = [(f"id-{row:02d}", group) for row, group in enumerate(groups)]
-  shuffled = random.sample(rows, len(rows))
-  orders = []
-  for stored in (rows, shuffled):
-    ids, names = zip(*stored, strict=True)
-    orders.append([ids[row] for row in order.decoding_order(ids, names, None)])
-  assert orders[0] == orders[1]
-
-
-def test_units_of_a_later_part_have_their_means():
-  units = order.consecutive_units(5, ["a", "a", "b", "b", "c"])[1:]
-  np.testing.assert_array_equal(order.unit_means([0.25, 0.5, 1.0], units), [0.375, 1.0])
 
 
 def test_a_prompt_without_a_group_beside_others_is_a_cluster_of_its_own():
@@ -103,8 +63,3 @@ def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
   ]
   assert len(set(seeds)) == 4 and order.order_seed(["b", "a"], None) == seeds[0]
   assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
-
-
-def test_scattered_clusters_are_refused():
-  with pytest.raises(ValueError, match="2 clusters in 3 places"):
-    order.consecutive_units(3, ["a", "b", "a"])

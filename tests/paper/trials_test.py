@@ -12,9 +12,9 @@ from calm.calibrate import (
   clusters,
   methods,
   testing,
-  trials,
 )
 from calm.calibrate.generations import order
+from calm.paper import trials
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -27,9 +27,7 @@ def pool(means=(0.02, 0.06, 0.2), count=500, law=laws.mostly_zero, **fields):
 
 
 def depth(count=500):
-  return trials.LayerCounts(
-    np.tile([12, 8, 4], (count, 1)), np.full((count, 3), 2), full_depth=8
-  )
+  return np.tile([12, 8, 4], (count, 1)), np.full((count, 3), 2), 8
 
 
 @pytest.mark.parametrize("method", ["auto", "paper", "convex_order"])
@@ -57,7 +55,8 @@ def test_a_wrong_method_would_be_caught(monkeypatch):
   monkeypatch.setattr(methods, "NAMES", ("naive",))
   losses = pool(means=(0.05,))
   tolerance = float(losses.values.mean()) - 1e-4
-  (found,) = trials.validity_trials(losses, [tolerance], error_rate=0.05, method="naive")
+  options = {"error_rate": 0.05, "method": "naive", "calibration_size": 500}
+  (found,) = trials.validity_trials(losses, [tolerance], **options)
   assert found.interval[0] > 0.05
 
 
@@ -91,9 +90,9 @@ def test_clusters_never_stand_on_both_sides(monkeypatch):
       return np.zeros((len(draws), len(tolerances)), int)
 
   monkeypatch.setattr(trials, "Draws", Spy)
-  layers = trials.LayerCounts(np.arange(180).reshape(60, 3), np.ones((60, 3)), 8)
+  layers = np.arange(180).reshape(60, 3), np.ones((60, 3)), 8
   (found,) = trials.split_trials(
-    losses, [0.1], error_rate=0.05, groups=groups, trials=1, layers=layers
+    losses.grouped(groups), [0.1], error_rate=0.05, trials=1, layers=layers
   )
   assert len(seen[0]) == 8  # of 10 clusters
   left_out = sorted(set(range(10)) - seen[0])
@@ -146,24 +145,8 @@ def test_a_pool_chooses_what_calibrate_chooses():
   tested = clusters.tested_orders(made, clusters.order_seeds(made))
   (seed,) = clusters.order_seeds(made)
   uniforms = [order.seeded_uniform(seed)]
-  pool = trials.Draws(made, "auto", made.ids)
+  pool = trials.Draws(made.grouped(made.ids), "auto")
   (columns,) = pool.choose(np.stack(tested), TOLERANCES, 0.05, uniforms)
   for tolerance, column in zip(TOLERANCES, columns, strict=True):
     found = calibrate(made, tolerance=tolerance, error_rate=0.05)
     assert found.threshold == (NEVER_EXIT if column < 0 else FINE[column])
-
-
-@pytest.mark.parametrize("bad", [np.nan, 1.5, -0.1, 0.0, 1.0])
-def test_trials_refuse_rates_that_are_none(bad):
-  losses = SequenceLosses(np.zeros((60, 1)), [0.5])
-  for run in (trials.split_trials, trials.validity_trials):
-    with pytest.raises(ValueError, match=r"`tolerances` to be in \(0, 1\), got"):
-      run(losses, [0.1, bad], error_rate=0.05)
-    with pytest.raises(ValueError, match=r"`error_rate` to be in \(0, 1\), got"):
-      run(losses, [0.1], error_rate=bad)
-    with pytest.raises(ValueError, match="`tolerances` to be in"):
-      run(losses, [], error_rate=0.05)
-    with pytest.raises(ValueError, match="`trials` to be at least 1"):
-      run(losses, [0.1], error_rate=0.05, trials=0)
-  with pytest.raises(ValueError, match="`calibration_size` to be at least 1"):
-    trials.validity_trials(losses, [0.1], error_rate=0.05, calibration_size=0)
