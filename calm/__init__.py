@@ -34,6 +34,13 @@ _NAMES = {
   "training": "calm.training",
 }
 __all__ = [*_NAMES]
+# Packages that a module needs beside calibration's; what is not named here decodes.
+_DECODES = ("jax", "flax")
+_NEEDS = {
+  "calm.calibrate": (),
+  "calm.fitting": (*_DECODES, "optax", "jinja2", "matplotlib"),
+  "calm.training": (*_DECODES, "optax"),
+}
 
 TYPE_CHECKING = False  # what type checkers take for true, without importing `typing`
 if TYPE_CHECKING:
@@ -68,5 +75,13 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-  """Every public name, loaded or not, for tab completion."""
-  return sorted({*globals(), *_NAMES})
+  """Public names, loaded or not, for tab completion and `help`; those that can be loaded."""
+  from importlib import util
+
+  hidden = {
+    name
+    for name, place in _NAMES.items()
+    for package in _NEEDS.get(place.partition(":")[0], _DECODES)
+    if not util.find_spec(package)
+  }
+  return sorted({*globals(), *_NAMES} - hidden)

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import math
 import pathlib
@@ -80,6 +81,15 @@ def test_calm_lists_and_loads_its_names():
   assert calm.calibrate.calibrate.__module__ == "calm.calibrate.certify"
   with pytest.raises(AttributeError, match=r"got 'nothing'; it has .*load"):
     calm.nothing  # noqa: B018
+
+
+def test_help_shows_what_can_be_loaded(monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda n: n != "jinja2" and find(n))
+  names = set(dir(calm))
+  assert {"calibrate", "load", "training"} <= names and names.isdisjoint({"fit", "fitting"})
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  assert {"calibrate", "Calibration"} <= set(dir(calm)) and "load" not in dir(calm)
 
 
 def test_type_checkers_see_every_lazy_name():

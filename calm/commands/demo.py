@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
   full, early, seconds = _compare(console, predictor, calibration, unseen_prompts)
   _print_comparison(console, calibration, unseen_prompts, full, early, seconds)
   print_examples(console, unseen_prompts, full, early, arguments.examples)
-  print_text(console, "\nA text of yours, under this threshold:")
+  said = "its promise" if arguments.output else "this threshold (with --output: its promise)"
+  print_text(console, f"\nA text of yours, under {said}:")
   print(_serving_command(arguments, calibration), flush=True)
   return 0
 

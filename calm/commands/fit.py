@@ -24,7 +24,7 @@ from calm.console import print_text
 
 _OPTIONS = (
   *("tolerance", "error_rate", "train_all", "stages", "consistency", "metric", "prefix"),
-  *("input_key", "seed", "batch_size"),
+  *("input_key", "target_key", "seed", "batch_size"),
 )
 
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_shared(parser, "model", default=None, required=True)
   text = "rows of {input, target, source}, or plain texts (.txt)"
   add(parser, "train", "FILE", text, required=True)
-  flags.add_shared(parser, "input_key")
+  flags.add_shared(parser, "input_key", "target_key")
   add(parser, "output", "DIR", "folder to write", required=True)
   flags.add_shared(parser, "tolerance", "error_rate")
   text = "textual: distance to the full model's text; risk: to the targets"

@@ -33,22 +33,24 @@ _TYPES = dict.fromkeys(("RATE", "LEVEL", "SHARE", "STEP", "TAU", "X"), float) | 
   **dict.fromkeys(("TEXT", "DIRS", "'A.b = 1'"), str),  # may be empty
 }
 METRICS = "rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
-_KEYS = "the first of input, inputs, prompt, text"
+_KEYS = "the first of input, inputs, prompt, text, question"
+_TARGETS = "the first of target(s), reference(s), output, answer"
 _INPUT = "JSON Lines, JSON, text, CSV, TSV or Parquet; '-': standard input"
-_SHARD = "decode one of N parts into OUTPUT/shard-...; 'auto': as Slurm or JAX says"
+_SHARD = "decode one of N parts into OUTPUT/shard-..."
 _GIN = "gin file (a program: use only what you would run); repeatable"
 # Options of several commands: (metavar, help), and the rest of the arguments of `add`.
 _SHARED = {
   "model": ("FOLDER", "checkpoint folder, or 'packed'", {"default": "packed"}),
   "prompts": ("FILE", _INPUT, {"required": True}),
   "input_key": ("KEY", "key or column of the text", {"without": _KEYS}),
+  "target_key": ("KEY", "key or column of the references", {"without": _TARGETS}),
   "limit": ("N", "read only the first N prompts", {}),
   "tolerance": ("RATE", "mean loss that is allowed (delta)", {"default": 0.1}),
   "error_rate": ("RATE", "probability that the guarantee fails (epsilon)", {"default": 0.05}),
   "metric": ("NAME", METRICS, {"default": "rouge_l"}),
   "ungrouped": (None, "take prompts of one group or equal input as independent", {}),
-  "num_shards": ("COUNT", _SHARD, {}),
-  "shard_id": ("K", "which part, from 0 on", {"without": "as Slurm, Kubernetes or JAX says"}),
+  "num_shards": ("N", _SHARD, {}),
+  "shard_id": ("K", "which part, from 0 on", {}),
   "gin_file": ("FILE", _GIN, {"default": [], "action": "append"}),
   "gin_bindings": ("'A.b = 1'", "gin binding; repeatable", {"default": [], "action": "append"}),
   "gin_search_paths": ("DIRS", "folders of gin files, comma-separated", {"default": ""}),
@@ -124,6 +126,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     without = f"the model's own{f', or {fallback}' if fallback else ''}"
     add(parser if number < _VISIBLE else more(parser), name, metavar, text, without=without)
   options = {"choices": _FORMATS, "without": "by the name, or the content"}
+  add_shared(more(parser), "target_key")
   add(more(parser), "prompts_format", "NAME", ", ".join(_FORMATS), **options)
 
 
@@ -169,5 +172,6 @@ def open_prompts(arguments: argparse.Namespace):
       arguments.prompts,
       limit=arguments.limit,
       input_key=arguments.input_key,
+      target_key=arguments.target_key,
       format=arguments.prompts_format,
     )

@@ -135,6 +135,8 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
   """Where the model's own calibration would be; ValueError where options do not fit."""
   own = pathlib.Path(arguments.model) / "calibration.json"
   serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
+  # A folder that is not there is named by what reads it.
+  serves_itself |= arguments.model != "packed" and not own.parent.exists()
   named = arguments.calibration is not None or arguments.threshold is not None
   if not (named or serves_itself or arguments.exact or arguments.online):
     raise ValueError(

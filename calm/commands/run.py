@@ -417,59 +417,22 @@ def print_clusters(arguments, console, prompts) -> None:
   print_text(console, f"{text} equal input); {counted}", "yellow")
 
 
-def shard(
-  arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ
-) -> shards.Shard | None:
+def shard(arguments: argparse.Namespace) -> shards.Shard | None:
   """The shard that `--num_shards` and `--shard_id` name; None: all prompts.
 
   Raises:
-    ValueError: the number of the shard, or of shards, is not known.
+    ValueError: one of them is missing, or there is no such shard.
   """
   count, number = arguments.num_shards, arguments.shard_id
-  if count is None:
-    if number is not None:
-      raise ValueError("`--shard_id` needs `--num_shards`, the number of shards.")
+  if count is None and number is None:
     return None
-  index, processes = _jax_processes()
-  if count == "auto":
-    slurm = {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= environment.keys()
-    if not slurm and processes == 1:
-      raise ValueError(
-        "`--num_shards=auto` needs SLURM_ARRAY_TASK_COUNT or several JAX processes; give the"
-        " number of shards (of a Kubernetes job its `completions`)."
-      )
-    count = _whole(environment, "SLURM_ARRAY_TASK_COUNT") if slurm else processes
-  elif not (count.isascii() and count.isdigit()):
-    raise ValueError(f"Expected `--num_shards` to be a number or 'auto', got {count!r}.")
-  if number is None and "JOB_COMPLETION_INDEX" in environment:  # Kubernetes
-    number = _whole(environment, "JOB_COMPLETION_INDEX")
-  elif number is None and "SLURM_ARRAY_TASK_ID" in environment:
-    first = _whole(environment, "SLURM_ARRAY_TASK_MIN", "0")
-    step = max(1, _whole(environment, "SLURM_ARRAY_TASK_STEP", "1"))
-    number = (_whole(environment, "SLURM_ARRAY_TASK_ID") - first) // step
-  elif number is None and processes > 1:
-    number = index
-  if number is None:
+  if count is None or number is None:
     raise ValueError(
-      "`--num_shards` needs `--shard_id`, from 0 on, as neither JOB_COMPLETION_INDEX"
-      " (Kubernetes) nor SLURM_ARRAY_TASK_ID is set."
+      "Expected both `--num_shards` and `--shard_id`, got one; in a Slurm array give"
+      " --num_shards=$SLURM_ARRAY_TASK_COUNT --shard_id=$SLURM_ARRAY_TASK_ID (from 0 on), in an"
+      " indexed Kubernetes job --shard_id=$JOB_COMPLETION_INDEX."
     )
-  return shards.Shard(number, int(count))
-
-
-def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
-  text = environment.get(name, default)
-  if not (text.isascii() and text.isdigit()):
-    raise ValueError(f"Expected {name} to be a whole number, got {text!r}; give `--shard_id`.")
-  return int(text)
-
-
-def _jax_processes() -> tuple[int, int]:
-  """(this process, processes) where JAX was started as several; asks no other process."""
-  jax = sys.modules.get("jax")
-  if jax is None or not jax.distributed.is_initialized():
-    return 0, 1
-  return jax.process_index(), jax.process_count()
+  return shards.Shard(number, count)
 
 
 class ShardRun:

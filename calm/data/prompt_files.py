@@ -1,7 +1,7 @@
 """Prompts from files of any format, from standard input, and from rows in memory.
 
-The text of a row is in `input`, `inputs`, `prompt` or `text`, or in a named field; `id`,
-`target` (or `targets`, `reference`, `references`) and `source` (or `group`) are optional.
+The text of a row is in the first of `INPUT_KEYS` or in a named field; `id`, references (in the
+first of `TARGET_KEYS` or in a named field) and `source` (or `group`) are optional.
 
 A file is read twice, so that its texts do not fill the memory: once to check and count it, and
 once for the work, which refuses a file that was written to meanwhile. A stream is kept on the
@@ -28,8 +28,8 @@ from calm import arguments, signals, storage
 from calm.calibrate import Prompt
 from calm.data import rows
 
-INPUT_KEYS = ("input", "inputs", "prompt", "text")
-_TARGET_KEYS = ("target", "targets", "reference", "references")
+INPUT_KEYS = ("input", "inputs", "prompt", "text", "question")
+TARGET_KEYS = ("target", "targets", "reference", "references", "output", "answer")
 _GROUP_KEYS = ("source", "group")
 _SUFFIXES = {
   **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
@@ -69,20 +69,22 @@ class PromptFile:
       if stat.S_ISDIR(mode):
         raise IsADirectoryError(
           f"Expected `path` to name a file of prompts, got {str(path)!r}, a folder; name a file"
-          " in it."
+          " in it (of a Hugging Face dataset: dataset.to_json(FILE))."
         )
       if not stat.S_ISREG(mode):
-        with open(path, "rb") if streams else storage.opened(path) as file:
+        with open(path, "rb") if streams else storage.opened(self._path) as file:
           self._keep(file)
     self.format = format or self._detect_format()
     self.input_key: str | None = None
+    self._target_key: str | None = None
     self._limit: int | None = None
-    self._count = 0
+    self._count = self._blank = 0
 
   @property
   def taken(self) -> str:
     """The detected format and field, like `prompts.csv: 12 prompts, CSV, column 'text'`."""
     count = "1 prompt" if len(self) == 1 else f"{len(self)} prompts"
+    count += f" ({self._blank} without any text)" if self._blank else ""
     parts = [count, rows.FORMATS[self.format]]
     if self.input_key is not None:
       place = "column" if self.format in ("csv", "tsv", "parquet") else "key"
@@ -96,7 +98,7 @@ class PromptFile:
     self._check_unchanged()
     for row in itertools.islice(self._rows(), self._limit):
       self._check_unchanged()
-      yield _prompt_of(row, self.input_key)
+      yield _prompt_of(row, self.input_key, self._target_key)
     self._check_unchanged()
 
   def _written(self) -> tuple[int, ...] | None:
@@ -114,12 +116,16 @@ class PromptFile:
         " another file: it was changed while it was in use; start again."
       )
 
-  def check(self, input_key: str | None, limit: int | None = None) -> None:
+  def check(
+    self, input_key: str | None, target_key: str | None = None, limit: int | None = None
+  ) -> None:
     """The first pass: checks and counts the prompts; errors as of `open_prompts`."""
     self._limit = None if limit is None else min(limit, sys.maxsize)
     self._first = self._written()
-    for _ in itertools.islice(self.read(input_key), self._limit):
+    self._target_key = target_key
+    for _, prompt in itertools.islice(self.read(input_key), self._limit):
       self._count += 1
+      self._blank += not prompt.input.strip()
     if not self._count:
       raise ValueError(
         f"Expected {self.name} to hold prompts, got no examples: no line with text, or no row,"
@@ -132,7 +138,7 @@ class PromptFile:
     for number, row in enumerate(self._rows()):
       if number == 0:
         self.input_key = _key_of(row, input_key)
-      prompt = _prompt_of(row, self.input_key)
+      prompt = _prompt_of(row, self.input_key, self._target_key)
       if isinstance(row.value, Mapping):  # a text is named by its number, which is no other's
         if hash(prompt.id) in seen:
           raise row.error(
@@ -208,6 +214,7 @@ def open_prompts(
   *,
   limit: int | None = None,
   input_key: str | None = None,
+  target_key: str | None = None,
   format: str | None = None,
 ) -> PromptFile:
   """Checks and counts the prompts of a file.
@@ -217,6 +224,7 @@ def open_prompts(
     limit: the number of prompts to take; None: all.
     input_key: the field with the text of a row; None: the first of `INPUT_KEYS` that the first
       row has.
+    target_key: the field with the references; None: the first of `TARGET_KEYS` that a row has.
     format: a name of `rows.FORMATS`; None: detected by the name, then by the content.
 
   Raises:
@@ -231,7 +239,7 @@ def open_prompts(
       f"Expected `format` to be one of {', '.join(rows.FORMATS)}, got {format!r}."
     )
   prompts = PromptFile(path, format)
-  prompts.check(input_key, limit)
+  prompts.check(input_key, target_key, limit)
   return prompts
 
 
@@ -276,7 +284,7 @@ def _key_of(row: rows.Row, wanted: str | None) -> str | None:
   )
 
 
-def _prompt_of(row: rows.Row, input_key: str | None) -> Prompt:
+def _prompt_of(row: rows.Row, input_key: str | None, target_key: str | None) -> Prompt:
   fields = row.value
   if isinstance(fields, str) != (input_key is None):
     raise row.error(
@@ -288,7 +296,8 @@ def _prompt_of(row: rows.Row, input_key: str | None) -> Prompt:
   if input_key not in fields:
     raise row.error(f"expected a field `{input_key}`, got {list(fields)[:12]}")
   first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)
-  name, group, targets = fields.get("id"), first(_GROUP_KEYS), first(_TARGET_KEYS)
+  targets = first(TARGET_KEYS if target_key is None else (target_key,))
+  name, group = fields.get("id"), first(_GROUP_KEYS)
   targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
   return Prompt(
     row.name if name in (None, "") else _text(row, "`id`", _named(name)),
@@ -340,13 +349,15 @@ def check_texts(texts: Any) -> tuple[str, ...]:
   return made
 
 
-def prompts_of(values: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]:
+def prompts_of(
+  values: Any, *, input_key: str | None = None, target_key: str | None = None
+) -> tuple[Prompt, ...]:
   """Prompts of rows in memory, by the same names as in files.
 
   Args:
     values: a DataFrame of pandas or polars, or texts, mappings or `Prompt`s; those without an
       id are named by their number.
-    input_key: where a row has its text; None: the first of `INPUT_KEYS` that the first row has.
+    input_key, target_key: where a row has its text and its references; None: as in files.
 
   Raises:
     TypeError: one text instead of a list, or something that is no prompt.
@@ -367,7 +378,7 @@ def prompts_of(values: Any, *, input_key: str | None = None) -> tuple[Prompt, ..
     elif isinstance(value, str | Mapping):
       row = rows.Row(value, f"prompt/{number}", f"prompt {number}")
       keys = keys or [_key_of(row, input_key)]
-      found.append(_prompt_of(row, keys[0]))
+      found.append(_prompt_of(row, keys[0], target_key))
     else:
       raise TypeError(
         "Expected prompts to be texts, mappings with a text at `input`, or `Prompt`s, got"

@@ -54,8 +54,8 @@ class FitOptions:
     metric: name or import path of the text metric, or a function at the top of a module,
       which is kept as its import path: a run that resumes is given the same one again.
     prefix: text put before every input; None uses the model's own.
-    input_key: key of the text in a row of a file; None: the first of input, inputs, prompt
-      and text.
+    input_key, target_key: keys of the text and of the references in a row; None: the first
+      of `prompt_files.INPUT_KEYS` and of `TARGET_KEYS`.
     budget: seconds after which `train_all` stops training, shared by its stages; None: it makes
       the recipe's steps.
     seed: of splits, training and sampling.
@@ -70,6 +70,7 @@ class FitOptions:
   metric: metrics.MetricLike = "rouge_l"
   prefix: str | None = None
   input_key: str | None = None
+  target_key: str | None = None
   budget: float | None = None
   seed: int = 0
   batch_size: int = 8
@@ -131,15 +132,17 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
   Raises:
     ValueError: a row has no reference where they are needed, or an id occurs twice.
   """
+  keys: Any = {"input_key": options.input_key, "target_key": options.target_key}
   if isinstance(train, str | pathlib.Path):
-    rows = tuple(prompt_files.open_prompts(train, input_key=options.input_key))
+    rows = tuple(prompt_files.open_prompts(train, **keys))
   else:
-    rows = prompt_files.prompts_of(train, input_key=options.input_key)
+    rows = prompt_files.prompts_of(train, **keys)
   bare = [row.id for row in rows if not any(target.strip() for target in row.targets)]
   if bare and options.consistency != "textual":
     raise ValueError(
-      f"Expected `train` to be rows with references (`target`), got {len(bare)} of {len(rows)}"
-      f" without, first {bare[:3]}; give them, or take textual consistency."
+      f"Expected `train` to be rows with references ({', '.join(prompt_files.TARGET_KEYS)}),"
+      f" got {len(bare)} of {len(rows)} without, first {bare[:3]}; name the field"
+      " (`target_key`), or take textual consistency."
     )
   repeated = len(rows) - len({row.id for row in rows})
   if repeated:

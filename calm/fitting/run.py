@@ -145,6 +145,7 @@ class Fit:
   ) -> "Fit":
     """Finds everything that may be wrong before any work."""
     prompts = request_lib.read_rows(rows, options)
+    metrics.get_metric(options.metric)(prompts[0].input, (prompts[0].input,))
     splits = request_lib.split(
       prompts,
       trains=options.train_all or options.learns_exits,
@@ -166,10 +167,12 @@ class Fit:
     }
     stated = options_lib.stored_options(initial)
     lengths |= {name: stated[name] for name in lengths if name in stated}
+    asked = dataclasses.asdict(options)
+    del asked["target_key"]  # its rows say what it read
     request = {
       "model": source.parameters_digest,
       "rows": result_cache.prompts_digest(prompts),
-      "options": dataclasses.asdict(options),
+      "options": asked,
     }
     folder = result_lib.Folder.open(output, request)
     request_lib.write(output / "splits", splits)

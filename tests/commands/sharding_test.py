@@ -1,8 +1,7 @@
-"""`--num_shards` on a toy model, and where the number of a process is taken from."""
+"""`--num_shards` and `--shard_id` on a toy model."""
 
 import argparse
 import json
-import types
 
 import pytest
 
@@ -11,62 +10,28 @@ from calm.calibrate.generations import shards
 from calm.commands import flags as flags_lib
 from calm.commands import run as run_lib
 
-SLURM = {
-  **{"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1"},
-  **{"SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "4"},
-}
 
-
-def shard(words: str, environment):
+def shard(words: str):
   parser = argparse.ArgumentParser()
   flags_lib.add_shared(parser, "num_shards", "shard_id")
-  return run_lib.shard(parser.parse_args(words.split()), environment)
+  return run_lib.shard(parser.parse_args(words.split()))
+
+
+def test_which_shard():
+  assert shard("") is None and shard("--num_shards=4 --shard_id=2") == shards.Shard(2, 4)
 
 
 @pytest.mark.parametrize(
-  ("words", "environment", "expected"),
+  ("words", "message"),
   [
-    ("", {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}, None),
-    ("--num_shards=4 --shard_id=2", {"JOB_COMPLETION_INDEX": "1"}, (2, 4)),
-    ("--num_shards=4", {"JOB_COMPLETION_INDEX": "1"}, (1, 4)),
-    ("--num_shards=4", {"SLURM_ARRAY_TASK_ID": "3"}, (3, 4)),
-    ("--num_shards=auto", SLURM, (2, 4)),
+    ("--shard_id=1", "both `--num_shards` and `--shard_id`, got one"),
+    ("--num_shards=4", "Slurm .*SLURM_ARRAY_TASK_ID .*Kubernetes .*JOB_COMPLETION_INDEX"),
+    ("--num_shards=2 --shard_id=2", "got 2 of 2"),
   ],
 )
-def test_which_shard(words, environment, expected):
-  assert shard(words, environment) == (expected and shards.Shard(*expected))
-
-
-def test_jax_tells_where_it_was_started_as_several(monkeypatch):
-  several = types.SimpleNamespace(
-    distributed=types.SimpleNamespace(is_initialized=lambda: True),
-    process_index=lambda: 1,
-    process_count=lambda: 3,
-  )
-  with monkeypatch.context() as patched:
-    patched.setitem(run_lib.sys.modules, "jax", several)
-    assert shard("--num_shards=auto", {}) == shards.Shard(1, 3)
-
-
-@pytest.mark.parametrize(
-  ("words", "environment", "message"),
-  [
-    ("--shard_id=1", {}, "`--shard_id` needs `--num_shards`"),
-    ("--num_shards=4", {}, "neither JOB_COMPLETION_INDEX"),
-    (
-      "--num_shards=auto",
-      {"JOB_COMPLETION_INDEX": "1"},
-      "of a Kubernetes job its `completions`",
-    ),
-    ("--num_shards=-1 --shard_id=0", {}, "to be a number or 'auto', got '-1'"),
-    ("--num_shards=0 --shard_id=0", {}, "got 0 of 0"),
-    ("--num_shards=2 --shard_id=2", {}, "got 2 of 2"),
-    ("--num_shards=2", {"JOB_COMPLETION_INDEX": "x"}, "JOB_COMPLETION_INDEX to be a whole"),
-  ],
-)
-def test_a_shard_that_is_not_known_is_refused(words, environment, message):
+def test_a_shard_that_is_not_known_is_refused(words, message):
   with pytest.raises(ValueError, match=message):
-    shard(words, environment)
+    shard(words)
 
 
 def test_shards_of_generate_and_infer_are_one_run(model, tmp_path, calm, cache_in_tmp):

@@ -179,6 +179,21 @@ def test_keys_are_the_same_in_every_row(tmp_path):
   assert [prompt.input for prompt in named] == ["a"]
 
 
+def test_references_are_found_under_common_keys_or_a_named_one(tmp_path):
+  row = {"question": "a", "label": "c"}
+  for key in prompt_files.TARGET_KEYS:
+    path = write(tmp_path, "one.jsonl", lines([{**row, key: "b"}]))
+    assert [prompt.targets for prompt in prompt_files.open_prompts(path)] == [("b",)]
+    (named,) = prompt_files.open_prompts(path, target_key="label")
+    assert named.targets == ("c",)
+
+
+def test_prompts_without_any_text_are_counted(tmp_path):
+  path = write(tmp_path, "one.jsonl", lines([{"input": text} for text in ("a", "", " ")]))
+  taken = prompt_files.open_prompts(path).taken
+  assert taken.endswith(": 3 prompts (2 without any text), JSON Lines, key 'input'")
+
+
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
