@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
 from calm.calibrate.losses import Support
 from calm.calibrate.risks import Mean, Promise
-from calm.calibrate.testing import Decision, Evidence, nan_of_null, null_of_nan
+from calm.calibrate.testing import Decision, Evidence
 
 _MOST_BYTES = 64 * 2**20
 _DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
@@ -59,14 +60,28 @@ class Row:
       rejected=bool(decision.rejected[place]),
     )
 
-  def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values; NaN is null."""
-    return {name: null_of_nan(value) for name, value in vars(self).items()}
 
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> "Row":
-    """The inverse of `to_json`."""
-    return cls(**{name: nan_of_null(entry) for name, entry in value.items()})
+def _to_json(value: Any) -> Any:
+  """JSON of a field; NaN is null."""
+  if hasattr(value, "to_json"):
+    return value.to_json()
+  if dataclasses.is_dataclass(value):
+    return {name: _to_json(entry) for name, entry in vars(value).items()}
+  if isinstance(value, tuple):
+    return [_to_json(entry) for entry in value]
+  return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _of_json(kind: Any, value: Mapping[str, Any]) -> Any:
+  """A row, or the evidence of a part, of its JSON."""
+  number = lambda entry: math.nan if entry is None else entry
+  fields = {
+    name: list(map(number, entry)) if isinstance(entry, list) else number(entry)
+    for name, entry in value.items()
+  }
+  if "support" in fields:
+    fields["support"] = Support(**fields["support"])
+  return kind(**fields)
 
 
 @arguments.checked()
@@ -201,18 +216,10 @@ class Calibration:
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, the guarantee for people who read the file, and a digest."""
-    value = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     value = {
       "schema_version": verification.SCHEMA_VERSION,
-      **value,
+      **{field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)},
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
-      "support": dataclasses.asdict(self.support),
-      "rows": [row.to_json() for row in self.rows],
-      "visited": list(self.visited),
-      "procedure": None if self.procedure is None else self.procedure.to_json(),
-      "provenance": self.provenance.to_json(),
-      "promise": self.promise.to_json(),
-      "parts": [part.to_json() for part in self.parts],
       "guarantee": self.guarantee,
     }
     for name in verification.OPTIONAL:
@@ -235,11 +242,11 @@ class Calibration:
     changed = {
       "threshold": thresholds_lib.parse_threshold(value["threshold"]),
       "support": Support(**value["support"]),
-      "rows": [Row.from_json(row) for row in value["rows"]],
+      "rows": [_of_json(Row, row) for row in value["rows"]],
       "procedure": None if procedure is None else Procedure.from_json(procedure),
       "provenance": Provenance.from_json(value["provenance"]),
       "promise": risks.from_json(value.get("promise", Mean().to_json())),
-      "parts": [Evidence.from_json(part) for part in value.get("parts", ())],
+      "parts": [_of_json(Evidence, part) for part in value.get("parts", ())],
     }
     found = cls(**{name: entry for name, entry in value.items() if name in names} | changed)
     verification.check_decision(found)

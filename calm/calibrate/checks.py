@@ -105,15 +105,10 @@ def warn_of_error_rate(error_rate: float) -> None:
     )
 
 
-def is_line(value: Any, longest: int = LONGEST_NAME) -> bool:
-  """Whether a calibration's file may hold this text: it is printed as it is, on one line."""
-  return isinstance(value, str) and len(value) <= longest and value.isprintable()
-
-
 def check_lines(values: Iterable[Any], name: str, longest: int = LONGEST_NAME) -> None:
-  """ValueError for the first that `is_line` is not true of: loading would refuse it."""
+  """ValueError for the first that is no line of text, which no calibration may hold."""
   for value in values:
-    if not is_line(value, longest):
+    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
       raise ValueError(
         f"Expected `{name}` of texts of at most {longest} printable characters, got"
         f" {value!r:.200}; write it on one line, with plain spaces and no control characters."

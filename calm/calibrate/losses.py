@@ -59,7 +59,7 @@ class SequenceLosses:
   Raises:
     ValueError: `values` is no table of real numbers with a row a prompt and a column a
       threshold, the grid does not descend in [0, 1], ids are not unique texts, a group is
-      missing, or a calibration cannot store kind, metric or knobs (`checks.is_line`). Losses
+      missing, or a calibration cannot store kind, metric or knobs. Losses
       that leave the support are no error here: `calibrate` says so in words.
   """
 

@@ -8,7 +8,6 @@ fixed before any loss is seen.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,32 +125,6 @@ class Evidence:
   means: tuple[float, ...]  # of what was tested; NaN where there is nothing
   log_p_values: tuple[float, ...]  # of H: expectation > tolerance
   upper_bounds: tuple[float, ...]  # of the expectation, at `share` of the error rate
-
-  def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values; NaN is null."""
-    return {
-      name: [null_of_nan(entry) for entry in value] if isinstance(value, tuple) else value
-      for name, value in dataclasses.asdict(self).items()
-    }
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> "Evidence":
-    """The inverse of `to_json`."""
-    fields: dict[str, Any] = {
-      name: tuple(map(nan_of_null, entry)) if isinstance(entry, list) else entry
-      for name, entry in value.items()
-    }
-    return cls(**{**fields, "support": Support(**value["support"])})
-
-
-def null_of_nan(value: Any) -> Any:
-  """A JSON value: NaN is null."""
-  return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def nan_of_null(value: Any) -> Any:
-  """The inverse of `null_of_nan`."""
-  return math.nan if value is None else value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ def of_generations(made) -> dict:
     "provenance": made.provenance.to_json(),
     "ids": made.ids,
     "groups": [prompt.group for prompt in made.prompts],
-    "references": made.references,
+    "references": [prompt.targets for prompt in made.prompts],
     "knobs": made.knobs,
     "layers": None if counts is None else [count.sum(axis=0).tolist() for count in counts],
     "records": [record.to_json() for record in (made.full[3], made.records[-1][0])],

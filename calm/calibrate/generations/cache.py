@@ -59,11 +59,6 @@ class Generations:
     """[num_examples] ids in the recorded order."""
     return tuple(prompt.id for prompt in self.prompts)
 
-  @property
-  def references(self) -> tuple[tuple[str, ...], ...]:
-    """[num_examples] accepted references of each prompt."""
-    return tuple(prompt.targets for prompt in self.prompts)
-
   def layer_counts(self) -> tuple[np.ndarray, np.ndarray] | None:
     """(layers summed over real tokens, real tokens), each [num_examples, num_thresholds] int64.
 

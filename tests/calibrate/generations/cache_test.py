@@ -66,7 +66,6 @@ def test_what_is_written_is_read_in_the_recorded_order(tmp_path):
   writer.finish()
   loaded = cache.load(tmp_path)
   assert loaded.prompts == laws.prompts(3) and loaded.ids == IDS
-  assert loaded.references == (("word0 same",), ("word1 same",), ("word2 same",))
   assert loaded.thresholds.tolist() == GRID and loaded.procedure == laws.procedure()
   assert predictions(loaded.records[1]) == [f"{n} 0.5" for n in IDS]
   assert predictions(loaded.full) == [f"{n} inf" for n in IDS]

@@ -54,7 +54,7 @@ def test_plain_files_need_id_and_prediction_only(tmp_path):
   loaded = foreign.gather(full, {0.5: early, 0.7: full}, prompts=prompts)
   assert loaded.ids == ("b", "a") and loaded.thresholds.tolist() == [0.7, 0.5]
   assert [r.prediction for r in loaded.records[1]] == ["b", "a"]
-  assert loaded.references == (("b",), ("a",))
+  assert [prompt.targets for prompt in loaded.prompts] == [("b",), ("a",)]
 
 
 @pytest.mark.parametrize(
