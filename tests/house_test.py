@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (180, 1),
-  "calibrate": (6775, 27),
+  "calibrate": (6745, 27),
   "checkpoints": (1210, 5),
   "commands": (2500, 12),
   "console.py": (280, 1),
@@ -73,7 +73,7 @@ BUDGETS = {
   "t5x": (1690, 6),
   "training": (1790, 9),
 }
-WHOLE = {"calm": (33_300, 141), "tests": (29_910, 181), "scripts": (4_435, 24)}
+WHOLE = {"calm": (33_270, 141), "tests": (29_900, 180), "scripts": (4_435, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
