@@ -3,9 +3,10 @@
     python scripts/online_lives.py --table=cost --output=scripts/results/NAME.json
 
 `wrong`: the risk of the last threshold is the tolerance, so that it may be named in at most
-0.05 of all lives, ever. `cost`: checks until a threshold is certified, beside the prompts with
-which one batch calibration certifies it in 80 % of draws. `share`: checks per 1,000 prompts.
-`delay`: checks from a change to the alarm.
+0.05 of all lives, ever; `whole` is of lives with late and missing losses, clusters and changes.
+`cost`: checks until a threshold is certified, beside the prompts with which one batch
+calibration certifies it in 80 % of draws. `share`: checks per 1,000 prompts. `delay`: checks
+from a change to the alarm.
 Needs numpy and scipy only.
 """
 
@@ -33,6 +34,42 @@ def at_the_bound(law: str, tolerance: float, lives: int, checks: int) -> float:
   return float(np.mean(wealth.highest >= target))
 
 
+def live(kind: str, seed: int, prompts: int) -> bool:
+  """One whole life of a state: whether it ever named the threshold at the bound."""
+  generator, tolerance = np.random.default_rng([53, seed]), 0.1
+  state = Online(None, [0.9, 0.5], tolerance=tolerance, share=0.9, seed=str(seed), patience=20)
+  change, wrong = kind == "a change at half time", False
+  clusters = kind == "clusters of 4 equal prompts"
+  late, losses = {}, []
+  for number in range(prompts):
+    risk = tolerance
+    if change and state.life == 0:  # after the alarm the risk is at the bound
+      risk = 0.02 if number < prompts // 2 else 0.3
+    if not (clusters and number % 4):
+      losses = [float(value) for value in generator.random(2) < (0.02, risk)]
+    wrong |= state.threshold == 0.5 and (state.life > 0 or not change)
+    name = number // 4 if clusters else number
+    if state.should_check(name):
+      late[name] = dict(zip((0.9, 0.5), losses, strict=True))
+      if kind == "missing at random" and generator.random() < 0.02:
+        late[name] = None
+      elif kind == "missing where the text is lost" and losses[1]:
+        del late[name]
+    if kind != "late losses" or generator.random() < 0.3:
+      for each in generator.permutation(list(late)).tolist():
+        state.observe(each, late.pop(each))
+  return wrong
+
+
+KINDS = (
+  "clusters of 4 equal prompts",
+  "late losses",
+  "missing at random",
+  "missing where the text is lost",
+  "a change at half time",
+)
+
+
 def wrong_table(lives: int) -> tuple[list[str], list[list[str]]]:
   """Columns and rows of `wrong`."""
   rows = []
@@ -41,6 +78,16 @@ def wrong_table(lives: int) -> tuple[list[str], list[list[str]]]:
     rows.append([law, str(tolerance), "2000", str(lives), f"{share:.4f}", error(share, lives)])
     print(rows[-1], flush=True)
   return ["losses", "tolerance", "checks", "lives", "wrong", "standard error"], rows
+
+
+def whole_table(lives: int) -> tuple[list[str], list[list[str]]]:
+  """Columns and rows of `whole`."""
+  rows = []
+  for kind in KINDS:
+    share = float(np.mean([live(kind, seed, 1000) for seed in range(lives)]))
+    rows.append([kind, "0.1", "1000", str(lives), f"{share:.4f}", error(share, lives)])
+    print(rows[-1], flush=True)
+  return ["losses of 0 or 1", "tolerance", "prompts", "lives", "wrong", "standard error"], rows
 
 
 def error(share: float, count: int) -> str:
@@ -158,6 +205,7 @@ def delay_table(lives: int) -> tuple[list[str], list[list[str]]]:
 
 TABLES = {
   "wrong": (wrong_table, 10_000),
+  "whole": (whole_table, 1000),
   "cost": (cost_table, 2000),
   "share": (share_table, 40),
   "delay": (delay_table, 1000),

@@ -56,24 +56,24 @@ def test_no_function_is_long(folder):
 # Lines and files of each room of calm, and of the other folders. A number goes up only with a
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
-  "arguments.py": (180, 1),
-  "calibrate": (6745, 27),
-  "checkpoints": (1210, 5),
-  "commands": (2500, 12),
-  "console.py": (280, 1),
-  "data": (2120, 8),
-  "decode": (3185, 13),
-  "exits": (1390, 9),
-  "fitting": (2565, 8),
-  "inference": (2430, 9),
-  "paper": (2740, 12),
-  "signals.py": (100, 1),
-  "storage.py": (530, 1),
-  "t5": (3770, 17),
-  "t5x": (1690, 6),
-  "training": (1790, 9),
+  "arguments.py": (173, 1),
+  "calibrate": (6743, 27),
+  "checkpoints": (1205, 5),
+  "commands": (2498, 12),
+  "console.py": (271, 1),
+  "data": (2117, 8),
+  "decode": (3181, 13),
+  "exits": (1382, 9),
+  "fitting": (2560, 8),
+  "inference": (2425, 9),
+  "paper": (2738, 12),
+  "signals.py": (98, 1),
+  "storage.py": (529, 1),
+  "t5": (3765, 17),
+  "t5x": (1686, 6),
+  "training": (1781, 9),
 }
-WHOLE = {"calm": (33_270, 141), "tests": (29_900, 180), "scripts": (4_435, 24)}
+WHOLE = {"calm": (33_263, 141), "tests": (29_895, 180), "scripts": (4_482, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
