@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -56,27 +57,15 @@ def pytest_collection_modifyitems(items):
   items.sort(key=place, reverse=True)
 
 
-# Files that are about what programs do, not how fast or by which instructions. What compares
-# numbers with others' or with the paper's, or reads HLO, is compiled as users do.
-QUICK = (
-  *("commands/calibrate_command_test.py", "commands/cli_test.py", "commands/gin_test.py"),
-  *("commands/infer_test.py", "commands/options_test.py"),
-  *("commands/pipeline_test.py", "commands/reading_test.py", "commands/run_test.py"),
-  *("commands/sharding_test.py", "commands/stopped_test.py"),
-  *("decode/loop_test.py",),
-  *("decode/pool_test.py", "decode/program_reference_test.py"),
-  *("decode/resume_test.py", "decode/staged_test.py", "engines/choice_test.py"),
-  *("engines/layout_test.py",),
-  *("exits/confidence_test.py", "exits/rules_test.py", "fitting/exit_maps_test.py"),
-  *("fitting/choose_test.py", "fitting/run_test.py", "fitting/train_test.py"),
-  *("inference/calibrating_test.py", "inference/grid_test.py"),
-  *("inference/platform_test.py", "inference/seconds_test.py"),
-  *("inference/online_test.py",),
-  *("paper/bench_test.py", "scripts/benchmark_test.py"),
-  *("t5/costs_test.py", "t5/decoder_test.py"),
-  *("t5/growing_test.py", "t5/network_test.py"),
-  *("t5x/loops_test.py", "training/distillation_test.py", "training/loop_test.py"),
-  *("training/losses_test.py", "training/objectives_test.py", "training/run_test.py"),
+# Rooms and files that are about what programs do, not how fast or by which instructions. What
+# reads HLO or holds kernels is compiled as users do, and so is the smoke group.
+QUICK = re.compile(
+  r"/tests/(commands/|fitting/|paper/|scripts/|checkpoints/|readme_test"
+  r"|decode/(loop|pool|program_reference|resume|staged)_test"
+  r"|decode/engines/(choice|layout)_test|exits/(confidence|rules)_test"
+  r"|inference/(calibrating|grid|platform|seconds|online)_test"
+  r"|t5/(costs|decoder|growing|layers|network|network_golden)_test|t5x/loops_test"
+  r"|training/(distillation|loop|losses|objectives|run)_test)"
 )
 # LLVM need not try hard, and XLA's older code generator takes two thirds of the newer's time.
 QUICKLY = {
@@ -103,31 +92,53 @@ def compile_quickly(patch: pytest.MonkeyPatch) -> None:
   patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 
+def keep_programs(folder: str | None) -> None:
+  """Compiled programs are read back from a folder; None: from none."""
+  jax = sys.modules["jax"]
+  cache = importlib.import_module("jax.experimental.compilation_cache.compilation_cache")
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  if jax.config.jax_compilation_cache_dir != folder:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def kept_programs(tmp_path_factory):
+  """The folder of this process's quick programs: the same toys are decoded in many files."""
+  return str(tmp_path_factory.mktemp("programs"))
+
+
 @pytest.fixture(autouse=True, scope="module")
-def programs(request):
+def programs(request, kept_programs):
   """How hard a module's programs are compiled; and they go when its tests have run.
 
   A compiled program maps memory in many pieces, of which a process may have 65,530.
   """
+  folder = kept_programs if QUICK.search(str(request.path)) else None
   with pytest.MonkeyPatch.context() as patch:
-    if str(request.path).endswith(QUICK):
+    if folder:
       compile_quickly(patch)
-    yield
+    if "jax" in sys.modules:
+      keep_programs(folder)
+    yield folder
   if "jax" in sys.modules:
     sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch, tmp_path_factory):
-  """A command keeps its compiled programs on disk for its own test, and not at home."""
+def kept(monkeypatch, tmp_path_factory, programs):
+  """A command keeps its compiled programs where a quick module's are, and not at home."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-  yield
-  jax = sys.modules.get("jax")
-  if jax is not None and jax.config.jax_compilation_cache_dir is not None:
-    from jax.experimental.compilation_cache import compilation_cache
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  if "jax" in sys.modules:
+    keep_programs(programs)
 
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+
+@pytest.fixture
+def cache_in_tmp(monkeypatch, tmp_path, kept):
+  """A cache of compiled programs for one test."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  keep_programs(None)
 
 
 @pytest.fixture(autouse=True)

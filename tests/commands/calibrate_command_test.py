@@ -59,34 +59,6 @@ def test_groups_count_wherever_they_are_known(tmp_path, calm):
   assert "groups_ignored" not in saved.read_text()
 
 
-def false_certifications(folder, calm, *flags):
-  """How many of 60 draws certify: 30 clusters of 10 prompts, 10.2 % bad at tolerance 10 %.
-
-  Clusters are named by `group` in every second draw, by equal inputs in the others.
-  """
-  generator = np.random.default_rng(0)
-  wrong = 0
-  for draw in range(60):
-    bad, full, early = generator.random(30) < 0.102, [], []
-    for row in range(300):
-      cluster = row // 10
-      by_group = {"input": f"question {row}", "group": f"article {cluster}"}
-      by_text = {"input": f"Ｑuestion\u00a0{cluster}" if row % 2 else f" question  {cluster}\n"}
-      full.append({"id": f"p{row}", "prediction": "a", **(by_text if draw % 2 else by_group)})
-      early.append({"id": f"p{row}", "prediction": "x" if bad[cluster] else "a"})
-    files, output = (write(folder, full, "f"), write(folder, early, "e")), folder / "c.json"
-    named = [f"--full={files[0]}", "--outputs", f"0.5={files[1]}", f"--output={output}"]
-    calm("calibrate", *named, "--metric=exact_match", *flags)
-    wrong += Calibration.load(output).certified
-  return wrong
-
-
-def test_files_with_clusters_certify_falsely_no_more_often_than_promised(tmp_path, calm):
-  """At 5 %, 9 or more of 60 have probability 0.003. The files can certify falsely."""
-  assert false_certifications(tmp_path, calm) <= 8
-  assert false_certifications(tmp_path, calm, "--ungrouped") > 15
-
-
 PLANTED = """
 import pathlib
 

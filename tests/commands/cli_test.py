@@ -19,7 +19,6 @@ from calm.commands import cli, flags
 from calm.paper import bench
 from tests.commands import toy
 
-pytestmark = pytest.mark.usefixtures("cache_in_tmp")
 MOST_HELP_LINES, MOST_INFER_OPTIONS = 50, 16
 
 
@@ -159,18 +158,6 @@ def test_files_that_cannot_be_read_are_named(model, prompts, tmp_path, calm, mon
   assert "264" in calm(*words[:-1], f"--model={big}", code=2)
 
 
-def test_unwritable_output(model, prompts, tmp_path, calm):
-  blocked = tmp_path / "file"
-  blocked.write_text("")
-  words = ["generate", f"--model={model}", f"--prompts={prompts}", *toy.DECODE]
-  assert str(blocked) in calm(*words, f"--output={blocked / 'below'}", code=2)
-  # Of one file, before it is decoded: the model is not even looked for.
-  infer = ["infer", "--model=nowhere", f"--prompts={prompts}", "--threshold=0.5"]
-  for output in (blocked / "out.jsonl", tmp_path / "none" / "out.jsonl", tmp_path):
-    message = calm(*infer, f"--output={output}", code=2)
-    assert str(output) in message and "nowhere" not in message
-
-
 def test_dashes_are_underscores_and_colour_is_color(model, prompts, calm):
   named = [f"--model={model}", f"--prompts={prompts}", "--threshold=never", "--limit=1"]
   dashed = [o.replace("max_", "max-").replace("_length", "-length") for o in toy.DECODE]
@@ -178,19 +165,3 @@ def test_dashes_are_underscores_and_colour_is_color(model, prompts, calm):
     calm("infer", *named, *dashed, colour)
   # Values stay as they are.
   assert "got 'a-b'" in calm("infer", *named, "--exit-layers=a-b", code=2)
-
-
-def test_mistakes_of_a_fit_are_one_message(model, prompts, tmp_path, calm):
-  rows = tmp_path / "rows.jsonl"
-  rows.write_text(
-    "".join(json.dumps({"input": f"t {i}", "target": "x"}) + "\n" for i in range(9))
-  )
-  base = ["fit", "--model=nowhere", f"--train={rows}", f"--output={tmp_path / 'out'}"]
-  assert "at least 118 rows" in calm(*base, code=2)
-  assert "`stages`" in calm(*base, "--stages=three", code=2)
-  assert "`budget`" in calm(*base, "--budget=soon", code=2)
-  assert "missing.jsonl" in calm(*base, "--train=missing.jsonl", code=2)
-  assert not (tmp_path / "out").exists()
-  # A model folder without a guarantee asks for one.
-  assert "calm fit" in calm("infer", f"--model={model}", "--prompts=-", code=2)
-  assert "`--calibration`, `--threshold` or" in calm("infer", f"--prompts={prompts}", code=2)

@@ -35,12 +35,6 @@ def prompts(tmp_path_factory):
   return path
 
 
-@pytest.fixture
-def cache_in_tmp(monkeypatch, tmp_path):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-
-
 @pytest.fixture(scope="session")
 def cached(model, prompts, tmp_path_factory):
   output = tmp_path_factory.mktemp("cli") / "cache"

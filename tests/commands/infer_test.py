@@ -31,7 +31,7 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch, cache_in_tmp):
+def small_chunks(monkeypatch):
   monkeypatch.setattr(infer, "FIRST_BATCHES", 1)
   monkeypatch.setattr(infer, "MOST_BATCHES", 1)
 
@@ -147,22 +147,6 @@ def test_every_change_of_options_keeps_what_there_was(tmp_path):
   assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-@pytest.mark.parametrize("what", ["folder", "link", "nowhere"])
-def test_what_stands_in_the_place_of_earlier_lines_stays(what, tmp_path):
-  old, other = tmp_path / "out.partial.old", tmp_path / "other"
-  if what == "folder":
-    old.mkdir()
-  else:
-    old.symlink_to(other)
-  if what == "link":
-    other.write_text("theirs")
-  for number in range(2):
-    interrupted(tmp_path / "out", number)
-  assert old.is_dir() if what == "folder" else old.is_symlink()
-  assert what != "link" or other.read_text() == "theirs"
-  assert number_of(tmp_path / "out.partial.old.2") == "0"
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_lines_go_to_pipes_devices_links_and_standard_output(calm_infer, expected, tmp_path):
   pipe, got = tmp_path / "pipe", []
@@ -193,16 +177,6 @@ def test_standard_output_gets_the_lines_and_nothing_else(
     cli.main(["infer", *named, *toy.DECODE, "--threshold=never", f"--output={output}"]) == 0
   )
   assert capfd.readouterr().out == expected
-
-
-def test_a_reader_that_has_enough_is_no_error(calm_infer, monkeypatch):
-  def gone(self, prompts, made):
-    raise BrokenPipeError(32, "Broken pipe")
-
-  with monkeypatch.context() as patched, open(os.devnull, "w") as stdout:
-    patched.setattr(infer.Stream, "write", gone)
-    patched.setattr(sys, "stdout", stdout)
-    assert "Broken pipe" not in calm_infer("--output=-")
 
 
 def test_what_was_read_and_what_it_took_is_said_once(calm_infer):
@@ -244,10 +218,7 @@ def test_the_models_own_calibration_is_served(prompts, calm, certified):
   assert made.guarantee.split(".")[0] in calm("infer", *named, "--output=-")
 
 
-@pytest.mark.parametrize(("speedup", "slow"), [(1.5, False), (0.9, True)])
-def test_the_speed_beside_full_depth_is_said(
-  prompts, tmp_path, calm, monkeypatch, certified, speedup, slow
-):
+def test_the_speed_beside_full_depth_is_said(prompts, tmp_path, calm, monkeypatch, certified):
   """Measured on the prompts; that some of them are cut is said once, of all."""
   model, save = certified
   save(tmp_path / "calibration.json", max_input_length=6, batch_size=2)
@@ -256,14 +227,14 @@ def test_the_speed_beside_full_depth_is_said(
 
   def measured(predictor, *given, **options):
     found = measure(predictor, *given, **options)
-    single = dataclasses.replace(found.single, speedup=speedup, end_to_end=1.25)
+    single = dataclasses.replace(found.single, speedup=0.9, end_to_end=1.25)
     return dataclasses.replace(found, single=single, batched=None)
 
   monkeypatch.setattr(inference.timing, "beside_full_depth", measured)
   named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--output=-"]
   printed = calm("infer", *named, f"--calibration={tmp_path / 'calibration.json'}")
-  assert f"x{speedup:.2f} one at a time (x1.25 with the encoder)" in printed
-  assert ("not faster than full depth" in printed) == slow
+  assert "x0.90 one at a time (x1.25 with the encoder)" in printed
+  assert "not faster than full depth" in printed
   assert printed.count("have more than `max_input_length`") == 1
 
 

@@ -107,7 +107,7 @@ def calibration(model, tmp_path_factory):
 
 
 @pytest.fixture
-def asker(model, outputs, calibration, tmp_path, capsys, monkeypatch, cache_in_tmp):
+def asker(model, outputs, calibration, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "garbage").write_bytes(b"\xff\x00garbage\n" * 9)
   return asked.Asker(model, outputs, calibration, tmp_path, capsys)

@@ -4,15 +4,12 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from calm.calibrate import Calibration, generations, ledger
 from tests.commands import toy
-
-pytestmark = pytest.mark.usefixtures("cache_in_tmp")
 
 
 @pytest.fixture
@@ -158,19 +155,6 @@ def test_a_threshold_is_calibrated_while_it_is_served(model, prompts, tmp_path, 
     *words, "--threshold=0.5", "--metric=chrf", code=2
   )
   assert "finds the threshold itself" in calm(*online, "--threshold=0.5", code=2)
-
-
-def test_calibrate_and_merge_need_no_jax(cached, tmp_path):
-  words = ["calibrate", str(cached), "--tolerance=0.5", f"--output={tmp_path / 'c.json'}"]
-  script = (
-    "import sys\n"
-    "from calm.commands import cli, merge\n"
-    f"code = cli.main({words!r})\n"
-    "loaded = {'jax', 'flax', 'tensorflow', 'seqio', 'sentencepiece'} & set(sys.modules)\n"
-    "sys.exit(str(loaded) if loaded else code)\n"
-  )
-  made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-  assert made.returncode == 0, made.stderr
 
 
 def test_gin_files_configure_decoding(model, prompts, tmp_path):

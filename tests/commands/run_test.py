@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import shlex
-import signal
 import stat
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import sys
 import gin
 import pytest
 
-from calm import signals
 from calm.commands import run as run_lib
 from tests import toys
 from tests.commands import toy
@@ -68,34 +66,6 @@ def test_a_command_reads_its_own_gin_files_alone(tmp_path, calm):
   gin.finalize()
   run_lib.parse_gin(gin_arguments(bindings=["MINE = 2"]))
   assert "OTHERS" not in gin.config_str() and gin.query_parameter("MINE/gin.macro.value") == 2
-
-
-@pytest.mark.parametrize(
-  ("number", "command", "code", "line"),
-  [
-    (signal.SIGTERM, "generate", 143, "what was finished is kept"),
-    (signal.SIGINT, "train", 130, "the same command goes on from there"),
-    (signal.SIGTERM, "calibrate", 143, "files that were there are as they were"),
-  ],
-)
-def test_signals_end_a_command_with_one_line(capsys, number, command, code, line):
-  before = signal.getsignal(signal.SIGTERM)
-  # A shell starts what it puts into the background with SIGINT ignored.
-  interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
-  steps = []
-
-  def run(arguments):
-    os.kill(os.getpid(), number)
-    steps.append("whole")  # what is being done is done
-    signals.check()
-    steps.append("another")
-
-  try:
-    got, err = ended(capsys, run, command=command)
-  finally:
-    signal.signal(signal.SIGINT, interrupts)
-  assert got == code and line in err and err.count("\n") == 1 and steps == ["whole"]
-  assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
@@ -236,9 +206,7 @@ def test_the_script_that_was_called_is_named(tmp_path, monkeypatch):
   assert shlex.split(piped) == ["calm", "infer", "--model=my model", "--prompts=-"]
 
 
-def test_what_generate_and_calibrate_end_with_works(
-  model, tmp_path, calm, capsys, monkeypatch, cache_in_tmp
-):
+def test_what_generate_and_calibrate_end_with_works(model, tmp_path, calm, capsys, monkeypatch):
   """Each folder of another model, so that the chosen one's is named, wherever it stands."""
   other = toy.save_model(tmp_path / "other model", toys.params(toy.SIZES, 2))
   prompts = tmp_path / "prompts.txt"
@@ -265,16 +233,11 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("command", ["generate", "report"])
-def test_a_second_writer_is_refused_by_name(
-  command, model, prompts, tmp_path, calm, cache_in_tmp
-):
-  pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+def test_a_second_writer_is_refused_by_name(model, prompts, tmp_path, calm):
   folder = tmp_path / "held"
   folder.mkdir()
-  words = [command, f"--output={folder}", f"--model={model}"]
-  generates = [f"--prompts={prompts}", "--thresholds=0.5"]
-  words += generates if command == "generate" else ["--data=nowhere"]
+  words = ["generate", f"--output={folder}", f"--model={model}"]
+  words += [f"--prompts={prompts}", "--thresholds=0.5"]
   called = [sys.executable, "-c", HOLD, str(folder)]
   with subprocess.Popen(called, stdin=-1, stdout=-1) as holder:
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"

@@ -34,7 +34,7 @@ def test_a_shard_that_is_not_known_is_refused(words, message):
     shard(words)
 
 
-def test_shards_of_generate_and_infer_are_one_run(model, tmp_path, calm, cache_in_tmp):
+def test_shards_of_generate_and_infer_are_one_run(model, tmp_path, calm):
   """One row at a time: no prompt's numbers depend on those that are decoded beside it."""
   prompts = tmp_path / "prompts.jsonl"
   rows = [{"id": f"p{i + 5}", "input": f"text {i}", "target": ["x"]} for i in range(7)]
