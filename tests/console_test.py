@@ -10,11 +10,9 @@ from rich import console as rich_console
 from calm import console as console_module
 from calm.console import (
   Progress,
-  clock,
   print_table,
   print_text,
   quiet,
-  rate,
   sanitize,
 )
 
@@ -164,20 +162,6 @@ def test_a_pipe_gets_a_line_now_and_then(now):
     "  75 %, about 0:10 left, prompt 30",
     "",
   ]
-
-
-def test_the_remaining_time_is_not_said_too_early(now):
-  console = pipe()
-  with Progress(console) as report:
-    for at, share in ((20.0, 0.0), (40.0, 0.01), (60.0, 0.02), (80.0, 0.21)):
-      now[0] = at
-      report(share, "x")
-  assert console.file.getvalue().splitlines() == [
-    *("  0 %, x", "  1 %, x", "  2 %, x"),
-    "  21 %, about 2:38 left, x",
-  ]
-  assert rate(3, 60) == "3.0 a minute" and rate(30, 2) == "15 a second"
-  assert clock(3725) == "1:02:05"
 
 
 def test_steps_of_an_earlier_run_take_no_time(now):

@@ -152,7 +152,6 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
 
 
 _texts = lambda value: isinstance(value, str) and value != GONE
-_names = lambda value: _texts(value) and value != ""
 _whole = lambda value: type(value) is int
 _dropped = lambda value: value in ([], GONE)
 FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {

@@ -230,7 +230,7 @@ def test_what_has_no_end_is_refused_by_name(table, name, kind, no_waiting):
 
 
 # Weights have no digest of their own, so that a byte that turned within them may be read.
-FLIPS = 64
+FLIPS = 16
 BINARY = (
   *("our weights", "their weights", "T5X msgpack", "T5X array", "T5X array's metadata"),
   *("Orbax manifest", "Orbax arrays"),

