@@ -66,7 +66,7 @@ def test_a_rows_product_does_not_depend_on_the_rows_beside_it():
   outlier=strategies.floats(0.01, 1e4),
   rows=strategies.integers(1, 5),
 )
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 def test_rounding_moves_a_product_by_half_a_step_a_number(seed, outlier, rows):
   """|w x - v y| <= |w - v| |x| + |v| |x - y|, in norms of the largest and of the sum."""
   matrix, x = matrix_and_rows(seed, rows, outlier)
@@ -148,7 +148,7 @@ def test_the_most_likely_piece_is_known_without_all_logits(batch, pieces):
   # One row is coded twice, more are once.
   batch=strategies.sampled_from([1, 2, 4, 12]),
 )
-@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 def test_rounding_changes_no_logit_by_more_than_the_slack(seed, outlier, batch):
   head, states = head_and_states(seed, batch, outlier)
   logits, slack = eight_bits.quantize_head(jnp.asarray(head)).rounded(jnp.asarray(states))
@@ -167,7 +167,7 @@ def test_rounding_changes_no_logit_by_more_than_the_slack(seed, outlier, batch):
   pieces=strategies.sampled_from([40, 512, 513, 1000, 2008]),
   equals=strategies.booleans(),
 )
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_the_largest_are_those_of_top_k(seed, pieces, equals):
   values = np.random.default_rng(seed).normal(size=(3, pieces)).astype(np.float32)
   values = np.round(values, 1) if equals else values
@@ -175,16 +175,6 @@ def test_the_largest_are_those_of_top_k(seed, pieces, equals):
   np.testing.assert_array_equal(found, jax.lax.top_k(values, 32)[0])
   np.testing.assert_array_equal(np.take_along_axis(values, np.asarray(places), 1), found)
   assert all(len(set(row)) == 32 for row in np.asarray(places).tolist())
-
-
-@pytest.mark.parametrize(("rows", "multiplied"), [(1, 2), (2, 2), (3, 3), (8, 8)])
-def test_one_row_is_multiplied_as_two_and_more_as_they_are(rows, multiplied):
-  """XLA:CPU takes a row by itself number by number, and eight twice as long as two."""
-  head, states = head_and_states(0, rows)
-  made = eight_bits.quantize_head(jnp.asarray(head))
-  text = jax.jit(made.rounded).lower(jnp.asarray(states)).as_text()
-  (product,) = re.findall(r"dot_general.*-> tensor<(\d+)x\d+xi32>", text)
-  assert int(product) == multiplied
 
 
 def test_where_more_pieces_are_in_question_the_full_head_is_asked():
@@ -202,13 +192,3 @@ def test_where_more_pieces_are_in_question_the_full_head_is_asked():
   np.testing.assert_allclose(said.log_probability, asked.log_probability, rtol=1e-6)
   # The rounded head does not know it.
   assert not np.array_equal(np.asarray(made.rounded(jnp.asarray(states))[0]), logits)
-
-
-def test_equal_pieces_stay_equal():
-  head, states = head_and_states(1, 1)
-  head[:, 50] = head[:, 150] = 5 * states[0]
-  logits = np.asarray(eight_bits.quantize_head(jnp.asarray(head)).logits(jnp.asarray(states)))
-  assert logits[0, 50] == logits[0, 150] == logits.max()
-  # The first of equals, as `argmax` has it.
-  said = eight_bits.quantize_head(jnp.asarray(head)).greedy(jnp.asarray(states))
-  assert said.token.tolist() == [50]

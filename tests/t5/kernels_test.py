@@ -11,9 +11,7 @@ import pytest
 pytest.importorskip("llvmlite")
 
 from calm import exits
-from calm.data import prompt_batches
 from calm.decode import engines
-from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
@@ -254,21 +252,6 @@ def test_engines_decode_the_same(name):
     np.testing.assert_allclose(ours[active], theirs[active], rtol=1e-3, atol=1e-4)
 
 
-def test_refilled_rows_decode_the_same(small):
-  toy, rows = engine.toy(), [row[row > 0].tolist() for row in engine.PROMPTS]
-  batches = prompt_batches.plan(rows, batch_size=3, max_input_length=12)
-  made = []
-  for allowed in (True, False):
-    program = program_lib.Program(toy.config, CLASSIFIER, engine.LENGTH, native=allowed)
-    encode = lambda batch, program=program: program.encode(
-      toy.weights, jnp.asarray(batch.tokens)
-    )
-    pool = pool_lib.PoolProgram(program)
-    made.append(pool.decode(toy.weights, batches, 0.5, encode))
-  np.testing.assert_array_equal(made[0].tokens, made[1].tokens)
-  np.testing.assert_array_equal(made[0].exit_layers, made[1].exit_layers)
-
-
 def test_loops_of_others_do_not_call_it(small):
   """They may be exported, or split over devices by the compiler."""
   toy, prefix = engine.toy(), jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
@@ -282,21 +265,8 @@ def test_loops_of_others_do_not_call_it(small):
   assert "calm_attention" not in jax.jit(run).lower(toy.weights.decoder).as_text()
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("queries", [1, 3, 33])
-@pytest.mark.parametrize("heads", [1, 6])
-def test_pieces_cover_every_head_once(queries, heads):
-  whole, (query, _) = attention_of(queries, heads, 8, 4), asked(queries, heads, 8)
-  by_kernel = attention_lib.KernelAttention(whole, rows=jnp.arange(queries))
-  made = jax.make_jaxpr(by_kernel.to_prompt)(query).eqns
-  sizes = [eqn.outvars[0].aval.shape[0] for eqn in made if eqn.primitive.name == "ffi_call"]
-  assert sum(sizes) == queries * heads and len(sizes) == min(llvm.PIECES, queries * heads)
-
-
-@pytest.mark.parametrize("rows", [2, 3, 7, 8, 9, 15, 16])
-@pytest.mark.parametrize(
-  ("inputs", "outputs"), [(1, 1), (5, 16), (16, 17), (17, 250), (33, 31), (128, 384), (100, 96)]
-)
+@pytest.mark.parametrize("rows", [2, 7, 9, 16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 17), (17, 250), (33, 31)])
 def test_products_are_those_of_numpy(rows, inputs, outputs):
   x, matrix = drawn(rows, inputs), drawn(inputs, outputs)
   made = jax.jit(kernels.product)(x, matrix)
@@ -339,14 +309,6 @@ def test_one_thread_multiplies_few_rows_and_small_layers(monkeypatch, small):
       assert not kernels.single_threaded(matrix, 8)
 
 
-def test_some_products_are_left_to_xla():
-  x, matrix = drawn(8, 64), drawn(64, 64)
-  assert kernels.product(x, matrix) is not None
-  assert kernels.product(x[:1], matrix) is None  # XLA has code of its own for one
-  assert kernels.product(drawn(8, 1024), drawn(1024, 2048)) is None
-  assert kernels.product(x, matrix.astype(jnp.bfloat16)) is None
-
-
 needs_bytes = pytest.mark.skipif(
   not platforms.multiplies_bytes(), reason="needs a CPU with AVX512-VNNI"
 )
@@ -384,7 +346,7 @@ def by_hand(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 @needs_bytes
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", [1, 3, 12, 13, 29, 97, 200])
+@pytest.mark.parametrize("rows", [1, 3, 12, 13, 97])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (48, 80), (1024, 32)])
 def test_a_product_in_8_bits_is_numpys_and_xlas_bit_for_bit(rows, inputs, outputs):
   x, matrix = matrix_and_rows(rows, inputs, outputs)

@@ -155,30 +155,3 @@ def test_a_layer_count_that_the_file_does_not_hold_is_found_at_once():
 def test_a_leaf_below_a_leaf_is_refused():
   with pytest.raises(ValueError, match="'a/b', and 'a/b/c' below it"):
     parameters.unflatten({"a/b/c": 1, "a/b": 2, "a/bc": 3})
-
-
-@pytest.mark.parametrize(
-  ("text", "message"),
-  [
-    ("[" * 100_000, "too deep"),
-    ('{"vocab_size": 1e400}', "expected numbers within float64, got 1e400"),
-    ('{"vocab_size": NaN}', "expected JSON, got NaN"),
-    ('{"vocab_size": ' + "9" * 5000 + "}", "integer string conversion"),
-    ("\\udc80", "config.json' to be JSON"),
-  ],
-)
-def test_json_that_python_reads_too_gladly(tmp_path, text, message):
-  (tmp_path / "config.json").write_text(text)
-  with pytest.raises(ValueError, match=message):
-    checkpoints.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-  "index",
-  [[], "x", {"a": 3}, {"a": "model.bin"}, {"shared.weight": "absent.safetensors"}, 7],
-)
-def test_an_index_of_another_type(tmp_path, index):
-  write(tmp_path / "config.json", THEIRS)
-  write(tmp_path / "model.safetensors.index.json", {"weight_map": index})
-  with pytest.raises((ValueError, FileNotFoundError), match=r"Expected .*; download"):
-    checkpoints.load(tmp_path)

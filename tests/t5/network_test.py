@@ -100,34 +100,6 @@ def test_prompts_are_encoded_as_the_network_encodes_them(monkeypatch, per_layer)
   assert len(laid_out) == sizes.num_encoder_layers
 
 
-def test_the_last_layers_states_through_its_head_are_the_logits():
-  toy = engine.toy()
-  args, options = (INPUTS, TOKENS, ALL_REAL), {"params": toy.params, "config": toy.config}
-  model, variables = network.Transformer(toy.config), {"params": toy.params}
-  hidden = model.apply(variables, *args, method="hidden_states")
-  normed = apply(*args, **options, method="normed_states")
-  logits = lambda layer: model.apply(
-    variables, hidden[layer - 1], method=lambda model, x: model.decoder.logits(x, layer)
-  )
-  np.testing.assert_allclose(logits(4), apply(*args, **options), atol=1e-5)
-  assert hidden.shape == normed.shape == (4, 1, 5, 16)
-  expected = normed[1] @ toy.params["decoder"]["logits_dense"]["kernel"]
-  np.testing.assert_allclose(logits(2), expected, atol=1e-5)
-
-
-def test_the_exit_classifier_reads_normed_states():
-  toy, model = engine.toy(), network.Transformer(engine.toy().config)
-  variables = {"params": toy.params}
-  hidden = model.apply(variables, INPUTS, TOKENS, ALL_REAL, method="hidden_states")
-  normed = apply(INPUTS, TOKENS, ALL_REAL, method="normed_states")
-  classifier = toy.params["decoder"]["exit_classifier"]
-  ask = lambda model, x: model.decoder.exit_logits(x, 1)
-  got = model.apply(variables, hidden, method=ask)
-  expected = (normed @ classifier["kernel"])[..., 0] + classifier["bias"][0]
-  np.testing.assert_allclose(got, expected, atol=1e-4)
-  assert got.dtype == jnp.float32
-
-
 def test_heads_and_losses_read_states_through_translators_of_exit_layers_alone():
   toy, plain = engine.toy(exit_translators=(1, 3)), engine.toy()
   params = {**toy.params, "decoder": dict(toy.params["decoder"])}
