@@ -318,24 +318,6 @@ def test_options_and_rows_that_cannot_do_are_named_before_any_work(
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-  ("name", "text", "words"),
-  [
-    ("rows.jsonl", '{"input": "a"}\n', "rows with references.*1 of 1 without"),
-    ("rows.jsonl", '{"input": "a", "target": " "}\n', "1 of 1 without"),
-    ("rows.csv", "review,label\na,b\n", "`input` or .*--input_key"),
-    ("rows.json", "[]", "no examples"),
-    ("rows.jsonl", '{"id": "a", "input": "a"}\n' * 2, "of an earlier row"),
-  ],
-)
-def test_files_that_cannot_do_are_named_before_any_work(directory, tmp_path, name, text, words):
-  (tmp_path / name).write_text(text)
-  options = {**OPTIONS, "consistency": "risk"}
-  with pytest.raises(ValueError, match=words):
-    fitting.fit(directory, tmp_path / name, output=tmp_path / "out", **options)
-  assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
 def test_models_that_are_not_the_rows_are_named_before_any_work(
   directory, rows, tmp_path, model_type
