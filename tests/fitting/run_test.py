@@ -95,21 +95,6 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   assert again.calibration == served.calibration
 
 
-def test_what_is_served_is_certified_where_a_text_depends_on_its_rows(
-  directory, rows, always_faster, tmp_path
-):
-  rounded = shutil.copytree(directory, tmp_path / "rounded")
-  config = json.loads((rounded / "config.json").read_text())
-  (rounded / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-  listener = fitting.Listener()
-  served = fitting.fit(
-    rounded, rows[:45], output=tmp_path / "mine", listener=listener, **OPTIONS
-  )
-  assert served.calibration is not None
-  assert served.calibration.procedure == served.procedure
-  assert served.procedure.batch_bucket == OPTIONS["batch_size"]
-
-
 @pytest.mark.parametrize("part", ["encoder", "layers"])
 def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   directory, rows, always_faster, monkeypatch, tmp_path, part
