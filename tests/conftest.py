@@ -21,12 +21,7 @@ CHECKED = (
   *("data.prompt_batches", "decode.loop", "decode.pool"),
   *("decode.program", "exits.confidence", "exits.propagation", "exits.rules"),
   *("exits.schedules", "inference.options", "inference.outputs", "inference.predictor"),
-  *(
-    "inference.batch_decoder",
-    "t5.decoder",
-    "t5.layers",
-    "t5.network",
-  ),
+  *("t5.decoder", "t5.layers", "t5.network"),
   *("training.losses", "training.objectives"),
 )
 
@@ -47,7 +42,7 @@ LONGEST = (
   *("fitting/run_test.py", "decode/program_test.py", "paper/bench_test.py"),
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
-  *("decode/program_reference_test.py", "fitting/train_test.py"),
+  *("decode/engines_test.py", "fitting/train_test.py"),
   *("decode/speculative_test.py", "decode/sharded_test.py"),
 )
 
@@ -61,9 +56,9 @@ def pytest_collection_modifyitems(items):
 # reads HLO or holds kernels is compiled as users do, and so is the smoke group.
 QUICK = re.compile(
   r"/tests/(commands/|fitting/|paper/|scripts/|checkpoints/|readme_test"
-  r"|decode/(loop|pool|program_reference|resume|staged)_test"
-  r"|decode/engines/(choice|layout)_test|exits/(confidence|rules)_test"
-  r"|inference/(calibrating|grid|platform|seconds|online)_test"
+  r"|decode/(engines|layout|loop|pool|program|resume|speculative|staged)_test"
+  r"|exits/(confidence|rules)_test"
+  r"|inference/(arguments|calibrating|drafts|platform|predictor|reference)_test"
   r"|t5/(costs|decoder|growing|layers|network|network_golden)_test|t5x/loops_test"
   r"|training/(distillation|loop|losses|objectives|run)_test)"
 )

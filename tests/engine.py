@@ -33,8 +33,8 @@ MAPS: dict[str, Any] = TRANSLATED | {
   "exit_propagation_rank": 5,
 }
 
-# Toys compute in no time and compile for long: LLVM need not try hard. `decode/hlo_test.py` and
-# the tests of `Predictor` run the programs as users compile them.
+# Toys compute in no time and compile for long: LLVM need not try hard. `decode/hlo_test.py` has
+# the programs as users compile them.
 _decode_state = jax.jit(
   program_lib.Program.decode_state,
   static_argnums=0,

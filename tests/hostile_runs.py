@@ -17,7 +17,7 @@ from calm.calibrate.generations import foreign, shards
 from calm.commands import calibrate, infer
 from calm.data import vocabulary
 from calm.fitting import result as fit_result
-from calm.inference import predictor, result_cache
+from calm.inference import loading, result_cache
 from calm.training import loop, sources
 from tests.hostile_documents import GOLDEN, GONE, _absent, _anything, _of
 
@@ -147,7 +147,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     ),
     "result": (cache.path("timing", {}), kept),
     "unfinished outputs": (at("out.jsonl.partial.json"), lambda: _unfinished(at("out.jsonl"))),
-    "full depth": (at("full_depth.json"), lambda: predictor.stored_rule(at("full_depth.json"))),
+    "full depth": (at("full_depth.json"), lambda: loading.stored_rule(at("full_depth.json"))),
   }
 
 

@@ -127,5 +127,5 @@ def _parse_slacks(text: str, levels: str | None, options) -> list[float]:
     raise ValueError(
       f"Expected `--slacks` to be numbers like 0,0.1,0.3, got {text!r}."
     ) from error
-  values = [exits.speculative.threshold_of(slack) for slack in slacks]
+  values = [exits.threshold_of(slack) for slack in slacks]
   return [float(t) for t in thresholds.validate_grid(values)]

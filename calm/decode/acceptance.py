@@ -1,7 +1,6 @@
 """How likely drafts are to be accepted, what passes over them cost, and so how many are made.
 
-A refused draft costs a pass of several positions for one token. What a draft's confidence is
-worth is estimated as the text goes on. The texts do not depend on any of this.
+The texts do not depend on any of this.
 """
 
 import dataclasses
@@ -49,32 +48,28 @@ MOST_BACKOFF, MOST_BATCHES = 32, 64
 # may have lost so many where enough drafts of the last one were accepted.
 BATCH_MEMORY, MARGIN, LEAST_SAVED = 0.8, 0.04, -2.0
 # Drafts for eight rows and more must promise more: rows that differ in what is accepted wait
-# for each other. With 8 rows of T5 1.1 small, x1.09 was promised at an acceptance of 0.9; where
-# 0.84 were accepted, x0.93 came, and x0.92 with 32.
+# for each other. With 8 rows of T5 1.1 small x1.09 was promised, and x0.93 came.
 MANY_ROWS, MANY_ROWS_GAIN = 8, 1.1
 
 
-# What is expected of a text's drafts before it has any, three numbers: the chance that one is
-# accepted; `AcceptanceEstimate.calibration`; and the number of texts that say so.
+# What is expected of a text's drafts before it has any: the chance that one is accepted,
+# `AcceptanceEstimate.calibration`, and the number of texts that say so.
 Prior = tuple[Any, Any, Any]
 UNKNOWN: Prior = (CHANCE, CALIBRATION, 0.0)
 
 
 @struct.dataclass
 class AcceptanceEstimate:
-  """How often the drafts of each row are accepted, the recent ones weighing more.
+  """How often the drafts of each row are accepted, the recent ones weighing more."""
 
-  Attributes:
-    sums: [4, batch] float32: drafts accepted and tried, the sum of 1 - c over the accepted
-      ones, c a draft's confidence, and the sum of c over the refused ones. They begin with
-      those of the prior. One array, for an operation takes longer than its numbers.
-  """
-
+  # Drafts accepted and tried, the sum of 1 - c over the accepted ones, c a draft's confidence,
+  # and the sum of c over the refused ones; they begin with those of the prior. One array, for
+  # an operation takes longer than its numbers.
   sums: Float[Array, "4 batch"]
 
   @classmethod
   def of(cls, prior: Any, batch_size: int) -> "AcceptanceEstimate":
-    """Before the first draft; `prior` has three numbers, or is an array [3]."""
+    """Before the first draft."""
     chance, calibration, texts = (jnp.asarray(each, jnp.float32) for each in prior)
     root, trials = jnp.sqrt(calibration), jnp.minimum(LEAST_TRIALS + texts, MOST_TRIALS)
     known = chance * trials, trials, CALIBRATION_TRIALS * root, CALIBRATION_TRIALS / root
@@ -86,8 +81,7 @@ class AcceptanceEstimate:
     accepted: Bool[Array, "batch positions"],
     confidences: Float[Array, "batch positions"],
   ) -> "AcceptanceEstimate":
-    """With the drafts of one more pass: where one met the full model's token, where it was
-    accepted, and how sure it was."""
+    """With the drafts of one more pass."""
     confidence = jnp.clip(confidences, LEAST_CONFIDENCE, MOST_CONFIDENCE)
     accepted, refused = tried & accepted, tried & ~accepted
     kinds = (
@@ -110,15 +104,12 @@ class AcceptanceEstimate:
 
   @property
   def calibration(self) -> jax.Array:
-    """Odds that a draft is accepted, over those that its confidence says, [batch].
-
-    sum (accepted) (1 - c) / sum (refused) c makes confidences right in the mean if every
-    draft's odds are as many times theirs (Mantel and Haenszel, 1959).
-    """
+    """Odds that a draft is accepted, over those that its confidence says, [batch]: right in the
+    mean if every draft's odds are as many times theirs (Mantel and Haenszel, 1959)."""
     return self.sums[2] / self.sums[3]
 
   def chances(self, confidences: Float[Array, " batch"]) -> jax.Array:
-    """The chance that a draft of this confidence is accepted, [batch]."""
+    """That drafts of these confidences are accepted, [batch]."""
     confidence = jnp.clip(confidences, LEAST_CONFIDENCE, MOST_CONFIDENCE)
     odds = self.calibration * confidence
     return odds / (1.0 - confidence + odds)
@@ -136,7 +127,7 @@ class Plan:
   Attributes:
     costs: seconds of a pass of 1, 2, ... positions, in any unit.
     least_gain: what the best pass with good drafts must bring, in tokens a second over those of
-      one position; drafts are made for slack alone otherwise.
+      one position.
     adapts: False: always as many positions as there are costs.
   """
 
@@ -146,25 +137,19 @@ class Plan:
 
   @functools.cached_property
   def worth_drafting(self) -> bool:
-    """Whether a text may begin with drafts.
-
-    With many rows a pass of several positions costs about as many times a step, and only drafts
-    that are nearly all accepted would pay, in every row.
-    """
+    """Whether a text may begin with drafts: passes over many rows cost about as many steps."""
     tokens = itertools.accumulate(GOOD**i for i in range(len(self.costs)))
     rates = [emitted / cost for emitted, cost in zip(tokens, self.costs, strict=True)]
     return not self.adapts or max(rates) > self.least_gain * rates[0]
 
   @functools.cached_property
   def least_chance(self) -> float:
-    """Drafts that are accepted less often are doubtful: most are refused, or even a certain one
-    would not be read on from."""
+    """Drafts that are accepted less often are doubtful."""
     pays = (chance for chance in np.linspace(0.0, 0.99, 100) if self._opening(chance) < 1.0)
     return max(DOUBTFUL, next(pays, 1.0))
 
   def _opening(self, chance: Any) -> Any:
-    """The chance of a first draft above which a second position pays, if the drafts after it
-    are accepted with this `chance`."""
+    """The chance of a first draft above which a second position pays, with this one after."""
     # With its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions. Of
     # single numbers, for XLA makes one operation of them.
     emitted, power, openings = 0.0, 1.0, []
@@ -180,13 +165,10 @@ class Plan:
     tokens: jax.Array,
     chance: jax.Array,
   ) -> jax.Array:
-    """Whether a pass should have one more position, [] bool.
+    """Whether a pass of `at` + 1 positions should have one more, [] bool.
 
-    Args:
-      at: positions that it has, less one, [].
-      chances: that all drafts of a row so far are accepted; 0 of rows that do not count.
-      tokens: that the positions so far are expected to emit, of all rows, [].
-      chance: `AcceptanceEstimate.mean_chance`.
+    `chances` are that all drafts of a row so far are accepted, 0 of rows that do not count;
+    `tokens` are expected of the positions so far; `chance` is the estimate's mean.
     """
     if not self.adapts:
       return jnp.sum(chances) > 0.0
@@ -195,12 +177,7 @@ class Plan:
     return jnp.sum(chances) > jnp.where(at == 0, self._opening(chance), least) * tokens
 
   def backoff(self, miss_streak: jax.Array, chance: jax.Array) -> jax.Array:
-    """Passes of one position, without a draft, before the next one that drafts, [].
-
-    Args:
-      miss_streak: drafting passes since the last one that emitted two tokens of any row, [].
-      chance: `AcceptanceEstimate.mean_chance`.
-    """
+    """Passes of one position, without a draft, before the next one that drafts, []."""
     if not self.adapts:
       return jnp.zeros((), jnp.int32)
     # 0, 0, 1, 2, 4 ... passes; 0, 4, 8, 16 ... where drafts are doubtful.
@@ -217,26 +194,15 @@ class Plan:
 
 @dataclasses.dataclass
 class History:
-  """What drafts were worth text after text, under one rule and threshold.
+  """What drafts were worth text after text, under one rule and threshold."""
 
-  Attributes:
-    must: whether they are made whatever they are worth.
-    prior: what the next text begins with.
-    saved: steps of the full model that drafts of the last batches saved, as far as `Plan`
-      knows; an older batch weighs `BATCH_MEMORY`.
-    miss_streak: batches in turn after which they had saved none.
-    backoff: batches that make no draft before the next one that does.
-    plans: by number of rows, what passes of a batch cost.
-    last: a batch and its rows with prompts that `update` has yet to see: its text is returned
-      first.
-  """
-
-  must: bool
-  prior: Prior = UNKNOWN
-  saved: float = 0.0
-  miss_streak: int = 0
-  backoff: int = 0
-  plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
+  must: bool  # they are made whatever they are worth
+  prior: Prior = UNKNOWN  # what the next text begins with
+  saved: float = 0.0  # steps that drafts of the last batches saved, as far as `Plan` knows
+  miss_streak: int = 0  # batches in turn after which they had saved none
+  backoff: int = 0  # batches that make no draft before the next one that does
+  plans: dict[int, Plan] = dataclasses.field(default_factory=dict)  # by number of rows
+  # A batch that `update` has yet to see, and its active rows: its text is returned first.
   last: tuple[loop.Generation, np.ndarray] | None = None
 
   def update_from_last(self) -> None:
@@ -254,7 +220,7 @@ class History:
     return False
 
   def update(self, generation: loop.Generation, active: np.ndarray) -> None:
-    """Reads a batch that made drafts, numpy arrays; `active` [batch] rows have a prompt."""
+    """Reads a batch that made drafts, of numpy arrays."""
     verification = generation.verification
     assert verification is not None
     # Python's own numbers: NumPy's sums and choices between two texts took a tenth of a
@@ -295,8 +261,7 @@ def plan(
   batch: int,
   is_native: bool,
 ) -> Plan:
-  """What passes of every length cost, by the weights that they read and the rows they have;
-  `is_native` as `engines.Task.native`."""
+  """What passes of every length cost, by the weights that they read and the rows they have."""
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   numbers = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
   matrix, head = weights.layers[0].mlp_out, weights.head
@@ -318,23 +283,20 @@ def plan(
     verified = 1 if n == 1 else rule.window
     # A turn of the loop takes about a layer's time besides.
     costs.append(numbers + drafts + above * layer(verified) + whole(verified))
-  return Plan(tuple(costs), _least_gain(matrix, batch, single), rule.adapts)
-
-
-def _least_gain(matrix: decoder_weights.Matrix, batch: int, single: bool) -> float:
-  """`Plan.least_gain`. None is enough for one row of layers so small that XLA:CPU wakes a
-  thread for products of a few rows: good drafts brought x0.92 to x1.08 of full depth there."""
+  least_gain = 1.0 if batch < MANY_ROWS else MANY_ROWS_GAIN
+  # For products of one row of a small layer XLA:CPU wakes a thread: good drafts brought x0.92
+  # to x1.08 of full depth there.
   if batch == 1 and platforms.wakes_threads() and kernels.is_small(matrix) and not single:
-    return math.inf
-  return 1.0 if batch < MANY_ROWS else MANY_ROWS_GAIN
+    least_gain = math.inf
+  return Plan(tuple(costs), least_gain, rule.adapts)
 
 
 def _head(head: jax.Array | eight_bits.QuantizedHead, rows: int) -> float:
   """Cost of the head over so many rows, in float32 numbers that are read for one.
 
   On two CPU cores, T5 1.1 small: 8 bits take 0.3, 0.3, 0.5, 0.8 and 1.4 of a float32 row for
-  2, 4, 8, 16 and 32 rows, and more where both sides have a sign; one row takes as long as two.
-  A float32 head writes the logits of several positions, which are read again.
+  2, 4, 8, 16 and 32 rows, and more where both sides have a sign. A float32 head writes the
+  logits of several positions, which are read again.
   """
   if not isinstance(head, eight_bits.QuantizedHead):
     return _rows(rows) * (1.0 if rows <= platforms.least_rows() else 1.3) * head.size
@@ -358,11 +320,8 @@ def _rows(rows: int) -> float:
 
 
 def _single_threaded(batch: int, positions: int) -> float:
-  """The same of layers that one thread multiplies (`kernels.single_threaded`).
-
-  Between what one of two CPU cores took of the model in the box. One prompt's passes are
-  planned a fifth cheaper than they were: drafts that are accepted come in runs.
-  """
+  """The same of layers that one thread multiplies, as the model in the box took. One prompt's
+  passes are planned a fifth cheaper: drafts that are accepted come in runs."""
   rows = batch * positions
   if positions == 1:
     return min(0.6 + 0.4 * rows, 1.4 + 0.2 * rows)

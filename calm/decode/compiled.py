@@ -106,11 +106,6 @@ def num_made(method: str | None = None) -> int:
   return _made.total() if method is None else _made[method]
 
 
-def num_kept() -> int:
-  """Programs that are kept now."""
-  return len(_kept)
-
-
 def drop_all() -> None:
   """Lets go of all of them; what is used again is compiled again."""
   with _lock:

@@ -1,8 +1,4 @@
-"""One sequence, token by token: the decode loop. It knows no network, it takes a step.
-
-The step is bound by `Program.bind`, and turns the last token into an `exits.TokenExit` and the
-caches after it.
-"""
+"""One sequence, token by token: the decode loop. It knows no network, it takes a step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,14 +23,11 @@ class Verification:
   """How a text of `exits.Speculative` came about.
 
   Attributes:
-    drafted: tokens that were drafted and accepted; the others are the full model's correction
-      of a draft, or had none, [batch, length] bool.
-    numbers: one array, for every one that comes back costs a short text some microseconds,
-      [batch, 5] float32: passes of the full model over each row's text; tokens drafted for it,
-      refused ones too (in a batch as many as for the row that goes on longest);
-      `acceptance.AcceptanceEstimate`'s chance and calibration at the end, 0 where nothing was
-      decoded in passes; and what the batch took, in steps of the full model, as
-      `acceptance.Plan` estimates it.
+    drafted: tokens that were drafted and accepted; the others are the full model's own.
+    numbers: of each row: passes of the full model; tokens drafted, refused ones too (as many as
+      for the row that goes on longest); `acceptance.AcceptanceEstimate`'s chance and
+      calibration at the end; and what the batch took, in steps of the full model. One array,
+      for every one that comes back costs a short text some microseconds.
   """
 
   drafted: Bool[AnyArray, "batch length"]
@@ -55,10 +48,6 @@ class Verification:
   @property
   def calibration(self) -> Float[AnyArray, " batch"]:
     return self.numbers[:, 3]
-
-  @property
-  def steps(self) -> Float[AnyArray, " batch"]:
-    return self.numbers[:, 4]
 
 
 @struct.dataclass
@@ -96,23 +85,14 @@ class Generation:
 
 @struct.dataclass
 class DecodingState:
-  """The loop's carry.
+  """The loop's carry."""
 
-  Attributes:
-    position: tokens generated so far by every row, [].
-    current: the last token, which the next step reads, [batch].
-    active: rows that still generate, [batch] bool.
-    generation: filled up to `position`.
-    log_probabilities: of the emitted tokens, which `Generation.scores` sums, [batch, length].
-    cache: the step's own.
-  """
-
-  position: Int[Array, ""]
-  current: Int[Array, " batch"]
-  active: Bool[Array, " batch"]
-  generation: Generation
-  log_probabilities: Float[AnyArray, "batch length"]
-  cache: Any
+  position: Int[Array, ""]  # tokens generated so far by every row
+  current: Int[Array, " batch"]  # the last token, which the next step reads
+  active: Bool[Array, " batch"]  # rows that still generate
+  generation: Generation  # filled up to `position`
+  log_probabilities: Float[AnyArray, "batch length"]  # of the emitted tokens
+  cache: Any  # the step's own
 
 
 @runtime_checkable
@@ -125,10 +105,24 @@ class Step(Protocol):
 
 
 def empty_generation(batch_size: int, max_decode_length: int) -> Generation:
-  """A generation of no tokens."""
   ints = jnp.zeros((batch_size, max_decode_length), jnp.int32)
   floats = jnp.zeros((batch_size, max_decode_length), jnp.float32)
   return Generation(ints, ints, floats, floats, jnp.zeros((batch_size,), jnp.float32))
+
+
+def nothing_yet(
+  active: Bool[Array, " batch"], max_decode_length: int, cache: Any
+) -> DecodingState:
+  """Before the first token of every active row."""
+  batch_size = active.shape[0]
+  return DecodingState(
+    position=jnp.zeros((), jnp.int32),
+    current=jnp.zeros((batch_size,), jnp.int32),
+    active=active,
+    generation=empty_generation(batch_size, max_decode_length),
+    log_probabilities=jnp.zeros((batch_size, max_decode_length), jnp.float32),
+    cache=cache,
+  )
 
 
 def decode(
@@ -138,33 +132,20 @@ def decode(
   active: Bool[Array, " batch"],
   max_decode_length: int,
   eos_id: int,
-  step_limit: Int[Array, ""] | None = None,
+  step_limit: int | None = None,
 ) -> DecodingState:
-  """Greedy decoding of every active row until EOS or the length limit.
+  """Greedy decoding of every active row until EOS or the length limit; the final state.
 
   Args:
     step: runs one position.
     cache: what the step starts from.
     active: rows to decode; the others stay empty and never vote.
-    max_decode_length: size of the generation's arrays, static.
+    max_decode_length: size of the generation's arrays.
     eos_id: the token that ends a row.
-    step_limit: traced limit below `max_decode_length`, None for that length itself.
-
-  Returns:
-    The final state; its `generation` holds the result.
+    step_limit: limit below `max_decode_length`; None: that length itself.
   """
-  batch_size = active.shape[0]
-  zeros = jnp.zeros((batch_size,), jnp.int32)
-  state = DecodingState(
-    position=jnp.array(0, jnp.int32),
-    current=zeros,
-    active=active,
-    generation=empty_generation(batch_size, max_decode_length),
-    log_probabilities=jnp.zeros((batch_size, max_decode_length), jnp.float32),
-    cache=cache,
-  )
-  limit = max_decode_length if step_limit is None else step_limit
-  return _loop(lambda state: _advance(step, state, state.active, eos_id), state, limit)
+  state = nothing_yet(active, max_decode_length, cache)
+  return go_on(step, state, cache, step_limit=step_limit or max_decode_length, eos_id=eos_id)
 
 
 def resume(
@@ -185,8 +166,7 @@ def resume(
     cache: what the step starts from at the least `resume_at` of the active rows.
     active: rows to decode; the others stay as they are.
     resume_at: the first position to decode of each row, below its length (0: all of it).
-    step_limit: positions that may be decoded, at most those of the generation's arrays.
-    eos_id: the token that ends a row.
+    step_limit, eos_id: as for `decode`.
   """
   length = state.generation.tokens.shape[1]
   columns = jnp.arange(length)[None, :]
@@ -222,10 +202,9 @@ def resume(
 
 
 def go_on(
-  step: Step, state: DecodingState, cache: Any, *, step_limit: Int[Array, ""] | int, eos_id: int
+  step: Step, state: DecodingState, cache: Any, *, step_limit: int, eos_id: int
 ) -> DecodingState:
-  """Greedy decoding of the rows that have not ended, from where a lower limit stopped them;
-  `cache` is what `state` carried, with room for more positions."""
+  """Decodes on where a lower limit stopped; `cache` is the state's, with more room."""
   advance = lambda state: _advance(step, state, state.active, eos_id)
   return _loop(advance, dataclasses.replace(state, cache=cache), step_limit)
 
@@ -259,17 +238,13 @@ def _advance(
 def _loop(
   advance: Callable[[DecodingState], DecodingState], state: DecodingState, limit: Any
 ) -> DecodingState:
-  """Steps until every row has ended."""
   unfinished = lambda state: (state.position < limit) & jnp.any(state.active)
   return lax.while_loop(unfinished, advance, state)
 
 
 def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
-  """`body(carry)` where `predicate` [], else `carry`.
-
-  A loop of at most one turn: its body may update arrays in place, the branches of a conditional
-  may not.
-  """
+  """`body(carry)` where `predicate` [], else `carry`: a loop of at most one turn, whose body
+  may update arrays in place, which the branches of a conditional may not."""
   once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
   return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
 
@@ -294,7 +269,6 @@ def record(
   token_exit: exits.TokenExit,
 ) -> Generation:
   """Writes one position of every active row; the others stay."""
-
   put = lambda array, column: _put(array, column, position, active)
   return Generation(
     tokens=put(generation.tokens, emitted.token),
@@ -307,7 +281,7 @@ def record(
 
 def pack(made: Generation) -> Int[Array, "batch columns"]:
   """A generation's arrays beside each other, float32 by their bits: every array that comes back
-  to the host takes a short text of a small model some microseconds longer."""
+  to the host takes a short text some microseconds longer."""
   bits = lambda x: (
     lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
   )
@@ -316,12 +290,7 @@ def pack(made: Generation) -> Int[Array, "batch columns"]:
 
 
 def unpack(array: np.ndarray, length: int) -> Generation:
-  """The generation again, of numpy arrays.
-
-  Args:
-    array: of `pack`, on the host.
-    length: most tokens of a row.
-  """
+  """The generation again, of numpy arrays; `length` are most tokens of a row."""
   ints, floats = array, array.view(np.float32)
   columns = [slice(i * length, (i + 1) * length) for i in range(4)]
   rest, verification = 4 * length, None
@@ -339,8 +308,7 @@ def unpack(array: np.ndarray, length: int) -> Generation:
 
 
 def without_drafts(full: Generation) -> Generation:
-  """A generation of full depth, numpy arrays, as `exits.Speculative` reports one that made no
-  draft."""
+  """A generation of full depth as `exits.Speculative` reports one that made no draft."""
   emitted = np.asarray(full.exit_layers) > 0
   numbers = np.zeros((len(emitted), 5), np.float32)
   numbers[:, 0] = emitted.sum(axis=-1)

@@ -29,40 +29,22 @@ FREE_PART = 0.25
 
 @struct.dataclass
 class Pool:
-  """The loop's carry, and what stays of it between two loops.
+  """The loop's carry, and what stays of it between two loops."""
 
-  Attributes:
-    slot: where every row writes next, [].
-    starts: slot of each row's first token, [batch]; below 0 once it was moved out.
-    current: the last token, which the next step reads, [batch].
-    active: rows that generate, [batch] bool; the others are free.
-    generation: by slot, [batch, slots]; a row's text is what lies from its start on.
-    cache: the step's own.
-  """
-
-  slot: Int[Array, ""]
-  starts: Int[Array, " batch"]
-  current: Int[Array, " batch"]
-  active: Bool[Array, " batch"]
-  generation: loop.Generation
-  cache: Any
-
-
-def num_slots(max_decode_length: int) -> int:
-  """Positions of the caches: each that is more than a text's is read at every step, and makes
-  moving down rarer."""
-  return max_decode_length + max(max_decode_length // 4, 8)
+  slot: Int[Array, ""]  # where every row writes next
+  starts: Int[Array, " batch"]  # slot of each row's first token; below 0 once it was moved out
+  current: Int[Array, " batch"]  # the last token, which the next step reads
+  active: Bool[Array, " batch"]  # rows that generate; the others are free
+  generation: loop.Generation  # by slot: a row's text is what lies from its start on
+  cache: Any  # the step's own
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolProgram:
-  """A `program.Program` whose rows are refilled; its activations are float32.
-
-  Attributes:
-    program: how a token is decoded.
+  """A `program.Program` whose rows are refilled.
 
   Raises:
-    ValueError: the activations are narrower: which rows run together would change results.
+    ValueError: activations are below float32: which rows run together would change results.
   """
 
   program: program_lib.Program
@@ -77,8 +59,9 @@ class PoolProgram:
 
   @property
   def slots(self) -> int:
-    """Positions of the caches."""
-    return num_slots(self.program.max_decode_length)
+    """Positions of the caches: more are read at every step, and make moving down rarer."""
+    length = self.program.max_decode_length
+    return length + max(length // 4, 8)
 
   def decode(
     self,
@@ -89,15 +72,8 @@ class PoolProgram:
   ) -> loop.Generation:
     """Decodes prompts of one padded length, as `Program.decode` would.
 
-    Args:
-      weights: the model.
-      batches: the prompts; the first is as large as the pool, none is larger.
-      threshold: lambda.
-      encode: as `Program.encode`; it is called for one batch at a time, when the pool has
-        room for it.
-
-    Returns:
-      numpy arrays, one row a prompt, in the order of the batches.
+    The first batch is as large as the pool, none is larger; `encode` is called for one at a
+    time, when the pool has room for it. Returns numpy arrays, one row a prompt, in order.
     """
     run = _Run(self, weights, threshold, sum(len(batch.rows) for batch in batches))
     size = len(batches[0].active)
@@ -223,17 +199,13 @@ class PoolProgram:
 
 
 class _Run:
-  """One list on its way through a pool: who is in which row, and what has ended.
-
-  Attributes:
-    generation: what has ended so far, [prompts, max_decode_length], 0 elsewhere.
-  """
+  """One list on its way through a pool: who is in which row, and what has ended."""
 
   def __init__(self, program: PoolProgram, weights, threshold, total: int):
     self._program, self._weights = program, weights
     self._threshold = jnp.asarray(threshold, jnp.float32)
     empty = loop.empty_generation(total, program.program.max_decode_length)
-    self.generation = jax.tree.map(np.array, empty)
+    self.generation = jax.tree.map(np.array, empty)  # what has ended so far, 0 elsewhere
     self._taken = 0
     self._pool: Pool | None = None
 

@@ -17,18 +17,15 @@ from calm.decode import acceptance, compiled, engines, loop, speculative
 from calm.t5 import caches, decoder_weights, eight_bits, network
 from calm.t5.network import Params
 
+State = loop.DecodingState | speculative.SpeculativeState
+
 
 @struct.dataclass
 class ModelWeights:
-  """A model as inference holds it.
+  """A model as inference holds it."""
 
-  Attributes:
-    encoder: the T5X-shaped tree's embedding and encoder.
-    decoder: the decoder laid out for decoding.
-  """
-
-  encoder: Params
-  decoder: decoder_weights.DecoderWeights
+  encoder: Params  # the T5X-shaped tree's embedding and encoder
+  decoder: decoder_weights.DecoderWeights  # laid out for decoding
 
 
 def model_weights(
@@ -89,6 +86,7 @@ class Program:
     engine: how the loop's steps run; the results do not depend on it. None takes the fastest
       for the rule, the rows and the platform (`default_engine`).
     native: see `engines.Task`.
+    room: positions of the caches, where a longer stage goes on after these; None: all.
   """
 
   config: network.T5Config
@@ -97,6 +95,12 @@ class Program:
   eos_id: int = 1
   engine: engines.Engine | None = None
   native: bool = True
+  room: int | None = None
+
+  @property
+  def length(self) -> int:
+    """Positions that this program decodes."""
+    return self.room or self.max_decode_length
 
   @compiled.method()
   def encode(
@@ -115,19 +119,62 @@ class Program:
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
     prior: acceptance.Prior | None = None,
-  ) -> "loop.DecodingState | speculative.SpeculativeState":
+  ) -> State:
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
     if isinstance(self.rule, exits.Speculative):
       return self.speculation(weights, encoded, threshold, prior).decode(active)
     bound = self.bind(weights.decoder, encoded, threshold)
-    state = loop.decode(
+    state = self._loop(bound, active)
+    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
+
+  def _loop(self, bound: engines.Bound, active: Bool[Array, " batch"]) -> loop.DecodingState:
+    return loop.decode(
       bound.take_step,
       bound.empty,
       active=active,
       max_decode_length=self.max_decode_length,
+      step_limit=self.room,
       eos_id=self.eos_id,
     )
-    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
+
+  @compiled.method()
+  def begin(
+    self,
+    weights: ModelWeights,
+    encoded: caches.Encoded,
+    active: Bool[Array, " batch"],
+    threshold: Float[Array, "..."],
+    prior: acceptance.Prior | None = None,
+  ) -> State:
+    """Decodes from the first token up to this stage's `room`; passes over drafts that begin in
+    a stage may end in the next one's positions."""
+    if isinstance(self.rule, exits.Speculative):
+      made = self.speculation(weights, encoded, threshold, prior)
+      return made.finish(made.go_on(made.begin(active), self.length))
+    return self._loop(self.bind(weights.decoder, encoded, threshold), active)
+
+  @compiled.method()
+  def go_on(
+    self,
+    weights: ModelWeights,
+    encoded: caches.Encoded,
+    state: State,
+    threshold: Float[Array, "..."],
+  ) -> State:
+    """Decodes the rows that a shorter stage has not ended."""
+    if isinstance(state, speculative.SpeculativeState):
+      made = self.speculation(weights, encoded, threshold)
+      room = speculative.cache_length(made.rule, self.length)
+      state = dataclasses.replace(state, cache=engines.grown(state.cache, room))
+      return made.finish(made.go_on(state, self.length))
+    bound = self.bind(weights.decoder, encoded, threshold)
+    return loop.go_on(
+      bound.take_step,
+      state,
+      bound.grow(state.cache),
+      step_limit=self.length,
+      eos_id=self.eos_id,
+    )
 
   @compiled.method()
   def decode(
@@ -141,12 +188,11 @@ class Program:
     """Decodes greedily.
 
     Args:
-      weights: the model.
-      encoded: from `encode`.
+      weights, encoded: the model, and prompts from `encode`.
       active: rows that hold a prompt; the others are padding of the batch.
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
-      prior: of `exits.Speculative`: what is expected of a text's drafts; the texts do not
-        depend on it. None: nothing is known.
+      prior: of `exits.Speculative`: what is expected of a text's drafts, on which no text
+        depends; None: nothing is known.
     """
     return self.decode_state(weights, encoded, active, threshold, prior).generation
 
@@ -158,15 +204,8 @@ class Program:
     active: Bool[Array, " batch"],
     known: Float[Array, " one_or_four"],
   ) -> Int[Array, "batch columns"]:
-    """`decode`, with one array to send and one that comes back.
-
-    Args:
-      weights, encoded, active: as there.
-      known: the threshold, and the three numbers of an `acceptance.Prior` if there is one.
-
-    Returns:
-      See `loop.unpack`.
-    """
+    """`decode`, with one array to send, the threshold and the prior's three numbers if there is
+    one, and one that comes back (`loop.unpack`)."""
     threshold, *prior = known
     state = self.decode_state(weights, encoded, active, threshold, tuple(prior) or None)
     return loop.pack(state.generation)
@@ -181,23 +220,15 @@ class Program:
     """The loop of `exits.Speculative` at work on these prompts."""
     assert isinstance(self.rule, exits.Speculative)
     task = self._task(weights.decoder, encoded, threshold)
-    made = speculative.bind(task, self.rule, self.eos_id)
+    made = speculative.bind(task, self.rule, self.eos_id, self.max_decode_length)
     return made if prior is None else dataclasses.replace(made, prior=prior)
 
-  def nothing_yet(self, batch_size: int, room: int | None = None) -> loop.DecodingState:
-    """What `resume` starts from where nothing was decoded yet; `room` are the positions of the
-    caches, None: those of the limit."""
+  def nothing_yet(self, batch_size: int) -> loop.DecodingState:
+    """What `resume` starts from where nothing was decoded yet."""
     depth = self.rule.depth(self.config.num_decoder_layers)
-    length, row = self.max_decode_length, jnp.zeros((batch_size,), jnp.int32)
-    generation = loop.empty_generation(batch_size, length)
-    return loop.DecodingState(
-      position=jnp.zeros((), jnp.int32),
-      current=row,
-      active=row > 0,
-      generation=generation,
-      log_probabilities=jnp.zeros((batch_size, length), jnp.float32),
-      cache=caches.empty_caches(self.config, batch_size, room or length, depth),
-    )
+    cache = caches.empty_caches(self.config, batch_size, self.length, depth)
+    active = jnp.zeros((batch_size,), bool)
+    return loop.nothing_yet(active, self.max_decode_length, cache)
 
   @compiled.method()
   def resume(
@@ -212,15 +243,13 @@ class Program:
     """Decodes again from some token of each row on (`records.reusable_tokens` says from which).
 
     Args:
-      weights: the model.
-      encoded: from `encode`.
+      weights, encoded, threshold: as for `decode`.
       state: from `resume` or `nothing_yet`, of the same prompts; its generation may have room
         for more tokens than its caches and this program.
       active: rows to decode; the others stay as they are in `state`.
-      threshold: lambda, [] or one a row.
       resume_at: the first token of each row that may differ from `state`.
     """
-    kept = jnp.where(active, resume_at, self.max_decode_length)
+    kept = jnp.where(active, resume_at, self.length)
     bound = self.bind(weights.decoder, encoded, threshold, kept)
     made = loop.resume(
       bound.take_step,
@@ -228,7 +257,7 @@ class Program:
       bound.resume(state.cache, jnp.min(kept).astype(jnp.int32)),
       active=active,
       resume_at=resume_at,
-      step_limit=self.max_decode_length,
+      step_limit=self.length,
       eos_id=self.eos_id,
     )
     return dataclasses.replace(made, cache=bound.flush(made.cache, made.position))
@@ -245,13 +274,7 @@ class Program:
     return engines.bind(task, self.engine)
 
   def _task(self, weights, encoded, threshold, kept=None) -> engines.Task:
+    native = self.native
     return engines.Task(
-      self.config,
-      self.rule,
-      weights,
-      encoded,
-      threshold,
-      self.max_decode_length,
-      kept,
-      native=self.native,
+      self.config, self.rule, weights, encoded, threshold, self.length, kept, native=native
     )

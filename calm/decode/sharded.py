@@ -27,7 +27,7 @@ ROWS, REPLICATED = sharding.PartitionSpec(AXIS), sharding.PartitionSpec()
 
 def make_cpu_devices(count: Any) -> None:
   """Has JAX divide the CPU into so many devices (threads), where it has not looked for any yet
-  and no flag asks for a number; `mesh` says so if they are too few."""
+  and no flag asks for a number."""
   asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not isinstance(count, int) or not 1 < count <= MOST_CPU_DEVICES:
     return  # who uses it refuses it
@@ -63,12 +63,7 @@ def replicate(weights: program_lib.ModelWeights, num_devices: int) -> program_li
 
 @dataclasses.dataclass(frozen=True)
 class ShardedProgram:
-  """A `program.Program` whose batches are split over devices.
-
-  Attributes:
-    program: what every device runs on its rows.
-    num_devices: devices.
-  """
+  """A `program.Program` whose batches are split over devices, which run it on their rows."""
 
   program: program_lib.Program
   num_devices: int
@@ -77,8 +72,7 @@ class ShardedProgram:
     self, weights: program_lib.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
   ) -> caches.Encoded:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
-    rows = self._rows(encoder_input_tokens.shape[0])
-    return self._encode(weights, _pad(encoder_input_tokens, rows))
+    return self._encode(weights, self._padded(encoder_input_tokens))
 
   def decode(
     self,
@@ -89,11 +83,11 @@ class ShardedProgram:
     prior: acceptance.Prior | None = None,
   ) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
-    rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
+    threshold = jnp.asarray(threshold)
     if threshold.ndim:
-      threshold = _pad(threshold, rows)
+      threshold = self._padded(threshold)
     known = () if prior is None else (tuple(map(jnp.asarray, prior)),)
-    made = self._decode(weights, encoded, _pad(active, rows), threshold, *known)
+    made = self._decode(weights, encoded, self._padded(active), threshold, *known)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 
   @compiled.method()
@@ -114,11 +108,7 @@ class ShardedProgram:
       function, mesh=mesh(self.num_devices), in_specs=specs, out_specs=ROWS, check_vma=False
     )
 
-  def _rows(self, rows: int) -> int:
-    return -(-rows // self.num_devices) * self.num_devices
-
-
-def _pad(array: jax.Array | np.ndarray, rows: int) -> jax.Array:
-  """Zeros below, up to `rows` rows."""
-  missing = rows - array.shape[0]
-  return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+  def _padded(self, array: jax.Array | np.ndarray) -> jax.Array:
+    """With zeros below, up to a multiple of the devices."""
+    missing = -len(array) % self.num_devices
+    return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))

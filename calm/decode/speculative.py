@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from calm import exits
 from calm.decode import acceptance, engines, loop
 from calm.decode.engines import engine
-from calm.exits import speculative as rules
 from calm.exits.layers import Greedy, greedy
 from calm.t5 import attention as attention_lib
 from calm.t5 import decoder as decoder_lib
@@ -28,78 +27,100 @@ from calm.t5 import eight_bits
 
 
 @struct.dataclass
+class Draft:
+  """Layer k's most likely token [...] int32, and its probability under the draft head."""
+
+  token: jax.Array
+  confidence: jax.Array
+
+
+def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | None) -> Draft:
+  """The likeliest column (the first of equals) of a draft head; `ids` are the tokens of its
+  columns, None: their numbers."""
+  best = greedy(logits)
+  token = best.token if ids is None else ids[best.token]
+  return Draft(token, jnp.exp(best.log_probability))
+
+
+@struct.dataclass
+class VerifierOutput:
+  """What the full model says of some positions, each of which may have a draft."""
+
+  token: jax.Array  # the argmax
+  log_probability: jax.Array  # of the argmax, nats
+  gap: jax.Array  # log p_full of the draft less that of the argmax
+
+
+@struct.dataclass
+class Verdict:
+  """What is emitted at some positions."""
+
+  token: jax.Array  # the draft where it is accepted, else the full model's argmax
+  accepted: jax.Array
+  gap: jax.Array  # `VerifierOutput.gap`
+  rejected_confidence: jax.Array  # exp of it where a draft was refused, 0 elsewhere
+
+
+def verdict(
+  output: VerifierOutput,
+  drafted: Int[Array, "*rows"],
+  has_draft: jax.Array,
+  threshold: jax.Array,
+) -> Verdict:
+  """What is emitted where the full model says this; `threshold` is 1 - lambda."""
+  ratio = jnp.exp(output.gap)
+  # Of two equal logits the argmax is the first: only with slack may the second be emitted.
+  close = (ratio >= threshold) & (threshold < 1.0)
+  accepted = has_draft & ((drafted == output.token) | close)
+  return Verdict(
+    token=jnp.where(accepted, drafted, output.token),
+    accepted=accepted,
+    gap=output.gap,
+    rejected_confidence=jnp.where(has_draft & ~accepted, ratio, 0.0),
+  )
+
+
+@struct.dataclass
 class Pending:
-  """A pass that is not verified yet; between two passes, room for the next one's.
+  """A pass that is not verified yet; between two passes, room for the next one's."""
 
-  Attributes:
-    count: positions whose drafts are read on from, [].
-    ended: whether it has several positions, and reads on from the last draft no more, [] bool.
-    tokens, confidences: the draft after each position, [batch, window].
-    chances: that all drafts of a row are accepted, [batch].
-    expected: tokens that the pass is expected to emit, of all rows, [].
-    hidden: d^k of each position, [batch, window, emb].
-  """
-
-  count: jax.Array
-  ended: jax.Array
-  tokens: jax.Array
-  confidences: jax.Array
-  chances: jax.Array
-  expected: jax.Array
-  hidden: jax.Array
+  count: jax.Array  # positions whose drafts are read on from, []
+  ended: jax.Array  # it has several positions, and reads on from the last draft no more, []
+  tokens: jax.Array  # the draft after each position, [batch, window]
+  confidences: jax.Array  # of these
+  chances: jax.Array  # that all drafts of a row are accepted, [batch]
+  expected: jax.Array  # tokens that the pass is expected to emit, of all rows, []
+  hidden: jax.Array  # d^k of each position, [batch, window, emb]
 
 
 @struct.dataclass
 class Learned:
-  """What a text's drafts turned out to be worth.
-
-  Attributes:
-    estimate: how often drafts are accepted.
-    miss_streak: drafting passes since the last one that emitted two tokens of any row, [].
-    due: passes before the next one that drafts, of the whole text, [].
-    drafts: tokens drafted for each row, [batch].
-    cost: what passes took besides one step of the full model each, in such steps, [].
-    accepted: which tokens are accepted drafts, [batch, length] bool.
-    gaps: by how much an accepted draft's log-probability differs from that of the argmax, whose
-      is in `SpeculativeState.log_probabilities`, [batch, length].
-    rejected_confidences: of refused drafts, [batch, length].
-  """
+  """What a text's drafts turned out to be worth."""
 
   estimate: acceptance.AcceptanceEstimate
-  miss_streak: Int[Array, ""]
-  due: Int[Array, ""]
-  drafts: Int[Array, " batch"]
-  cost: Float[Array, ""]
-  accepted: Bool[Array, "batch length"]
+  miss_streak: Int[Array, ""]  # drafting passes since one emitted two tokens of any row
+  due: Int[Array, ""]  # passes before the next one that drafts, of the whole text
+  drafts: Int[Array, " batch"]  # tokens drafted
+  cost: Float[Array, ""]  # of passes, besides a step of the full model each, in such steps
+  accepted: Bool[Array, "batch length"]  # tokens that are accepted drafts
+  # An accepted draft's log-probability less that of the argmax.
   gaps: Float[Array, "batch length"]
-  rejected_confidences: Float[Array, "batch length"]
+  rejected_confidences: Float[Array, "batch length"]  # of refused drafts
 
 
 @struct.dataclass
 class SpeculativeState:
-  """The loop's carry.
+  """The loop's carry."""
 
-  Attributes:
-    positions: tokens that each row has generated, [batch].
-    current: each row's last token or draft, which is read next, [batch].
-    active: rows that still generate, [batch] bool.
-    generation: filled up to `positions`.
-    log_probabilities: of the full model's own tokens, [batch, length].
-    ahead: tokens that a row's passes emitted beyond one each, [batch].
-    learned: from the drafts so far.
-    pending: the pass so far.
-    cache: every layer's.
-  """
-
-  positions: Int[Array, " batch"]
-  current: Int[Array, " batch"]
+  positions: Int[Array, " batch"]  # tokens that each row has generated
+  current: Int[Array, " batch"]  # each row's last token or draft, which is read next
   active: Bool[Array, " batch"]
-  generation: loop.Generation
-  log_probabilities: Float[Array, "batch length"]
-  ahead: Int[Array, " batch"]
+  generation: loop.Generation  # filled up to `positions`
+  log_probabilities: Float[Array, "batch length"]  # of the full model's own tokens
+  ahead: Int[Array, " batch"]  # tokens that a row's passes emitted beyond one each
   learned: Learned
   pending: Pending
-  cache: Any
+  cache: Any  # every layer's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +128,8 @@ class Speculation:
   """Greedy decoding in passes, until EOS or the length limit.
 
   Attributes:
-    passes: the decoder.
-    rule: how many tokens are drafted, and until when.
-    plan: how many positions a pass should have.
     threshold: 1 - lambda of `exits.Speculative`, [] or [batch].
     length: most tokens of a text.
-    eos_id: the token that ends a row.
     prefix: tokens that rows are forced to begin with, 0 where a row is free, [batch, length];
       None: none. They are read in passes like drafts, end nothing and count for nothing.
     prior: what is expected of a text's drafts before it has any.
@@ -128,11 +145,7 @@ class Speculation:
   prior: acceptance.Prior = acceptance.UNKNOWN
 
   def decode(self, active: Bool[Array, " batch"]) -> SpeculativeState:
-    """Decodes every active row; the others stay empty and never vote.
-
-    Returns:
-      The final state; its `generation` holds the result.
-    """
+    """The final state, of every active row; the others stay empty and never vote."""
     state = self.begin(active)
     if self.plan.worth_drafting or self.rule.measures:
       return self.finish(self.go_on(state))
@@ -185,13 +198,7 @@ class Speculation:
     )
 
   def go_on(self, state: SpeculativeState, room: int | None = None) -> SpeculativeState:
-    """Passes until every row has ended.
-
-    Args:
-      state: of `begin` or of this.
-      room: positions that a pass may begin at, where the caches have room for fewer than the
-        text: ends before one that would begin beyond. None: the text's.
-    """
+    """Passes until every row has ended, or before one that would begin beyond `room`."""
     room = self.length if room is None else room
 
     def unfinished(state: SpeculativeState) -> jax.Array:
@@ -240,16 +247,15 @@ class Speculation:
     needed = self._drafts(state) | (at > 0)
     if self.prefix is not None:
       needed |= jnp.any(state.active & (forced > 0))
-    draft = functools.partial(self._draft, state, read, forced)
-    pending, current = loop.run_if(needed, draft, (state.pending, state.current))
+    go_on = functools.partial(self._draft, state, read, forced)
+    pending, current = loop.run_if(needed, go_on, (state.pending, state.current))
     state = dataclasses.replace(state, pending=pending, current=current)
     one = functools.partial(self._verify_one, read=read)
     return loop.run_if(pending.count == 0, one, state)
 
   @property
   def _every(self) -> jax.Array:
-    """Whether every position has a draft, []: with slack a text must not depend on where passes
-    end, nor where they are measured."""
+    """Whether every position has a draft: with slack no text may depend on where passes end."""
     return jnp.any(self.threshold < 1.0) | self.rule.measures
 
   def _drafts(self, state: SpeculativeState) -> jax.Array:
@@ -257,11 +263,10 @@ class Speculation:
     return self._every | (jnp.max(state.positions - state.ahead) >= state.learned.due)
 
   def _draft(self, state: SpeculativeState, read: "Read", forced: jax.Array, carry):
-    """The position that was read, with the draft after it; `count` is one more where the pass
-    reads on from there. `forced` is the prefix there, 0 where a row is free."""
+    """The position that was read, with the draft after it; whether the pass reads on there."""
     pending, _ = carry
     at, window = pending.count, self.rule.window
-    blank = rules.Draft(jnp.zeros_like(state.current), jnp.zeros_like(pending.chances))
+    blank = Draft(jnp.zeros_like(state.current), jnp.zeros_like(pending.chances))
     wanted = self._drafts(state) & (self._every | (at + 1 < window))
     made = lax.cond(wanted, self.passes.draft, lambda read: blank, read)
     has_room = state.active & (state.positions + at + 1 < self.length)
@@ -292,19 +297,19 @@ class Speculation:
 
   def _verify_one(self, state: SpeculativeState, *, read: "Read") -> SpeculativeState:
     """The end of a pass of one position, which was read."""
-    drafts, draft = self._drafts(state), state.pending.tokens[:, 0]
+    drafts, drafted = self._drafts(state), state.pending.tokens[:, 0]
     best, gap_of, cache = self.passes.verify_one(state.cache, state.positions, read)
     state = dataclasses.replace(state, cache=cache)
     count, made = state.active.astype(jnp.int32), jnp.ones((1,), bool)
     positions, pending = state.positions + count, state.pending
 
     def judge(carry):
-      output = rules.VerifierOutput(best.token, best.log_probability, gap_of(draft))
-      verdict = rules.verdict(output, draft, made[0], self.threshold)
-      verdict = jax.tree.map(lambda x: x[:, None], verdict)
+      output = VerifierOutput(best.token, best.log_probability, gap_of(drafted))
+      judged = verdict(output, drafted, made[0], self.threshold)
+      judged = jax.tree.map(lambda x: x[:, None], judged)
       passes = jnp.max(positions - state.ahead)
-      learned = self._learn(carry[1], pending, verdict, made, positions, count, passes)
-      return verdict.token, learned
+      learned = self._learn(carry[1], pending, judged, made, positions, count, passes)
+      return judged.token, learned
 
     # A pass without a draft has to cost as little as a step of the full model.
     token, learned = loop.run_if(drafts, judge, (best.token[:, None], state.learned))
@@ -318,14 +323,14 @@ class Speculation:
     made &= self._every | (at + 1 < self.rule.window)
     output, cache = self.passes.verify(state.cache, state.positions, pending)
     threshold = self.threshold if self.threshold.ndim == 0 else self.threshold[:, None]
-    verdict = rules.verdict(output, pending.tokens, made[None], threshold)
+    judged = verdict(output, pending.tokens, made[None], threshold)
     inside = jnp.minimum(pending.count + 1, self.length - state.positions)
-    count = self._accepted(state, verdict, jnp.where(state.active, inside, 0))
+    count = self._accepted(state, judged, jnp.where(state.active, inside, 0))
     # One after the other, or a thread would be woken for half of it.
     positions = engine.after(state.positions, output.log_probability)
     moved, ahead = positions + count, state.ahead + jnp.maximum(count - 1, 0)
     learn = lambda learned: self._learn(
-      learned, pending, verdict, made, moved, count, jnp.max(moved - ahead)
+      learned, pending, judged, made, moved, count, jnp.max(moved - ahead)
     )
     learned = loop.run_if(made[0], learn, state.learned)
     state = dataclasses.replace(
@@ -337,14 +342,14 @@ class Speculation:
         pending, count=jnp.zeros_like(pending.count), ended=~pending.ended
       ),
     )
-    return self._emit(state, learned, verdict.token, output.log_probability, count)
+    return self._emit(state, learned, judged.token, output.log_probability, count)
 
-  def _accepted(self, state: SpeculativeState, verdict: rules.Verdict, most: jax.Array):
-    """How many positions of a pass become tokens, [batch]: those up to the first whose token is
-    not what the next position read, or ends the row; at most `most`."""
-    forced = self._prefix(state.positions, verdict.token.shape[1])
-    ends = (verdict.token == self.eos_id) & (forced == 0)
-    leads = (verdict.accepted | (forced > 0)) & ~ends
+  def _accepted(self, state: SpeculativeState, judged: Verdict, most: jax.Array):
+    """How many positions of a pass become tokens, at most `most` [batch]: up to the first whose
+    token is not what the next position read, or ends the row."""
+    forced = self._prefix(state.positions, judged.token.shape[1])
+    ends = (judged.token == self.eos_id) & (forced == 0)
+    leads = (judged.accepted | (forced > 0)) & ~ends
     positions = leads.shape[1]
     at = jnp.arange(positions, dtype=jnp.int32)[None, :]
     last = jnp.min(jnp.where(leads, positions, at), axis=1)  # the first that leads nowhere
@@ -425,26 +430,15 @@ def write_columns(
 
 @struct.dataclass
 class Read:
-  """A position of every row after the first layers.
+  """A position of every row after the first layers."""
 
-  Attributes:
-    hidden: d^k, [batch, emb].
-    past: biases of the keys before it, for all layers or each.
-  """
-
-  hidden: jax.Array
-  past: tuple[jax.Array, ...]
+  hidden: jax.Array  # d^k, [batch, emb]
+  past: tuple[jax.Array, ...]  # biases of the keys before it, for all layers or each
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """A T5 decoder's part of a pass. Rows have `positions` [batch] of their own.
-
-  Attributes:
-    task: what is decoded; its length is that of the caches.
-    rule: its rule.
-    table: biases by position.
-  """
+  """A T5 decoder's part of a pass. Rows have `positions` [batch] of their own."""
 
   task: engines.Task
   rule: exits.Speculative
@@ -458,35 +452,31 @@ class Passes:
     lower = self._written(cache[:k], rows, positions, hidden)
     return Read(hidden, past), (*lower, *cache[k:])
 
-  def draft(self, read: Read) -> rules.Draft:
+  def draft(self, read: Read) -> Draft:
     """What the draft head says of a position that was read, [batch]."""
     decoder, weights, layer = self._decoder(), self.task.weights, self.rule.draft_layer
     seen = decoder.read(layer, read.hidden)
     if self.rule.draft_head == "shortlist":
       logits = decoder.shortlist_logits(seen)
-      return rules.draft(logits, weights.shortlist_ids)
+      return draft(logits, weights.shortlist_ids)
     best = decoder.greedy(seen)
     if best is not None:
-      return rules.Draft(best.token, jnp.exp(best.log_probability))
-    return rules.draft(decoder.logits(seen), None)
+      return Draft(best.token, jnp.exp(best.log_probability))
+    return draft(decoder.logits(seen), None)
 
-  def verify(
-    self, cache, positions: jax.Array, pending: Pending
-  ) -> tuple[rules.VerifierOutput, Any]:
-    """The other layers and the head over the window of a pass that begins at `positions`: the
-    output [batch, window], and the caches."""
+  def verify(self, cache, positions: jax.Array, pending: Pending) -> tuple[VerifierOutput, Any]:
+    """The other layers and the head over a window, [batch, window], and the caches."""
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
     hidden, upper = self._several(pending.hidden, upper, positions)
     best, gap = self._said(hidden)
     output = best.token, best.log_probability, gap(pending.tokens.reshape(-1))
     output = (x.reshape(pending.tokens.shape) for x in output)
-    return rules.VerifierOutput(*output), (*lower, *upper)
+    return VerifierOutput(*output), (*lower, *upper)
 
   def verify_one(
     self, cache, positions: jax.Array, read: Read
   ) -> tuple[Greedy, Callable[[jax.Array], jax.Array], Any]:
-    """The same of one position, [batch], that was read: what the full model says there, how far
-    the logit of a token is above that one's, and the caches."""
+    """The same of one position that was read; in place of a gap, the gap of any token."""
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
     hidden, rows = self._one(self.rule.draft_layer + 1, read.hidden, upper, read.past)
     upper = self._written(upper, rows, positions, hidden)
@@ -499,8 +489,7 @@ class Passes:
     return engines.Eager()(static).take_step
 
   def _said(self, hidden: jax.Array) -> tuple[Greedy, Callable[[jax.Array], jax.Array]]:
-    """What the last layer's head says, of its logits or without them; and of any token how far
-    its logit is above that of the likeliest."""
+    """The likeliest token, and how far the logit of any token is above its."""
     decoder, last = self._decoder(), self.task.config.num_decoder_layers
     read = decoder.read(last, hidden)
     if isinstance(self.task.weights.head, eight_bits.QuantizedHead):
@@ -522,8 +511,7 @@ class Passes:
     return hidden, rows
 
   def _several(self, states: jax.Array, caches, positions: jax.Array):
-    """Layers k + 1 ... L over positions beside each other, [batch, positions, emb]:
-    [rows, emb], and their caches."""
+    """Layers k + 1 ... L over positions [batch, positions, emb]: [rows, emb], and caches."""
     task, decoder = self.task, self._decoder()
     biases = self.table.of_windows(positions, states.shape[1], task.native)
     hidden, written = states.reshape(-1, states.shape[-1]), []
@@ -544,8 +532,7 @@ class Passes:
     return hidden, tuple(written)
 
   def _written(self, caches, rows, positions: jax.Array, last: jax.Array):
-    """Every layer's cache with its row [batch, heads, 1, head_dim] written at `positions`, once
-    that leads to `last`."""
+    """Every layer's cache with its row written at `positions`, once that leads to `last`."""
     each = zip(caches, rows, engine.after_each(positions, rows, last), strict=True)
     return tuple(attention_lib.write_window(cache, row, where) for cache, row, where in each)
 
@@ -557,14 +544,10 @@ class Passes:
     )
 
 
-def bind(task: engines.Task, rule: exits.Speculative, eos_id: Any) -> Speculation:
-  """The loop at work on a task.
-
-  Args:
-    task: what is decoded; its length is that of the text. The caches get a window more, so
-      that the passes that rows wait through once theirs has ended have room.
-    rule: its rule.
-    eos_id: the token that ends a row.
+def bind(
+  task: engines.Task, rule: exits.Speculative, eos_id: Any, length: int | None = None
+) -> Speculation:
+  """The loop at work on a task, with `length` tokens a text (None: the task's).
 
   Raises:
     ValueError: the rule does not fit the model, or wants a shortlist that it has not.
@@ -575,12 +558,12 @@ def bind(task: engines.Task, rule: exits.Speculative, eos_id: Any) -> Speculatio
       "Expected a model with a shortlist of likely tokens for `draft_head` 'shortlist', got"
       " none; give `shortlist` (token ids), or use `draft_head='full'`."
     )
+  # So that the passes that rows wait through once theirs has ended have room.
   roomy = dataclasses.replace(task, length=cache_length(rule, task.length))
   table = attention_lib.bias_table(task.weights, task.config, roomy.length)
   plan = acceptance.plan(task.config, task.weights, rule, task.batch_size, task.native)
-  return Speculation(
-    Passes(roomy, rule, table), rule, plan, task.threshold, task.length, eos_id
-  )
+  passes = Passes(roomy, rule, table)
+  return Speculation(passes, rule, plan, task.threshold, length or task.length, eos_id)
 
 
 def cache_length(rule: exits.Speculative, length: int) -> int:

@@ -1,27 +1,23 @@
 """When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
 
-from calm.exits import (
-  confidence,
-  evidence,
-  layers,
-  propagation,
-  schedules,
-  speculative,
-  walk,
-)
+from calm.exits import confidence, evidence, layers, propagation, schedules, walk
 from calm.exits.rules import (
+  DraftHead,
   DynamicExits,
   OracleExit,
+  Rule,
+  Speculative,
   StaticExit,
   StepRule,
   TokenExit,
   allowed_layers,
   mapped_layers,
+  threshold_of,
   token_exit,
 )
-from calm.exits.speculative import Rule, Speculative
 
 __all__ = [
+  "DraftHead",
   "DynamicExits",
   "OracleExit",
   "Rule",
@@ -36,7 +32,7 @@ __all__ = [
   "mapped_layers",
   "propagation",
   "schedules",
-  "speculative",
+  "threshold_of",
   "token_exit",
   "walk",
 ]

@@ -23,23 +23,17 @@ def _not_given() -> jax.Array:
 class LayerView:
   """What a measure may look at after decoder layer `layer`.
 
-  Attributes:
-    layer: 1-based decoder layer.
-    hidden: the raw residual d^i, [batch, emb_dim].
-    previous: the raw residual d^{i-1} (the embedding at layer 1), [batch, emb_dim].
-    logits: () -> float32 logits of the full head at this layer, [batch, vocab].
-    exit_logit: () -> pre-sigmoid output of the exit classifier, [batch].
-    shortlist_logits: () -> float32 logits of the shortlist only, [batch, shortlist].
-    probe_logit: () -> pre-sigmoid output of this layer's own probe, [batch].
+  Logits are float32: of the full head, of the shortlist only, and pre-sigmoid ones of the exit
+  classifier and of this layer's own probe.
   """
 
-  layer: int
-  hidden: jax.Array
-  previous: jax.Array
-  logits: Callable[[], jax.Array]
-  exit_logit: Callable[[], jax.Array]
-  shortlist_logits: Callable[[], jax.Array] = _not_given
-  probe_logit: Callable[[], jax.Array] = _not_given
+  layer: int  # 1-based
+  hidden: jax.Array  # the raw residual d^i, [batch, emb_dim]
+  previous: jax.Array  # d^{i-1}, the embedding at layer 1
+  logits: Callable[[], jax.Array]  # [batch, vocab]
+  exit_logit: Callable[[], jax.Array]  # [batch]
+  shortlist_logits: Callable[[], jax.Array] = _not_given  # [batch, shortlist]
+  probe_logit: Callable[[], jax.Array] = _not_given  # [batch]
 
 
 @runtime_checkable
@@ -202,10 +196,7 @@ MEASURES: Mapping[str, Measure] = {
 def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | None:
   """What a model lacks to compute a measure: a part of its parameters, 'shortlist', or None.
 
-  Args:
-    measure: to be computed.
-    parts: of the decoder's parameters that the model holds.
-    shortlist: whether it has one.
+  `parts` are those of the decoder's parameters that it holds.
   """
   if measure.part is not None and measure.part not in parts:
     return measure.part

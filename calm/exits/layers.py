@@ -20,15 +20,10 @@ class KeyValue:
 
 @struct.dataclass
 class Greedy:
-  """The most likely token of every row.
+  """The most likely token of every row."""
 
-  Attributes:
-    token: the argmax of the logits (the first of equals), int32, [batch] or [*rows].
-    log_probability: of that token at temperature 1, nats, of the same shape.
-  """
-
-  token: jax.Array
-  log_probability: jax.Array
+  token: jax.Array  # the argmax of the logits (the first of equals), int32, [*rows]
+  log_probability: jax.Array  # of that token at temperature 1, nats, [*rows]
 
 
 def greedy(logits: Float[Array, "*rows vocab"]) -> Greedy:

@@ -5,8 +5,9 @@ the keys and values of that state (paper section 3.2: d^k := d^j, k > j).
 """
 
 import dataclasses
+import decimal
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +22,22 @@ from calm.exits import propagation as propagation_lib
 from calm.exits import schedules
 from calm.exits import walk as walk_lib
 
+DraftHead = Literal["shortlist", "full"]
+# A pass may have as many positions: the limit bounds the memory of a pass.
+MOST_DRAFTS = 31
+
 
 @struct.dataclass
 class TokenExit:
-  """One token's outcome.
+  """One token's outcome."""
 
-  Attributes:
-    logits: float32 logits of the full head at the exit layer, [batch, vocab].
-    exit_layer: decoder layers run, 1-based, [batch] int32.
-    confidence: the measure at the exit layer, [batch] (0 where nothing was measured).
-    rejected_confidence: the highest confidence measured and refused, [batch], 0 if none.
-    rows: this position's keys and values, one entry a layer (of the layers in use), or none
-      where the engine has written them itself.
-    greedy: the argmax of the logits, where the head knows it without all of them.
-  """
-
-  logits: jax.Array
-  exit_layer: jax.Array
-  confidence: jax.Array
-  rejected_confidence: jax.Array
+  logits: jax.Array  # float32, of the full head at the exit layer, [batch, vocab]
+  exit_layer: jax.Array  # decoder layers run, 1-based, [batch] int32
+  confidence: jax.Array  # the measure at the exit layer, [batch], 0 where nothing was measured
+  rejected_confidence: jax.Array  # the highest one measured and refused, [batch], 0 if none
+  # This position's keys and values, one a layer in use; () where the engine has written them.
   rows: tuple[layers_lib.KeyValue, ...]
+  # The argmax of the logits, where the head knows it without all of them.
   greedy: layers_lib.Greedy | None = None
 
   @property
@@ -59,18 +56,12 @@ class StepRule(Protocol):
   """How one token goes through the layers: `DynamicExits`, `StaticExit` or `OracleExit`.
 
   Attributes:
-    speculates: whether it decodes in passes over drafts, which rows leave at positions of their
-      own, and not in steps; then `decode.speculative` runs it.
+    speculates: whether it decodes in passes over drafts and not in steps (`Speculative`).
     reads_threshold: whether a token's way depends on the threshold.
   """
 
-  @property
-  def speculates(self) -> bool:
-    return False
-
-  @property
-  def reads_threshold(self) -> bool:
-    return False
+  speculates: ClassVar[bool] = False
+  reads_threshold: ClassVar[bool] = False
 
   def depth(self, num_layers: int) -> int:
     """Decoder layers in the program, each with a cache."""
@@ -93,7 +84,6 @@ class StepRule(Protocol):
       threshold: lambda, [] or [batch], traced; `NEVER_EXIT` runs every layer.
       generated: tokens that each row generated before this one, [] or [batch].
     """
-    ...
 
 
 @arguments.checked(
@@ -117,11 +107,7 @@ class DynamicExits(StepRule):
   schedule: schedules.Schedule = schedules.Constant()
   allowed: tuple[int, ...] | None = None
   propagation: propagation_lib.Propagation = propagation_lib.ExitState()
-
-  @property
-  def reads_threshold(self) -> bool:
-    """See `StepRule`."""
-    return True
+  reads_threshold: ClassVar[bool] = True  # see `StepRule`
 
   def __call__(
     self, layers: layers_lib.Layers, hidden, active, threshold, generated
@@ -238,6 +224,84 @@ class OracleExit(StepRule):
     ones = active.astype(jnp.float32)
     exit_layer = jnp.where(active, exit_layer, 0)
     return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), tuple(rows))
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+  """Draft with layers 1 ... k, verify with the rest: the full model's own text.
+
+  Layers 1 ... k are exact functions of the tokens before, so that their drafts need no second
+  model (Leviathan et al., 2023; Elhoushi et al., 2024); `decode.speculative` runs it.
+
+  A draft d is accepted if it is the full model's argmax, or, where some slack lambda is given,
+  if p_full(d) >= (1 - lambda) max p_full. The traced threshold of a program is 1 - lambda: 1
+  and above (`NEVER_EXIT` too) is exact decoding, and a descending grid of thresholds is an
+  ascending grid of slacks that begins with a loss of 0.
+
+  The text depends on neither `num_drafts`, `stop_below`, `adapts` nor `measures`.
+
+  Attributes:
+    draft_layer: k, in 1 ... L - 1.
+    num_drafts: most tokens that are drafted before a pass verifies them, 1 ... 31.
+    draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
+      the whole vocabulary.
+    stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
+    adapts: whether fewer tokens are drafted, or none, where drafts are unlikely to be accepted.
+    measures: whether every token is drafted, even where no pass can use it, so that the
+      refused confidences of a text tell at which slack it would be another. With slack it is.
+  """
+
+  draft_layer: int
+  num_drafts: int = 7
+  draft_head: DraftHead = "shortlist"
+  stop_below: float = 0.15
+  adapts: bool = True
+  measures: bool = False
+  speculates: ClassVar[bool] = True  # see `StepRule`
+  reads_threshold: ClassVar[bool] = True  # see `StepRule`
+
+  def __post_init__(self):
+    if not 1 <= self.num_drafts <= MOST_DRAFTS:
+      raise ValueError(
+        f"Expected `num_drafts` in 1 ... {MOST_DRAFTS}, got {self.num_drafts}; for none, decode"
+        " with `exits.StaticExit()`."
+      )
+    if not 0 <= self.stop_below <= 1:
+      raise ValueError(f"Expected `stop_below` in [0, 1], got {self.stop_below}.")
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers that keep a cache: all. ValueError: the draft layer is none below them."""
+    if not 1 <= self.draft_layer < num_layers:
+      raise ValueError(
+        f"Expected `draft_layer` in 1 ... {num_layers - 1}, below the last of {num_layers}"
+        f" decoder layers, got {self.draft_layer}."
+      )
+    return num_layers
+
+  @property
+  def window(self) -> int:
+    """Most positions of a pass: the drafts, and the token that needs none."""
+    return self.num_drafts + 1
+
+
+# How a program goes through the layers: a token at a time, or in passes over drafts.
+Rule = StepRule | Speculative
+
+
+@arguments.checked()
+def threshold_of(slack: float) -> float:
+  """The threshold 1 - lambda that stands for a slack.
+
+  Raises:
+    ValueError: the slack is not in [0, 1).
+  """
+  if not 0 <= slack < 1:
+    raise ValueError(
+      f"Expected `slack` in [0, 1), got {slack}; 0 is exact, and 1 would accept every draft."
+    )
+  # In decimals: 1 - 0.7 is else 0.30000000000000004, in tables and in names of files.
+  return float(1 - decimal.Decimal(str(slack)))
 
 
 @arguments.checked()

@@ -52,8 +52,7 @@ class Decaying:
     given = (self.temperature, self.max_length)
     real = all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in given)
     if (
-      not real
-      or not all(map(math.isfinite, given))
+      not (real and all(map(math.isfinite, given)))
       or not (self.temperature >= 0 and self.max_length >= 1)
       or self.max_length != int(self.max_length)
     ):

@@ -19,27 +19,17 @@ from calm.exits import propagation as propagation_lib
 
 @struct.dataclass
 class WalkState:
-  """One token of every row; `done` rows are frozen at their exit state.
+  """One token of every row; `done` rows are frozen at their exit state."""
 
-  Attributes:
-    hidden: the raw residual, of `done` rows at their exit, [batch, emb].
-    done: rows that left or never took part, [batch] bool.
-    exit_layer: decoder layers run, 0 until a row leaves, [batch] int32.
-    confidence: the measure at the exit layer, [batch].
-    rejected_confidence: the highest confidence refused so far, [batch].
-    logits: of the full head at the exit layer, [batch, vocab]; None until one was computed.
-    memory: the propagation's own.
-    read: what the head reads of the exit state, [batch, emb], where it is carried to one head
-      after the chain; None until then.
-  """
-
-  hidden: jax.Array
-  done: jax.Array
-  exit_layer: jax.Array
-  confidence: jax.Array
-  rejected_confidence: jax.Array
+  hidden: jax.Array  # the raw residual, of `done` rows at their exit, [batch, emb]
+  done: jax.Array  # rows that left or never took part, [batch] bool
+  exit_layer: jax.Array  # decoder layers run, 0 until a row leaves, [batch] int32
+  confidence: jax.Array  # the measure at the exit layer, [batch]
+  rejected_confidence: jax.Array  # the highest confidence refused so far, [batch]
+  # Of the full head at the exit layer, [batch, vocab]; None until one was computed.
   logits: jax.Array | None
-  memory: Any
+  memory: Any  # the propagation's own
+  # What the head reads of the exit state, where it is carried to one head after the chain.
   read: jax.Array | None = None
 
 
@@ -56,21 +46,13 @@ Measured = tuple[jax.Array, jax.Array | None]
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-  """What one token's layers decide.
+  """What one token's layers decide."""
 
-  Attributes:
-    layers: the decoder at this position.
-    measure: the confidence.
-    propagation: what skipped layers store.
-    allowed: layers after which a row may leave, the last excluded.
-    threshold: this token's, [] or [batch].
-  """
-
-  layers: layers_lib.Layers
+  layers: layers_lib.Layers  # the decoder at this position
   measure: confidence_lib.Measure
   propagation: propagation_lib.Propagation
-  allowed: tuple[int, ...]
-  threshold: jax.Array
+  allowed: tuple[int, ...]  # layers after which a row may leave, the last excluded
+  threshold: jax.Array  # this token's, [] or [batch]
 
   @property
   def heads_inside(self) -> bool:
@@ -127,7 +109,6 @@ class Walk:
     return self.layers.greedy(self._read(state))
 
   def _read(self, state: WalkState) -> jax.Array:
-    """What one head after the chain reads."""
     last = self.layers.num_layers
     return self.layers.read(last, state.hidden) if state.read is None else state.read
 
@@ -170,9 +151,7 @@ class Walk:
     logits = view.logits()
     return self.measure(dataclasses.replace(view, logits=lambda: logits)), logits
 
-  def _verify(
-    self, view: confidence_lib.LayerView, state: WalkState, bound: jax.Array
-  ) -> Measured:
+  def _verify(self, view, state: WalkState, bound: jax.Array) -> Measured:
     """Asks the measure itself only where its cheap bound clears the threshold."""
     passes = ~state.done & (bound >= self.threshold)
     kept = state.logits

@@ -2,16 +2,9 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import certified, grid, options, outputs, result_cache, timing
-from calm.inference.batch_decoder import can_be_exact, exact_rule
+from calm.inference.loading import CALIBRATION, FULL_DEPTH, UntrainedExits, load
 from calm.inference.options import DecodeOptions, options_of
-from calm.inference.predictor import (
-  CALIBRATION,
-  FULL_DEPTH,
-  Predictor,
-  SlowerThanFullDepth,
-  UntrainedExits,
-  load,
-)
+from calm.inference.predictor import Predictor, SlowerThanFullDepth, can_be_exact, exact_rule
 
 __all__ = [
   "CALIBRATION",

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,33 +27,29 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import cache, order
 from calm.data import prompt_files
 from calm.inference import grid, outputs
-from calm.inference.batch_decoder import BatchDecoder
+from calm.inference.options import DecodeOptions
+
+if TYPE_CHECKING:
+  from calm.inference.predictor import Predictor
 
 # A user's word, and the kind of loss that it means.
 KINDS = {"textual": "textual", "risk": "risk_signed"}
 
 
 def kind_of(consistency: str) -> str:
-  """The kind of loss by the paper's word for it.
-
-  Raises:
-    ValueError: the word is unknown.
-  """
-  if consistency in KINDS:
-    return KINDS[consistency]
-  if consistency in ("risk_signed", "risk_clipped"):
-    return consistency
+  """The kind of loss by the paper's word for it."""
+  kinds = {**KINDS, "risk_signed": "risk_signed", "risk_clipped": "risk_clipped"}
+  if consistency in kinds:
+    return kinds[consistency]
   raise ValueError(f"Expected `consistency` to be one of {sorted(KINDS)}, got {consistency!r}.")
 
 
-def default_grid(model: BatchDecoder) -> Sequence[float]:
-  """The model's grid, or its measure's own."""
-  options = model.options
+def default_grid(options: DecodeOptions) -> Sequence[float]:
   return options.grid or thresholds_lib.default_grid(options.measure).tolist()
 
 
 def certify(
-  model: BatchDecoder,
+  model: "Predictor",
   prompts: Sequence[Prompt | str | Mapping[str, Any]] | Any,
   *,
   tolerance: float,
@@ -67,15 +63,8 @@ def certify(
 ) -> tuple[Calibration, generations.Generations]:
   """Decodes prompts at full depth and over a grid, and calibrates the threshold on them.
 
-  Args:
-    model: the model under its options.
-    prompts, tolerance, error_rate, consistency, metric, thresholds, progress: as for
-      `Predictor.calibrate`.
-    folder: keeps the generations, so that a run that was stopped goes on; None keeps none.
-    full: [num_prompts] full-depth records; None decodes them.
-
-  Returns:
-    The calibration, and the generations that it was made from.
+  Arguments are those of `Predictor.calibrate`, and `full`: [num_prompts] full-depth records, if
+  they are known. Returns the calibration, and the generations that it was made from.
 
   Raises:
     ValueError: too few prompts for any threshold (says how many are needed), prompts without
@@ -98,7 +87,7 @@ def certify(
       "Expected prompts with references (`targets`) for `consistency` 'risk', got"
       f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
     )
-  levels, temporary = thresholds or default_grid(model), folder is None
+  levels, temporary = thresholds or default_grid(model.options), folder is None
   with contextlib.ExitStack() as stack:
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -131,16 +120,6 @@ class _Memory:
     self.columns.setdefault(threshold, {}).update({record.id: record for record in records})
 
 
-def open_online(
-  model: BatchDecoder, path, metric: str, thresholds: Sequence[float] | None, **options: Any
-) -> Online:
-  """The state of a model that is calibrated while it serves; as `Predictor.online`."""
-  name = metrics.get_metric(metric).name
-  sequence_losses.kind_support("textual", metric)
-  about = {"metric": name, "procedure": model.procedure.digest()}
-  return Online(path, thresholds or default_grid(model), about=about, **options)
-
-
 def serve_online(
   model: Any,
   online: Online,
@@ -169,7 +148,7 @@ def serve_online(
   return dataclasses.replace(made, guarantee=online.guarantee if held else None)
 
 
-def _observe(model: BatchDecoder, online: Online, texts: Mapping[str, str]) -> None:
+def _observe(model: "Predictor", online: Online, texts: Mapping[str, str]) -> None:
   """Decodes drawn prompts at full depth and at open thresholds, for their textual losses."""
   levels = max((online.wanted(name) for name in texts), key=len)
   prompts = tuple(Prompt(f"{row}", text) for row, text in enumerate(texts.values()))

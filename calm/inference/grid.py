@@ -9,24 +9,24 @@ import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.calibrate import Prompt, Record, generations
+from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import cache
 from calm.calibrate.generations import records as records_lib
-from calm.data.prompt_batches import PromptBatch
 from calm.decode import loop
-from calm.exits import schedules
 from calm.inference import options as options_lib
 from calm.inference import result_cache
-from calm.inference.batch_decoder import BatchDecoder, Decoder
 from calm.t5 import caches
+
+if TYPE_CHECKING:
+  from calm.inference.predictor import Predictor
 
 # (share done in [0, 1], what is being done)
 Progress = Callable[[float, str], None]
@@ -40,25 +40,21 @@ def silent(share: float, text: str) -> None:
 class _Batch:
   """Prompts that are decoded together, threshold after threshold.
 
-  With `resumes`, caches stay on the device: at a lower threshold a sequence is the same up to
-  the first token that would now leave earlier, and decoding goes on there.
+  Where rows are steps of one loop, caches stay on the device: at a lower threshold a sequence
+  is the same up to the first token that would now leave earlier, and decoding goes on there.
   """
 
-  def __init__(
-    self,
-    model: BatchDecoder,
-    batch: PromptBatch,
-    ids: Sequence[str],
-    resumes: bool,
-  ):
-    self._model, self._batch, self._ids, self._resumes = model, batch, ids, resumes
+  def __init__(self, model: "Predictor", batch, ids: Sequence[str]):
+    self._model, self._batch, self._ids = model, batch, ids
+    # Each device would need its own loop's state; passes over drafts keep none.
+    self._resumes = model.options.num_devices == 1 and not model.options.rule.speculates
     self._state: loop.DecodingState | None = None
     self.encoded: caches.Encoded | None = None
 
   def decode(
     self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
   ) -> tuple[list[Record], collections.Counter[str]]:
-    """The missing records at one threshold, and how much of `previous` they reuse."""
+    """The missing records at one threshold, and what they reuse of `previous`."""
     values = schedule_values(self._model, threshold)
     made = {
       i: previous[i]
@@ -102,14 +98,14 @@ class _Batch:
     return record(self._model, generation, self._ids.index(prompt_id), prompt_id)
 
 
-def schedule_values(model: BatchDecoder, threshold: float) -> np.ndarray:
+def schedule_values(model: "Predictor", threshold: float) -> np.ndarray:
   """The schedule's threshold at every token, in float32 as the decoder has it."""
   positions = jnp.arange(model.options.max_decode_length)
   values = model.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
   return np.broadcast_to(np.asarray(values), positions.shape)
 
 
-def record(model: BatchDecoder, generation, row: int, prompt_id: str) -> Record:
+def record(model: "Predictor", generation, row: int, prompt_id: str) -> Record:
   """One row of a generation as a record on disk."""
   output = model.output(generation, row)
   names = ("tokens", "exit_layers", "confidences", "rejected_confidences", "score")
@@ -117,7 +113,7 @@ def record(model: BatchDecoder, generation, row: int, prompt_id: str) -> Record:
 
 
 def generate(
-  model: BatchDecoder,
+  model: "Predictor",
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
   writer: Any,
@@ -154,33 +150,33 @@ def generate(
       f" compares, got none (parameters {digest[:12]}); set `reference_digest` None for a"
       " promise about this model's own full depth."
     )
-  known = {record.id: record for record in full or ()}
+  known = None if full is None else {record.id: record for record in full}
   # Full depth is then a program of its own, which refuses nothing: no record follows from it.
-  apart = full is not None or model.reference is not model
-  # Each device would need its own loop's state; passes over drafts keep none.
-  one_loop = model.options.num_devices == 1 and not model.options.rule.speculates
-  levels = (schedules.NEVER_EXIT, *thresholds)
+  apart = known is not None or model.reference is not model
+  levels = (NEVER_EXIT, *thresholds)
   summary = collections.Counter[str]()
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
-    work = _Batch(model, batch, ids, resumes=one_loop)
+    work = _Batch(model, batch, ids)
     work.encoded = None if encodings is None else encodings.get(number)
     previous: dict[str, Record] = {}
     for place, threshold in enumerate(levels):
-      never = place == 0
       records = writer.completed_records(threshold, ids)
       if missing := [i for i in ids if i not in records]:
-        if never and full is not None:
+        if place == 0 and known is not None:
           made = [known[i] for i in missing]
-        elif never and apart:
-          made = _at_full_depth(model.reference, batch, ids, missing)
+        elif place == 0 and apart:
+          reference = model.reference
+          given = reference.encode(batch), batch.active, NEVER_EXIT, exits.StaticExit()
+          generation = reference.decode(*given)
+          made = [record(reference, generation, ids.index(i), i) for i in missing]
         else:
           made, reused = work.decode(missing, threshold, previous)
-          summary = summary if never else summary + reused
+          summary = summary + reused if place else summary
         writer.append(threshold, made)
         records.update({record.id: record for record in made})
-      previous = {} if never and apart else records
+      previous = {} if place == 0 and apart else records
       text = f"batch {number + 1} of {len(batches)}, threshold"
       share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
       progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")
@@ -189,20 +185,8 @@ def generate(
   return summary
 
 
-def _at_full_depth(
-  model: BatchDecoder,
-  batch: PromptBatch,
-  ids: Sequence[str],
-  missing: Sequence[str],
-) -> list[Record]:
-  """The missing records of a batch whose rows are `ids`, by the program of full depth."""
-  given = model.encode(batch), batch.active, schedules.NEVER_EXIT, exits.StaticExit()
-  generation = model.decode(*given)
-  return [record(model, generation, ids.index(i), i) for i in missing]
-
-
 def on_grid(
-  model: BatchDecoder,
+  model: "Predictor",
   examples: Sequence[Prompt],
   thresholds: Sequence[float],
   folder: pathlib.Path,
@@ -234,18 +218,14 @@ def on_grid(
 
 
 def with_rule(
-  model: BatchDecoder,
+  model: "Predictor",
   examples: Sequence[Prompt],
   rule: exits.Rule | None = None,
-  threshold: float = schedules.NEVER_EXIT,
+  threshold: float = NEVER_EXIT,
   *,
   progress: Progress = silent,
 ) -> tuple[Record, ...]:
-  """Decodes prompts under a rule (None: the model's own) at one threshold.
-
-  Returns:
-    One record a prompt, in the order of `examples`.
-  """
+  """One record a prompt, in their order, of a rule (None: the model's own) at one threshold."""
   records: dict[int, Record] = {}
   batches = model.plan([example.input for example in examples])
   for number, batch in enumerate(batches):
@@ -262,7 +242,7 @@ def mean_layers(records: Sequence[Record]) -> float:
   return float(np.mean(layers)) if layers else float("nan")
 
 
-def in_bulk(model: Decoder) -> Decoder:
+def in_bulk(model: "Predictor") -> "Predictor":
   """The same model for many prompts, where only the results count: twice the rows, one shape.
 
   Where a text depends on the rows that are decoded with it, and so on its padding, other
@@ -273,6 +253,6 @@ def in_bulk(model: Decoder) -> Decoder:
   return one_shape(model.with_options(batch_size=2 * model.options.batch_size))
 
 
-def one_shape(model: Decoder) -> Decoder:
+def one_shape(model: "Predictor") -> "Predictor":
   """The same model with every batch padded to one shape: one compiled program a rule."""
   return model.sharing(dataclasses.replace(model, one_shape=True))

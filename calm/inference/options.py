@@ -83,7 +83,7 @@ class DecodeOptions:
   schedule: schedules.Schedule = schedules.Constant()
   exit_layers: tuple[int, ...] | None = None
   propagation: str = "exit_state"
-  shortlist: tuple[int, ...] | None = None
+  shortlist: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
   task_prefix: str = ""
   max_input_length: int = 512
   max_decode_length: int = 64
@@ -97,16 +97,15 @@ class DecodeOptions:
   num_devices: int = 1
   engine: engines.Engine | None = None
   refill: bool = False
-  grid: tuple[float, ...] | None = None
+  grid: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
   num_drafts: int = 7
 
   def __post_init__(self):
     for name in _NUMBERS:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
+    most_layers = limits.SIZES["num_decoder_layers"][1]
     for layer in self.exit_layers or ():
-      limits.whole(
-        "exit_layers", layer, 1, limits.SIZES["num_decoder_layers"][1], "name layers"
-      )
+      limits.whole("exit_layers", layer, 1, most_layers, "name layers")
     if self.grid is not None:
       thresholds_lib.validate_grid(self.grid)
     for name, values in CHOICES.items():
@@ -122,22 +121,6 @@ class DecodeOptions:
         " one of them out."
       )
 
-  def __repr__(self) -> str:
-    """What differs from the defaults; long lists as how many they are."""
-    words = []
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.name == "grid" and value:
-        value = f"<{len(value)} thresholds, {value[0]:g} to {value[-1]:g}>"
-      elif isinstance(value, tuple) and len(value) > 8:
-        value = f"<{len(value)} tokens>"
-      elif value == field.default and field.name != "measure":
-        continue
-      else:
-        value = repr(value)
-      words.append(f"{field.name}={value}")
-    return f"{type(self).__name__}({', '.join(words)})"
-
   @property
   def uses_shortlist(self) -> bool:
     """Whether results depend on the shortlist."""
@@ -147,11 +130,7 @@ class DecodeOptions:
 
   @functools.cached_property
   def rule(self) -> exits.Rule:
-    """The rule that these options name.
-
-    Raises:
-      ValueError: there is no such measure, or 'verified' has not one layer to draft.
-    """
+    """The rule that these options name."""
     if self.measure != VERIFIED:
       return exits.DynamicExits(
         confidence.measure(self.measure),
@@ -175,7 +154,11 @@ class DecodeOptions:
 
 
 # What was chosen for one measure, and what the grid was chosen for.
-_OF_THE_MEASURE = ("exit_layers", "schedule", "propagation")
+_OF_THE_MEASURE = {
+  "exit_layers": None,
+  "schedule": schedules.Constant(),
+  "propagation": "exit_state",
+}
 
 
 def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> DecodeOptions:
@@ -185,10 +168,7 @@ def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> De
   brings that measure's own defaults, and a grid goes with the fields it was chosen for.
   'verified' loses a shortlist that is not given where the whole head drafts better.
   """
-  base: dict[str, Any] = {}
-  if "measure" in given:
-    plain = DecodeOptions()
-    base = {name: getattr(plain, name) for name in _OF_THE_MEASURE}
+  base: dict[str, Any] = dict(_OF_THE_MEASURE) if "measure" in given else {}
   if {"measure", *_OF_THE_MEASURE} & set(given):
     base["grid"] = None
   changed = dataclasses.replace(options, **{**base, **given})
@@ -199,9 +179,7 @@ def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> De
   return changed
 
 
-def draft_head(
-  config: network.T5Config, options: DecodeOptions, layer: int
-) -> exits.speculative.DraftHead:
+def draft_head(config: network.T5Config, options: DecodeOptions, layer: int) -> exits.DraftHead:
   """The head that drafts after a layer: the shortlist where the whole head costs more than the
   layers below it, since every token that the shortlist lacks is a refused draft."""
   listed = options.shortlist is not None
@@ -210,11 +188,8 @@ def draft_head(
 
 
 def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
-  """Whether a text depends on the rows that are decoded together with it.
-
-  Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,
-  such a bit may decide which of two likely tokens follows.
-  """
+  """Whether a text depends on the rows that are decoded together with it: where states are
+  rounded to few bits, a sum's last bit may decide which of two likely tokens follows."""
   return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
 
 
@@ -274,7 +249,7 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
 
 
 def _schedule_record(schedule: schedules.Schedule) -> dict[str, Any]:
-  return {"name": schedule.name, **dataclasses.asdict(schedule)}  # pyright: ignore[reportArgumentType]
+  return {"name": schedule.name, **dataclasses.asdict(schedule)}  # pyright: ignore
 
 
 # ---- The procedure
@@ -295,11 +270,7 @@ _NOT_DECODED = (
 
 
 def procedure(model: Any) -> Procedure:
-  """The procedure for which a calibration of a model's outputs is valid.
-
-  Args:
-    model: a `BatchDecoder`; its options that change no result are left out.
-  """
+  """The procedure for which a calibration of a `Predictor`'s outputs is valid."""
   config, options, shortlist = model.config, model.options, None
   if options.uses_shortlist:
     ids = np.asarray(options.shortlist or (), np.int64)
@@ -336,12 +307,8 @@ def _precision_name(options: DecodeOptions) -> str:
 
 
 def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
-  """The options under which a calibration's outputs were decoded.
-
-  Args:
-    procedure: what the calibration recorded.
-    shortlist: the checkpoint's list of likely tokens; the procedure says how many of them.
-  """
+  """The options under which a calibration's outputs were decoded; `shortlist` is the list of
+  likely tokens of the checkpoint, of which the procedure says how many."""
   size = procedure.shortlist["size"] if procedure.shortlist else None
   if procedure.measure == VERIFIED and size is None:  # it drafts with the full head
     shortlist = None

@@ -1,8 +1,8 @@
 """Generated texts with the exits of their tokens, and their display in terminals and notebooks.
 
 Tokens are coloured by exit layer on Cividis (Nunez, Anderton and Renslow 2018), whose lightness
-alone orders the layers: the first is bright, the last dark, on every page. Colour is never the
-only sign: HTML has tooltips, and a terminal without colour gets numbers in brackets.
+alone orders the layers. Colour is never the only sign: HTML has tooltips, and a terminal
+without colour gets numbers in brackets.
 """
 
 import dataclasses
@@ -37,7 +37,6 @@ class Output:
     score: log-probability of the tokens under the full head at their exit layer, nats.
     num_layers: decoder layers of the model.
     eos_id: the token that ends a text.
-    input_length: positions of the prompt as it was encoded, padding included.
     drafted: of `exits.Speculative`: which tokens were drafted and accepted; the others are the
       full model's own.
     passes: of `exits.Speculative`: how many verified the text.
@@ -53,7 +52,6 @@ class Output:
   score: float
   num_layers: int
   eos_id: int = 1
-  input_length: int = 0
   drafted: tuple[bool, ...] = ()
   passes: int = 0
   drafts: int = 0
@@ -66,10 +64,7 @@ class Output:
 
   @property
   def visible(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Pieces with EOS shown as a mark, and exit layers, for `to_html` and `to_terminal`.
-
-    The space before the first word, which is no part of the text, is left out.
-    """
+    """Pieces, EOS as a mark and without the space before the first word, and exit layers."""
     pairs = zip(self.tokens, self.pieces, strict=True)
     pieces = ["⏎" if token == self.eos_id else piece for token, piece in pairs]
     pieces[:1] = [piece.lstrip(" ") or piece for piece in pieces[:1]]
@@ -92,23 +87,15 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Wall-clock of one `generate` call.
+  """Wall-clock of one `generate` call."""
 
-  Attributes:
-    encode_seconds: encoder and cross-attention keys and values, compiling left out.
-    decode_seconds: the decode loops, compiling left out.
-    compilations: programs compiled during the call; one with none is the one to quote.
-    compile_seconds: what tracing and compiling them took.
-  """
-
-  encode_seconds: float
-  decode_seconds: float
-  compilations: int
-  compile_seconds: float = 0.0
+  encode_seconds: float  # encoder and cross-attention keys and values, without compiling
+  decode_seconds: float  # the decode loops, without compiling
+  compilations: int  # programs compiled during the call; one with none is the one to quote
+  compile_seconds: float = 0.0  # what tracing and compiling them took
 
   @property
   def seconds(self) -> float:
-    """Encoding and decoding together."""
     return self.encode_seconds + self.decode_seconds
 
   def __add__(self, other: "Timing") -> "Timing":
@@ -119,21 +106,12 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs(Sequence[Output]):
-  """The outputs of a list of prompts, in its order.
-
-  Attributes:
-    items: one `Output` a prompt.
-    num_layers: decoder layers of the model.
-    threshold: the threshold decoded with (infinity: never exit), or None where the rule has
-      none.
-    guarantee: the calibration's promise in plain words, or None where there is none.
-    timing: wall-clock.
-  """
+  """The outputs of a list of prompts, in its order."""
 
   items: tuple[Output, ...]
-  num_layers: int
-  threshold: float | None
-  guarantee: str | None
+  num_layers: int  # decoder layers of the model
+  threshold: float | None  # infinity: never exit; None where the rule has none
+  guarantee: str | None  # the calibration's promise in plain words, where there is one
   timing: Timing
 
   def __len__(self) -> int:
@@ -148,7 +126,6 @@ class Outputs(Sequence[Output]):
 
   @property
   def texts(self) -> list[str]:
-    """The decoded texts."""
     return [output.text for output in self.items]
 
   @property
@@ -229,17 +206,14 @@ def to_html(
   confidences: Sequence[float] | None = None,
   legend: bool = True,
 ) -> str:
-  """A `<div>` of one coloured `<span>` a token; styles are inline, nothing is fetched.
+  """A `<div>` of a coloured `<span>` a token, with titles like `layer 3 of 8, confidence 0.97`.
 
   Args:
     pieces: text of each token; SentencePiece's U+2581 becomes a space. Escaped here.
     exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
     num_layers: decoder layers of the model.
-    confidences: confidence at each token's exit, in [0, 1]; shown in the tooltips.
+    confidences: confidence at each token's exit, in [0, 1].
     legend: append the legend.
-
-  Returns:
-    HTML. Each span's `title` reads like `layer 3 of 8, confidence 0.97`.
   """
   more = [f", confidence {c:.2f}" for c in confidences or ()] or [""] * len(pieces)
   body = _spans(zip(map(_printable, pieces), exit_layers, more, strict=True), num_layers)
@@ -286,8 +260,7 @@ def to_terminal(
 ) -> str:
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
-  Control characters are replaced, so that no generated text can steer the terminal. Arguments
-  as for `to_html`; `mode` None is the one of `terminal_mode`.
+  Arguments as for `to_html`; `mode` None is the one of `terminal_mode`.
   """
   mode = mode or terminal_mode()
   colours, painted, previous = scale(num_layers), [], 0
@@ -308,8 +281,8 @@ def to_terminal(
 
 
 def _paint(text: str, colour: str, mode: Mode) -> str:
-  systems = rich_color.ColorSystem
-  system = systems.TRUECOLOR if mode == "truecolor" else systems.EIGHT_BIT
+  systems = {"truecolor": rich_color.ColorSystem.TRUECOLOR}
+  system = systems.get(mode, rich_color.ColorSystem.EIGHT_BIT)
   style = rich_style.Style(color=text_colour(colour), bgcolor=colour)
   # Colour ends before a line does, or the rest of the line would be painted too.
   return "\n".join(style.render(line, color_system=system) for line in text.split("\n"))

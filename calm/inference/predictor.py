@@ -16,29 +16,32 @@ from typing import Any
 
 import jax
 import numpy as np
-import numpy.typing as npt
 
-from calm import arguments, checkpoints, exits
-from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, ledger, metrics
-from calm.calibrate import display as calibration_display
+from calm import arguments, checkpoints, exits, signals
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  Online,
+  Procedure,
+  Prompt,
+  ledger,
+  losses,
+  metrics,
+)
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
-from calm.calibrate.losses import UNKNOWN
-from calm.checkpoints import files
-from calm.console import Progress, sanitize
+from calm.console import Progress
 from calm.data import prompt_batches, prompt_files
-from calm.decode import compiled, pool, sharded
+from calm.decode import acceptance, compiled, loop, pool, sharded, staged
+from calm.decode.program import ModelWeights, Program, model_weights
 from calm.exits import schedules
 from calm.inference import certified, grid, outputs, timing
 from calm.inference import options as options_lib
-from calm.inference.batch_decoder import BatchDecoder, can_be_exact
-from calm.t5 import caches, limits
+from calm.t5 import caches, costs, network, parameters, platforms
 
-# What a folder with a promise holds beside the model.
-CALIBRATION = "calibration.json"
-# Or this, where full depth is what it should be served with.
-FULL_DEPTH = "full_depth.json"
+# Options that the layout of the weights depends on.
+_LAYOUT = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype", "shortlist")
 # Of the time that it takes to certify and to time, the share that decoding has.
 _DECODING = 0.9
 
@@ -47,12 +50,8 @@ class SlowerThanFullDepth(UserWarning):
   """A threshold is served that was measured not to be faster than the full model."""
 
 
-class UntrainedExits(UserWarning):
-  """No decoder layer but the last has learned to write tokens."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Predictor(BatchDecoder):
+class Predictor:
   """A model ready to decode, and its promise.
 
   Attributes:
@@ -63,17 +62,26 @@ class Predictor(BatchDecoder):
     calibration: carries the promise, or None.
     threshold: what `generate` decodes with where it is given none; a calibration's.
     exact: how full depth is decoded where that was measured to be faster; None: static.
-    one_shape: whether every batch is padded to one shape (`BatchDecoder`).
+    one_shape: whether every batch is padded to one shape, so that a rule is one compiled
+      program: many rules over few prompts are compiled for longer than they run.
   """
 
+  config: network.T5Config
+  params: Mapping[str, Any] = dataclasses.field(repr=False)
+  vocabulary: Any = dataclasses.field(repr=False)
+  options: options_lib.DecodeOptions
   calibration: Calibration | None = None
   threshold: float | None = None
   exact: exits.Speculative | None = None
+  one_shape: bool = dataclasses.field(default=False, kw_only=True)
 
-  def with_options(self, **options: Any) -> "Predictor":
-    """The same model under other options and without a calibration."""
-    other = dataclasses.replace(self, calibration=None, threshold=None, exact=None)
-    return super(Predictor, self.sharing(other)).with_options(**options)
+  def __post_init__(self):
+    # Full depth asks for no exits, and would pass over measures and layers that are none.
+    self.options.rule.depth(self.num_layers)
+    exits.allowed_layers(self.options.exit_layers, self.num_layers)
+    exits.mapped_layers(self.options.rule, self.num_layers, self.config.exit_propagation)
+
+  # ---- The promise
 
   @arguments.checked()
   def under(self, calibration: Calibration, *, allow_platform: bool = False) -> "Predictor":
@@ -189,9 +197,17 @@ class Predictor(BatchDecoder):
     Raises:
       ValueError: an argument has no meaning, or the file is another's.
     """
-    return certified.open_online(
-      self, path, metric, thresholds, tolerance=tolerance, error_rate=error_rate, **options
+    losses.kind_support("textual", metric)  # refuses a metric that has none
+    return Online(
+      path,
+      thresholds or certified.default_grid(self.options),
+      tolerance=tolerance,
+      error_rate=error_rate,
+      about={"metric": metrics.get_metric(metric).name, "procedure": self.procedure.digest()},
+      **options,
     )
+
+  # ---- Texts
 
   @arguments.checked(threshold=thresholds_lib.parse_threshold)
   def generate(
@@ -242,23 +258,17 @@ class Predictor(BatchDecoder):
       schedules.check_threshold(threshold)
     if rule is not None:
       rule.depth(self.num_layers)  # the rule's own check of its layers
-    full = rule is None and threshold == NEVER_EXIT
+    promised, model = rule is None, self
+    if promised and threshold == NEVER_EXIT:
+      # Where no token can leave early, no confidence is asked for.
+      model, rule = self.reference, self.exact or exits.StaticExit()
     with contextlib.ExitStack() as stack:
       report = progress or stack.enter_context(Progress()).count("prompts")
-      decoded = (self.reference if full else self)._decode_texts(
-        texts, threshold, rule or self.served_rule(threshold), report
-      )
-    calibrated = None if rule is not None else self.calibration
-    if calibrated is None or threshold != calibrated.threshold or self.platform_mismatch:
+      decoded = model._decode_texts(texts, threshold, rule, report)
+    made = self.calibration if promised else None
+    if made is None or threshold != made.threshold or self.platform_mismatch:
       return decoded
-    return dataclasses.replace(decoded, guarantee=calibrated.guarantee)
-
-  def served_rule(self, threshold: float | None) -> exits.Rule | None:
-    """The rule that `generate` runs a threshold with: None is the options' own.
-
-    Where no token can leave early, no confidence is asked for: that is the full-depth program.
-    """
-    return (self.exact or exits.StaticExit()) if threshold == NEVER_EXIT else None
+    return dataclasses.replace(decoded, guarantee=made.guarantee)
 
   def _decode_texts(
     self,
@@ -282,162 +292,325 @@ class Predictor(BatchDecoder):
     # Rows of passes over drafts have positions of their own.
     pooled = self.options.refill and not (rule or self.options.rule).speculates
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
-      first = batches[0]
       if len(batches) > 1:
         rows = pool.PoolProgram(self.program(rule))
         with clock.phase("decode"), compiled.at_precision(self.options.matmul_precision):
           generation = rows.decode(self.weights, batches, level, encode)
       else:
-        encoded = encode(first)
+        encoded = encode(batches[0])
         with clock.phase("decode"):
-          generation = self.decode(encoded, first.active, level, rule)
+          generation = self.decode(encoded, batches[0].active, level, rule)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
-        items[int(row)] = self.output(generation, i, first.tokens.shape[1])
+        items[int(row)] = self.output(generation, i)
     progress(len(texts), len(texts))
     spent = clock.seconds["encode"], clock.seconds["decode"]
     seconds = outputs.Timing(*spent, compiled.num_made() - programs, clock.compile_seconds)
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs.Outputs(in_order, self.num_layers, threshold, None, seconds)
 
-  def __repr__(self) -> str:
-    """Sizes, what it decodes with and, on a line of its own, the promise."""
-    config, made = self.config, self.calibration
-    layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
-    first = f"{layers}, emb_dim {config.emb_dim}, {config.dtype}; {self._way}"
-    if made is None:
-      return f"Predictor({first})"
-    promise = "none, no threshold is certified"
-    if made.certified:
-      metric = "" if made.metric == UNKNOWN else f" by {sanitize(made.metric)}"
-      promise = (
-        f"{made.promise.name} {calibration_display.loss_name(made)} at most"
-        f" {made.tolerance:g}{metric} (error rate {made.error_rate:g},"
-        f" {made.num_examples} prompts)"
-      )
-    return f"Predictor({first},\n  promise: {promise})"
+  def output(self, generation: loop.Generation, row: int) -> outputs.Output:
+    """One row of a generation (numpy arrays [batch, max_decode_length]) as text."""
+    length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
+    columns = lambda array: tuple(array[row][:length].tolist())
+    tokens, passes = columns(generation.tokens), generation.verification
+    return outputs.Output(
+      text=self.vocabulary.decode(list(tokens)),
+      tokens=tokens,
+      pieces=tuple(map(self.vocabulary.piece, tokens)),
+      exit_layers=columns(generation.exit_layers),
+      confidences=columns(generation.confidences),
+      rejected_confidences=columns(generation.rejected_confidences),
+      score=float(generation.scores[row]),
+      num_layers=self.num_layers,
+      eos_id=self.eos_id,
+      drafted=() if passes is None else columns(passes.drafted),
+      passes=0 if passes is None else int(passes.passes[row]),
+      drafts=0 if passes is None else int(passes.drafts[row]),
+    )
+
+  # ---- The same model otherwise
+
+  def with_options(self, **options: Any) -> "Predictor":
+    """The same model under other options and without a calibration."""
+    changed = options_lib.change(self.config, self.options, **options)
+    none = {"calibration": None, "threshold": None, "exact": None}
+    return self.sharing(dataclasses.replace(self, options=changed, **none))
+
+  def with_exits(self, file: str | pathlib.Path) -> "Predictor":
+    """The same model with the exits of a file that `calm fit` learned beside its weights.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: they were learned beside other weights.
+    """
+    config, params = checkpoints.with_exits(self.config, self.params, file)
+    return dataclasses.replace(self, config=config, params=params)
+
+  def sharing(self, other: "Predictor") -> "Predictor":
+    """`other`, a model of the same parameters, with the digests and weights of this one."""
+    layout = lambda model: (model.config, *(getattr(model.options, n) for n in _LAYOUT))
+    alike = ("weights",) if layout(self) == layout(other) else ()
+    for name in ("parameters_digest", "base_digest", *alike):
+      if name in self.__dict__:
+        other.__dict__[name] = self.__dict__[name]
+    return other
 
   @property
-  def _way(self) -> str:
-    """Like `softmax at layers 2, 4, threshold 0.35`."""
-    level, layers = self.threshold, self.options.exit_layers
-    if level == NEVER_EXIT:
-      return self.exact.description if self.exact else "full depth"
-    where = "every layer" if layers is None else f"layers {', '.join(map(str, layers))}"
-    at = "" if level is None else f", threshold {thresholds_lib.format_threshold(level)}"
-    return f"{self.options.measure} at {where}{at}"
+  def reference(self) -> "Predictor":
+    """The model that writes the texts of full depth which a promise compares with.
+
+    Under a `reference_dtype` it is the same parameters with states and weights in float32, laid
+    out a second time where these options have others; else the model itself.
+    """
+    options = self.options
+    approximates = options_lib.batch_size_affects_output(self.config, options) or (
+      options.weights_dtype not in (None, options.reference_dtype)
+    )
+    apart = options.reference_dtype is not None and approximates
+    return self._reference if apart else self
+
+  @functools.cached_property
+  def _reference(self) -> "Predictor":
+    config = dataclasses.replace(self.config, dtype=self.options.reference_dtype)
+    plain = self.with_options(weights_dtype=None, encoder_dtype=None, reference_dtype=None)
+    return self.sharing(dataclasses.replace(plain, config=config))
+
+  # ---- What it is
+
+  @functools.cached_property
+  def weights(self) -> ModelWeights:
+    """The parameters laid out for decoding."""
+    options = self.options
+    weights = model_weights(
+      self.params,
+      self.config,
+      self.vocabulary.vocab_size,
+      options.shortlist,
+      options.weights_dtype,
+      options.head_dtype,
+      encoder_dtype=options.encoder_dtype,
+    )
+    return sharded.replicate(weights, options.num_devices)
+
+  @functools.cached_property
+  def parameters_digest(self) -> str:
+    return checkpoints.parameters_digest(self.params)
+
+  @functools.cached_property
+  def base_digest(self) -> str | None:
+    """Of the parameters that full-depth texts depend on, where exits have maps beside them."""
+    maps = self.config.exit_translators or self.config.exit_propagation
+    return parameters.base_digest(self.params) if maps else None
+
+  @functools.cached_property
+  def expected_drafts(self) -> dict[tuple[exits.Rule, float], acceptance.History]:
+    """What drafts of the texts so far were worth, by rule and threshold."""
+    return {}
+
+  @property
+  def eos_id(self) -> int:
+    return 1 if self.vocabulary.eos_id is None else self.vocabulary.eos_id
+
+  @property
+  def num_layers(self) -> int:
+    """Decoder layers."""
+    return self.config.num_decoder_layers
+
+  @property
+  def procedure(self) -> Procedure:
+    """The procedure for which a calibration of this model's outputs is valid."""
+    return options_lib.procedure(self)
+
+  def step_costs(
+    self, input_length: int, rule: exits.Rule | None = None
+  ) -> costs.DecodingCosts:
+    """FLOPs and bytes of a decode step, by the layer at which tokens leave.
+
+    `input_length` is of the padded prompt.
+    """
+    options = self.options
+    return costs.decoding_costs(
+      self.config,
+      input_length=input_length,
+      cache_length=options.max_decode_length,
+      rule=rule or options.rule,
+      num_pieces=self.vocabulary.vocab_size,
+      shortlist=len(options.shortlist or ()),
+      weights_dtype=options.weights_dtype,
+      head_dtype=options.head_dtype,
+    )
+
+  # ---- Batches
+
+  def program(self, rule: exits.Rule | None = None) -> Program:
+    """The compiled program of a rule (the options' own by default)."""
+    return Program(
+      self.config,
+      rule or self.options.rule,
+      self.options.max_decode_length,
+      self.eos_id,
+      self.options.engine if rule is None else None,
+      native=not options_lib.decoder_rounds(self.config, self.options),
+    )
+
+  def runs(self, rule: exits.Rule | None = None) -> Any:
+    """What `decode` runs: `program`, spread over devices, or in stages where last bits decide
+    nothing."""
+    program, count = self.program(rule), self.options.num_devices
+    if count > 1:
+      return sharded.ShardedProgram(program, count)
+    rounds = options_lib.decoder_rounds(self.config, self.options)
+    return program if rounds else staged.staged(program)
+
+  def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
+    """Tokenises prompts and groups them into batches."""
+    options = self.options
+    size, length = options.batch_size * options.num_devices, options.max_input_length
+    tokens = prompt_batches.tokenize(
+      prompt_files.check_texts(texts),
+      self.vocabulary,
+      prefix=options.task_prefix,
+      max_input_length=length,
+      eos_id=self.eos_id,
+    )
+    batches = prompt_batches.plan(
+      tokens,
+      batch_size=size,
+      max_input_length=length,
+      # The size is part of the procedure there: another one rounds otherwise.
+      whole_batches=options_lib.batch_size_affects_output(self.config, options),
+    )
+    return [_padded(batch, size, length) for batch in batches] if self.one_shape else batches
+
+  def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
+    """Encodes a batch once, for any number of thresholds."""
+    signals.check()
+    # The rule has no part in it: one compiled encoder serves all of them.
+    program = Program(self.config, exits.StaticExit(), 1, self.eos_id)
+    count = self.options.num_devices
+    encoder = program if count == 1 else sharded.ShardedProgram(program, count)
+    with compiled.at_precision(self.options.matmul_precision):
+      return encoder.encode(self.weights, batch.tokens)
+
+  def decode(
+    self,
+    encoded: caches.Encoded,
+    active: np.ndarray,
+    threshold: float,
+    rule: exits.Rule | None = None,
+  ) -> loop.Generation:
+    """Decodes the active rows of an encoded batch; numpy arrays come back."""
+    signals.check()
+    chosen = rule or self.options.rule
+    if not isinstance(chosen, exits.Speculative):
+      return self._run(rule, encoded, active, threshold)
+    # Drafts decide something, or full depth would round otherwise than passes do.
+    must = threshold < 1 or not chosen.adapts or chosen.measures or not can_be_exact(self)
+    history = self.expected_drafts.setdefault((chosen, threshold), acceptance.History(must))
+    history.update_from_last()
+    if len(active) not in history.plans:
+      each = -(-len(active) // self.options.num_devices)
+      weights, native = self.weights.decoder, self.program(chosen).native
+      history.plans[len(active)] = acceptance.plan(self.config, weights, chosen, each, native)
+    if not history.drafts_next(len(active)):
+      full = self._run(exits.StaticExit(), encoded, active, NEVER_EXIT)
+      return loop.without_drafts(full)
+    generation = self._run(chosen, encoded, active, threshold, history.prior)
+    history.last = generation, active
+    return generation
+
+  def expect_drafts(self) -> None:
+    """The next batch makes drafts, whatever those before it were worth: to time them."""
+    for history in self.expected_drafts.values():
+      history.update_from_last()
+      history.backoff = 0
+
+  def _run(
+    self, rule, encoded, active, threshold: float, prior: acceptance.Prior | None = None
+  ) -> loop.Generation:
+    """One batch through the program of a rule, fetched to the host."""
+    # Arguments are looked at one by one, 40 microseconds for those of the encoder.
+    weights = dataclasses.replace(self.weights, encoder={})
+    program = self.runs(rule)
+    # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
+    with compiled.at_precision(self.options.matmul_precision):
+      if isinstance(program, Program):
+        known = np.array((threshold, *(prior or ())), np.float32)
+        generation = np.asarray(program.decode_packed(weights, encoded, active, known))
+        return loop.unpack(generation, program.max_decode_length)
+      level, expected = jax.tree.map(np.float32, (threshold, prior))
+      generation = program.decode(weights, encoded, active, level, expected)
+    # Where host and device are one, nothing is to be sent for ahead, and asking takes a core
+    # from the program: a twentieth of a short text of a small model.
+    if platforms.runs_in_this_process():
+      return jax.tree.map(np.asarray, generation)
+    return jax.device_get(generation)
+
+  def resume(
+    self,
+    encoded: caches.Encoded,
+    state: loop.DecodingState | None,
+    active: np.ndarray,
+    threshold: float,
+    resume_at: np.ndarray,
+  ) -> loop.DecodingState:
+    """Decodes the active rows from some token of each on; see `program.Program.resume`.
+
+    On one device; `state` is what an earlier call returned for the same prompts, None at first.
+    """
+    signals.check()
+    program = self.runs()
+    with compiled.at_precision(self.options.matmul_precision):
+      return program.resume(
+        self.weights,
+        encoded,
+        program.nothing_yet(len(active)) if state is None else state,
+        active,
+        np.asarray(threshold, np.float32),
+        resume_at.astype(np.int32),
+      )
 
 
-@arguments.checked()
-def load(
-  path: str | pathlib.Path = "packed",
-  *,
-  calibration: Calibration | str | pathlib.Path | None = None,
-  void_guarantee: bool = False,
-  allow_platform: bool = False,
-  dtype: npt.DTypeLike | None = None,
-  exits: str | pathlib.Path | None = None,
-  **options: Any,
-) -> Predictor:
-  """Opens a model for decoding.
+def _padded(
+  batch: prompt_batches.PromptBatch, size: int, length: int
+) -> prompt_batches.PromptBatch:
+  tokens = np.zeros((size, length), np.int32)
+  tokens[: len(batch.tokens), : batch.tokens.shape[1]] = batch.tokens
+  return prompt_batches.PromptBatch(batch.rows, tokens, np.arange(size) < len(batch.rows))
+
+
+def can_be_exact(model: Predictor) -> bool:
+  """Whether texts from drafts are those of full depth: not where states are rounded to few
+  bits, as passes over several positions are then rounded otherwise than single tokens."""
+  return not options_lib.batch_size_affects_output(model.config, model.options)
+
+
+def exact_rule(model: Predictor, draft_layer: int | None = None) -> exits.Speculative:
+  """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
+
+  Drafts come from the shortlist of the model's options where the head has more weights than
+  the layers below the draft layer, else from the whole head (`options.draft_head`).
 
   Args:
-    path: a checkpoint directory of any format that `checkpoints.load` knows, or 'packed' for
-      the small model inside this package.
-    calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
-      given; a model or an option that differs from it is refused. None takes the
-      `calibration.json` of the model's own folder, where there is one and no option that is
-      given differs from it.
-    void_guarantee: decode under another procedure all the same: the calibrated threshold
-      stays, the promise goes.
-    allow_platform: decode all the same where the calibration differs in nothing but the
-      platform that it was made on and its matmul precision. Outputs carry no promise; with
-      `generate(online=...)` this platform earns one of its own.
-    dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
-    exits: a file of exits that `calm fit` learned beside this model's weights, or the folder
-      that it wrote; None takes the model folder's own, where there is one.
-    **options: fields of `DecodeOptions`.
+    model: the model.
+    draft_layer: k; None: a quarter of the layers.
 
   Raises:
-    ValueError: the calibration is for another procedure (the message names the fields), or the
-      checkpoint has no vocabulary.
+    ValueError: the draft layer is not below the last, or there is one layer only; or it would
+      not be exact (`can_be_exact`).
   """
-  sharded.make_cpu_devices(options.get("num_devices"))
-  directory = checkpoints.PACKED if str(path) == "packed" else pathlib.Path(path)
-  checkpoint = checkpoints.load(directory, exits=exits)
-  if checkpoint.vocabulary is None:
+  config, options = model.config, model.options
+  if not can_be_exact(model):
+    names = ("weights_dtype", "encoder_dtype")
+    narrow = [name for name in names if getattr(options, name) == options_lib.IN_8_BITS]
+    got = f"`{narrow[0]}` 'int8'" if narrow else f"`dtype` {config.dtype!r}"
+    way_out = "leave one of the two out" if narrow else "give `dtype` 'float32'"
     raise ValueError(
-      f"Expected a vocabulary beside the checkpoint in {directory}, got none; save the model"
-      " with one (`checkpoints.save(..., vocabulary=...)`)."
+      f"Expected states in float32 for exact decoding, got {got}: passes over drafts would be"
+      f" rounded otherwise than full depth's tokens; {way_out}."
     )
-  if isinstance(calibration, str | pathlib.Path):
-    calibration = Calibration.load(calibration)
-  stored = options_lib.stored_options(directory)
-  procedure = None if calibration is None else calibration.procedure
-  if procedure is None:
-    base = options_lib.DecodeOptions(**stored)
-  else:
-    base = options_lib.options_of(procedure, stored.get("shortlist"))
-    dtype = dtype or procedure.activation_dtype
-  config = checkpoint.config
-  if dtype is not None:
-    config = dataclasses.replace(config, dtype=dtype)
-  changed = options_lib.change(config, base, **options)
-  predictor = Predictor(config, checkpoint.params, checkpoint.vocabulary, changed)
-  if calibration is not None and void_guarantee:
-    return dataclasses.replace(predictor, threshold=calibration.threshold)
-  if calibration is not None:
-    return predictor.under(calibration, allow_platform=allow_platform)
-  own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
-  given = bool(options) or dtype is not None
-  if own.exists() and not void_guarantee:
-    return _under_own(predictor, own, given, allow_platform)
-  if full_depth.exists():
-    exact = None if given or not can_be_exact(predictor) else stored_rule(full_depth)
-    return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
-  if checkpoint.exits_trained is False and not config.exit_translators and not own.exists():
-    warnings.warn(
-      UntrainedExits(
-        f"the exits of {directory} were never trained: only its last decoder layer has learned"
-        " to write, so tokens that leave before it are often wrong. Train them (`calm fit`, or"
-        " `calm train`), or decode at full depth (the threshold 'never')."
-      ),
-      stacklevel=3,
-    )
-  return predictor
-
-
-def _under_own(
-  predictor: Predictor, path: pathlib.Path, options_given: bool, allow_platform: bool
-) -> Predictor:
-  """The model under the calibration of its own folder, or bare under options of a user's."""
-  calibration = Calibration.load(path)
-  compare = functools.partial(describe_differences, calibration.procedure, predictor.procedure)
-  difference = compare(allow_platform=allow_platform)
-  if not difference:
-    return predictor.under(calibration, allow_platform=allow_platform)
-  if not compare(allow_platform=True):  # the same options, at another place
-    calibration.refuse_other(predictor.procedure)
-  if not options_given:  # the folder disagrees with itself
-    raise ValueError(
-      f"Expected {str(path)!r} to be for the model beside it, got one for another procedure:"
-      f" {difference}; calibrate again, or take the file away to decode without a promise."
-    )
-  return predictor
-
-
-def stored_rule(path: pathlib.Path) -> exits.Speculative | None:
-  """The rule that a folder's `full_depth.json` names, where it was measured to be faster.
-
-  Raises:
-    ValueError: the file is damaged (names it).
-  """
-  stored = files.read_json(path).get("exact")
-  if stored is None:
-    return None
-  known = {field.name for field in dataclasses.fields(exits.Speculative)}
-  with files.naming(path):
-    if not isinstance(stored, dict) or set(stored) != known:
-      raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
-    limits.whole("draft_layer", stored["draft_layer"], 1, limits.SIZES["num_decoder_layers"][1])
-    limits.whole("num_drafts", stored["num_drafts"], 1, limits.LONGEST)
-    return exits.Speculative(**stored)
+  layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
+  head = options_lib.draft_head(config, options, layer)
+  rule = exits.Speculative(layer, options.num_drafts, head)
+  rule.depth(config.num_decoder_layers)
+  return rule

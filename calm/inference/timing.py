@@ -9,19 +9,19 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax import monitoring
 
 from calm import exits
-from calm.calibrate import Prompt
+from calm.calibrate import NEVER_EXIT, Prompt
 from calm.calibrate.seconds import Pair, Seconds
-from calm.data import prompt_batches
-from calm.exits import schedules
 from calm.inference import grid
-from calm.inference.batch_decoder import BatchDecoder
+
+if TYPE_CHECKING:
+  from calm.inference.predictor import Predictor
 
 FULL = "full depth"
 # Prompts that `beside_full_depth` times one at a time, and rounds.
@@ -34,63 +34,45 @@ class Setting:
 
   name: str
   rule: exits.Rule
-  threshold: float = schedules.NEVER_EXIT
-  model: BatchDecoder | None = None
+  threshold: float = NEVER_EXIT
+  model: "Predictor | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-  """Seconds of one setting.
+  """Seconds of one setting."""
 
-  Attributes:
-    name: of its curve.
-    threshold: lambda.
-    layers: mean decoder layers a token on the timed prompts.
-    prompt_seconds: each prompt's (or batch's) decode seconds, `of_rounds` over its rounds.
-    decode_seconds: their mean over prompts.
-    speedup: full depth's decode seconds over these.
-    end_to_end: the same with the encoder's seconds on both sides.
-  """
-
-  name: str
+  name: str  # of its curve
   threshold: float
-  layers: float
-  prompt_seconds: tuple[float, ...]
-  decode_seconds: float
-  speedup: float
-  end_to_end: float
+  layers: float  # mean decoder layers a token on the timed prompts
+  prompt_seconds: tuple[float, ...]  # each prompt's (or batch's) to decode, over its rounds
+  decode_seconds: float  # their mean over prompts
+  speedup: float  # full depth's decode seconds over these
+  end_to_end: float  # the same with the encoder's seconds on both sides
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-  """All settings on the same prompts.
-
-  Attributes:
-    num_prompts: prompts timed.
-    rounds: times that each was decoded under each setting, after one uncounted.
-    encode_seconds: mean encoder seconds a prompt.
-    full_seconds: mean decode seconds a prompt of the full model (static, no confidence).
-    rows: one entry a setting; the first is full depth.
-  """
+  """All settings on the same prompts, of which full depth is the first row."""
 
   num_prompts: int
-  rounds: int
-  encode_seconds: float
-  full_seconds: float
+  rounds: int  # times that each was decoded under each setting, after one uncounted
+  encode_seconds: float  # mean encoder seconds a prompt
+  full_seconds: float  # mean decode seconds a prompt of the full model
   rows: tuple[Timed, ...]
 
-  def find(self, name: str, threshold: float = schedules.NEVER_EXIT) -> Timed | None:
+  def find(self, name: str, threshold: float = NEVER_EXIT) -> Timed | None:
     """The row of a setting, or None."""
     return next((r for r in self.rows if r.name == name and r.threshold == threshold), None)
 
 
 def measure(
-  model: BatchDecoder,
+  model: "Predictor",
   prompts: Sequence[Prompt],
   settings: Sequence[Setting],
   *,
   batch_size: int = 1,
-  full: BatchDecoder | None = None,
+  full: "Predictor | None" = None,
   rounds: int = 3,
   of_rounds: Callable[..., np.ndarray] = np.median,
   progress: grid.Progress = grid.silent,
@@ -104,8 +86,7 @@ def measure(
     batch_size: prompts decoded together.
     full: the model that decodes at full depth; None: `model`.
     rounds: repeats.
-    of_rounds: what counts of them: `np.median`, or `np.min` where they are few and the machine
-      has other work, which only ever adds.
+    of_rounds: what counts of them: `np.median`, or `np.min` where they are few.
     progress: told of the share done.
   """
   settings = [Setting(FULL, exits.StaticExit(), model=full), *settings]
@@ -135,7 +116,7 @@ def measure(
 
 
 def of_one_length(
-  model: BatchDecoder, examples: Sequence[Prompt], limit: int | None = None
+  model: "Predictor", examples: Sequence[Prompt], limit: int | None = None
 ) -> tuple[Prompt, ...]:
   """The first prompts that have the commonest padded length: one compilation times them all."""
   batches = model.with_options(batch_size=1).plan([example.input for example in examples])
@@ -147,14 +128,14 @@ def of_one_length(
 
 
 def beside_full_depth(
-  model: BatchDecoder,
+  model: "Predictor",
   texts: Sequence[str],
   threshold: float,
   *,
   prompts: int = PROMPTS,
   rounds: int = ROUNDS,
   rule: exits.Rule | None = None,
-  base: BatchDecoder | None = None,
+  base: "Predictor | None" = None,
   progress: grid.Progress = grid.silent,
 ) -> Seconds:
   """Times a rule at a threshold against full depth, one prompt at a time and in batches.
@@ -162,9 +143,8 @@ def beside_full_depth(
   The fastest round of each batch counts: other work of the machine only ever adds.
 
   Args:
-    model: the model under its options.
+    model, threshold: what is timed.
     texts: prompts; those of the commonest padded length are timed.
-    threshold: lambda.
     prompts: most prompts that are timed one at a time; batches take four batches of them.
     rounds: times that each is decoded, after one uncounted.
     rule: how tokens go through the layers; None is the model's own.
@@ -200,17 +180,10 @@ def beside_full_depth(
 
 
 def _rounds(
-  ways: Sequence[tuple[BatchDecoder, exits.Rule, float]],
-  batches: Sequence[prompt_batches.PromptBatch],
-  rounds: int,
-  progress: grid.Progress,
+  ways: Sequence[tuple["Predictor", exits.Rule, float]], batches, rounds: int, progress
 ) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-  """Seconds of ways of decoding, each a model, a rule and a threshold.
-
-  Returns:
-    Decode and encode seconds [rounds, ways, batches], and the exit layers of every way's
-    tokens. Ways whose encoders compute alike share the seconds of one.
-  """
+  """Decode and encode seconds [rounds, ways, batches] of ways of decoding, and the exit layers
+  of every way's tokens. Ways whose encoders compute alike share the seconds of one."""
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
   encode = np.zeros_like(seconds)
   layers: list[list[int]] = [[] for _ in ways]
@@ -222,19 +195,18 @@ def _rounds(
   # first one, which compiles, nothing counts.
   for number in range(rounds + 1):
     for place, batch in enumerate(batches):
-      states: dict[Any, Any] = {}
-      spent: dict[Any, float] = {}
-      for way, (model, _, _) in enumerate(ways):
-        if encoders[way] not in states:
+      encoded: dict[Any, tuple[Any, float]] = {}
+      turn = list(enumerate(zip(encoders, ways, strict=True)))
+      for way, (encoder, (model, _, _)) in turn:
+        if encoder not in encoded:
           start = time.perf_counter()
-          states[encoders[way]] = jax.block_until_ready(model.encode(batch))
-          spent[encoders[way]] = time.perf_counter() - start
-        encode[number, way, place] = spent[encoders[way]]
-      turn = list(enumerate(ways))
-      for way, (model, rule, threshold) in turn if number % 2 else turn[::-1]:
+          state = jax.block_until_ready(model.encode(batch))
+          encoded[encoder] = state, time.perf_counter() - start
+        encode[number, way, place] = encoded[encoder][1]
+      for way, (encoder, (model, rule, threshold)) in turn if number % 2 else turn[::-1]:
         model.expect_drafts()
         start = time.perf_counter()
-        generation = model.decode(states[encoders[way]], batch.active, threshold, rule)
+        generation = model.decode(encoded[encoder][0], batch.active, threshold, rule)
         seconds[number, way, place] = time.perf_counter() - start
         if number == 0:
           depths = generation.exit_layers
@@ -254,10 +226,7 @@ _compile_seconds = 0.0
 
 
 def compile_seconds() -> float:
-  """Seconds that JAX has spent on tracing, lowering and compiling in this process so far.
-
-  Programs read from the cache on the disk count with the time that this took.
-  """
+  """Seconds that JAX has spent on tracing, lowering and compiling in this process so far."""
   return _compile_seconds
 
 

@@ -40,7 +40,7 @@ def test_a_shape_is_compiled_once():
       Toy(2.0).times(np.ones(3, np.float32), shift=1.0), 15 * np.ones(3)
     )
   Toy.times(Toy(3.0), np.ones(3, np.float32))
-  assert TRACED == [(2.0, (3,)), (2.0, (3,)), (3.0, (3,))] and compiled.num_kept() == 3
+  assert TRACED == [(2.0, (3,)), (2.0, (3,)), (3.0, (3,))] and len(compiled._kept) == 3
   assert Toy.times.__doc__ == "Multiplies."
 
 
@@ -61,18 +61,18 @@ def test_the_oldest_is_dropped_and_made_again(monkeypatch):
   run = lambda n: Toy(1.0).times(np.ones(n, np.float32))
   for n in (1, 2, 1, 3):  # 2 was not used for longest
     run(n)
-  assert compiled.num_kept() == 2
+  assert len(compiled._kept) == 2
   run(1)
   assert [shape for _, shape in TRACED] == [(1,), (2,), (3,)]
   run(2)
   assert [shape for _, shape in TRACED] == [(1,), (2,), (3,), (2,)]
   compiled.drop_all()
-  assert compiled.num_kept() == 0
+  assert len(compiled._kept) == 0
 
 
 def test_programs_make_room_when_memory_maps_run_short(monkeypatch):
   for n in range(1, 9):
     Toy(1.0).times(np.ones(n, np.float32))
-  monkeypatch.setattr(compiled, "maps_part", lambda: 0.9 if compiled.num_kept() > 2 else 0.4)
+  monkeypatch.setattr(compiled, "maps_part", lambda: 0.9 if len(compiled._kept) > 2 else 0.4)
   Toy(1.0).times(np.ones(9, np.float32))
-  assert compiled.num_kept() == 3
+  assert len(compiled._kept) == 3

@@ -128,12 +128,6 @@ def turns(text: str) -> list[int]:
   return [size(name) + max(map(size, _bodies(module[name])), default=0) for name in multiply]
 
 
-def ready_at_the_beginning(text: str) -> int:
-  """The same of what a program runs around its loops."""
-  (name,) = re.findall(r"^ENTRY %?([\w.\-]+) \(", text, re.MULTILINE)
-  return _most_ready(computations(text)[name])
-
-
 def _most_ready(operations: list[Operation]) -> int:
   """The same of one computation."""
   needs: dict[str, set[str]] = {}

@@ -78,18 +78,18 @@ def half_a_layers_cache(rows: int = 8) -> int:
 
 
 @pytest.mark.parametrize(
-  ("rule", "made"),
+  ("rule", "made", "native"),
   [
-    (SHALLOW, engines.Deferred()),
-    (LEARNED, engines.Deferred()),
-    (LEARNED, engines.Compacted()),
-    (SHALLOW, engines.Compacted()),
-    (SHALLOW, engines.Eager()),
-    (exits.StaticExit(), engines.Eager()),
+    (SHALLOW, engines.Deferred(), False),
+    (LEARNED, engines.Deferred(), True),
+    (LEARNED, engines.Compacted(), False),
+    (SHALLOW, engines.Compacted(), True),
+    (SHALLOW, engines.Eager(), True),
+    (SHALLOW, engines.Eager(), False),
+    (STATIC, engines.Eager(), True),
+    (STATIC, engines.Eager(), False),
   ],
-  ids=["deferred", "learned", "compacted_learned", "compacted", "eager", "static"],
 )
-@pytest.mark.parametrize("native", [True, False])
 def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made, native):
   text = compiled(rule, made, native=native)
   assert not [operation.text for operation in hlo.large(text, half_a_layers_cache())]
@@ -130,7 +130,7 @@ def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
 def test_rows_that_stay_read_their_caches_one_at_a_time():
   """A bucket of four of eight rows: nothing in it is as large as the keys of two of them."""
   two = half_a_layers_cache(2)
-  made = engines.Compacted(buckets=(4,), part_by_row=0.5)
+  made = engines.Compacted(buckets=(4,))
   assert not [operation.text for operation in hlo.large(compiled(SHALLOW, made), two)]
 
 
@@ -145,8 +145,7 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   assert "s8[" in text and "TopK" in text
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("rows", "native"), [(1, True), (8, True), (8, False)])
 def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, native):
   """Of one position, of some, and of the whole window; the loop over drafts is within."""
   rule = exits.Speculative(1, 3, draft_head="full", adapts=native)
@@ -166,8 +165,7 @@ def test_the_check_finds_caches_that_are_copied(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", [SHALLOW, STATIC, exits.Speculative(1, 3, draft_head="full")])
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("native", "rows"), [(True, 1), (False, 1), (True, 2)])
 def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native, rows):
   """Else XLA:CPU wakes a thread at every token, whatever the number of layers."""
   assert hlo.most_ready(compiled(rule, None, rows, layers=6, native=native)) < 10

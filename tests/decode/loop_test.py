@@ -86,19 +86,13 @@ def test_inactive_rows_stay_empty_and_do_not_hold_up_the_loop():
   assert decode(active=(False, False, False)).position == 0
 
 
-def test_step_limit_is_traced_and_keeps_the_arrays_size():
-  traces = []
-
-  @jax.jit
-  def limited(limit):
-    traces.append(limit)
-    return decode(step_limit=limit).generation
-
-  for limit in range(5):
-    got = limited(jnp.int32(limit))
-    assert got.tokens.shape == (3, 4)
-    np.testing.assert_array_equal(got.num_tokens, np.minimum([3, 4, 1], limit))
-  assert len(traces) == 1
+def test_a_lower_limit_keeps_the_arrays_size_and_can_be_gone_on_from():
+  for limit in (1, 3):
+    state = decode(step_limit=limit)
+    assert state.generation.tokens.shape == (3, 4)
+    np.testing.assert_array_equal(state.generation.num_tokens, np.minimum([3, 4, 1], limit))
+    rest = loop.go_on(scripted(), state, state.cache, step_limit=4, eos_id=EOS)
+    np.testing.assert_array_equal(rest.generation.tokens, decoded().generation.tokens)
 
 
 def test_the_greedy_token_is_the_argmax_with_its_log_probability():

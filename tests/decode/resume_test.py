@@ -18,7 +18,6 @@ COPY = propagation.propagation("copy_projections")
 LEARNED = propagation.propagation("learned")
 CASES = {
   "eager": (exits.DynamicExits(confidence.Classifier(), propagation=COPY), engines.Eager()),
-  "deferred": (CLASSIFIER, engines.Deferred()),
   "learned": (
     exits.DynamicExits(confidence.State(), allowed=(1, 3), propagation=LEARNED),
     engines.Deferred(),

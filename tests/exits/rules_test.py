@@ -27,38 +27,25 @@ TABLE = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """A measure that reads a table [layers, batch]."""
+  """A measure that reads a table [layers, batch], and one of cheaper bounds where given."""
 
   table: Any
   uses_head: Any = False
+  bounds: Any = None
   name: ClassVar[str] = "given"
   uses_shortlist: ClassVar[bool] = False
   part: ClassVar[str | None] = None
-  bound: ClassVar[Any] = None
 
   def __call__(self, view):
     if self.uses_head:
       view.logits()
     return jnp.asarray(self.table)[view.layer - 1]
 
-
-@dataclasses.dataclass(frozen=True)
-class Bounded:
-  """A measure with a cheaper one before it, both from tables [layers, batch]."""
-
-  table: Any
-  bounds: Any
-  uses_head: Any = True
-  name: ClassVar[str] = "bounded"
-  uses_shortlist: ClassVar[bool] = False
-  part: ClassVar[str | None] = None
-
-  def __call__(self, view):
-    view.logits()
-    return jnp.asarray(self.table)[view.layer - 1]
-
-  def bound(self, view):
-    return jnp.asarray(self.bounds)[view.layer - 1]
+  @property
+  def bound(self):
+    if self.bounds is None:
+      return None
+    return lambda view: jnp.asarray(self.bounds)[view.layer - 1]
 
 
 def toy_layers(calls: list | None = None) -> layers_lib.Layers:
@@ -133,15 +120,20 @@ def walk(confidences, threshold, allowed):
 
 
 def test_rows_leave_at_the_first_layer_that_clears_the_threshold():
-  got = take(exits.DynamicExits(Given(TABLE)))
+  taken = taking(exits.DynamicExits(Given(TABLE)))
+  got = taken()
   assert got.exit_layer.tolist() == [1, 3, 4]  # 0.5 >= 0.5 leaves.
   np.testing.assert_allclose(got.confidence, [0.5, 0.8, 0.05])
   np.testing.assert_allclose(got.rejected_confidence, [0.0, 0.4, 0.3])
   assert tokens(got) == [1, 3, 4]
+  # Each row may have its own threshold.
+  assert taken(jnp.array([0.6, NEVER, 0.3])).exit_layer.tolist() == [3, 4, 2]
 
 
-@pytest.mark.parametrize("allowed", [None, (2,), (1, 3), (1, 4), ()])
-@pytest.mark.parametrize("uses_head", [True, False])
+@pytest.mark.parametrize(
+  ("uses_head", "allowed"),
+  [(True, None), (False, None), (True, (2,)), (False, (1, 3)), (True, (1, 4)), (False, ())],
+)
 def test_the_rule_is_its_definition(uses_head, allowed):
   @jax.jit
   def decide(table, threshold):
@@ -191,20 +183,10 @@ def test_never_runs_every_layer(name):
   got = taken(NEVER)
   assert got.exit_layer.tolist() == [L] * 3
   np.testing.assert_array_equal(keys(got), [[10, 21, 32, 43]] * 3)
-  # A threshold of 1 is cleared by saturated confidences.
+  # A threshold of 1 is cleared by saturated confidences, and Eq. 5 keeps never apart.
   assert taken(1.0).exit_layer.tolist() == [1] * 3
-
-
-def test_never_stays_never_under_eq_5():
-  rule = exits.DynamicExits(Given(np.ones((L, 3), np.float32)), schedules.Decaying(4.0, 8))
-  taken = taking(rule)
-  assert taken(NEVER).exit_layer.tolist() == [L] * 3
-  assert taken(1.0).exit_layer.tolist() == [1] * 3
-
-
-def test_each_row_may_have_its_own_threshold():
-  got = take(exits.DynamicExits(Given(TABLE)), jnp.array([0.6, NEVER, 0.3]))
-  assert got.exit_layer.tolist() == [3, 4, 2]
+  decaying = taking(dataclasses.replace(rule, schedule=schedules.Decaying(4.0, 8)))
+  assert decaying(NEVER).exit_layer.tolist() == [L] * 3
 
 
 def test_inactive_rows_report_nothing():
@@ -243,7 +225,7 @@ def test_no_head_more_than_the_measure_needs(uses_head, allowed, expected):
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.7, NEVER])
 def test_a_cheaper_bound_is_cleared_first(threshold):
   table, bounds = np.random.default_rng(3).uniform(size=(2, L, 8)).astype(np.float32)
-  got = take(exits.DynamicExits(Bounded(table, bounds)), threshold, active=(True,) * 8)
+  got = take(exits.DynamicExits(Given(table, True, bounds)), threshold, active=(True,) * 8)
   for row in range(8):
     # What failed is what is known of a layer: the bound, or else the measure.
     known = np.where(bounds < threshold, bounds, table)[:, row]
@@ -258,7 +240,7 @@ def test_where_the_bound_fails_in_every_row_no_head_runs():
   bounds = np.array([[0.1] * 3, [0.6, 0.1, 0.1], [0.1] * 3, [0.1] * 3], np.float32)
   calls = []
   with jax.disable_jit():
-    take(exits.DynamicExits(Bounded(TABLE, bounds)), layers=toy_layers(calls))
+    take(exits.DynamicExits(Given(TABLE, True, bounds)), layers=toy_layers(calls))
   # For its shape at layer 1, at layer 2 and at the last.
   assert [name for name, _ in calls].count("logits") == 3
 
@@ -273,12 +255,9 @@ def test_static_exit_is_a_shallower_decoder(depth):
   assert [name for name, _ in calls] == ["run"] * layers + ["logits"]
   assert len(got.rows) == layers == rule.depth(L)
   assert not got.confidence.any() and not got.rejected_confidence.any()
-
-
-@pytest.mark.parametrize("depth", [-1, L + 1])
-def test_static_exit_outside_of_the_model_is_refused(depth):
-  with pytest.raises(ValueError, match=rf"`layer` in 1 \.\.\. {L}, got {depth}"):
-    take(exits.StaticExit(depth))
+  for beyond in (-1, L + 1):
+    with pytest.raises(ValueError, match=rf"`layer` in 1 \.\.\. {L}, got {beyond}"):
+      exits.StaticExit(beyond).depth(L)
 
 
 # Argmax of the layers, [layer, row]: the last says 2 in every row.
@@ -306,9 +285,6 @@ def test_the_oracle_leaves_where_the_last_layers_token_first_stands(name, expect
   assert got.exit_layer.tolist() == [1, 2, 4]
   assert tokens(got) == [2, 2, 2] and jnp.max(got.logits, axis=-1).tolist() == [1, 2, 4]
   assert got.confidence.tolist() == [1, 1, 1]
-  if name == "exit_state":
-    # Row 1 leaves at 2: layers 3 and 4 store d^2.
-    expected = [[10, 21, 31, 41], [10, 21, 32, 42], [10, 21, 32, 43]]
   np.testing.assert_array_equal(keys(got), expected)
   allowed = take(dataclasses.replace(rule, allowed=(2, 3)), layers=layers)
   assert allowed.exit_layer.tolist() == [3, 2, 4]

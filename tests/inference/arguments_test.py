@@ -12,7 +12,7 @@ import pytest
 from calm import exits, fitting, inference
 from calm.calibrate import metrics
 from calm.decode import engines
-from calm.exits import confidence, propagation, schedules, speculative
+from calm.exits import confidence, propagation, schedules
 from calm.fitting import result
 from calm.inference import DecodeOptions
 from tests import odd_arguments
@@ -189,7 +189,7 @@ BORDER = {
   "speculative": (exits.Speculative, fields(exits.Speculative, draft_layer=1)),
   "decaying": (schedules.schedule, {"name": "decaying", "temperature": 1.0, "max_length": 8}),
   "threshold": (schedules.check_threshold, {"threshold": 0.5}),
-  "slack": (speculative.threshold_of, {"slack": 0.5}),
+  "slack": (exits.threshold_of, {"slack": 0.5}),
   "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
   "measure": (confidence.measure, {"name": "softmax"}),
   "propagation": (propagation.propagation, {"name": "exit_state"}),

@@ -1,29 +1,36 @@
-"""What a predictor makes of drafts that turn out well, or to be worth nothing."""
+"""Exact decoding through a predictor: drafts that turn out well, or to be worth nothing, and
+slack as a measure that is calibrated."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from calm import exits, inference
+from calm import checkpoints, exits, inference
+from calm.calibrate import generations
+from calm.calibrate import losses as sequence_losses
 from calm.decode import acceptance, loop
-from calm.exits import schedules
-from calm.inference import timing
+from calm.inference import certified, timing
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(12) for word in ("a", "the words")]
-OPTIONS = {**predictor_test.OPTIONS, "max_input_length": 16, "batch_size": 1}
+OPTIONS = {**predictor_test.OPTIONS, "max_input_length": 16}
+GRID = [1.0, 0.6, 0.2]
 NONSENSE = exits.Speculative(2, 3, stop_below=0.0)
 ACTIVE = np.ones(1, bool)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  """Its short list says what is least likely."""
+def verified(tmp_path_factory):
   directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
-  made = inference.load(directory, **OPTIONS).with_options(
-    measure="shortlist", shortlist=tuple(range(3, 60))
-  )
+  opened = inference.load(directory, **OPTIONS)
+  return opened.with_options(measure="verified", exit_layers=(2,))
+
+
+@pytest.fixture(scope="module")
+def model(verified):
+  """Its short list says what is least likely."""
+  made = verified.with_options(measure="shortlist", shortlist=tuple(range(3, 60)), batch_size=1)
   decoder = made.weights.decoder
   decoder = dataclasses.replace(decoder, shortlist=-decoder.shortlist)
   made.__dict__["weights"] = dataclasses.replace(made.weights, decoder=decoder)
@@ -31,8 +38,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def full(model):
-  return model.generate(TEXTS, rule=exits.StaticExit())
+def full(verified):
+  return verified.generate(TEXTS, rule=exits.StaticExit())
 
 
 @pytest.fixture
@@ -133,7 +140,7 @@ def test_a_batch_that_hopes_for_no_draft_is_full_depths(model, full, ran, monkey
   assert ran == [exits.StaticExit()] * 3
   assert [o.tokens for o in outputs] == [o.tokens for o in full[:3]]
   # It is no wait: the next ones hope no more.
-  assert model.expected_drafts[NONSENSE, schedules.NEVER_EXIT].backoff == 0
+  assert model.expected_drafts[NONSENSE, np.inf].backoff == 0
 
 
 def test_drafts_that_are_timed_are_made_whatever_they_are_worth(model, ran):
@@ -161,3 +168,114 @@ def test_drafts_that_must_be_made_are_whatever_they_are_worth(
   begun(other, ran, rule, threshold=threshold)
   other.generate(TEXTS[:8], rule=rule, threshold=threshold)
   assert ran == [rule] * 8
+
+
+# ---- Exact texts, and slack
+
+
+def test_texts_are_the_full_models_and_say_how_they_came_about(verified, full):
+  # A random model's drafts do not pay, and would soon be none.
+  rule = dataclasses.replace(inference.exact_rule(verified, 2), adapts=False)
+  outputs = verified.generate(TEXTS, rule=rule)
+  assert outputs.guarantee is None
+  for output, expected in zip(outputs, full, strict=True):
+    assert output.tokens == expected.tokens and output.text == expected.text
+    assert output.score == pytest.approx(expected.score, abs=1e-4)
+    assert set(output.exit_layers) == {verified.num_layers}
+    assert len(output.drafted) == len(output.tokens)
+    assert 1 <= output.passes <= len(output.tokens)
+    assert sum(output.drafted) <= output.drafts
+  assert sum(sum(output.drafted) for output in outputs) > 0
+  assert all(output.passes == 0 and output.drafted == () for output in full)
+
+
+def test_a_text_begins_with_what_those_before_it_had(verified):
+  one = verified.with_options(batch_size=1)
+  rule = dataclasses.replace(inference.exact_rule(one, 2), adapts=False)
+  prior, key = acceptance.UNKNOWN, (rule, 1.0)
+  for batch in one.plan(TEXTS[:4]):
+    made = one.decode(one.encode(batch), batch.active, 1.0, rule).verification
+    known = float(made.chance[0]), float(made.calibration[0])
+    prior = acceptance.later_prior(prior, [known])
+    one.expected_drafts[key].update_from_last()
+    assert one.expected_drafts[key].prior == prior != acceptance.UNKNOWN
+  # Of other drafts, and of other tolerances, nothing is known.
+  assert list(one.expected_drafts) == [key]
+
+
+def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(verified, full):
+  # With the head in 8 bits, passes of several positions pay where drafts are good.
+  one = verified.with_options(batch_size=1, head_dtype="int8")
+  rule = dataclasses.replace(inference.exact_rule(one, 2), stop_below=0.0)
+  batches = [(batch, one.encode(batch)) for batch in one.plan(TEXTS[:6])]
+
+  def drafts(prior):
+    made = 0
+    for batch, encoded in batches:
+      one.expected_drafts[rule, 1.0] = acceptance.History(must=False, prior=prior)
+      generation = one.decode(encoded, batch.active, 1.0, rule)
+      expected = full[int(batch.rows[0])].tokens
+      assert generation.tokens[0, : len(expected)].tolist() == list(expected)
+      made += int(generation.verification.drafts[0])
+    return made
+
+  # Random drafts: what trust makes of their confidences is all that says whether they pay.
+  timid, bold = (0.9, 1e-3, 1.0), (0.99, 1e4, 1.0)
+  assert drafts(timid) < drafts(bold)
+
+
+def test_slack_is_calibrated_from_a_hypothesis_that_is_true(verified, full, tmp_path):
+  calibration, cached = certified.certify(
+    verified, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / "cache"
+  )
+  losses = sequence_losses.compute(cached, "textual", metric="rouge_l")
+  means = np.mean(losses.values, axis=0)
+  assert means[0] == 0.0 and means[-1] > 0.0
+  assert [r.tokens for r in cached.full] == [output.tokens for output in full]
+  served = verified.under(calibration)
+  outputs = served.generate(TEXTS)
+  assert outputs.threshold == calibration.threshold in GRID
+  assert outputs.guarantee == calibration.guarantee
+  column = GRID.index(calibration.threshold)
+  assert [o.tokens for o in outputs] == [r.tokens for r in cached.records[column]]
+  other = verified.with_options(exit_layers=(1,))
+  with pytest.raises(ValueError, match="exit_layers"):
+    other.under(calibration)
+  # How many are drafted changes no result: what was refused tells at which slack it would.
+  fewer = verified.with_options(num_drafts=1)
+  assert fewer.procedure == verified.procedure
+  _, plain = certified.certify(fewer, TEXTS, tolerance=0.6, thresholds=GRID)
+  for a, b in zip(cached.records, plain.records, strict=True):
+    assert [r.tokens for r in a] == [r.tokens for r in b]
+  assert inference.options_of(verified.procedure).rule == verified.options.rule
+  assert generations.load(tmp_path / "cache").records == cached.records
+
+
+def test_one_layer_drafts(verified):
+  for layers in (None, (1, 2)):
+    options = dataclasses.replace(verified.options, exit_layers=layers)
+    with pytest.raises(ValueError, match="one exit layer"):
+      options.rule  # noqa: B018
+  with pytest.raises(ValueError, match=r"`draft_layer` in 1 \.\.\. 2"):
+    inference.exact_rule(verified, 3)
+
+
+@pytest.mark.parametrize(("vocab_size", "head"), [(4096, "full"), (32128, "shortlist")])
+def test_a_shortlist_drafts_where_the_whole_head_outweighs_the_layers_below(vocab_size, head):
+  packed = checkpoints.load(inference.PACKED).config
+  config = dataclasses.replace(packed, vocab_size=vocab_size)
+  listed = inference.DecodeOptions(shortlist=(1, 2, 3))
+  assert inference.options.draft_head(config, listed, 2) == head
+  assert inference.options.draft_head(config, inference.DecodeOptions(), 2) == "full"
+
+
+def test_verified_drafts_from_the_whole_head_where_a_shortlist_lacks_too_much():
+  """The model in the box has a list, of which every third token of its texts is no part."""
+  named = {"measure": "verified", "exit_layers": (2,)}
+  packed = inference.load("packed")
+  listed = packed.options.shortlist
+  for model in (inference.load("packed", **named), packed.with_options(**named)):
+    assert model.options.rule.draft_head == "full"
+    assert model.procedure.shortlist is None
+  kept = packed.with_options(**named, shortlist=listed)
+  assert kept.options.rule.draft_head == "shortlist"

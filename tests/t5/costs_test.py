@@ -219,14 +219,7 @@ def test_an_exit_beyond_the_model_is_refused(layer):
     COSTS.early(layer)
 
 
-def test_outputs_of_a_model_cost_what_their_exits_say():
-  model = inference.load("packed", measure="classifier", max_decode_length=8, batch_size=2)
-  outputs = model.generate(["A library to read ZIP archives.", "A game. " * 30], threshold=0.9)
-  assert {output.input_length for output in outputs} == {32, 128}
-  got = model.total_costs(outputs)
-  by_output = [model.total_costs([output]) for output in outputs]
-  assert got.early.flops == pytest.approx(sum(part.early.flops for part in by_output))
-  assert got.tokens == sum(len(output.tokens) for output in outputs)
-  assert got.flops_ratio > 1
+def test_narrow_weights_are_half_the_bytes_of_a_models_step():
+  model = inference.load("packed", measure="classifier", max_decode_length=8)
   narrow = model.with_options(weights_dtype="bfloat16").step_costs(32)
   assert narrow.full.weight_bytes * 2 == model.step_costs(32).full.weight_bytes

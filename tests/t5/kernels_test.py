@@ -27,7 +27,7 @@ ENGINES = {
   "eager": (CLASSIFIER, engines.Eager()),
   "deferred": (CLASSIFIER, engines.Deferred(8)),
   "compacted by row": (CLASSIFIER, engines.Compacted(buckets=(2, 4))),
-  "compacted": (CLASSIFIER, engines.Compacted(buckets=(5,), part_by_row=0.0)),
+  "compacted": (CLASSIFIER, engines.Compacted(buckets=(5,))),
   "drafts": (exits.Speculative(1, 3, "full"), None),
 }
 

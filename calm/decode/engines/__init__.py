@@ -30,8 +30,7 @@ __all__ = [
   "shifted",
 ]
 
-# From this batch on, the layers that rows save by leaving pay for moving those that stay, on
-# a CPU.
+# From so many rows on, the layers that they save by leaving pay for moving those that stay.
 MANY_ROWS = 8
 
 # By platform, (from this many rows on, engine), ascending.

@@ -20,8 +20,10 @@ from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
-from calm.t5 import decoder as decoder_lib
 from calm.t5 import platforms
+
+# Buckets of at most this part of the batch attend row by row; others in all of its rows.
+PART_BY_ROW = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +31,22 @@ class Compacted:
   """Layers run on the rows that need them. For `exits.DynamicExits` and several rows.
 
   Attributes:
-    chunk_rows: see `deferred.Deferred`.
     ratio: each bucket is the next larger one by this, from half the batch down to two rows: 4
       makes 4 and 16 of 32. Every bucket is one more program a layer: more fit better, fewer
       compile faster.
     buckets: numbers of rows that a layer is compiled for, in place of what `ratio` says.
-    part_by_row: buckets of at most this part of the batch attend row by row, where
-      `platforms.attends_by_row`; other ones in all rows of the batch.
   """
 
-  chunk_rows: int = 32
   ratio: int = 4
   buckets: tuple[int, ...] | None = None
-  part_by_row: float = 0.5
 
   def __post_init__(self):
     if self.ratio < 2:
       raise ValueError(f"Expected `ratio` of at least 2, got {self.ratio}.")
 
   def __call__(self, task: engine.Task) -> engine.Bound:
-    base = deferred.bind(task, self.chunk_rows)
-    bound = _BoundCompacted(base, self.sizes(task.batch_size), self.part_by_row)
-    return base.engine(bound.take_step)
+    base = deferred.parts(task, deferred.CHUNK_ROWS)
+    return _BoundCompacted(*base, self.sizes(task.batch_size))
 
   def sizes(self, batch_size: int) -> tuple[int, ...]:
     """0, the buckets that are smaller than the batch, and the batch."""
@@ -64,18 +60,12 @@ class Compacted:
 
 @struct.dataclass
 class Bucket:
-  """Which rows a bucket holds; those that stay come first, in their order.
+  """Which rows a bucket holds; those that stay come first, in their order."""
 
-  Attributes:
-    order: the bucket's rows, [bucket] int32.
-    rank: where each row lies, [batch] int32; beyond the bucket where it is not in it.
-  """
-
-  order: jax.Array
-  rank: jax.Array
+  order: jax.Array  # the bucket's rows, [bucket] int32
+  rank: jax.Array  # where each row lies, [batch] int32; beyond the bucket: not in it
 
   def first(self, size: int) -> "Bucket":
-    """The bucket of the first `size` rows of this one."""
     return Bucket(self.order[:size], self.rank)
 
   def present(self, count: jax.Array) -> jax.Array:
@@ -121,7 +111,7 @@ def compact(stays: jax.Array) -> Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class _Spread:
-  """A bucket's attention, run in all rows of the batch, where the caches lie."""
+  """A bucket's attention, run in all rows of the batch."""
 
   whole: attention_lib.Attention
   rows: Bucket
@@ -136,17 +126,11 @@ class _Spread:
 
 @dataclasses.dataclass(frozen=True)
 class _ByRow:
-  """A bucket's attention, row by row: of rows that are there, caches that just one row reads.
-
-  Attributes:
-    whole: the batch's.
-    rows: the bucket.
-    count: rows of it that are there, the first ones.
-  """
+  """A bucket's attention, row by row: each reads its own caches."""
 
   whole: attention_lib.Attention
   rows: Bucket
-  count: jax.Array
+  count: jax.Array  # rows of it that are there, the first ones
 
   def to_past(self, query: jax.Array, row: layers_lib.KeyValue) -> jax.Array:
     return self._each(lambda one, query, row: one.to_past(query, row), query, row)
@@ -176,87 +160,75 @@ class _ByRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-  """One layer about to run: the decoder at this position, and the layer's own cache."""
-
-  decoder: decoder_lib.DecoderStep
-  layer: int
-  cache: caches_lib.Cache
-
-
-@dataclasses.dataclass(frozen=True)
-class _BoundCompacted:
-  base: deferred.BoundDeferred
+class _BoundCompacted(deferred.BoundDeferred):
   sizes: tuple[int, ...]
-  part_by_row: float
 
   def take_step(self, current, position, active, cache: deferred.DeferredCache):
-    base, task = self.base, self.base.task
-    decoder = base.decoder(position)
-    walk = base.walk(decoder, position)
+    task, decoder = self.task, self.decoder(position)
+    walk = self.walk(decoder, position)
     state = _complete(walk, walk_lib.start(task.embed(current), active))
     fills: list[deferred.LayerFill] = []
     for segment in deferred.segments(walk.allowed, walk.layers.num_layers):
       stays = ~state.done
       needed = jnp.any(stays)
       before = [
-        base.fill(decoder, k, cache.layers[k - 1], position, cache.states, needed)
+        self.fill(decoder, k, cache.layers[k - 1], position, cache.states, needed)
         for k in segment
       ]
       old = tuple(fill.cache for fill in before)
-      steps = tuple(_Step(decoder, *pair) for pair in zip(segment, old, strict=True))
-      state, rows = self._switch(walk, steps, state, stays)
+      steps = dict(zip(segment, old, strict=True))
+      state, rows = self._switch(walk, decoder, steps, state, stays)
       end = engine.after(position, state.hidden)
       caches = caches_lib.write_rows(old, rows, (end,) * len(old), task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)
-    states = base.stored(cache.states, state, position)
+    states = self.stored(cache.states, state, position)
     return exits.token_exit(walk, state, active), deferred.DeferredCache(tuple(fills), states)
 
-  def _switch(self, walk, steps: tuple[_Step, ...], state, stays):
-    """The segment on the smallest bucket that holds the rows that stay."""
+  def _switch(self, walk, decoder, steps: dict[int, caches_lib.Cache], state, stays):
+    """The segment, {layer: its cache}, on the smallest bucket that holds the rows that stay:
+    (state, rows that its layers store)."""
     rows = compact(stays)
     branches = [
-      lambda state, rows, size=size: self._run(walk, steps, state, rows.first(size))
+      lambda state, rows, size=size: self._run_bucket(
+        walk, decoder, steps, state, rows.first(size)
+      )
       for size in self.sizes[1:-1]
     ]
     branches = [
       lambda state, rows: self._run_none(steps, state),
       *branches,
-      lambda state, rows: self._run_all(walk, steps, state),
+      lambda state, rows: self._run_all(walk, decoder, steps, state),
     ]
     larger = jnp.sum(stays) > jnp.array(self.sizes[:-1])
     return lax.switch(jnp.sum(larger), branches, state, rows)
 
   def _run_none(self, steps, state):
     """Nothing is stored: what this writes is written over by a fill."""
-    config = self.base.task.config
-    shape = self.base.task.batch_size, config.num_heads, config.head_dim
+    config = self.task.config
+    shape = self.task.batch_size, config.num_heads, config.head_dim
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
     return state, (layers_lib.KeyValue(zeros, zeros),) * len(steps)
 
-  def _run_all(self, walk: walk_lib.Walk, steps: tuple[_Step, ...], state):
-    """(state, rows that the segment's layers store), every row run."""
+  def _run_all(self, walk: walk_lib.Walk, decoder, steps, state):
     stored = []
-    for step in steps:
-      given = walk.layer_input(step.layer, state)
-      hidden, row = step.decoder.run(step.layer, given, step.cache)
-      row = walk.stored(step.layer, state, row)
-      state = walk.after(step.layer, state, hidden, row)
+    for layer, cache in steps.items():
+      hidden, row = decoder.run(layer, walk.layer_input(layer, state), cache)
+      row = walk.stored(layer, state, row)
+      state = walk.after(layer, state, hidden, row)
       stored.append(row)
     return state, tuple(stored)
 
-  def _run(self, walk: walk_lib.Walk, steps: tuple[_Step, ...], state, rows: Bucket):
-    """(state, rows that the segment's layers store) with the bucket run; all rows store."""
+  def _run_bucket(self, walk: walk_lib.Walk, decoder, steps, state, rows: Bucket):
+    """The bucket alone runs; all rows store."""
     threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
     inside = dataclasses.replace(walk, threshold=threshold)
     stays, part = ~state.done, _part(state, rows)
     count, stored = jnp.sum(stays), []
-    for step in steps:
-      layer, decoder = step.layer, step.decoder
+    for layer, cache in steps.items():
       row = decoder.project(layer, walk.layer_input(layer, state))
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
-      whole = decoder.attention(layer, step.cache)
+      whole = decoder.attention(layer, cache)
       by_kernel = decoder.kernel_attention(whole, part.hidden, rows.present(count))
       attention = by_kernel or self._attention(whole, rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
@@ -271,7 +243,7 @@ class _BoundCompacted:
     self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
   ) -> attention_lib.Attends:
     part = len(rows.order) / len(rows.rank)
-    if platforms.attends_by_row() and part <= self.part_by_row:
+    if platforms.attends_by_row() and part <= PART_BY_ROW:
       return _ByRow(whole, rows, count)
     return _Spread(whole, rows)
 

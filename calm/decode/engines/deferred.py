@@ -31,12 +31,7 @@ from calm.t5 import platforms
 
 @struct.dataclass
 class LayerFill:
-  """One layer's cache and how far it is filled.
-
-  Attributes:
-    cache: keys and values of positions 0 ... filled - 1.
-    filled: [] int32.
-  """
+  """One layer's cache, and how many positions of it are filled, []."""
 
   cache: caches_lib.Cache
   filled: jax.Array
@@ -44,16 +39,14 @@ class LayerFill:
 
 @struct.dataclass
 class DeferredCache:
-  """What the loop carries.
-
-  Attributes:
-    layers: one `LayerFill` a layer.
-    states: what is kept of every position for the layers that it skipped, [batch, length,
-      width] (`Propagation.state`).
-  """
+  """What the loop carries."""
 
   layers: tuple[LayerFill, ...]
+  # What is kept of every position for the layers that it skipped, [batch, length, width].
   states: jax.Array
+
+
+CHUNK_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,41 +58,29 @@ class Deferred:
       more than one position is pending. A bound on work, not on what is pending.
   """
 
-  chunk_rows: int = 32
+  chunk_rows: int = CHUNK_ROWS
 
-  def __call__(self, task: engine_lib.Task) -> engine_lib.Bound:
-    bound = bind(task, self.chunk_rows)
-    return bound.engine()
+  def __call__(self, task: engine_lib.Task) -> "BoundDeferred":
+    return BoundDeferred(*parts(task, self.chunk_rows))
 
 
-def bind(task: engine_lib.Task, chunk_rows: int) -> "BoundDeferred":
-  """Deferred filling of a task, for engines that walk the layers in their own way.
+def parts(
+  task: engine_lib.Task, chunk_rows: int
+) -> tuple[engine_lib.Task, attention_lib.BiasTable, tuple[int, ...]]:
+  """What a `BoundDeferred` of a task consists of.
 
   Raises:
-    TypeError: the rule is not `exits.DynamicExits`.
-    ValueError: its propagation projects no state.
+    ValueError: the rule has no exits, or its propagation projects no state.
   """
-  if not isinstance(task.rule, exits.DynamicExits):
-    raise TypeError(
-      "Expected `exits.DynamicExits` for an engine that defers, got"
-      f" {type(task.rule).__name__}; use `engines.Eager`."
-    )
   if not can_defer(task.rule):
     raise ValueError(
-      "Expected a propagation that projects a state, for an engine that defers, got"
-      f" {task.rule.propagation.name!r}; use `engines.Eager`."
+      "Expected `exits.DynamicExits` with a propagation that projects a state for an engine"
+      f" that defers, got {task.rule}; use `engines.Eager`."
     )
-  chunks = chunk_sizes(task.batch_size, task.length, chunk_rows)
-  table = attention_lib.bias_table(task.weights, task.config, task.length)
-  return BoundDeferred(task, task.rule, chunks, table)
-
-
-def chunk_sizes(rows: int, length: int, chunk_rows: int) -> tuple[int, ...]:
-  """Positions that a skipped layer is filled with at a time, descending: one size or two."""
-  small = min(platforms.least_positions(rows), length)
+  small = min(platforms.least_positions(task.batch_size), task.length)
   # Eight rows cost about what two do: a product that small takes the time to read its matrix.
-  large = max(min(chunk_rows // rows, 8, length), small)
-  return tuple(sorted({large, small}, reverse=True))
+  large = max(min(chunk_rows // task.batch_size, 8, task.length), small)
+  return task, engine_lib.bias_table(task), tuple(sorted({large, small}, reverse=True))
 
 
 def can_defer(rule: exits.Rule) -> bool:
@@ -108,28 +89,17 @@ def can_defer(rule: exits.Rule) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class BoundDeferred:
-  """Deferred filling at work.
+class BoundDeferred(engine_lib.Bound):
+  """Deferred filling at work; `chunks` are positions projected in one product, descending."""
 
-  Attributes:
-    task: what is decoded.
-    rule: its rule.
-    chunks: positions projected in one product, descending.
-    table: biases by position.
-  """
-
-  task: engine_lib.Task
-  rule: exits.DynamicExits
   chunks: tuple[int, ...]
-  table: attention_lib.BiasTable
 
-  def engine(self, take_step: loop.Step | None = None) -> engine_lib.Bound:
-    """The engine, with the walk of another one where that is given."""
-    take_step = take_step or self.take_step
-    return engine_lib.Bound(
-      self.empty(), take_step, self.resume, self.flush, self.shift, self.grow
-    )
+  @property
+  def rule(self) -> exits.DynamicExits:
+    assert isinstance(self.task.rule, exits.DynamicExits)
+    return self.task.rule
 
+  @property
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
 
@@ -171,7 +141,6 @@ class BoundDeferred:
     return lax.dynamic_update_slice_in_dim(states, kept[:, None], position, axis=1)
 
   def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[caches_lib.Cache, ...]:
-    """Every layer's cache with positions 0 ... position - 1 filled."""
     decoder = self.decoder(jnp.zeros((), jnp.int32))
     return tuple(
       self.fill(decoder, layer, fill, position, cache.states).cache
@@ -179,25 +148,17 @@ class BoundDeferred:
     )
 
   def shift(self, cache: DeferredCache, by: jax.Array) -> DeferredCache:
-    """See `engines.Bound`; what was pending before `by` is not needed any more."""
+    # What was pending before `by` is not needed any more.
     caches = engine_lib.shifted(tuple(fill.cache for fill in cache.layers), by)
     filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
     fills = tuple(map(LayerFill, caches, filled))
     return DeferredCache(fills, loop.shift_positions(cache.states, by, axis=1))
 
   def grow(self, cache: DeferredCache) -> DeferredCache:
-    """See `engines.Bound`."""
     length = self.task.length
     caches = engine_lib.grown(tuple(fill.cache for fill in cache.layers), length)
     fills = tuple(map(LayerFill, caches, (fill.filled for fill in cache.layers)))
     return DeferredCache(fills, engine_lib.grown_array(cache.states, length, axis=1))
-
-  def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
-    task, table = self.task, self.table
-    bias = table.at(position, task.starts)
-    return decoder_lib.DecoderStep(
-      task.weights, task.config, task.encoded, bias, table.current, task.native
-    )
 
   def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
     generated = self.task.generated(position)

@@ -1,11 +1,7 @@
-"""Ways of running the decode loop's steps, and the plain one; all of them decode the same.
-
-Bound to a `Task`, an engine offers the loop's step and what the loop carries.
-"""
+"""Ways of running the decode loop's steps, and the plain one; all of them decode the same."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -26,32 +22,20 @@ _FEW_ROWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is decoded.
+  """What is decoded."""
 
-  Attributes:
-    config: the model's sizes.
-    rule: how a token goes through the layers.
-    weights: the decoder; of its learned propagation what the rule reads.
-    encoded: the prompts.
-    threshold: lambda, [] or [batch].
-    length: positions in the caches.
-    kept: positions of each row that are decoded already and that nothing may write over,
-      [batch]; None: none.
-    starts: position of each row's first token, [batch], where rows do not begin together
-      (`refill`); None: 0.
-    native: whether attention, products and heads may be functions of this process, where these
-      are faster (`t5.kernels`): not in programs that are exported or that a compiler
-      splits over devices.
-  """
-
-  config: network.T5Config
-  rule: exits.Rule
-  weights: decoder_weights.DecoderWeights
-  encoded: caches_lib.Encoded
-  threshold: jax.Array
-  length: int
+  config: network.T5Config  # the model's sizes
+  rule: exits.Rule  # how a token goes through the layers
+  weights: decoder_weights.DecoderWeights  # of learned propagation what the rule reads
+  encoded: caches_lib.Encoded  # the prompts
+  threshold: jax.Array  # lambda, [] or [batch]
+  length: int  # positions in the caches
+  # Positions of each row that are decoded already and that nothing may write over, [batch].
   kept: jax.Array | None = None
+  # Position of each row's first token, [batch], where rows do not begin together.
   starts: jax.Array | None = None
+  # Whether attention, products and heads may be functions of this process (`t5.kernels`): not
+  # in programs that are exported or that a compiler splits over devices.
   native: bool = False
 
   def __post_init__(self):
@@ -65,15 +49,13 @@ class Task:
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """What the first layer gets, [batch, emb_dim], in the activation dtype."""
-    return self._rows_of_embedding(tokens).astype(self.config.dtype)
-
-  def _rows_of_embedding(self, tokens: jax.Array) -> jax.Array:
-    """[batch, emb_dim]. XLA:CPU gives half of a gather from a large matrix to another thread,
-    and to wake it takes longer than to copy a few rows."""
     table = self.weights.embedding
-    if not self.native or not platforms.wakes_threads() or len(tokens) > _FEW_ROWS:
-      return table[tokens]
-    return jnp.concatenate([lax.dynamic_slice_in_dim(table, token, 1) for token in tokens])
+    # XLA:CPU gives half of a gather from a large matrix to another thread, and to wake it takes
+    # longer than to copy a few rows.
+    if self.native and platforms.wakes_threads() and len(tokens) <= _FEW_ROWS:
+      rows = [lax.dynamic_slice_in_dim(table, token, 1) for token in tokens]
+      return jnp.concatenate(rows).astype(self.config.dtype)
+    return table[tokens].astype(self.config.dtype)
 
   def keeps(self, position: jax.Array) -> jax.Array | None:
     """The rows that are decoded already at `position`, [batch] bool."""
@@ -90,32 +72,55 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """An engine at work.
+  """An engine at work: the loop's step, and what the loop carries. This one is `Eager`."""
 
-  Attributes:
-    empty: what the loop carries before the first token.
-    take_step: the loop's step.
-    resume: (every layer's cache, position) -> what the loop carries to go on from there.
-    flush: (what the loop carries, position) -> every layer's cache, filled up to `position`.
-    shift: (what the loop carries, by) -> the same, position `by` now the first.
-    grow: what a loop of a shorter task carries -> the same, with this task's room.
-  """
+  task: Task  # what is decoded
+  table: attention_lib.BiasTable  # biases by position
 
-  empty: Any
-  take_step: loop.Step
-  resume: Callable[[tuple[caches_lib.Cache, ...], jax.Array], Any]
-  flush: Callable[[Any, jax.Array], tuple[caches_lib.Cache, ...]]
-  shift: Callable[[Any, jax.Array], Any]
-  grow: Callable[[Any], Any]
+  @property
+  def empty(self) -> Any:
+    """What the loop carries before the first token."""
+    return self.task.empty_caches()
+
+  def take_step(self, current, position, active, cache) -> tuple[exits.TokenExit, Any]:
+    """The loop's step."""
+    task, rule = self.task, self.task.rule
+    assert not isinstance(rule, exits.Speculative)  # which runs no step
+    decoder, hidden = self.decoder(position), task.embed(current)
+    generated = task.generated(position)
+    made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
+    keeps = task.keeps(position)
+    ends = after_each(position, made.rows, made.head)
+    return made, caches_lib.write_rows(cache, made.rows, ends, keeps)
+
+  def resume(self, caches: tuple[caches_lib.Cache, ...], position: jax.Array) -> Any:
+    """What the loop carries to go on from `position`, from every layer's cache."""
+    return caches
+
+  def flush(self, cache: Any, position: jax.Array) -> tuple[caches_lib.Cache, ...]:
+    """Every layer's cache, filled up to `position`, from what the loop carries."""
+    return cache
+
+  def shift(self, cache: Any, by: jax.Array) -> Any:
+    """What the loop carries, position `by` now the first."""
+    return shifted(cache, by)
+
+  def grow(self, cache: Any) -> Any:
+    """What a loop of a shorter task carries, with this one's room."""
+    return grown(cache, self.task.length)
+
+  def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
+    task, bias = self.task, self.table.at(position, self.task.starts)
+    return decoder_lib.DecoderStep(
+      task.weights, task.config, task.encoded, bias, self.table.current, task.native
+    )
 
 
 @runtime_checkable
 class Engine(Protocol):
   """`Eager`, `Deferred`, `Compacted` or another."""
 
-  def __call__(self, task: Task) -> Bound:
-    """Binds the engine to a task."""
-    ...
+  def __call__(self, task: Task) -> Bound: ...
 
 
 def shifted(
@@ -156,12 +161,7 @@ def after_each(
   """`position` for every layer's cache, in a form that is known once that cache has been read.
 
   So writes become ready layer by layer, not all of them at the end. Elsewhere than on a CPU
-  they wait for the last layer: a mesh would send one number more a layer.
-
-  Args:
-    position: [] or [batch].
-    rows: keys and values of the layers, ascending.
-    last: what the last layer's state led to.
+  they wait for what the last layer's state led to: a mesh would send one number more a layer.
   """
   end = after(position, last)
   if not platforms.wakes_threads():
@@ -169,31 +169,13 @@ def after_each(
   return [*(after(position, row.key) for row in rows[1:]), end]
 
 
+def bias_table(task: Task) -> attention_lib.BiasTable:
+  return attention_lib.bias_table(task.weights, task.config, task.length)
+
+
 @dataclasses.dataclass(frozen=True)
 class Eager:
   """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
 
   def __call__(self, task: Task) -> Bound:
-    rule = task.rule
-    assert not isinstance(rule, exits.Speculative)  # which runs no step
-    table = attention_lib.bias_table(task.weights, task.config, task.length)
-
-    def take_step(current, position, active, cache):
-      decoder = decoder_lib.DecoderStep(
-        task.weights,
-        task.config,
-        task.encoded,
-        table.at(position, task.starts),
-        table.current,
-        task.native,
-      )
-      hidden = task.embed(current)
-      generated = task.generated(position)
-      made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
-      keeps = task.keeps(position)
-      ends = after_each(position, made.rows, made.head)
-      return made, caches_lib.write_rows(cache, made.rows, ends, keeps)
-
-    same = lambda caches, position: caches
-    grow = functools.partial(grown, length=task.length)
-    return Bound(task.empty_caches(), take_step, same, same, shifted, grow)
+    return Bound(task, bias_table(task))

@@ -1,0 +1,224 @@
+"""Every engine against the plain numpy decoder, which shares no function with it, caches
+included; and what each engine does of its own."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits
+from calm.decode import engines
+from calm.decode import program as program_lib
+from calm.decode.engines import compacted, deferred
+from calm.exits import confidence, propagation, schedules
+from tests import engine
+
+SOFTMAX, STATE, CLASSIFIER, PROBE = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "probe")
+)
+CONSTANT, DECAYING = schedules.Constant(), engine.DECAYING
+EXIT, FIRST, COPY, LEARNED = (
+  propagation.propagation(name)
+  for name in ("exit_state", "first_state", "copy_projections", "learned")
+)
+TIED = {"logits_via_embedding": True}
+RELU = {"mlp_activations": ("relu",)}
+EAGER, COMPACTED, FITTED = engines.Eager(), engines.Compacted(), engines.Compacted(ratio=2)
+SPREAD = engines.Compacted(buckets=(5,))  # which attend in all rows
+# Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
+BY_FOUR, BY_ONE, WHOLE = map(engines.Deferred, (32, 1, 512))
+# Every measure meets every schedule and propagation, every engine every propagation that it
+# takes, and every head and MLP occurs. Not every combination: each is a program to compile.
+DYNAMIC = [
+  (SOFTMAX, CONSTANT, None, EXIT, {}, EAGER),
+  (SOFTMAX, DECAYING, (1, 3), COPY, RELU, EAGER),
+  (STATE, CONSTANT, None, COPY, TIED, EAGER),
+  (CLASSIFIER, DECAYING, (2,), COPY, {}, EAGER),
+  (CLASSIFIER, CONSTANT, (1, 3), FIRST, RELU, EAGER),
+  (PROBE, DECAYING, None, FIRST, TIED, EAGER),
+  (SOFTMAX, DECAYING, None, EXIT, {}, BY_FOUR),
+  (STATE, CONSTANT, (2, 3), EXIT, TIED, WHOLE),
+  (CLASSIFIER, CONSTANT, (1, 3), FIRST, {}, WHOLE),
+  (SOFTMAX, CONSTANT, (1, 3), LEARNED, {}, BY_ONE),
+  (CLASSIFIER, DECAYING, None, LEARNED, {}, BY_FOUR),
+  (PROBE, CONSTANT, (2, 3), EXIT, {}, BY_FOUR),
+  (CLASSIFIER, CONSTANT, None, EXIT, TIED, COMPACTED),
+  (PROBE, CONSTANT, (1, 3), EXIT, {}, COMPACTED),
+  (SOFTMAX, DECAYING, (2, 3), EXIT, RELU, FITTED),
+  (STATE, DECAYING, (1, 3), FIRST, {}, SPREAD),
+  (CLASSIFIER, CONSTANT, None, LEARNED, {}, FITTED),
+  (SOFTMAX, CONSTANT, (1, 3), LEARNED, {}, COMPACTED),
+]
+
+
+def name_of(value) -> str:
+  if isinstance(value, dict):
+    return "_".join(value) or "untied"
+  return getattr(value, "name", str(value).split("(")[0])
+
+
+@pytest.mark.parametrize(
+  ("measure", "schedule", "allowed", "propagated", "changes", "made"), DYNAMIC, ids=name_of
+)
+def test_dynamic_exits(measure, schedule, allowed, propagated, changes, made):
+  rule = exits.DynamicExits(measure, schedule, allowed, propagated)
+  toy = engine.toy_for(rule, **changes)
+  layers = [
+    engine.compare(toy, rule, x, engine=made) for x in (0.3, 0.6, 0.9, schedules.NEVER_EXIT)
+  ]
+  assert len(set(np.concatenate(layers[:-1]).tolist())) >= 2
+  assert set(layers[-1].tolist()) == {4}
+
+
+@pytest.mark.parametrize(("depth", "changes"), [(2, RELU), (2, {}), (None, {}), (None, TIED)])
+def test_static_exits(depth, changes):
+  layers = set(engine.compare(engine.toy(**changes), exits.StaticExit(depth), 0.0))
+  assert layers == {depth or 4}
+
+
+@pytest.mark.parametrize(
+  ("allowed", "propagated", "changes"),
+  [(None, EXIT, {}), ((2, 3), FIRST, RELU), (None, COPY, TIED)],
+  ids=name_of,
+)
+def test_oracle(allowed, propagated, changes):
+  # A seed whose layers agree with the last one now and then.
+  layers = engine.compare(
+    engine.toy(seed=8, **changes), exits.OracleExit(allowed, propagated), 0.0
+  )
+  assert len(set(layers.tolist())) >= 2
+
+
+def test_the_comparison_can_fail():
+  """Meta: one propagation held against another, and one threshold against another."""
+  toy, rule = engine.toy(), exits.DynamicExits(SOFTMAX, CONSTANT, None, EXIT)
+  state = engine.run(toy, rule, 0.6)
+  copied = engine.reference_rows(toy, exits.DynamicExits(SOFTMAX, CONSTANT, None, COPY), 0.6)
+  with pytest.raises(AssertionError):
+    for i, row in enumerate(copied):
+      engine.compare_memory(state.cache, row, i, len(row.tokens))
+  with pytest.raises(AssertionError, match="no tie"):
+    engine.agreeing_rows(engine.reference_rows(toy, rule, 0.3), state.generation)
+
+
+# ---- Deferred
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_one_row_alone_leaves_layers_pending(rows):
+  """With one row nothing fills a layer but that row's own need of it."""
+  toy, rule = engine.toy(), exits.DynamicExits(CLASSIFIER)
+  changes = 0
+  for i in range(len(engine.PROMPTS)):
+    layers = engine.compare(
+      toy, rule, 0.6, engine.PROMPTS[i : i + 1], engine=engines.Deferred(rows)
+    )
+    changes += (np.diff(layers) > 0).sum()
+  assert changes > 3
+
+
+def loop_state(rule, threshold, made):
+  """What the loop carries at its end, before `flush`."""
+  toy = engine.toy()
+
+  def decode(weights, encoded):
+    program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
+    bound = program.bind(weights, encoded, jnp.float32(threshold))
+    active = jnp.ones(len(engine.PROMPTS), bool)
+    return engine.decode_loop(bound, active)
+
+  return jax.jit(decode)(toy.weights.decoder, engine.encode(toy))
+
+
+def test_layers_that_nobody_needs_stay_empty_until_flush():
+  rule = exits.DynamicExits(CLASSIFIER)
+  state = loop_state(rule, 0.0, BY_FOUR)
+  first, *others = state.cache.layers
+  assert first.filled == state.position > 1
+  for fill in others:
+    assert fill.filled == 0 and not fill.cache.keys.any() and not fill.cache.values.any()
+  flushed = engine.run(engine.toy(), rule, 0.0, engine=BY_FOUR)
+  eager = engine.run(engine.toy(), rule, 0.0, engine=engines.Eager())
+  assert all(cache.keys[..., 0, :].any() for cache in flushed.cache)
+  for i in range(len(engine.PROMPTS)):
+    engine.assert_same_row(flushed, eager, i, i)
+    engine.assert_same_confidences(flushed.generation, eager.generation, i, i)
+
+
+def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
+  toy = engine.toy()
+  copies = exits.DynamicExits(SOFTMAX, propagation=COPY)
+  for rule in (exits.StaticExit(), exits.OracleExit(), copies):
+    assert not deferred.can_defer(rule)
+    with pytest.raises(ValueError, match=r"projects a state.*got .*; use `engines.Eager`"):
+      engine.run(toy, rule, engine=BY_FOUR)
+
+
+def test_segments_end_where_rows_may_leave():
+  assert deferred.segments((1, 2, 3), 4) == [(1,), (2,), (3,), (4,)]
+  assert deferred.segments((2,), 4) == [(1, 2), (3, 4)]
+  assert deferred.segments((), 4) == [(1, 2, 3, 4)]
+
+
+# ---- Compacted
+
+
+def test_each_row_keeps_its_own_threshold():
+  toy, rule = engine.toy(), exits.DynamicExits(CLASSIFIER)
+  thresholds = np.linspace(0.2, 0.9, len(engine.PROMPTS)).astype(np.float32)
+  together = engine.run(toy, rule, thresholds, engine=COMPACTED)
+  for i, threshold in enumerate(thresholds):
+    engine.assert_same_row(together, engine.run(toy, rule, threshold), i, i)
+
+
+def test_a_bucket_begins_with_the_rows_that_stay():
+  stays = jnp.array([False, True, False, True, True, False])
+  assert compacted.compact(stays).order.tolist() == [1, 3, 4, 0, 2, 5]
+  rows = compacted.compact(stays).first(4)
+  assert rows.order.tolist() == [1, 3, 4, 0]
+  assert rows.rank.tolist() == [3, 0, 4, 1, 2, 5]
+  tens = 10 * jnp.arange(6)
+  assert rows.take(tens).tolist() == [10, 30, 40, 0]
+  assert [rows.row(i, tens).tolist() for i in range(4)] == [[10], [30], [40], [0]]
+  assert rows.spread(jnp.array([1, 2, 3, 4]))[jnp.array([1, 3, 4, 0])].tolist() == [1, 2, 3, 4]
+
+
+def test_bucket_sizes():
+  assert COMPACTED.sizes(32) == (0, 4, 16, 32)
+  assert COMPACTED.sizes(8) == (0, 4, 8)
+  assert COMPACTED.sizes(6) == (0, 3, 6)
+  assert COMPACTED.sizes(2) == (0, 2)
+  assert COMPACTED.sizes(1) == (0, 1)
+  assert engines.Compacted(ratio=2).sizes(16) == (0, 2, 4, 8, 16)
+  assert engines.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
+  with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2, got 1"):
+    engines.Compacted(ratio=1)
+
+
+# ---- Which engine is taken where none is named
+
+
+DYNAMIC_EXITS = exits.DynamicExits(SOFTMAX)
+COPIES = exits.DynamicExits(SOFTMAX, propagation=COPY)
+
+
+@pytest.mark.parametrize(
+  ("rule", "platform", "expected"),
+  [
+    (DYNAMIC_EXITS, "cpu", [BY_FOUR, BY_FOUR, COMPACTED, COMPACTED]),
+    (DYNAMIC_EXITS, "one that nobody has tried", [BY_FOUR, BY_FOUR, COMPACTED, COMPACTED]),
+    (DYNAMIC_EXITS, "tpu", [BY_FOUR] * 4),
+    *((rule, "cpu", [EAGER] * 4) for rule in (exits.StaticExit(), exits.OracleExit(), COPIES)),
+  ],
+)
+def test_the_fastest_engine_by_rule_rows_and_platform(rule, platform, expected, monkeypatch):
+  assert [engines.default_engine(rule, rows, platform) for rows in (1, 7, 8, 32)] == expected
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert [engines.default_engine(rule, rows) for rows in (1, 7, 8, 32)] == expected
+
+
+def test_rows_may_be_symbolic():
+  (rows,) = jax.export.symbolic_shape("b")
+  assert engines.default_engine(DYNAMIC_EXITS, rows) == engines.Eager()
+  assert engines.default_engine(DYNAMIC_EXITS, 8 * rows, "cpu") == engines.Eager()
