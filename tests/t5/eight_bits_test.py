@@ -131,12 +131,15 @@ def test_the_largest_logit_is_the_full_heads(batch, outlier):
 @pytest.mark.usefixtures("unsigned")
 def test_the_most_likely_piece_is_known_without_all_logits(batch, pieces):
   """Pieces of whole groups, of a group that is not whole, and too few for candidates."""
-  random = np.random.default_rng(pieces + batch)
+  random, both = (
+    np.random.default_rng(pieces + batch),
+    jax.jit(lambda head, x: (head.greedy(x), layers.greedy(head.logits(x)))),
+  )
   for _ in range(5):
     head = random.normal(size=(EMB, pieces)).astype(np.float32)
     states = jnp.asarray(random.normal(size=(batch, EMB)).astype(np.float32))
     made = eight_bits.quantize_head(jnp.asarray(head))
-    got, expected = jax.jit(made.greedy)(states), layers.greedy(made.logits(states))
+    got, expected = both(made, states)
     np.testing.assert_array_equal(got.token, expected.token)
     assert got.token.dtype == jnp.int32
     np.testing.assert_allclose(got.log_probability, expected.log_probability, atol=1e-5)
