@@ -59,7 +59,7 @@ BUDGETS = {
   "arguments.py": (173, 1),
   "calibrate": (6743, 27),
   "checkpoints": (1205, 5),
-  "commands": (2498, 12),
+  "commands": (2521, 12),
   "console.py": (271, 1),
   "data": (2117, 8),
   "decode": (2882, 13),
@@ -73,7 +73,7 @@ BUDGETS = {
   "t5x": (1686, 6),
   "training": (1781, 9),
 }
-WHOLE = {"calm": (33_263, 141), "tests": (29_340, 180), "scripts": (4_482, 24)}
+WHOLE = {"calm": (33_286, 141), "tests": (29_324, 180), "scripts": (4_482, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -11,7 +11,7 @@ run goes on with the same command.
   calm fit --model=packed --train=rows.jsonl --stages=none --output=mine
   calm fit --model=flan-t5-small/ --train=rows.jsonl --train_all --budget=30m \\
       --output=mine
-  echo "a long text" | calm infer --model=mine --prompts=-
+  calm infer --model=mine "a long text"
 """
 
 import argparse

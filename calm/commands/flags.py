@@ -119,9 +119,11 @@ def add_shared(parser: argparse._ActionsContainer, *names: str, **more: Any) -> 
     add(parser, name, metavar, help, **{**options, **more})
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
   """Declares the model, the prompts, and how they are decoded."""
-  add_shared(parser, "model", "prompts", "input_key", "limit")
+  add_shared(parser, "model")
+  add_shared(parser, "prompts", required=required)
+  add_shared(parser, "input_key", "limit")
   for number, (name, metavar, text, fallback) in enumerate(_DECODING):
     without = f"the model's own{f', or {fallback}' if fallback else ''}"
     add(parser if number < _VISIBLE else more(parser), name, metavar, text, without=without)
@@ -163,10 +165,27 @@ def parse_layers(text: str) -> tuple[int, ...]:
     ) from error
 
 
+class Texts(tuple):
+  """Prompts of the command line itself."""
+
+  @property
+  def taken(self) -> str:
+    """As of `prompt_files.PromptFile`."""
+    return "1 text" if len(self) == 1 else f"{len(self)} texts"
+
+
 def open_prompts(arguments: argparse.Namespace):
-  """The `prompt_files.PromptFile` that the options name, checked and counted."""
+  """The `prompt_files.PromptFile` that the options name, or `Texts`, checked and counted."""
   from calm.data import prompt_files  # needs packages that `calm calibrate` does without
 
+  texts = getattr(arguments, "texts", None)
+  if bool(texts) == bool(arguments.prompts):
+    raise ValueError(
+      f"Expected either texts or `--prompts`, got {'both' if texts else 'none'}; `calm infer"
+      " --help` has examples."
+    )
+  if texts:
+    return Texts(prompt_files.prompts_of(texts))
   with naming_flag("--prompts"):
     return prompt_files.open_prompts(
       arguments.prompts,

@@ -3,11 +3,12 @@
 A calibration for another model or other options is refused. A model folder of
 `calm fit` has its own, and needs no further options.
 
+  calm infer --model=mine "a long text"
   calm infer --model=mine --prompts=prompts.txt
   calm infer --calibration=runs/cache/calibration.json --prompts=prompts.txt
   calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=-
   calm infer --online=state.jsonl --tolerance=0.1 --prompts=today.jsonl
-  echo "a long text" | calm infer --threshold=never --prompts=- --color
+  calm infer --threshold=never --color "a long text"
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
 score}, first into FILE.partial, with which the same command goes on after a
@@ -50,7 +51,9 @@ FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  flags.add_model(parser)
+  help = "decode these, in place of --prompts"
+  parser.add_argument("texts", nargs="*", metavar="TEXT", type=flags.filled, help=help)
+  flags.add_model(parser, required=False)
   add, more = flags.add, flags.more(parser)
   add(
     parser, "calibration", "FILE", "file of `calm calibrate`", without="the model's own, if any"
@@ -156,7 +159,8 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
   if arguments.expect_digest is not None and arguments.calibration is None:
     raise ValueError("`--expect_digest` needs `--calibration`, the file of that digest.")
   if arguments.output and arguments.num_shards is None:
-    run_lib.check_output(arguments.output, read=(arguments.prompts, arguments.calibration))
+    read = (arguments.prompts, arguments.calibration)
+    run_lib.check_output(arguments.output, read=read)
     if os.path.realpath(arguments.output) == os.path.realpath(arguments.online or ""):
       raise ValueError(
         f"Expected `--output` to be another file than `--online`, got {arguments.output!r} for"

@@ -317,7 +317,7 @@ def command(*words: object) -> str:
 
 def infer_command(*words: object, text: str = "a long text") -> str:
   """A line for the shell that decodes a text by `calm infer` with these words."""
-  return f"echo {shlex.quote(text)} | {command('infer', *words, '--prompts=-')}"
+  return command("infer", *words, text)
 
 
 def print_calibration(

@@ -101,7 +101,7 @@ def test_bad_options_are_named(model, prompts, tmp_path, calm, option, words):
   [
     ("calibrate runs --tolerence=0.2", "did you mean --tolerance?"),
     ("infer --prompts=- --treshold never", "did you mean --threshold?"),
-    ("infer --promts=-", "required: --prompts"),
+    ("generate --output=a", "required: --prompts"),
     ("calibrate runs --zzz", "unrecognized arguments: --zzz\n"),
     ("infer --prompts=", "argument --prompts: is empty; leave it out, or check the shell"),
     ("infer --prompts=- --batch_size=0", "--batch_size: expected a whole number from 1 on"),
