@@ -75,7 +75,7 @@ def _to_json(value: Any) -> Any:
 def _of_json(kind: Any, value: Mapping[str, Any]) -> Any:
   """A row, or the evidence of a part, of its JSON."""
   number = lambda entry: math.nan if entry is None else entry
-  fields = {
+  fields: dict[str, Any] = {
     name: list(map(number, entry)) if isinstance(entry, list) else number(entry)
     for name, entry in value.items()
   }

@@ -39,7 +39,7 @@ def read_references(
   found: dict[str, tuple[str, ...]] = {}
   for line in storage.read_lines(path, pipes=True):
     name, value = line.value.get("id"), line.value.get("targets", line.value.get("references"))
-    texts = [value] if isinstance(value, str) else value
+    texts: Any = [value] if isinstance(value, str) else value
     whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     odd = name in found or (only is not None and not set(line.value) <= only)
     if not isinstance(name, str) or not whole or odd:

@@ -101,7 +101,7 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
   if knobs and len(numbers) == len(knobs) and all(0.0 <= knob <= 1.0 for knob in knobs):
     return validate_grid(knobs), ()
   names = tuple(map(str, knobs))
-  if not names or len(set(names)) != len(names) or not np.isfinite(numbers).all():
+  if not names or len(set(names)) != len(names) or not all(map(np.isfinite, numbers)):
     raise ValueError(
       "Expected `knobs` to be finite numbers or names, at least one, all different and without"
       f" the full system, got {list(names)}."

@@ -84,6 +84,7 @@ class StepRule(Protocol):
       threshold: lambda, [] or [batch], traced; `NEVER_EXIT` runs every layer.
       generated: tokens that each row generated before this one, [] or [batch].
     """
+    ...
 
 
 @arguments.checked(
