@@ -63,7 +63,7 @@ BUDGETS = {
   "console.py": (271, 1),
   "data": (2117, 8),
   "decode": (2882, 13),
-  "exits": (1212, 8),
+  "exits": (1213, 8),
   "fitting": (2560, 8),
   "inference": (2205, 9),
   "paper": (2738, 12),
@@ -73,7 +73,7 @@ BUDGETS = {
   "t5x": (1686, 6),
   "training": (1781, 9),
 }
-WHOLE = {"calm": (32_597, 140), "tests": (29_006, 172), "scripts": (4_482, 24)}
+WHOLE = {"calm": (32_598, 140), "tests": (29_006, 172), "scripts": (4_482, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
