@@ -3,8 +3,9 @@
   python scripts/from_t5x.py --checkpoint=runs/two/checkpoint_400 --like=packed \
       --output=runs/model
 
-T5X stores no sizes, no vocabulary and no options of decoding: those come from `--like`, any
-checkpoint that this package reads; learned propagation is read where the checkpoint has it.
+Sizes are those of the checkpoint's arrays. T5X stores no vocabulary and no options of decoding:
+those come from `--like`, any checkpoint that this package reads, or give the SentencePiece
+model (or `bytes`) with `--vocabulary`; learned propagation is read where the checkpoint has it.
 With --fit, exits are learned beside the weights as `calm fit` does, from what the full model
 wrote in a sweep (scripts/t5x_sweep.py, or `calm infer`); scripts/to_t5x.py takes the folder
 back to T5X, the same weights with these exits:
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Sequence
 
 from calm import calibrate, checkpoints, inference, storage
+from calm.data import vocabulary
 from calm.t5 import parameters
 from calm.t5x import stored as stored_lib
 
@@ -34,21 +36,24 @@ def main() -> None:
   )
   parser.add_argument("--checkpoint", required=True, help="T5X's folder checkpoint_<step>")
   parser.add_argument("--like", default="packed", help="packed, or a checkpoint's folder")
+  parser.add_argument("--vocabulary", help="spiece.model or bytes, in place of --like")
   parser.add_argument("--output", required=True, help="folder to write")
   parser.add_argument("--fit", help="a sweep's folder, whose full-depth texts exits learn from")
   parser.add_argument("--layers", help="exit layers of --fit, as in 2,4,6; all below the last")
   parser.add_argument("--rank", type=int, default=16, help="of its learned propagation")
   arguments = parser.parse_args()
-  like = stored_lib.stored_checkpoint(arguments.like)
-  stored = checkpoints.load(arguments.checkpoint)
-  options = stored_lib.stored_options(arguments.like)
-  # `to_t5x.py` and training add exit parts: the checkpoint has those that it has.
-  parts = (*parameters.EXIT_PARTS, "exit_propagation_rank")
-  held = {part: getattr(stored.config, part) for part in parts}
-  config = dataclasses.replace(like.config, **held)
-  stored = dataclasses.replace(stored, config=config, vocabulary=like.vocabulary)
+  stored, options = checkpoints.load(arguments.checkpoint), inference.DecodeOptions()
+  if arguments.vocabulary == "bytes":
+    words = vocabulary.ByteVocabulary()
+  elif arguments.vocabulary:
+    words = vocabulary.SentencePieceVocabulary(arguments.vocabulary)
+  else:
+    words = stored_lib.stored_checkpoint(arguments.like).vocabulary
+    folder = inference.PACKED if arguments.like == "packed" else pathlib.Path(arguments.like)
+    options = dataclasses.replace(options, **inference.options.stored_options(folder))
+  stored = dataclasses.replace(stored, vocabulary=words)
   if arguments.fit:
-    below = range(1, config.num_decoder_layers)
+    below = range(1, stored.config.num_decoder_layers)
     layers = list(map(int, arguments.layers.split(","))) if arguments.layers else below
     stored = fitted(stored, arguments.fit, layers, arguments.rank, options.shortlist)
   if stored.config.exit_propagation and options.propagation != "learned":

@@ -6,7 +6,7 @@ text; examples without `id` are numbered by line, those of a mixture are named b
 T5X.
 
   python scripts/t5x_sweep.py --gin_search_paths=. \
-      --gin_file=configs/runs/sweep.gin --gin_file=configs/runs/t5x_stored_model.gin \
+      --gin_file=configs/runs/t5x_stored_model.gin --gin_file=configs/runs/sweep.gin \
       --gin_file=configs/tasks/debian_synopsis.gin --gin.DATA="'data'" \
       --gin.CHECKPOINT_PATH="'runs/two/checkpoint_400'" --gin.OUTPUT_DIR="'runs/cache'"
 
@@ -30,10 +30,10 @@ from flax import core as flax_core
 from jax.experimental import multihost_utils
 from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingImports]
 
-from calm import exits, inference
+from calm import inference
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
 from calm.exits import schedules
-from calm.t5x import models, stored
+from calm.t5x import loops, models, stored
 from calm.training import configs
 
 
@@ -214,17 +214,14 @@ def procedure_of(
   model, params, dataset_cfg, partitioner, words: Any, task_prefix: str
 ) -> Procedure:
   """What the outputs are valid for: the very record that `calm infer` makes of this model."""
-  if not model.is_greedy or not isinstance(model.rule, exits.DynamicExits):
-    raise ValueError(
-      "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits, got"
-      f" {model.decode_fn} and {model.rule}; sampled outputs have no calibration here."
-    )
+  stored.check_greedy(model)
   lengths = dataset_cfg.task_feature_lengths
+  axes = model.row_axes(params, partitioner.mesh, dataset_cfg.batch_size)
   options = dataclasses.replace(
     stored.decode_options(model, task_prefix),
     max_input_length=lengths["inputs"],
     max_decode_length=lengths["targets"],
-    batch_size=model.rows_of_a_device(params, partitioner.mesh, dataset_cfg.batch_size),
+    batch_size=loops.rows_of_a_device(partitioner.mesh, axes, dataset_cfg.batch_size),
   )
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)

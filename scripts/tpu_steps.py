@@ -31,7 +31,7 @@ from calm import exits
 from calm.decode import program as program_lib
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network, platforms
-from calm.t5x import loops, meshes
+from calm.t5x import loops
 from calm.training import objectives, updates
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu_memory.json"
@@ -112,7 +112,7 @@ class Step:
     init = functools.partial(network.Transformer(self.config).init, enable_dropout=False)
     made = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
     if self.whole:
-      made = meshes.kept_whole(made)
+      made = loops.kept_whole(made)
     names = flax_core.unfreeze(partitioning.get_axis_names(made["params_axes"]))
     to_mesh = lambda _, spec: partitioning.logical_to_mesh_axes(spec, RULES)
     return self.along(made["params"], jax.tree.map(to_mesh, made["params"], names))
@@ -145,28 +145,26 @@ class Step:
     """What `calm.t5x.models` runs under `predict_batch_with_aux`, in its own loop."""
     rule = exits.DynamicExits(confidence.Classifier(), schedules.Constant())
     config, length = self.config, self.targets
-    axes = meshes.row_axes(self.mesh, self.batch)
+    axes = loops.row_axes(self.mesh, self.batch)
 
     def predict(params, tokens, prefix, threshold):
-      decoder = {name: params[name] for name in ("token_embedder", "decoder")}
+      weights = program_lib.model_weights(params, config).decoder
       if axes:
-        mesh = self.mesh.abstract_mesh
-        decoder = meshes.whole(decoder, mesh, config.dtype, at_rest=self.whole)
-      weights = program_lib.model_weights({**params, **decoder}, config)
+        weights = loops.whole(weights, self.mesh.abstract_mesh, at_rest=self.whole)
       encoded = network.encode(params, config, tokens)
-      encoded = caches.cross_attention_inputs(weights.decoder, config, encoded, tokens)
+      encoded = caches.cross_attention_inputs(weights, config, encoded, tokens)
       loop = loops.Loop(config, rule, length)
 
       def decode(weights, batch, rng):
         del rng
         prefix, encoded, threshold = batch
-        rows = loops.make_rows(encoded, prefix, threshold, 1)
+        rows = loops.make_rows(encoded, prefix, threshold)
         cache = loop.empty_cache(weights, rows, prefix.shape[0])
         made = loops.greedy_decode(prefix, cache, loop.bind(weights, rows, 1), 1)
         return made
 
-      over = meshes.over_rows(decode, self.mesh, axes)
-      return over(weights.decoder, (prefix, encoded, threshold), None)
+      over = loops.over_rows(decode, self.mesh, axes)
+      return over(weights, (prefix, encoded, threshold), None)
 
     rows = lambda dtype, *n: jax.ShapeDtypeStruct((self.batch, *n), dtype)
     batch = rows(jnp.int32, self.inputs), rows(jnp.int32, length), rows(jnp.float32)

@@ -1,6 +1,6 @@
 """Train a model with an exit at every decoder layer, from gin files.
 
-  calm train --gin_file=configs/runs/local_tiny.gin \\
+  calm train --gin_file=configs/train/local_tiny.gin \\
       --gin_bindings="TRAIN = 'rows.jsonl'" \\
       --gin_bindings="VOCABULARY_PATH = 'spiece.model'" --output_dir=runs/tiny
 

@@ -55,7 +55,7 @@ no_code = _refusing(
 )
 no_probes = _refusing(
   "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
-  " train them (`calm train --gin_file=configs/runs/exit_probes.gin`), or use the measure"
+  " train them (`calm train --gin_file=configs/train/exit_probes.gin`), or use the measure"
   " 'softmax' or 'state'."
 )
 

@@ -175,7 +175,7 @@ class DecoderStep:
       raise ValueError(
         "Expected a model with an exit classifier for the measure 'classifier', got none in"
         " its parameters; train it"
-        " (`calm train --gin_file=configs/runs/packed_exit_classifier.gin` is one), or use the"
+        " (`calm train --gin_file=configs/train/packed_exit_classifier.gin` is one), or use the"
         " measure 'softmax' or 'state'."
       )
     return read @ self.weights.exit_kernel + self.weights.exit_bias

@@ -1,17 +1,31 @@
-"""Checkpoints, networks and calibrations in T5X's terms: sizes, exit parts, a vocabulary.
+# Copyright 2026 The CALM Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 
-This module does not import T5X; `stored_vocabulary` imports seqio, which brings TensorFlow.
+"""What gin files of T5X read besides: sizes, a vocabulary, a calibration.
+
+This module does not import T5X; seqio, which brings TensorFlow, when asked.
 """
 
 import copy
 import dataclasses
-import logging
 import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gin
 import jax
 
 from calm import arguments, checkpoints, exits, inference
@@ -19,26 +33,27 @@ from calm.calibrate import Calibration
 from calm.calibrate.generations.procedure import describe_differences
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
-from calm.training import objectives
 
-_LOG = logging.getLogger(__name__)
+
+def bindings_of(configurable: Any) -> dict[str, Any]:
+  """What gin binds for a function or class, references resolved."""
+  try:
+    return gin.get_bindings(configurable)  # pyright: ignore
+  except ValueError:  # gin knows no such name
+    return {}
+
+
+@arguments.checked()
+def absolute_path(path: str) -> str:
+  """A folder as T5X wants it: relative, its second checkpoint fails."""
+  return path if "://" in path else os.path.abspath(path)
 
 
 @arguments.checked()
 def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
   """The model in the box ('packed'), or the checkpoint in a folder."""
-  return checkpoints.load(_folder(checkpoint))
-
-
-@arguments.checked()
-def stored_options(checkpoint: str = "packed") -> inference.DecodeOptions:
-  """How a checkpoint is decoded: what its `inference.json` says, or the defaults."""
-  given = inference.options.stored_options(_folder(checkpoint))
-  return dataclasses.replace(inference.DecodeOptions(), **given)
-
-
-def _folder(checkpoint: str) -> pathlib.Path:
-  return inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
+  packed = checkpoint == "packed"
+  return checkpoints.load(inference.PACKED if packed else checkpoint)
 
 
 @arguments.checked()
@@ -48,82 +63,79 @@ def stored_config(checkpoint: str = "packed") -> network.T5Config:
 
 
 @arguments.checked()
-def absolute_path(path: str) -> str:
-  """A run's folder as T5X wants it: a relative path fails at its second checkpoint."""
-  return path if "://" in path else os.path.abspath(path)
-
-
-def refuse_missing_parts(checkpoint: Any, state: Any, *, is_resuming: bool = False) -> Any:
-  """A `state_transformation_fns` of T5X's that changes nothing, and compares exit parts.
-
-  `checkpoint` and `state` are T5X's state dictionaries of the checkpoint and of the model.
+def stored_vocabulary(checkpoint: str = "packed") -> Any:
+  """The vocabulary of a checkpoint as seqio's, for tasks and models.
 
   Raises:
-    ValueError: the model's decoder has an exit part, or maps of a layer, that the checkpoint's
-      has not. Maps that the model has not are a warning.
+    ValueError: the checkpoint holds none that seqio has.
+  """
+  import seqio
+
+  words = stored_checkpoint(checkpoint).vocabulary
+  if isinstance(words, vocabularies.ByteVocabulary):
+    return seqio.ByteVocabulary(extra_ids=words.extra_ids)
+  if isinstance(words, vocabularies.SentencePieceVocabulary):
+    return seqio.SentencePieceVocabulary(str(words.path), words.extra_ids)
+  raise ValueError(
+    f"Expected the checkpoint {checkpoint!r} to have a vocabulary of"
+    f" SentencePiece or bytes, as seqio has, got {type(words).__name__}; bind"
+    " `VOCABULARY` to one of your own."
+  )
+
+
+def our_vocabulary(words: Any) -> Any:
+  """A seqio vocabulary as ours, for its digest.
+
+  Raises:
+    ValueError: ours would give other ids.
+  """
+  import seqio
+  import tensorflow as tf
+
+  if not isinstance(words, seqio.SentencePieceVocabulary):
+    return vocabularies.from_seqio(words)
+  with tempfile.TemporaryDirectory() as folder:
+    # The file may be a bucket's, which ours does not read.
+    local = copy.copy(words)
+    path = str(pathlib.Path(folder) / "vocabulary.model")
+    tf.io.gfile.copy(words.sentencepiece_model_file, path)
+    local._sentencepiece_model_file = path
+    return vocabularies.from_seqio(local)
+
+
+# ---- Checkpoints
+
+
+def refuse_missing_parts(
+  checkpoint: Any, state: Any, *, is_resuming: bool = False
+) -> Any:
+  """A `state_transformation_fns` of T5X's that compares state dictionaries.
+
+  Raises:
+    ValueError: the model's decoder has an exit part, or maps of a layer, that
+      the checkpoint's has not.
   """
   del is_resuming
-  held, brought = (_exit_parts(tree["target"]["decoder"]) for tree in (state, checkpoint))
-  missing = [part for part in held if part not in brought]
-  if missing:
+  held, brought = (
+    _exit_parts(tree["target"]["decoder"]) for tree in (state, checkpoint)
+  )
+  if missing := [part for part in held if part not in brought]:
     raise ValueError(
-      f"Expected the checkpoint to hold decoder/{' and decoder/'.join(missing)}, which this"
-      " model has, got none; train it (configs/runs/exit_classifier.gin, exit_translators.gin),"
-      " or choose a rule that reads none, without"
-      f" `network.T5Config.{missing[0].split('/')[0]}` where that is bound."
-    )
-  unread = [part for part in brought if "/" in part and part not in held]
-  if unread:
-    _LOG.warning(
-      "The checkpoint's %s are not read: this model's exits were not told of them; name their"
-      " layers (EXIT_LAYERS of configs/runs/exit_maps.gin).",
-      ", ".join(f"decoder/{part}" for part in unread),
+      f"Expected the checkpoint to hold decoder/{' and decoder/'.join(missing)}"
+      ", which this model has, got none; train it (exit_classifier.gin or"
+      " exit_translators.gin of configs/runs), or choose a rule without it."
     )
   return checkpoint
 
 
 def _exit_parts(decoder: Any) -> list[str]:
   """Exit parts of a decoder's tree; of maps, one a layer."""
-  return [
-    name
-    for part in parameters.EXIT_PARTS
-    if part in decoder
-    for name in (
-      [f"{part}/{i}" for i in decoder[part]] if part in limits.EXIT_LAYERS else [part]
-    )
-  ]
-
-
-@arguments.checked()
-def stored_vocabulary(checkpoint: str = "packed") -> Any:
-  """The vocabulary of a checkpoint as seqio's, for tasks and models.
-
-  Raises:
-    ValueError: the checkpoint holds no vocabulary.
-  """
-  import seqio
-
-  vocabulary = stored_checkpoint(checkpoint).vocabulary
-  if vocabulary is None:
-    raise ValueError(
-      f"Expected a vocabulary in the checkpoint {checkpoint!r}, got none; bind `VOCABULARY` to"
-      " a seqio vocabulary instead."
-    )
-  if isinstance(vocabulary, vocabularies.ByteVocabulary):
-    return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
-  if not isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
-    raise ValueError(
-      f"Expected the checkpoint {checkpoint!r} to have SentencePiece's or bytes' vocabulary, as"
-      f" seqio has, got {type(vocabulary).__name__}; bind `VOCABULARY` to one of your own."
-    )
-  return seqio.SentencePieceVocabulary(str(vocabulary.path), extra_ids=vocabulary.extra_ids)
-
-
-@arguments.checked()
-def needed_parts(rule: exits.Rule, objective: objectives.Objective) -> tuple[str, ...]:
-  """Exit parts of the decoder that are measured or trained, fields of `T5Config`."""
-  measured = getattr(getattr(rule, "measure", None), "part", None)
-  return (*objective.parts, *([measured] if measured else []))
+  found = []
+  for part in parameters.EXIT_PARTS:
+    if part in decoder:
+      is_map = part in limits.EXIT_LAYERS
+      found += [f"{part}/{i}" for i in decoder[part]] if is_map else [part]
+  return found
 
 
 def config_of(
@@ -131,44 +143,44 @@ def config_of(
   parts: Sequence[str] = ("exit_classifier",),
   exit_maps: tuple[Sequence[int], int] | None = None,
 ) -> network.T5Config:
-  """The sizes of T5X's own T5 1.1 network, or of ours, as our configuration.
+  """The sizes of T5X's own T5 network, or of ours, as our configuration.
 
   Args:
-    module: the network.
-    parts: exit parts that a network of T5X's, whose sizes say nothing of them, gets.
-    exit_maps: layers that have a translator and learned propagation, and the rank of that (0:
-      without it), whatever the sizes say; None: as they say.
+    parts: exit parts that a network of T5X's gets.
+    exit_maps: layers with a translator and learned propagation, and the rank of
+      that (0: without it); None: as the sizes say.
 
   Raises:
-    ValueError: the module is of another architecture, or its sizes ask for what this
-      network does not have (`scale_attn_logits` of T5X's contrib/gpu).
+    ValueError: another architecture, or sizes that ask for what this network
+      does not have (`scale_attn_logits` of T5X's contrib/gpu).
   """
   theirs: Any = getattr(module, "config", None)
-  if theirs is None or not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
+  if not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
+    kind = type(module)
     raise ValueError(
-      "Expected `module` to be calm.t5.network.Transformer, or the Transformer of T5X's"
-      f" examples/t5/network.py, got {type(module).__module__}.{type(module).__name__};"
-      " scanned layers and Flaxformer's architectures have other parameter trees."
+      "Expected `module` to be the Transformer of T5X's"
+      f" examples/t5/network.py, got {kind.__module__}.{kind.__name__}; scanned"
+      " layers and Flaxformer's architectures have other parameter trees."
     )
-  known = {field.name for field in network.T5Config.__dataclass_fields__.values()}
-  for name, field in getattr(theirs, "__dataclass_fields__", {}).items():
-    if name not in known and getattr(theirs, name) != field.default:
+  known = {field.name for field in dataclasses.fields(network.T5Config)}
+  for field in getattr(theirs, "__dataclass_fields__", {}).values():
+    value = getattr(theirs, field.name)
+    if field.name not in known and value != field.default:
       raise ValueError(
-        f"Expected {type(theirs).__module__}.{type(theirs).__name__}.{name} of {field.default},"
-        f" got {getattr(theirs, name)}, which this network does not have; leave it out."
+        f"Expected {field.name} of {field.default}, got {value}, which this"
+        " network does not have; leave it out."
       )
-  given = {name: getattr(theirs, name) for name in known if hasattr(theirs, name)}
+  given = {
+    name: getattr(theirs, name) for name in known if hasattr(theirs, name)
+  }
   if "exit_classifier" not in given:
-    given |= {part: part in parts for part in ("exit_classifier", "exit_probes")}
-    if not parts:
-      _LOG.warning(
-        "No exit classifier: neither the measure nor the objective needs one, and the"
-        " parameter tree is T5X's own."
-      )
+    for part in ("exit_classifier", "exit_probes"):
+      given[part] = part in parts
   if exit_maps is not None:
     layers, rank = exit_maps
-    given |= {"exit_translators": layers, "exit_propagation": layers if rank else ()}
-    given |= {"exit_propagation_rank": rank}
+    given["exit_translators"] = layers
+    given["exit_propagation"] = layers if rank else ()
+    given["exit_propagation_rank"] = rank
   return network.T5Config(**given)
 
 
@@ -178,10 +190,11 @@ def config_of(
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-  """A calibration under which a run of T5X decodes (configs/runs/calibrated.gin).
+  """A calibration that a run decodes under (configs/runs/calibrated.gin).
 
   Attributes:
-    path: the file that `calm calibrate` wrote for a sweep (scripts/t5x_sweep.py).
+    path: the file that `calm calibrate` wrote for a sweep
+      (scripts/t5x_sweep.py).
     checkpoint: the checkpoint that the run restores.
     task_prefix: what the task puts before every input.
   """
@@ -193,26 +206,23 @@ class Calibrated:
   def load(self, model: Any) -> Calibration:
     """The calibration, for a model whose outputs are those that it is about.
 
-    Reads the checkpoint's parameters once, for their digest. Lengths, rows and the dtype that
-    parameters are restored in are known with a batch alone: see `refuse_batch`.
+    Reads the checkpoint's parameters once, for their digest. The rest is known
+    with a batch alone: see `refuse_batch`.
 
     Raises:
       ValueError: the model decodes otherwise: every differing field is named.
     """
     found = Calibration.load(self.path)
-    if found.procedure is None or found.knobs:
-      raise ValueError(
-        f"Expected {self.path} to be of one sweep in T5X (scripts/t5x_sweep.py), got one of"
-        f" {'several configurations' if found.knobs else 'outputs from elsewhere'}; calibrate"
-        " what the sweep wrote."
-      )
-    if not model.is_greedy or not isinstance(model.rule, exits.DynamicExits):
-      raise ValueError(
-        "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits under a"
-        f" calibration, got {model.decode_fn} and {model.rule}; bind these, or leave the"
-        " calibration out."
-      )
     theirs = found.procedure
+    if theirs is None or found.knobs:
+      kind = (
+        "several configurations" if found.knobs else "outputs from elsewhere"
+      )
+      raise ValueError(
+        f"Expected {self.path} to be of one sweep (scripts/t5x_sweep.py), got"
+        f" one of {kind}; calibrate what the sweep wrote."
+      )
+    check_greedy(model)
     options = dataclasses.replace(
       decode_options(model, self.task_prefix),
       max_input_length=theirs.max_input_length,
@@ -220,16 +230,28 @@ class Calibrated:
       batch_size=inference.options_of(theirs).batch_size,
     )
     stored = parameters.flatten(checkpoints.load(self.checkpoint).params)
-    read = parameters.expected_shapes(model.config)  # a classifier that nothing reads is not
-    params = parameters.unflatten({path: stored[path] for path in read if path in stored})
+    # A classifier that nothing reads is left out.
+    read = [x for x in parameters.expected_shapes(model.config) if x in stored]
+    params = parameters.unflatten({path: stored[path] for path in read})
     words = our_vocabulary(model.output_vocabulary)
     ours = inference.Predictor(model.config, params, words, options).procedure
     if difference := describe_differences(theirs, ours):
       raise ValueError(
-        f"Expected the calibration {self.path} to be of this run, got one of another procedure:"
-        f" {difference}; set these, or give THRESHOLD, which promises nothing."
+        f"Expected the calibration {self.path} to be of this run, got one of"
+        f" another procedure: {difference}; set these, or give THRESHOLD, which"
+        " promises nothing."
       )
     return found
+
+
+def check_greedy(model: Any) -> None:
+  """Raises for a model whose outputs no calibration is about."""
+  if not model.is_greedy or not isinstance(model.rule, exits.DynamicExits):
+    raise ValueError(
+      "Expected `decode_fn` models.greedy_decode and a `rule`"
+      f" exits.DynamicExits, got {model.decode_fn} and {model.rule}; outputs of"
+      " others have no calibration here."
+    )
 
 
 def decode_options(model: Any, task_prefix: str) -> inference.DecodeOptions:
@@ -250,55 +272,21 @@ def refuse_batch(
 ) -> None:
   """Refuses a batch that is decoded otherwise than those of the calibration.
 
-  Args:
-    calibration: from `Calibrated.load`.
-    params: as restored; arrays or tracers.
-    batch: as `predict_batch_with_aux` has it.
-    num_rows: rows that a device decodes together.
+  `batch` is as `predict_batch_with_aux` has it, with `num_rows` a device.
 
   Raises:
-    ValueError: another length, number of rows or dtype, by name.
+    ValueError: another length, number of rows or dtype of parameters.
   """
-  assert calibration.procedure is not None
-  theirs = calibration.procedure
-  rows = theirs.batch_bucket
-  expected = {
-    "inputs of TASK_FEATURE_LENGTHS": theirs.max_input_length,
-    "targets of TASK_FEATURE_LENGTHS": theirs.max_decode_length,
-    "rows a device": rows,
-    "RestoreCheckpointConfig.dtype": "float32",
-  }
-  (dtype,) = {leaf.dtype.name for leaf in jax.tree.leaves(params)} or {"float32"}
-  got = {
-    "inputs of TASK_FEATURE_LENGTHS": batch["encoder_input_tokens"].shape[1],
-    "targets of TASK_FEATURE_LENGTHS": batch["decoder_input_tokens"].shape[1],
-    "rows a device": None if rows is None else num_rows,
-    "RestoreCheckpointConfig.dtype": dtype,
-  }
-  if wrong := [name for name in expected if expected[name] != got[name]]:
+  theirs: Any = calibration.procedure
+  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+  rows, names = theirs.batch_bucket, ("encoder_input", "decoder_input")
+  expected = (theirs.max_input_length, theirs.max_decode_length, rows)
+  lengths = (batch[f"{name}_tokens"].shape[1] for name in names)
+  got = (*lengths, rows and num_rows)
+  if expected != got or dtypes != {"float32"}:
     raise ValueError(
-      "Expected what the calibration was made with, "
-      + ", ".join(f"{name} {expected[name]}" for name in wrong)
-      + ", got "
-      + ", ".join(str(got[name]) for name in wrong)
-      + "; set these, or calibrate a sweep with yours."
+      "Expected inputs and targets of TASK_FEATURE_LENGTHS, and rows a device,"
+      f" of {expected}, and RestoreCheckpointConfig.dtype float32, as the"
+      f" calibration was made with, got {got} and {', '.join(dtypes)}; set"
+      " these, or calibrate a sweep with yours."
     )
-
-
-def our_vocabulary(words: Any) -> Any:
-  """A seqio vocabulary as ours, for its digest.
-
-  Raises:
-    ValueError: ours would give other ids.
-  """
-  import seqio
-  import tensorflow as tf
-
-  if not isinstance(words, seqio.SentencePieceVocabulary):
-    return vocabularies.from_seqio(words)
-  with tempfile.TemporaryDirectory() as folder:
-    # The file may be a bucket's, which ours does not read.
-    local = copy.copy(words)
-    local._sentencepiece_model_file = str(pathlib.Path(folder) / "vocabulary.model")
-    tf.io.gfile.copy(words.sentencepiece_model_file, local._sentencepiece_model_file)
-    return vocabularies.from_seqio(local)

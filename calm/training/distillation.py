@@ -16,7 +16,7 @@ from calm.training import losses, objectives
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class SelfDistilled:
+class SelfDistilled(objectives.Objective):
   """Stage one where a promise is closeness to the full model's own text.
 
   NLL_L + share / (L - 1) sum_{i < L} KL(p_L || p_i): the last layer learns the targets, layers
@@ -26,16 +26,11 @@ class SelfDistilled:
     share: of the layers before the last, over the last layer's 1.
     z_loss: T5X's penalty on log(Z)^2, of the last layer.
     sampled_layers: early layers drawn a step, all alike; None computes every layer's head.
-    parts: see `Objective`.
   """
 
   share: float = 3.0
   z_loss: float = 1e-4
   sampled_layers: int | None = None
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    return ()
 
   def __post_init__(self):
     objectives.check_terms(self.sampled_layers, z_loss=self.z_loss, share=self.share)
@@ -53,23 +48,12 @@ class SelfDistilled:
       normed[-1:], kernel, targets, token_weights, jnp.ones(1), self.z_loss
     )
     teacher = jax.lax.stop_gradient(_logits(normed[-1], kernel))
-    apart, entropies, hits = _divergences(
-      normed[chosen], kernel, teacher, targets, token_weights
-    )
+    apart, early_sums = _divergences(normed[chosen], kernel, teacher, targets, token_weights)
     penalty = loss - jnp.sum(metrics.cross_entropy)
     loss += self.share * jnp.mean(apart) if early else 0.0
-    return loss, objectives.layer_metrics(
-      early + 1,
-      jnp.append(chosen, early),
-      loss,
-      jnp.sum(token_weights),
-      jnp.append(entropies, metrics.cross_entropy),
-      jnp.append(hits, metrics.correct),
-      penalty,
-    )
-
-  def trains(self, path):
-    return not objectives.is_exit_part(path)
+    sums = losses.LayerMetrics(*map(jnp.append, early_sums, metrics))
+    layers, weight = jnp.append(chosen, early), jnp.sum(token_weights)
+    return loss, objectives.layer_metrics(early + 1, layers, loss, weight, sums, penalty)
 
   def teaches_layers(self, num_layers):
     return num_layers > 1 and self.share > 0.0
@@ -77,7 +61,7 @@ class SelfDistilled:
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class ExitMaps:
+class ExitMaps(objectives.Objective):
   """Exits beside a frozen model, on any texts: what `calm fit` fits, by gradients alone.
 
   With x = decoder_norm(d^j) at exit layer j, the sum over tokens of
@@ -89,16 +73,11 @@ class ExitMaps:
   p being the full model's probabilities. The configuration says the layers
   (`T5Config.exit_translators`, `exit_propagation`). Metrics of these layers, and of the last,
   are the first term and the argmaxes that are the full model's.
-
-  Attributes:
-    classifier: whether the exit classifier is trained beside them.
   """
-
-  classifier: bool = True
 
   @property
   def parts(self) -> tuple[str, ...]:
-    return ("exit_classifier",) if self.classifier else ()
+    return ("exit_classifier",)
 
   def loss(self, module, params, batch, rng):
     del rng  # as they are in inference: no dropout
@@ -115,33 +94,28 @@ class ExitMaps:
     chosen = np.asarray(config.exit_translators) - 1
     teacher = _logits(read[-1], kernel)
     best = jnp.argmax(teacher, axis=-1)
-    apart, _, hits = _divergences(read[chosen], kernel, teacher, best, weights)
+    apart, sums = _divergences(read[chosen], kernel, teacher, best, weights)
     wanted = jax.nn.log_softmax(teacher)
     entropy = -jnp.sum(jnp.exp(wanted) * wanted * weights[..., None])
-    loss = (
-      jnp.mean(apart) + entropy + _propagation_loss(params, config, hidden, normed, weights)
-    )
-    if self.classifier:
-      told = objectives.classified(params, jax.lax.stop_gradient(read))
-      predictions = losses.layer_predictions(jax.lax.stop_gradient(read), kernel)
-      loss += losses.classifier_loss(told, predictions, weights)
-    count = jnp.sum(weights)
-    return loss, objectives.layer_metrics(
-      len(read),
-      jnp.append(chosen, len(read) - 1),
-      loss,
-      count,
-      jnp.append(apart + entropy, entropy),
-      jnp.append(hits, count),
-      jnp.zeros(()),
-    )
+    stays = jax.lax.stop_gradient(read)
+    predictions = losses.layer_predictions(stays, kernel)
+    loss = jnp.mean(apart) + entropy
+    loss += _propagation_loss(params, config, hidden, normed, weights)
+    loss += losses.classifier_loss(objectives.classified(params, stays), predictions, weights)
+    count, last = jnp.sum(weights), len(read) - 1
+    said = jnp.append(sums.agreement, count)
+    sums = losses.LayerMetrics(jnp.append(apart + entropy, entropy), said, said)
+    layers = jnp.append(chosen, last)
+    return loss, objectives.layer_metrics(last + 1, layers, loss, count, sums, jnp.zeros(()))
 
   def trains(self, path):
     return bool({"exit_translators", "exit_propagation", *self.parts} & set(path))
 
   def teaches_layers(self, num_layers):
-    del num_layers
     return True
+
+  def measured_layers(self, config):
+    return (*config.exit_translators, config.num_decoder_layers)
 
 
 def _states(module: network.Transformer, *inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -178,9 +152,9 @@ def _divergences(
   teacher: Float[Array, "batch length vocab"],
   targets: Int[Array, "batch length"],
   token_weights: Float[Array, "batch length"],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sums over tokens of each layer: KL(teacher || layer), cross entropy and hits of targets."""
-  wanted = jax.nn.log_softmax(teacher)
+) -> tuple[jax.Array, losses.LayerMetrics]:
+  """Sums over tokens of each layer: KL(teacher || layer), and its metrics."""
+  wanted, best = jax.nn.log_softmax(teacher), jnp.argmax(teacher, axis=-1)
 
   # One layer's logits live at a time: the way back multiplies a head out again.
   @jax.checkpoint
@@ -188,7 +162,10 @@ def _divergences(
     found = jax.nn.log_softmax(_logits(x, kernel))
     apart = jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1)
     label = jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
-    hits = (jnp.argmax(found, axis=-1) == targets).astype(jnp.float32)
-    return tuple(jnp.sum(value * token_weights) for value in (apart, -label, hits))
+    said = jnp.argmax(found, axis=-1)
+    terms = (apart * token_weights, -label * token_weights)
+    counts = (jnp.where(said == x, token_weights, 0.0) for x in (targets, best))
+    return tuple(map(jnp.sum, (*terms, *counts)))
 
-  return jax.lax.map(functools.partial(one, kernel=kernel), normed)
+  apart, *sums = jax.lax.map(functools.partial(one, kernel=kernel), normed)
+  return apart, losses.LayerMetrics(*sums)

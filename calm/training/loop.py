@@ -36,23 +36,18 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   """
   try:
     entries = json.loads(storage.content(path))  # NaN is a loss that it may well have
-  except (OSError, ValueError, RecursionError) as error:
+    steps = [entry["step"] for entry in entries]
+    numbers = [value for entry in entries for value in entry.values()]
+    typed = not {*map(type, steps)} - {int} and not {*map(type, numbers)} - {int, float}
+    if not typed or not isinstance(entries, list):
+      raise TypeError("another value than a number")
+    if any(a >= b for a, b in itertools.pairwise(steps)):
+      raise ValueError("steps that do not ascend")
+  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise ValueError(
-      f"Expected {str(path)!r} to be the validations of a run, got no JSON ({error}); restore"
-      " it, or take the folder away to begin anew."
+      f"Expected {str(path)!r} to be a list of validations with numbers, got something else"
+      f" ({error}); restore it, or take the folder away to begin anew."
     ) from error
-  number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-  whole = isinstance(entries, list) and all(
-    isinstance(entry, dict)
-    and type(entry.get("step")) is int
-    and all(map(number, entry.values()))
-    for entry in entries
-  )
-  if not whole or any(a["step"] >= b["step"] for a, b in itertools.pairwise(entries)):
-    raise ValueError(
-      f"Expected {str(path)!r} to be a list of validations with numbers, their `step`s"
-      f" ascending, got {entries!r:.100}; restore it, or take the folder away to begin anew."
-    )
   return [{n: v if n == "step" else float(v) for n, v in entry.items()} for entry in entries]
 
 
@@ -69,24 +64,25 @@ class History:
     self.truncate(step - 1)
     self.entries.append({"step": step, **scalars})
     storage.write_atomically(self._path, json.dumps(self.entries, indent=1))
-    return self._best_index() == len(self.entries) - 1
+    return self._since_best() == 0
 
   def should_stop(self) -> bool:
-    if self._patience is None or not self.entries:
-      return False
-    return len(self.entries) - 1 - self._best_index() >= self._patience
+    """Whether `patience` validations have not improved on the best."""
+    patience = self._patience
+    return patience is not None and bool(self.entries) and self._since_best() >= patience
 
   def truncate(self, step: int) -> None:
     """Forgets validations after the step that a run resumes from."""
     self.entries = [entry for entry in self.entries if entry["step"] <= step]
 
-  def _best_index(self) -> int:
+  def _since_best(self) -> int:
     values = np.array([entry.get(self._metric, np.nan) for entry in self.entries])
     if np.isnan(values).all():
       raise ValueError(
         f"Expected `stop_metric` to be one of {sorted(self.entries[-1])}, got {self._metric!r}."
       )
-    return int(np.nanargmin(values if "loss" in self._metric else -values))
+    best = np.nanargmin(values if "loss" in self._metric else -values)
+    return len(values) - 1 - int(best)
 
 
 @dataclasses.dataclass
@@ -131,9 +127,8 @@ def fit(
 
   Raises:
     FloatingPointError: the loss is no longer finite; nothing of that is saved.
-    PermissionError, NotADirectoryError: `output_dir` cannot be written.
-    ValueError: `output_dir` holds a run of another model, or one that has made steps under
-      another learning rate or seed, or on other data.
+    OSError: `output_dir` cannot be written.
+    ValueError: `output_dir` holds another run: model, learning rate, seed or data.
   """
   listener = listener or Listener()
   check_writable(output_dir)
@@ -174,9 +169,7 @@ def fit(
     return dataclasses.replace(state, params=restored["params"])
 
 
-def _finite(
-  which: str, scalars: dict[str, float], step: int, output_dir: pathlib.Path
-) -> dict[str, float]:
+def _finite(which: str, scalars, step: int, output_dir: pathlib.Path) -> dict[str, float]:
   loss = scalars.get("loss", 0.0)
   if not np.isfinite(loss):
     raise FloatingPointError(
@@ -212,11 +205,8 @@ def _checkpointer(output_dir: pathlib.Path, name: str, max_to_keep: int):
   options = ocp.CheckpointManagerOptions(
     max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
   )
-  return ocp.CheckpointManager(
-    (output_dir / name).absolute(),
-    options=options,
-    item_handlers=ocp.StandardCheckpointHandler(),
-  )
+  folder, handler = (output_dir / name).absolute(), ocp.StandardCheckpointHandler()
+  return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
 def _save(manager, step: int, tree: Any) -> None:
@@ -232,14 +222,13 @@ def _restore(manager, step: int, like: Any) -> Any:
 
   # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
   stored, expected = _shapes(manager.item_metadata(step)), _shapes(like)
-  misfits = [path for path in expected if stored.get(path) != expected[path]]
-  if misfits:
-    path = misfits[0]
-    raise ValueError(
-      f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
-      f" {path!r} of shape {expected[path]}, got {stored.get(path, 'none')} at step {step};"
-      " give another `output_dir`, or the configuration that it was started with."
-    )
+  for path, shape in expected.items():
+    if stored.get(path) != shape:
+      raise ValueError(
+        f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
+        f" {path!r} of shape {shape}, got {stored.get(path, 'none')} at step {step}; give"
+        " another `output_dir`, or the configuration that it was started with."
+      )
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   return manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
@@ -261,12 +250,10 @@ def identity_of(config: TrainConfig, source: training_batches.Source) -> dict[st
   steps = [s for s in _steps(config.num_steps.bit_length() + 1) if s < config.num_steps]
   schedule = config.schedule(config.num_steps)
   rates = [float(np.asarray(schedule(step))) for step in steps]
+  known = [rate if math.isfinite(rate) else None for rate in rates]
   return {
     "seed": int(config.seed),
-    "learning_rates": [
-      [step, rate if math.isfinite(rate) else None]
-      for step, rate in zip(steps, rates, strict=True)
-    ],
+    "learning_rates": [list(pair) for pair in zip(steps, known, strict=True)],
     "batches": [[step, _digest(source.batch(step))] for step in steps],
   }
 
@@ -285,24 +272,19 @@ def _digest(batch: training_batches.Batch) -> str:
 
 
 def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -> None:
-  """Compares a run with the one whose steps it goes on from; then it is the one recorded.
-
-  Args:
-    path: where the identity is kept.
-    identity: of this run.
-    reached: steps that were made.
+  """Compares a run with the one whose `reached` steps it goes on from, and records it.
 
   Raises:
     ValueError: steps were made under another learning rate or seed, or on other data.
   """
-  differing = ""
+  before = identity
   if reached and path.exists():  # a run of an earlier version recorded none
-    differing = _differences(_read_identity(path), identity, reached)
-  if differing:
+    before = _read_identity(path)
+  if differing := _differences(before, identity, reached):
     raise ValueError(
       f"Expected `output_dir` to be a new folder, or one of the same run, got"
-      f" {str(path.parent)!r}, whose {reached} steps were made with {differing};"
-      " give another folder, or the configuration and data that it was started with."
+      f" {str(path.parent)!r}, whose {reached} steps were made with {differing}; give another"
+      " folder, or the configuration and data that it was started with."
     )
   storage.write_atomically(path, json.dumps(identity, indent=1) + "\n")
 
@@ -310,11 +292,11 @@ def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -
 def _read_identity(path: pathlib.Path) -> dict[str, Any]:
   try:
     stored = storage.parse_json(storage.content(path))
-    for name, kinds in (("learning_rates", (float, int, type(None))), ("batches", (str,))):
+    for name, kinds in (("learning_rates", {float, int, type(None)}), ("batches", {str})):
+      steps, values = zip(*stored[name], strict=True)
       # Steps that are not there would not be compared.
-      steps = [step for step, _ in stored[name]]
-      typed = all(type(s) is int and type(v) in kinds for s, v in stored[name])
-      if steps != _steps(len(steps)) or not typed:
+      known = {*map(type, steps)} == {int} and not {*map(type, values)} - kinds
+      if not known or [*steps] != _steps(len(steps)):
         raise ValueError(f"Expected `{name}` of steps 0, 1, 2, 4, 8, ..., got {steps[:8]}")
     if type(stored["seed"]) is not int:
       raise ValueError(f"Expected `seed` to be a whole number, got {stored['seed']!r}")
@@ -331,12 +313,16 @@ def _differences(before: dict[str, Any], now: dict[str, Any], reached: int) -> s
   found = []
   if before["seed"] != now["seed"]:
     found.append(f"seed {before['seed']}, now {now['seed']}")
-  pairs = lambda name: zip(before[name], now[name], strict=False)  # both 0, 1, 2, 4, ...
-  for (step, old), (_, new) in pairs("learning_rates"):
-    rates = old, math.nan if new is None else new
-    if step < reached and old is not None and not math.isclose(*rates, rel_tol=1e-4):
-      found.append(f"learning rate {old:g} at step {step}, now {rates[1]:g}")
+  made = lambda name: (
+    (step, old, new)
+    for (step, old), (_, new) in zip(before[name], now[name], strict=False)
+    if step < reached
+  )
+  for step, old, new in made("learning_rates"):
+    rate = math.nan if new is None else new
+    if old is not None and not math.isclose(old, rate, rel_tol=1e-4):
+      found.append(f"learning rate {old:g} at step {step}, now {rate:g}")
       break
-  if any(step < reached and old != new for (step, old), (_, new) in pairs("batches")):
+  if any(old != new for _, old, new in made("batches")):
     found.append("other data (or their seed, prefix, lengths or batch size)")
   return "; ".join(found)

@@ -23,10 +23,12 @@ class LayerMetrics(NamedTuple):
   Attributes:
     cross_entropy: negative log-likelihood in nats, [layers].
     correct: number of argmaxes that equal the target, [layers].
+    agreement: number of argmaxes that equal the last of these layers', [layers].
   """
 
   cross_entropy: Float[Array, " layers"]
   correct: Float[Array, " layers"]
+  agreement: Float[Array, " layers"]
 
 
 @arguments.checked()
@@ -54,18 +56,16 @@ def _counted(num_layers: int) -> int:
 
 
 def _layer_terms(x, kernel, targets, weights, z_loss):
-  """Of one layer: logits' gradient, weighted loss, cross entropy and correct count."""
+  """Of one layer: logits' gradient, weighted loss, cross entropy and argmaxes."""
   logits = x.astype(jnp.float32) @ kernel
   log_z = jax.nn.logsumexp(logits, axis=-1)
   label = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
   cross_entropy = jnp.sum((log_z - label) * weights)
   loss = cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * weights)
-  hits = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-  correct = jnp.sum(hits * weights)
   probabilities = jnp.exp(logits - log_z[:, None])
   is_label = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
   grad = probabilities * (1.0 + 2.0 * z_loss * log_z)[:, None] - is_label.astype(jnp.float32)
-  return grad * weights[:, None], loss, cross_entropy, correct
+  return grad * weights[:, None], loss, cross_entropy, jnp.argmax(logits, axis=-1)
 
 
 def layer_cross_entropy(
@@ -111,7 +111,7 @@ def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gr
   def one_layer(carry, inputs):
     loss, kernel_grad = carry
     x, weight = inputs
-    grad, layer_loss, cross_entropy, correct = _layer_terms(
+    grad, layer_loss, cross_entropy, best = _layer_terms(
       x, kernel, flat_targets, flat_weights, z_loss
     )
     loss, x_grad = loss + weight * layer_loss, None
@@ -119,14 +119,16 @@ def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gr
       grad = grad * weight
       kernel_grad = kernel_grad + x.astype(jnp.float32).T @ grad
       x_grad = (grad @ kernel.T).astype(x.dtype)
-    return (loss, kernel_grad), (cross_entropy, correct, x_grad)
+    return (loss, kernel_grad), (cross_entropy, best, x_grad)
 
   start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients else None)
-  (loss, kernel_grad), (cross_entropy, correct, x_grads) = lax.scan(
+  (loss, kernel_grad), (cross_entropy, best, x_grads) = lax.scan(
     one_layer, start, (flat, weights.astype(jnp.float32))
   )
   gradients = None if x_grads is None else (x_grads.reshape(normed.shape), kernel_grad)
-  return loss, LayerMetrics(cross_entropy, correct), gradients
+  counted = lambda hits: jnp.sum(jnp.where(hits, flat_weights, 0.0), axis=-1)
+  correct, agreement = counted(best == flat_targets[None]), counted(best == best[-1:])
+  return loss, LayerMetrics(cross_entropy, correct, agreement), gradients
 
 
 def _cross_entropy_forward(normed, kernel, targets, token_weights, weights, z_loss):

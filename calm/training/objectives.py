@@ -1,11 +1,9 @@
-"""What a training stage minimises, and which parameters it may touch.
+"""What a training stage minimises, and which parameters it may touch."""
 
-An objective is a small frozen class with `loss` and `trains`; `training` knows no more of it.
-"""
-
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +29,7 @@ class BatchMetrics:
     weight: number of real tokens, [].
     cross_entropy: negative log-likelihood a layer in nats, [layers].
     correct: argmaxes that equal the target a layer, [layers].
+    agreement: argmaxes that equal the last layer's, [layers]; NaN where it was not computed.
     layer_weight: tokens that each layer's sums are over, [layers].
     z_loss: the part of the loss that penalises log(Z)^2, [].
   """
@@ -39,6 +38,7 @@ class BatchMetrics:
   weight: jax.Array
   cross_entropy: jax.Array
   correct: jax.Array
+  agreement: jax.Array
   layer_weight: jax.Array
   z_loss: jax.Array
 
@@ -49,57 +49,58 @@ class BatchMetrics:
     """Means (and the token count) under TensorBoard names; layers not measured left out."""
     weight = max(float(self.weight), 1.0)
     values = {"loss": float(self.loss) / weight, "target_tokens": float(self.weight)}
-    for layer, seen in enumerate(np.asarray(self.layer_weight), start=1):
-      if seen > 0:
-        values[f"loss/layer_{layer}"] = float(self.cross_entropy[layer - 1]) / float(seen)
-        values[f"accuracy/layer_{layer}"] = float(self.correct[layer - 1]) / float(seen)
+    sums = {"loss": self.cross_entropy, "accuracy": self.correct, "agreement": self.agreement}
+    for layer, seen in enumerate(np.asarray(self.layer_weight)):
+      for name, total in sums.items():
+        if seen > 0 and not (name == "agreement" and np.isnan(total[layer])):
+          values[f"{name}/layer_{layer + 1}"] = float(total[layer]) / float(seen)
     return values
 
 
 def layer_metrics(
-  num_layers: int, layers: jax.Array, loss, weight, cross_entropy, correct, z_loss
+  num_layers: int, layers: jax.Array, loss, weight, sums: losses.LayerMetrics, z_loss
 ) -> BatchMetrics:
   """Metrics of the 0-based `layers` that were measured, whose sums are [len(layers)]."""
   to_layers = lambda x: jnp.zeros(num_layers).at[layers].add(x)
-  return BatchMetrics(
-    loss=loss,
-    weight=weight,
-    cross_entropy=to_layers(cross_entropy),
-    correct=to_layers(correct),
-    layer_weight=to_layers(jnp.broadcast_to(weight, layers.shape)),
-    z_loss=z_loss,
-  )
+  every = (to_layers(x) for x in (*sums, jnp.broadcast_to(weight, layers.shape)))
+  return BatchMetrics(loss, weight, *every, z_loss)
 
 
-@runtime_checkable
-class Objective(Protocol):
-  """One training stage.
+class Objective(abc.ABC):
+  """One training stage, a frozen dataclass; a stage without `parts` trains the base model.
 
   Attributes:
     parts: exit parts of the decoder that the model must hold for it, fields of `T5Config`.
   """
 
   @property
-  def parts(self) -> tuple[str, ...]: ...
+  def parts(self) -> tuple[str, ...]:
+    return ()
 
+  @abc.abstractmethod
   def loss(
     self, module: network.Transformer, params: Params, batch: Batch, rng: jax.Array | None
   ) -> tuple[jax.Array, BatchMetrics]:
     """The loss summed over real tokens, and metrics; `rng` None turns dropout off."""
-    ...
 
   def trains(self, path: tuple[str, ...]) -> bool:
     """Whether the parameter at this path of the tree may change."""
-    ...
+    return (
+      bool({*self.parts} & {*path}) if self.parts else {*path}.isdisjoint(parameters.EXIT_PARTS)
+    )
 
   def teaches_layers(self, num_layers: int) -> bool:
     """Whether layers before the last learn to write."""
-    ...
+    return False
+
+  def measured_layers(self, config: network.T5Config) -> tuple[int, ...]:
+    """The 1-based layers that metrics are of."""
+    return tuple(range(1, config.num_decoder_layers + 1))
 
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class LayerWeighted:
+class LayerWeighted(Objective):
   """Stage one: Eq. 6, sum_i w_i NLL_i over all decoder layers.
 
   Attributes:
@@ -108,16 +109,11 @@ class LayerWeighted:
     sampled_layers: None computes every layer's head. k draws k layers a step with
       probabilities w_i instead: an unbiased estimate of Eq. 6 at k heads' cost, for machines
       where the vocabulary head outweighs the layers.
-    parts: see `Objective`.
   """
 
   weights: Callable[[int], np.ndarray] = losses.layer_weights
   z_loss: float = 1e-4
   sampled_layers: int | None = None
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    return ()
 
   def __post_init__(self):
     check_terms(self.sampled_layers, z_loss=self.z_loss)
@@ -126,12 +122,13 @@ class LayerWeighted:
     normed = normed_states(module, params, batch, rng)
     num_layers = normed.shape[0]
     weights = jnp.asarray(self.weights(num_layers))
-    if rng is None or self.sampled_layers is None:
-      chosen, chosen_weights = jnp.arange(num_layers), weights
-    else:
+    sampled = rng is not None and self.sampled_layers is not None
+    if sampled:
       k = self.sampled_layers
       chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
       chosen_weights = jnp.full((k,), 1.0 / k)
+    else:
+      chosen, chosen_weights = jnp.arange(num_layers), weights
     token_weights = batch["decoder_loss_weights"]
     loss, metrics = losses.layer_cross_entropy(
       normed[chosen],
@@ -141,13 +138,11 @@ class LayerWeighted:
       chosen_weights,
       self.z_loss,
     )
+    if sampled:  # the last layer may not be among them
+      metrics = metrics._replace(agreement=jnp.full(chosen.shape, jnp.nan))
     penalty = loss - jnp.sum(chosen_weights * metrics.cross_entropy)
-    return loss, layer_metrics(
-      num_layers, chosen, loss, jnp.sum(token_weights), *metrics, penalty
-    )
-
-  def trains(self, path):
-    return not is_exit_part(path)
+    weight = jnp.sum(token_weights)
+    return loss, layer_metrics(num_layers, chosen, loss, weight, metrics, penalty)
 
   def teaches_layers(self, num_layers):
     return bool(np.any(np.asarray(self.weights(num_layers))[:-1] > 0.0))
@@ -155,12 +150,11 @@ class LayerWeighted:
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class ExitClassifier:
+class ExitClassifier(Objective):
   """Stage two: the exit classifier alone, everything else frozen (paper section 3.5).
 
   Attributes:
     objective: `losses.classifier_loss` or `losses.geometric_classifier_loss`.
-    parts: see `Objective`.
   """
 
   objective: Callable[..., jax.Array] = losses.classifier_loss
@@ -177,29 +171,20 @@ class ExitClassifier:
     predictions = losses.layer_predictions(normed, kernel)
     return _stage_two(self.objective, logits, predictions, batch["decoder_loss_weights"])
 
-  def trains(self, path):
-    return "exit_classifier" in path
-
-  def teaches_layers(self, num_layers):
-    del num_layers
-    return False
-
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class ExitProbes:
+class ExitProbes(Objective):
   """Stage two of the measure 'probe': every layer's own probe, everything else frozen.
 
   Attributes:
     shortlist: token ids whose logits the probes read; export the same ones.
     classifier: whether the exit classifier is trained beside them, in the same pass; loss and
       metrics are the probes' and its loss is added.
-    objective: as of `ExitClassifier`.
   """
 
   shortlist: Sequence[int]
   classifier: bool = False
-  objective: Callable[..., jax.Array] = losses.classifier_loss
 
   def __post_init__(self):
     if len(set(self.shortlist)) < 2:  # the gap of the two likeliest would be infinite
@@ -226,17 +211,11 @@ class ExitProbes:
     logits = jnp.stack([*read, jnp.full_like(read[0], evidence.CERTAIN)])
     predictions = losses.layer_predictions(normed, kernel)
     token_weights = batch["decoder_loss_weights"]
-    loss, metrics = _stage_two(self.objective, logits, predictions, token_weights)
+    objective = losses.classifier_loss
+    loss, metrics = _stage_two(objective, logits, predictions, token_weights)
     if self.classifier:
-      loss += self.objective(classified(params, normed), predictions, token_weights)
+      loss += objective(classified(params, normed), predictions, token_weights)
     return loss, metrics
-
-  def trains(self, path):
-    return bool(set(self.parts) & set(path))
-
-  def teaches_layers(self, num_layers):
-    del num_layers
-    return False
 
 
 def check_terms(sampled_layers: int | None, **weights: float) -> None:
@@ -246,16 +225,13 @@ def check_terms(sampled_layers: int | None, **weights: float) -> None:
     limits.whole("sampled_layers", sampled_layers, *bounds, "draw layers, or leave it out")
   for name, weight in weights.items():
     if not 0.0 <= weight < np.inf:
-      raise ValueError(
-        f"Expected `{name}` to be finite and at least 0, got {weight!r}; leave it out for the"
-        " default."
-      )
+      raise ValueError(f"Expected `{name}` to be finite and at least 0, got {weight!r}.")
 
 
 def classified(
   params: Params, normed: Float[Array, "layers batch length emb"]
 ) -> Float[Array, "layers batch length"]:
-  """The exit classifier's logits [layers, batch, length]."""
+  """The exit classifier's logits."""
   classifier = params["decoder"]["exit_classifier"]
   return (normed.astype(jnp.float32) @ classifier["kernel"])[..., 0] + classifier["bias"][0]
 
@@ -274,14 +250,10 @@ def _stage_two(
     weight=weight,
     cross_entropy=over_tokens(jax.nn.softplus(logits) - agrees * logits),
     correct=over_tokens(hits),
+    agreement=over_tokens(agrees),
     layer_weight=jnp.broadcast_to(weight, (logits.shape[0],)),
     z_loss=jnp.zeros(()),
   )
-
-
-def is_exit_part(path: tuple[str, ...]) -> bool:
-  """Whether a parameter lies beside the base model, which stage one trains."""
-  return bool({*parameters.EXIT_PARTS} & set(path))
 
 
 def normed_states(module, params, batch, rng):

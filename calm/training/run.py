@@ -18,8 +18,8 @@ from calm import arguments, checkpoints, storage
 from calm.data import training_batches, vocabulary
 from calm.t5 import limits, network, parameters
 from calm.training import loop, objectives, updates
+from calm.training.sources import MODEL_FOLDER
 
-MODEL_FOLDER = "model"
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,7 +54,6 @@ class Export:
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.
-    storage_dtype: 'float32', or 'bfloat16' for half the size.
     shortlist: token ids for the measure 'shortlist', most likely first (`frequent_tokens`).
   """
 
@@ -62,11 +61,9 @@ class Export:
   task_prefix: str = ""
   max_input_length: int = 512
   max_decode_length: int = 64
-  storage_dtype: str = "float32"
   shortlist: Sequence[int] = ()
 
   def __post_init__(self):
-    checkpoints.files.safetensors_writer({}, self.storage_dtype)  # refuses another
     for name in ("max_input_length", "max_decode_length"):
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give tokens")
 
@@ -78,14 +75,8 @@ class Export:
     exits_trained: bool | None = None,
   ) -> None:
     """Writes the checkpoint and its `inference.json`; see `checkpoints.save`."""
-    checkpoints.save(
-      directory,
-      params,
-      config,
-      vocabulary=self.vocabulary,
-      storage_dtype=self.storage_dtype,
-      exits_trained=exits_trained,
-    )
+    given: Any = {"vocabulary": self.vocabulary, "exits_trained": exits_trained}
+    checkpoints.save(directory, params, config, **given)
     names = ("task_prefix", "max_input_length", "max_decode_length")
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
     if self.shortlist:
@@ -109,10 +100,7 @@ def train(
   """Trains (or goes on training) and exports the parameters with the best validation.
 
   Args:
-    data: training and validation batches.
-    objective: the training stage.
-    config: steps, learning rate, seed, validation and early stopping.
-    export: vocabulary and decoding limits that go with the parameters.
+    data, objective, config, export: what is trained, how, and what goes with the parameters.
     output_dir: of checkpoints, validations, and the exported model in `model/`.
     model: sizes; None takes those of `initial`. MLPs wider than those of `initial` begin as
       the same function (`parameters.wider`).
@@ -129,7 +117,7 @@ def train(
     FileNotFoundError: there is no checkpoint at `initial`.
     ValueError: neither `model` nor `initial`, or they do not fit; a part in `fresh` that
       the tree lacks; a vocabulary larger than the model's. Errors of `training.fit` besides.
-    storage.LockedError: another process trains in `output_dir`; the message names it.
+    storage.LockedError: another process trains in `output_dir`.
   """
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)

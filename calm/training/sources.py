@@ -11,7 +11,7 @@ from calm.checkpoints import files
 from calm.data import datasets, training_batches
 from calm.t5 import limits
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER = "model"  # of a run
 
 
 @arguments.checked()

@@ -126,7 +126,6 @@ def init_params(config: network.T5Config, seed: int) -> Params:
   return init(jax.random.key(seed))
 
 
-@arguments.checked()
 def make_optimizer(
   config: TrainConfig, objective: objectives.Objective, params: Mapping[str, Any]
 ) -> optax.GradientTransformation:
@@ -136,24 +135,14 @@ def make_optimizer(
     config: schedule and optimizer.
     objective: says which parameters it trains.
     params: the tree.
-
-  Raises:
-    ValueError: a leaf of `params` is no array.
   """
   transform = config.optimizer(config.schedule(config.num_steps))
-  paths = traverse_util.flatten_dict(params)
-  if odd := [path for path, leaf in paths.items() if not hasattr(leaf, "shape")]:
-    raise ValueError(
-      f"Expected `params` to be a tree of arrays, got another leaf at {odd[0]!r:.100}; take the"
-      " tree of `init_params` or of a checkpoint."
-    )
-  labels = traverse_util.unflatten_dict(
-    {path: "train" if objective.trains(path) else "freeze" for path in paths}
+  labels = traverse_util.path_aware_map(
+    lambda path, _: "train" if objective.trains(path) else "freeze", dict(params)
   )
   return optax.partition({"train": transform, "freeze": optax.set_to_zero()}, labels)
 
 
-@arguments.checked()
 def init_state(
   params: Mapping[str, Any], config: TrainConfig, objective: objectives.Objective
 ) -> TrainState:
@@ -168,7 +157,6 @@ def init_state(
   return TrainState(jnp.array(0, jnp.int32), params, optimizer.init(params))
 
 
-@arguments.checked()
 def make_train_step(
   module: network.Transformer,
   config: TrainConfig,
@@ -229,7 +217,6 @@ def _in_parts(gradient, batch: training_batches.Batch, rng: jax.Array, count: in
   return jax.lax.fori_loop(0, count, add, nothing)
 
 
-@arguments.checked()
 def make_eval_fn(
   module: network.Transformer, objective: objectives.Objective, eval_batches: Sequence[Any]
 ) -> Callable[[Params], dict[str, float]]:

@@ -88,7 +88,7 @@ class Asker:
     self.rows = _write_rows(folder / "rows.jsonl", 400)
     self.bindings = folder / "bindings"
     self.bindings.write_text(
-      f"include 'configs/runs/local_tiny.gin'\nTRAIN = '{self.rows}'\n"
+      f"include 'configs/train/local_tiny.gin'\nTRAIN = '{self.rows}'\n"
       f"VOCABULARY_PATH = '{inference.PACKED / 'vocabulary.model'}'\n"
     )
     _write_shards(folder / "shards")

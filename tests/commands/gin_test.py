@@ -24,9 +24,11 @@ def asker(model, tmp_path, capsys, monkeypatch):
 
 
 def parameters() -> list[str]:
-  """The parameters with plain values that `configs/runs/local_tiny.gin` binds."""
+  """The parameters with plain values that `configs/train/local_tiny.gin` binds."""
   found, block = [], ""
-  for line in (configs.root() / "configs" / "runs" / "local_tiny.gin").read_text().splitlines():
+  for line in (
+    (configs.root() / "configs" / "train" / "local_tiny.gin").read_text().splitlines()
+  ):
     if made := re.fullmatch(r"([\w./]+):", line):
       block = made[1]
     elif made := re.fullmatch(r"  (\w+) = ([^@%]+)", line):
@@ -57,7 +59,7 @@ def test_exchanged_values_are_refused(asker):
 
 
 def test_cut_lines_are_named_with_their_place(asker, tmp_path):
-  lines = (configs.root() / "configs" / "runs" / "local_tiny.gin").read_text().splitlines()
+  lines = (configs.root() / "configs" / "train" / "local_tiny.gin").read_text().splitlines()
   numbers = [i for i, line in enumerate(lines) if "=" in line and not line.startswith("#")]
   assert len(numbers) > 30
   for number in numbers:
@@ -69,7 +71,7 @@ def test_cut_lines_are_named_with_their_place(asker, tmp_path):
     assert not asker.slow, asker.seconds
 
 
-LOCAL = "include 'configs/runs/local_tiny.gin'\n"
+LOCAL = "include 'configs/train/local_tiny.gin'\n"
 
 
 # Name -> (the file, what is said).

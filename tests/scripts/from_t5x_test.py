@@ -12,9 +12,11 @@ pytest.importorskip("jinja2", reason="jinja2 (the `report` extra) is not install
 
 from calm import calibrate, checkpoints, inference
 from calm.calibrate import Provenance
+from calm.data import vocabulary
 from calm.inference import grid
 from calm.t5 import parameters
 from scripts import from_t5x
+from tests import toy_vocabulary
 from tests.inference import predictor_test
 
 NEVER = float("inf")
@@ -59,6 +61,12 @@ def test_exits_lie_beside_the_weights_of_the_model_that_was_swept(tmp_path, monk
   assert tokens(model) == tokens(before)
   with pytest.raises(ValueError, match=r"of this very model .* got other parameters_digest"):
     run(checkpoint=other, like=plain, fit=cache, output=tmp_path / "none")
+  words = toy_vocabulary.train(tmp_path / "toy.model")
+  brought = run(checkpoint=output, vocabulary=words, output=tmp_path / "brought")
+  assert brought.config == config, "sizes are the checkpoint's"
+  assert brought.vocabulary == vocabulary.SentencePieceVocabulary(words)
+  with pytest.raises(ValueError, match="at most 264"):
+    run(checkpoint=output, vocabulary="bytes", output=tmp_path / "none")
   silent = predictor_test.save(tmp_path / "silent", with_vocabulary=False)
   with pytest.raises(ValueError, match=r"Expected a vocabulary .* got None and Procedure"):
     run(checkpoint=plain, like=silent, fit=cache, output=tmp_path / "none")

@@ -255,7 +255,7 @@ def test_engines_decode_the_same(name):
 def test_loops_of_others_do_not_call_it(small):
   """They may be exported, or split over devices by the compiler."""
   toy, prefix = engine.toy(), jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
-  rows = loops.make_rows(engine.encode(toy), prefix, 0.4, 1, 1)
+  rows = loops.make_rows(engine.encode(toy), prefix, 0.4)
   loop = loops.Loop(toy.config, CLASSIFIER, engine.LENGTH, None)
 
   def run(weights):

@@ -119,19 +119,3 @@ def test_a_file_of_all_decodes_is_refused_and_one_of_the_best_is_read(tmp_path):
   _, records = foreign.read_predictions(path)
   lines = [json.loads(line)["prediction"] for line in path.read_text("utf-8").splitlines()]
   assert [record.prediction for record in records] == lines and len(lines) == 2
-
-
-def test_the_measure_that_contrib_calms_own_files_name_raises_there():
-  from t5x.contrib.calm import models as their_models
-
-  toy, words = engine.toy(), setup.vocabulary(40)
-
-  def confidence_by(name):
-    theirs = their_models.EncoderDecoderModel(
-      setup.t5x_module(toy), words, words, None, conf_method=name
-    )
-    return theirs.get_pred_confidence(logits=jnp.zeros((1, 40)))
-
-  assert confidence_by("softmax_diff").shape == confidence_by("softmax_max").shape == (1,)
-  with pytest.raises(NotImplementedError, match="softmax is not implemented"):
-    confidence_by("softmax")

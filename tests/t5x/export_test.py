@@ -6,7 +6,6 @@ import pytest
 from jax import export
 
 from calm import exits
-from calm.decode import engines
 from calm.exits import confidence, propagation
 from tests import engine
 from tests.t5x import setup
@@ -45,17 +44,3 @@ def test_a_round_trip_takes_any_batch_size(decode):
     np.testing.assert_allclose(scores, expected[1][:size], atol=1e-4)
     np.testing.assert_array_equal(layers, expected[2][:size])
   assert 1 < np.mean(layers[layers > 0]) < 4
-
-
-def test_an_engine_that_asks_the_batch_size_is_refused_by_name():
-  toy = engine.toy()
-  model = setup.model(
-    toy, decode_fn=models.greedy_decode, threshold=0.4, engine=engines.Compacted()
-  )
-  (rows,) = export.symbolic_shape("rows")
-  like = {
-    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
-    for name, x in setup.batch().items()
-  }
-  with pytest.raises(ValueError, match=r"Expected engines.Eager .* got Compacted"):
-    jax.eval_shape(model.predict_batch_with_exits, setup.params(toy), like)

@@ -24,6 +24,15 @@ import gin
 TOY = dict(num_encoder_layers=1, num_decoder_layers=2)
 CLASSIFIER = {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
 FORMATS = ("legacy", "orbax")
+# T5X's own run and the one line, or ours, which has both.
+THEIRS = ("t5x/configs/runs/finetune.gin", "configs/runs/early_exit.gin")
+OURS = ("configs/runs/finetune.gin",)
+INFER = ("t5x/configs/runs/infer.gin", "configs/runs/early_exit.gin")
+STAGE_TWO, LEARN_MAPS, READ_MAPS = (
+  f"configs/runs/{name}.gin" for name in ("exit_classifier", "exit_translators", "exit_maps")
+)
+MEASURED = {"exits.DynamicExits.measure": "@confidence.Classifier()"}
+MAPS = {"EXIT_LAYERS": "(1,)", "EXIT_RANK": "3"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +75,7 @@ def saved(model, state, folder, layout: str) -> str:
   """The folder of a checkpoint that T5X has written, in its own format or Orbax's."""
   from t5x import checkpoints
 
+  folder.mkdir(parents=True, exist_ok=True)
   initializer = initializer_of(model)
   arguments = (initializer.global_train_state_shape, initializer._partitioner)
   if layout == "legacy":
@@ -77,40 +87,70 @@ def saved(model, state, folder, layout: str) -> str:
   return str(folder / f"checkpoint_{int(state.step)}")
 
 
-def started(run: str, path: str, *after: str, **bindings) -> tuple[Any, Any]:
-  """The model of a gin file and the state that a run of it starts from."""
+def restored(model, config, path: str, optimizer: bool = True) -> Any:
   from t5x import utils
 
-  given = {"MODEL_DIR": "x", "INITIAL_CHECKPOINT_PATH": path, "TRAIN_STEPS": 9, "DATA": "x"}
-  names = ("models/tiny.gin", run, "tasks/debian_synopsis.gin", *after)
-  configs_test.parse(*names, **given)
-  configs_test.use_a_vocabulary_without_a_file()
-  with gin.unlock_config():
-    for name, value in (toy_sizes() | bindings).items():
-      gin.bind_parameter(name, value)
-  model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
-  config = gin.get_configurable(utils.RestoreCheckpointConfig)()
-  initializer = initializer_of(model)
+  initializer = initializer_of(model, optimizer)
   state, _ = utils.create_checkpoint_manager_and_restore(
     initializer,
     initializer._partitioner,
     config,
     path,
-    jax.random.PRNGKey(0),
+    jax.random.PRNGKey(0) if optimizer else None,
     use_orbax=True,
   )
-  return model, state
+  return state
 
 
-def started_stage_two(path: str, **bindings) -> tuple[Any, Any]:
-  return started("runs/finetune.gin", path, "runs/exit_classifier.gin", **bindings)
+def started(
+  files, path: str, lines=None, dtype: str | None = None, resumes=None
+) -> tuple[Any, Any]:
+  """Model and first state of T5X's small.gin in a toy's sizes, and a run's files after it.
 
+  `resumes` is a MODEL_DIR that has checkpoints, from which `t5x/train.py` goes on.
+  """
+  from t5x import utils
 
-def toy_sizes() -> dict[str, Any]:
+  gin.clear_config()
   sizes = engine.toy(**TOY).config
   names = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "dropout_rate")
   names += ("num_encoder_layers", "num_decoder_layers", "mlp_activations")
-  return {f"network.T5Config.{name}": getattr(sizes, name) for name in names}
+  given = {f"network.T5Config.{name}": repr(getattr(sizes, name)) for name in names}
+  given |= {
+    "network.T5Config.dtype": "'float32'",
+    "VOCABULARY": "@seqio.PassThroughVocabulary()",
+  }
+  given |= {"seqio.PassThroughVocabulary.size": "40", "seqio.PassThroughVocabulary.eos_id": "1"}
+  is_infer = "infer" in files[0]
+  given["CHECKPOINT_PATH" if is_infer else "INITIAL_CHECKPOINT_PATH"] = repr(path)
+  gin.parse_config(
+    "\n".join(
+      [
+        "from __gin__ import dynamic_registration",
+        "import seqio",
+        "from calm import exits",
+        "from calm.exits import confidence",
+        "from t5x import adafactor",
+        "from t5x.examples.t5 import network",
+        f'include "{configs_test.SMALL}"',
+        *(f'include "{file}"' for file in files),
+        *(f"{name} = {value}" for name, value in (given | (lines or {})).items()),
+      ]
+    )
+  )
+  model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+  config = gin.get_configurable(utils.RestoreCheckpointConfig)()
+  if is_infer:  # as infer.py does
+    config.strict = False
+    config.dtype = dtype or config.dtype
+  if resumes is not None:
+    functions = config.state_transformation_fns
+    resuming = [functools.partial(function, is_resuming=True) for function in functions]
+    config = utils.RestoreCheckpointConfig(
+      str(resumes), mode="latest", dtype="float32", state_transformation_fns=resuming
+    )
+    config, (path,) = utils.get_first_valid_restore_config_and_paths([config])
+  return model, restored(model, config, path, not is_infer)
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
@@ -124,9 +164,8 @@ def assert_equal_leaves(got, expected):
 
 
 def state_leaves(state) -> dict[str, Any]:
-  """Optimizer state by path; what no optimizer looks after has none."""
-  states = state.state_dict()["state"]["param_states"]
-  return {path: leaf for path, leaf in leaves(states).items() if leaf is not None}
+  """Optimizer state by path."""
+  return leaves(state.state_dict()["state"]["param_states"])
 
 
 def two_steps(model) -> tuple[Any, Any]:
@@ -142,206 +181,101 @@ def of_t5x() -> tuple[Any, Any]:
 
 @functools.cache
 def after_stage_one() -> tuple[Any, Any]:
+  """Ours, with a classifier beside that nothing trained."""
   toy = engine.toy(**TOY)
   return two_steps(setup.model(toy, module=models.network.Transformer(toy.config)))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_t5x_own_checkpoint_restores_and_the_exit_parts_start_fresh(tmp_path, layout):
-  theirs, expected = of_t5x()
-  path = saved(theirs, expected, tmp_path, layout)
-  _, state = started("runs/finetune.gin", path)
-  assert int(state.step) == 2
-  params, before = leaves(state.params), leaves(expected.params)
-  assert set(params) - set(before) == CLASSIFIER
-  assert not any(np.any(params.pop(path)) for path in CLASSIFIER)
-  assert_equal_leaves(params, before)
-  optimizer, kept = state_leaves(state), state_leaves(expected)
-  added = {path for path in optimizer if "exit_classifier" in path}
-  assert added and not any(np.any(optimizer.pop(path)) for path in added)
-  assert_equal_leaves(optimizer, kept)
-  assert any(np.any(leaf) for leaf in kept.values())
-
-
-def test_without_the_transformation_that_checkpoint_is_refused(tmp_path):
-  path = saved(*of_t5x(), tmp_path, "legacy")
-  with pytest.raises(ValueError, match="exit_classifier"):
-    started(
-      "runs/finetune.gin",
-      path,
-      **{
-        "utils.RestoreCheckpointConfig.fallback_to_scratch": False,
-        "utils.RestoreCheckpointConfig.state_transformation_fns": (),
-      },
-    )
+@pytest.mark.parametrize("files", [OURS, THEIRS, INFER], ids=["ours", "theirs", "infer"])
+def test_checkpoints_restore_as_they_are(tmp_path, files, layout):
+  """T5X's own, and ours, whose classifier stays where it is if nothing reads it."""
+  for name, (model, expected) in {"theirs": of_t5x(), "ours": after_stage_one()}.items():
+    path = saved(model, expected, tmp_path / name, layout)
+    _, state = started(files, path)
+    assert int(state.step) == 2
+    dtype = jnp.bfloat16 if files is INFER else jnp.float32
+    before = {k: jnp.asarray(x, dtype) for k, x in leaves(expected.params).items()}
+    without = {k: x for k, x in before.items() if k not in CLASSIFIER}
+    assert_equal_leaves(leaves(state.params), without)
+    if files is not INFER and name == "theirs":
+      kept = state_leaves(expected)
+      assert_equal_leaves(state_leaves(state), kept)
+      assert any(np.any(leaf) for leaf in kept.values())
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path, layout):
-  stage_one, expected = after_stage_one()
-  path = saved(stage_one, expected, tmp_path, layout)
-  decay = {"adafactor.Adafactor.weight_decay_rate": 0.1}
-  model, state = started_stage_two(path, **decay)
+@pytest.mark.parametrize("files", [THEIRS, INFER], ids=["finetune", "infer"])
+def test_parts_that_the_checkpoint_lacks_are_named(tmp_path, files, layout):
+  path = saved(*of_t5x(), tmp_path, layout)
+  with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier, .* got none; train"):
+    started(files, path, MEASURED)
+  with pytest.raises(ValueError, match=r"hold decoder/exit_translators/layers_0 and .* train"):
+    started((*files, READ_MAPS), path, MAPS)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("begun", [of_t5x, after_stage_one])
+def test_stage_two_moves_the_classifier_alone_bit_for_bit(tmp_path, layout, begun):
+  before_model, expected = begun()
+  path = saved(before_model, expected, tmp_path, layout)
+  model, state = started((*THEIRS, STAGE_TWO), path)
   assert isinstance(model.objective, objectives.ExitClassifier)
-  assert model.optimizer_def.sub_optimizers[0].hyper_params.weight_decay_rate == 0.1
   before = leaves(state.params)
-  assert_equal_leaves(before, leaves(expected.params))
+  assert before.keys() == leaves(expected.params).keys() | CLASSIFIER
+  for name, leaf in leaves(expected.params).items():
+    np.testing.assert_array_equal(before[name], leaf, err_msg=name)
   assert any(np.any(leaf) for leaf in state_leaves(expected).values())
-  optimizer = state_leaves(state)
-  assert optimizer and all("exit_classifier" in path for path in optimizer)
-  assert not any(np.any(leaf) for leaf in optimizer.values()), "its state starts fresh"
+  assert not any(np.any(leaf) for leaf in state_leaves(state).values()), "it starts fresh"
   after = leaves(trained(model, state, 3).params)
-  assert {
-    path for path in before if not np.array_equal(before[path], after[path])
-  } == CLASSIFIER
+  moved = {name for name in before if not np.array_equal(before[name], after[name])}
+  assert moved == CLASSIFIER
 
 
-MAPS = "EXIT_LAYERS = (1,)\nEXIT_RANK = 3"
-
-
-def resumed(model, folder) -> Any:
-  """The state from which `t5x/train.py` goes on in a MODEL_DIR that has checkpoints."""
-  from t5x import utils
-
-  given = gin.get_configurable(utils.RestoreCheckpointConfig)()
-  transformations = [
-    functools.partial(function, is_resuming=True) for function in given.state_transformation_fns
-  ]
-  config = utils.RestoreCheckpointConfig(
-    str(folder), mode="latest", dtype="float32", state_transformation_fns=transformations
-  )
-  config, (path,) = utils.get_first_valid_restore_config_and_paths([config])
-  initializer = initializer_of(model)
-  state, _ = utils.create_checkpoint_manager_and_restore(
-    initializer,
-    initializer._partitioner,
-    config,
-    path,
-    jax.random.PRNGKey(1),
-    use_orbax=True,
-  )
-  return state
-
-
-def of_maps(path: str, *more: str) -> tuple[Any, Any]:
-  """Of T5X's finetune.gin and exit_translators.gin."""
-  lines = "\n".join([MAPS, *more])
-  return of_t5x_files(path, "finetune", "exit_translators", bindings=lines)
-
-
-@pytest.mark.parametrize("start", [started_stage_two, of_maps])
+@pytest.mark.parametrize(
+  ("files", "lines"), [((*OURS, STAGE_TWO), {}), ((*THEIRS, LEARN_MAPS), MAPS)]
+)
 @pytest.mark.parametrize("layout", FORMATS)
-def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout, start):
-  for name in ("one", "two"):
-    (tmp_path / name).mkdir()
+def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout, files, lines):
   path = saved(*after_stage_one(), tmp_path / "one", layout)
-  model, state = start(path)
+  model, state = started(files, path, lines)
   middle = trained(model, state, 2)
   whole = trained(model, middle, 2)
   stopped = saved(model, middle, tmp_path / "two", layout)
   assert any(np.any(leaf) for leaf in state_leaves(middle).values())
-  again = resumed(model, tmp_path / "two")
+  _, again = started(files, path, lines, resumes=tmp_path / "two")
   for after, expected in ((again, middle), (trained(model, again, 2), whole)):
     assert int(after.step) == int(expected.step)
     assert_equal_leaves(leaves(after.params), leaves(expected.params))
     assert_equal_leaves(state_leaves(after), state_leaves(expected))
   # In a MODEL_DIR of its own that starts from there, the optimizer alone starts fresh.
-  plain = functools.partial(started, "runs/finetune.gin")
-  for begin in (start, plain) if start is not of_maps else (start,):
-    gin.clear_config()
-    _, elsewhere = begin(stopped)
-    assert int(elsewhere.step) == 4
-    assert_equal_leaves(leaves(elsewhere.params), leaves(middle.params))
-    assert not any(np.any(leaf) for leaf in state_leaves(elsewhere).values())
-
-
-def of_t5x_files(
-  path: str, run: str, *after: str, bindings: str = "", dtype: str | None = None
-) -> tuple[Any, Any]:
-  """Model and first state of T5X's small.gin and one of its runs, with the documented line."""
-  from t5x import utils
-
-  lines = ["from __gin__ import dynamic_registration", "import seqio"]
-  lines += ["from calm import exits", "from calm.exits import confidence"]
-  lines += ["from t5x.examples.t5 import network"]
-  lines += ['include "t5x/examples/t5/t5_1_1/small.gin"']
-  lines += [f'include "t5x/configs/runs/{run}.gin"', 'include "configs/runs/early_exit.gin"']
-  lines += [f'include "configs/runs/{name}.gin"' for name in after]
-  lines += [f"{name} = {value!r}" for name, value in toy_sizes().items()]
-  lines += ["VOCABULARY = @seqio.PassThroughVocabulary()", "network.T5Config.dtype = 'float32'"]
-  lines += ["seqio.PassThroughVocabulary.size = 40", "seqio.PassThroughVocabulary.eos_id = 1"]
-  name = "CHECKPOINT_PATH" if run == "infer" else "INITIAL_CHECKPOINT_PATH"
-  gin.parse_config("\n".join([*lines, f"{name} = {path!r}", bindings]))
-  model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
-  config = gin.get_configurable(utils.RestoreCheckpointConfig)()
-  if run == "infer":  # as infer.py does
-    config.strict = False
-    config.dtype = dtype or config.dtype
-  initializer = initializer_of(model, optimizer=run != "infer")
-  state, _ = utils.create_checkpoint_manager_and_restore(
-    initializer,
-    initializer._partitioner,
-    config,
-    path,
-    None if run == "infer" else jax.random.PRNGKey(0),
-    use_orbax=True,
-  )
-  return model, state
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("run", ["infer", "finetune"])
-def test_a_classifier_that_the_checkpoint_lacks_is_named(tmp_path, run, layout):
-  measured = "exits.DynamicExits.measure = @confidence.Classifier()"
-  path = saved(*of_t5x(), tmp_path, layout)
-  with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier, .* got none; train"):
-    of_t5x_files(path, run, bindings=measured)
+  _, elsewhere = started(files, stopped, lines)
+  assert int(elsewhere.step) == 4
+  assert_equal_leaves(leaves(elsewhere.params), leaves(middle.params))
+  assert not any(np.any(leaf) for leaf in state_leaves(elsewhere).values())
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_exits_learn_beside_t5x_own_checkpoint_and_inference_reads_them(tmp_path, layout):
-  """The base stays bit for bit, weight decay or not; without the lines a warning is all."""
-  for name in ("theirs", "maps"):
-    (tmp_path / name).mkdir()
-  decay = "from t5x import adafactor\nadafactor.Adafactor.weight_decay_rate = 0.1"
-  model, state = of_maps(saved(*of_t5x(), tmp_path / "theirs", layout), decay)
+  """The base stays bit for bit."""
+  path = saved(*of_t5x(), tmp_path / "theirs", layout)
+  model, state = started((*THEIRS, LEARN_MAPS), path, MAPS)
   before, theirs = leaves(state.params), leaves(of_t5x()[1].params)
   assert_equal_leaves({path: before[path] for path in theirs}, theirs)
   learned = trained(model, state, 3)
   after = leaves(learned.params)
-  names = {path.removeprefix("decoder/") for path in before.keys() - theirs.keys()}
   maps = {f"exit_translators/layers_0/{name}" for name in ("kernel", "bias")}
   maps |= {f"exit_propagation/layers_0/{name}" for name in ("down/kernel", "down/bias")}
-  classifier = {path.removeprefix("decoder/") for path in CLASSIFIER}
-  up = "exit_propagation/layers_0/up/kernel"
-  assert names == maps | classifier | {up}
-  # From layer 1 of 2 no input is skipped that is to be predicted: the decay alone moves those.
-  assert {n for n in names if np.any(after[f"decoder/{n}"] != before[f"decoder/{n}"])} == (
-    names - {up, "exit_propagation/layers_0/down/bias"}
-  )
-  assert_equal_leaves({path: after[path] for path in theirs}, theirs)
+  up = "decoder/exit_propagation/layers_0/up/kernel"
+  assert before.keys() - theirs.keys() == {f"decoder/{x}" for x in maps} | CLASSIFIER | {up}
+  # From layer 1 of 2 no input is skipped that is to be predicted.
+  assert {name for name in before if np.any(after[name] != before[name])} == CLASSIFIER | {
+    f"decoder/exit_translators/layers_0/{name}" for name in ("kernel", "bias")
+  }
   path = saved(model, learned, tmp_path / "maps", layout)
-  gin.clear_config()
-  measured = "exits.DynamicExits.measure = @confidence.Classifier()"
-  reads, restored = of_t5x_files(
-    path, "infer", "exit_maps", bindings=f"{MAPS}\n{measured}", dtype="float32"
-  )
-  assert_equal_leaves(leaves(restored.params), after)
+  reads, read = started((*INFER, READ_MAPS), path, MAPS | MEASURED, dtype="float32")
+  assert_equal_leaves(leaves(read.params), after)
   assert reads.rule.propagation.name == "learned" and reads.rule.allowed == (1,)
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-def test_maps_that_a_checkpoint_lacks_or_brings_unread_are_named(tmp_path, caplog, layout):
-  path = saved(*of_t5x(), tmp_path, layout)
-  with pytest.raises(ValueError, match=r"hold decoder/exit_translators/layers_0 and .* train"):
-    of_t5x_files(path, "infer", "exit_maps", bindings=MAPS)
-  gin.clear_config()
-  model, state = of_maps(path)
-  (tmp_path / "maps").mkdir()
-  path = saved(model, state, tmp_path / "maps", layout)
-  gin.clear_config()
-  of_t5x_files(path, "infer")
-  assert "decoder/exit_propagation/layers_0 are not read" in caplog.text
 
 
 def of_contrib_calm() -> tuple[Any, Any]:
@@ -371,32 +305,6 @@ def of_contrib_calm() -> tuple[Any, Any]:
 
 def test_checkpoints_of_contrib_calm_restore_as_they_are(tmp_path):
   theirs, expected = of_contrib_calm()
-  path = saved(theirs, expected, tmp_path, "legacy")
-  gin.clear_config()
-  model, state = of_t5x_files(path, "finetune")
+  model, state = started(THEIRS, saved(theirs, expected, tmp_path, "legacy"))
   assert isinstance(model, models.EncoderDecoderModel)
   assert_equal_leaves(leaves(state.params), leaves(expected.params))
-
-
-@pytest.mark.parametrize(("run", "layout"), [("finetune", "legacy"), ("infer", "orbax")])
-def test_t5x_own_files_restore_with_nothing_but_the_documented_line(tmp_path, run, layout):
-  for name, (model, expected) in {"theirs": of_t5x(), "ours": after_stage_one()}.items():
-    gin.clear_config()
-    (tmp_path / name).mkdir()
-    path = saved(model, expected, tmp_path / name, layout)
-    _, state = of_t5x_files(path, run)
-    dtype = jnp.bfloat16 if run == "infer" else jnp.float32
-    before = {k: jnp.asarray(x, dtype) for k, x in leaves(expected.params).items()}
-    # A classifier that nothing measures stays where it is.
-    without = {k: x for k, x in before.items() if k not in CLASSIFIER}
-    assert_equal_leaves(leaves(state.params), without)
-    assert int(state.step) == 2
-
-
-def test_stage_two_after_the_documented_line_trains_a_fresh_classifier(tmp_path):
-  path = saved(*of_t5x(), tmp_path, "legacy")
-  model, state = of_t5x_files(path, "finetune", "exit_classifier")
-  before = leaves(state.params)
-  assert set(before) - set(leaves(of_t5x()[1].params)) == CLASSIFIER
-  after = leaves(trained(model, state, 3).params)
-  assert {k for k in before if not np.array_equal(before[k], after[k])} == CLASSIFIER

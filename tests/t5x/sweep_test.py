@@ -1,4 +1,4 @@
-"""What a sweep reads: any seqio task or mixture, with ids or without."""
+"""What a sweep reads, and what evaluation reports: any seqio task or mixture."""
 
 import importlib
 import types
@@ -10,6 +10,7 @@ import pytest
 
 from calm import checkpoints, inference
 from calm.data import vocabulary
+from calm.t5x import loops
 from tests import engine
 from tests.t5x import setup
 
@@ -19,7 +20,7 @@ pytestmark = setup.MARKS
 LENGTHS = {"inputs": 8, "targets": 8}
 
 
-def registered(name: str, **columns) -> str:
+def registered(name: str, metric_fns=(), **columns) -> str:
   """A task of three rows; bytes become ids by seqio's own vocabulary."""
   import seqio
   import tensorflow as tf
@@ -33,7 +34,7 @@ def registered(name: str, **columns) -> str:
   steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
   features = {"inputs": feature, "targets": feature}
   if name not in seqio.TaskRegistry.names():
-    seqio.TaskRegistry.add(name, source, features, steps)
+    seqio.TaskRegistry.add(name, source, features, steps, metric_fns=metric_fns)
   return name
 
 
@@ -63,16 +64,9 @@ def test_examples_without_ids_are_numbered_by_line():
 
 
 def test_ids_references_and_sources_are_kept():
-  found = prompts(
-    registered(
-      "sweep_whole",
-      id=np.array([7, 8, 9]),
-      references=[["a", "A"], ["b", "B"], ["c", "C"]],
-      source=["x", "", "x"],
-    )
-  )
-  assert [p.id for p in found] == ["7", "8", "9"]
-  assert found[1].targets == ("b", "B")
+  columns = {"references": [["a", "A"], ["b", "B"], ["c", "C"]], "source": ["x", "", "x"]}
+  found = prompts(registered("sweep_whole", id=np.array([7, 8, 9]), **columns))
+  assert [p.id for p in found] == ["7", "8", "9"] and found[1].targets == ("b", "B")
   assert [p.group for p in found] == ["x", None, "x"]
 
 
@@ -117,16 +111,17 @@ def test_the_precision_of_products_is_recorded(given, recorded):
 
 
 @pytest.mark.parametrize(
-  ("batch_size", "split_rows", "rows"),
-  [(16, None, 2), (12, None, 3), (3, None, 3), (16, False, 16)],
+  ("batch_size", "most_bytes", "rows"),
+  [(16, 2**33, 2), (12, 2**33, 3), (3, 2**33, 3), (16, 0, 16)],
 )
-def test_the_rows_of_a_device_are_recorded_where_they_matter(batch_size, split_rows, rows):
+def test_the_rows_of_a_device_are_recorded(monkeypatch, batch_size, most_bytes, rows):
   """Of 4x2 devices: `calm infer` has one, and decodes as many together."""
+  monkeypatch.setattr(loops, "APART_BYTES", most_bytes)
   mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
-  found = procedure(batch_size, mesh, "bfloat16", split_rows=split_rows)
+  found = procedure(batch_size, mesh, "bfloat16")
   assert found.batch_bucket == rows
   assert inference.options_of(found).batch_size == rows
-  assert procedure(batch_size, mesh, split_rows=split_rows).batch_bucket is None
+  assert procedure(batch_size, mesh).batch_bucket is None
 
 
 def with_words(words):
@@ -161,3 +156,32 @@ def test_words_that_calm_would_read_otherwise_are_refused_before_all_work(option
   config: Any = None
   with pytest.raises(ValueError, match="to use its model file as it is"):
     t5x_sweep.sweep(with_words(words), config, config, config, "nowhere")
+
+
+def test_evaluation_reports_exits_beside_a_tasks_own_metrics_and_decodes_once():
+  import seqio
+
+  calls = []
+
+  def predict(dataset):
+    calls.append(dataset)
+    rows = [(index, np.array([97, 1])) for index, _ in dataset.as_numpy_iterator()]
+    layers = [[1, 3], [3, 0], [2, 2]]
+    return rows, {"exit_layers": layers, "relative_cost": [0.5, 1.0, 0.25]}
+
+  own = lambda targets, predictions: {"own": float(len(predictions))}
+  names = [registered(f"evaluated_{i}", metric_fns=[own]) for i in range(2)]
+  if "evaluated" not in seqio.MixtureRegistry.names():
+    seqio.MixtureRegistry.add("evaluated", names, default_rate=1)
+  evaluator = models.Evaluator(
+    "evaluated", seqio.EncDecFeatureConverter(pack=False), "test", sequence_length=LENGTHS
+  )
+  future, _ = evaluator.evaluate(compute_metrics=True, predict_with_aux_fn=predict)
+  expected = {"exits/mean_layer": 11 / 5, "exits/speedup": 5 / (1.0 + 1.0 + 0.5)}
+  for layer, share in ((1, 0.2), (2, 0.4), (3, 0.4)):
+    expected[f"exits/share_layer_{layer}"] = share
+  for name in names:
+    found = future.result()[name]
+    assert found.pop("own") == 3.0 and found == pytest.approx(expected)
+  assert len(calls) == 2
+  assert models.exit_metrics([], [], {"scores": [1.0]}) == {}, "a model without exits"

@@ -8,19 +8,17 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 pytest.importorskip("gin")
 
-from calm import checkpoints, exits, training
+from calm import checkpoints, training
 from calm.data import training_batches, vocabulary
-from calm.t5x import bindings, loops, stored
+from calm.t5x import stored
 from calm.training import distillation, losses, objectives, run, sources
 from tests import odd_arguments, toys
 from tests.inference.arguments_test import fields
 from tests.training import samples
 
-MODULE, PARAMS = samples.model_of(toys.Config(num_decoder_layers=2, vocab_size=384))
-CONFIG = MODULE.config
+_MODULE, PARAMS = samples.model_of(toys.Config(num_decoder_layers=2, vocab_size=384))
+CONFIG = _MODULE.config
 BYTES = vocabulary.ByteVocabulary()
-RUN = training.TrainConfig(num_steps=1)
-OBJECTIVE = objectives.LayerWeighted()
 ROWS = [{"id": f"{n}", "input": f"text {n} a b c d", "target": f"{n} b"} for n in range(4)]
 
 
@@ -68,14 +66,6 @@ BORDER = {
     {"model": CONFIG, "initial": "model", "seed": 0, "fresh": ()},
   ),
   "found": (run.find_checkpoint, {"initial": "model"}),
-  "state": (
-    training.init_state,
-    {"params": PARAMS, "config": RUN, "objective": OBJECTIVE},
-  ),
-  "step": (
-    training.make_train_step,
-    {"module": MODULE, "config": RUN, "objective": OBJECTIVE, "params": PARAMS},
-  ),
   "pairs": (
     sources.supervised,
     {**PAIRS, "root": "", "prefix": "", "seed": 0, "every": 1, "outputs": ""},
@@ -108,20 +98,8 @@ BORDER = {
   "copy": (checkpoints.copy_base, {"source": "model", "target": "copied"}),
   "digest": (checkpoints.parameters_digest, {"params": PARAMS}),
   "T5X config": (stored.stored_config, {"checkpoint": "model"}),
-  "T5X options": (stored.stored_options, {"checkpoint": "model"}),
   "T5X checkpoint": (stored.stored_checkpoint, {"checkpoint": "model"}),
   "T5X path": (stored.absolute_path, {"path": "model"}),
-  "T5X check": (
-    bindings.check,
-    {"rule": exits.DynamicExits("softmax"), "threshold": 0.5, "matmul_precision": None},
-  ),
-  "T5X depth": (
-    loops.rule_and_threshold,
-    {"rule": exits.StaticExit(), "default": 1.0, "given": None},
-  ),
-  "T5X parts": (stored.needed_parts, {"rule": exits.StaticExit(), "objective": OBJECTIVE}),
-  "T5X sizes": (stored.config_of, {"module": MODULE, "parts": ()}),
-  "T5X loop": of(loops.Loop, config=CONFIG, rule=exits.StaticExit(), length=8),
 }  # fmt: skip
 
 
@@ -137,11 +115,8 @@ def test_terms_of_no_weight_are_refused():
     lambda: objectives.LayerWeighted(z_loss=math.nan),
     lambda: objectives.LayerWeighted(sampled_layers=0),
     lambda: distillation.SelfDistilled(share=-1.0),
-    lambda: run.Export(BYTES, storage_dtype="float16"),
   ):
-    with pytest.raises(
-      ValueError, match=r"Expected `(z_loss|sampled_layers|share|storage_dtype)`"
-    ):
+    with pytest.raises(ValueError, match=r"Expected `(z_loss|sampled_layers|share)`"):
       made()
 
 

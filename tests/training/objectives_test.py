@@ -229,6 +229,7 @@ def test_metrics_add_up_to_means_and_leave_out_layers_never_seen():
     *map(jnp.asarray, (loss, weight)),
     cross_entropy=jnp.array([seen, 0.0]),
     correct=jnp.array([1.0, 0.0]),
+    agreement=jnp.array([jnp.nan, 0.0]),
     layer_weight=jnp.array([weight, 0.0]),
     z_loss=jnp.array(0.5),
   )

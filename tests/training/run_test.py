@@ -25,7 +25,7 @@ from calm.t5 import network, parameters
 from calm.training import objectives, run, sources
 from tests import toy_vocabulary
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "runs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "train"
 
 
 @pytest.fixture(autouse=True)
