@@ -300,6 +300,9 @@ def from_texts(
 
   Returns:
     [num_examples, num_knobs] losses; `calibrate(...).knob` is the knob that was chosen.
+
+  Raises:
+    ValueError: lengths differ, there is no knob, or references are missing that a risk needs.
   """
   names = tuple(f"text {row}" for row in range(len(full))) if ids is None else ids
   names = checks.check_ids(names, len(full))

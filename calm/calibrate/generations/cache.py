@@ -187,7 +187,11 @@ def read_document(
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
-  """manifest.json; GenerationsError where it is missing, damaged or of another version."""
+  """Reads and checks manifest.json.
+
+  Raises:
+    GenerationsError: it is missing, damaged, or of another schema version.
+  """
   path = pathlib.Path(directory) / MANIFEST
   way_out = "resume the run that wrote it, or generate again"
   optional = ("checksums", "procedure", "provenance", "sequential", "by_group")

@@ -53,7 +53,7 @@ class Procedure:
   propagation: str  # how skipped layers get their keys and values
   shortlist: Mapping[str, Any] | None  # {'digest', 'size'} of the vocabulary shortlist
   heads: str  # 'shared' or 'per_layer' output heads
-  activation_dtype: str
+  activation_dtype: str  # of the network as decoded
   decode_method: Mapping[str, Any]  # {'name': ..., and its numbers}
   batch_bucket: int | None = None  # rows decoded together where they matter (below float32)
   rule_version: int = RULE_VERSION  # of the exit rule itself
