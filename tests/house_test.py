@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (6743, 27),
+  "calibrate": (6750, 27),
   "checkpoints": (1205, 5),
   "commands": (2521, 12),
   "console.py": (271, 1),
@@ -73,7 +73,7 @@ BUDGETS = {
   "t5x": (1350, 4),
   "training": (1693, 9),
 }
-WHOLE = {"calm": (32174, 138), "tests": (28454, 169), "scripts": (4482, 24)}
+WHOLE = {"calm": (32_181, 138), "tests": (28_454, 169), "scripts": (4_482, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
