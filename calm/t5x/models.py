@@ -491,7 +491,7 @@ class Evaluator(seqio.Evaluator):
     self, *, predict_with_aux_fn: Callable[..., Any], **options: Any
   ) -> Any:
     """As seqio's; a task's plain predictions are those with exits."""
-    predict = functools.lru_cache(1)(predict_with_aux_fn)
+    predict: Any = functools.lru_cache(1)(predict_with_aux_fn)
     options["predict_fn"] = lambda dataset: predict(dataset)[0]
     return super().evaluate(predict_with_aux_fn=predict, **options)
 

@@ -62,8 +62,9 @@ def layer_metrics(
 ) -> BatchMetrics:
   """Metrics of the 0-based `layers` that were measured, whose sums are [len(layers)]."""
   to_layers = lambda x: jnp.zeros(num_layers).at[layers].add(x)
-  every = (to_layers(x) for x in (*sums, jnp.broadcast_to(weight, layers.shape)))
-  return BatchMetrics(loss, weight, *every, z_loss)
+  cross_entropy, correct, agreement = map(to_layers, sums)
+  seen = to_layers(jnp.broadcast_to(weight, layers.shape))
+  return BatchMetrics(loss, weight, cross_entropy, correct, agreement, seen, z_loss)
 
 
 class Objective(abc.ABC):
@@ -122,9 +123,8 @@ class LayerWeighted(Objective):
     normed = normed_states(module, params, batch, rng)
     num_layers = normed.shape[0]
     weights = jnp.asarray(self.weights(num_layers))
-    sampled = rng is not None and self.sampled_layers is not None
-    if sampled:
-      k = self.sampled_layers
+    k = self.sampled_layers
+    if rng is not None and k is not None:
       chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
       chosen_weights = jnp.full((k,), 1.0 / k)
     else:
@@ -138,7 +138,7 @@ class LayerWeighted(Objective):
       chosen_weights,
       self.z_loss,
     )
-    if sampled:  # the last layer may not be among them
+    if chosen_weights is not weights:  # the last layer may not be among those that were drawn
       metrics = metrics._replace(agreement=jnp.full(chosen.shape, jnp.nan))
     penalty = loss - jnp.sum(chosen_weights * metrics.cross_entropy)
     weight = jnp.sum(token_weights)

@@ -138,7 +138,8 @@ def make_optimizer(
   """
   transform = config.optimizer(config.schedule(config.num_steps))
   labels = traverse_util.path_aware_map(
-    lambda path, _: "train" if objective.trains(path) else "freeze", dict(params)
+    lambda path, _: "train" if objective.trains(tuple(map(str, path))) else "freeze",
+    dict(params),
   )
   return optax.partition({"train": transform, "freeze": optax.set_to_zero()}, labels)
 
