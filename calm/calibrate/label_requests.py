@@ -41,8 +41,8 @@ def read_references(
     name, value = line.value.get("id"), line.value.get("targets", line.value.get("references"))
     texts: Any = [value] if isinstance(value, str) else value
     whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    odd = name in found or (only is not None and not set(line.value) <= only)
-    if not isinstance(name, str) or not whole or odd:
+    more = only is not None and not set(line.value) <= only
+    if not isinstance(name, str) or name in found or not whole or more:
       raise line.error(
         f"expected an `id` that is new and `targets`, texts, got {line.value!r:.100}"
       )

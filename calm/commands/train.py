@@ -10,12 +10,12 @@ never stopped. TensorBoard's scalars go to the output folder, the model to its
 """
 
 import argparse
-import contextlib
+import io
 import os
 import pathlib
 import platform
 import time
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich import console as rich_console
 from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -81,9 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
   console = rich_console.Console()
   with Progress(console) as progress:
     monitor = Monitor(output_dir, console, progress)
-    with contextlib.closing(monitor):
-      listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
-      exported = train(listener=listener, **options)
+    listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
+    exported = train(listener=listener, **options)
   storage.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
   print("Decode with it:")
@@ -110,7 +109,7 @@ class Monitor:
 
   def __init__(self, output_dir: pathlib.Path, console, progress):
     self._output_dir, self._console, self._progress = output_dir, console, progress
-    self._files: dict[str, BinaryIO] = {}
+    self._files: dict[str, pathlib.Path] = {}
     self._num_steps, self._since = 1, time.monotonic()
 
   def start(self, step: int, num_steps: int) -> None:
@@ -149,7 +148,7 @@ class Monitor:
       folder = self._output_dir / split
       folder.mkdir(parents=True, exist_ok=True)
       name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
-      self._files[split] = (folder / name).open("xb")
+      self._files[split] = folder / name
       self._add(split, file_version="brain.Event:2")
     summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
     values = [summary.Value(tag=name, simple_value=v) for name, v in scalars.items()]
@@ -157,11 +156,7 @@ class Monitor:
 
   def _add(self, split: str, **event: Any) -> None:
     kind: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
-    made = kind(wall_time=time.time(), **event)
-    record_writer.RecordWriter(self._files[split]).write(made.SerializeToString())
-    self._files[split].flush()
-
-  def close(self) -> None:
-    """Closes the files of scalars."""
-    for file in self._files.values():
-      file.close()
+    record = io.BytesIO()
+    made = kind(wall_time=time.time(), **event).SerializeToString()
+    record_writer.RecordWriter(record).write(made)
+    storage.append(self._files[split], record.getvalue())

@@ -290,11 +290,13 @@ def _prompt_of(row: rows.Row, input_key: str | None, target_key: str | None) -> 
     raise row.error(
       "expected all rows to be objects, or all to be texts, got both; give them as two files"
     )
+  wanted = [key for key in (input_key, target_key) if key is not None]
+  if missing := [key for key in wanted if isinstance(fields, str) or key not in fields]:
+    got = "a text" if isinstance(fields, str) else list(fields)[:12]
+    raise row.error(f"expected a field `{missing[0]}`, got {got}; name another, or none")
   if isinstance(fields, str):
     return Prompt(row.name, _text(row, "the text", fields))
   assert input_key is not None
-  if input_key not in fields:
-    raise row.error(f"expected a field `{input_key}`, got {list(fields)[:12]}")
   first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)
   targets = first(TARGET_KEYS if target_key is None else (target_key,))
   name, group = fields.get("id"), first(_GROUP_KEYS)

@@ -185,15 +185,16 @@ def test_two_processes_sweep_as_one_and_the_first_writes(work, trained, swept):
   command = command_of("scripts/t5x_sweep.py", *files, **bindings)
   command += [f"--coordinator_address={address}", "--process_count=2"]
   env = setup.environment(XLA_FLAGS="--xla_force_host_platform_device_count=1")
-  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-  started = [
-    subprocess.Popen([*command, f"--process_index={i}"], cwd=REPOSITORY, env=env, **pipes)
-    for i in range(2)
-  ]
-  logs = [process.communicate(timeout=600)[0] for process in started]
-  assert [process.returncode for process in started] == [0, 0], (
-    logs[0][-4000:] + logs[1][-4000:]
-  )
+  # Each waits for the other, also where its pipe is full.
+  logs, started = [work / f"log_of_{i}" for i in range(2)], []
+  for i, log in enumerate(logs):
+    with log.open("wb") as file:
+      words = [*command, f"--process_index={i}"]
+      streams = dict(stdout=file, stderr=subprocess.STDOUT)
+      started.append(subprocess.Popen(words, cwd=REPOSITORY, env=env, **streams))
+  codes = [process.wait(timeout=600) for process in started]
+  logs = [log.read_text() for log in logs]
+  assert codes == [0, 0], logs[0][-4000:] + logs[1][-4000:]
   assert "Written to" in logs[0] and "Written to" not in logs[1]
   one, two = calibrate.load(swept), calibrate.load(work / "cache_of_two")
   assert two.procedure == one.procedure and two.prompts == one.prompts

@@ -1,7 +1,6 @@
 """Runs from their parts, and `calm train` from gin to an exported checkpoint."""
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
@@ -131,10 +130,9 @@ def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
 def test_scalars_reach_tensorboard(files, tmp_path):
   tf = pytest.importorskip("tensorflow", reason="reads the files as TensorFlow does")
   monitor = train.Monitor(tmp_path, rich_console.Console(), None)
-  with contextlib.closing(monitor):
-    monitor.start(0, 3)
-    monitor.step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
-    monitor.evaluation(3, {"loss": 1.0, "accuracy/layer_1": 0.5, "qa/loss": 3.0})
+  monitor.start(0, 3)
+  monitor.step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
+  monitor.evaluation(3, {"loss": 1.0, "accuracy/layer_1": 0.5, "qa/loss": 3.0})
   for split, loss in (("train", 2.0), ("validation", 1.0)):
     (path,) = (tmp_path / split).glob("events*")
     version, event = tf.compat.v1.train.summary_iterator(str(path))
