@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Modules whose jaxtyping annotations are checked at every call (`calibrate` has none).
 CHECKED = (
-  *("data.prompt_batches", "decode.loop", "decode.pool"),
+  *("data.prompt_batches", "decode.loop"),
   *("decode.program", "exits.confidence", "exits.propagation", "exits.rules"),
   *("exits.schedules", "inference.options", "inference.outputs", "inference.predictor"),
   *("t5.decoder", "t5.layers", "t5.network"),
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items):
 # reads HLO or holds kernels is compiled as users do, and so is the smoke group.
 QUICK = re.compile(
   r"/tests/(commands/|fitting/|paper/|scripts/|checkpoints/|readme_test"
-  r"|decode/(engines|layout|loop|pool|program|resume|speculative|staged)_test"
+  r"|decode/(engines|layout|loop|program|resume|speculative|staged)_test"
   r"|exits/(confidence|rules)_test"
   r"|inference/(arguments|calibrating|drafts|platform|predictor|reference)_test"
   r"|t5/(costs|decoder|growing|layers|network|network_golden)_test|t5x/loops_test"

@@ -45,8 +45,8 @@ FORMAT = "calm infer 1"
 ONLINE = {"tolerance": 0.1, "error_rate": 0.05, "metric": "rouge_l", "online_share": 1.0}
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
-# Batches a chunk: at first, at most, and at most with --refill; and most seconds a chunk.
-FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 10.0
+# Batches a chunk, at first and at most; and most seconds a chunk.
+FIRST_BATCHES, MOST_BATCHES, CHUNK_SECONDS = 4, 16, 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add(more, "expect_digest", "HEX", "refuse a calibration of another digest")
   add(more, "void_guarantee", None, "decode although the calibration is for another procedure")
-  add(more, "refill", None, "replace rows whose text has ended (one device, float32)")
   add(more, "allow_platform", None, "serve a calibration of another platform, no guarantee")
   flags.add_shared(more, *flags.GIN)
 
@@ -175,8 +174,6 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
 
   load = run_lib.configured(arguments, inference.load)
   options = flags.decode_options(arguments)
-  if arguments.refill:
-    options["refill"] = True
   calibration = arguments.calibration
   if (digest := arguments.expect_digest) is not None:
     calibration = Calibration.load(calibration, expect_digest=digest)
@@ -243,7 +240,6 @@ class Serving:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
     options = self.predictor.options
     batch = options.batch_size * options.num_devices
-    most = MOST_BATCHES_REFILLED if options.refill else MOST_BATCHES
     batches = FIRST_BATCHES
     while chunk := list(itertools.islice(prompts, batches * batch)):
       with warnings.catch_warnings(record=True) as caught:
@@ -254,7 +250,7 @@ class Serving:
       yield chunk, made
       progress.count("prompts")(done + self._sums["prompts"], self._count)
       affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
-      batches = max(1, min(most, 4 * batches, affordable))
+      batches = max(1, min(MOST_BATCHES, 4 * batches, affordable))
 
   def _generate(self, chunk: Sequence[Prompt]):
     texts = [prompt.input for prompt in chunk]

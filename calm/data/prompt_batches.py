@@ -134,16 +134,6 @@ def plan(
   return batches
 
 
-def together(
-  batches: Sequence[PromptBatch], *, pooled: bool = False
-) -> list[list[PromptBatch]]:
-  """Batches that share a pool of rows: those of one padded length, or each alone."""
-  if not pooled:
-    return [[batch] for batch in batches]
-  groups = itertools.groupby(batches, key=lambda batch: batch.tokens.shape[1])
-  return [list(group) for _, group in groups]
-
-
 def _pad(tokens, rows: np.ndarray, length: int, size: int) -> PromptBatch:
   padded = np.zeros((size, length), np.int32)
   for i, row in enumerate(rows):

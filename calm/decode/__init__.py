@@ -1,4 +1,4 @@
-"""Prompts to generations: the loop, compiled programs, engines, speculation, pools of rows."""
+"""Prompts to generations: the loop, compiled programs, engines, speculation."""
 
 from calm.decode import engines
 from calm.decode.loop import Generation

@@ -321,9 +321,3 @@ def without_drafts(full: Generation) -> Generation:
     scores=full.scores,
     verification=Verification(np.zeros(emitted.shape, bool), numbers),
   )
-
-
-def shift_positions(array: jax.Array, by: jax.Array, axis: int) -> jax.Array:
-  """`array` from index `by` of an axis on, with zeros behind."""
-  longer = jnp.concatenate([array, jnp.zeros_like(array)], axis=axis)
-  return lax.dynamic_slice_in_dim(longer, by, array.shape[axis], axis=axis)

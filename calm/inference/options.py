@@ -72,8 +72,6 @@ class DecodeOptions:
     num_devices: devices that the prompts are spread over.
     engine: how decode steps run, or the name of it. None takes the fastest for the rule, the
       rows and the platform (`engines.default_engine`).
-    refill: whether `generate` puts the next prompt into a row whose text has ended; on one
-      device, in float32.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
     num_drafts: of 'verified', most tokens drafted before a pass.
@@ -96,7 +94,6 @@ class DecodeOptions:
   batch_size: int = 8
   num_devices: int = 1
   engine: engines.Engine | None = None
-  refill: bool = False
   grid: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
   num_drafts: int = 7
 
@@ -114,12 +111,6 @@ class DecodeOptions:
           f"Expected `{name}` to be one of {', '.join(values)}, or None, got"
           f" {getattr(self, name)!r}."
         )
-    if self.refill and (self.num_devices > 1 or self.weights_dtype == IN_8_BITS):
-      raise ValueError(
-        "Expected one device and `weights_dtype` other than 'int8' with `refill`, got"
-        f" `num_devices` {self.num_devices} and `weights_dtype` {self.weights_dtype!r}; leave"
-        " one of them out."
-      )
 
   @property
   def uses_shortlist(self) -> bool:
@@ -202,7 +193,7 @@ def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
 
 
 # Options of one machine, which no file sets.
-_OF_THE_MACHINE = ("num_devices", "engine", "refill")
+_OF_THE_MACHINE = ("num_devices", "engine")
 _ALWAYS_STORED = ("measure", "task_prefix", "max_input_length", "max_decode_length")
 
 

@@ -33,7 +33,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
 from calm.console import Progress
 from calm.data import prompt_batches, prompt_files
-from calm.decode import acceptance, compiled, loop, pool, sharded, staged
+from calm.decode import acceptance, compiled, loop, sharded, staged
 from calm.decode.program import ModelWeights, Program, model_weights
 from calm.exits import schedules
 from calm.inference import certified, grid, outputs, timing
@@ -277,30 +277,17 @@ class Predictor:
     rule: exits.Rule | None,
     progress: Callable[[int, int], None],
   ) -> outputs.Outputs:
-    """Prompts through batches or a pool of rows, in the order of the list and timed."""
-    programs, clock, begun = compiled.num_made(), timing.Clock(), 0
-
-    def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
-      nonlocal begun
-      progress(begun, len(texts))  # those before it are done, or nearly in a pool
-      begun += len(batch.rows)
-      with clock.phase("encode"):
-        return jax.block_until_ready(self.encode(batch))
-
+    """Prompts in batches, in the order of the list and timed."""
+    programs, clock = compiled.num_made(), timing.Clock()
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
-    # Rows of passes over drafts have positions of their own.
-    pooled = self.options.refill and not (rule or self.options.rule).speculates
-    for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
-      if len(batches) > 1:
-        rows = pool.PoolProgram(self.program(rule))
-        with clock.phase("decode"), compiled.at_precision(self.options.matmul_precision):
-          generation = rows.decode(self.weights, batches, level, encode)
-      else:
-        encoded = encode(batches[0])
-        with clock.phase("decode"):
-          generation = self.decode(encoded, batches[0].active, level, rule)
-      for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
+    for batch in self.plan(texts):
+      progress(len(items), len(texts))
+      with clock.phase("encode"):
+        encoded = jax.block_until_ready(self.encode(batch))
+      with clock.phase("decode"):
+        generation = self.decode(encoded, batch.active, level, rule)
+      for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)
     progress(len(texts), len(texts))
     spent = clock.seconds["encode"], clock.seconds["decode"]

@@ -41,26 +41,17 @@ class BiasTable:
   current: tuple[jax.Array, ...]
   length: int
 
-  def at(self, position: jax.Array, starts: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Of the keys before `position`, which are in the cache while its own is not yet.
-
-    Args:
-      position: [].
-      starts: position of each row's first key, [batch]; None: 0.
+  def at(self, position: jax.Array) -> tuple[jax.Array, ...]:
+    """Of the keys before `position`, [], which are in the cache while its own is not yet.
 
     Returns:
-      [heads, length]; with `starts` [batch, heads, length], earlier keys masked too.
+      [heads, length] each.
     """
     first = self.length - 1 - position
-    biases = tuple(
+    return tuple(
       lax.dynamic_slice_in_dim(extended, first, self.length, axis=1)
       for extended in self.extended
     )
-    if starts is None:
-      return biases
-    other = jnp.arange(self.length)[None, None, :] < starts[:, None, None]
-    masked = jnp.asarray(layers.MASK_BIAS, biases[0].dtype)
-    return tuple(jnp.where(other, masked, bias) for bias in biases)
 
   def before_each(
     self, positions: Int[Array, " batch"], native: bool = False

@@ -37,15 +37,15 @@ def test_generate_calibrate_infer(cached, saved, served, tmp_path, calm):
   assert calibration.certified and calibration.threshold == 0.99
   assert [row.mean for row in calibration.rows] == [0.0, 1.0]
   assert calibration.procedure == loaded.procedure
-  out, refilled = tmp_path / "out.jsonl", tmp_path / "refilled.jsonl"
+  out, in_pairs = tmp_path / "out.jsonl", tmp_path / "in_pairs.jsonl"
   digest = f"--expect_digest={calibration.digest}"
   assert "With probability at least" in calm(*served, f"--output={out}", digest)
   column = loaded.thresholds.tolist().index(calibration.threshold)
   expected = [record.prediction for record in loaded.records[column]]
   assert [line["prediction"] for line in lines_of(out)] == expected
-  calm(*served, "--refill", "--batch_size=2", f"--output={refilled}")
+  calm(*served, "--batch_size=2", f"--output={in_pairs}")
   of = lambda line: (line["id"], line["tokens"], line["exit_layers"])
-  assert list(map(of, lines_of(refilled))) == list(map(of, lines_of(out)))
+  assert list(map(of, lines_of(in_pairs))) == list(map(of, lines_of(out)))
 
 
 def test_infer_refuses_another_procedure_or_digest(served, calm):

@@ -65,12 +65,6 @@ def test_heads_side_by_side_change_nothing(name):
     engine.assert_same_confidences(state.generation, plain().generation, i, i)
 
 
-def test_positions_are_shifted_in_either_layout():
-  shift = lambda x: engines.shifted((caches_lib.Cache(x, x),), jnp.int32(2))[0].keys
-  assert shift(HEADS).any()
-  np.testing.assert_array_equal(_apart(shift(_beside(HEADS)), 3), shift(HEADS))
-
-
 def test_rows_that_stay_are_kept_in_either_layout():
   row = KeyValue(HEADS[:, :, 0] + 1, HEADS[:, :, 1] + 1)
   keeps = jnp.array([True, False])

@@ -102,32 +102,6 @@ def test_maps_beside_a_model_change_no_full_text_and_are_recorded(directory, mod
     inference.load(directory, propagation="learned")
 
 
-def test_refilled_rows_change_nothing(model):
-  # More prompts of the one padded length than rows, and two of the other, which are a batch.
-  texts, rule = [*TEXTS, *(f"text {i}" for i in range(8))], exits.StaticExit()
-  plain = model.generate(texts, rule=rule)
-  other = model.with_options(refill=True)
-  got = other.generate(texts, rule=rule)
-  assert rows(got) == rows(plain) and len({len(output.tokens) for output in got}) > 1
-  np.testing.assert_allclose([o.score for o in got], [o.score for o in plain], rtol=1e-4)
-  # The prompts were encoded before: advance, take in and, where slots ran out, shift.
-  assert 2 <= got.timing.compilations <= 3
-  again = other.generate(texts[::-1], rule=rule)
-  assert rows(again) == rows(plain)[::-1] and again.timing.compilations <= 1
-  assert again.timing.encode_seconds > 0 and again.timing.decode_seconds > 0
-  assert rows(other.generate(texts[:2], rule=rule)) == rows(plain)[:2]
-  assert other.procedure == model.procedure
-
-
-def test_rows_are_not_refilled_where_that_could_change_results(directory):
-  narrow = inference.load(directory, dtype="bfloat16", refill=True, **OPTIONS)
-  with pytest.raises(ValueError, match=r"in float32 for rows that are refilled.*got bfloat16"):
-    narrow.generate(["short"] * 5, threshold=0.5)
-  for given in ({"num_devices": 2}, {"weights_dtype": "int8"}):
-    with pytest.raises(ValueError, match=r"one device and `weights_dtype` other .* `refill`"):
-      inference.DecodeOptions(refill=True, **given)
-
-
 def test_an_output_is_whole(model, generated):
   layers = set()
   for output in generated:
@@ -192,7 +166,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model, tmp_pat
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
   assert fields == {
     *(name for name, _ in CHANGES),
-    *("batch_size", "num_devices", "engine", "refill", "shortlist", "grid", "num_drafts"),
+    *("batch_size", "num_devices", "engine", "shortlist", "grid", "num_drafts"),
   }
   for name, value in CHANGES:
     other = model.with_options(**{name: value})
@@ -354,11 +328,10 @@ def test_the_whole_network_belongs_to_the_procedure(model):
 
 
 def test_who_calls_is_told_how_far_a_list_is(model):
-  for options in ({}, {"refill": True}):
-    told = []
-    tell = lambda *counts, told=told: told.append(counts)
-    model.with_options(batch_size=2, **options).generate(TEXTS, threshold=0.6, progress=tell)
-    assert told == [(0, 6), (2, 6), (4, 6), (6, 6)]
+  told = []
+  tell = lambda *counts: told.append(counts)
+  model.with_options(batch_size=2).generate(TEXTS, threshold=0.6, progress=tell)
+  assert told == [(0, 6), (2, 6), (4, 6), (6, 6)]
 
 
 # ---- Long limits, in stages where sums' last bits decide nothing

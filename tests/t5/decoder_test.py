@@ -216,17 +216,6 @@ def test_biases_by_distance_with_the_future_masked():
   np.testing.assert_array_equal(table.current[0], rel[:, 0])
 
 
-def test_keys_before_a_rows_start_are_masked_too():
-  toy = engine.toy()
-  table = attention_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
-  for t in (0, 3, LENGTH - 1):
-    (plain,) = map(np.asarray, table.at(jnp.int32(t)))
-    (got,) = table.at(jnp.int32(t), jnp.array([0, 2, t]))
-    for row, start in zip(np.asarray(got), (0, 2, t), strict=True):
-      np.testing.assert_array_equal(row[:, start:], plain[:, start:])
-      assert (row[:, :start] == layers_lib.MASK_BIAS).all()
-
-
 def test_heads_end_at_the_pieces_of_the_vocabulary():
   toy = engine.toy()
   kernel = toy.params["decoder"]["logits_dense"]["kernel"]

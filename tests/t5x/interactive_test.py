@@ -3,8 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import core as flax_core
 
 from calm import checkpoints, exits, inference
 from calm.exits import confidence
@@ -23,7 +25,8 @@ THRESHOLD = 0.8
 
 @pytest.fixture
 def interactive(tmp_path):
-  from t5x import adafactor, interactive_model, partitioning
+  from t5x import adafactor, interactive_model, partitioning, utils
+  from t5x import checkpoints as t5x_checkpoints
 
   box, words = checkpoints.load(inference.PACKED), stored.stored_vocabulary()
   model = models.EncoderDecoderModel(
@@ -35,7 +38,16 @@ def interactive(tmp_path):
   for name in ("decoder_input_tokens", "decoder_target_tokens"):
     shapes[name] = (2, LENGTHS["targets"])
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
-  path = models.save_t5x_checkpoint(box.params, box.config, str(tmp_path / "box"))
+  initializer = utils.TrainStateInitializer(
+    model.optimizer_def, model.get_initial_variables, shapes, partitioner
+  )
+  state = initializer.from_scratch(jax.random.PRNGKey(0))
+  state = state.replace_params(flax_core.freeze(jax.tree.map(jnp.asarray, dict(box.params))))
+  folder = str(tmp_path / "box")
+  checkpointer = t5x_checkpoints.Checkpointer(
+    initializer.global_train_state_shape, partitioner, folder
+  )
+  checkpointer.save(state)
   return interactive_model.InteractiveModel(
     batch_size=2,
     task_feature_lengths=LENGTHS,
@@ -44,7 +56,7 @@ def interactive(tmp_path):
     model=model,
     dtype="float32",
     restore_mode="specific",
-    checkpoint_path=path,
+    checkpoint_path=f"{folder}/checkpoint_0",
     input_shapes=shapes,
     input_types={name: np.int32 for name in shapes},
   )

@@ -12,7 +12,7 @@ from calm import arguments, exits
 from calm.decode.engines import deferred
 from calm.decode.engines.compacted import Compacted
 from calm.decode.engines.deferred import Deferred
-from calm.decode.engines.engine import Bound, Eager, Engine, Task, grown, shifted
+from calm.decode.engines.engine import Bound, Eager, Engine, Task, grown
 
 __all__ = [
   "ENGINES",
@@ -27,7 +27,6 @@ __all__ = [
   "by_name",
   "default_engine",
   "grown",
-  "shifted",
 ]
 
 # From so many rows on, the layers that they save by leaving pay for moving those that stay.

@@ -147,13 +147,6 @@ class BoundDeferred(engine_lib.Bound):
       for layer, fill in enumerate(cache.layers, start=1)
     )
 
-  def shift(self, cache: DeferredCache, by: jax.Array) -> DeferredCache:
-    # What was pending before `by` is not needed any more.
-    caches = engine_lib.shifted(tuple(fill.cache for fill in cache.layers), by)
-    filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
-    fills = tuple(map(LayerFill, caches, filled))
-    return DeferredCache(fills, loop.shift_positions(cache.states, by, axis=1))
-
   def grow(self, cache: DeferredCache) -> DeferredCache:
     length = self.task.length
     caches = engine_lib.grown(tuple(fill.cache for fill in cache.layers), length)
@@ -161,8 +154,7 @@ class BoundDeferred(engine_lib.Bound):
     return DeferredCache(fills, engine_lib.grown_array(cache.states, length, axis=1))
 
   def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
-    generated = self.task.generated(position)
-    return self.rule.walk(decoder.layers(()), self.task.threshold, generated)
+    return self.rule.walk(decoder.layers(()), self.task.threshold, position)
 
   def _run(self, walk: walk_lib.Walk, decoder, segment, position, states, carry):
     """The layers from one possible exit to the next, for every row."""

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from calm import exits
-from calm.decode import loop
 from calm.exits import layers
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
@@ -32,8 +31,6 @@ class Task:
   length: int  # positions in the caches
   # Positions of each row that are decoded already and that nothing may write over, [batch].
   kept: jax.Array | None = None
-  # Position of each row's first token, [batch], where rows do not begin together.
-  starts: jax.Array | None = None
   # Whether attention, products and heads may be functions of this process (`t5.kernels`): not
   # in programs that are exported or that a compiler splits over devices.
   native: bool = False
@@ -61,10 +58,6 @@ class Task:
     """The rows that are decoded already at `position`, [batch] bool."""
     return None if self.kept is None else position < self.kept
 
-  def generated(self, position: jax.Array) -> jax.Array:
-    """Tokens that each row has generated before `position`, [] or [batch]."""
-    return position if self.starts is None else position - self.starts
-
   def empty_caches(self) -> tuple[caches_lib.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
     return caches_lib.empty_caches(self.config, self.batch_size, self.length, depth)
@@ -87,8 +80,7 @@ class Bound:
     task, rule = self.task, self.task.rule
     assert not isinstance(rule, exits.Speculative)  # which runs no step
     decoder, hidden = self.decoder(position), task.embed(current)
-    generated = task.generated(position)
-    made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
+    made = rule(decoder.layers(cache), hidden, active, task.threshold, position)
     keeps = task.keeps(position)
     ends = after_each(position, made.rows, made.head)
     return made, caches_lib.write_rows(cache, made.rows, ends, keeps)
@@ -101,16 +93,12 @@ class Bound:
     """Every layer's cache, filled up to `position`, from what the loop carries."""
     return cache
 
-  def shift(self, cache: Any, by: jax.Array) -> Any:
-    """What the loop carries, position `by` now the first."""
-    return shifted(cache, by)
-
   def grow(self, cache: Any) -> Any:
     """What a loop of a shorter task carries, with this one's room."""
     return grown(cache, self.task.length)
 
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
-    task, bias = self.task, self.table.at(position, self.task.starts)
+    task, bias = self.task, self.table.at(position)
     return decoder_lib.DecoderStep(
       task.weights, task.config, task.encoded, bias, self.table.current, task.native
     )
@@ -121,13 +109,6 @@ class Engine(Protocol):
   """`Eager`, `Deferred`, `Compacted` or another."""
 
   def __call__(self, task: Task) -> Bound: ...
-
-
-def shifted(
-  caches: tuple[caches_lib.Cache, ...], by: jax.Array
-) -> tuple[caches_lib.Cache, ...]:
-  """Caches whose position `by` is now the first; what lies beyond the last is 0."""
-  return jax.tree.map(lambda x: loop.shift_positions(x, by, axis=x.ndim - 2), caches)
 
 
 def grown(caches: tuple[caches_lib.Cache, ...], length: int) -> tuple[caches_lib.Cache, ...]:
