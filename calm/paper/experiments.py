@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from calm.calibrate import generations, metrics
 from calm.calibrate import losses as sequence_losses
 from calm.data import prompt_batches
 from calm.exits import propagation, schedules
-from calm.inference import result_cache, timing
+from calm.inference import timing
 from calm.paper import bench, perturbations, scores, tasks, trials
 from calm.paper.scores import Curve
 from calm.t5 import costs
@@ -106,25 +107,13 @@ def tradeoff(of: bench.Bench) -> Curves:
   settings.append(timing.Setting(ORACLE, exits.OracleExit()))
   timed = timing.of_one_length(of.timed_model, of.validation, of.options.timed)
   timings = of.time("tradeoff", timed, settings)
-
-  def make() -> Curves:
-    score, full = scorer(of, bleu=of.settings.bleu), of.full
-    point = lambda records, name: score.point(records, full, name=name, timings=timings)
-    curves = [score.curve(name, cached, full, timings) for name, cached in grids.items()]
-    static = tuple(point(of.static[k], static_name(k)) for k in reversed(depths))
-    curves += [Curve(STATIC, static), Curve(ORACLE, (point(oracle, ORACLE),))]
-    curves.append(Curve(FULL, (point(full, timing.FULL),)))
-    return Curves(len(of.validation), tuple(curves), timings.num_prompts)
-
-  return of.result(
-    Curves,
-    "quality-and-cost",
-    make,
-    prompts=of.validation,
-    grids={measure: cached.thresholds.tolist() for measure, cached in grids.items()},
-    timings=result_cache.digest(timings),
-    intervals=scores.LEVEL,
-  )
+  score, full = scorer(of, bleu=of.settings.bleu), of.full
+  point = lambda records, name: score.point(records, full, name=name, timings=timings)
+  curves = [score.curve(name, cached, full, timings) for name, cached in grids.items()]
+  static = tuple(point(of.static[k], static_name(k)) for k in reversed(depths))
+  curves += [Curve(STATIC, static), Curve(ORACLE, (point(oracle, ORACLE),))]
+  curves.append(Curve(FULL, (point(full, timing.FULL),)))
+  return Curves(len(of.validation), tuple(curves), timings.num_prompts)
 
 
 def schedule_kinds(max_length: int) -> Mapping[str, schedules.Schedule]:
@@ -156,18 +145,12 @@ def decay(of: bench.Bench) -> Curves:
   kinds = schedule_kinds(of.predictor.options.max_decode_length)
   levels, measure = schedule_grid(of.options.step), of.measures[0]
   prompts = of.validation[: of.options.ablated]
-
-  def make() -> Curves:
-    score, full = scorer(of, ablated=True), of.full[: len(prompts)]
-    curves = []
-    for name, schedule in kinds.items():
-      model = of.model(measure, schedule=schedule)
-      cached = of.over(model, prompts, levels, f"schedule {name}")
-      curves.append(score.curve(name, cached, full))
-    return Curves(len(prompts), tuple(curves))
-
-  key = {"grid": levels, "kinds": repr(kinds), "measure": measure, "intervals": scores.LEVEL}
-  return of.result(Curves, "schedules", make, prompts=prompts, **key)
+  score, full, curves = scorer(of, ablated=True), of.full[: len(prompts)], []
+  for name, schedule in kinds.items():
+    model = of.model(measure, schedule=schedule)
+    cached = of.over(model, prompts, levels, f"schedule {name}")
+    curves.append(score.curve(name, cached, full))
+  return Curves(len(prompts), tuple(curves))
 
 
 def reachable_layers(curve: Curve, least: float) -> float:
@@ -259,10 +242,9 @@ class Gain:
   risk_interval: scores.Interval
   layers: float  # mean decoder layers a token on unseen prompts
   flops_reduction: float  # decoder FLOPs of the full model over these; NaN without a formula
-  # Measured decode seconds of the full model over these; NaN if not timed.
-  speedup: float = float("nan")
-  end_to_end: float = float("nan")  # the same with the encoder's seconds on both sides
-  speedup_interval: scores.Interval = scores.UNKNOWN  # 95 % interval of `speedup`, over prompts
+  speedup: float  # measured decode seconds of the full model over these
+  end_to_end: float  # the same with the encoder's seconds on both sides
+  speedup_interval: scores.Interval  # 95 % interval of `speedup`, over prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +263,7 @@ class Gains:
   error_rate: float
   num_calibration: int
   num_unseen: int  # prompts of the risk, layers and FLOPs
-  num_timed: int  # unseen prompts decoded alone for the seconds; 0 before they are
+  num_timed: int  # unseen prompts decoded alone for the seconds
   rows: tuple[Row, ...]
 
 
@@ -302,76 +284,54 @@ def gains(
   def losses(measure: str, kind: str):
     return sequence_losses.compute(of.test_grids[measure], kind, metric=of.settings.metric)
 
-  def gain(measure: str, target: Target, method: Method) -> Gain:
-    textual = target.consistency == "textual"
-    table = losses(measure, "textual" if textual else method.risk_kind)
-    threshold = calibrate_lib.calibrate(
-      table.ungrouped().rows(range(cut)),
+  def table(measure: str, target: Target, method: Method):
+    kind = "textual" if target.consistency == "textual" else method.risk_kind
+    return losses(measure, kind)
+
+  cells = list(itertools.product(targets, of.measures, methods))
+  found = {
+    (target, measure, method): calibrate_lib.calibrate(
+      table(measure, target, method).ungrouped().rows(range(cut)),
       tolerance=target.tolerance,
       error_rate=rate,
       method=method.name,
     ).threshold
-    if threshold == schedules.NEVER_EXIT:
-      return Gain(threshold, 0.0, (0.0, 0.0), float(of.num_layers), 1.0)
-    column = int(np.flatnonzero(table.thresholds == threshold)[0])
-    unseen = table.values[cut:, column]
+    for target, measure, method in cells
+  }
+  chosen: dict[str, list[float]] = {measure: [] for measure in of.measures}
+  for (_, measure, _), level in found.items():
+    if level not in (*chosen[measure], schedules.NEVER_EXIT):
+      chosen[measure].append(level)
+  alone = timing.of_one_length(of.timed_model, of.test[cut:], 2 * of.options.timed)
+  timings = of.time("gains", alone, of.timed_settings(chosen))
+
+  def gain(measure: str, target: Target, method: Method) -> Gain:
+    level = found[target, measure, method]
+    if level == schedules.NEVER_EXIT:
+      return Gain(
+        level, 0.0, (0.0, 0.0), float(of.num_layers), 1.0, 1.0, 1.0, speedup_interval=(1.0, 1.0)
+      )
+    of_task, timed = table(measure, target, method), timings.find(measure, level)
+    column = int(np.flatnonzero(of_task.thresholds == level)[0])
+    unseen = of_task.values[cut:, column]
     layers = [r.exit_layers or () for r in of.test_grids[measure].records[column][cut:]]
+    assert timed is not None  # every threshold that was chosen is timed
     return Gain(
-      threshold,
+      level,
       float(unseen.mean()),
-      scores.mean_interval(unseen, table.support.lower),
+      scores.mean_interval(unseen, of_task.support.lower),
       sum(map(sum, layers)) / sum(map(len, layers)),
       costs.totals(bench.under(of.predictor, measure).step_costs(padded), layers).flops_ratio,
-    )
-
-  def make() -> Gains:
-    rows = tuple(
-      Row(target, measure, tuple(gain(measure, target, method) for method in methods))
-      for target in targets
-      for measure in of.measures
-    )
-    return Gains(rate, cut, len(of.test) - cut, 0, rows)
-
-  table = of.result(
-    Gains,
-    "calibrated-gains",
-    make,
-    prompts=of.test,
-    grids={measure: of.grid(measure) for measure in of.measures},
-    targets=[dataclasses.asdict(target) for target in targets],
-    methods=[method.name for method in methods],
-    error_rate=rate,
-    intervals=scores.LEVEL,
-  )
-  return _timed_gains(of, table)
-
-
-def _timed_gains(of: bench.Bench, table: Gains) -> Gains:
-  """The same table with the measured speed-ups of its thresholds."""
-  chosen: dict[str, list[float]] = {measure: [] for measure in of.measures}
-  for row in table.rows:
-    for gain in row.gains:
-      if gain.threshold not in (*chosen[row.measure], schedules.NEVER_EXIT):
-        chosen[row.measure].append(gain.threshold)
-  unseen = of.test[table.num_calibration :]
-  prompts = timing.of_one_length(of.timed_model, unseen, 2 * of.options.timed)
-  timings = of.time("gains", prompts, of.timed_settings(chosen))
-
-  def timed(measure: str, gain: Gain) -> Gain:
-    row = timings.find(measure, gain.threshold)
-    speedup, end_to_end, interval = 1.0, 1.0, (1.0, 1.0)
-    if row is not None:
-      speedup, end_to_end = row.speedup, row.end_to_end
-      interval = scores.speedup_interval(timings, row)
-    return dataclasses.replace(
-      gain, speedup=speedup, end_to_end=end_to_end, speedup_interval=interval
+      timed.speedup,
+      timed.end_to_end,
+      scores.speedup_interval(timings, timed),
     )
 
   rows = tuple(
-    dataclasses.replace(row, gains=tuple(timed(row.measure, gain) for gain in row.gains))
-    for row in table.rows
+    Row(target, measure, tuple(gain(measure, target, method) for method in methods))
+    for target, measure in itertools.product(targets, of.measures)
   )
-  return dataclasses.replace(table, num_timed=timings.num_prompts, rows=rows)
+  return Gains(rate, cut, len(of.test) - cut, timings.num_prompts, rows)
 
 
 # App. B: deltas, random splits of figure (a), calibration sets of figure (b).
@@ -407,30 +367,19 @@ def validity(of: bench.Bench) -> Validity:
   """
   rate, size = of.options.error_rate, min(300, len(of.test))
 
-  def make() -> Validity:
-    entries, progress = [], of.step("repeated calibration")
-    for number, (measure, cached) in enumerate(of.test_grids.items()):
-      losses = sequence_losses.compute(cached, "textual", metric=of.settings.metric).ungrouped()
-      counts = cached.layer_counts()
-      layers = counts and (*counts, of.num_layers)
-      for turn, method in enumerate(("paper", "auto")):
-        progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
-        common = {"error_rate": rate, "method": method}
-        splits = trials.split_trials(losses, TOLERANCES, layers=layers, trials=SPLITS, **common)
-        common |= {"calibration_size": size, "trials": DRAWS}
-        draws = trials.validity_trials(losses, TOLERANCES, **common)
-        entries.append(MethodTrials(measure, method, splits, draws))
-    return Validity(of.settings.metric, rate, len(of.test), size, tuple(entries))
-
-  return of.result(
-    Validity,
-    "validity",
-    make,
-    prompts=of.test,
-    grids={measure: of.grid(measure) for measure in of.measures},
-    tolerances=TOLERANCES,
-    error_rate=rate,
-  )
+  entries, progress = [], of.step("repeated calibration")
+  for number, (measure, cached) in enumerate(of.test_grids.items()):
+    losses = sequence_losses.compute(cached, "textual", metric=of.settings.metric).ungrouped()
+    counts = cached.layer_counts()
+    layers = counts and (*counts, of.num_layers)
+    for turn, method in enumerate(("paper", "auto")):
+      progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
+      common = {"error_rate": rate, "method": method}
+      splits = trials.split_trials(losses, TOLERANCES, layers=layers, trials=SPLITS, **common)
+      common |= {"calibration_size": size, "trials": DRAWS}
+      draws = trials.validity_trials(losses, TOLERANCES, **common)
+      entries.append(MethodTrials(measure, method, splits, draws))
+  return Validity(of.settings.metric, rate, len(of.test), size, tuple(entries))
 
 
 # Fig. 4
