@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     _facts(arguments, predictor, time.monotonic() - start),
     sections.sections(reports),
     predictor.num_layers,
-    tuple(findings.headline(report) for report in reports),
+    tuple((findings.speed(report), findings.headline(report)) for report in reports),
   )
   written = page.write(output, made)
   page.print_report(console, reports)

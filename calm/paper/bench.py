@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from calm import exits, inference
-from calm.calibrate import Prompt, Record, generations, thresholds
+from calm.calibrate import Prompt, Record, SequenceLosses, generations, losses, thresholds
 from calm.exits import confidence, schedules
 from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
@@ -230,6 +230,14 @@ class Bench:
   def test_grids(self) -> Mapping[str, generations.Generations]:
     """Measure -> test prompts over its grid."""
     return {measure: self.decoded(measure, self.test) for measure in self.measures}
+
+  @functools.cached_property
+  def textual(self) -> Mapping[str, SequenceLosses]:
+    """Measure -> distances of the test prompts' texts to the full model's."""
+    return {
+      measure: losses.compute(cached, "textual", metric=self.settings.metric)
+      for measure, cached in self.test_grids.items()
+    }
 
   @functools.cached_property
   def static(self) -> dict[int, tuple[Record, ...]]:

@@ -281,12 +281,12 @@ def gains(
   rate, cut = of.options.error_rate, round(0.8 * len(of.test))
 
   @functools.cache
-  def losses(measure: str, kind: str):
+  def risk(measure: str, kind: str):
     return sequence_losses.compute(of.test_grids[measure], kind, metric=of.settings.metric)
 
   def table(measure: str, target: Target, method: Method):
-    kind = "textual" if target.consistency == "textual" else method.risk_kind
-    return losses(measure, kind)
+    textual = target.consistency == "textual"
+    return of.textual[measure] if textual else risk(measure, method.risk_kind)
 
   cells = list(itertools.product(targets, of.measures, methods))
   found = {
@@ -369,8 +369,7 @@ def validity(of: bench.Bench) -> Validity:
 
   entries, progress = [], of.step("repeated calibration")
   for number, (measure, cached) in enumerate(of.test_grids.items()):
-    losses = sequence_losses.compute(cached, "textual", metric=of.settings.metric).ungrouped()
-    counts = cached.layer_counts()
+    losses, counts = of.textual[measure].ungrouped(), cached.layer_counts()
     layers = counts and (*counts, of.num_layers)
     for turn, method in enumerate(("paper", "auto")):
       progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
@@ -414,11 +413,12 @@ class Examples:
 
   measure: str  # confidence measure
   num_layers: int  # decoder layers of the model
-  thresholds: tuple[float, ...]  # descending
-  chosen: int  # position of the threshold to show first: the certified one, or the safest
+  thresholds: tuple[float, ...]  # descending, from `NEVER_EXIT`, the full model, on
   items: tuple[ShownExample, ...]  # the examples
-  # (delta, epsilon) of the threshold shown first, or None.
-  certified: tuple[float, float] | None = None
+  error_rate: float  # epsilon of each tolerance by itself
+  # (delta of the distance to the full model's text, position of the threshold that is certified
+  # for it; 0 where none is), ascending.
+  promised: tuple[tuple[float, int], ...]
 
 
 def example(
@@ -428,7 +428,7 @@ def example(
   prompt, full = cached.prompts[row], cached.full[row]
   against = lambda text: metric(text, prompt.targets) if prompt.targets else float("nan")
   levels = []
-  for records in cached.records:
+  for records in (cached.full, *cached.records):
     record, layers = records[row], records[row].exit_layers or ()
     levels.append(
       Level(
@@ -463,32 +463,25 @@ def choose_examples(
 
 
 def examples(of: bench.Bench, table: Gains) -> tuple[Examples, ...]:
-  """Fig. 4: outputs with each token's layers at every threshold, first the lowest certified."""
-  unseen = of.test[table.num_calibration :]
-  among = {prompt.id for prompt in timing.of_one_length(of.timed_model, unseen)}
+  """Fig. 4: outputs with each token's layers at every threshold, and what is certified."""
+  cut, rate = table.num_calibration, of.options.error_rate
+  among = {prompt.id for prompt in timing.of_one_length(of.timed_model, of.test[cut:])}
   rows = choose_examples(of.test_grids[of.measures[0]], of.options.examples, among)
   metric, predictor = metrics.get_metric(of.settings.metric), of.predictor
   shown = []
   for measure, cached in of.test_grids.items():
-    threshold, tolerance = min(
-      (gain.threshold, row.target.tolerance)
-      for row in table.rows
-      for gain in row.gains
-      if row.measure == measure and row.target.consistency == "textual"
-    )
-    levels, certified = cached.thresholds.tolist(), threshold != schedules.NEVER_EXIT
+    losses = of.textual[measure].ungrouped().rows(range(cut))
+    thresholds = [schedules.NEVER_EXIT, *cached.thresholds.tolist()]
+    promised = []
+    for tolerance in TOLERANCES:
+      asked = {"tolerance": tolerance, "error_rate": rate}
+      found = calibrate_lib.calibrate(losses, **asked)
+      promised.append((tolerance, thresholds.index(found.threshold)))
     items = (
       example(cached, row, predictor.vocabulary.piece, metric, predictor.eos_id) for row in rows
     )
     shown.append(
-      Examples(
-        measure=measure,
-        num_layers=of.num_layers,
-        thresholds=tuple(levels),
-        chosen=levels.index(threshold) if certified else 0,
-        items=tuple(items),
-        certified=(tolerance, of.options.error_rate) if certified else None,
-      )
+      Examples(measure, of.num_layers, tuple(thresholds), tuple(items), rate, tuple(promised))
     )
   return tuple(shown)
 

@@ -28,6 +28,12 @@ def headline(report: experiments.TaskReport) -> str:
   )
 
 
+def speed(report: experiments.TaskReport) -> str:
+  """The speed-up of a task in a word, like `×1.90`; `×1` where full depth serves best."""
+  best = best_gain(report.gains, "textual")
+  return times(best[1].speedup) if best and best[1].speedup > 1.0 else "×1"
+
+
 def pace(gain: experiments.Gain) -> str:
   """Like `×1.90 as fast (1.70 to 2.10)`."""
   return f"{times(gain.speedup)} as fast{ends(gain.speedup_interval)}"

@@ -27,7 +27,8 @@ class Page:
   facts: tuple[tuple[str, str], ...]
   sections: tuple[Section, ...]  # in the order of reading
   num_layers: int  # decoder layers of the model, for the colours
-  headlines: tuple[str, ...] = ()  # the result in a sentence a task, under the title
+  # (speed-up, the result in a sentence) of each task, under the title.
+  headlines: tuple[tuple[str, str], ...] = ()
 
 
 def render(page: Page) -> str:
@@ -50,7 +51,8 @@ def render(page: Page) -> str:
     palette=[(layer, colour, outputs.text_colour(colour)) for layer, colour in scale],
     on_dark=figures.ON_DARK,
     panel_data=panel_data,
-    certified_text=certified_text,
+    first_promise=first_promise,
+    promise_text=promise_text,
   )
 
 
@@ -73,14 +75,15 @@ def write(output: pathlib.Path, page: Page) -> str:
 
 
 def panel_data(measures: Sequence[experiments.Examples]) -> dict[str, Any]:
-  """The slider's numbers, without the prompts, which stand on the page already."""
+  """The sliders' numbers, without the prompts, which stand on the page already."""
   return {
     "measures": [
       {
-        "name": measure.measure,
-        "chosen": measure.chosen,
-        "certified": certified_text(measure),
-        "thresholds": list(measure.thresholds),
+        "thresholds": list(map(threshold, measure.thresholds)),
+        "promised": [
+          [tolerance, at, promise_text(measure, tolerance, at)]
+          for tolerance, at in measure.promised
+        ],
         "items": [
           [
             {
@@ -101,15 +104,19 @@ def panel_data(measures: Sequence[experiments.Examples]) -> dict[str, Any]:
   }
 
 
-def certified_text(measure: experiments.Examples) -> str:
-  """The sentence under the slider about the point where it begins."""
-  if measure.certified is None:
-    return "nothing is certified: the safest threshold is shown"
-  tolerance, error_rate = measure.certified
+def promise_text(measure: experiments.Examples, tolerance: float, at: int) -> str:
+  """The sentence under the sliders about a tolerance."""
+  if not at:
+    return f"δ = {tolerance:g}: nothing is certified, the full model serves"
   return (
-    f"certified: at {threshold(measure.thresholds[measure.chosen])} the mean distance is at"
-    f" most {tolerance:g}, with probability {1.0 - error_rate:.10g}"
+    f"δ = {tolerance:g}: at threshold {threshold(measure.thresholds[at])} the mean distance is"
+    f" at most {tolerance:g}, with probability {1.0 - measure.error_rate:.10g}"
   )
+
+
+def first_promise(measure: experiments.Examples) -> int:
+  """Position of the least tolerance that something is certified for, which is shown first."""
+  return next((i for i, (_, at) in enumerate(measure.promised) if at), 0)
 
 
 def visible(pieces: Sequence[str]) -> list[str]:

@@ -602,10 +602,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Reports], Iterator]]] = {
   ),
   "outputs": (
     "Outputs, token by token (Fig. 4)",
-    "Every token on the colour of the decoder layers that it took. Move the slider: a lower"
-    " threshold lets tokens leave earlier, until the text changes. The certified threshold"
-    " comes first, where there is one. D is the distance to the full model's text, R the"
-    " change of the loss against the reference (negative: better than the full model).",
+    "Every token on the colour of the decoder layers that it took. Drag the tolerance: more of"
+    " it lets tokens leave earlier, until the text changes. Each tolerance is a promise by"
+    " itself, kept where it was chosen before looking. D is the distance to the full model's"
+    " text, R the change of the loss against the reference (negative: better than the full"
+    " model).",
     iter,
   ),
   "validity": (

@@ -74,7 +74,10 @@ def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
 
 
 def test_nothing_certified_is_the_full_model():
-  for row in experiments.gains(samples.sample(5)).rows:
+  few = samples.sample(5)
+  found = experiments.gains(few)
+  assert dict(experiments.examples(few, found)[0].promised)[0.25] == 0
+  for row in found.rows:
     for gain in row.gains:
       assert gain.threshold == schedules.NEVER_EXIT
       assert (gain.layers, gain.risk, gain.flops_reduction) == (NUM_LAYERS, 0.0, 1.0)
@@ -83,10 +86,13 @@ def test_nothing_certified_is_the_full_model():
 
 def test_examples_show_distance_risk_and_layers(report):
   shown = experiments.examples(samples.sample(), report.gains)[0]
-  # The lowest that is certified for any tolerance.
-  assert shown.thresholds[shown.chosen] == 0.3 and shown.certified == (0.25, 0.05)
+  assert shown.thresholds == (schedules.NEVER_EXIT, *GRID)
+  promised = dict(shown.promised)
+  assert list(promised) == list(experiments.TOLERANCES) == sorted(promised)
+  assert (promised[0.02], promised[0.1], promised[0.5]) == (0, 2, 3)  # 48 prompts
   first = shown.items[0]
-  above, _, below = first.levels
+  full, above, _, below = first.levels
+  assert full.distance == 0.0 and set(full.exit_layers) == {NUM_LAYERS}
   assert first.reference == first.full + " more" and above.distance == 0.0
   words = len(first.full.split())
   # One word of `words` is lost.

@@ -102,15 +102,19 @@ def test_the_slider_has_what_the_generations_have(sections):
   (panel,) = next(section.panels for section in sections if section.panels)
   data = json.loads(page.script_data(page.panel_data(panel.examples)))
   softmax = data["measures"][0]
-  assert softmax["thresholds"] == list(samples.GRID) and softmax["chosen"] == 1
-  at_lowest = softmax["items"][0][2]
+  assert softmax["thresholds"] == ["never", "0.9", "0.6", "0.3"]
+  at_lowest = softmax["items"][0][3]
   record = samples.record(0, 1, wrong=True)
   assert at_lowest["l"] == list(record.exit_layers) and len(at_lowest["p"]) == len(
     record.tokens
   )
   assert at_lowest["p"][0][0] != " " and at_lowest["p"][1][0] == " "
   assert set(at_lowest) == {"p", "l", "c", "m", "d", "r"}  # a prompt alone has no seconds
-  assert softmax["certified"].startswith("certified: at 0.6 the mean distance is at most 0.25")
+  tolerance, at, promise = softmax["promised"][-1]
+  assert (tolerance, at) == (
+    0.2,
+    3,
+  ) and "at threshold 0.3 the mean distance is at most" in promise
 
 
 def test_figures_take_the_pages_ink(sections):
@@ -161,17 +165,26 @@ def test_the_terminal_shows_the_table():
     assert max(map(len, narrow.splitlines())) <= width and "…" not in narrow
 
 
-def test_the_slider_recolours_the_outputs_in_a_browser(tmp_path, text):
+def test_the_sliders_recolour_the_outputs_in_a_browser(tmp_path, text):
   chromium = shutil.which("chromium") or pytest.skip("needs Chromium: apt-get install chromium")
-  move = "const s = document.querySelector('.slider'); s.value = 2;"
-  move += " s.dispatchEvent(new Event('input'))"
-  (tmp_path / "page.html").write_text(f"{text}<script>{move}</script>", "utf-8")
-  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-  done = subprocess.run(
-    [chromium, *flags, "--dump-dom", (tmp_path / "page.html").as_uri()],
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  layers = [re.findall(r'data-l="(\d)"', page)[:2] for page in (text, done.stdout)]
-  assert layers == [["4", "2"], ["4", "1"]] and "CONSOLE" not in done.stderr
+  shown = {}
+  for slider, value in (("promised", 1), ("slider", 0)):
+    move = f"const s = document.querySelector('.{slider}'); s.value = {value};"
+    move += " s.dispatchEvent(new Event('input'))"
+    (tmp_path / "page.html").write_text(f"{text}<script>{move}</script>", "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    done = subprocess.run(
+      [chromium, *flags, "--dump-dom", (tmp_path / "page.html").as_uri()],
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    assert "CONSOLE" not in done.stderr
+    layers = re.findall(r'data-l="(\d)"', done.stdout)[:2]
+    promise = re.search(r'class="promise">([^<]*)', done.stdout)
+    assert promise is not None
+    shown[slider] = layers, promise[1][:21]
+  assert shown == {
+    "promised": (["4", "1"], "δ = 0.2: at threshold"),
+    "slider": (["4", "4"], "chosen by hand: no pr"),
+  }

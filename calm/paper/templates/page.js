@@ -1,14 +1,14 @@
 "use strict";
-// Re-colours the outputs of a panel when its measure or threshold changes.
+// Shows the outputs of a panel at the threshold of its tolerance, or at one that was chosen by hand.
 for (const panel of document.querySelectorAll("[data-panel]")) {
   const data = JSON.parse(panel.querySelector("script.data").textContent);
   const find = (name) => panel.querySelector("." + name);
-  const slider = find("slider"), measure = find("measure");
+  const slider = find("slider"), promised = find("promised"), measure = find("measure");
   const number = (value, digits) => value === null ? "–" : value.toFixed(digits);
 
   function show() {
     const chosen = data.measures[measure.value], at = Number(slider.value);
-    const threshold = String(+chosen.thresholds[at].toPrecision(4));
+    const threshold = chosen.thresholds[at];
     find("threshold").textContent = threshold;
     slider.setAttribute("aria-valuetext", threshold);
     let layers = 0, tokens = 0;
@@ -32,17 +32,23 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
     find("overall").textContent = tokens ? number(layers / tokens, 2) + " layers a token" : "–";
   }
 
-  measure.addEventListener("change", () => {
-    const chosen = data.measures[measure.value];
+  function promise() {
+    const chosen = data.measures[measure.value], [tolerance, at, text] = chosen.promised[promised.value];
     slider.max = chosen.thresholds.length - 1;
-    slider.value = chosen.chosen;
-    const mark = find("mark");
-    mark.hidden = !chosen.certified.startsWith("certified");
-    mark.style.setProperty("--at", chosen.chosen / Math.max(1, chosen.thresholds.length - 1));
-    find("promise").textContent = chosen.certified;
+    slider.value = at;
+    find("tolerance").textContent = tolerance;
+    promised.setAttribute("aria-valuetext", tolerance);
+    find("promise").textContent = text;
+    show();
+  }
+
+  measure.addEventListener("change", promise);
+  promised.addEventListener("input", promise);
+  slider.addEventListener("input", () => {
+    find("tolerance").textContent = "–";
+    find("promise").textContent = "chosen by hand: no promise";
     show();
   });
-  slider.addEventListener("input", show);
   find("numbers").addEventListener("change", (event) => {
     panel.classList.toggle("numbered", event.target.checked);
   });
