@@ -128,14 +128,14 @@ def sections(text: str):
 
 
 def report_page(text: str) -> str:
-  return page.render(page.Page(text, ((text, text),), sections(text), 4, (text,)))
+  return page.render(page.Page(text, ((text, text),), sections(text), 4, ((text, text),)))
 
 
 def fit_result(text: str) -> result_lib.Result:
   candidate = candidates.Candidate(text, (1,))
   tried = choose.Tried(candidate, (0.5,), (0.1,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20)
-  example = result_lib.ShownText(text, text, (text, " b"), (1, 4), (0.5, 0.5))
+  shown = report(text).examples[0]
   pair = seconds.Seconds(seconds.Pair(1, 4, 2.0, 1.0, 2.0, 1.5))
   mean = result_lib.Mean(0.1, 0.0, 4)
   return result_lib.Result(
@@ -151,7 +151,7 @@ def fit_result(text: str) -> result_lib.Result:
     certified_threshold=0.5,
     seconds=pair,
     last=result_lib.LastLook(None, None, mean, 4.0),
-    examples=(example,),
+    panel=shown,
     exact=None,
   )
 

@@ -10,26 +10,22 @@ fit/                training runs, generations and results: a stopped run resume
 
 import dataclasses
 import json
-import math
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-import markupsafe
-
 import calm
 from calm import checkpoints, inference, storage
 from calm.calibrate import Calibration, thresholds
 from calm.calibrate.seconds import Seconds
-from calm.console import sanitize
 from calm.fitting.choose import Choice
 from calm.fitting.exit_maps import LearnedExits
 from calm.fitting.request import FitOptions
 from calm.fitting.train import Trained
 from calm.inference import options as options_lib
-from calm.inference import outputs, result_cache
+from calm.inference import panel, result_cache
+from calm.inference.panel import Panel
 
 _REQUEST, SUMMARY = "request.json", "summary.html"
 
@@ -76,17 +72,6 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShownText:
-  """A prompt of the last part, the full model's text, and the served one by tokens."""
-
-  prompt: str
-  full: str
-  pieces: tuple[str, ...]
-  exit_layers: tuple[int, ...]
-  confidences: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Result:
   """The numbers of a fit.
 
@@ -106,7 +91,7 @@ class Result:
     curve: the thresholds that were tested.
     seconds: on the last part; None where nothing was certified.
     last: the evaluation of the last part.
-    examples: some of its prompts.
+    panel: some of its prompts at every threshold, and what is certified at which tolerance.
     exact: seconds of full depth from the model's own verified drafts on the last part, where
       these are faster; where full depth is served, it is served so.
   """
@@ -122,7 +107,7 @@ class Result:
   certified_threshold: float
   seconds: Seconds | None
   last: LastLook
-  examples: tuple[ShownText, ...]
+  panel: Panel
   exact: Seconds | None
   trained: tuple[Trained, ...] = ()
   learned: LearnedExits | None = None
@@ -132,6 +117,12 @@ class Result:
   def serves_exits(self) -> bool:
     """Whether calibrated exits are served, and not full depth."""
     return self.threshold != thresholds.NEVER_EXIT
+
+  @property
+  def speed(self) -> str:
+    """The speed-up of what is served, one prompt at a time, in a word."""
+    served = self.seconds if self.serves_exits else self.exact
+    return f"×{served.single.speedup:.2f}" if served else "×1"
 
   def headline(self, options: FitOptions) -> str:
     """The result in a sentence or two."""
@@ -149,6 +140,32 @@ class Result:
       f" {self.last.risk} on {self.last.risk.count} prompts where {options.tolerance:g} is"
       f" promised.{trained if self.trained else ''}"
     )
+
+  def advice(self, options: FitOptions) -> tuple[str, ...]:
+    """What to do where full depth is served."""
+    if self.serves_exits:
+      return ()
+    more = next(
+      (delta for delta, at in self.panel.promised if at and delta > options.tolerance), 0
+    )
+    found = []
+    if more:
+      found.append(
+        f"Allow more: on these rows something is certified at --tolerance={more:g}. Fit with"
+        " it on new rows, as it was looked at on these."
+      )
+    elif self.certified_threshold == thresholds.NEVER_EXIT:
+      found.append(
+        "Allow more (--tolerance), or give more rows: both certify lower thresholds."
+      )
+    else:
+      found.append(
+        "Serve in batches, or a larger model: where a layer takes little time, leaving early"
+        " saves little."
+      )
+    if not options.train_all:
+      found.append("Train the weights for exits (--train_all), which changes the model.")
+    return tuple(found)
 
 
 # ---- The folder
@@ -270,31 +287,7 @@ def summary(result: Result, options: FitOptions, folder: str) -> str:
     options: of the fit.
     folder: where it lies, for the commands that are shown.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("calm.fitting", "templates"),
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-    # Control and direction marks of other people's texts are made visible.
-    finalize=lambda value: sanitize(value) if type(value) is str else value,
-    autoescape=True,
-  )
-  number = lambda value, digits=2: "–" if math.isnan(value) else f"{value:.{digits}f}"
-  environment.filters["number"] = number
-  environment.filters["threshold"] = thresholds.format_threshold
-  layers = result.num_layers
-  coloured = lambda shown: outputs.to_html(
-    shown.pieces,
-    shown.exit_layers,
-    layers,
-    confidences=shown.confidences or None,
-    legend=False,
-  )
+  environment = panel.environment("calm.fitting", result.num_layers)
   return environment.get_template(f"{SUMMARY}.j2").render(
-    result=result,
-    options=options,
-    folder=folder,
-    headline=result.headline(options),
-    coloured=lambda shown: markupsafe.Markup(coloured(shown)),
-    legend=markupsafe.Markup(outputs.legend_html(layers)),
+    result=result, options=options, folder=folder
   )

@@ -30,7 +30,7 @@ from calm.fitting import request as request_lib
 from calm.fitting import result as result_lib
 from calm.fitting.choose import part
 from calm.fitting.request import FitOptions
-from calm.inference import certified, grid, result_cache, timing
+from calm.inference import certified, grid, panel, result_cache, timing
 from calm.inference import options as options_lib
 from calm.t5 import parameters
 
@@ -226,12 +226,12 @@ class Fit:
       predictor, found = choose.fastest_head(*given)
       say(found)
     choice = self._choose(predictor)
-    calibration, curve = None, ()
+    calibration, curve, promised = None, (), ()
     if choice.best is not None:
       ways = choice.best.candidate.options(predictor.options.max_decode_length)
       predictor = predictor.with_options(**ways, grid=choice.grid)
-      calibration, curve = self._certify(predictor)
-    result, served = self._look(predictor, choice, calibration)
+      calibration, curve, promised = self._certify(predictor)
+    result, served = self._look(predictor, choice, calibration, promised)
     result = dataclasses.replace(result, trained=trained, learned=learned, curve=curve)
     if served is None:
       predictor = self._untouched(predictor)
@@ -253,6 +253,7 @@ class Fit:
     predictor: inference.Predictor,
     choice: choose.Choice,
     calibration: Calibration | None,
+    promised: tuple[tuple[float, int], ...],
   ) -> tuple[result_lib.Result, Calibration | None]:
     """The result, and the calibration that is served; None where full depth is."""
     progress = self.listener.step("Look at the last part")
@@ -262,14 +263,15 @@ class Fit:
     if calibration is not None and not reason:
       served = seconds.noted(calibration, measured)
     threshold = NEVER if served is None else served.threshold
-    last, examples = evaluate(
+    last, full = evaluate(
       predictor,
       self.source if self.options.train_all else predictor.reference,
       self.splits.last,
       self.options,
       threshold,
-      part(progress, 0.6, 1.0),
+      part(progress, 0.6, 0.9),
     )
+    shown = self._panel(predictor, full, promised, part(progress, 0.9, 1.0))
     untouched = self._untouched(predictor)
     result = result_lib.Result(
       model=str(self.initial),
@@ -283,7 +285,7 @@ class Fit:
       certified_threshold=NEVER if calibration is None else calibration.threshold,
       seconds=measured,
       last=last,
-      examples=examples,
+      panel=shown,
       exact=choose.faster_exact(untouched, self.splits.last, self.folder.cache),
     )
     return result, served
@@ -338,10 +340,44 @@ class Fit:
       self.listener.say(line)
     return choice
 
+  def _panel(
+    self,
+    predictor: inference.Predictor,
+    full: Sequence[Record],
+    promised: tuple[tuple[float, int], ...],
+    progress: Report,
+  ) -> panel.Panel:
+    """Some prompts of the last part at every threshold of the grid that was certified on."""
+    options, prompts, columns = self.options, self.splits.last[:EXAMPLES], [full[:EXAMPLES]]
+    levels: tuple[float, ...] = ()
+    if promised:
+      levels = tuple(certified.default_grid(predictor.options))
+      model = grid.in_bulk(predictor)
+      with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        made = grid.on_grid(model, prompts, levels, path, full=columns[0], progress=progress)
+        columns += made.records
+    eos_id, piece = predictor.eos_id, predictor.vocabulary.piece
+    items = (
+      panel.shown_prompt(prompt, records, piece, options.metric, eos_id)
+      for prompt, *records in zip(prompts, *columns, strict=False)
+    )
+    promised = promised or ((options.tolerance, 0),)
+    return panel.Panel(
+      predictor.options.measure,
+      predictor.num_layers,
+      (NEVER, *levels),
+      tuple(items),
+      options.error_rate,
+      promised,
+      first=[tolerance for tolerance, _ in promised].index(options.tolerance),
+      loss="mean distance" if options.kind == "textual" else "mean increase of the loss",
+    )
+
   def _certify(
     self, predictor: inference.Predictor
-  ) -> tuple[Calibration, tuple[result_lib.Point, ...]]:
-    """The calibration of the chosen candidate, and its curve."""
+  ) -> tuple[Calibration, tuple[result_lib.Point, ...], tuple[tuple[float, int], ...]]:
+    """The calibration of the chosen candidate, its curve, and what other tolerances certify."""
     self._ledger()  # before the rows are looked at
     rows, full = self.splits.calibration, None
     if self.options.train_all:
@@ -359,10 +395,13 @@ class Fit:
       progress=progress,
     )
     layers = map(grid.mean_layers, cached.records)
-    return calibration, tuple(
+    curve = tuple(
       result_lib.Point(row.threshold, depth, row.mean, row.upper_bound, row.rejected)
       for row, depth in zip(calibration.rows, layers, strict=True)
     )
+    lost = losses.compute(cached, self.options.kind, metric=self.options.metric)
+    asked = (*panel.TOLERANCES, self.options.tolerance)
+    return calibration, curve, panel.promised(lost, self.options.error_rate, asked)
 
   def _seconds(self, predictor, calibration, progress: Report) -> seconds.Seconds | None:
     """Of the last part at the certified threshold, measured once; None where none is."""
@@ -407,8 +446,8 @@ def evaluate(
   options: FitOptions,
   threshold: float,
   progress: Report,
-) -> tuple[result_lib.LastLook, tuple[result_lib.ShownText, ...]]:
-  """The numbers of the last part at full depth and under the threshold, and some texts.
+) -> tuple[result_lib.LastLook, Sequence[Record]]:
+  """The numbers of the last part at full depth and under the threshold, and its full texts.
 
   Args:
     predictor: the model under the options that are certified.
@@ -432,20 +471,8 @@ def evaluate(
     pair = generations.Generations(tuple(prompts), np.array([0.5]), (early,), tuple(full))
     metric = metrics.get_metric(options.metric)
     risk = mean(losses.prefix_losses(pair, options.kind, metric=metric)[0])
-  eos_id, vocabulary = predictor.eos_id, predictor.vocabulary
-  piece = lambda token: "⏎" if token == eos_id else vocabulary.piece(token)
-  shown = [
-    result_lib.ShownText(
-      prompt=prompt.input,
-      full=whole.prediction,
-      pieces=tuple(map(piece, record.tokens or ())),
-      exit_layers=record.exit_layers or (),
-      confidences=record.confidences or (),
-    )
-    for prompt, whole, record in zip(prompts[:EXAMPLES], full, early, strict=False)
-  ]
   full_quality, layers = quality(full, prompts, options.metric), grid.mean_layers(early)
-  return result_lib.LastLook(full_quality, early_quality, risk, layers), tuple(shown)
+  return result_lib.LastLook(full_quality, early_quality, risk, layers), full
 
 
 def mean(values: np.ndarray) -> result_lib.Mean:

@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from calm import calibrate as calibrate_lib
 from calm import exits
-from calm.calibrate import generations, metrics
+from calm.calibrate import generations
 from calm.calibrate import losses as sequence_losses
 from calm.data import prompt_batches
 from calm.exits import propagation, schedules
-from calm.inference import timing
+from calm.inference import panel, timing
 from calm.paper import bench, perturbations, scores, tasks, trials
 from calm.paper.scores import Curve
 from calm.t5 import costs
@@ -335,7 +335,7 @@ def gains(
 
 
 # App. B: deltas, random splits of figure (a), calibration sets of figure (b).
-TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+TOLERANCES = panel.TOLERANCES
 SPLITS, DRAWS = 50, 200
 
 
@@ -384,66 +384,6 @@ def validity(of: bench.Bench) -> Validity:
 # Fig. 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Level:
-  """One output at one threshold."""
-
-  pieces: tuple[str, ...]  # text of each token
-  exit_layers: tuple[int, ...]  # decoder layers of each token
-  confidences: tuple[float, ...]  # confidence at each exit
-  layers: float  # mean decoder layers a token
-  distance: float  # D, 1 - metric against the full model's text
-  risk_difference: float  # R(early) - R(full) against the references, R = 1 - metric
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownExample:
-  """One prompt under one measure; `levels` has one entry a threshold."""
-
-  id: str
-  input: str
-  reference: str
-  full: str
-  levels: tuple[Level, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-  """Fig. 4 for one task and measure."""
-
-  measure: str  # confidence measure
-  num_layers: int  # decoder layers of the model
-  thresholds: tuple[float, ...]  # descending, from `NEVER_EXIT`, the full model, on
-  items: tuple[ShownExample, ...]  # the examples
-  error_rate: float  # epsilon of each tolerance by itself
-  # (delta of the distance to the full model's text, position of the threshold that is certified
-  # for it; 0 where none is), ascending.
-  promised: tuple[tuple[float, int], ...]
-
-
-def example(
-  cached: generations.Generations, row: int, piece: Callable[[int], str], metric, eos_id: int
-) -> ShownExample:
-  """The outputs of one prompt; `piece` is the text of a token, EOS is shown as a mark."""
-  prompt, full = cached.prompts[row], cached.full[row]
-  against = lambda text: metric(text, prompt.targets) if prompt.targets else float("nan")
-  levels = []
-  for records in (cached.full, *cached.records):
-    record, layers = records[row], records[row].exit_layers or ()
-    levels.append(
-      Level(
-        pieces=tuple("⏎" if token == eos_id else piece(token) for token in record.tokens or ()),
-        exit_layers=layers,
-        confidences=tuple(round(c, 3) for c in record.confidences or ()),
-        layers=sum(layers) / max(1, len(layers)),
-        distance=1.0 - metric(record.prediction, (full.prediction,)),
-        risk_difference=against(full.prediction) - against(record.prediction),
-      )
-    )
-  reference = prompt.targets[0] if prompt.targets else ""
-  return ShownExample(prompt.id, prompt.input, reference, full.prediction, tuple(levels))
-
-
 def choose_examples(
   cached: generations.Generations, count: int, among: Collection[str], *, max_tokens: int = 60
 ) -> tuple[int, ...]:
@@ -462,26 +402,39 @@ def choose_examples(
   return tuple(sorted(fitting, key=lambda row: not changes(row))[:count])
 
 
-def examples(of: bench.Bench, table: Gains) -> tuple[Examples, ...]:
+def examples(of: bench.Bench, table: Gains) -> tuple[panel.Panel, ...]:
   """Fig. 4: outputs with each token's layers at every threshold, and what is certified."""
   cut, rate = table.num_calibration, of.options.error_rate
   among = {prompt.id for prompt in timing.of_one_length(of.timed_model, of.test[cut:])}
   rows = choose_examples(of.test_grids[of.measures[0]], of.options.examples, among)
-  metric, predictor = metrics.get_metric(of.settings.metric), of.predictor
+  vocabulary, eos_id = of.predictor.vocabulary, of.predictor.eos_id
   shown = []
   for measure, cached in of.test_grids.items():
-    losses = of.textual[measure].ungrouped().rows(range(cut))
-    thresholds = [schedules.NEVER_EXIT, *cached.thresholds.tolist()]
-    promised = []
-    for tolerance in TOLERANCES:
-      asked = {"tolerance": tolerance, "error_rate": rate}
-      found = calibrate_lib.calibrate(losses, **asked)
-      promised.append((tolerance, thresholds.index(found.threshold)))
+    promised = panel.promised(
+      of.textual[measure].ungrouped().rows(range(cut)), rate, TOLERANCES
+    )
+    columns = (cached.full, *cached.records)
     items = (
-      example(cached, row, predictor.vocabulary.piece, metric, predictor.eos_id) for row in rows
+      panel.shown_prompt(
+        cached.prompts[row],
+        [column[row] for column in columns],
+        vocabulary.piece,
+        of.settings.metric,
+        eos_id,
+      )
+      for row in rows
     )
     shown.append(
-      Examples(measure, of.num_layers, tuple(thresholds), tuple(items), rate, tuple(promised))
+      panel.Panel(
+        measure,
+        of.num_layers,
+        (schedules.NEVER_EXIT, *cached.thresholds.tolist()),
+        tuple(items),
+        rate,
+        promised,
+        # The least tolerance that something is certified for.
+        first=next((i for i, (_, at) in enumerate(promised) if at), 0),
+      )
     )
   return tuple(shown)
 
@@ -501,7 +454,7 @@ class TaskReport:
   decay: Curves
   propagations: Curves
   validity: Validity
-  examples: tuple[Examples, ...]  # one entry a measure
+  examples: tuple[panel.Panel, ...]  # one entry a measure
   classifiers: Curves | None
   objectives: Curves | None
 

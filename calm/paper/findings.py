@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 from calm.exits import schedules
+from calm.inference.panel import threshold
 from calm.paper import experiments, perturbations, scores
 from calm.paper.figures import series_title
-from calm.paper.tables import interval, threshold, times
+from calm.paper.tables import interval, times
 
 # Share of the full model's quality that counts as kept.
 KEPT = 0.98

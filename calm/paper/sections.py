@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from calm.exits import schedules
+from calm.inference.panel import number, threshold
 from calm.paper import experiments, figures, findings, scores
 from calm.paper.experiments import FULL, ORACLE, TaskReport
 from calm.paper.figures import INK, Figure, Series
@@ -12,10 +13,8 @@ from calm.paper.tables import (
   Column,
   Table,
   interval,
-  number,
   percent,
   tabulate,
-  threshold,
   times,
 )
 

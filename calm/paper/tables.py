@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from calm.calibrate import thresholds
+from calm.inference.panel import number
 
 # A head, and its cell for one entry.
 Column = tuple[str, Callable[[Any], str]]
@@ -61,11 +61,6 @@ def _line(cells: Sequence[str]) -> str:
   return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def number(value: float, digits: int = 2) -> str:
-  """A number, or a dash for NaN."""
-  return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-
 def percent(value: float, digits: int = 1) -> str:
   """A share in [0, 1] as a number of hundredths, or a dash."""
   return number(100.0 * value, digits)
@@ -74,13 +69,6 @@ def percent(value: float, digits: int = 1) -> str:
 def times(value: float) -> str:
   """A ratio like ×1.31, or a dash."""
   return "–" if math.isnan(value) else f"×{value:.2f}"
-
-
-def threshold(value: float) -> str:
-  """A threshold, short; `never` for the full model."""
-  if value == thresholds.NEVER_EXIT:
-    return thresholds.NEVER_EXIT_TEXT
-  return f"{value:.4g}"
 
 
 def interval(ends: tuple[float, float], digits: int = 2, dash: str = "–") -> str:

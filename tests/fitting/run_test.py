@@ -69,7 +69,7 @@ def test_the_summary_says_what_was_found(made):
     "The promise is about prompts drawn as these rows are.",
     "in a first timing",
     "What was certified",
-    "layer 1 of 3",
+    'title="layer 1"',
   ):
     assert words in page
   assert "http" not in page

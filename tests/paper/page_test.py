@@ -17,6 +17,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 import rich.console
 
+from calm.inference import panel
 from calm.paper import figures, page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
@@ -99,9 +100,8 @@ def test_every_section_is_there(sections, text):
 
 
 def test_the_slider_has_what_the_generations_have(sections):
-  (panel,) = next(section.panels for section in sections if section.panels)
-  data = json.loads(page.script_data(page.panel_data(panel.examples)))
-  softmax = data["measures"][0]
+  (report,) = next(section.panels for section in sections if section.panels)
+  softmax = json.loads(panel.script_data(panel.panel_data(report.examples)))[0]
   assert softmax["thresholds"] == ["never", "0.9", "0.6", "0.3"]
   at_lowest = softmax["items"][0][3]
   record = samples.record(0, 1, wrong=True)
@@ -111,10 +111,8 @@ def test_the_slider_has_what_the_generations_have(sections):
   assert at_lowest["p"][0][0] != " " and at_lowest["p"][1][0] == " "
   assert set(at_lowest) == {"p", "l", "c", "m", "d", "r"}  # a prompt alone has no seconds
   tolerance, at, promise = softmax["promised"][-1]
-  assert (tolerance, at) == (
-    0.2,
-    3,
-  ) and "at threshold 0.3 the mean distance is at most" in promise
+  assert (tolerance, at) == (0.2, 3)
+  assert "at threshold 0.3 the mean distance is at most" in promise
 
 
 def test_figures_take_the_pages_ink(sections):

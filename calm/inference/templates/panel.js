@@ -7,7 +7,7 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
   const number = (value, digits) => value === null ? "–" : value.toFixed(digits);
 
   function show() {
-    const chosen = data.measures[measure.value], at = Number(slider.value);
+    const chosen = data[measure.value], at = Number(slider.value);
     const threshold = chosen.thresholds[at];
     find("threshold").textContent = threshold;
     slider.setAttribute("aria-valuetext", threshold);
@@ -33,7 +33,7 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
   }
 
   function promise() {
-    const chosen = data.measures[measure.value], [tolerance, at, text] = chosen.promised[promised.value];
+    const chosen = data[measure.value], [tolerance, at, text] = chosen.promised[promised.value];
     slider.max = chosen.thresholds.length - 1;
     slider.value = at;
     find("tolerance").textContent = tolerance;
@@ -42,7 +42,11 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
     show();
   }
 
-  measure.addEventListener("change", promise);
+  measure.addEventListener("change", () => {
+    promised.max = data[measure.value].promised.length - 1;
+    promised.value = data[measure.value].first;
+    promise();
+  });
   promised.addEventListener("input", promise);
   slider.addEventListener("input", () => {
     find("tolerance").textContent = "–";
