@@ -98,13 +98,8 @@ def certified(law: str, tolerance: float, mean: float, size: int, draws: int) ->
   """Share of batches of so many prompts that are certified without a uniform."""
   generator = np.random.default_rng([54, size])
   losses = laws.BY_NAME[law](generator, mean, (size, draws))
-  sample = methods.Sample(losses, Support(), tolerance, ERROR_RATE)
-  return float(
-    np.mean(
-      methods.get_method("betting_fixed_level", Support()).log_p_values(sample)
-      <= math.log(0.05)
-    )
-  )
+  method = methods.get_method("betting_fixed_level", Support())
+  return float(np.mean(method.log_p_values(losses, tolerance, ERROR_RATE) <= math.log(0.05)))
 
 
 def batch_size(law: str, tolerance: float, mean: float, draws: int) -> int:

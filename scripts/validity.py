@@ -78,8 +78,9 @@ def certified(losses, **options) -> np.ndarray:
 def tested(generator, values, support=None, method="auto") -> np.ndarray:
   """Which columns are certified, each with a uniform of its own."""
   declared, uniform = support or Support(), generator.random(values.shape[1])
-  sample = methods.Sample(values, declared, TOLERANCE, LEVEL, uniform=uniform)
-  return methods.get_method(method, declared).log_p_values(sample) <= math.log(LEVEL)
+  chosen = methods.get_method(method, declared)
+  log_p = chosen.log_p_values(values, TOLERANCE, LEVEL, declared.upper, uniform)
+  return log_p <= math.log(LEVEL)
 
 
 def mean(law, support=None, method="auto"):
@@ -243,7 +244,7 @@ def in_tested_orders(generator, order: str, law, count: int) -> np.ndarray:
   """[prompts, orders] losses of one stored table at the boundary, in the orders made for it."""
   values = stored(order, law(generator, TOLERANCE, (count, 1)))
   losses = SequenceLosses(values, np.array([0.5]))
-  rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
+  rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
   return values[np.stack(rows, axis=1), 0]
 
 
@@ -252,9 +253,8 @@ def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
   tables = [in_tested_orders(generator, order, law, count) for _ in range(draws)]
   sizes = np.array([table.shape[1] for table in tables])
   values = np.concatenate(tables, axis=1)
-  sample = methods.Sample(values, Support(), np.full(values.shape[1], TOLERANCE), LEVEL)
-  method = methods.get_method("auto", Support())
-  passed = method.certifies(sample, np.arange(values.shape[1]))
+  log_p = methods.get_method("auto", Support()).log_p_values(values, TOLERANCE, LEVEL)
+  passed = log_p <= math.log(LEVEL)
   return float(np.mean(np.logical_and.reduceat(passed, np.cumsum(sizes) - sizes)))
 
 

@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (6750, 27),
+  "calibrate": (6361, 26),
   "checkpoints": (1205, 5),
   "commands": (2512, 12),
   "console.py": (271, 1),
@@ -66,14 +66,14 @@ BUDGETS = {
   "exits": (1213, 8),
   "fitting": (2580, 8),
   "inference": (2373, 10),
-  "paper": (2564, 12),
+  "paper": (2573, 12),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3756, 17),
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_880, 138), "tests": (28_218, 168), "scripts": (4_482, 24)}
+WHOLE = {"calm": (31_500, 137), "tests": (28_175, 168), "scripts": (4_477, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -1,22 +1,35 @@
-"""The record of a calibration: a threshold, all that it stands on, and the promise in words."""
+"""The record of a calibration: a threshold, all that it stands on, and the promise in words.
+
+A digest finds damage and edits of a file. It does not stop somebody who edits the file and
+writes the digest that fits: hand the digest around by another way (`--expect_digest`), or make
+the calibration again from its cached outputs (`calm calibrate --verify`).
+"""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from calm import arguments, storage
-from calm.calibrate import display, risks, verification
+from calm.calibrate import checks, display, methods, risks, testing
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
 from calm.calibrate.losses import Support
 from calm.calibrate.risks import Mean, Promise
-from calm.calibrate.testing import Decision, Evidence
+from calm.calibrate.testing import Evidence, Row
 
+# 2: digests, promises. Files of version 1 are read; they have none to compare.
+SCHEMA_VERSION = 2
+_NEW_FIELDS = {"promise", "parts", "losses_digest"}
+# Left out of files where they are empty.
+_OPTIONAL = {"knobs", "groups_ignored", "largest_cluster"}
+# p-values are compared so closely; libraries differ in the last digits.
+_CLOSE = 1e-6
 _MOST_BYTES = 64 * 2**20
 _DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _KINDS = {
@@ -25,63 +38,6 @@ _KINDS = {
   "risk_clipped": "increase of the risk, 1 - {metric} against references, over {full}"
   " (decreases counted as 0)",
 }
-
-
-@arguments.checked()
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """What was found at one threshold."""
-
-  threshold: float  # grid point
-  num_examples: int  # prompts (or clusters) used
-  mean: float  # mean loss of those
-  # P-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does not.
-  p_value: float
-  log_p_value: float  # its logarithm
-  # Upper confidence bound of E[loss] at `error_rate`, for this threshold alone.
-  upper_bound: float
-  adjusted_p_value: float  # rejected at any family-wise error rate that is at least this
-  rejected: bool  # whether E[loss] <= tolerance is certified
-
-  @classmethod
-  def of(
-    cls, threshold: float, parts: Sequence[Evidence], decision: Decision, place: int
-  ) -> "Row":
-    """What the least certain part found at one place of the tested order."""
-    worst = parts[int(decision.worst[place])]
-    return cls(
-      threshold=float(threshold),
-      num_examples=worst.num_examples[place],
-      mean=worst.means[place],
-      p_value=float(np.exp(decision.log_p_values[place])),
-      log_p_value=float(decision.log_p_values[place]),
-      upper_bound=worst.upper_bounds[place],
-      adjusted_p_value=float(decision.adjusted_p_values[place]),
-      rejected=bool(decision.rejected[place]),
-    )
-
-
-def _to_json(value: Any) -> Any:
-  """JSON of a field; NaN is null."""
-  if hasattr(value, "to_json"):
-    return value.to_json()
-  if dataclasses.is_dataclass(value):
-    return {name: _to_json(entry) for name, entry in vars(value).items()}
-  if isinstance(value, tuple):
-    return [_to_json(entry) for entry in value]
-  return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _of_json(kind: Any, value: Mapping[str, Any]) -> Any:
-  """A row, or the evidence of a part, of its JSON."""
-  number = lambda entry: math.nan if entry is None else entry
-  fields: dict[str, Any] = {
-    name: list(map(number, entry)) if isinstance(entry, list) else number(entry)
-    for name, entry in value.items()
-  }
-  if "support" in fields:
-    fields["support"] = Support(**fields["support"])
-  return kind(**fields)
 
 
 @arguments.checked()
@@ -129,7 +85,36 @@ class Calibration:
   largest_cluster: int = 0
 
   def __post_init__(self):
-    verification.check_ranges(self)
+    checks.check_lines([self.reason], "reason", 4000)
+    checks.check_lines([self.kind], "kind", checks.LONGEST_KIND)
+    for name, texts in (("metric", [self.metric]), ("knobs", self.knobs)):
+      checks.check_lines(texts, name)
+    checks.check_lines((part.name for part in self.parts), "parts")
+    checks.in_range("tolerance", self.tolerance, 0.0, 1.0)
+    checks.in_range("error_rate", self.error_rate, 0.0, 1.0)
+    checks.check_seed(self.seed)
+    checks.check_seed(self.losses_digest, "losses_digest")
+    for name, value, known in (
+      ("testing", self.testing, testing.READABLE),
+      ("order", self.order, ("permuted", "given", "irrelevant")),
+      *(("method", method, methods.SUM_P_VALUES) for method in (self.method, *self.methods)),
+    ):
+      if value not in known:
+        raise ValueError(f"Expected `{name}` to be one of {[*known]}, got {value!r:.100}.")
+    columns = [c for part in self.parts for c in vars(part).values() if type(c) is tuple]
+    lengths = {len(self.rows), *map(len, columns), len(self.knobs or self.rows)}
+    if not self.rows or len(lengths) > 1:
+      raise ValueError(
+        f"Expected `rows` of at least one, got {len(self.rows)}, and `knobs` and `parts` of as"
+        " many."
+      )
+    for row in self.rows:
+      shares = (row.threshold, row.p_value, row.adjusted_p_value)
+      whole = min(shares) >= 0.0 and max(shares) <= 1.0 and row.num_examples >= 0
+      if not whole or not -math.inf < row.log_p_value <= 0.0:
+        raise ValueError(
+          f"Expected `rows` of thresholds and p-values in [0, 1], got {row!r:.300}."
+        )
 
   @property
   def certified(self) -> bool:
@@ -211,21 +196,21 @@ class Calibration:
 
   @property
   def digest(self) -> str:
-    """SHA-256 (hexadecimal) of everything that is stored; see `verification.digest`."""
+    """SHA-256 (hexadecimal) of everything that is stored."""
     return self.to_json()["digest"]
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, the guarantee for people who read the file, and a digest."""
     value = {
-      "schema_version": verification.SCHEMA_VERSION,
+      "schema_version": SCHEMA_VERSION,
       **{field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)},
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
       "guarantee": self.guarantee,
     }
-    for name in verification.OPTIONAL:
+    for name in _OPTIONAL:
       if not value[name]:
         del value[name]
-    return {**value, "digest": verification.digest(value)}
+    return {**value, "digest": digest(value)}
 
   @classmethod
   def from_json(
@@ -237,7 +222,7 @@ class Calibration:
     contradict one another or the digest, or this is not the one that is expected.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    verification.check_file(value, names, expect_digest)
+    _check_file(value, names, expect_digest)
     procedure = value["procedure"]
     changed = {
       "threshold": thresholds_lib.parse_threshold(value["threshold"]),
@@ -249,7 +234,7 @@ class Calibration:
       "parts": [_of_json(Evidence, part) for part in value.get("parts", ())],
     }
     found = cls(**{name: entry for name, entry in value.items() if name in names} | changed)
-    verification.check_decision(found)
+    _check_decision(found)
     return found
 
   def save(self, path: str | pathlib.Path) -> None:
@@ -273,6 +258,119 @@ class Calibration:
         f"{path}: expected a calibration, got none: {str(error).rstrip('.')}; restore the"
         " file, or calibrate again."
       ) from error
+
+
+def _to_json(value: Any) -> Any:
+  """JSON of a field; NaN is null."""
+  if hasattr(value, "to_json"):
+    return value.to_json()
+  if dataclasses.is_dataclass(value):
+    return {name: _to_json(entry) for name, entry in vars(value).items()}
+  if isinstance(value, tuple):
+    return [_to_json(entry) for entry in value]
+  return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _of_json(kind: Any, value: Mapping[str, Any]) -> Any:
+  """A row, or the evidence of a part, of its JSON."""
+  number = lambda entry: math.nan if entry is None else entry
+  fields: dict[str, Any] = {
+    name: list(map(number, entry)) if isinstance(entry, list) else number(entry)
+    for name, entry in value.items()
+  }
+  if "support" in fields:
+    fields["support"] = Support(**fields["support"])
+  return kind(**fields)
+
+
+def digest(value: Mapping[str, Any]) -> str:
+  """SHA-256 (hexadecimal) of JSON values, without the entry `digest`."""
+  kept = {name: entry for name, entry in value.items() if name != "digest"}
+  text = json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False)
+  return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _check_file(value: Any, names: set[str], expected: str | None) -> None:
+  """Raises ValueError unless JSON has the fields of a calibration, and a digest that fits."""
+  version = value.get("schema_version") if isinstance(value, Mapping) else None
+  if type(version) is not int or version not in (1, SCHEMA_VERSION):
+    got = version if isinstance(value, Mapping) else type(value).__name__
+    raise ValueError(
+      f"Expected `calibration` to have `schema_version` {SCHEMA_VERSION} or 1, got"
+      f" {got!r:.100}."
+    )
+  names = (names if version >= 2 else names - _NEW_FIELDS) - (_OPTIONAL - set(value))
+  names |= {"schema_version", "guarantee"} | ({"digest"} if version >= 2 else set())
+  if odd := sorted(set(value) ^ names):
+    raise ValueError(
+      f"Expected `calibration` to have the fields {sorted(names)}, got {odd!r:.200} that are in"
+      " one of both only; it is damaged, or of another version."
+    )
+  found = digest(value)
+  if version >= 2 and value["digest"] != found:
+    raise ValueError(
+      f"Expected `digest` {found}, that of the other fields, got {value['digest']!r:.100}: the"
+      " file was edited or damaged after it was written."
+    )
+  if expected is not None and found != expected.strip().lower():
+    raise ValueError(
+      f"Expected a calibration of `digest` {expected!r}, got {found}: it is another one, or"
+      " was edited."
+    )
+
+
+def _same(name: str, wanted: Any, got: Any, where: str = "") -> None:
+  """Raises ValueError unless two values are equal, numbers to nine digits."""
+  equal = wanted == got
+  if isinstance(wanted, float):
+    both = math.isnan(wanted) and math.isnan(got)
+    equal = both or math.isclose(wanted, got, rel_tol=1e-9, abs_tol=1e-9)
+  if not equal:
+    raise ValueError(
+      f"Expected `{name}` {wanted!r:.300}{where}, got {got!r:.300}: the file was edited."
+    )
+
+
+def _check_decision(one: Calibration) -> None:
+  """Raises ValueError unless what is certified follows from the stored numbers."""
+  promise, levels = one.promise, one.column("threshold").tolist()
+  promise.check_rows(levels)
+  tests, parts = promise.tests(one.tolerance, one.support), one.parts
+  if not parts:  # the evidence of a promise of one test stands in the rows
+    column = lambda name: tuple(one.column(name).tolist())
+    only = Evidence(
+      name="",
+      tolerance=tests[0].tolerance,
+      support=one.support,
+      method=one.method,
+      num_examples=column("num_examples"),
+      means=column("mean"),
+      log_p_values=column("log_p_value"),
+      upper_bounds=column("upper_bound"),
+    )
+    parts = (only,)
+  known = lambda one: (one.name, round(one.tolerance, 12), round(one.share, 12))
+  _same("parts", [*map(known, tests)], [*map(known, parts)])
+  for part in parts:
+    # The p-values are those of the means, where a method is a function of these.
+    p_value = methods.SUM_P_VALUES[part.method]
+    columns = zip(part.num_examples, part.means, part.log_p_values, strict=True)
+    for count, mean, log_p in columns if p_value else ():
+      if count and log_p < 0.0 and not math.isnan(mean):
+        again = float(p_value(mean * count, count, part.tolerance, log=True))
+        if abs(again - log_p) > _CLOSE * (1.0 + abs(again)):
+          _same("log_p_values", again, log_p)
+  again = testing.decide(parts, levels, one.testing, one.error_rate, promise.sequences())
+  # p = error_rate may fall on either side by rounding, where it does the stored word counts.
+  close = np.abs(one.column("adjusted_p_value") - one.error_rate) <= 1e-12
+  for place, (row, wanted) in enumerate(zip(one.rows, again.rows, strict=True)):
+    for name, value in vars(wanted).items():
+      if name != "rejected" or not close[place]:
+        _same(name, value, getattr(row, name), f" in row {place}")
+  if not close.any():
+    _same("visited", again.visited, one.visited)
+  place = promise.place(one.column("rejected"))
+  _same("threshold", math.inf if place is None else levels[place], one.threshold)
 
 
 def sentences(calibration: Calibration) -> list[str]:

@@ -14,16 +14,16 @@ import scipy
 
 import calm
 from calm import arguments
-from calm.calibrate import checks, clusters, methods, p_values, planning, testing
+from calm.calibrate import checks, clusters, methods, planning, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
-from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.calibration import Calibration, Row
+from calm.calibrate.calibration import Calibration
 from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
 from calm.calibrate.risks import Configurations, Part, Promise, Risk, SeveralRisks
-from calm.calibrate.testing import Decision, Evidence
+from calm.calibrate.testing import Evidence
+from calm.calibrate.thresholds import NEVER_EXIT
 
 
 @arguments.checked(promise=risks_lib.of_name)
@@ -52,8 +52,7 @@ def calibrate(
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
-      `SequenceLosses`. A DataFrame of pandas or polars has a column a threshold, and may have
-      `id` and `group`.
+      `SequenceLosses`, or a DataFrame with a column a threshold, `id` and `group`.
     thresholds: [num_thresholds], strictly descending, chosen before any loss was seen; None
       takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
@@ -93,19 +92,17 @@ def calibrate(
   if losses is None or tolerance is None:
     raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
   sample, promise = _as_losses(losses, thresholds, support), promise or risks_lib.Mean()
-  if sample is not losses and support is None and method == "auto":
-    sample = _declare_binary(sample)
+  if sample is not losses and support is None and method == "auto" and _is_binary(sample):
+    sample = dataclasses.replace(sample, support=Support(binary=True))
   checks.in_range("tolerance", tolerance, 0.0, 1.0)
   tables = [sample, *(risk.losses for risk in risks or ())]
   if groups is None:
     groups = next(filter(None, map(clusters.declared_groups, tables)), None)
-  if groups is not None:
-    groups = checks.check_groups(groups, len(sample.values))
   ignored = any(table.groups_ignored for table in tables)
   sample = dataclasses.replace(sample, groups=groups, groups_ignored=ignored)
   return _certify(
     promise,
-    [promise.parts(sample, tolerance)],
+    promise.parts(sample, tolerance),
     sample,
     Run(method, testing_procedure, error_rate, randomized, largest_cluster),
     seed,
@@ -115,83 +112,6 @@ def calibrate(
     losses_digest=_digest(sample),
     knobs=sample.knobs,
     largest_cluster=0 if groups is None else largest_cluster,
-  )
-
-
-def _certify(
-  promise: Promise,
-  families: Sequence[Sequence[Part]],
-  sample: SequenceLosses,
-  run: "Run",
-  seed: str | None,
-  *,
-  thresholds: Sequence[float],
-  procedures: Sequence[Procedure | None],
-  **fields: Any,
-) -> Calibration:
-  """Tests the parts of a promise on each family of outputs and makes the decision.
-
-  `sample` has the losses of all families side by side; it decides the order of prompts and
-  names what was lost. `thresholds` and `procedures` are those of all rows, family after family.
-  """
-  checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
-  checks.warn_of_error_rate(run.error_rate)
-  checks.check_seed(seed)
-  groups, parts = sample.groups, families[0]
-  run = dataclasses.replace(
-    run, randomized=run.randomized and clusters.draws_uniform(sample, seed)
-  )
-  ordered = isinstance(promise, Configurations) or any(
-    run.method_of(part.losses, groups).ordered for part in parts
-  )
-  seeds, names = (seed or clusters.order_seed(sample),), sample.ids
-  if ordered:
-    seeds, names = clusters.order_seeds(sample, seed), clusters.names_of_rows(sample)
-  found = [[run.test(part, groups, seeds, names) for part in parts] for parts in families]
-  evidence = tuple(map(_joined, zip(*found, strict=True)))
-  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
-  if groups is None and numbers_alone and not sample.groups_ignored:
-    checks.warn_of_copies(sample.values)
-  decision = testing.decide(evidence, run.procedure, run.error_rate, promise.sequences())
-  place, first = promise.place(decision.rejected), evidence[0]
-  reason = promise.reason(place, decision.rejected)
-  if not reason:
-    reason = _reason(sample, decision, parts, evidence, run)
-    reason += _binary_hint(sample, decision, parts, run)
-  grid = () if isinstance(promise, Configurations) else tuple(thresholds)
-  versions = {"calm": calm.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
-  provenance = Provenance(
-    metric=sample.metric,
-    references="full model" if sample.kind == "textual" else "targets",
-    grid=grid,
-    num_examples=max(first.num_examples),
-    order="permuted",
-    seed=seeds[0],
-    method=first.method,
-    versions=versions,
-  )
-  return Calibration(
-    threshold=thresholds_lib.NEVER_EXIT if place is None else float(thresholds[place]),
-    reason=reason,
-    error_rate=float(run.error_rate),
-    method=first.method,
-    testing=run.procedure,
-    kind=sample.kind,
-    metric=sample.metric,
-    support=first.support,
-    num_examples=len(sample.values) if groups is None else len(set(groups)),
-    clusters=groups is not None,
-    groups_ignored=groups is None and sample.groups_ignored,
-    rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(thresholds)),
-    visited=decision.visited,
-    order="permuted" if ordered else "irrelevant",
-    seed=seeds[0],
-    procedure=procedures[place or 0],
-    provenance=provenance,
-    promise=promise,
-    # The rows of a calibration say all that there is of one part.
-    parts=() if len(evidence) == 1 and not first.name else evidence,
-    **fields,
   )
 
 
@@ -220,221 +140,6 @@ def each_group(
   rows = {name: losses.rows(np.flatnonzero(column == name)) for name in names}
   level = error_rate / len(names)
   return {name: calibrate(rows[name], error_rate=level, **options) for name in names}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What all parts of a promise are tested with."""
-
-  method: str  # name of the p-value method
-  procedure: str  # name of the multiple-testing procedure
-  error_rate: float  # epsilon
-  randomized: bool = True  # whether a uniform may be drawn beside the losses
-  largest_cluster: int = 0  # declared; 0: each cluster counts once
-
-  def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
-    """The p-value method for such losses."""
-    if self.procedure not in testing.PROCEDURES:
-      raise ValueError(
-        f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
-        f" {self.procedure!r}."
-      )
-    several_levels = self.procedure != "fixed_sequence"
-    units = clusters.unit_support(losses, groups)
-    options = {"any_level": several_levels, "randomized": self.randomized}
-    chosen = methods.get_method(self.method, units, **options)
-    if several_levels and not chosen.any_level:
-      raise ValueError(
-        f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
-        f" bets for one level, got {self.procedure!r}; use 'betting' with it."
-      )
-    return chosen
-
-  def test(self, part: Part, groups, seeds, names) -> Evidence:
-    """Tests one part, column by column where other rows count at each threshold."""
-    test = part.test
-    losses = dataclasses.replace(part.losses, groups=groups, ids=names)
-    chosen, size = self.method_of(losses, groups), losses.values.shape[1]
-    usable = np.array([not _fault(losses, place) for place in range(size)])
-    _, declared = chosen.prepare(losses.values[:1], losses.support)
-    counts, log_p = np.zeros(size, np.int64), np.zeros(size)
-    means, bounds = np.full(size, np.nan), np.full(size, np.nan)
-    all_orders = []
-    if chosen.ordered and groups is None:
-      all_orders = clusters.tested_orders(losses, seeds)
-    for rows, places in _alike(part.rows, size):
-      every = part.rows is None
-      values = losses.values if every else losses.values[np.ix_(rows, places)]
-      units, support = chosen.prepare(values, losses.support)
-      orders = [clusters.order_among(order, rows) for order in all_orders] or [None]
-      if groups is not None:
-        grid = losses.thresholds[places]
-        some = losses if every else losses.rows(rows)
-        some = dataclasses.replace(some, values=units, support=support, thresholds=grid)
-        fill = float(test.tolerance)
-        some = clusters.cluster_means(some, some.groups or (), self.largest_cluster, fill)
-        units, support = some.values, some.support
-        orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
-      values, order = units, None
-      if len(orders) > 1:  # side by side, as columns
-        values = np.concatenate([values[rows] for rows in orders], axis=1)
-      else:
-        order = orders[0]
-      level = self.error_rate * test.share
-      uniforms = map(order_lib.seeded_uniform, seeds[: len(orders)])
-      uniform = np.repeat([*uniforms], units.shape[1]) if self.randomized else 1.0
-      rates = methods.Sample(values, support, test.tolerance, level, order, uniform)
-      found = chosen.evidence(rates, np.tile(usable[places], len(orders)))
-      log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
-      means[places], counts[places] = units.mean(axis=0), len(units)
-    return Evidence(
-      name=test.name,
-      tolerance=float(test.tolerance),
-      method=chosen.name,
-      support=dataclasses.replace(declared, binary=declared.binary and groups is None),
-      share=test.share,
-      ascending=test.ascending,
-      num_examples=tuple(counts.tolist()),
-      means=tuple(np.where(np.isfinite(means), means, np.nan).tolist()),
-      log_p_values=tuple(log_p.tolist()),
-      upper_bounds=tuple(bounds.tolist()),
-    )
-
-
-def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[Any, list[int]]]:
-  """(rows that count, places in the grid) of the thresholds at which the same rows count."""
-  if rows is None:
-    yield slice(None), list(range(size))
-    return
-  alike: dict[bytes, list[int]] = {}
-  for column in range(size):
-    alike.setdefault(np.packbits(rows[:, column]).tobytes(), []).append(column)
-  for places in alike.values():
-    index = np.flatnonzero(rows[:, places[0]])
-    if len(index):  # no rows, no evidence
-      yield index, places
-
-
-def _digest(sample: SequenceLosses) -> str:
-  """SHA-256 (hexadecimal) of grid, ids and losses as they were given."""
-  digest = hashlib.sha256()
-  for array in (sample.thresholds, *checks.row_blocks(sample.values)):
-    digest.update(np.ascontiguousarray(array, "<f8").data)
-  digest.update("\n".join(sample.ids or ()).encode("utf-8"))
-  return digest.hexdigest()
-
-
-def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
-  if sequence_losses.is_frame(losses):
-    losses, support = sequence_losses.from_frame(losses, support), None
-  if not isinstance(losses, SequenceLosses):
-    if thresholds is None:
-      raise ValueError(
-        "Expected `thresholds` beside `losses` that are a plain array, got none; give one a"
-        " column."
-      )
-    return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
-  if support not in (None, losses.support):
-    raise ValueError(
-      f"Expected no `support` beside `losses` that declare theirs, got {support} beside"
-      f" {losses.support}; leave it out."
-    )
-  if thresholds is not None and not np.array_equal(thresholds, losses.thresholds):
-    raise ValueError(
-      "Expected `thresholds` to be those of `losses`, got others; leave them out."
-    )
-  return losses
-
-
-def _declare_binary(sample: SequenceLosses) -> SequenceLosses:
-  """`sample`, declared binary where it holds 0 and 1 and nothing else.
-
-  The binomial test is then exact, whatever the order, if every loss is 0 or 1 by its nature,
-  which the guarantee says.
-  """
-  blocks = list(checks.row_blocks(sample.values))
-  binary = all(np.isin(block, (0.0, 1.0)).all() for block in blocks)
-  if not binary or not any(block.any() for block in blocks):
-    return sample
-  return dataclasses.replace(sample, support=Support(binary=True))
-
-
-def _fault(losses: SequenceLosses, place: int) -> str:
-  """Why the losses at a threshold cannot be tested, or ''."""
-  low, high, column = losses.support.lower, losses.support.upper, losses.values[:, place]
-  wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
-  bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
-  if losses.support.binary:
-    bad |= (column != 0.0) & (column != 1.0)
-  row = int(np.argmax(bad))
-  if not bad[row]:
-    return ""
-  name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
-  fault = f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
-  if np.isnan(column[row]):
-    fault += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
-  return fault
-
-
-def _reason(
-  sample: SequenceLosses,
-  decision: Decision,
-  parts: Sequence[Part],
-  evidence: Sequence[Evidence],
-  run: Run,
-) -> str:
-  grid, rejected = sample.knobs or sample.thresholds.tolist(), decision.rejected
-  if rejected.all():
-    return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
-  first = int(np.argmin(rejected))
-  worst = parts[decision.worst[first]]
-  name = f" ({worst.test.name})" if worst.test.name else ""
-  fault = _fault(worst.losses, first)
-  why = f"{name}: {fault}" if fault else name
-  if rejected.any():
-    last = int(np.flatnonzero(rejected)[-1])
-    lowest, beyond = grid[last], grid[last + 1 :]
-    shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
-    return f"{lowest} is the lowest certified threshold; {shown} is not certified{why}."
-  unit = "prompts" if sample.groups is None else "clusters of prompts"
-  for part in evidence:
-    if few := _too_few(part, run, len(grid), unit):
-      return f"Nothing can be certified: {few}"
-  return f"Nothing is certified: the first threshold {grid[first]} already fails{why}."
-
-
-def _binary_hint(sample: SequenceLosses, decision: Decision, parts, run: Run) -> str:
-  """What the exact test of 0-or-1 losses would certify, where it was not asked for and can."""
-  losses, plain = parts[0].losses, len(parts) == 1 and parts[0].rows is None
-  plain = plain and losses.support == Support() and sample.groups is None
-  if not plain or run.procedure != "fixed_sequence" or _declare_binary(losses) is losses:
-    return ""
-  p = p_values.binomial(losses.values.sum(axis=0), len(losses.values), parts[0].test.tolerance)
-  passed = int(np.argmin(np.append(p <= run.error_rate, False)))
-  if passed <= decision.rejected.sum():
-    return ""
-  grid = sample.knobs or sample.thresholds.tolist()
-  return (
-    f" These losses are 0 and 1 alone: declared so, `Support(binary=True)`, {grid[passed - 1]}"
-    " would be certified."
-  )
-
-
-def _too_few(part: Evidence, run: Run, count: int, unit: str) -> str:
-  """Why a part has too few prompts to certify anything, or ''."""
-  if not part.support.lower < part.tolerance < part.support.upper:
-    return ""  # no matter of how many
-  text = planning.refusal(
-    max(part.num_examples),
-    part.tolerance,
-    run.error_rate * part.share,
-    support=part.support,
-    method=part.method,
-    share=testing.first_share(run.procedure, count),
-    unit=unit,
-  )
-  text = text[:1].lower() + text[1:]  # it ends a sentence
-  return (text and part.name and f"{part.name}: {text}") or text
 
 
 @arguments.checked()
@@ -474,8 +179,9 @@ def calibrate_configurations(
       f" {sorted(risks)} and costs of {sorted(costs)}."
     )
   several = {name: SeveralRisks(risks=of_family) for name, of_family in risks.items()}
-  one, (first, *_) = next(iter(several.values())), [of[0].losses for of in risks.values()]
-  groups, families, amounts, names = clusters.declared_groups(first), [], [], []
+  one, first = next(iter(several.values())), next(iter(risks.values()))[0].losses
+  groups, families = clusters.declared_groups(first), []
+  amounts, names, thresholds, procedures = [], [], [], []
   for name, of_family in several.items():
     losses, table = risks[name][0].losses, checks.as_amounts(costs[name], "costs")
     if of_family != one:
@@ -494,41 +200,290 @@ def calibrate_configurations(
     table = table if groups is None else clusters.cluster_means(table, groups)
     amounts += table.values.mean(axis=0).tolist()
     names += [f"{name} at {level:.10g}" for level in losses.thresholds]
-    parts = of_family.parts(losses, one.tolerances[0])
-    # Each family at its share of the error rate.
-    tests = [dataclasses.replace(part.test, share=1.0 / len(risks)) for part in parts]
-    families.append([Part(t, part.losses) for t, part in zip(tests, parts, strict=True)])
-  grids = tuple(parts[0].losses.values.shape[1] for parts in families)
+    thresholds += losses.thresholds.tolist()
+    procedures += [losses.procedure] * len(losses.thresholds)
+    families.append([part.losses for part in of_family.parts(losses, one.tolerances[0])])
+  grids = tuple(len(tables[0].thresholds) for tables in families)
   promise = Configurations(one.names, one.tolerances, None, tuple(names), tuple(amounts), grids)
+  parts = []
+  for place, test in enumerate(promise.tests(promise.tolerances[0], first.support)):
+    tables = [of_family[place] for of_family in families]
+    if len({table.support for table in tables}) > 1:
+      raise ValueError(f"Expected `risks` with one support of {test.name!r}, got several.")
+    parts.append(Part(test, _side_by_side(tables)))
   # One order of prompts for all: it depends on all losses and on no single procedure.
-  values = [part.losses.values for parts in families for part in parts]
-  values = np.concatenate(values, axis=1)
-  whole = dataclasses.replace(
-    first,
-    values=values,
-    thresholds=np.linspace(1.0, 0.0, values.shape[1]),
-    groups=groups,
-    procedure=None,
-    knobs=(),
-  )
   return _certify(
     promise,
-    families,
-    whole,
+    parts,
+    _side_by_side([table for of_family in families for table in of_family], groups=groups),
     Run(method, "fixed_sequence", error_rate),
     seed,
     tolerance=promise.tolerances[0],
-    thresholds=[level for parts in families for level in parts[0].losses.thresholds.tolist()],
-    procedures=[
-      of[0].losses.procedure for of in risks.values() for _ in of[0].losses.thresholds
-    ],
+    thresholds=thresholds,
+    procedures=procedures,
   )
 
 
-def _joined(found: Sequence[Evidence]) -> Evidence:
-  """Evidence of one part, family after family."""
-  if len({(each.method, each.support) for each in found}) != 1:
-    raise ValueError(f"Expected `risks` with one support of {found[0].name!r}, got several.")
-  columns = ("num_examples", "means", "log_p_values", "upper_bounds")
-  joined = {name: sum((getattr(each, name) for each in found), ()) for name in columns}
-  return dataclasses.replace(found[0], **joined)
+def _side_by_side(tables: Sequence[SequenceLosses], **fields: Any) -> SequenceLosses:
+  """One table with the columns of several."""
+  values = np.concatenate([table.values for table in tables], axis=1)
+  grid = np.linspace(1.0, 0.0, values.shape[1])
+  fields |= {"values": values, "thresholds": grid, "procedure": None, "knobs": ()}
+  return dataclasses.replace(tables[0], **fields)
+
+
+def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
+  if sequence_losses.is_frame(losses):
+    losses, support = sequence_losses.from_frame(losses, support), None
+  if not isinstance(losses, SequenceLosses):
+    if thresholds is None:
+      raise ValueError(
+        "Expected `thresholds` beside `losses` that are a plain array, got none; give one a"
+        " column."
+      )
+    return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
+  if support not in (None, losses.support):
+    raise ValueError(
+      f"Expected no `support` beside `losses` that declare theirs, got {support} beside"
+      f" {losses.support}; leave it out."
+    )
+  if thresholds is not None and not np.array_equal(thresholds, losses.thresholds):
+    raise ValueError(
+      "Expected `thresholds` to be those of `losses`, got others; leave them out."
+    )
+  return losses
+
+
+def _is_binary(sample: SequenceLosses) -> bool:
+  """Whether losses are 0 and 1 and nothing else, some of each.
+
+  A plain table of such is declared binary: the binomial test is then exact, whatever the order,
+  if every loss is 0 or 1 by its nature, which the guarantee says.
+  """
+  blocks = list(checks.row_blocks(sample.values))
+  binary = all(np.isin(block, (0.0, 1.0)).all() for block in blocks)
+  return binary and any(block.any() for block in blocks)
+
+
+def _digest(sample: SequenceLosses) -> str:
+  """SHA-256 (hexadecimal) of grid, ids and losses as they were given."""
+  digest = hashlib.sha256()
+  for array in (sample.thresholds, *checks.row_blocks(sample.values)):
+    digest.update(np.ascontiguousarray(array, "<f8").data)
+  digest.update("\n".join(sample.ids or ()).encode("utf-8"))
+  return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What all parts of a promise are tested with."""
+
+  method: str  # name of the p-value method
+  procedure: str  # name of the multiple-testing procedure
+  error_rate: float  # epsilon
+  randomized: bool = True  # whether a uniform may be drawn beside the losses
+  largest_cluster: int = 0  # declared; 0: each cluster counts once
+  seeds: tuple[str, ...] = ()  # of the tested orders
+
+  def method_of(self, losses: SequenceLosses, groups: Sequence[str] | None) -> methods.Method:
+    """The p-value method for such losses."""
+    if self.procedure not in testing.PROCEDURES:
+      raise ValueError(
+        f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
+        f" {self.procedure!r}."
+      )
+    several_levels = self.procedure != "fixed_sequence"
+    units = clusters.unit_support(losses, groups)
+    options = {"any_level": several_levels, "randomized": self.randomized}
+    chosen = methods.get_method(self.method, units, **options)
+    if several_levels and chosen.hedges:
+      raise ValueError(
+        f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
+        f" bets for one level, got {self.procedure!r}; use 'betting' with it."
+      )
+    return chosen
+
+  def test(self, part: Part, groups: Sequence[str] | None, names: Any) -> Evidence:
+    """Tests one part, column by column where other rows count at each threshold."""
+    test, size = part.test, part.losses.values.shape[1]
+    losses = dataclasses.replace(part.losses, groups=groups, ids=names, knobs=())
+    chosen = self.method_of(losses, groups)
+    if chosen.ordered:
+      checks.in_range("tolerance", test.tolerance, -np.inf, losses.support.upper)
+    usable = np.array([not _fault(losses, place) for place in range(size)])
+    values, declared = chosen.prepare(losses.values, losses.support)
+    uniform = order_lib.seeded_uniform(self.seeds[0]) if self.randomized else 1.0
+    level, all_orders = self.error_rate * test.share, [None]
+    if chosen.ordered and groups is None:
+      all_orders = clusters.tested_orders(losses, self.seeds)
+    counts, log_p = np.zeros(size, np.int64), np.zeros(size)
+    means, bounds = np.full(size, np.nan), np.full(size, np.nan)
+    for rows, places in _alike(part.rows, size):
+      every, support, orders = rows is None, declared, all_orders
+      units = values[:, places] if every else values[np.ix_(rows, places)]
+      if groups is not None:
+        some = losses if every else losses.rows(rows)
+        grid = losses.thresholds[places]
+        some = dataclasses.replace(some, values=units, support=declared, thresholds=grid)
+        fill = float(test.tolerance)
+        some = clusters.cluster_means(some, some.groups or (), self.largest_cluster, fill)
+        units, support = some.values, some.support
+        orders = clusters.tested_orders(some, self.seeds) if chosen.ordered else [None]
+      elif chosen.ordered and not every:
+        orders = [clusters.order_among(order, rows) for order in orders]
+      options = (support, test.tolerance, level, usable[places])
+      found = [chosen.evidence(units, *options, order, uniform) for order in orders]
+      log_p[places], bounds[places] = np.max(found, axis=0)
+      means[places], counts[places] = units.mean(axis=0), len(units)
+    binary = declared.binary and groups is None
+    return Evidence(
+      **{**vars(test), "support": dataclasses.replace(declared, binary=binary)},
+      method=chosen.name,
+      num_examples=tuple(counts.tolist()),
+      means=tuple(np.where(np.isfinite(means), means, np.nan).tolist()),
+      log_p_values=tuple(log_p.tolist()),
+      upper_bounds=tuple(bounds.tolist()),
+    )
+
+
+def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[np.ndarray | None, Any]]:
+  """(rows that count, places in the grid) of the thresholds at which the same rows count."""
+  if rows is None:
+    yield None, slice(None)
+    return
+  alike: dict[bytes, list[int]] = {}
+  for column in range(size):
+    alike.setdefault(np.packbits(rows[:, column]).tobytes(), []).append(column)
+  for places in alike.values():
+    index = np.flatnonzero(rows[:, places[0]])
+    if len(index):  # no rows, no evidence
+      yield index, places
+
+
+def _certify(
+  promise: Promise,
+  parts: Sequence[Part],
+  sample: SequenceLosses,
+  run: Run,
+  seed: str | None,
+  *,
+  thresholds: Sequence[float],
+  procedures: Sequence[Procedure | None],
+  **fields: Any,
+) -> Calibration:
+  """Tests the parts of a promise and makes the decision.
+
+  `sample` decides the order of prompts and names what was lost. `thresholds` and `procedures`
+  are of the columns of the parts.
+  """
+  checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
+  checks.warn_of_error_rate(run.error_rate)
+  checks.check_seed(seed)
+  groups, configured = sample.groups, isinstance(promise, Configurations)
+  ordered = configured or any(run.method_of(part.losses, groups).ordered for part in parts)
+  seeds, names, drawn = (seed or clusters.order_seed(sample),), sample.ids, False
+  if ordered:
+    seeds, drawn = clusters.order_seeds(sample, seed)
+    names = clusters.names_of_rows(sample)
+  run = dataclasses.replace(run, randomized=run.randomized and drawn, seeds=seeds)
+  evidence = tuple(run.test(part, groups, names) for part in parts)
+  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
+  if groups is None and numbers_alone and not sample.groups_ignored:
+    checks.warn_of_copies(sample.values)
+  sequences = promise.sequences()
+  decision = testing.decide(evidence, thresholds, run.procedure, run.error_rate, sequences)
+  rejected = np.array([row.rejected for row in decision.rows])
+  place, first = promise.place(rejected), evidence[0]
+  reason = promise.reason(place, rejected)
+  provenance = Provenance(
+    metric=sample.metric,
+    references="full model" if sample.kind == "textual" else "targets",
+    grid=() if configured else tuple(thresholds),
+    num_examples=max(first.num_examples),
+    order="permuted",
+    seed=seeds[0],
+    method=first.method,
+    versions={"calm": calm.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
+  )
+  return Calibration(
+    threshold=NEVER_EXIT if place is None else float(thresholds[place]),
+    reason=reason or _reason(sample, rejected, parts, evidence, decision.worst, run),
+    error_rate=float(run.error_rate),
+    method=first.method,
+    testing=run.procedure,
+    kind=sample.kind,
+    metric=sample.metric,
+    support=first.support,
+    num_examples=len(sample.values) if groups is None else len(set(groups)),
+    clusters=groups is not None,
+    groups_ignored=groups is None and sample.groups_ignored,
+    rows=decision.rows,
+    visited=decision.visited,
+    order="permuted" if ordered else "irrelevant",
+    seed=seeds[0],
+    procedure=procedures[place or 0],
+    provenance=provenance,
+    promise=promise,
+    # The rows of a calibration say all that there is of one part.
+    parts=() if len(evidence) == 1 and not first.name else evidence,
+    **fields,
+  )
+
+
+def _fault(losses: SequenceLosses, place: int) -> str:
+  """Why the losses at a threshold cannot be tested, or ''."""
+  low, high, column = losses.support.lower, losses.support.upper, losses.values[:, place]
+  wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
+  bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
+  if losses.support.binary:
+    bad |= (column != 0.0) & (column != 1.0)
+  row = int(np.argmax(bad))
+  if not bad[row]:
+    return ""
+  name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
+  fault = f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
+  if np.isnan(column[row]):
+    fault += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
+  return fault
+
+
+def _reason(
+  sample: SequenceLosses,
+  rejected: np.ndarray,
+  parts: Sequence[Part],
+  evidence: Sequence[Evidence],
+  worst: np.ndarray,
+  run: Run,
+) -> str:
+  """Why the lowest certified threshold is the lowest."""
+  grid = sample.knobs or sample.thresholds.tolist()
+  if rejected.all():
+    return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
+  first = int(np.argmin(rejected))
+  part = parts[worst[first]]
+  why = f" ({part.test.name})" if part.test.name else ""
+  if fault := _fault(part.losses, first):
+    why += f": {fault}"
+  why += "."
+  plain = len(parts) == 1 and part.rows is None and part.losses.support == Support()
+  if plain and sample.groups is None and _is_binary(part.losses):
+    why += " Declare losses that are 0 or 1 alone, `Support(binary=True)`: the test is exact."
+  if rejected.any():
+    last = int(np.flatnonzero(rejected)[-1])
+    lowest, beyond = grid[last], grid[last + 1 :]
+    shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
+    return f"{lowest} is the lowest certified threshold; {shown} is not certified{why}"
+  for part in evidence:
+    few = part.support.lower < part.tolerance < part.support.upper and planning.refusal(
+      max(part.num_examples),
+      part.tolerance,
+      run.error_rate * part.share,
+      support=part.support,
+      method=part.method,
+      share=testing.first_share(run.procedure, len(grid)),
+      unit="prompts" if sample.groups is None else "clusters of prompts",
+    )
+    if few:
+      name = f"{part.name}: " if part.name else ""
+      return f"Nothing can be certified: {name}{few[0].lower()}{few[1:]}"
+  return f"Nothing is certified: the first threshold {grid[first]} already fails{why}"

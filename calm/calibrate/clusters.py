@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,54 +14,48 @@ from calm.calibrate.losses import SequenceLosses, Support
 _ORDERS = 16
 
 
-def with_contents(losses: SequenceLosses) -> SequenceLosses:
-  """`losses` with a digest of their units' losses, where no text of a prompt is known."""
-  if losses.contents:
-    return losses
-  digests = order_lib.content_digests(_units(losses))
-  return dataclasses.replace(losses, contents=order_lib.digest_of_digests(digests))
-
-
-def order_seeds(losses: SequenceLosses, seed: str | None = None) -> tuple[str, ...]:
-  """Hexadecimal seeds of the orders in which rows, or clusters, are tested; the first is kept.
+def order_seeds(
+  losses: SequenceLosses, seed: str | None = None
+) -> tuple[tuple[str, ...], bool]:
+  """Hexadecimal seeds of the orders in which rows, or clusters, are tested.
 
   Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1, so that
   the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
   orders are tested and the largest p-value counts: a false certificate must pass all of them,
   and its probability is at most the smallest of their levels. Any other `seed` than the one
   that contents give (earlier versions drew it) is of one order.
+
+  Returns:
+    Seeds, of which the first is kept, and whether it is as good as drawn.
   """
-  own = order_seed(with_contents(losses))
+  kinds = order_lib.FEW_KINDS + 1
+  if not losses.contents:
+    # A digest of the losses, where no text of a prompt is known.
+    digests = order_lib.content_digests(_units(losses))
+    contents = order_lib.digest_of_digests(digests)
+    kinds = len(np.unique(digests))
+    losses = dataclasses.replace(losses, contents=contents)
+  own = order_seed(losses)
   if seed not in (None, own):
-    return (seed,)
-  if losses.contents or not 1 < _num_kinds(losses) <= order_lib.FEW_KINDS:
-    return (own,)
-  more = (hashlib.sha256(f"{own}/{number}".encode()) for number in range(1, _ORDERS))
-  return (own, *(digest.hexdigest()[:16] for digest in more))
+    return (seed,), True
+  drawn = kinds > order_lib.FEW_KINDS
+  many = range(1, 1 if drawn or kinds == 1 else _ORDERS)
+  more = (hashlib.sha256(f"{own}/{number}".encode()) for number in many)
+  return (own, *(digest.hexdigest()[:16] for digest in more)), drawn
 
 
-def _units(losses: SequenceLosses):
+def order_seed(losses: SequenceLosses) -> str:
+  """Hexadecimal seed of ids, contents and procedure, for rows or clusters."""
+  names = losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
+  units = names if losses.groups is None else tuple(set(losses.groups))
+  return order_lib.order_seed(units, losses.procedure, losses.contents)
+
+
+def _units(losses: SequenceLosses) -> Iterator[bytes]:
   """Rows, or cluster means, as bytes; -0 is 0."""
   units = losses if losses.groups is None else cluster_means(losses, losses.groups)
   blocks = checks.row_blocks(units.values)
   return (row.tobytes() for block in blocks for row in block + 0.0)
-
-
-def draws_uniform(losses: SequenceLosses, seed: str | None) -> bool:
-  """Whether the seed is as good as drawn: rows of few kinds decide what contents give."""
-  if losses.contents or seed not in (None, order_seed(with_contents(losses))):
-    return True
-  return _num_kinds(losses) > order_lib.FEW_KINDS
-
-
-def _num_kinds(losses: SequenceLosses) -> int:
-  """Kinds of rows; of more than `FEW_KINDS` that there are more."""
-  kinds: set[bytes] = set()
-  for row in _units(losses):
-    kinds.add(row)
-    if len(kinds) > order_lib.FEW_KINDS:
-      break
-  return len(kinds)
 
 
 def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:
@@ -73,23 +67,14 @@ def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:
   return tuple(f"{place:09d}" for place in places.tolist())
 
 
-def order_seed(losses: SequenceLosses) -> str:
-  """Hexadecimal seed of the order in which rows, or clusters, are tested."""
-  names = losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
-  units = names if losses.groups is None else tuple(set(losses.groups))
-  return order_lib.order_seed(units, losses.procedure, losses.contents)
-
-
 def tested_orders(losses: SequenceLosses, seeds: Sequence[str]) -> list[np.ndarray]:
   """Row numbers of `losses` (units by now) in each of the tested orders."""
   names = names_of_rows(losses)
   return [order_lib.seeded_order(names, seed) for seed in seeds]
 
 
-def order_among(order: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
+def order_among(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
   """The order of some rows, numbered as they stand, in the order of all."""
-  if isinstance(rows, slice):
-    return order
   place = np.full(len(order), -1)
   place[rows] = np.arange(len(rows))
   found = place[order]
@@ -104,10 +89,8 @@ def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:
 
 def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
   """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1."""
-  if groups is None:
-    return losses.support
-  binary = losses.support.binary and len(set(groups)) == len(groups)
-  return Support(losses.support.lower, losses.support.upper, binary)
+  binary = losses.support.binary and (groups is None or len(set(groups)) == len(groups))
+  return dataclasses.replace(losses.support, binary=binary)
 
 
 def cluster_means(
@@ -119,7 +102,6 @@ def cluster_means(
   tolerance, (sum of losses + (m - size) tolerance) / m is at most the tolerance on average
   exactly where the loss of a prompt is, E[sum of losses] <= tolerance E[size].
   """
-  support = unit_support(losses, groups)
   names, index = np.unique(np.asarray(groups), return_inverse=True)
   sums = np.zeros((len(names), losses.values.shape[1]))
   np.add.at(sums, index, losses.values)
@@ -130,5 +112,10 @@ def cluster_means(
       f" {int(sizes.max())}; declare the largest that there may ever be."
     )
   means = (sums + (largest - sizes) * fill) / largest if largest else sums / sizes
-  ids = tuple(names.tolist())
-  return dataclasses.replace(losses, values=means, support=support, ids=ids, groups=None)
+  return dataclasses.replace(
+    losses,
+    values=means,
+    support=unit_support(losses, groups),
+    ids=tuple(names.tolist()),
+    groups=None,
+  )

@@ -80,12 +80,11 @@ def method_size(
 
   def certifies(size: int) -> bool:
     losses = np.full((size, 1), lowest[0, 0])
-    sample = methods.Sample(losses, declared, tolerance, error_rate, uniform=0.5)
-    return float(chosen.log_p_values(sample)[0]) <= math.log(error_rate * share) + 1e-12
+    log_p = chosen.log_p_values(losses, tolerance, error_rate, declared.upper, uniform=0.5)
+    return float(log_p[0]) <= math.log(error_rate * share) + 1e-12
 
-  level = (_half(error_rate) if chosen.randomized else error_rate) * share
-  floor = min_calibration_size(tolerance, level, lower=declared.lower, upper=declared.upper)
-  few, enough = floor - 1, floor
+  few = _floor(chosen, declared, tolerance, error_rate * share) - 1
+  enough = few + 1
   while enough <= _MOST_PROMPTS and not certifies(enough):
     few, enough = enough, 2 * enough
   if enough > _MOST_PROMPTS:
@@ -96,9 +95,12 @@ def method_size(
   return enough
 
 
-def _half(error_rate: float) -> float:
-  """The level at which losses of the lowest certify where a uniform of 1/2 is drawn."""
-  return min(2.0 * error_rate, 0.999)
+def _floor(chosen: methods.Method, support: Support, tolerance: float, level: float) -> int:
+  """`min_calibration_size`; of a randomised method for a certificate in half of all draws."""
+  level = min(2.0 * level, 0.999) if chosen.randomized else level
+  # 'paper' counts improvements as 0.
+  lower = max(support.lower, 0.0) if chosen.clips else support.lower
+  return min_calibration_size(tolerance, level, lower=lower, upper=support.upper)
 
 
 @arguments.checked(promise=risks.of_name)
@@ -140,24 +142,15 @@ def refusal(
   """
   support = support or Support()
   own = method_size(method, tolerance, error_rate, support=support, share=share)
-  chosen, level, few = (
-    methods.get_method(method, support, any_level=share < 1.0),
-    error_rate,
-    "",
-  )
-  if chosen.randomized:
-    level, few = _half(error_rate), " (at most half of all draws would certify)"
-  # 'paper' counts improvements as 0.
-  least = max(support.lower, 0.0) if chosen.clips else support.lower
-  needed = min_calibration_size(tolerance, level * share, lower=least, upper=support.upper)
+  chosen = methods.get_method(method, support, any_level=share < 1.0)
+  needed = _floor(chosen, support, tolerance, error_rate * share)
   if own is not None and num_examples >= max(own, needed):
     return ""
+  wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
+  by = f" for the method {method!r}"
   if num_examples < needed:
-    wanted = f"at least {needed}"
-    by = f" ({own} by the method {method!r})" if own is not None else ""
-  else:
-    wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
-    by = f" for the method {method!r}"
+    wanted, by = f"at least {needed}", f" ({own} by the method {method!r})" if own else ""
+  few = " (at most half of all draws would certify)" if chosen.randomized else ""
   return (
     f"Expected {wanted} {unit} at tolerance {tolerance} and error rate {error_rate * share}"
     f"{by}, got {num_examples}, which are too few whatever their losses{few}; give more, or"

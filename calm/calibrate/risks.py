@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -16,33 +16,15 @@ from calm import arguments
 from calm.calibrate import checks
 from calm.calibrate.generations.procedure import describe_differences
 from calm.calibrate.losses import SequenceLosses, Support
+from calm.calibrate.testing import Test
 
 
-@dataclasses.dataclass(frozen=True)
-class Test:
-  """One test of a promise, as known before there is any loss."""
-
-  __test__: ClassVar[bool] = False  # no test of pytest's
-
-  name: str  # of the part, '' where there is one test only
-  tolerance: float  # bound on the expectation of what is tested
-  support: Support  # declared range of what is tested
-  share: float = 1.0  # of the error rate
-  # Whether thresholds are tested from the lowest up (what falls as texts leave earlier), not
-  # from the highest down.
-  ascending: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
   """A test on losses [num_examples, num_thresholds], or on the `rows` that count at each."""
 
   test: Test
   losses: SequenceLosses
   rows: np.ndarray | None = None
-
-
-Tested = tuple[np.ndarray | None, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +46,9 @@ class Promise:
     """What will be tested of losses in `support`, in the order of `parts`."""
     return (Test("", tolerance, support),)
 
-  def tested(self, losses: SequenceLosses, tolerance: float) -> Iterable[Tested]:
+  def tested(
+    self, losses: SequenceLosses, tolerance: float
+  ) -> Iterable[tuple[np.ndarray | None, np.ndarray | None]]:
     """(other values, rows that count) of each test; None: those of the losses, all."""
     del losses, tolerance
     return [(None, None)]

@@ -8,6 +8,7 @@ fixed before any loss is seen.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +17,13 @@ from calm import arguments
 from calm.calibrate.losses import Support
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rejections:
+class Rejections(NamedTuple):
   """The outcome of a procedure."""
 
-  rejected: np.ndarray  # [num_hypotheses] bool
   # [num_hypotheses] in [0, 1]; rejected at error rate e exactly where <= e.
   adjusted_p_values: np.ndarray
   # Positions in the order they were looked at; fixed sequence testing stops early.
-  visited: tuple[int, ...]
+  visited: Sequence[int]
 
 
 def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
@@ -35,14 +34,11 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   `p_values` are [num_hypotheses] in [0, 1], in the order fixed beforehand, of which rejections
   form a prefix (paper, section 4.3); `error_rate` is family-wise, in (0, 1).
 
-  >>> fixed_sequence([0.01, 0.2, 0.01], 0.05).rejected.tolist()
-  [True, False, False]
+  >>> fixed_sequence([0.01, 0.2, 0.01], 0.05).adjusted_p_values.tolist()
+  [0.01, 0.2, 0.2]
   """
-  p_values = np.asarray(p_values, np.float64)
-  adjusted = np.maximum.accumulate(p_values)
-  rejected = adjusted <= error_rate
-  visited = min(int(rejected.sum()) + 1, len(p_values))
-  return Rejections(rejected, adjusted, tuple(range(visited)))
+  adjusted = np.maximum.accumulate(np.asarray(p_values, np.float64))
+  return Rejections(adjusted, range(min(np.sum(adjusted <= error_rate) + 1, len(adjusted))))
 
 
 def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
@@ -58,9 +54,7 @@ def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   steps = np.minimum(p_values[order] / (1.0 / np.arange(count, 0, -1)), 1.0)
   adjusted = np.empty(count)
   adjusted[order] = np.maximum.accumulate(steps)
-  rejected = adjusted <= error_rate
-  visited = order[: min(int(rejected.sum()) + 1, count)]
-  return Rejections(rejected, adjusted, tuple(visited.tolist()))
+  return Rejections(adjusted, order[: np.sum(adjusted <= error_rate) + 1].tolist())
 
 
 def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
@@ -70,6 +64,7 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   hypothesis does not end the test as it ends `fixed_sequence` (Wiens and Dmitrienko 2005).
   Arguments and result are those of `fixed_sequence`.
   """
+  del error_rate  # levels are looked at from the largest down
   p_values = np.asarray(p_values, np.float64)
   count = len(p_values)
   weights = np.full(count, 0.5 / max(1, count - 1))
@@ -85,14 +80,15 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
     waiting[chosen] = False
     if (after := np.flatnonzero(waiting[chosen:])).size:
       weights[chosen + after[0]] += weights[chosen]
-  return Rejections(adjusted <= error_rate, adjusted, tuple(visited))
+  return Rejections(adjusted, visited)
 
 
 def _bonferroni(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   """p <= error_rate / k; only calibrations of earlier versions have it."""
+  del error_rate
   p_values = np.asarray(p_values, np.float64)
-  adjusted = np.minimum(p_values / np.full(len(p_values), 1.0 / len(p_values)), 1.0)
-  return Rejections(adjusted <= error_rate, adjusted, tuple(range(len(p_values))))
+  count = len(p_values)
+  return Rejections(np.minimum(p_values / np.full(count, 1.0 / count), 1.0), range(count))
 
 
 PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Rejections]] = {
@@ -112,34 +108,60 @@ def first_share(procedure: str, count: int) -> float:
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class Evidence:
-  """The result of one test of a promise at each threshold of the grid."""
+class Test:
+  """One test of a promise, as known before there is any loss."""
+
+  __test__: ClassVar[bool] = False  # no test of pytest's
 
   name: str  # of the part of the promise, '' where there is one
-  tolerance: float  # bound that was tested
+  tolerance: float  # bound on the expectation of what is tested
+  support: Support  # declared range of what is tested
+  share: float = 1.0  # of the error rate
+  # Whether thresholds are tested from the lowest up (what falls as texts leave earlier), not
+  # from the highest down.
+  ascending: bool = False
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence(Test):
+  """The result of one test of a promise at each threshold of the grid."""
+
   method: str  # p-value method
-  support: Support  # declared range of what was tested
-  share: float  # of the error rate that it may use
-  ascending: bool  # whether it is tested from the lowest threshold up
   num_examples: tuple[int, ...]  # prompts or clusters used
   means: tuple[float, ...]  # of what was tested; NaN where there is nothing
   log_p_values: tuple[float, ...]  # of H: expectation > tolerance
   upper_bounds: tuple[float, ...]  # of the expectation, at `share` of the error rate
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Decision:
-  """Which thresholds are certified; arrays are [num_thresholds]."""
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What the least certain test of a promise found at one threshold."""
 
-  log_p_values: np.ndarray  # largest over parts, each over its share
-  worst: np.ndarray  # which part that is
-  rejected: np.ndarray  # whether all parts are certified
-  adjusted_p_values: np.ndarray  # rejected at any error rate that is at least this
+  threshold: float  # grid point
+  num_examples: int  # prompts (or clusters) used
+  mean: float  # mean loss of those
+  # P-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does not.
+  p_value: float
+  log_p_value: float  # its logarithm
+  # Upper confidence bound of E[loss] at `error_rate`, for this threshold alone.
+  upper_bound: float
+  adjusted_p_value: float  # rejected at any family-wise error rate that is at least this
+  rejected: bool  # whether E[loss] <= tolerance is certified
+
+
+class Decision(NamedTuple):
+  """What is certified."""
+
+  rows: tuple[Row, ...]  # one a threshold
   visited: tuple[int, ...]  # positions in the order of testing
+  worst: np.ndarray  # [num_thresholds] the least certain part
 
 
 def decide(
   parts: Sequence[Evidence],
+  thresholds: Sequence[float],
   procedure: str,
   error_rate: float,
   sequences: Sequence[int] | None = None,
@@ -155,18 +177,31 @@ def decide(
   scaled = np.array(
     [np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0) for p in parts]
   )
-  up = np.array([part.ascending for part in parts])
-  test = READABLE[procedure]
+  up, test = np.array([part.ascending for part in parts]), READABLE[procedure]
   ends = np.cumsum(sequences or [scaled.shape[1]])
   grids = np.split(np.exp(scaled[~up].max(axis=0)), ends[:-1])
-  down = [test(p_values, error_rate) for p_values in grids]
-  rejected = np.concatenate([found.rejected for found in down])
-  adjusted = np.concatenate([found.adjusted_p_values for found in down])
-  starts = [0, *ends[:-1].tolist()]
-  pairs = zip(starts, down, strict=True)
-  visited = tuple(start + place for start, found in pairs for place in found.visited)
+  adjusted, visited = np.empty(0), []
+  for p_values in grids:
+    found = test(p_values, error_rate)
+    visited += [len(adjusted) + place for place in found.visited]
+    adjusted = np.append(adjusted, found.adjusted_p_values)
   if up.any():
-    other = test(np.exp(scaled[up].max(axis=0))[::-1], error_rate)
-    rejected = rejected & other.rejected[::-1]
-    adjusted = np.maximum(adjusted, other.adjusted_p_values[::-1])
-  return Decision(scaled.max(axis=0), scaled.argmax(axis=0), rejected, adjusted, visited)
+    costs = test(np.exp(scaled[up].max(axis=0))[::-1], error_rate)
+    adjusted = np.maximum(adjusted, costs.adjusted_p_values[::-1])
+  worst = scaled.argmax(axis=0)
+  rows = []
+  for place, level in enumerate(thresholds):
+    part, log_p = parts[worst[place]], scaled[worst[place], place]
+    rows.append(
+      Row(
+        threshold=float(level),
+        num_examples=part.num_examples[place],
+        mean=part.means[place],
+        p_value=float(np.exp(log_p)),
+        log_p_value=float(log_p),
+        upper_bound=part.upper_bounds[place],
+        adjusted_p_value=float(adjusted[place]),
+        rejected=bool(adjusted[place] <= error_rate),
+      )
+    )
+  return Decision(tuple(rows), tuple(visited), worst)

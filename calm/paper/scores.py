@@ -128,11 +128,10 @@ def mean_interval(losses: Sequence[float] | np.ndarray, lower: float = 0.0) -> I
   if not values.size:
     return UNKNOWN
   values = np.random.default_rng(0).permutation(values)
-  miss = (1.0 - LEVEL) / 2.0
-  high = betting.upper_bound(values, error_rate=miss, lower=lower)
+  design = betting.Design((lower + 1.0) / 2.0, (1.0 - LEVEL) / 2.0, len(values))
+  bound = lambda losses: float(betting.upper_bound(losses[:, None], design, lower)[0])
   # The same test of 1 + lower - loss, which has the same range.
-  low = 1.0 + lower - betting.upper_bound(1.0 + lower - values, error_rate=miss, lower=lower)
-  return max(lower, float(low)), float(high)
+  return max(lower, 1.0 + lower - bound(1.0 + lower - values)), bound(values)
 
 
 def speedup_interval(timings: timing.Timings, timed: timing.Timed) -> Interval:

@@ -16,6 +16,9 @@ from scipy import stats
 from calm.calibrate import clusters, methods
 from calm.calibrate.losses import SequenceLosses
 
+# Losses that are looked at at once.
+_CELLS = 2**22
+
 
 class Draws:
   """A pool of losses from which calibration sets are drawn and tested, many at once.
@@ -55,10 +58,17 @@ class Draws:
       sets, positions = np.nonzero(chosen == column - 1)
       going, places = np.unique(sets, return_inverse=True)
       losses = self.values[:, column][draws[going].T]
-      sample = methods.Sample(
-        losses, self.support, levels[positions], error_rate, uniform=uniforms[sets]
-      )
-      passed = self.method.certifies(sample, places)
+      passed = np.zeros(len(sets), bool)
+      step = max(1, _CELLS // len(losses))
+      for pairs in np.split(np.arange(len(sets)), range(step, len(sets), step)):
+        log_p = self.method.log_p_values(
+          losses[:, places[pairs]],
+          levels[positions[pairs]],
+          error_rate,
+          self.support.upper,
+          uniforms[sets[pairs]],
+        )
+        passed[pairs] = np.exp(log_p) <= error_rate
       chosen[sets[passed], positions[passed]] = column
     return chosen
 

@@ -10,14 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate import Support, betting, methods, p_values
+from calm.calibrate import Support, methods, p_values
+from calm.calibrate.betting import (
+  Design,
+  _follow,
+  _reaches,
+  log_p_value,
+  log_wealth,
+  upper_bound,
+)
 from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 
-@pytest.mark.parametrize(
-  "strategy", [betting.PLUG_IN, betting.FIXED_LEVEL], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("hedges", [False, True])
 @pytest.mark.parametrize(
   ("values", "chances", "size"),
   [
@@ -28,16 +34,15 @@ from tests.calibrate import laws
     ((-1.0, 1.0), (0.45, 0.55), 11),
   ],
 )
-def test_betting_is_super_uniform_exactly(strategy, values, chances, size):
+def test_betting_is_super_uniform_exactly(hedges, values, chances, size):
   tolerance = float(np.dot(values, chances))
   paths = np.array(list(itertools.product(range(len(values)), repeat=size)))
   weights = np.array(chances)[paths].prod(axis=1)
   losses = np.array(values)[paths].T
-  p = betting.p_value(losses, tolerance, error_rate=0.2, strategy=strategy)
+  design = Design(tolerance, 0.2, size, hedges=hedges)
   assert weights.sum() == pytest.approx(1.0)
-  laws.assert_super_uniform(p, weights)
-  design = betting.Design(tolerance, 0.2, size)
-  wealth = np.exp(betting.log_wealth(losses, design, strategy))
+  laws.assert_super_uniform(np.exp(log_p_value(losses, design)), weights)
+  wealth = np.exp(log_wealth(losses, design))
   np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
 
 
@@ -48,46 +53,44 @@ def test_betting_by_hand():
   mean = 0.2 / 2
   second = min(math.sqrt(math.log(20.0)) / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
   wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
-  found = betting.p_value(losses, tolerance)
-  assert found == pytest.approx(1 / max(wealth), rel=1e-12)
-  assert betting.p_value(losses, tolerance, log=True) == pytest.approx(-math.log(max(wealth)))
+  found = log_p_value(losses[:, None], Design(tolerance, 0.05, 2))
+  assert found == pytest.approx(-math.log(max(wealth)), rel=1e-12)
 
 
 def test_bets_see_the_past_only():
   generator = np.random.default_rng(5)
   losses = laws.signed(generator, 0.0, (40, 3))
-  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
-    design = strategy.design(0.1, 0.05, 40)
-    bets = strategy.bets(losses, design)
+  for hedges in (False, True):
+    design = Design(0.1, 0.05, 40, hedges=hedges)
+    bets = design.bets(losses)
     for row in (0, 1, 17, 39):
       changed = losses.copy()
       changed[row:] = generator.permutation(changed[row:]) * 0.5
-      np.testing.assert_array_equal(strategy.bets(changed, design)[: row + 1], bets[: row + 1])
-    assert np.all((bets >= 0.0) & (bets <= strategy.cap_share / 0.9 + 1e-15))
+      np.testing.assert_array_equal(design.bets(changed)[: row + 1], bets[: row + 1])
+    assert np.all(bets >= 0.0)
+    assert design.cap == pytest.approx((0.99 if hedges else 0.9) / 0.9)
 
 
 def test_wealth_that_just_gets_there_has_got_there():
   """A factor of 2 at an error rate of 1/2, to the last digit."""
   losses, only = np.array([[-0.99]]), np.array([0])
-  strategy = betting.FIXED_LEVEL
-  design = strategy.design(0.01, 0.5, 1)
-  assert float(design.cap) == 1.0 < strategy.free(losses.copy(), design)[0, 0]
-  assert betting.log_wealth(losses, design, strategy)[0, 0] == design.target
-  assert betting.certifies(losses, only, design, strategy)
-  design = betting.Design(np.array([0.5]), 0.5, 1, cap_share=1.0)
-  assert betting._reaches(np.zeros((1, 1)), np.full((1, 1), 2.0), only, design)
+  design = Design(np.array([0.01]), 0.5, 1, hedges=True)
+  bets = design.bets(losses)
+  assert float(design.cap[0]) == 1.0 < bets[0, 0]
+  assert log_wealth(losses, design)[0, 0] == design.target
+  assert _reaches(losses, bets, only, design)
 
 
 def test_a_huge_need_does_not_underflow():
   losses = np.ones((3000, 1))
-  design = betting.FIXED_LEVEL.design(0.5, 1e-300, 3000)
-  bets = betting.FIXED_LEVEL.bets(losses, design)
+  design = Design(0.5, 1e-300, 3000, hedges=True)
+  bets = design.bets(losses)
   assert np.all(np.isfinite(bets)) and np.all(bets > 0.0)
-  assert betting.p_value(losses, 0.5, error_rate=1e-300, strategy=betting.FIXED_LEVEL) == 1.0
+  assert log_p_value(losses, design) == 0.0
 
 
 def hedge_by_hand(losses, tolerance, error_rate, planned):
-  """One column, its wealth looked at before every loss; see `betting.Hedge`."""
+  """One column, its wealth looked at before every loss; see `betting.hedge_bets`."""
   target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
   wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
   bets, deviations = [], []
@@ -111,23 +114,21 @@ def hedge_by_hand(losses, tolerance, error_rate, planned):
 @pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
 @pytest.mark.parametrize("error_rate", [0.05, 0.3])
 def test_the_hedge_by_hand(mean, reached, error_rate):
-  strategy = betting.FIXED_LEVEL
   losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
   bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120)
-  design = strategy.design(0.1, error_rate, 120)
-  found = strategy.free(losses[:, None], design)[:, 0]
+  design = Design(0.1, error_rate, 120, hedges=True)
+  found = design.bets(losses[:, None])[:, 0]
   # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
   np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
-  p = betting.p_value(losses, 0.1, error_rate=error_rate, planned_size=120, strategy=strategy)
+  p = np.exp(log_p_value(losses[:, None], design))
   assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
-  assert betting.certifies(losses[:, None], np.array([0]), design, strategy) == reached
 
 
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 200])
 def test_wealth_is_followed_alike_in_factors_and_in_logarithms(rows):
   gains = np.random.default_rng(rows).uniform(-0.5, 0.5, (rows, 4))
   sums = np.cumsum(np.log1p(gains), axis=0)
-  highest, last = betting._follow(gains.copy())
+  highest, last = _follow(gains.copy())
   np.testing.assert_allclose(highest, sums.max(axis=0), rtol=1e-9, atol=1e-12)
   np.testing.assert_allclose(last, sums[-1], rtol=1e-9, atol=1e-12)
 
@@ -138,7 +139,6 @@ SUM_BASED = (
   p_values.convex_order,
   p_values.binomial,
 )
-STRATEGIES = (betting.PLUG_IN, betting.FIXED_LEVEL)
 
 
 @pytest.mark.parametrize("p_value", SUM_BASED, ids=lambda f: f.__name__)
@@ -159,15 +159,15 @@ def test_binomial_bound_is_clopper_pearson():
     assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+@pytest.mark.parametrize("hedges", [False, True])
 @pytest.mark.parametrize("law", [laws.mostly_zero, laws.signed], ids=lambda f: f.__name__)
-def test_wealth_of_bets_that_aim_elsewhere_grows_with_the_tolerance(strategy, law):
+def test_wealth_of_bets_that_aim_elsewhere_grows_with_the_tolerance(hedges, law):
   """So that rejected tolerances are an interval, and halving finds its end."""
   losses = law(np.random.default_rng(6), 0.1, (80, 5))
-  free = strategy.free(losses, strategy.design(0.15, 0.05, 80))
+  free = Design(0.15, 0.05, 80, hedges=hedges).bets(losses)
   before = np.full(losses.shape, -np.inf)
   for tolerance in np.linspace(0.001, 0.999, 80):
-    cap = strategy.design(tolerance, 0.05, 80).cap
+    cap = Design(tolerance, 0.05, 80, hedges=hedges).cap
     wealth = np.cumsum(np.log1p(np.minimum(free, cap) * (tolerance - losses)), axis=0)
     assert np.all(before <= wealth + 1e-12)
     before = wealth
@@ -190,61 +190,34 @@ def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, la
   losses = np.stack([law(generator, mean, size) for mean in means], axis=1)
   losses = np.clip(losses, lower, 1.0)
   support = Support(lower, binary=name == "binomial")
-  sample = methods.Sample(losses, support, tolerance, error_rate)
-  log_p, bound = methods.get_method(name, support).evidence(sample, np.ones(6, bool))
+  method, usable = methods.get_method(name, support), np.ones(6, bool)
+  log_p, bound = method.evidence(losses, support, tolerance, error_rate, usable)
   np.testing.assert_array_equal(bound <= tolerance, np.exp(log_p) <= error_rate)
   assert np.all((bound > lower) & (bound <= 1.0))
 
 
-@pytest.mark.parametrize(
-  ("call", "message"),
-  [
-    *(
-      (lambda losses=losses: betting.p_value(losses, 0.1), "`losses` to be")
-      for losses in ([], [[[0.0]]], [0.0, math.nan], [-math.inf], [1.5])
-    ),
-    (lambda: betting.p_value(np.zeros((3, 2)), [0.1, 1.0]), "`tolerance` to be below"),
-    (lambda: betting.p_value([0.0], 0.1, error_rate=0.0), "`error_rate` to be"),
-    (lambda: betting.p_value([0.0, 0.0], 0.1, planned_size=1), "`planned_size` to be at least"),
-    (lambda: p_values.invert(p_values.hoeffding, 1.0, 10, error_rate=1.0), "`error_rate`"),
-    (lambda: betting.upper_bound([0.0], error_rate=0.0), "`error_rate`"),
-    (
-      lambda: betting.upper_bound([0.0], error_rate=0.1, strategy=betting.FIXED_LEVEL),
-      "`tolerance` for the bets of 'fixed_level', .* got None",
-    ),
-  ],
-)
-def test_what_cannot_be_bet_on_is_refused(call, message):
-  with pytest.raises(ValueError, match=message):
-    call()
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+@pytest.mark.parametrize("hedges", [False, True])
 @pytest.mark.parametrize("tolerance", [0.1, 0.4])
-def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(strategy, tolerance):
+def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
   """Losses of 0 and 1 at the bound: sum over paths of P(reject | path), exactly."""
   length, level = 11, 0.05
   paths = ((np.arange(2**length) >> np.arange(length)[:, None]) & 1).astype(float)
-  design = strategy.design(tolerance, level, length)
-  wealth = np.exp(betting.log_wealth(paths, design, strategy))
+  design = Design(tolerance, level, length, hedges=hedges)
+  wealth = np.exp(log_wealth(paths, design))
   rejects = np.where(wealth.max(axis=0) >= 1 / level, 1.0, np.minimum(1.0, level * wealth[-1]))
   chance = np.prod(np.where(paths == 1.0, tolerance, 1.0 - tolerance), axis=0)
   without = np.sum(chance * (wealth.max(axis=0) >= 1 / level))
   assert without < np.sum(chance * rejects) <= level + 1e-12
-  # p-values, certificates and bounds are of this test, for each uniform.
+  # p-values and bounds are of this test, for each uniform.
   columns = np.random.default_rng(0).integers(paths.shape[1], size=200)
   uniforms = np.random.default_rng(1).random(200)
   some = paths[:, columns]
-  options = {"error_rate": level, "strategy": strategy, "uniform": uniforms}
-  p = betting.p_value(some, tolerance, **options)
+  drawn = dataclasses.replace(design, uniform=uniforms)
+  p = np.exp(log_p_value(some, drawn))
   end = wealth[-1, columns] / uniforms
   expected = np.minimum(1.0, 1.0 / np.maximum(wealth.max(axis=0)[columns], end))
   np.testing.assert_allclose(p, expected, rtol=1e-9)
-  pairs = strategy.design(np.full(200, tolerance), level, length)
-  drawn = dataclasses.replace(pairs, log_uniform=np.log(uniforms))
-  found = betting.certifies(paths, columns, drawn, strategy)
-  np.testing.assert_array_equal(found, p <= level)
-  bounds = betting.upper_bound(some, **options, tolerance=tolerance)
+  bounds = upper_bound(some, drawn)
   np.testing.assert_array_equal(bounds <= tolerance, p <= level)
 
 

@@ -13,8 +13,8 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibrate_configurations,
+  calibration,
   risks,
-  verification,
 )
 from tests.calibrate import laws
 
@@ -86,7 +86,7 @@ def test_it_is_stored_and_its_decision_made_again(tmp_path):
   ):
     value = json.loads(path.read_text())
     change(value)
-    value["digest"] = verification.digest(value)
+    value["digest"] = calibration.digest(value)
     with pytest.raises(ValueError, match=message):
       Calibration.from_json(value)
 

@@ -15,7 +15,6 @@ from calm.calibrate import (
   calibrate,
   calibration,
   risks,
-  verification,
 )
 from tests.calibrate import laws
 
@@ -142,7 +141,7 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize(("path", "new", "message"), CONTRADICTIONS)
 def test_contradictions_are_found_without_a_digest(path, new, message):
   value = edited(HONEST, path, new)
-  value["digest"] = verification.digest(value)
+  value["digest"] = calibration.digest(value)
   with pytest.raises(ValueError, match=message):
     Calibration.from_json(value)
 
@@ -152,7 +151,7 @@ def test_contradictions_are_found_without_a_digest(path, new, message):
 )
 def test_methods_of_sums_are_computed_again(path, new):
   value = edited(PAPER, path, new)
-  value["digest"] = verification.digest(value)
+  value["digest"] = calibration.digest(value)
   with pytest.raises(ValueError, match=r"Expected `log_p_values` .* the file was edited"):
     Calibration.from_json(value)
 
@@ -163,7 +162,7 @@ def test_rows_say_what_the_least_certain_part_says(path):
   value = made(promise=risks.EveryGroup(labels=labels)).to_json()
   assert Calibration.from_json(value).certified
   value = edited(value, path, 0.05)
-  value["digest"] = verification.digest(value)
+  value["digest"] = calibration.digest(value)
   with pytest.raises(ValueError, match=rf"`{path[7:]}` .* in row 0"):
     Calibration.from_json(value)
 
@@ -179,7 +178,7 @@ def test_a_digest_can_be_expected(tmp_path):
   assert made(error_rate=0.04).digest != digest
   # The sentence is made of the numbers, and never read.
   value = {**HONEST, "guarantee": "Nothing is ever lost."}
-  value["digest"] = verification.digest(value)
+  value["digest"] = calibration.digest(value)
   assert Calibration.from_json(value).guarantee == found.guarantee
 
 
@@ -195,7 +194,7 @@ def test_a_digest_can_be_expected(tmp_path):
 )
 def test_fields_of_other_types_are_refused_whatever_the_digest_says(path, new, tmp_path):
   value = edited(HONEST, path, new)
-  value["digest"] = verification.digest(value)
+  value["digest"] = calibration.digest(value)
   (tmp_path / "c.json").write_text(json.dumps(value))
   with pytest.raises(ValueError, match=r"c\.json: expected a calibration, got none: "):
     Calibration.load(tmp_path / "c.json")
@@ -231,6 +230,6 @@ def test_columns_of_a_part_have_an_entry_a_threshold(name, column, message):
   value = made(promise=risks.EveryGroup(labels=labels)).to_json()
   assert Calibration.from_json(value).promise.groups == ("g0", "g1")
   forged = edited(value, f"parts.1.{name}", column)
-  forged["digest"] = verification.digest(forged)
+  forged["digest"] = calibration.digest(forged)
   with pytest.raises(ValueError, match=message):
     Calibration.from_json(forged)

@@ -11,8 +11,8 @@ from calm.calibrate import (
   SequenceLosses,
   Support,
   calibrate,
+  calibration,
   from_texts,
-  verification,
 )
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations.records import Prompt
@@ -118,7 +118,7 @@ def test_any_ordered_knob_is_calibrated_best_first(knobs, tmp_path):
   for odd in (["a"], [1, 2], ["a", "b\n"], "ab"):
     changed = {**value, "knobs": odd}
     with pytest.raises(ValueError, match="`knobs`"):
-      Calibration.from_json({**changed, "digest": verification.digest(changed)})
+      Calibration.from_json({**changed, "digest": calibration.digest(changed)})
   with pytest.raises(ValueError, match="digest"):
     Calibration.from_json({**value, "knobs": ["other", "names"]})
 

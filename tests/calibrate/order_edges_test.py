@@ -38,17 +38,17 @@ def test_contents_move_the_order_and_storage_does_not():
   values = laws.mostly_zero(np.random.default_rng(0), 0.2, (50, 3))
   ids = tuple(f"p{i}" for i in range(50))
   losses = SequenceLosses(values, [0.9, 0.7, 0.5], ids=ids)
-  (seed,) = clusters.order_seeds(losses)
+  (seed,), drawn = clusters.order_seeds(losses)
   (first,) = clusters.tested_orders(losses, [seed])
   other = dataclasses.replace(losses, values=values[::-1])
-  assert clusters.order_seeds(other) == (seed,)  # the same rows in another order
+  assert drawn and clusters.order_seeds(other) == ((seed,), True)  # the same rows
   changed = values.copy()
   changed[3, 0] += 1e-9
-  assert clusters.order_seeds(dataclasses.replace(losses, values=changed)) != (seed,)
+  assert clusters.order_seeds(dataclasses.replace(losses, values=changed))[0] != (seed,)
   assert sorted(first.tolist()) == list(range(50))
   # The text of prompts counts before their losses do, and can be known before them.
-  told = dataclasses.replace(losses, contents="ab")
-  assert clusters.with_contents(told) is told
+  texts = [dataclasses.replace(one, contents="ab") for one in (losses, other)]
+  assert clusters.order_seeds(texts[0]) == clusters.order_seeds(texts[1]) != ((seed,), True)
 
 
 KINDS = {
@@ -81,11 +81,10 @@ def test_equal_calls_answer_equally_however_rows_are_stored(kinds, method):
 def certified(table, tolerance, method):
   """Whether `calibrate` certifies, without the bounds that it computes beside."""
   losses = SequenceLosses(table, [0.5])
-  rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
+  rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
   columns = losses.values[np.stack(rows, axis=1), 0]
-  sample = methods.Sample(columns, Support(), np.full(len(rows), tolerance), 0.05)
-  chosen = methods.get_method(method, Support())
-  return len(rows), bool(chosen.certifies(sample, np.arange(len(rows))).all())
+  log_p = methods.get_method(method, Support()).log_p_values(columns, tolerance, 0.05)
+  return len(rows), bool(np.all(np.exp(log_p) <= 0.05))
 
 
 def of_kinds(kinds):
@@ -123,17 +122,15 @@ def shares_certified(law, size, way, named, contents=""):
     losses = SequenceLosses(values, [0.5], kind="loss", contents=contents)
     if named:  # names follow the stored order, as those of a sorted file do
       losses = dataclasses.replace(losses, ids=tuple(f"p{row:03d}" for row in range(size)))
-    else:
-      losses = certify._declare_binary(losses)  # as `calibrate` takes plain arrays
-    rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
+    elif certify._is_binary(losses):  # as `calibrate` takes plain arrays
+      losses = dataclasses.replace(losses, support=Support(binary=True))
+    rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
     tables.append(values[np.stack(rows, axis=1), 0])
     orders.append(len(rows))
   columns = np.concatenate(tables, axis=1)
-  sample = methods.Sample(columns, losses.support, np.full(columns.shape[1], 0.1), 0.05)
   method = methods.get_method("auto", losses.support)
   for level in (0.05, 0.1):
-    at_level = dataclasses.replace(sample, error_rate=level)
-    passed = method.certifies(at_level, np.arange(columns.shape[1]))
+    passed = np.exp(method.log_p_values(columns, 0.1, level)) <= level
     # All orders of a table have to certify it.
     yield level, np.logical_and.reduceat(passed, np.cumsum([0, *orders[:-1]])).mean()
 
@@ -195,11 +192,15 @@ def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, m
   for cells in (2**18, 8 * 3, 1):
     monkeypatch.setattr(checks, "_CELLS", cells)
     losses = SequenceLosses(table, [0.5])
-    seeds = clusters.order_seeds(losses)
-    assert len(set(seeds)) == len(seeds) == (16 if 1 < kinds <= 8 else 1)
+    seeds, drawn = clusters.order_seeds(losses)
+    assert drawn == (kinds > 8) and len(set(seeds)) == len(seeds) == (
+      16 if 1 < kinds <= 8 else 1
+    )
     assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
-    assert clusters.order_seeds(losses, "ab") == ("ab",)  # as earlier versions drew it
-    assert len(clusters.order_seeds(dataclasses.replace(losses, contents="c"))) == 1
+    assert clusters.order_seeds(losses, "ab") == (("ab",), True)  # as earlier versions drew it
+    assert clusters.order_seeds(losses, seeds[0]) == (seeds, drawn)
+    texts, drawn = clusters.order_seeds(dataclasses.replace(losses, contents="c"))
+    assert len(texts) == 1 and drawn
 
 
 def test_places_are_those_of_sha256_whatever_the_version_of_numpy():

@@ -9,10 +9,10 @@ import pytest
 
 from calm.calibrate import (
   Calibration,
+  calibration,
   generations,
   ledger,
   risks,
-  verification,
 )
 from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign
@@ -156,7 +156,7 @@ def test_a_calibration_is_verified_from_its_outputs(tmp_path, calm):
   calm(*words)
   value = json.loads(saved.read_text())
   value["guarantee"] = value["guarantee"].replace("0.95", "0.99")
-  saved.write_text(json.dumps({**value, "digest": verification.digest(value)}))
+  saved.write_text(json.dumps({**value, "digest": calibration.digest(value)}))
   assert "to be the sentence of its numbers" in calm(*verify, code=2)
   calm(*words)
   outputs(tmp_path, count=120, wrong=(3, 51), groups=[f"g{n // 2}" for n in range(120)])

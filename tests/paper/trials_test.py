@@ -119,9 +119,10 @@ def one_at_a_time(pool, draws, tolerances, error_rate, uniforms):
   for i, rows in enumerate(draws):
     for j, tolerance in enumerate(tolerances):
       values, uniform = pool.values[rows], uniforms[i]
-      sample = methods.Sample(values, pool.support, tolerance, error_rate, uniform=uniform)
-      p = np.exp(pool.method.log_p_values(sample))
-      chosen[i, j] = testing.fixed_sequence(p, error_rate).rejected.sum() - 1
+      upper = pool.support.upper
+      log_p = pool.method.log_p_values(values, tolerance, error_rate, upper, uniform)
+      adjusted = testing.fixed_sequence(np.exp(log_p), error_rate).adjusted_p_values
+      chosen[i, j] = np.sum(adjusted <= error_rate) - 1
   return chosen
 
 
@@ -142,8 +143,8 @@ def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, siz
 
 def test_a_pool_chooses_what_calibrate_chooses():
   made = losses(count=300, ids=tuple(f"{i:03d}" for i in range(300)), contents="ab")
-  tested = clusters.tested_orders(made, clusters.order_seeds(made))
-  (seed,) = clusters.order_seeds(made)
+  (seed,), _ = clusters.order_seeds(made)
+  tested = clusters.tested_orders(made, [seed])
   uniforms = [order.seeded_uniform(seed)]
   pool = trials.Draws(made.grouped(made.ids), "auto")
   (columns,) = pool.choose(np.stack(tested), TOLERANCES, 0.05, uniforms)
