@@ -70,7 +70,10 @@ def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[
     cut[0].append(layer)
     cut[1].append(float(1.0 - alike.mean()))
   curves["cut decoder"] = cut
-  pieces = [e for e in result["examples"] if 5 <= len(e["pieces"]) <= 14] or result["examples"]
+  panel = result["panel"]
+  _, at = panel["promised"][panel["first"]]
+  texts = [item["levels"][at] for item in panel["items"]]
+  pieces = [text for text in texts if 5 <= len(text["pieces"]) <= 14] or texts
   return {
     "num_layers": served.num_layers,
     "num_prompts": len(prompts),
@@ -87,55 +90,77 @@ def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[
 def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
   """Bars of seconds and the curves side by side, the sentence below."""
   from matplotlib import figure as mpl_figure
+  from matplotlib.backends import backend_agg
 
-  figure = mpl_figure.Figure(figsize=(8.4, 4.4), layout="constrained")
-  grid = figure.add_gridspec(2, 2, height_ratios=(6, 1), width_ratios=(2, 3))
+  figure = mpl_figure.Figure(figsize=(8.4, 4.2), dpi=160)
+  backend_agg.FigureCanvasAgg(figure)  # measures texts
+  grid = figure.add_gridspec(
+    2,
+    2,
+    height_ratios=(9, 1),
+    width_ratios=(2, 3),
+    left=0.07,
+    right=0.99,
+    top=0.95,
+    bottom=0.03,
+  )
+  grid.update(hspace=0.32, wspace=0.18)
   bars, curve = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
   single, batched = found["seconds"]["single"], found["seconds"]["batched"]
   pairs = {"one at a time": single, "in batches": batched}
-  for place, (name, pair) in enumerate((k, v) for k, v in pairs.items() if v):
+  named = [(name, pair) for name, pair in pairs.items() if pair]
+  for place, (_, pair) in enumerate(named):
     heights = (pair["full"], pair["early"])
-    shown = bars.bar([3 * place, 3 * place + 1], heights, color=("#889966", "#0077aa"))
-    words = ("full depth", f"x{pair['speedup']:.2f}")
-    bars.bar_label(shown, labels=words, fontsize=8)
-    bars.text(
-      3 * place + 0.5,
-      -0.02,
-      name,
-      ha="center",
-      va="top",
-      fontsize=9,
-      transform=bars.get_xaxis_transform(),
+    shown = bars.bar([3 * place, 3 * place + 1], heights, 0.95, color=("#bbbbbb", "#0077aa"))
+    bars.bar_label(shown, labels=("full depth", "served"), fontsize=8, padding=2)
+    speedup = f"×{pair['speedup']:.2f}"
+    look: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
+    bars.text(3 * place + 1, pair["early"] / 2, speedup, fontsize=11, **look)
+  bars.set_xticks([3 * place + 0.5 for place in range(len(named))], [name for name, _ in named])
+  bars.tick_params(axis="x", length=0)
+  bars.set(ylabel="decoder, ms a prompt")
+  colours = {"raw exits": "#dd6600", "cut decoder": "#775555", "translators": "#889966"}
+  for marker, (name, (layers, distances)) in zip("^so*", found["curves"].items(), strict=True):
+    colour = colours.get(name, "#0077aa")
+    curve.plot(layers, distances, marker=marker, color=colour, linewidth=1.4, markersize=5)
+    end = max(range(len(layers)), key=lambda i: distances[i])
+    # To the left of a line's worse end, where no other line is; one all but covers another.
+    below = name == "translators, learned propagation"
+    offset = (-6, -31) if below else (6, 2) if name == "cut decoder" else (-7, 0)
+    look = {"color": colour, "fontsize": 8, "ha": "left" if name == "cut decoder" else "right"}
+    curve.annotate(
+      name.replace(", ", ",\n"),
+      (layers[end], distances[end]),
+      offset,
+      textcoords="offset points",
+      **look,
     )
-  bars.set(ylabel="decoder, ms a prompt", xticks=[])
-  markers = "^so*"
-  for marker, (name, (layers, distances)) in zip(markers, found["curves"].items(), strict=True):
-    curve.plot(layers, distances, marker=marker, label=name, linewidth=1.4)
   curve.axhline(found["tolerance"], color="#111213", linestyle=":", linewidth=0.9)
+  level, by_height = found["tolerance"], curve.get_yaxis_transform()
+  curve.text(0.01, level + 0.01, "promised", transform=by_height, fontsize=8)
   curve.set(xlabel="mean decoder layers a token", ylabel="distance to full depth's texts")
-  curve.legend(frameon=False, fontsize=8)
   for axes in (bars, curve):
     axes.spines[["top", "right"]].set_visible(False)
   sentence(figure.add_subplot(grid[1, :]), found)
-  figure.savefig(output, dpi=160, facecolor="white", metadata={"Software": None})
+  figure.savefig(output, facecolor="white", metadata={"Software": None})
 
 
 def sentence(axes, found: dict[str, Any]) -> None:
-  """A text of the last part, each piece on the colour of its layer."""
+  """A text of the last part, each piece on the colour of its layer, the layer above it."""
   axes.axis("off")
-  scale, place = outputs.scale(found["num_layers"]), 0.0
-  total = sum(len(piece) + 1 for piece in found["example"]["pieces"])
+  axes.set(xlim=(0, 1), ylim=(-0.3, 1.6), autoscale_on=False)
+  colours, start = outputs.scale(found["num_layers"]), 0.0
   for piece, layer in zip(*found["example"].values(), strict=True):
-    background = scale[layer - 1]
-    axes.text(
-      place / max(total, 60),
-      0.5,
-      f"{piece.replace(chr(0x2581), ' ').strip()} {layer}",
-      fontsize=9,
-      color=outputs.text_colour(background),
-      bbox={"facecolor": background, "edgecolor": "none", "pad": 2},
-    )
-    place += len(piece) + 2.5
+    colour, text = colours[layer - 1], piece.replace(chr(0x2581), " ")
+    ink = outputs.text_colour(colour)
+    words = axes.text(start, 0.1, text, fontsize=12, color=ink)
+    box = words.get_window_extent(axes.figure.canvas.get_renderer())
+    width = box.transformed(axes.transData.inverted()).width
+    axes.barh(0.3, width, 1.1, start, color=colour)
+    axes.text(start + width / 2, 1.1, f"{layer}", fontsize=8, ha="center", color="#555555")
+    start += width
+  count = found["num_layers"]
+  axes.text(start + 0.02, 0.1, f"decoder layers of each token, of {count}", fontsize=8)
 
 
 def main() -> None:
