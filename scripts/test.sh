@@ -53,7 +53,7 @@ log="$(mktemp)"
 (set -e; small_environments) > "$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2> /dev/null || true; rm -f "$log"' EXIT
-environment .venv-test -e '.[cpu,seqio,report,test]'
+environment .venv-test -e '.[cpu,seqio,report,serve,test]'
 finished() {  # finished PID: waits for what runs beside, and shows what it said
   local status=0
   wait "$1" || status=$?

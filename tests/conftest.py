@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 # Rooms and files that are about what programs do, not how fast or by which instructions. What
 # reads HLO or holds kernels is compiled as users do, and so is the smoke group.
 QUICK = re.compile(
-  r"/tests/(commands/|fitting/|paper/|scripts/|checkpoints/|readme_test"
+  r"/tests/(commands/|fitting/|paper/|scripts/|serve/|checkpoints/|readme_test"
   r"|decode/(engines|layout|loop|program|resume|speculative|staged)_test"
   r"|exits/(confidence|rules)_test"
   r"|inference/(arguments|calibrating|drafts|platform|predictor|reference)_test"

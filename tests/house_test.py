@@ -59,21 +59,22 @@ BUDGETS = {
   "arguments.py": (173, 1),
   "calibrate": (6361, 26),
   "checkpoints": (1205, 5),
-  "commands": (2512, 12),
+  "commands": (2650, 13),
   "console.py": (271, 1),
   "data": (2109, 8),
-  "decode": (2592, 12),
+  "decode": (2606, 12),
   "exits": (1213, 8),
   "fitting": (2580, 8),
-  "inference": (2373, 10),
+  "inference": (2415, 10),
   "paper": (2573, 12),
+  "serve": (720, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3756, 17),
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_500, 137), "tests": (28_175, 168), "scripts": (4_502, 24)}
+WHOLE = {"calm": (32_414, 142), "tests": (28_697, 169), "scripts": (4_502, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ FRAMEWORKS = ("clu", "flax", "jax", "jaxlib", "optax", "orbax", "seqio", "t5x", 
 # The floors of the house, from the top: a folder imports itself and what lies below its floor.
 FLOORS = (
   {"commands"},
-  {"fitting", "paper", "t5x"},
+  {"fitting", "paper", "serve", "t5x"},
   {"inference", "training"},
   {"checkpoints", "decode"},
   {"t5"},
@@ -117,7 +117,7 @@ def test_the_first_pages_installations_are_enough():
   root = PACKAGE.parent
   project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
   base, extras = project["dependencies"], project["optional-dependencies"]
-  to_fit, to_decode = re.findall(
+  to_fit, to_serve, to_decode = re.findall(
     r"pip install '(\.\[[\w,]+\])'", (root / "README.md").read_text()
   )
   brought = lambda said: [*base, f"calm-t5x{said.removeprefix('.')}"]
@@ -127,6 +127,8 @@ def test_the_first_pages_installations_are_enough():
   bare = [*modules_of("calibrate"), *command("cli", "calibrate", "merge")]
   assert not missing_from(base, extras, bare)
   assert not missing_from(brought(to_decode), extras, decoding)
+  serving = [*modules_of("serve"), *command("serve"), "uvicorn"]
+  assert not missing_from(brought(to_serve), extras, serving)
   assert not missing_from(brought(to_fit), extras, fitting)
   # The check can fail.
   assert missing_from(base, extras, decoding)

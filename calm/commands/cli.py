@@ -1,4 +1,4 @@
-"""The `calm` command: train, generate, calibrate, infer, merge, demo, fit, report."""
+"""The `calm` command: train, generate, calibrate, infer, serve, merge, demo, fit, report."""
 
 import argparse
 import difflib
@@ -19,6 +19,7 @@ COMMANDS = {
   "generate": "decode prompts at every threshold of a grid",
   "calibrate": "choose the threshold, with a guarantee (no JAX)",
   "infer": "decode prompts under a calibrated threshold",
+  "serve": "answer over HTTP, with a page: OpenAI's and TGI's requests",
   "merge": "put the shards of `generate` or `infer` together",
   "report": "make the paper's tables and figures, on one page",
 }

@@ -77,6 +77,8 @@ _DECODING = (
 )
 _VISIBLE = 4  # of these, in `--help`
 _FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
+# Options of --online, and what holds without them.
+ONLINE = {"tolerance": 0.1, "error_rate": 0.05, "metric": "rouge_l", "online_share": 1.0}
 GIN = ("gin_file", "gin_bindings", "gin_search_paths")
 _PARSED = ("dtype", "engine", "exit_layers", "temperature")
 
@@ -124,12 +126,37 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
   add_shared(parser, "model")
   add_shared(parser, "prompts", required=required)
   add_shared(parser, "input_key", "limit")
-  for number, (name, metavar, text, fallback) in enumerate(_DECODING):
-    without = f"the model's own{f', or {fallback}' if fallback else ''}"
-    add(parser if number < _VISIBLE else more(parser), name, metavar, text, without=without)
+  add_decoding(parser)
   options = {"choices": _FORMATS, "without": "by the name, or the content"}
   add_shared(more(parser), "target_key")
   add(more(parser), "prompts_format", "NAME", ", ".join(_FORMATS), **options)
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+  """Declares how prompts are decoded."""
+  for number, (name, metavar, text, fallback) in enumerate(_DECODING):
+    without = f"the model's own{f', or {fallback}' if fallback else ''}"
+    add(parser if number < _VISIBLE else more(parser), name, metavar, text, without=without)
+
+
+def add_promise(parser: argparse.ArgumentParser) -> None:
+  """Declares under which promise prompts are served."""
+  given = more(parser)
+  own = "the model's own, if any"
+  add(parser, "calibration", "FILE", "file of `calm calibrate`", without=own)
+  add(parser, "threshold", "T", "a number in [0, 1], or 'never'; without a guarantee")
+  add(parser, "online", "FILE", "calibrate while serving; keeps its state in FILE")
+  for name, metavar, text in (
+    ("tolerance", "RATE", "mean loss that --online allows (delta)"),
+    ("error_rate", "RATE", "probability that its guarantee ever fails (epsilon)"),
+    ("metric", "NAME", METRICS),
+    ("online_share", "SHARE", "share of the prompts that --online checks at first"),
+  ):
+    add(given, name, metavar, text, without=ONLINE[name])
+  add(given, "expect_digest", "HEX", "refuse a calibration of another digest")
+  void = "decode although the calibration is for another procedure"
+  add(given, "void_guarantee", None, void)
+  add(given, "allow_platform", None, "serve a calibration of another platform, no guarantee")
 
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:

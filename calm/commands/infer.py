@@ -41,8 +41,6 @@ from calm.data import prompt_batches
 from calm.inference import exact_rule, outputs
 
 FORMAT = "calm infer 1"
-# Options of --online, and what holds without them.
-ONLINE = {"tolerance": 0.1, "error_rate": 0.05, "metric": "rouge_l", "online_share": 1.0}
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
 # Batches a chunk, at first and at most; and most seconds a chunk.
@@ -55,29 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("texts", nargs="*", metavar="TEXT", type=flags.filled, help=help)
   flags.add_model(parser, required=False)
   add, more = flags.add, flags.more(parser)
-  add(
-    parser, "calibration", "FILE", "file of `calm calibrate`", without="the model's own, if any"
-  )
-  add(parser, "threshold", "T", "a number in [0, 1], or 'never'; without a guarantee")
+  flags.add_promise(parser)
   add(parser, "exact", None, "the full model's own texts, drafted by first layers")
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
-  add(parser, "online", "FILE", "calibrate while serving; keeps its state in FILE")
-  for name, metavar, text in (
-    ("tolerance", "RATE", "mean loss that --online allows (delta)"),
-    ("error_rate", "RATE", "probability that its guarantee ever fails (epsilon)"),
-    ("metric", "NAME", flags.METRICS),
-    ("online_share", "SHARE", "share of the prompts that --online checks at first"),
-  ):
-    add(more, name, metavar, text, without=ONLINE[name])
   flags.add_shared(parser, "num_shards", "shard_id")
   add(
     more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"
   )
-  add(more, "expect_digest", "HEX", "refuse a calibration of another digest")
-  add(more, "void_guarantee", None, "decode although the calibration is for another procedure")
-  add(more, "allow_platform", None, "serve a calibration of another platform, no guarantee")
   flags.add_shared(more, *flags.GIN)
 
 
@@ -95,9 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
   if which := run_lib.shard(arguments):
     prompts = part = run_lib.ShardRun(prompts, which, arguments.output)
   print_text(console, f"{prompts.taken}.")
-  predictor = _load(arguments, threshold)
+  predictor = load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
-  online = _open_online(arguments, predictor)
+  online = open_online(arguments, predictor)
   if threshold is None:
     threshold = predictor.threshold if online is None else online.threshold
   if threshold is None:
@@ -121,15 +105,18 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _open_online(arguments: argparse.Namespace, predictor) -> Online | None:
+def open_online(arguments: argparse.Namespace, predictor) -> Online | None:
   """The state that --online names."""
-  given = {name: getattr(arguments, name) for name in ONLINE}
+  given = {name: getattr(arguments, name) for name in flags.ONLINE}
   if arguments.online is None:
     for name, value in given.items():
       if value is not None:
         raise ValueError(f"`--{name}` needs `--online`, the file of its state.")
     return None
-  options = {name: ONLINE[name] if given[name] is None else given[name] for name in ONLINE}
+  options = {
+    name: default if given[name] is None else given[name]
+    for name, default in flags.ONLINE.items()
+  }
   return predictor.online(arguments.online, share=options.pop("online_share"), **options)
 
 
@@ -168,11 +155,12 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
   return own
 
 
-def _load(arguments: argparse.Namespace, threshold: float | None):
+def load(arguments: argparse.Namespace, threshold: float | None):
+  """The model that the options name, under its calibration."""
   run_lib.use_compilation_cache()
   from calm import inference
 
-  load = run_lib.configured(arguments, inference.load)
+  opened = run_lib.configured(arguments, inference.load)
   options = flags.decode_options(arguments)
   calibration = arguments.calibration
   if (digest := arguments.expect_digest) is not None:
@@ -180,7 +168,7 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
   with run_lib.naming_flag("--model"), warnings.catch_warnings():
     if threshold == NEVER_EXIT:
       warnings.simplefilter("ignore", inference.UntrainedExits)
-    return load(
+    return opened(
       arguments.model,
       calibration=calibration,
       void_guarantee=arguments.void_guarantee,

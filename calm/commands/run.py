@@ -47,6 +47,7 @@ _EXTRAS = {
   "train": {"optax", "orbax", "tensorboard", "tensorstore"},
   "seqio": {"clu", "seqio", "tensorflow"},
   "report": {"matplotlib", "jinja2"},
+  "serve": {"prometheus_client", "starlette", "uvicorn"},
 }
 _GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')
 

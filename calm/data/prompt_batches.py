@@ -62,7 +62,7 @@ def tokenize(
   eos_id: int,
 ) -> list[list[int]]:
   """Token ids of each prompt, EOS last; prompts that are too long are cut, with a warning."""
-  found = [_beginning(vocabulary, prefix + text, max_input_length) for text in texts]
+  found = [beginning(vocabulary, prefix + text, max_input_length) for text in texts]
   tokens = [[*ids, eos_id] for ids, _ in found]
   part = any(part for _, part in found)
   too_long = sum(part or len(ids) >= max_input_length for ids, part in found)
@@ -76,7 +76,7 @@ def tokenize(
   ]
 
 
-def _beginning(
+def beginning(
   vocabulary: vocabulary_lib.Vocabulary, text: str, limit: int
 ) -> tuple[Sequence[int], bool]:
   """Token ids of a text, or of so much of it as has twice `limit`; and whether it was cut.

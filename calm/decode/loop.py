@@ -202,7 +202,7 @@ def resume(
 
 
 def go_on(
-  step: Step, state: DecodingState, cache: Any, *, step_limit: int, eos_id: int
+  step: Step, state: DecodingState, cache: Any, *, step_limit: int | jax.Array, eos_id: int
 ) -> DecodingState:
   """Decodes on where a lower limit stopped; `cache` is the state's, with more room."""
   advance = lambda state: _advance(step, state, state.active, eos_id)

@@ -154,14 +154,28 @@ class Program:
     return self._loop(self.bind(weights.decoder, encoded, threshold), active)
 
   @compiled.method()
+  def start(
+    self,
+    weights: ModelWeights,
+    encoded: caches.Encoded,
+    active: Bool[Array, " batch"],
+    threshold: Float[Array, "..."],
+  ) -> loop.DecodingState:
+    """What `go_on` decodes the first tokens from; not of `exits.Speculative`."""
+    bound = self.bind(weights.decoder, encoded, threshold)
+    return loop.nothing_yet(active, self.max_decode_length, bound.empty)
+
+  @compiled.method()
   def go_on(
     self,
     weights: ModelWeights,
     encoded: caches.Encoded,
     state: State,
     threshold: Float[Array, "..."],
+    limit: Int[Array, ""] | None = None,
   ) -> State:
-    """Decodes the rows that a shorter stage has not ended."""
+    """Decodes the rows that a shorter stage has not ended, or that `limit` positions ended:
+    it is traced, so that a text may come in parts of any length."""
     if isinstance(state, speculative.SpeculativeState):
       made = self.speculation(weights, encoded, threshold)
       room = speculative.cache_length(made.rule, self.length)
@@ -172,7 +186,7 @@ class Program:
       bound.take_step,
       state,
       bound.grow(state.cache),
-      step_limit=self.length,
+      step_limit=self.length if limit is None else limit,
       eos_id=self.eos_id,
     )
 

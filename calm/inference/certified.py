@@ -143,12 +143,12 @@ def serve_online(
     if online.should_check(name):
       drawn.setdefault(name, row)
   if drawn:
-    _observe(model, online, {name: texts[row] for name, row in drawn.items()})
+    observe(model, online, {name: texts[row] for name, row in drawn.items()})
   held = served != NEVER_EXIT and online.threshold <= served
   return dataclasses.replace(made, guarantee=online.guarantee if held else None)
 
 
-def _observe(model: "Predictor", online: Online, texts: Mapping[str, str]) -> None:
+def observe(model: "Predictor", online: Online, texts: Mapping[str, str]) -> None:
   """Decodes drawn prompts at full depth and at open thresholds, for their textual losses."""
   levels = max((online.wanted(name) for name in texts), key=len)
   prompts = tuple(Prompt(f"{row}", text) for row, text in enumerate(texts.values()))

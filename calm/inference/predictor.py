@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -505,6 +505,48 @@ class Predictor:
     generation = self._run(chosen, encoded, active, threshold, history.prior)
     history.last = generation, active
     return generation
+
+  def stream(
+    self,
+    encoded: caches.Encoded,
+    active: np.ndarray,
+    threshold: float,
+    rule: exits.Rule | None = None,
+    *,
+    steps: int,
+    limit: int | None = None,
+  ) -> Iterator[loop.Generation]:
+    """`decode` in parts: the generation after the first token and every `steps` more of them,
+    at last the whole, or its first `limit` positions. Passes over drafts come in one part, and
+    a limit of 0 compiles what any other needs.
+
+    On one device.
+    """
+    program = self.program(rule)
+    if program.rule.speculates:
+      yield self.decode(encoded, active, threshold, rule)
+      return
+    made = self.runs(rule)
+    stages = made.stages if isinstance(made, staged.StagedProgram) else (program,)
+    weights, level = dataclasses.replace(self.weights, encoder={}), np.float32(threshold)
+    precision = self.options.matmul_precision
+    with compiled.at_precision(precision):
+      state = stages[0].start(weights, encoded, active, level)
+    position, limit = 0, program.length if limit is None else min(limit, program.length)
+    for stage in stages:
+      if limit == 0:
+        with compiled.at_precision(precision):
+          state = stage.go_on(weights, encoded, state, level, np.int32(0))
+      while position < min(stage.length, limit):
+        signals.check()
+        end = min(position + (steps if position else min(steps, 1)), stage.length, limit)
+        with compiled.at_precision(precision):
+          state = stage.go_on(weights, encoded, state, level, np.int32(end))
+        position = end
+        going = np.asarray(state.active).any()
+        yield jax.tree.map(np.asarray, state.generation)
+        if not going:
+          return
 
   def expect_drafts(self) -> None:
     """The next batch makes drafts, whatever those before it were worth: to time them."""

@@ -24,6 +24,7 @@ WORK = {
   "infer": "calm.inference.predictor.Predictor.generate",
   "merge": "calm.calibrate.generations.shards.merge",
   "report": "calm.paper.experiments.run",
+  "serve": "calm.serve.Device",
 }
 # What makes an option be looked at, where others must be given with it.
 BESIDE = {
@@ -99,7 +100,7 @@ class Asker:
     decodes = [f"--model={self.model}", f"--prompts={self.prompts}"]
     rows = [f"--data={self.folder}" if "tasks" in option else f"--train={self.rows}"]
     serves = [f"--calibration={self.calibration}"] if option in SERVES[-1:] else []
-    if command == "infer" and option in ONLINE:
+    if command in ("infer", "serve") and option in ONLINE:
       serves = [f"--online={new}.state"]
     base = {
       "demo": [f"--model={self.model}"],
@@ -108,11 +109,13 @@ class Asker:
       "generate": decodes,
       "calibrate": [str(self.outputs), "--tolerance=0.2"],
       "infer": [*decodes, *(serves if option in (*SERVES, *ONLINE) else ["--threshold=never"])],
+      "serve": [f"--model={self.model}", "--port=0", *serves],
       "merge": [str(self.folder / "shards")],
       "report": [f"--model={self.model}", *([] if option == "--data" else rows)],
     }[command]
     output = "--output_dir" if command == "train" else "--output"
-    base = [*base, f"{output}={new}", *(BESIDE.get(option, []) if command != "fit" else [])]
+    base += [] if command == "serve" else [f"{output}={new}"]
+    base += BESIDE.get(option, []) if command != "fit" else []
     if not option.startswith("--"):  # what is asked about stands in its place
       base = [word for word in base if word.startswith("--")]
     return [command, *(word for word in base if not word.startswith(f"{option}="))]

@@ -23,6 +23,8 @@ from tests.commands import asked
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What `calm calibrate` works at; the others are in `asked.WORK`.
 WORK = asked.WORK | {"calibrate": "calm.calibrate.losses.compute"}
+# A server writes no output, and ends well by a signal: tests of `calm.serve`.
+WRITING = [name for name in cli.COMMANDS if name != "serve"]
 SIGNALS = signal.SIGTERM, signal.SIGINT
 # What each says is kept. Nothing was written yet where work has only begun.
 NOTHING = "files that were there are as they were, and the same command starts anew"
@@ -47,11 +49,11 @@ def asker(model, tmp_path, capsys, monkeypatch, cache_in_tmp):
 
 # The toy reads some of the packed prompts not to their ends.
 @pytest.mark.filterwarnings("ignore::calm.data.prompt_batches.CutPrompts")
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", WRITING)
 def test_a_signal_ends_every_command_with_one_line(command, asker, monkeypatch):
   """It comes where the work begins, and the first loop of the work ends by it."""
   work = pkgutil.resolve_name(WORK[command])
-  number = SIGNALS[list(cli.COMMANDS).index(command) % 2]
+  number = SIGNALS[WRITING.index(command) % 2]
 
   def signalled(*arguments, **options):
     # What a handler raises is lost in the callback of a weak reference.
@@ -150,7 +152,7 @@ def test_a_process_that_waits_for_prompts_ends_by_a_signal():
 
 # JAX says so where a compilation of half a second cannot be kept either, and goes on.
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache entry")
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", WRITING)
 def test_a_full_disk_ends_every_command_with_one_line(command, asker, tmp_path):
   words = asker.words(command, "--none")
   new = next(word.partition("=")[2] for word in words if word.startswith("--output"))

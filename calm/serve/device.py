@@ -1,0 +1,271 @@
+"""The thread that owns the device: a bounded queue of prompts, batches of compiled shapes."""
+
+import collections
+import dataclasses
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich import console as rich_console
+
+from calm import exits, inference
+from calm.calibrate import NEVER_EXIT, Online, thresholds
+from calm.calibrate.generations import order
+from calm.console import Progress, print_text
+from calm.data import prompt_batches
+from calm.decode import staged
+from calm.inference import certified, outputs
+from calm.inference import options as options_lib
+
+STEPS = 4  # tokens of a part of a streamed text, after its first token
+MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
+MOST_POINTS = 1000  # of the page's history
+FULL_DEPTH = "The full model is used; no guarantee is needed."
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What is known of a prompt's output; `error` is what went wrong."""
+
+  output: Any = None  # `outputs.Output` so far
+  text: str = ""  # what the client may have of it; it stays, whatever comes
+  reason: str | None = None  # why it ended: 'stop', 'length' or 'stop_sequence'
+  threshold: float = NEVER_EXIT
+  guarantee: str | None = None
+  seconds: float = 0.0  # since its batch began
+  error: str = ""
+
+  @property
+  def count(self) -> int:
+    """Tokens so far."""
+    return 0 if self.output is None else len(self.output.tokens)
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+  """One prompt; `tokens` have task prefix and EOS, `threshold` None is the served one."""
+
+  prompt: str
+  tokens: Sequence[int]
+  threshold: float | None
+  limit: int  # most tokens
+  stop: Sequence[str]  # texts that end the output, which is cut before them
+  stream: bool = False  # parts are wanted before the end
+  deliver: Callable[[Part], None] = lambda part: None  # called in the device's thread
+  gone: bool = False  # nobody waits any more
+
+  def visible(self, output: outputs.Output, text: str) -> tuple[str, str | None]:
+    """The text that the client may have after `text`, and why it ended, if it has."""
+    whole, count = output.text, len(output.tokens)
+    ends = count > 0 and output.tokens[-1] == output.eos_id
+    if places := [at for stop in self.stop if (at := whole.find(stop)) >= 0]:
+      return whole[: min(places)], "stop_sequence"
+    if ends or count >= self.limit:
+      return whole, "stop" if ends else "length"
+    whole = whole.rstrip("\ufffd ")  # a character may lack bytes, a space its word
+    begun = (stop[:n] for stop in self.stop for n in range(len(stop)))
+    held = max((len(start) for start in begun if whole.endswith(start)), default=0)
+    whole = whole[: len(whole) - held]
+    return whole if whole.startswith(text) else text, None
+
+
+class Device(threading.Thread):
+  """Decodes what is submitted.
+
+  Args:
+    threshold: what is served without `online`, a state that calibrates while it serves.
+    most_waiting: prompts that may wait.
+    console: where reports go.
+    ended: called where the thread ended by an error, `failed`.
+  """
+
+  def __init__(
+    self,
+    model: inference.Predictor,
+    threshold: float = NEVER_EXIT,
+    online: Online | None = None,
+    most_waiting: int = 64,
+    console: rich_console.Console | None = None,
+    ended: Callable[[], None] = lambda: None,
+  ):
+    super().__init__(name="device", daemon=True)
+    self.model, self.online, self.most_waiting = model, online, most_waiting
+    self._threshold, self._ended = threshold, ended
+    self._console = console or rich_console.Console(quiet=True)
+    self.say = functools.partial(print_text, self._console, soft_wrap=True)
+    self.ready, self.compiled = False, (0, 1)  # (programs that are compiled, of how many)
+    self.failed: BaseException | None = None
+    # (served prompts, threshold, layers a token) of the last batches.
+    self.history = collections.deque[tuple[int, float, float]](maxlen=MOST_POINTS)
+    self.waiting: list[Job] = []
+    self._unchecked = collections.deque[str](maxlen=MOST_UNCHECKED)
+    self._stopping, self._condition = False, threading.Condition()
+    # The batch's shape is part of the procedure there.
+    self._whole = options_lib.batch_size_affects_output(model.config, model.options)
+    self._size, most = model.options.batch_size, model.options.max_input_length
+    # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
+    self._alone = 1 if len(staged.lengths(model.options.max_decode_length)) == 1 else 0
+    self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
+
+  # ---- For other threads
+
+  @property
+  def threshold(self) -> float:
+    """What prompts without a threshold of their own are decoded with."""
+    return self._threshold if self.online is None else self.online.threshold
+
+  def guarantee(self, threshold: float) -> str | None:
+    """What holds of texts at a threshold; None: nothing."""
+    made = self.model.calibration
+    if threshold == NEVER_EXIT:
+      return FULL_DEPTH
+    if self.online is not None:
+      return self.online.guarantee if self.online.threshold == threshold else None
+    void = made is None or threshold != made.threshold or self.model.platform_mismatch
+    return None if void else made.guarantee
+
+  def submit(self, jobs: Sequence[Job]) -> None:
+    """Queues prompts; `queue.Full` where there is no room for all of them."""
+    with self._condition:
+      self.waiting = [job for job in self.waiting if not job.gone]
+      if self._stopping or len(self.waiting) + len(jobs) > self.most_waiting:
+        raise queue.Full
+      self.waiting += jobs
+      self._condition.notify()
+
+  def stop(self) -> None:
+    """Ends the thread when the queue is empty, or between two programs that are compiled."""
+    with self._condition:
+      self._stopping = True
+      self._condition.notify()
+    self.join()
+
+  # ---- The thread
+
+  def run(self) -> None:
+    try:
+      self._compile()
+      while self.ready and (batch := self._next()) is not None:
+        if batch:
+          self._serve(batch)
+        else:
+          self._check(self._unchecked.popleft())
+    except BaseException as error:
+      self.failed, self.ready = error, False
+      self._ended()
+
+  def _compile(self) -> None:
+    """Runs every program once, on prompts without text."""
+    model, full, start = self.model, self.model.reference, time.monotonic()
+    sizes = {self._size} if self._whole else sorted({1, self._size})
+    shapes = [(size, length) for length in self._lengths for size in sizes]
+    with Progress(self._console) as progress:
+      for number, shape in enumerate(shapes):
+        batch = self._batch([], *shape)
+        for made, level in ((full, NEVER_EXIT), (model, 1.0)):
+          if self._stopping:
+            return
+          encoded, (rule, alone) = made.encode(batch), self._rules(level)
+          for each in {rule, alone} if len(batch.tokens) == self._alone else ():
+            made.decode(encoded, batch.active, level, each)
+          list(made.stream(encoded, batch.active, level, rule, steps=1, limit=0))
+        if self.online is not None and len(batch.tokens) == 1:
+          model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
+        self.compiled = number + 1, len(shapes)
+        progress.count("shapes of batches")(*self.compiled)
+    self.ready, level = True, thresholds.format_threshold(self.threshold)
+    self.say(f"Ready: programs took {time.monotonic() - start:.1f} s; threshold {level}.")
+    self.say(self.guarantee(self.threshold) or "No guarantee: nothing was calibrated.")
+
+  def _next(self) -> list[Job] | None:
+    """The next batch; [] where there is time for a check, None at the end."""
+    with self._condition:
+      self._condition.wait_for(lambda: self.waiting or self._unchecked or self._stopping)
+      self.waiting = [job for job in self.waiting if not job.gone]
+      if not self.waiting:
+        return [] if self._unchecked and not self._stopping else None
+      threshold, longest = self.waiting[0].threshold, self._length(self.waiting[0])
+      near = lambda job: not self._whole and self._length(job) <= 2 * longest
+      fits = lambda job: self._length(job) == longest or near(job)
+      batch = [job for job in self.waiting if job.threshold == threshold and fits(job)]
+      batch = batch[: self._size]
+      self.waiting = [job for job in self.waiting if job not in batch]
+      return batch
+
+  def _length(self, job: Job) -> int:
+    return next(length for length in self._lengths if length >= len(job.tokens))
+
+  def _batch(self, jobs: Sequence[Job], size: int, length: int) -> prompt_batches.PromptBatch:
+    tokens = np.zeros((size, length), np.int32)
+    for row, job in enumerate(jobs):
+      tokens[row, : len(job.tokens)] = job.tokens
+    tokens[len(jobs) :, 0] = self.model.eos_id
+    active = np.arange(size) < (len(jobs) or size)
+    return prompt_batches.PromptBatch(np.arange(len(jobs)), tokens, active)
+
+  def _rules(self, level: float) -> tuple[exits.Rule | None, exits.Rule | None]:
+    """Of a batch, and of a prompt alone: drafts, where they were measured to be faster."""
+    full = exits.StaticExit()
+    return (full, self.model.exact or full) if level == NEVER_EXIT else (None, None)
+
+  def _serve(self, batch: Sequence[Job]) -> None:
+    start, level = time.perf_counter(), batch[0].threshold
+    level = self.threshold if level is None else level
+    guarantee, layers = self.guarantee(level), []
+    try:
+      for job, output, text, reason in self._decode(batch, level):
+        spent = time.perf_counter() - start
+        job.deliver(Part(output, text, reason, level, guarantee, spent))
+        layers += output.exit_layers if reason else ()
+    except Exception as error:
+      self.say(f"A batch failed: {type(error).__name__}: {error}")
+      for job in batch:
+        job.deliver(Part(error="The server failed to decode this prompt."))
+      return
+    if self.online is not None and batch[0].threshold is None:
+      served = len(batch) + (self.history[-1][0] if self.history else 0)
+      self.history.append((served, level, sum(layers) / max(1, len(layers))))
+      self._unchecked += [job.prompt for job in batch]
+
+  def _decode(
+    self, jobs: Sequence[Job], level: float
+  ) -> Iterator[tuple[Job, outputs.Output, str, str | None]]:
+    """(job, output, text, reason) of rows that end, and of parts of those that are streamed."""
+    model = self.model.reference if level == NEVER_EXIT else self.model
+    size = 1 if len(jobs) == 1 and not self._whole else self._size
+    batch = self._batch(jobs, size, max(map(self._length, jobs)))
+    encoded, (rule, alone) = model.encode(batch), self._rules(level)
+    most, limits = model.options.max_decode_length, np.zeros(size, int)
+    limits[: len(jobs)] = [job.limit for job in jobs]
+    limit, streams = int(limits.max()), any(job.stream for job in jobs)
+    if size == self._alone and not streams and limit == most:
+      parts = iter([model.decode(encoded, batch.active, level, alone)])
+    else:
+      steps = STEPS if streams else limit
+      parts = model.stream(encoded, batch.active, level, rule, steps=steps, limit=limit)
+    left = dict.fromkeys(range(len(jobs)), "")
+    for made in parts:
+      within = made.exit_layers * (np.arange(most) < limits[:, None])
+      made = dataclasses.replace(made, exit_layers=within)
+      for row, before in list(left.items()):
+        job, output = jobs[row], model.output(made, row)
+        left[row], reason = job.visible(output, before)
+        if reason or job.stream:
+          yield job, output, left[row], reason
+        if reason or job.gone:
+          del left[row]
+      if not left:
+        return
+
+  def _check(self, prompt: str) -> None:
+    """Decodes a prompt, if it is drawn, at full depth and at every open threshold."""
+    assert self.online is not None
+    try:
+      if self.online.should_check(name := order.fold_text(prompt)):
+        certified.observe(self.model, self.online, {name: prompt})
+    except Exception as error:  # no reason to stop serving
+      self.say(f"A check failed: {type(error).__name__}: {error}")

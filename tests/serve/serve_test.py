@@ -1,0 +1,508 @@
+"""A real server over a toy model: texts of `Predictor.generate`, whatever arrives beside."""
+
+import asyncio
+import json
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn (the `serve` extra) is not installed")
+httpx = pytest.importorskip("httpx", reason="httpx (the `test` extra) is not installed")
+
+from rich import console as rich_console
+from starlette.testclient import TestClient
+
+from calm import inference, serve
+from calm.calibrate import NEVER_EXIT
+from calm.commands import cli
+from calm.decode import compiled
+from calm.exits import StaticExit
+from calm.inference import outputs
+from calm.serve import app, device
+from tests.commands import toy
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZES = {"max_input_length": 32, "max_decode_length": 12, "batch_size": 4}
+TEXTS = [*toy.TEXTS, *(f"prompt number {i} of some" for i in range(7)), "é€", ""]
+WAIT = 120.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return toy.save_model(tmp_path_factory.mktemp("serve") / "toy")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return inference.load(folder, **SIZES)
+
+
+class Running:
+  """A server in a thread of this process."""
+
+  def __init__(self, model, *given, **options):
+    console = rich_console.Console(stderr=True)
+    self.device = serve.Device(model, *given, console=console, **options)
+    self.api = serve.Api(self.device, "toy")
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(self.api.app, log_level="warning")
+    self.server = uvicorn.Server(config)
+    self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    sockets = {"sockets": [listener]}
+    self.thread = threading.Thread(target=self.server.run, kwargs=sockets, daemon=True)
+
+  def __enter__(self):
+    self.thread.start()
+    wait_until(lambda: self.device.ready or self.device.failed)
+    assert self.device.ready, self.device.failed
+    self.client = httpx.Client(base_url=self.url, timeout=WAIT)
+    return self
+
+  def __exit__(self, *_):
+    self.client.close()
+    self.server.should_exit = True
+    self.thread.join(WAIT)
+    assert not self.device.is_alive() and not self.thread.is_alive()
+
+  def post(self, path="/v1/completions", status=200, **body):
+    answer = self.client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+  def events(self, path="/v1/completions", **body):
+    with self.client.stream("POST", path, json=body) as answer:
+      assert answer.headers["content-type"].startswith("text/event-stream")
+      lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def wait_until(holds, seconds=WAIT):
+  end = time.monotonic() + seconds
+  while not holds():
+    assert time.monotonic() < end, "it did not come about in time"
+    time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def served(model):
+  with Running(model, 0.5, most_waiting=16) as running:
+    yield running
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+  """{threshold: outputs of TEXTS}"""
+  return {t: model.generate(TEXTS, threshold=t) for t in (0.3, 0.5, NEVER_EXIT)}
+
+
+def first_tokens(model, output, count):
+  """The text of the first tokens of an output."""
+  return model.vocabulary.decode(list(output.tokens[:count]))
+
+
+def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(served, model, expected):
+  ways = [({}, 0.5), ({"threshold": 0.3}, 0.3), ({"exact": True}, NEVER_EXIT)]
+  ways += [({"threshold": "never"}, NEVER_EXIT)]
+  programs = compiled.num_made()
+  draw = np.random.default_rng(0)
+  asked = [
+    (int(row), ways[draw.integers(4)], bool(draw.integers(2)), int(draw.integers(1, 13)))
+    for row in draw.integers(len(TEXTS), size=60)
+  ]
+
+  async def ask(client, row, way, stream, limit):
+    body = {"prompt": TEXTS[row], "stream": stream, "max_tokens": limit, **way[0]}
+    while True:
+      answer = await client.post("/v1/completions", json=body)
+      if answer.status_code != 429:
+        break
+      assert answer.headers["Retry-After"] == "1"
+      await asyncio.sleep(0.05)
+    assert answer.status_code == 200, answer.text
+    if not stream:
+      made = answer.json()
+      (choice,) = made["choices"]
+      return choice["text"], choice["exit_layers"], made["calm"]["threshold"]
+    events = [json.loads(line[6:]) for line in answer.text.split("\n\n") if "{" in line]
+    layers = [layer for event in events for layer in event["choices"][0]["exit_layers"]]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    return text, layers, events[-1]["calm"]["threshold"]
+
+  async def ask_all():
+    async with httpx.AsyncClient(base_url=served.url, timeout=WAIT) as client:
+      return await asyncio.gather(*(ask(client, *one) for one in asked))
+
+  for (row, (_, level), _, limit), (text, layers, told) in zip(
+    asked, asyncio.run(ask_all()), strict=True
+  ):
+    output = expected[level][row]
+    assert text == first_tokens(model, output, limit)
+    assert layers == list(output.exit_layers[:limit])
+    assert told == ("never" if level == NEVER_EXIT else level)
+  assert compiled.num_made() == programs  # all of them were there before the first request
+
+
+def test_a_list_of_prompts_usage_and_what_is_promised(served, expected):
+  made = served.post(prompt=TEXTS[:3], model="toy", temperature=0, user="x", stop=None)
+  outputs_ = expected[0.5][:3]
+  assert [choice["text"] for choice in made["choices"]] == [o.text for o in outputs_]
+  assert [choice["index"] for choice in made["choices"]] == [0, 1, 2]
+  tokens = sum(len(o.tokens) for o in outputs_)
+  read = sum(len(text) + 1 for text in TEXTS[:3])
+  assert made["usage"] == {
+    **{"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
+  }
+  layers = sum(sum(o.exit_layers) for o in outputs_) / tokens
+  assert made["calm"]["layers"] == pytest.approx(layers, abs=1e-4)
+  assert made["calm"]["guarantee"] is None  # nothing was calibrated
+  assert served.post(prompt="a", threshold="never")["calm"]["guarantee"] == device.FULL_DEPTH
+
+
+def test_streams_end_as_openai_and_tgi_end_them(served, model, expected):
+  *_, usage, done = served.events(
+    prompt=TEXTS[:2], stream=True, stream_options={"include_usage": True}
+  )
+  assert done == "[DONE]" and usage["choices"] == []
+  tokens = sum(len(o.tokens) for o in expected[0.5][:2])
+  assert usage["usage"]["completion_tokens"] == tokens
+
+  row = max(range(len(TEXTS)), key=lambda row: len(expected[0.5][row].tokens))
+  output = expected[0.5][row]
+  events = served.events("/generate_stream", inputs=TEXTS[row])
+  assert [event["index"] for event in events] == list(range(1, len(output.tokens) + 1))
+  assert tuple(event["token"]["id"] for event in events) == output.tokens
+  assert tuple(event["token"]["exit_layer"] for event in events) == output.exit_layers
+  assert [e["generated_text"] for e in events] == [None] * (len(events) - 1) + [output.text]
+  made = served.post("/generate", inputs=TEXTS[row], parameters={"max_new_tokens": 3})
+  (choice,) = served.post(prompt=TEXTS[row], max_tokens=3)["choices"]
+  assert made["generated_text"] == choice["text"] == first_tokens(model, output, 3)
+  assert made["details"]["finish_reason"] == choice["finish_reason"] == "length"
+  assert len(made["details"]["tokens"]) == 3
+
+
+def output_of(text):
+  """An output of one token a character, '|' being the end of the text."""
+  tokens, ones = tuple(1 if c == "|" else ord(c) for c in text), (1.0,) * len(text)
+  layers, pieces = (1,) * len(text), tuple(text)
+  return outputs.Output(text.removesuffix("|"), tokens, pieces, layers, ones, ones, 0.0, 3)
+
+
+@pytest.mark.parametrize(
+  ("parts", "stop", "said"),
+  [
+    (["ab", "abc", "abcd|"], (), ["ab", "abc", "abcd|stop"]),
+    (["ab", "ab ", "ab \ufffd", "ab é|"], (), ["ab", "ab", "ab", "ab é|stop"]),
+    (["ab", "abx", "abxy", "abxyz"], ("xyz",), ["ab", "ab", "ab", "ab|stop_sequence"]),
+    (["abx", "abxa", "abxab|"], ("xyz",), ["ab", "abxa", "abxab|stop"]),
+    (["aXbY"], ("Y", "X"), ["a|stop_sequence"]),
+    (["abcdefgh"], (), ["abcdefgh|length"]),
+  ],
+)
+def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(parts, stop, said):
+  job, seen, found = device.Job("", [], None, 8, stop), "", []
+  for part in parts:
+    before = seen
+    seen, reason = job.visible(output_of(part), before)
+    assert seen.startswith(before)
+    found.append(f"{seen}|{reason}" if reason else seen)
+  assert found == said
+
+
+def test_a_stop_ends_a_stream_and_an_answer(served, expected):
+  row = next(i for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
+  text = expected[0.5][row].text
+  stop = text[2:4]
+  cut = text[: text.index(stop)]
+  for stream in (False, True):
+    body = {"prompt": TEXTS[row], "stop": [stop, "never there"], "stream": stream}
+    made = served.events(**body)[:-1] if stream else [served.post(**body)]
+    assert "".join(event["choices"][0]["text"] for event in made) == cut
+    assert made[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+JSON = {"content-type": "application/json"}
+DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@pytest.mark.parametrize(
+  ("body", "status", "param", "words"),
+  [
+    (b"", 400, None, "JSON"),
+    (b'{"prompt": NaN}', 400, None, "NaN"),
+    (b'{"prompt": "\xff"}', 400, None, "JSON"),
+    (DEEP, 400, None, "too deep"),
+    (b"[]", 400, None, "JSON object"),
+    ({}, 400, "prompt", "got none"),
+    ({"prompt": ["a", 1]}, 400, "prompt", "list of texts"),
+    ({"prompt": []}, 400, "prompt", "1 to 16 prompts"),
+    ({"prompt": ["a"] * 17}, 400, "prompt", "got 17"),
+    ({"prompt": "a" * 32}, 400, "prompt", "at most 32 tokens"),
+    (b'{"prompt": "\\ud800"}', 400, "prompt", "surrogate"),
+    ({"prompt": "a", "max_tokens": 13}, 400, "max_tokens", "at most 12"),
+    ({"prompt": "a", "max_tokens": True}, 400, "max_tokens", "whole number"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "whole number"),
+    ({"prompt": "a", "temperature": 0.7}, 400, "temperature", "greedy"),
+    ({"prompt": "a", "top_p": 0.9}, 400, "top_p", "not supported"),
+    ({"prompt": "a", "n": 2}, 400, "n", "not supported"),
+    ({"prompt": "a", "logprobs": 1}, 400, "logprobs", "not supported"),
+    ({"prompt": "a", "messages": []}, 400, "messages", "not supported"),
+    ({"prompt": "a", "threshold": 1.5}, 400, "threshold", "'never'"),
+    ({"prompt": "a", "threshold": True}, 400, "threshold", "'never'"),
+    ({"prompt": "a", "threshold": 0.5, "exact": True}, 400, "exact", "full depth"),
+    ({"prompt": "a", "stop": ["a", ""]}, 400, "stop", "none empty"),
+    ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop", "at most 4"),
+    ({"prompt": "a", "stream": 1}, 400, "stream", "true or false"),
+    ({"prompt": "a", "stream_options": {"x": 1}}, 400, "x", "not supported"),
+    ({"prompt": "a", "model": "other"}, 404, "model", "'toy'"),
+    (b" " * (app.MOST_BODY + 1), 413, None, "at most"),
+    (iter([b"{}"]), 413, None, "got none"),  # in chunks
+  ],
+)
+def test_a_request_that_cannot_be_answered_is_refused_by_name(
+  served, body, status, param, words
+):
+  content = json.dumps(body).encode() if isinstance(body, dict) else body
+  answer = served.client.post("/v1/completions", content=content, headers=JSON)
+  error = answer.json()["error"]
+  assert (answer.status_code, error["param"]) == (status, param) and words in error["message"]
+  assert error["type"] == "invalid_request_error" and "Traceback" not in answer.text
+
+
+def test_other_refusals(served):
+  assert served.post("/", inputs="a")["generated_text"]  # as TGI has it
+  assert served.post("/nowhere", 404)["error"]["message"] == "Not Found."
+  assert served.client.get("/generate").status_code == 405
+  plain = served.client.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
+  assert plain.status_code == 415
+  assert served.client.get("/health", headers={"host": "evil.example"}).status_code == 400
+  assert served.post("/generate", 400, inputs="a", parameters={"top_k": 3})["error"]["param"]
+
+
+def test_what_the_server_says_of_itself(served):
+  (known,) = served.client.get("/v1/models").json()["data"]
+  assert known["id"] == "toy" and known["calm"]["num_layers"] == 3
+  assert known["calm"]["threshold"] == 0.5 and known["calm"]["online"] is None
+  before = served.client.get("/metrics").text
+  served.post(prompt="a")
+  after = served.client.get("/metrics").text
+  name = re.compile(r'^calm_requests_count{route="/v1/completions",status="200"} (\S+)$', re.M)
+  counts = [
+    float(name.search(text)[1]) if name.search(text) else 0.0 for text in (before, after)
+  ]
+  assert counts[1] == counts[0] + 1
+  assert "calm_ready 1.0" in after and "calm_threshold 0.5" in after
+  page = served.client.get("/")
+  assert "default-src 'none'" in page.headers["content-security-policy"]
+  assert not re.search(r"(src|href)=", page.text)
+
+
+def test_the_page_runs_in_a_browser(served):
+  chromium = shutil.which("chromium") or pytest.skip("needs Chromium: apt-get install chromium")
+  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"]
+  done = subprocess.run(
+    [chromium, *flags, "--dump-dom", served.url + "/"],
+    capture_output=True,
+    text=True,
+    timeout=90,
+  )
+  assert '<span id="name">toy</span>' in done.stdout
+  assert "Nothing is promised: this threshold was not calibrated." in done.stdout
+
+
+@pytest.fixture
+def held(served, monkeypatch):
+  """The device waits before each batch until it is let go; prompts that it decoded."""
+  go, decoded, decode = threading.Event(), [], served.device._decode
+
+  def wait(batch, level):
+    assert go.wait(WAIT)
+    decoded.extend(job.prompt for job in batch)
+    return decode(batch, level)
+
+  monkeypatch.setattr(served.device, "_decode", wait)
+  yield go, decoded
+  go.set()
+  assert served.post(prompt="at last")
+
+
+def test_a_full_queue_a_client_that_left_and_an_answer_too_late(served, held, monkeypatch):
+  go, decoded = held
+
+  async def ask():
+    async with httpx.AsyncClient(base_url=served.url, timeout=WAIT) as client:
+      post = lambda text: client.post("/v1/completions", json={"prompt": text})
+      first = asyncio.create_task(post("first"))
+      while served.device.waiting or not served.device.is_alive() or first.done():
+        await asyncio.sleep(0.01)
+      await asyncio.sleep(0.2)  # it is taken
+      some = [asyncio.create_task(post(f"b{i}")) for i in range(16)]
+      while len(served.device.waiting) < 16:
+        await asyncio.sleep(0.01)
+      full = await post("one too many")
+      assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
+      assert full.json()["error"]["code"] == "queue_full"
+      some[3].cancel()
+      while sum(job.gone for job in served.device.waiting) < 1:
+        await asyncio.sleep(0.01)
+      monkeypatch.setattr(served.api, "_timeout", 0.3)
+      late = await post("in the place of b3")
+      assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+      monkeypatch.undo()
+      go.set()
+      answers = await asyncio.gather(first, *some[:3], *some[4:])
+      assert {answer.status_code for answer in answers} == {200}
+
+  asyncio.run(ask())
+  assert decoded[:1] == ["first"] and "b3" not in decoded
+
+
+def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
+  monkeypatch.setattr(served.device, "_decode", lambda *_: iter([None, 1 / 0]))
+  assert served.post(prompt="a", status=500)["error"]["type"] == "server_error"
+  (event,) = served.events(prompt="a", stream=True)
+  assert event["error"]["type"] == "server_error"
+  monkeypatch.undo()
+  assert served.post(prompt="a")
+
+
+def test_a_key_is_asked_for(model):
+  client = TestClient(
+    serve.Api(serve.Device(model), "toy", key="secret key").app, "http://127.0.0.1"
+  )
+  assert client.get("/v1/models").status_code == 401
+  assert client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
+  right = {"authorization": "Bearer secret key"}
+  assert client.get("/v1/models", headers=right).status_code == 200
+  # Programs are not compiled: no lifespan has begun.
+  assert client.get("/health").status_code == 503
+  assert client.post("/generate", json={"inputs": "a"}, headers=right).status_code == 503
+
+
+def test_a_text_in_parts_is_the_text(model):
+  long = model.with_options(max_decode_length=128, batch_size=2)  # two stages
+  (batch,) = long.plan(TEXTS[:2])
+  encoded = long.encode(batch)
+  for threshold, rule in ((0.5, None), (NEVER_EXIT, StaticExit())):
+    whole = long.decode(encoded, batch.active, threshold, rule)
+    *_, last = long.stream(encoded, batch.active, threshold, rule, steps=50)
+    np.testing.assert_array_equal(last.tokens, whole.tokens)
+    np.testing.assert_array_equal(last.exit_layers, whole.exit_layers)
+
+
+def test_a_threshold_is_calibrated_while_it_is_served(model, tmp_path):
+  options = {"tolerance": 0.5, "error_rate": 0.2, "thresholds": [0.99, 0.3]}
+  with Running(model, online=model.online(tmp_path / "state", **options)) as running:
+    first = running.post(prompt="a")["calm"]
+    assert first["threshold"] == "never" and first["guarantee"] == device.FULL_DEPTH
+    for i in range(60):
+      served = running.post(prompt=f"prompt {i}")
+    wait_until(lambda: running.device.online.checked == 61)
+    assert served["calm"]["threshold"] <= 0.99
+    assert "whole life of this state" in served["calm"]["guarantee"]
+    expected = model.generate(["prompt 59"], threshold=served["calm"]["threshold"])
+    assert served["choices"][0]["text"] == expected.texts[0]
+    # Thresholds of a client's own are not checked.
+    running.post(prompt="another", threshold=0.9)
+    known = running.client.get("/v1/models").json()["data"][0]["calm"]["online"]
+    assert known["served"] == known["checked"] == len(known["history"]) == 61
+    level = running.device.online.threshold
+  again = model.online(tmp_path / "state", **options)
+  assert again.threshold == level and again.checked == 61
+  again._lock.release()
+
+
+# ---- The command
+
+
+class Command:
+  """`calm serve` in a process of its own."""
+
+  def __init__(self, *words):
+    command = [sys.executable, "-m", "calm", "serve", "--port=0", *map(str, words)]
+    self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    self.lines = []
+    while not self.lines or "Ready" not in self.lines[-1]:
+      line = self.process.stderr.readline()
+      assert line, self.lines
+      self.lines.append(line)
+    found = next(
+      match for line in self.lines if (match := re.search(r"http://\S+:(\d+)", line))
+    )
+    self.port = int(found[1])
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.process.kill()
+    self.process.communicate()
+
+  def half_a_request(self):
+    """A connection on which the end of a request is missing, and that end."""
+    body = json.dumps({"prompt": "a"}).encode()
+    connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[:5])
+    time.sleep(0.5)  # it is taken
+    return connection, body[5:]
+
+  def signal(self, number):
+    self.process.send_signal(number)
+    time.sleep(0.5)
+
+
+def test_signals_and_a_state_that_outlives_them(folder, tmp_path):
+  words = [f"--model={folder}", "--max_input_length=32", "--max_decode_length=4"]
+  words += ["--batch_size=1", f"--online={tmp_path / 'state'}"]
+  with Command(*words) as first:
+    url = f"http://127.0.0.1:{first.port}/v1/completions"
+    assert httpx.post(url, json={"prompt": "b"}, timeout=WAIT).status_code == 200
+    connection, _ = first.half_a_request()
+    first.signal(signal.SIGTERM)
+    assert first.process.poll() is None  # it waits for the rest
+    first.signal(signal.SIGTERM)
+    assert first.process.wait(WAIT) == 143
+    connection.close()
+
+  with Command(*words) as second:
+    if curl := shutil.which("curl"):
+      body = '{"prompt": "c", "stream": true}'
+      url = f"http://127.0.0.1:{second.port}/v1/completions"
+      sent = [curl, "-sN", url, "-H", "Content-Type: application/json", "-d", body]
+      assert subprocess.check_output(sent, text=True).endswith("data: [DONE]\n\n")
+    connection, rest = second.half_a_request()
+    second.signal(signal.SIGTERM)
+    connection.sendall(rest)
+    assert connection.recv(2**16).startswith(b"HTTP/1.1 200 OK")
+    assert second.process.wait(WAIT) == 0
+    assert "Traceback" not in second.process.stderr.read()
+    connection.close()
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--host=0.0.0.0"], "`--host=0.0.0.0` lets other machines ask; give `--api_key_file`"),
+    (["--api_key_file={tmp}/short"], "to hold 8 ASCII characters or more"),
+    (["--api_key_file={tmp}/none"], "No such file"),
+    (["--online={tmp}/state", "--threshold=0.5"], "`--online` finds the threshold"),
+    (["--threshold=2"], "Expected `threshold` to be a number in [0, 1]"),
+    (["--port=99999"], "Expected `--port` of at most 65535"),
+    (["--host=no.such.host.invalid", "--open"], "Expected `--host` and `--port` that are free"),
+    (["--tolerance=0.1", "--port=0"], "`--tolerance` needs `--online`"),
+  ],
+)
+def test_the_command_refuses(words, said, folder, tmp_path, capsys):
+  (tmp_path / "short").write_text("short\n")
+  given = [word.format(tmp=tmp_path) for word in words]
+  assert cli.main(["serve", f"--model={folder}", *given]) == 2
+  assert said in capsys.readouterr().err
