@@ -172,8 +172,7 @@ def certify(promise: Any = None, **options) -> calibrate.Calibration:
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: certify("median"), "`promise` to be one of"),
-    (lambda: certify("every_group"), "`labels`"),
+    (lambda: certify("quantile"), "`promise` to be a `Promise` or None, got 'quantile'"),
     (lambda: certify(risks.Mean), "`promise` to be a `Promise` or None, got the class Mean"),
     (lambda: certify(support=0), "`support`"),
     (lambda: certify(groups={"a": 1}), "`groups`"),

@@ -1,13 +1,12 @@
 """Wealth of a gambler who bets against E[loss] > tolerance, prompt by prompt.
 
 Under that hypothesis each factor 1 + bet_i (tolerance - loss_i) has expectation at most 1 given
-the past, if bet_i >= 0 was chosen before loss_i was seen. Wealth is then a nonnegative
-supermartingale, and it ever reaches 1 / error_rate with probability at most error_rate,
-whenever one stops (Ville 1939). At the last prompt it may also end at uniform / error_rate, for
-a uniform that was drawn beside the losses: both together have probability error_rate at most
-(Ramdas and Manole 2023). Bets are cut so that wealth stays positive. Losses and bets are
-[num_examples, num_thresholds], rows in exchangeable order: `calibrate` permutes them. Bet i
-depends on losses before i of its column and on the design alone.
+the past, if bet_i >= 0 was chosen before loss_i was seen, so wealth ever reaches 1 / error_rate
+with probability at most error_rate (Ville 1939). At the last prompt it may also end at
+uniform / error_rate, for a uniform that was drawn beside the losses: both together have
+probability error_rate at most (Ramdas and Manole 2023). Losses and bets are
+[num_examples, num_thresholds], rows in exchangeable order; bet i depends on earlier losses of
+its column and on the design alone.
 """
 
 import dataclasses
@@ -17,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-# Plug-in bets stop this far short of the largest that keeps wealth nonnegative: one loss of 1
-# must not ruin. Bets that are made for one level and die with it go closer.
+# Shares of the largest bet that keeps wealth nonnegative. One loss of 1 must not ruin plug-in
+# bets; those that are made for one level and die with it go closer.
 CAP_SHARE, HEDGE_CAP_SHARE = 0.9, 0.99
 # What the running variance holds before the first prompt: the largest of losses in [0, 1].
 PRIOR_VARIANCE = 0.25
@@ -156,10 +155,7 @@ def _follow(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_wealth(losses: np.ndarray, design: Design, bets: np.ndarray | None = None):
-  """log wealth after each prompt, in nats; wealth starts at 1 before the first row.
-
-  `bets` are `design.bets(losses)`, where they are known.
-  """
+  """log wealth after each prompt, in nats; `bets` are `design.bets(losses)` where known."""
   bets = design.bets(losses) if bets is None else bets
   gains = design.tolerance - losses
   gains *= np.minimum(bets, design.cap)
@@ -173,17 +169,8 @@ def log_p_value(losses: np.ndarray, design: Design, bets: np.ndarray | None = No
       wealth_t = product over i <= t of (1 + bet_i (tolerance - loss_i))
       p = 1 / max(1, max over t of wealth_t, wealth_n / uniform)
 
-  Only the upper bound of losses is used: signed differences in [-1, 1] go in as they are. The
-  p-value is valid for every level; `design.error_rate` only tunes the bets.
-
-  Args:
-    losses: [num_examples, num_thresholds], at most `design.upper`, rows in the order fixed
-      beforehand.
-    design: of the bets; its tolerance is below `upper`.
-    bets: as for `log_wealth`.
-
-  Returns:
-    [num_thresholds] log p, at most 0.
+  Losses are at most `design.upper`, the tolerance is below: signed differences in [-1, 1] go in
+  as they are. It is valid for every level; `design.error_rate` only tunes the bets.
 
   >>> float(np.exp(log_p_value(np.zeros((100, 1)), Design(0.1, 0.05, 100)))[0].round(6))
   8e-05
@@ -196,7 +183,7 @@ def log_p_value(losses: np.ndarray, design: Design, bets: np.ndarray | None = No
 def upper_bound(
   losses: np.ndarray, design: Design, lower: float = 0.0, bets: np.ndarray | None = None
 ) -> np.ndarray:
-  """Upper bound of E[loss] from the betting p-value; it holds whenever one stops.
+  """[num_thresholds] upper bounds of E[loss] from the betting p-value.
 
   Bets b before the cut do not depend on the tolerance m for which wealth is followed, only on
   the one that was tested. Cut at c / (upper - m), every factor grows with m:
@@ -205,17 +192,8 @@ def upper_bound(
 
   because (m - loss) / (upper - m) and m - loss do, and because the minimum is a maximum where
   m < loss. So wealth grows with m, what is rejected is an interval up to `upper`, and its lower
-  end is found by halving, from the tested tolerance on. The bound is at most the tolerance
-  exactly where the test rejects.
-
-  Args:
-    losses: as for `log_p_value`.
-    design: of the test; its tolerance is a number.
-    lower: declared lower bound of losses.
-    bets: as for `log_wealth`.
-
-  Returns:
-    [num_thresholds] in (lower, upper], above that end by at most `PRECISION` of the range.
+  end is found by halving, from the tested tolerance (a number) on. The bound is at most the
+  tolerance exactly where the test rejects. `lower` is the declared lower bound of losses.
   """
   bets, count = design.bets(losses) if bets is None else bets, losses.shape[1]
   low, high = np.full(count, float(lower)), np.full(count, float(design.upper))

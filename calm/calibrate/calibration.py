@@ -176,12 +176,12 @@ class Calibration:
     `allow_platform`: the platform and its matmul precision may be others. The promise is then
     not of these outputs.
     """
+    void = "or say that the guarantee is void (`--void_guarantee`, or `void_guarantee=True`)."
     if self.procedure is None:
       raise ValueError(
-        "Expected a calibration with the `procedure` of a run, got `procedure` null: it was"
-        " made from outputs decoded elsewhere, so that nothing here can check that the promise"
-        " holds for this model; calibrate on outputs of this model, or say that the guarantee"
-        " is void (`--void_guarantee`, or `void_guarantee=True`)."
+        "Expected a calibration with the `procedure` of a run, got `procedure` null: its"
+        " outputs were decoded elsewhere, and nothing here can check that the promise holds"
+        f" for this model; calibrate on outputs of this model, {void}"
       )
     difference = describe_differences(self.procedure, procedure, allow_platform=allow_platform)
     if difference:
@@ -190,8 +190,7 @@ class Calibration:
         check = " decode without it (`--allow_platform`),"
       raise ValueError(
         "Expected a calibration for this model and these options, got one for another"
-        f" procedure: {difference}; calibrate again under this one,{check} or say that the"
-        " guarantee is void (`--void_guarantee`, or `void_guarantee=True`)."
+        f" procedure: {difference}; calibrate again under this one,{check} {void}"
       )
 
   @property
@@ -360,7 +359,7 @@ def _check_decision(one: Calibration) -> None:
         again = float(p_value(mean * count, count, part.tolerance, log=True))
         if abs(again - log_p) > _CLOSE * (1.0 + abs(again)):
           _same("log_p_values", again, log_p)
-  again = testing.decide(parts, levels, one.testing, one.error_rate, promise.sequences())
+  again = testing.decide(parts, levels, one.testing, one.error_rate, promise.grids)
   # p = error_rate may fall on either side by rounding, where it does the stored word counts.
   close = np.abs(one.column("adjusted_p_value") - one.error_rate) <= 1e-12
   for place, (row, wanted) in enumerate(zip(one.rows, again.rows, strict=True)):
@@ -375,80 +374,64 @@ def _check_decision(one: Calibration) -> None:
 
 def sentences(calibration: Calibration) -> list[str]:
   """The sentences of the guarantee; the first is the promise."""
-  procedure = calibration.procedure
-  full = "the full model"
+  one, procedure, full = calibration, calibration.procedure, "the full model"
   if procedure is not None and procedure.reference_digest is not None:
     full += f" that was given (parameters {procedure.reference_digest[:12]})"
   if procedure is not None and procedure.reference_dtype is not None:
     full += f" in {procedure.reference_dtype}"
-  if not calibration.certified:
-    rest = "nothing is promised of its loss."
-    if calibration.kind in _KINDS:
-      rest = "its loss against itself is 0 by definition."
-    return [
-      f"No threshold is certified, so {full} is used"
-      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {rest}",
-      calibration.reason,
-    ]
-  loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric, full=full)
-  promise = calibration.promise
-  served = f"threshold {calibration.threshold:.10g}"
-  if calibration.knobs:
-    served = repr(calibration.knob)
-  over = (
-    ", in the average over clusters, of which each counts once whatever its size,"
-    if calibration.clusters
-    else ""
-  )
-  if calibration.largest_cluster:
-    over = ", in the average over prompts, of which each counts once whatever its cluster,"
+  if not one.certified:
+    nothing = "nothing is promised of its loss."
+    rest = "its loss against itself is 0 by definition." if one.kind in _KINDS else nothing
+    never = thresholds_lib.NEVER_EXIT_TEXT
+    return [f"No threshold is certified, so {full} is used ({never}); {rest}", one.reason]
+  loss = _KINDS.get(one.kind, "loss").format(metric=one.metric, full=full)
+  served = repr(one.knob) if one.knobs else f"threshold {one.threshold:.10g}"
+  over, counted = "", ", in the average over {}, of which each counts once whatever its {},"
+  if one.largest_cluster:
+    over = counted.format("prompts", "cluster")
+  elif one.clusters:
+    over = counted.format("clusters", "size")
+  unit = "prompts" if one.largest_cluster else one.unit
   # A sequential run may stop before it has used them all.
-  most = "at most " if calibration.sequential else ""
+  most = "at most " if one.sequential else ""
   said = [
-    f"With probability at least {1.0 - calibration.error_rate:.10g} over independent draws of"
-    f" the {most}{calibration.num_examples} calibration {calibration.unit}, decoding with"
-    f" {served} has{over} {promise.statement(calibration, loss)}.",
-    promise.limits("prompts" if calibration.largest_cluster else calibration.unit),
-    f"It holds if these {calibration.unit} and those that are served are independent draws of"
+    f"With probability at least {1.0 - one.error_rate:.10g} over independent draws of"
+    f" the {most}{one.num_examples} calibration {one.unit}, decoding with"
+    f" {served} has{over} {one.promise.statement(one, loss)}.",
+    one.promise.limits.format(**{**vars(one.promise), "unit": unit}),
+    f"It holds if these {one.unit} and those that are served are independent draws of"
     " one kind, and if grid, method, tolerance and error rate were fixed before these losses"
     " were seen.",
   ]
-  return said + [text for holds, text in _caveats(calibration) if holds]
-
-
-def _caveats(calibration: Calibration) -> list[tuple[Any, str]]:
-  """(whether it is said, sentence) of what the promise rests on besides."""
-  largest = calibration.largest_cluster
-  return [
-    (largest, f"No cluster has more than {largest} prompts: the caller declared it."),
-    (
-      calibration.clusters and not largest,
+  if one.largest_cluster:
+    most = one.largest_cluster
+    said.append(f"No cluster has more than {most} prompts: the caller declared it.")
+  elif one.clusters:
+    said.append(
       "Within a cluster it is the average over its prompts that the promise is about. Nothing"
       " is said of prompts that are counted one by one: where large clusters lose more than"
-      " small ones, the bound may fail for them.",
-    ),
-    (
-      calibration.support.binary and calibration.kind not in _KINDS,
-      "Every loss is taken to be 0 or 1 by its nature.",
-    ),
-    (
-      "betting_randomized" in calibration.methods,
+      " small ones, the bound may fail for them."
+    )
+  if one.support.binary and one.kind not in _KINDS:
+    said.append("Every loss is taken to be 0 or 1 by its nature.")
+  if "betting_randomized" in one.methods:
+    said.append(
       "The test is randomised: a uniform that was drawn beside the losses, with the order of"
-      f" prompts (seed {calibration.seed}), decides what they leave open at the end.",
-    ),
-    (
-      calibration.order == "given",
+      f" prompts (seed {one.seed}), decides what they leave open at the end."
+    )
+  if one.order == "given":
+    said.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"
-      " fixed before any loss was seen.",
-    ),
-    (
-      calibration.groups_ignored,
+      " fixed before any loss was seen."
+    )
+  if one.groups_ignored:
+    said.append(
       "Some prompts share a group or an input; the caller took each for an independent draw,"
-      " and answers for it.",
-    ),
-    (
-      calibration.procedure is None,
+      " and answers for it."
+    )
+  if procedure is None:
+    said.append(
       "The outputs were decoded elsewhere: the user answers for their being decoded as they"
-      " will be served.",
-    ),
-  ]
+      " will be served."
+    )
+  return said

@@ -26,7 +26,7 @@ from calm.calibrate.testing import Evidence
 from calm.calibrate.thresholds import NEVER_EXIT
 
 
-@arguments.checked(promise=risks_lib.of_name)
+@arguments.checked()
 def calibrate(
   losses: SequenceLosses | np.ndarray | Sequence[Sequence[float]] | None = None,
   thresholds: Sequence[float] | np.ndarray | None = None,
@@ -64,7 +64,7 @@ def calibrate(
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
       those of a `SequenceLosses`.
     support: declared range of plain arrays; [0, 1] by default.
-    promise: the risk functional, one of `risks` or its name; None is the mean loss.
+    promise: the risk functional, one of `risks`; None is the mean loss.
     risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
     seed: of the order of a betting test: that of an earlier `Calibration` of the same losses,
       to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
@@ -390,11 +390,10 @@ def _certify(
   numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
   if groups is None and numbers_alone and not sample.groups_ignored:
     checks.warn_of_copies(sample.values)
-  sequences = promise.sequences()
-  decision = testing.decide(evidence, thresholds, run.procedure, run.error_rate, sequences)
+  decision = testing.decide(evidence, thresholds, run.procedure, run.error_rate, promise.grids)
   rejected = np.array([row.rejected for row in decision.rows])
   place, first = promise.place(rejected), evidence[0]
-  reason = promise.reason(place, rejected)
+  reason = promise.reason(rejected)
   provenance = Provenance(
     metric=sample.metric,
     references="full model" if sample.kind == "textual" else "targets",
@@ -470,9 +469,9 @@ def _reason(
     why += " Declare losses that are 0 or 1 alone, `Support(binary=True)`: the test is exact."
   if rejected.any():
     last = int(np.flatnonzero(rejected)[-1])
-    lowest, beyond = grid[last], grid[last + 1 :]
-    shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
-    return f"{lowest} is the lowest certified threshold; {shown} is not certified{why}"
+    return (
+      f"{grid[last]} is the lowest certified threshold; {grid[first]} is not certified{why}"
+    )
   for part in evidence:
     few = part.support.lower < part.tolerance < part.support.upper and planning.refusal(
       max(part.num_examples),

@@ -23,10 +23,8 @@ def order_seeds(
   the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
   orders are tested and the largest p-value counts: a false certificate must pass all of them,
   and its probability is at most the smallest of their levels. Any other `seed` than the one
-  that contents give (earlier versions drew it) is of one order.
-
-  Returns:
-    Seeds, of which the first is kept, and whether it is as good as drawn.
+  that contents give (earlier versions drew it) is of one order. Returns seeds, of which the
+  first is kept, and whether it is as good as drawn.
   """
   kinds = order_lib.FEW_KINDS + 1
   if not losses.contents:

@@ -1,23 +1,4 @@
-"""A threshold that is calibrated while it is served, with its promise at every time.
-
-A hash of its id decides for each served prompt whether it is checked: then its loss becomes
-known at the thresholds that are still open. Each threshold has gamblers who bet that its risk
-is within the tolerance, and there are gamblers who bet that the risk of what is served is not:
-
-    wealth = sum over bets b of weight_b product over checks i of (1 + b (tolerance - loss_i))
-    alarm  = sum over k of weight_k sum over b of weight_b
-             product over checks i >= k of (1 + b (loss_i - tolerance))
-
-If the risk of a threshold is above the tolerance, its wealth is a nonnegative supermartingale
-that begins at 1: it ever reaches 1 / level with probability at most the level (Ville 1939).
-Thresholds are certified in their order, the safest first, so that the first false one must err
-(fixed sequence testing). A check has propensity pi, which depends on earlier checks alone; in
-bets pi b on losses that are weighted by 1 / pi it cancels.
-
-After an alarm all evidence counts as old: the safest setting is served at once, and thresholds
-are certified anew, at error_rate times 0.8, 0.2 / 2, 0.2 / 6, ... for the first, second, third
-such life. Losses count in the order of serving: an order of arrival could depend on them.
-"""
+"""A threshold that is calibrated while it is served, with its promise at every time."""
 
 import hashlib
 import json
@@ -48,10 +29,13 @@ STALL = 300
 class Wealth:
   """Wealth of gamblers at fixed bets, for any number of columns at once.
 
-  Args:
-    largest: the bet that leaves nothing after the worst outcome.
-    shape: of the columns.
-    restarts: whether gamblers begin at every check, not at the first alone.
+      wealth = sum over bets b of weight_b product over checks i of (1 + b (tolerance - loss_i))
+      alarm  = sum over k of weight_k sum over b of weight_b
+               product over checks i >= k of (1 + b (loss_i - tolerance))
+
+  Where the risk is above the tolerance, wealth is a nonnegative supermartingale that begins at
+  1: it ever reaches 1 / level with probability at most the level (Ville 1939). `largest` is the
+  bet that leaves nothing after the worst outcome; `restarts` makes an alarm.
   """
 
   def __init__(self, largest: float, shape: tuple[int, ...] = (), restarts: bool = False):
@@ -104,6 +88,13 @@ class Online:
   has an expected loss of at most the tolerance, as long as prompts are independent draws of
   one kind; where that changes, from the next alarm on.
 
+  A hash of its id decides for each served prompt whether it is checked, with a propensity that
+  depends on earlier checks alone (it cancels in bets on weighted losses). Thresholds are
+  certified in their order, the safest first (fixed sequence testing). After an alarm the safest
+  setting is served at once, and thresholds are certified anew, at error_rate times 0.8,
+  0.2 / 2, 0.2 / 6, ... for the first, second, third such life. Losses count in the order of
+  serving: an order of arrival could depend on them.
+
   Attributes:
     served: prompts that were served, as of the last check in a state that was read.
     checked: prompts whose losses count, in all lives.
@@ -146,14 +137,18 @@ class Online:
       storage.FormatError: the file is another's, of other settings, or damaged.
       storage.LockedError: another process has the file.
     """
-    self._grid, self._support = thresholds_lib.validate_grid(thresholds), support or Support()
-    low, high = self._support.lower, self._support.upper
-    checks.in_range("tolerance", tolerance, low, high)
-    checks.in_range("error_rate", error_rate, 0.0, 1.0)
-    checks.in_range("share", share, 0.0, math.nextafter(1.0, 2.0))
-    checks.in_range("least_share", least_share, 0.0, math.nextafter(share, 2.0))
-    checks.in_range("alarm_level", alarm_level, 0.0, 1.0)
-    checks.in_range("patience", patience, 0, 2**53)
+    self._grid, support = thresholds_lib.validate_grid(thresholds), support or Support()
+    self._low, self._high = support.lower, support.upper
+    above = lambda value: math.nextafter(value, 2.0)
+    for name, value, low, high in (
+      ("tolerance", tolerance, support.lower, support.upper),
+      ("error_rate", error_rate, 0.0, 1.0),
+      ("share", share, 0.0, above(1.0)),
+      ("least_share", least_share, 0.0, above(share)),
+      ("alarm_level", alarm_level, 0.0, 1.0),
+      ("patience", patience, 0, 2**53),
+    ):
+      checks.in_range(name, value, low, high)
     checks.warn_of_error_rate(error_rate)
     self.about = dict(about or {})
     self._tolerance, self._error_rate, self._seed = tolerance, error_rate, seed
@@ -167,9 +162,23 @@ class Online:
     self._seen: set[str] = set()
     self._restart()
     self._path = None if path is None else pathlib.Path(path)
-    self._lock = None
     if self._path is not None:
-      self._open(self._path)
+      self._open(
+        self._path,
+        {
+          "format": FORMAT,
+          "thresholds": self._grid.tolist(),
+          "tolerance": tolerance,
+          "error_rate": error_rate,
+          "support": [support.lower, support.upper],
+          "share": share,
+          "least_share": least_share,
+          "alarm_level": alarm_level,
+          "patience": patience,
+          "seed": seed,
+          "about": self.about,
+        },
+      )
 
   @property
   def threshold(self) -> float:
@@ -195,15 +204,12 @@ class Online:
 
     `id` is of the prompt, or of its cluster (a source, a user) where prompts of one are alike.
     """
-    self.served += 1
     mark = self._mark(id)
-    if mark in self._waiting:
-      return mark not in self._labels
-    if mark in self._seen or int(mark, 16) >= self.share * 2.0**64:
-      return False
-    self._write({"draw": mark, "served": self.served})
-    self._draw(mark)
-    return True
+    if mark not in self._seen and int(mark, 16) < self.share * 2.0**64:
+      self._take({"draw": mark, "served": self.served + 1})
+      return True
+    self.served += 1
+    return mark in self._waiting and mark not in self._labels
 
   def wanted(self, id: str | int) -> tuple[float, ...]:
     """The thresholds at which `observe` needs losses of a prompt that is awaited; none else."""
@@ -228,13 +234,9 @@ class Online:
       raise ValueError(f"Expected `id` to be one that was drawn, got {id!r:.60}.")
     if mark not in self._waiting or mark in self._labels:
       return self.threshold
-    values = None
     if losses is not None:
-      _, first = self._waiting[mark]
-      values = [losses.get(level, math.nan) for level in self._grid[first:].tolist()]
-      self._check(values)
-    self._write({"observe": mark, "losses": values})
-    self._label(mark, values)
+      losses = [losses.get(level, math.nan) for level in self.wanted(id)]
+    self._take({"observe": mark, "losses": losses})
     return self.threshold
 
   @property
@@ -256,12 +258,6 @@ class Online:
       f" {counts}.{alarms}"
     )
 
-  def __repr__(self) -> str:
-    return (
-      f"Online(threshold {thresholds_lib.format_threshold(self.threshold)},"
-      f" {self.checked} of {self.served} checked, {self.life} alarms)"
-    )
-
   @property
   def _place(self) -> int:
     """Row of the grid that is served; the first where nothing is."""
@@ -273,21 +269,44 @@ class Online:
 
   def _restart(self) -> None:
     """Begins a life: no evidence, the safe setting."""
-    low, high, tolerance = self._support.lower, self._support.upper, self._tolerance
-    self._wealth = Wealth(1.0 / (high - tolerance), self._grid.shape)
-    self._alarm = Wealth(1.0 / (tolerance - low), restarts=True)
+    self._wealth = Wealth(1.0 / (self._high - self._tolerance), self._grid.shape)
+    self._alarm = Wealth(1.0 / (self._tolerance - self._low), restarts=True)
     self._certified, self._progress = 0, self.checked
     self.life += 1
     self._since = (self.checked, self.served)
 
-  def _draw(self, mark: str) -> None:
-    self._seen.add(mark)
-    self._waiting[mark] = (self.life, self._place)
+  def _take(self, line: Mapping[str, Any], *, write: bool = True) -> None:
+    """Draws a prompt or takes its losses, as a line of the state; ValueError if it is none."""
+    mark, served, losses = (line.get(name) for name in ("draw", "served", "losses"))
+    drawn = isinstance(mark, str) and type(served) is int and served > self.served
+    mark = mark if drawn else str(line.get("observe"))
+    known = mark in self._seen if drawn else mark not in self._waiting or mark in self._labels
+    if known:
+      raise ValueError("expected a line of this state, got another; restore the file.")
+    if not drawn and losses is not None:
+      self._check(losses, self._grid[self._waiting[mark][1] :].tolist())
+    if write and self._path is not None:
+      storage.append(self._path, storage.dump_line(line).encode("utf-8"))
+    if drawn:
+      self.served = served
+      self._seen.add(mark)
+      self._waiting[mark] = (self.life, self._place)
+    else:
+      self._labels[mark] = None if losses is None else np.array(losses, np.float64)
     self._settle()
 
-  def _label(self, mark: str, values: Sequence[float] | None) -> None:
-    self._labels[mark] = None if values is None else np.array(values, np.float64)
-    self._settle()
+  def _check(self, losses: Any, levels: Sequence[float]) -> None:
+    """ValueError unless there is a loss in the range for each of these thresholds."""
+    numbers = isinstance(losses, list) and all(type(x) in (int, float) for x in losses)
+    if not numbers or len(losses) != len(levels):
+      raise ValueError(f"expected a loss for each of {levels}, got {losses!r:.100}.")
+    for level, value in zip(levels, losses, strict=True):
+      if not self._low - 1e-9 <= value <= self._high + 1e-9:
+        raise ValueError(
+          f"Expected `losses` to be in [{self._low:g}, {self._high:g}] at"
+          f" threshold {level!r}, got {value!r} (NaN: none); give one for each of `wanted`, or"
+          " None in place of them all where they cannot be known."
+        )
 
   def _settle(self) -> None:
     """Bets on what is known, in the order of serving."""
@@ -302,13 +321,12 @@ class Online:
 
   def _count(self, first: int, values: np.ndarray | None) -> None:
     """One check; a missing loss is the worst for certificates, the best for the alarm."""
-    low, high = self._support.lower, self._support.upper
     losses = np.full(len(self._grid), self._tolerance)  # neither won nor lost
-    losses[first:] = high if values is None else np.clip(values, low, high)
+    losses[first:] = self._high if values is None else np.clip(values, self._low, self._high)
     self.checked += 1
     self._wealth.bet(self._tolerance - losses)
     if self._certified:
-      now = low if values is None else losses[self._place]
+      now = self._low if values is None else losses[self._place]
       self._alarm.bet(now - self._tolerance)
       if self._alarm.highest >= -math.log(self._alarm_level):
         self._restart()
@@ -318,86 +336,33 @@ class Online:
       self._certified, self._progress = self._certified + 1, self.checked
       self._since = (self.checked, self.served)
 
-  def _check(self, values: Sequence[float]) -> None:
-    low, high = self._support.lower - 1e-9, self._support.upper + 1e-9
-    for level, value in zip(self._grid[-len(values) :].tolist(), values, strict=True):
-      if not low <= value <= high:
-        raise ValueError(
-          f"Expected `losses` to be in [{self._support.lower:g}, {self._support.upper:g}] at"
-          f" threshold {level!r}, got {value!r} (NaN: none); give one for each of `wanted`, or"
-          " None in place of them all where they cannot be known."
-        )
-
-  def _write(self, value: Mapping[str, Any]) -> None:
-    if self._path is not None:
-      storage.append(self._path, storage.dump_line(value).encode("utf-8"))
-
-  def _settings(self) -> dict[str, Any]:
-    return {
-      "format": FORMAT,
-      "thresholds": self._grid.tolist(),
-      "tolerance": self._tolerance,
-      "error_rate": self._error_rate,
-      "support": [self._support.lower, self._support.upper],
-      "share": self._share,
-      "least_share": self._least_share,
-      "alarm_level": self._alarm_level,
-      "patience": self._patience,
-      "seed": self._seed,
-      "about": self.about,
-    }
-
-  def _open(self, path: pathlib.Path) -> None:
-    """Goes on with a file, or begins it."""
+  def _open(self, path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Goes on with a file of these settings, or begins it."""
     if path.exists() and not path.is_file():
       raise ValueError(f"Expected {str(path)!r} to be a regular file, got one of another kind.")
     self._lock = storage.lock(path)
     if not path.exists() or not path.stat().st_size:
-      storage.write_atomically(path, storage.dump_line(self._settings()))
+      storage.write_atomically(path, storage.dump_line(settings))
       return
-    self._compare(path)
-    storage.drop_partial_line(path)
-    lines = storage.read_lines(path)
-    next(lines)
-    for line in lines:
-      self._replay(line)
-
-  def _compare(self, path: pathlib.Path) -> None:
-    """Refuses the file of something else, or of other settings."""
     with open(path, "rb") as file:
       raw = file.readline(storage.LONGEST_LINE + 1)
-    stored, expected = storage.parse_line(raw.removesuffix(b"\n"))[0] or {}, self._settings()
+    stored = storage.parse_line(raw.removesuffix(b"\n"))[0] or {}
     if stored.get("format") != FORMAT:
-      monitor = "the monitor of an earlier version, whose checks certify nothing"
-      kind = monitor if "sampling_rate" in stored else "the file of another program"
       raise storage.FormatError(
-        f"{path}:1: expected a state of `calibrate.Online`, got {kind}; name another file."
+        f"{path}:1: expected a state of `calibrate.Online`, got the file of another program, or"
+        " the monitor of an earlier version; name another file."
       )
-    for name, value in expected.items():
+    for name, value in settings.items():
       if json.dumps(stored.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
         raise storage.FormatError(
           f"{path}:1: expected `{name}` {value!r}, got {stored.get(name)!r:.300}; give what the"
           " state began with, or name another file."
         )
-
-  def _replay(self, line: storage.Line) -> None:
-    value: Any = line.value
-    mark, served, losses = (value.get(name) for name in ("draw", "served", "losses"))
-    drawn = isinstance(mark, str) and type(served) is int and served > self.served
-    if drawn and mark not in self._seen:
-      self.served = served
-      self._draw(mark)
-      return
-    mark = str(value.get("observe"))
-    if mark in self._waiting and mark not in self._labels:
-      _, first = self._waiting[mark]
-      wanted = len(self._grid) - first
-      numbers = isinstance(losses, list) and all(type(x) in (int, float) for x in losses)
-      if losses is None or (numbers and len(losses) == wanted):
-        try:
-          self._check(losses or ())
-        except ValueError as error:
-          raise line.error(str(error)) from error
-        self._label(mark, losses)
-        return
-    raise line.error("expected a line of this state, got another; restore the file.")
+    storage.drop_partial_line(path)
+    lines = storage.read_lines(path)
+    next(lines)
+    for line in lines:
+      try:
+        self._take(line.value, write=False)
+      except ValueError as error:
+        raise line.error(str(error)) from error

@@ -2,9 +2,8 @@
 
 Each satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for independent prompts,
 any distribution of losses in [0, 1], and every sample size, in whatever order prompts are
-stored. Sums are taken, not means: n * (k / n) is not always k in floating point. Arguments,
-sums of losses, prompts and tolerances in (0, 1), are broadcast. Everything is computed in log
-space; `log=True` returns log p, which does not underflow.
+stored. Arguments are sums of losses (n * (k / n) is not always k), numbers of prompts and
+tolerances in (0, 1), broadcast; `log=True` returns log p, which does not underflow.
 """
 
 import functools
@@ -24,22 +23,25 @@ _TINY = 1e-280
 _PRECISION, _LEAST, _MOST = 1e-9, 1e-12, 1.0 - 1e-12
 
 
-def _broadcast(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  sums, sizes, tolerances = np.broadcast_arrays(
-    np.asarray(sums, np.float64), np.asarray(num_examples), np.asarray(tolerance, np.float64)
-  )
-  return np.clip(sums, 0.0, sizes), sizes.astype(np.int64), tolerances
+def _p_value(log_p_value: Callable[..., np.ndarray]) -> SumPValue:
+  """The p-value, or its logarithm, of arguments that are broadcast."""
+
+  @functools.wraps(log_p_value)
+  def p_value(sums, num_examples, tolerance, log: bool = False) -> np.ndarray:
+    sums, sizes, tolerances = np.broadcast_arrays(
+      np.asarray(sums, np.float64), np.asarray(num_examples), np.asarray(tolerance, np.float64)
+    )
+    sums = np.clip(sums, 0.0, sizes)
+    log_p = np.minimum(log_p_value(sums, sizes.astype(np.int64), tolerances), 0.0)
+    return log_p if log else np.exp(log_p)
+
+  return p_value
 
 
 def _ceil(sums: np.ndarray) -> np.ndarray:
   nearest = np.round(sums)
   snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest)
   return np.where(snapped, nearest, np.ceil(sums)).astype(np.int64)
-
-
-def _finish(log_p: np.ndarray, log: bool) -> np.ndarray:
-  log_p = np.minimum(log_p, 0.0)
-  return log_p if log else np.exp(log_p)
 
 
 @functools.lru_cache(maxsize=4)
@@ -79,9 +81,8 @@ def _log_binomial_cdf(counts: np.ndarray, sizes: np.ndarray, probabilities: np.n
   return log_cdf
 
 
-def hoeffding(
-  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
-) -> np.ndarray:
+@_p_value
+def hoeffding(sums, sizes, tolerances):
   """Hoeffding's p-value, Eq. 9 of the paper.
 
       p = exp(-2 n max(0, tolerance - mean)^2)
@@ -89,13 +90,11 @@ def hoeffding(
   >>> float(hoeffding(5.0, 100, 0.1).round(4))
   0.6065
   """
-  sums, sizes, tolerances = _broadcast(sums, num_examples, tolerance)
-  return _finish(-2.0 * sizes * np.maximum(0.0, tolerances - sums / sizes) ** 2, log)
+  return -2.0 * sizes * np.maximum(0.0, tolerances - sums / sizes) ** 2
 
 
-def hoeffding_bentkus(
-  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
-) -> np.ndarray:
+@_p_value
+def hoeffding_bentkus(sums, sizes, tolerances):
   """The Hoeffding-Bentkus p-value, the paper's (section 4.2, footnote; Bates et al. 2021).
 
       p = min(exp(-n KL(min(mean, tolerance) || tolerance)),  e P(Binomial(n, tolerance) <=
@@ -106,16 +105,14 @@ def hoeffding_bentkus(
   >>> float(hoeffding_bentkus(5.0, 100, 0.1).round(4))
   0.1565
   """
-  sums, sizes, tolerances = _broadcast(sums, num_examples, tolerance)
   means = np.minimum(sums / sizes, tolerances)
   divergence = special.rel_entr(means, tolerances) + special.rel_entr(1 - means, 1 - tolerances)
   bentkus = 1.0 + _log_binomial_cdf(_ceil(sums), sizes, tolerances)
-  return _finish(np.minimum(-sizes * divergence, bentkus), log)
+  return np.minimum(-sizes * divergence, bentkus)
 
 
-def binomial(
-  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
-) -> np.ndarray:
+@_p_value
+def binomial(sums, sizes, tolerances):
   """The exact p-value for losses that are all 0 or 1.
 
       p = P(Binomial(n, tolerance) <= sum)
@@ -123,13 +120,11 @@ def binomial(
   >>> float(binomial(5, 100, 0.1).round(4))
   0.0576
   """
-  sums, sizes, tolerances = _broadcast(sums, num_examples, tolerance)
-  return _finish(_log_binomial_cdf(_ceil(sums), sizes, tolerances), log)
+  return _log_binomial_cdf(_ceil(sums), sizes, tolerances)
 
 
-def convex_order(
-  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
-) -> np.ndarray:
+@_p_value
+def convex_order(sums, sizes, tolerances):
   """Bentkus's bound before it is relaxed to the factor e; never above `hoeffding_bentkus`.
 
       p = min(1, min over whole h in (sum, n + 1] of  E[(h - B)_+] / (h - sum))
@@ -146,7 +141,6 @@ def convex_order(
   >>> float(convex_order(5.0, 100, 0.1).round(4))
   0.0914
   """
-  sums, sizes, tolerances = _broadcast(sums, num_examples, tolerance)
   log_p = np.empty(sums.shape)
   for (size, tolerance_), here in _groups(sizes, tolerances):
     # E[(h - B)_+] is the sum of P(B <= j) over j < h: entry j of the table is of h = j + 1.
@@ -156,7 +150,7 @@ def convex_order(
       np.min(log_hinges[int(total) :] - np.log(levels[int(total) :] - total))
       for total in sums[here]
     ]
-  return _finish(log_p, log)
+  return log_p
 
 
 def invert(

@@ -56,9 +56,8 @@ def method_size(
 ) -> int | None:
   """The fewest prompts with which one method certifies losses that are the lowest throughout.
 
-  Of a randomised method: with which it does so in at least half of all draws. A method may need
-  more than `min_calibration_size` (bets stop short of the largest one, so that one loss of 1
-  does not ruin them).
+  Of a randomised method: in at least half of all draws. It may be more than
+  `min_calibration_size`: bets stop short of the largest one.
 
   Args:
     method: as for `calibrate`.
@@ -103,7 +102,7 @@ def _floor(chosen: methods.Method, support: Support, tolerance: float, level: fl
   return min_calibration_size(tolerance, level, lower=lower, upper=support.upper)
 
 
-@arguments.checked(promise=risks.of_name)
+@arguments.checked()
 def promise_size(
   promise: risks.Promise,
   tolerance: float,
@@ -114,7 +113,7 @@ def promise_size(
 ) -> dict[str, int | None]:
   """{name of each test of a promise: the fewest prompts with which it certifies}.
 
-  Arguments are those of `method_size`; `promise` may be a name, and lack its data.
+  Arguments are those of `method_size`; `promise` may lack its data.
   """
   return {
     test.name: method_size(
@@ -137,8 +136,7 @@ def refusal(
 ) -> str:
   """The reason why so few prompts (or clusters, `unit`) cannot certify anything, or ''.
 
-  With fewer than `method_size` a randomised method certifies in less than half of all draws,
-  whatever the losses: too few as well. Other arguments are those of `method_size`.
+  Other arguments are those of `method_size`, which so few are fewer than.
   """
   support = support or Support()
   own = method_size(method, tolerance, error_rate, support=support, share=share)

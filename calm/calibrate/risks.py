@@ -36,19 +36,19 @@ class Promise:
   """
 
   name: ClassVar[str]
-  # The sentence of `limits`.
-  nothing: ClassVar[str] = (
+  # What is not promised of prompts or clusters (`unit`).
+  limits: ClassVar[str] = (
     "This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
     " prompts of another kind."
   )
+  # Lengths of the grids that are tested each for itself; none where there is one.
+  grids = ()
 
   def tests(self, tolerance: float, support: Support) -> tuple[Test, ...]:
     """What will be tested of losses in `support`, in the order of `parts`."""
     return (Test("", tolerance, support),)
 
-  def tested(
-    self, losses: SequenceLosses, tolerance: float
-  ) -> Iterable[tuple[np.ndarray | None, np.ndarray | None]]:
+  def tested(self, losses: SequenceLosses, tolerance: float) -> Iterable[tuple[Any, Any]]:
     """(other values, rows that count) of each test; None: those of the losses, all."""
     del losses, tolerance
     return [(None, None)]
@@ -67,10 +67,6 @@ class Promise:
     (certified,) = np.nonzero(rejected)
     return int(certified[-1]) if len(certified) else None
 
-  def sequences(self) -> tuple[int, ...] | None:
-    """Lengths of the grids that are tested each for itself; None where there is one."""
-    return None
-
   def check_rows(self, thresholds: Sequence[float]) -> None:
     """Raises ValueError unless a stored calibration may have rows of these thresholds."""
     if any(a <= b for a, b in itertools.pairwise(thresholds)):
@@ -82,13 +78,9 @@ class Promise:
     """The end of "decoding with threshold x has ..."; `loss` is the loss in words."""
     return f"an expected {loss} of at most {calibration.tolerance:.10g}"
 
-  def limits(self, unit: str) -> str:
-    """What is not promised of such prompts (or clusters)."""
-    return self.nothing.format(**{**vars(self), "unit": unit})
-
-  def reason(self, place: int | None, rejected: np.ndarray) -> str:
-    """Why the row at `place` was chosen; '' where it is the lowest certified threshold."""
-    del place, rejected
+  def reason(self, rejected: np.ndarray) -> str:
+    """Why a row is served; '' where it is the lowest certified threshold."""
+    del rejected
     return ""
 
   @classmethod
@@ -138,7 +130,7 @@ class Quantile(Promise):
 
   share: float = 0.95  # of texts, in (0, 1)
   name: ClassVar[str] = "quantile"
-  nothing: ClassVar[str] = (
+  limits: ClassVar[str] = (
     "This is a share over {unit} drawn like those: it says nothing of how much the others lose,"
     " nor which they are, nor of prompts of another kind."
   )
@@ -151,11 +143,10 @@ class Quantile(Promise):
     return (Test("", round(1.0 - self.share, 12), Support(binary=True)),)
 
   def tested(self, losses, tolerance):
-    # NaN stays NaN, and no threshold with it passes.
+    # What is NaN or outside of the range is NaN, and no threshold with it passes.
     values, low, high = losses.values, losses.support.lower, losses.support.upper
-    above = np.where(np.isnan(values), np.nan, values > tolerance)
-    outside = (values < low - 1e-9) | (values > high + 1e-9)
-    return [(np.where(outside, np.nan, above), None)]
+    inside = (values >= low - 1e-9) & (values <= high + 1e-9)
+    return [(np.where(inside, values > tolerance, np.nan), None)]
 
   def statement(self, calibration, loss):
     bound, share = calibration.tolerance, 100.0 * self.share
@@ -176,7 +167,7 @@ class EveryGroup(Promise):
   # [num_examples] group of each prompt.
   labels: Sequence[Any] | None = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "every_group"
-  nothing: ClassVar[str] = (
+  limits: ClassVar[str] = (
     "These are means over the {unit} of each group, drawn like those: they say nothing of any"
     " single prompt, nor of a group that is not named."
   )
@@ -226,25 +217,22 @@ class EarlyExits(Promise):
   # least 0.
   depths: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "early_exits"
-  nothing: ClassVar[str] = (
+  limits: ClassVar[str] = (
     "These are means over the early texts of {unit} drawn like those: they say nothing of any"
     " single prompt, of other depths, nor of prompts of another kind."
   )
 
   def __post_init__(self):
-    limits = tuple(map(float, self.limits_of_depth))
-    rise = all(0 < limit < math.inf for limit in limits) and sorted(set(limits)) == list(limits)
-    if not limits or not rise:
+    grid = (0.0, *self.limits_of_depth, math.inf)
+    if len(grid) < 3 or not all(a < b for a, b in itertools.pairwise(grid)):
       raise ValueError(
         "Expected `limits_of_depth` to be finite, above 0 and to rise strictly, got"
         f" {self.limits_of_depth!r}."
       )
-    vars(self).update(limits_of_depth=limits)
+    vars(self).update(limits_of_depth=tuple(map(float, self.limits_of_depth)))
 
   def tests(self, tolerance, support):
-    return tuple(
-      Test(f"depth <= {limit:g}", tolerance, support) for limit in self.limits_of_depth
-    )
+    return tuple(Test(f"depth <= {t:g}", tolerance, support) for t in self.limits_of_depth)
 
   def tested(self, losses, tolerance):
     depths = rows_of(self.depths, losses, "depths", table=True)
@@ -270,7 +258,7 @@ class TailMean(Promise):
   beta: float = 0.9  # share of texts that are not counted, in (0, 1)
   start: float = 0.0  # where the tail begins, in the unit of the loss
   name: ClassVar[str] = "tail_mean"
-  nothing: ClassVar[str] = (
+  limits: ClassVar[str] = (
     "This is a mean over the worst texts among {unit} drawn like those: it says nothing of any"
     " single prompt, nor of prompts of another kind, and holds if the start of the tail"
     " ({start:.10g}) was fixed before these losses were seen."
@@ -316,24 +304,21 @@ class KnownMixture(Promise):
   # [num_examples] w of each prompt.
   weights: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "known_mixture"
-  nothing: ClassVar[str] = (
+  limits: ClassVar[str] = (
     "This is a mean over {unit} weighted so: it says nothing of any single prompt nor of"
     " another mixture, and nothing at all if the weights were estimated."
   )
 
   def __post_init__(self):
     weights = () if self.weights is None else checks.as_numbers(self.weights, "weights")
+    inside = np.greater_equal(weights, 0.0) & np.less_equal(weights, self.most)
+    if not 1.0 <= self.most < math.inf or not np.all(inside):
+      raise ValueError(
+        "Expected `weights` in [0, `most`] and `most` of at least 1 (they have mean 1), got"
+        f" `most` {self.most!r} and weights up to {np.max(weights, initial=0.0)}."
+      )
     if self.weights is not None:
       vars(self).update(weights=weights)
-    if not (1.0 <= self.most < math.inf and np.all(np.greater_equal(weights, 0.0))):
-      raise ValueError(
-        "Expected `weights` of at least 0 and `most` of at least 1 (they have mean 1), got"
-        f" `most` {self.most!r}."
-      )
-    if np.any(np.greater(weights, self.most)):
-      raise ValueError(
-        f"Expected `weights` in [0, `most`] = [0, {self.most}], got up to {np.max(weights)}."
-      )
 
   def tests(self, tolerance, support):
     low = tolerance + self.most * (support.lower - tolerance)
@@ -377,7 +362,7 @@ class SeveralRisks(Promise):
   # The tables.
   risks: Sequence[Risk] | None = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "several_risks"
-  nothing: ClassVar[str] = (
+  limits: ClassVar[str] = (
     "These are means over {unit} drawn like those: they say nothing of any single prompt, nor"
     " of prompts of another kind."
   )
@@ -393,38 +378,35 @@ class SeveralRisks(Promise):
     checks.check_lines(self.names, "names")
 
   def tests(self, tolerance, support):
+    share = 1.0 / max(1, len(self.grids))
     pairs = zip(self.names, self.tolerances, strict=True)
-    return tuple(Test(name, bound, support) for name, bound in pairs)
+    return tuple(Test(name, bound, support, share) for name, bound in pairs)
 
   def parts(self, losses, tolerance):
     if self.risks is None:
       raise ValueError("Expected `risks` with their tables, got a promise read from a file.")
     for risk in self.risks:
-      _check_outputs(risk, losses)
+      other, difference = risk.losses, ""
+      if len(other.values) != len(losses.values) or other.ids != losses.ids:
+        raise ValueError(
+          f"Expected `risks` of the same prompts, got others in {risk.called!r}."
+        )
+      if not np.array_equal(losses.thresholds, other.thresholds):
+        difference = f"the grid {other.thresholds.tolist()} beside {losses.thresholds.tolist()}"
+      elif None not in (losses.procedure, other.procedure):
+        difference = describe_differences(losses.procedure, other.procedure)
+      if difference:
+        raise ValueError(
+          "Expected `risks` of outputs of one grid and procedure, got another of"
+          f" {risk.called!r}: {difference}; take every loss from the same outputs."
+        )
     tests = self.tests(tolerance, losses.support)
     return tuple(Part(test, risk.losses) for test, risk in zip(tests, self.risks, strict=True))
 
   def statement(self, calibration, loss):
     pairs = zip(self.names, self.tolerances, strict=True)
-    return "expected values of " + " and ".join(
-      f"{name} of at most {bound:.10g}" for name, bound in pairs
-    )
-
-
-def _check_outputs(risk: Risk, first: SequenceLosses) -> None:
-  """Raises ValueError unless a risk is of the first one's prompts, grid and procedure."""
-  losses, difference = risk.losses, ""
-  if len(losses.values) != len(first.values) or losses.ids != first.ids:
-    raise ValueError(f"Expected `risks` of the same prompts, got others in {risk.called!r}.")
-  if not np.array_equal(first.thresholds, losses.thresholds):
-    difference = f"the grid {losses.thresholds.tolist()} beside {first.thresholds.tolist()}"
-  elif None not in (first.procedure, losses.procedure):
-    difference = describe_differences(first.procedure, losses.procedure)
-  if difference:
-    raise ValueError(
-      f"Expected `risks` of outputs of one grid and procedure, got another of {risk.called!r}:"
-      f" {difference}; take every loss from the same outputs."
-    )
+    bounds = [f"{name} of at most {bound:.10g}" for name, bound in pairs]
+    return f"expected values of {' and '.join(bounds)}"
 
 
 @arguments.checked()
@@ -446,14 +428,13 @@ class Cost(Promise):
   # [num_examples, num_thresholds] ratio of each text, in [0, 1].
   costs: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "cost"
-  nothing: ClassVar[str] = (
-    "These are means over {unit} drawn like those: they say nothing of any single prompt, nor"
-    " of prompts of another kind, and nothing of seconds, which the machine decides."
+  limits: ClassVar[str] = (
+    SeveralRisks.limits[:-1] + ", and nothing of seconds, which the machine decides."
   )
 
   def __post_init__(self):
-    vars(self).update(at_most=checks.in_range("at_most", self.at_most, 0.0, 1.0))
-    vars(self).update(share=checks.in_range("share", self.share, 0.0, 1.0))
+    checks.in_range("at_most", self.at_most, 0.0, 1.0)
+    checks.in_range("share", self.share, 0.0, 1.0)
 
   def tests(self, tolerance, support):
     risk = Test("risk", tolerance, support, 1.0 - self.share)
@@ -497,23 +478,13 @@ class Configurations(SeveralRisks):
       )
     checks.check_lines(self.configurations, "configurations")
 
-  def tests(self, tolerance, support):
-    tests = super().tests(tolerance, support)
-    share = 1.0 / max(1, len(self.grids))
-    return tuple(dataclasses.replace(test, share=share) for test in tests)
-
-  def sequences(self):
-    return self.grids or None
-
   def place(self, rejected: Any) -> int | None:
     """The cheapest certified configuration; of equal ones the first."""
     (certified,) = np.nonzero(rejected)
-    if not len(certified):
-      return None
-    return int(certified[np.argmin(np.asarray(self.costs)[certified])])
+    return min(certified.tolist(), key=self.costs.__getitem__, default=None)
 
-  def reason(self, place, rejected):
-    if place is None:
+  def reason(self, rejected):
+    if (place := self.place(rejected)) is None:
       return "Nothing is certified: the safest configuration of every family already fails."
     return (
       f"{self.configurations[place]} is the cheapest ({self.costs[place]:.4g}) of"
@@ -540,13 +511,6 @@ PROMISES: Mapping[str, type[Promise]] = {
     *(KnownMixture, SeveralRisks, Cost, Configurations),
   )
 }
-
-
-def of_name(name: str) -> Promise:
-  """The promise of a name with its default numbers; raises ValueError where it needs data."""
-  if name not in PROMISES:
-    raise ValueError(f"Expected `promise` to be one of {sorted(PROMISES)}, got {name!r}.")
-  return PROMISES[name]()
 
 
 def from_json(value: Any) -> Promise:

@@ -1,8 +1,6 @@
-"""Multiple testing: from p-values in a fixed order to what is certified.
+"""Multiple testing: from p-values in an order fixed before any loss is seen to certificates.
 
-Every procedure controls the family-wise error rate: whatever the dependence between p-values,
-the probability of rejecting any true hypothesis is at most `error_rate`. The order must be
-fixed before any loss is seen.
+Every procedure controls the family-wise error rate whatever the dependence between p-values.
 """
 
 import dataclasses
@@ -16,17 +14,12 @@ import numpy.typing as npt
 from calm import arguments
 from calm.calibrate.losses import Support
 
-
-class Rejections(NamedTuple):
-  """The outcome of a procedure."""
-
-  # [num_hypotheses] in [0, 1]; rejected at error rate e exactly where <= e.
-  adjusted_p_values: np.ndarray
-  # Positions in the order they were looked at; fixed sequence testing stops early.
-  visited: Sequence[int]
+# [num_hypotheses] adjusted p-values in [0, 1], rejected at error rate e exactly where <= e, and
+# positions in the order they were looked at; fixed sequence testing stops early.
+Tested = tuple[np.ndarray, Sequence[int]]
 
 
-def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   """Tests in order at the full level and stops at the first hypothesis that is not rejected.
 
       adjusted p_j = max over i <= j of p_i
@@ -34,14 +27,14 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   `p_values` are [num_hypotheses] in [0, 1], in the order fixed beforehand, of which rejections
   form a prefix (paper, section 4.3); `error_rate` is family-wise, in (0, 1).
 
-  >>> fixed_sequence([0.01, 0.2, 0.01], 0.05).adjusted_p_values.tolist()
-  [0.01, 0.2, 0.2]
+  >>> fixed_sequence([0.01, 0.2, 0.01], 0.05)
+  (array([0.01, 0.2 , 0.2 ]), range(0, 2))
   """
   adjusted = np.maximum.accumulate(np.asarray(p_values, np.float64))
-  return Rejections(adjusted, range(min(np.sum(adjusted <= error_rate) + 1, len(adjusted))))
+  return adjusted, range(min(np.sum(adjusted <= error_rate) + 1, len(adjusted)))
 
 
-def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+def holm(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   """Holm's step-down procedure (1979): the smallest p at error_rate / k, the next at / (k - 1).
 
       adjusted p of the j-th smallest = max over i <= j of min(1, (k - i + 1) p_(i))
@@ -54,10 +47,10 @@ def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   steps = np.minimum(p_values[order] / (1.0 / np.arange(count, 0, -1)), 1.0)
   adjusted = np.empty(count)
   adjusted[order] = np.maximum.accumulate(steps)
-  return Rejections(adjusted, order[: np.sum(adjusted <= error_rate) + 1].tolist())
+  return adjusted, order[: np.sum(adjusted <= error_rate) + 1].tolist()
 
 
-def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+def fallback(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   """Fixed order with a level for each; a rejection hands its whole level to the next.
 
   Half of the level is on the first hypothesis and the rest is spread evenly, so that one bad
@@ -80,18 +73,18 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
     waiting[chosen] = False
     if (after := np.flatnonzero(waiting[chosen:])).size:
       weights[chosen + after[0]] += weights[chosen]
-  return Rejections(adjusted, visited)
+  return adjusted, visited
 
 
-def _bonferroni(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+def _bonferroni(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   """p <= error_rate / k; only calibrations of earlier versions have it."""
   del error_rate
   p_values = np.asarray(p_values, np.float64)
   count = len(p_values)
-  return Rejections(np.minimum(p_values / np.full(count, 1.0 / count), 1.0), range(count))
+  return np.minimum(p_values / np.full(count, 1.0 / count), 1.0), range(count)
 
 
-PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Rejections]] = {
+PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Tested]] = {
   "fixed_sequence": fixed_sequence,
   "fallback": fallback,
   "holm": holm,
@@ -164,15 +157,14 @@ def decide(
   thresholds: Sequence[float],
   procedure: str,
   error_rate: float,
-  sequences: Sequence[int] | None = None,
+  sequences: Sequence[int] = (),
 ) -> Decision:
   """Certifies where every part is; used to certify and to verify.
 
   A threshold that breaks the promise breaks one of its parts, whose p-value alone is small with
   probability at most the error rate (intersection-union): parts cost no share of it. Ascending
-  parts have a share of their own. `sequences` are the lengths of grids, one after another, that
-  are tested each for itself; the share of every part then divides the error rate by their
-  number.
+  parts have a share of their own, and so have `sequences`, the lengths of grids, one after
+  another, that are tested each for itself.
   """
   scaled = np.array(
     [np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0) for p in parts]
@@ -182,12 +174,12 @@ def decide(
   grids = np.split(np.exp(scaled[~up].max(axis=0)), ends[:-1])
   adjusted, visited = np.empty(0), []
   for p_values in grids:
-    found = test(p_values, error_rate)
-    visited += [len(adjusted) + place for place in found.visited]
-    adjusted = np.append(adjusted, found.adjusted_p_values)
+    found, places = test(p_values, error_rate)
+    visited += [len(adjusted) + place for place in places]
+    adjusted = np.append(adjusted, found)
   if up.any():
-    costs = test(np.exp(scaled[up].max(axis=0))[::-1], error_rate)
-    adjusted = np.maximum(adjusted, costs.adjusted_p_values[::-1])
+    found, _ = test(np.exp(scaled[up].max(axis=0))[::-1], error_rate)
+    adjusted = np.maximum(adjusted, found[::-1])
   worst = scaled.argmax(axis=0)
   rows = []
   for place, level in enumerate(thresholds):

@@ -61,7 +61,7 @@ def test_a_file_of_version_1_is_read(name):
 def test_a_stored_monitor_is_refused_by_name_and_kept(tmp_path):
   path = shutil.copy(FOLDER / "monitor.jsonl", tmp_path)
   before = pathlib.Path(path).read_bytes()
-  with pytest.raises(ValueError, match=r"monitor\.jsonl:1: .* got the monitor of an earlier"):
+  with pytest.raises(ValueError, match=r"monitor\.jsonl:1: .* the monitor of an earlier"):
     Online(path, [0.5], tolerance=0.1)
   assert pathlib.Path(path).read_bytes() == before
 

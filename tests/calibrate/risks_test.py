@@ -112,7 +112,7 @@ def test_what_is_tested_and_said_by_hand(promise, tests, tested, sentence):
   rows = [types.SimpleNamespace(rejected=True)] * 2
   calibration = types.SimpleNamespace(tolerance=0.25, rows=rows)
   assert promise.statement(calibration, "loss") == sentence
-  assert "nothing of" in promise.limits("prompts") and "prompts" in promise.limits("prompts")
+  assert "nothing of" in promise.limits and "{unit}" in promise.limits
   # A file has numbers alone: no rows of prompts, which are neither shown nor compared.
   stored = risks.from_json(promise.to_json())
   assert stored == promise and repr(stored) == repr(promise)
@@ -164,8 +164,11 @@ MORE = dict(values=np.zeros((2, 2)), ids=("a", "b"))
     *((lambda x=x: risks.TailMean(0.5, x), r"`start` to be in \(-2, 1\)") for x in (-2.0, 1)),
     (lambda: risks.TailMean(0.5, 0.2).tests(0.2, Support()), "`start` below the tolerance"),
     *((lambda m=m: risks.KnownMixture(m), "`most` of at least 1") for m in (0.99, np.inf)),
-    (lambda: risks.KnownMixture(2.0, weights=[2.1]), r"`weights` in \[0, `most`\]"),
-    (lambda: risks.KnownMixture(2.0, weights=[np.nan]), "`weights` of at least 0"),
+    (
+      lambda: risks.KnownMixture(2.0, weights=[2.1]),
+      r"`weights` in \[0, `most`\] .* up to 2.1",
+    ),
+    (lambda: risks.KnownMixture(2.0, weights=[np.nan]), "`weights` in .* up to nan"),
     (lambda: risks.Cost(0.0), "`at_most`"),
     (lambda: risks.Cost(0.5, 1.0), "`share`"),
     (lambda: risks.SeveralRisks(), "at least one `Risk`"),
@@ -349,7 +352,7 @@ def test_a_promise_over_clusters_speaks_of_clusters(tmp_path):
     assert "over independent draws of the 120 calibration clusters of prompts" in one.promised
     assert "in the average over clusters, of which each counts once" in one.promised
     assert "prompts that are counted one by one" in one.guarantee
-    assert "clusters of prompts" in found.promise.limits(one.unit)
+    assert "a mean over clusters of prompts drawn like those" in one.guarantee
     assert "on 120 clusters of prompts" in repr(one)
   alone = dataclasses.replace(found, clusters=False)
   assert "cluster" not in alone.guarantee and "the 120 calibration prompts" in alone.promised

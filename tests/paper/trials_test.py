@@ -121,7 +121,7 @@ def one_at_a_time(pool, draws, tolerances, error_rate, uniforms):
       values, uniform = pool.values[rows], uniforms[i]
       upper = pool.support.upper
       log_p = pool.method.log_p_values(values, tolerance, error_rate, upper, uniform)
-      adjusted = testing.fixed_sequence(np.exp(log_p), error_rate).adjusted_p_values
+      adjusted, _ = testing.fixed_sequence(np.exp(log_p), error_rate)
       chosen[i, j] = np.sum(adjusted <= error_rate) - 1
   return chosen
 
