@@ -99,7 +99,8 @@ def certified(law: str, tolerance: float, mean: float, size: int, draws: int) ->
   generator = np.random.default_rng([54, size])
   losses = laws.BY_NAME[law](generator, mean, (size, draws))
   method = methods.get_method("betting_fixed_level", Support())
-  return float(np.mean(method.log_p_values(losses, tolerance, ERROR_RATE) <= math.log(0.05)))
+  design = method.design(tolerance, ERROR_RATE, size)
+  return float(np.mean(method.log_p_values(losses, design) <= math.log(0.05)))
 
 
 def batch_size(law: str, tolerance: float, mean: float, draws: int) -> int:

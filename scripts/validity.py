@@ -79,8 +79,8 @@ def tested(generator, values, support=None, method="auto") -> np.ndarray:
   """Which columns are certified, each with a uniform of its own."""
   declared, uniform = support or Support(), generator.random(values.shape[1])
   chosen = methods.get_method(method, declared)
-  log_p = chosen.log_p_values(values, TOLERANCE, LEVEL, declared.upper, uniform)
-  return log_p <= math.log(LEVEL)
+  design = chosen.design(TOLERANCE, LEVEL, len(values), declared.upper, uniform)
+  return chosen.log_p_values(values, design) <= math.log(LEVEL)
 
 
 def mean(law, support=None, method="auto"):
@@ -163,7 +163,7 @@ def prompts_of_clusters(generator, count):
   rates = np.where(sizes == 5, 3.0, 1.0) * TOLERANCE / (16.0 / 6.0)
   values = laws.text(generator, np.repeat(rates, sizes)[:, None], (sizes.sum(), COLUMNS))
   groups = tuple(f"g{row}" for row in np.repeat(np.arange(count), sizes))
-  return tested(generator, clusters.cluster_means(table(values), groups, 5, TOLERANCE).values)
+  return tested(generator, clusters.means(values, groups, 5, TOLERANCE)[1])
 
 
 def one_configuration(generator, count):
@@ -253,7 +253,8 @@ def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
   tables = [in_tested_orders(generator, order, law, count) for _ in range(draws)]
   sizes = np.array([table.shape[1] for table in tables])
   values = np.concatenate(tables, axis=1)
-  log_p = methods.get_method("auto", Support()).log_p_values(values, TOLERANCE, LEVEL)
+  method = methods.get_method("auto", Support())
+  log_p = method.log_p_values(values, method.design(TOLERANCE, LEVEL, len(values)))
   passed = log_p <= math.log(LEVEL)
   return float(np.mean(np.logical_and.reduceat(passed, np.cumsum(sizes) - sizes)))
 

@@ -151,24 +151,15 @@ class Calibration:
   def __repr__(self) -> str:
     return f"Calibration({display.in_short(self)})"
 
-  def __str__(self) -> str:
-    return display.as_text(self)
-
-  def _repr_html_(self) -> str:
-    return display.as_html(self)
+  __str__ = display.as_text
+  _repr_html_ = display.as_html
+  to_frame = display.to_frame
+  plot = display.plot
 
   @property
   def promised(self) -> str:
     """The promise alone, in one sentence; `guarantee` says what it rests on as well."""
     return sentences(self)[0]
-
-  def to_frame(self, library: str = "pandas") -> Any:
-    """`rows` as a DataFrame of 'pandas' or 'polars'; see `display.to_frame`."""
-    return display.to_frame(self, library)
-
-  def plot(self, axes: Any = None, *, layers: Any = None) -> Any:
-    """Losses, bounds and what is certified, by matplotlib; see `display.plot`."""
-    return display.plot(self, axes, layers=layers)
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
     """Raises ValueError, which names each field that differs from outputs' `procedure`.

@@ -70,7 +70,7 @@ def calibrate(
       to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
       contents and procedure. Trying several until one certifies breaks the promise.
     randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what the bets leave
-      open at the end, where it is as good as drawn; else it is 'betting_fixed_level'.
+      open at the end; else it is 'betting_fixed_level'.
     largest_cluster: the most prompts that a cluster has, here and when served, declared before
       any loss was seen: the promise is then about prompts, of which each counts once. 0: it is
       about clusters.
@@ -313,26 +313,21 @@ class Run:
     usable = np.array([not _fault(losses, place) for place in range(size)])
     values, declared = chosen.prepare(losses.values, losses.support)
     uniform = order_lib.seeded_uniform(self.seeds[0]) if self.randomized else 1.0
-    level, all_orders = self.error_rate * test.share, [None]
+    level, seeds, clustered = self.error_rate * test.share, self.seeds, np.array(groups or ())
+    ranks = []
     if chosen.ordered and groups is None:
-      all_orders = clusters.tested_orders(losses, self.seeds)
+      ranks = [np.argsort(order) for order in clusters.tested_orders(losses, seeds)]
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
     for rows, places in _alike(part.rows, size):
-      every, support, orders = rows is None, declared, all_orders
-      units = values[:, places] if every else values[np.ix_(rows, places)]
+      units, orders = values[:, places][rows], [np.argsort(rank[rows]) for rank in ranks]
       if groups is not None:
-        some = losses if every else losses.rows(rows)
-        grid = losses.thresholds[places]
-        some = dataclasses.replace(some, values=units, support=declared, thresholds=grid)
         fill = float(test.tolerance)
-        some = clusters.cluster_means(some, some.groups or (), self.largest_cluster, fill)
-        units, support = some.values, some.support
-        orders = clusters.tested_orders(some, self.seeds) if chosen.ordered else [None]
-      elif chosen.ordered and not every:
-        orders = [clusters.order_among(order, rows) for order in orders]
-      options = (support, test.tolerance, level, usable[places])
-      found = [chosen.evidence(units, *options, order, uniform) for order in orders]
+        ids, units = clusters.means(units, clustered[rows], self.largest_cluster, fill)
+        orders = [order_lib.seeded_order(ids, seed) for seed in seeds if chosen.ordered]
+      design = chosen.design(test.tolerance, level, len(units), declared.upper, uniform)
+      options = (units, declared, design, usable[places])
+      found = [chosen.evidence(*options, order) for order in orders or [None]]
       log_p[places], bounds[places] = np.max(found, axis=0)
       means[places], counts[places] = units.mean(axis=0), len(units)
     binary = declared.binary and groups is None
@@ -346,10 +341,10 @@ class Run:
     )
 
 
-def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[np.ndarray | None, Any]]:
+def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[Any, Any]]:
   """(rows that count, places in the grid) of the thresholds at which the same rows count."""
   if rows is None:
-    yield None, slice(None)
+    yield slice(None), slice(None)
     return
   alike: dict[bytes, list[int]] = {}
   for column in range(size):

@@ -71,14 +71,6 @@ def tested_orders(losses: SequenceLosses, seeds: Sequence[str]) -> list[np.ndarr
   return [order_lib.seeded_order(names, seed) for seed in seeds]
 
 
-def order_among(order: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """The order of some rows, numbered as they stand, in the order of all."""
-  place = np.full(len(order), -1)
-  place[rows] = np.arange(len(rows))
-  found = place[order]
-  return found[found >= 0]
-
-
 def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:
   """The groups that `losses` carry, or None where each prompt is a cluster of its own."""
   groups = losses.groups
@@ -91,29 +83,30 @@ def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Suppor
   return dataclasses.replace(losses.support, binary=binary)
 
 
-def cluster_means(
-  losses: SequenceLosses, groups: Sequence[str], largest: int = 0, fill: float = 0.0
-) -> SequenceLosses:
-  """[num_clusters, num_thresholds] means over the prompts of each cluster, sorted by name.
+def means(
+  values: np.ndarray, groups: Sequence[str] | np.ndarray, largest: int = 0, fill: float = 0.0
+) -> tuple[list[str], np.ndarray]:
+  """Sorted names and means [num_clusters, num_thresholds] of the prompts of each cluster.
 
   With a declared largest cluster m, smaller ones are filled with losses of `fill`: at the
   tolerance, (sum of losses + (m - size) tolerance) / m is at most the tolerance on average
   exactly where the loss of a prompt is, E[sum of losses] <= tolerance E[size].
   """
   names, index = np.unique(np.asarray(groups), return_inverse=True)
-  sums = np.zeros((len(names), losses.values.shape[1]))
-  np.add.at(sums, index, losses.values)
+  sums = np.zeros((len(names), values.shape[1]))
+  np.add.at(sums, index, values)
   sizes = np.bincount(index).astype(np.float64)[:, None]
   if largest and sizes.max() > largest:
     raise ValueError(
       f"Expected clusters of at most `largest_cluster` = {largest} prompts, got one of"
       f" {int(sizes.max())}; declare the largest that there may ever be."
     )
-  means = (sums + (largest - sizes) * fill) / largest if largest else sums / sizes
-  return dataclasses.replace(
-    losses,
-    values=means,
-    support=unit_support(losses, groups),
-    ids=tuple(names.tolist()),
-    groups=None,
-  )
+  found = (sums + (largest - sizes) * fill) / largest if largest else sums / sizes
+  return names.tolist(), found
+
+
+def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLosses:
+  """The losses of clusters: `means` over their prompts."""
+  ids, values = means(losses.values, groups)
+  support = unit_support(losses, groups)
+  return dataclasses.replace(losses, values=values, support=support, ids=ids, groups=None)

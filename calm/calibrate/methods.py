@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from calm import signals
 from calm.calibrate import betting, p_values
@@ -32,41 +31,28 @@ class Method:
     return self.p_value is None
 
   def design(self, tolerance, error_rate, size: int, upper=1.0, uniform=1.0) -> betting.Design:
-    """The bets on `size` prompts."""
+    """The test of `size` losses up to `upper`."""
     uniform = uniform if self.randomized else 1.0
     return betting.Design(tolerance, error_rate, size, upper, self.hedges, uniform)
 
-  def log_p_values(
-    self,
-    values: np.ndarray,
-    tolerance: npt.ArrayLike,
-    error_rate: float,
-    upper: float = 1.0,
-    uniform: npt.ArrayLike = 1.0,
-  ) -> np.ndarray:
-    """[num_thresholds] log p of losses up to `upper`, in the tested order.
-
-    Tolerance and uniform are numbers, or one a threshold.
-    """
+  def log_p_values(self, values: np.ndarray, design: betting.Design) -> np.ndarray:
+    """[num_thresholds] log p of losses in the tested order."""
     if self.p_value is not None:
-      return self.p_value(values.sum(axis=0), len(values), tolerance, log=True)
-    design = self.design(tolerance, error_rate, len(values), upper, uniform)
+      return self.p_value(values.sum(axis=0), len(values), design.tolerance, log=True)
     return betting.log_p_value(values, design)
 
   def evidence(
     self,
     values: np.ndarray,
     support: Support,
-    tolerance: float,
-    error_rate: float,
+    design: betting.Design,
     usable: np.ndarray,
     order: np.ndarray | None = None,
-    uniform: float = 1.0,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """(log p, upper bounds) [num_thresholds], a few columns at a time.
+    """(log p, upper bounds) [num_thresholds], a few columns at a time, rows in `order`.
 
-    Rows are tested in `order`, those that it has. The bound is at most the tolerance exactly
-    where p <= error_rate. Columns that are not `usable` have p = 1 and no bound (NaN).
+    The bound is at most the tolerance exactly where p <= error_rate. Columns that are not
+    `usable` have p = 1 and no bound (NaN).
     """
     log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
     (columns,) = np.nonzero(usable)
@@ -78,19 +64,18 @@ class Method:
       # What leaves the range by rounding is put back.
       np.clip(losses, support.lower, support.upper, out=losses)
       if self.p_value is not None:
-        sums, count = losses.sum(axis=0), len(losses)
-        log_p[part] = self.p_value(sums, count, tolerance, log=True)
-        bound[part] = p_values.invert(self.p_value, sums, count, error_rate=error_rate)
+        log_p[part] = self.log_p_values(losses, design)
+        sums, level = losses.sum(axis=0), design.error_rate
+        bound[part] = p_values.invert(self.p_value, sums, len(losses), error_rate=level)
       else:
-        design = self.design(tolerance, error_rate, len(losses), support.upper, uniform)
         bets = design.bets(losses)
         log_p[part] = betting.log_p_value(losses, design, bets)
         bound[part] = betting.upper_bound(losses, design, support.lower, bets)
     # Both are of one test, and p falls as the tolerance grows: they can only disagree by the
     # precision of a search.
-    above = np.maximum(bound, np.nextafter(tolerance, np.inf))
-    rejected = np.exp(log_p) <= error_rate
-    return log_p, np.where(rejected, np.minimum(bound, tolerance), above)
+    above = np.maximum(bound, np.nextafter(design.tolerance, np.inf))
+    rejected = np.exp(log_p) <= design.error_rate
+    return log_p, np.where(rejected, np.minimum(bound, design.tolerance), above)
 
   def prepare(self, values: np.ndarray, support: Support) -> tuple[np.ndarray, Support]:
     """(losses as this method tests them, their support)."""

@@ -73,13 +73,14 @@ def method_size(
   29
   """
   checks.in_range("share", share, 0.0, math.nextafter(1.0, 2.0))
+  checks.in_range("error_rate", error_rate, 0.0, 1.0)
   support = support or Support()
   chosen = methods.get_method(method, support, any_level=share < 1.0)
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
 
   def certifies(size: int) -> bool:
-    losses = np.full((size, 1), lowest[0, 0])
-    log_p = chosen.log_p_values(losses, tolerance, error_rate, declared.upper, uniform=0.5)
+    design = chosen.design(tolerance, error_rate, size, declared.upper, uniform=0.5)
+    log_p = chosen.log_p_values(np.full((size, 1), lowest[0, 0]), design)
     return float(log_p[0]) <= math.log(error_rate * share) + 1e-12
 
   few = _floor(chosen, declared, tolerance, error_rate * share) - 1

@@ -26,9 +26,6 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Tested:
 
   `p_values` are [num_hypotheses] in [0, 1], in the order fixed beforehand, of which rejections
   form a prefix (paper, section 4.3); `error_rate` is family-wise, in (0, 1).
-
-  >>> fixed_sequence([0.01, 0.2, 0.01], 0.05)
-  (array([0.01, 0.2 , 0.2 ]), range(0, 2))
   """
   adjusted = np.maximum.accumulate(np.asarray(p_values, np.float64))
   return adjusted, range(min(np.sum(adjusted <= error_rate) + 1, len(adjusted)))

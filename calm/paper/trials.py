@@ -16,9 +16,6 @@ from scipy import stats
 from calm.calibrate import clusters, methods
 from calm.calibrate.losses import SequenceLosses
 
-# Losses that are looked at at once.
-_CELLS = 2**22
-
 
 class Draws:
   """A pool of losses from which calibration sets are drawn and tested, many at once.
@@ -50,26 +47,16 @@ class Draws:
     `draws` are [num_sets, set_size] units of each calibration set, in the tested order;
     `tolerances` each have their own test.
     """
-    levels = np.asarray(tolerances, np.float64)
-    chosen = np.full((len(draws), len(levels)), -1)
-    uniforms = np.broadcast_to(uniforms, len(draws))
+    levels, uniforms = np.asarray(tolerances), np.broadcast_to(uniforms, len(draws))
+    chosen, upper = np.full((len(draws), len(levels)), -1), self.support.upper
     for column in range(self.values.shape[1]):
       # Who has certified everything so far goes on.
-      sets, positions = np.nonzero(chosen == column - 1)
-      going, places = np.unique(sets, return_inverse=True)
-      losses = self.values[:, column][draws[going].T]
-      passed = np.zeros(len(sets), bool)
-      step = max(1, _CELLS // len(losses))
-      for pairs in np.split(np.arange(len(sets)), range(step, len(sets), step)):
-        log_p = self.method.log_p_values(
-          losses[:, places[pairs]],
-          levels[positions[pairs]],
-          error_rate,
-          self.support.upper,
-          uniforms[sets[pairs]],
-        )
-        passed[pairs] = np.exp(log_p) <= error_rate
-      chosen[sets[passed], positions[passed]] = column
+      sets, places = np.nonzero(chosen == column - 1)
+      losses = self.values[:, column][draws[sets].T]
+      tested = (levels[places], error_rate, len(losses), upper, uniforms[sets])
+      log_p = self.method.log_p_values(losses, self.method.design(*tested))
+      passed = np.exp(log_p) <= error_rate
+      chosen[sets[passed], places[passed]] = column
     return chosen
 
 

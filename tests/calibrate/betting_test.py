@@ -191,7 +191,8 @@ def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, la
   losses = np.clip(losses, lower, 1.0)
   support = Support(lower, binary=name == "binomial")
   method, usable = methods.get_method(name, support), np.ones(6, bool)
-  log_p, bound = method.evidence(losses, support, tolerance, error_rate, usable)
+  design = method.design(tolerance, error_rate, size)
+  log_p, bound = method.evidence(losses, support, design, usable)
   np.testing.assert_array_equal(bound <= tolerance, np.exp(log_p) <= error_rate)
   assert np.all((bound > lower) & (bound <= 1.0))
 

@@ -19,7 +19,6 @@ from calm.calibrate import (
   risks,
   testing,
 )
-from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])
@@ -152,16 +151,10 @@ def test_a_declared_largest_cluster_makes_the_promise_one_about_prompts():
     assert "No cluster has more than 8 prompts: the caller declared it." in kept.guarantee
   with pytest.raises(ValueError, match="`largest_cluster` = 7 prompts, got one of 8"):
     calibrate(mild, [0.9, 0.5], **rates, groups=groups, largest_cluster=7)
-  table = SequenceLosses([[0.2], [0.4], [1.0]], [0.5])
-  filled = clusters.cluster_means(table, ["a", "a", "b"], 4, 0.1)
-  np.testing.assert_allclose(filled.values[:, 0], [(0.6 + 0.2) / 4, (1.0 + 0.3) / 4])
-
-
-def test_some_rows_are_tested_in_the_order_of_all():
-  names, rows = [f"id-{row}" for row in range(50)], np.arange(3, 50, 4)
-  order_of_all = order.seeded_order(names, "ab")
-  expected = order.seeded_order([names[row] for row in rows], "ab")
-  np.testing.assert_array_equal(clusters.order_among(order_of_all, rows), expected)
+  losses = np.array([[0.2], [0.4], [1.0]])
+  names, filled = clusters.means(losses, ["a", "a", "b"], 4, 0.1)
+  np.testing.assert_allclose(filled[:, 0], [(0.6 + 0.2) / 4, (1.0 + 0.3) / 4])
+  assert names == ["a", "b"]
 
 
 def test_losses_of_0_and_1_that_are_not_declared_are_pointed_out():

@@ -83,7 +83,8 @@ def certified(table, tolerance, method):
   losses = SequenceLosses(table, [0.5])
   rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
   columns = losses.values[np.stack(rows, axis=1), 0]
-  log_p = methods.get_method(method, Support()).log_p_values(columns, tolerance, 0.05)
+  chosen = methods.get_method(method, Support())
+  log_p = chosen.log_p_values(columns, chosen.design(tolerance, 0.05, len(columns)))
   return len(rows), bool(np.all(np.exp(log_p) <= 0.05))
 
 
@@ -130,7 +131,8 @@ def shares_certified(law, size, way, named, contents=""):
   columns = np.concatenate(tables, axis=1)
   method = methods.get_method("auto", losses.support)
   for level in (0.05, 0.1):
-    passed = np.exp(method.log_p_values(columns, 0.1, level)) <= level
+    log_p = method.log_p_values(columns, method.design(0.1, level, size))
+    passed = np.exp(log_p) <= level
     # All orders of a table have to certify it.
     yield level, np.logical_and.reduceat(passed, np.cumsum([0, *orders[:-1]])).mean()
 

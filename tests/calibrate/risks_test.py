@@ -298,6 +298,18 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
   assert every["en"] == calibrate(rows, tolerance=0.2, error_rate=ERROR_RATE / 2)
 
 
+def test_some_rows_are_tested_in_the_order_of_all():
+  values, ids = (
+    np.random.default_rng(0).beta(1.0, 20.0, (90, 2)),
+    [f"id-{n}" for n in range(90)],
+  )
+  losses = SequenceLosses(values, GRID, ids=tuple(ids))
+  groups = risks.EveryGroup(labels=["a" if row % 3 else "b" for row in range(90)])
+  together = calibrated(losses, groups, seed="ab").parts[1]
+  alone = calibrated(losses.rows(np.arange(0, 90, 3)), seed="ab")
+  assert together.log_p_values == tuple(alone.column("log_p_value"))
+
+
 def test_texts_that_never_leave_do_not_count_for_those_that_do():
   depth = np.where(np.arange(400) % 4 == 0, 2.0, 8.0)[:, None]
   losses = table(np.where(depth[:, 0] < 4, np.arange(400) % 8 == 0, 0.0))

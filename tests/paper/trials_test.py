@@ -119,8 +119,9 @@ def one_at_a_time(pool, draws, tolerances, error_rate, uniforms):
   for i, rows in enumerate(draws):
     for j, tolerance in enumerate(tolerances):
       values, uniform = pool.values[rows], uniforms[i]
-      upper = pool.support.upper
-      log_p = pool.method.log_p_values(values, tolerance, error_rate, upper, uniform)
+      upper, test = pool.support.upper, pool.method
+      design = test.design(tolerance, error_rate, len(values), upper, uniform)
+      log_p = test.log_p_values(values, design)
       adjusted, _ = testing.fixed_sequence(np.exp(log_p), error_rate)
       chosen[i, j] = np.sum(adjusted <= error_rate) - 1
   return chosen
