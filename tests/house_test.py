@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (6361, 26),
+  "calibrate": (6176, 26),
   "checkpoints": (1205, 5),
   "commands": (2650, 13),
   "console.py": (271, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "exits": (1213, 8),
   "fitting": (2580, 8),
   "inference": (2415, 10),
-  "paper": (2573, 12),
+  "paper": (2560, 12),
   "serve": (720, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (32_414, 142), "tests": (28_697, 169), "scripts": (4_502, 24)}
+WHOLE = {"calm": (32_216, 142), "tests": (28_708, 169), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

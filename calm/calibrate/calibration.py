@@ -365,26 +365,26 @@ def _check_decision(one: Calibration) -> None:
 
 def sentences(calibration: Calibration) -> list[str]:
   """The sentences of the guarantee; the first is the promise."""
-  one, procedure, full = calibration, calibration.procedure, "the full model"
-  if procedure is not None and procedure.reference_digest is not None:
+  one, procedure, largest = calibration, calibration.procedure, calibration.largest_cluster
+  full = "the full model"
+  if procedure and procedure.reference_digest is not None:
     full += f" that was given (parameters {procedure.reference_digest[:12]})"
-  if procedure is not None and procedure.reference_dtype is not None:
+  if procedure and procedure.reference_dtype is not None:
     full += f" in {procedure.reference_dtype}"
   if not one.certified:
-    nothing = "nothing is promised of its loss."
-    rest = "its loss against itself is 0 by definition." if one.kind in _KINDS else nothing
+    known = "its loss against itself is 0 by definition."
+    rest = known if one.kind in _KINDS else "nothing is promised of its loss."
     never = thresholds_lib.NEVER_EXIT_TEXT
     return [f"No threshold is certified, so {full} is used ({never}); {rest}", one.reason]
   loss = _KINDS.get(one.kind, "loss").format(metric=one.metric, full=full)
   served = repr(one.knob) if one.knobs else f"threshold {one.threshold:.10g}"
   over, counted = "", ", in the average over {}, of which each counts once whatever its {},"
-  if one.largest_cluster:
+  if largest:
     over = counted.format("prompts", "cluster")
   elif one.clusters:
     over = counted.format("clusters", "size")
-  unit = "prompts" if one.largest_cluster else one.unit
-  # A sequential run may stop before it has used them all.
-  most = "at most " if one.sequential else ""
+  unit = "prompts" if largest else one.unit
+  most = "at most " if one.sequential else ""  # it may have stopped before
   said = [
     f"With probability at least {1.0 - one.error_rate:.10g} over independent draws of"
     f" the {most}{one.num_examples} calibration {one.unit}, decoding with"
@@ -394,9 +394,8 @@ def sentences(calibration: Calibration) -> list[str]:
     " one kind, and if grid, method, tolerance and error rate were fixed before these losses"
     " were seen.",
   ]
-  if one.largest_cluster:
-    most = one.largest_cluster
-    said.append(f"No cluster has more than {most} prompts: the caller declared it.")
+  if largest:
+    said.append(f"No cluster has more than {largest} prompts: the caller declared it.")
   elif one.clusters:
     said.append(
       "Within a cluster it is the average over its prompts that the promise is about. Nothing"
