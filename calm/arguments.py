@@ -103,7 +103,7 @@ def _converted(value: Any, kind: Any) -> Any:
     _require(isinstance(value, Mapping))
     return value if inner[1] is Any else {k: _item(k, v, inner[1]) for k, v in value.items()}
   if origin is typing.Literal:
-    _require(isinstance(value, str) and value in inner)
+    _require(type(value) in map(type, inner) and value in inner)
   elif origin is Callable:
     _require(callable(value))
   elif isinstance(kind, type):

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from calm import checkpoints, exits
-from calm.calibrate import Prompt, label_requests
+from calm.calibrate import Prompt
 from calm.calibrate.generations import foreign, shards
 from calm.commands import calibrate, infer
 from calm.data import vocabulary
@@ -126,9 +126,9 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "shard": (at("shard") / shards.MARK, lambda: shards.read_mark(at("shard"))),
     "references": (
       at("references.jsonl"),
-      lambda: label_requests.read_references(at("references.jsonl")),
+      lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),
     ),
-    "labels": (at("labels.jsonl"), lambda: calibrate.read_labels(at("labels.jsonl"), ["a"])),
+    "labels": (at("labels.jsonl"), lambda: calibrate.read_texts(at("labels.jsonl"), "label")),
     "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
     "outputs of a batch": (
       at("batch.jsonl"),

@@ -17,12 +17,12 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from rich import console as rich_console
 
-from calm.calibrate import calibrate, seconds
+from calm.calibrate import calibrate
 from calm.commands import run as run_lib
 from calm.console import print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
-from calm.inference import outputs
+from calm.inference import outputs, timing
 from calm.paper import figures, page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
@@ -136,7 +136,7 @@ def fit_result(text: str) -> result_lib.Result:
   tried = choose.Tried(candidate, (0.5,), (0.1,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20)
   shown = report(text).examples[0]
-  pair = seconds.Seconds(seconds.Pair(1, 4, 2.0, 1.0, 2.0, 1.5))
+  pair = timing.Seconds(timing.Pair(1, 4, 2.0, 1.0, 2.0, 1.5))
   mean = result_lib.Mean(0.1, 0.0, 4)
   return result_lib.Result(
     model=text,

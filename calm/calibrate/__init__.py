@@ -13,7 +13,7 @@ Cached outputs are in `generations`; `losses` come of them, p-values of these fr
 from calm.calibrate import risks
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate, calibrate_configurations, each_group
-from calm.calibrate.generations.cache import load, open_writer
+from calm.calibrate.generations import load, open_writer
 from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from calm.calibrate.losses import SequenceLosses, Support, from_texts

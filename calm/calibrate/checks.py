@@ -1,6 +1,5 @@
 """Checks of tables of losses: numbers, names, clusters, texts, copies."""
 
-import numbers
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,9 +27,8 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   try:
     array = np.asarray(list(values) if isinstance(values, Iterator) else values)
   except ValueError as error:
-    raise ValueError(
-      f"Expected `{name}` to be a table of numbers, got rows of several lengths ({error})."
-    ) from error
+    text = f"Expected `{name}` to be a table of numbers, got rows of several lengths ({error})."
+    raise ValueError(text) from error
   if array.dtype.kind not in "fiub":
     raise ValueError(f"Expected `{name}` to be real numbers, got an array of {array.dtype}.")
   return np.asarray(array, np.float64)
@@ -41,9 +39,8 @@ def as_amounts(values: Any, name: str) -> np.ndarray:
   array = as_numbers(values, name)
   odd = array[~((array >= 0.0) & (array < np.inf))]
   if odd.size:
-    raise ValueError(
-      f"Expected `{name}` to be finite and at least 0, got {odd.flat[0].item()!r}."
-    )
+    got = odd.flat[0].item()
+    raise ValueError(f"Expected `{name}` to be finite and at least 0, got {got!r}.")
   return array
 
 
@@ -57,19 +54,16 @@ def in_range(name: str, value: Any, low: float, high: float) -> float:
 
 def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
   """Ids of `count` prompts; ValueError unless they are as many different texts."""
-  names = tuple(ids)
-  if len(names) != count:
-    raise ValueError(f"Expected `ids` for each of the {count} rows, got {len(names)}.")
-  if odd := [name for name in names if not isinstance(name, str)]:
+  if len(ids) != count:
+    raise ValueError(f"Expected `ids` for each of the {count} rows, got {len(ids)}.")
+  if odd := [name for name in ids if not isinstance(name, str)]:
+    raise ValueError(f"Expected `ids` to be texts, got {odd[0]!r} ({type(odd[0]).__name__}).")
+  if twice := repeated(ids):
     raise ValueError(
-      f"Expected `ids` to be texts, got {odd[0]!r} ({type(odd[0]).__name__}); use `str(id)`."
+      f"Expected `ids` to be unique, got {twice[:5]} more than once; rows of one prompt are a"
+      " cluster: give them ids of their own and one of the `groups`."
     )
-  if len(set(names)) != count:
-    raise ValueError(
-      f"Expected `ids` to be unique, got {repeated(names)[:5]} more than once; rows of one"
-      " prompt are a cluster: give them ids of their own and one of the `groups`."
-    )
-  return tuple(map(str, names))
+  return tuple(map(str, ids))
 
 
 def repeated(names: Iterable[str]) -> list[str]:
@@ -80,17 +74,13 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   """The cluster of each of `count` prompts; ValueError where one is missing or no name."""
-  named = lambda g: isinstance(g, str | numbers.Integral) and not isinstance(g, bool)
   if len(groups) != count:
-    raise ValueError(
-      f"Expected `groups` to name the cluster of each of the {count} rows, got {len(groups)}"
-      " names."
-    )
+    raise ValueError(f"Expected `groups` of each of the {count} rows, got {len(groups)}.")
+  named = lambda g: isinstance(g, str | int | np.integer) and not isinstance(g, bool)
   if bare := [row for row, group in enumerate(groups) if not named(group)]:
     raise ValueError(
       f"Expected `groups` to name the cluster of every row, got {groups[bare[0]]!r} at row"
-      f" {bare[0]} and {len(bare)} rows without a name; give each a cluster (its own id if it"
-      " has none): together they would pass for one cluster."
+      f" {bare[0]} and {len(bare)} rows without; give one that has none its own id."
     )
   return tuple(map(str, groups))
 
@@ -111,7 +101,7 @@ def check_lines(values: Iterable[Any], name: str, longest: int = LONGEST_NAME) -
     if not isinstance(value, str) or len(value) > longest or not value.isprintable():
       raise ValueError(
         f"Expected `{name}` of texts of at most {longest} printable characters, got"
-        f" {value!r:.200}; write it on one line, with plain spaces and no control characters."
+        f" {value!r:.200}; write it on one line, without control characters."
       )
 
 

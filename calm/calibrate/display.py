@@ -1,7 +1,6 @@
 """A calibration as a table and as a picture; needs pandas, polars or matplotlib when called."""
 
 import dataclasses
-import functools
 import html
 import importlib
 import io
@@ -16,26 +15,14 @@ from calm.console import sanitize
 _HEADS = ("mean loss", "upper bound", "p-value", "certified")
 
 
-def _module(name: str) -> Any:
-  try:
-    return importlib.import_module(name)
-  except ModuleNotFoundError as error:
-    package = name.split(".")[0]
-    raise ModuleNotFoundError(
-      f"Expected the package {package!r} to be installed; `calibration.rows` needs none.",
-      name=package,
-    ) from error
-
-
 def to_frame(calibration: Any, library: str = "pandas") -> Any:
   """A DataFrame of 'pandas' or 'polars', one line a threshold, one column a field of `Row`."""
   if library not in ("pandas", "polars"):
     raise ValueError(f"Expected `library` 'pandas' or 'polars', got {library!r}.")
   rows = [dataclasses.asdict(row) for row in calibration.rows]
   columns = {"knob": list(calibration.knobs)} if calibration.knobs else {}
-  return _module(library).DataFrame(
-    columns | {name: [r[name] for r in rows] for name in rows[0]}
-  )
+  columns |= {name: [row[name] for row in rows] for name in rows[0]}
+  return importlib.import_module(library).DataFrame(columns)
 
 
 def names(calibration: Any) -> tuple[str, ...]:
@@ -55,15 +42,11 @@ def place(calibration: Any) -> int | None:
   return calibration.promise.place([row.rejected for row in calibration.rows])
 
 
-def loss_name(calibration: Any) -> str:
-  """Like `textual loss`."""
-  return "loss" if calibration.kind == "loss" else f"{calibration.kind} loss"
-
-
-def title(calibration: Any) -> str:
+def title(calibration: Any, metric: bool = True) -> str:
   """Like `textual loss, rouge_l`; losses that were given have no metric that is known."""
-  metric = "" if calibration.metric == UNKNOWN else f", {calibration.metric}"
-  return sanitize(f"{loss_name(calibration)}{metric}")
+  kind = "loss" if calibration.kind == "loss" else f"{calibration.kind} loss"
+  metric = metric and calibration.metric != UNKNOWN
+  return sanitize(f"{kind}, {calibration.metric}" if metric else kind)
 
 
 def in_short(calibration: Any) -> str:
@@ -72,20 +55,18 @@ def in_short(calibration: Any) -> str:
   return (
     f"threshold={format_threshold(calibration.threshold)},"
     f" tolerance={calibration.tolerance:g}, error_rate={calibration.error_rate:g}:"
-    f" {title(calibration)}; {certified} of"
-    f" {len(calibration.rows)} thresholds certified on {calibration.num_examples}"
-    f" {calibration.unit}"
+    f" {title(calibration)}; {certified} of {len(calibration.rows)} thresholds certified on"
+    f" {calibration.num_examples} {calibration.unit}"
   )
 
 
 def _cells(calibration: Any) -> list[tuple[str, ...]]:
   """The table's head and lines."""
-  lines = [
-    (f"{r.mean:.4f}", f"{r.upper_bound:.4f}", f"{r.p_value:.2g}", "yes" if r.rejected else "no")
-    for r in calibration.rows
-  ]
-  named = zip(names(calibration), lines, strict=True)
-  return [(unit(calibration), *_HEADS), *((name, *line) for name, line in named)]
+  lines = [(unit(calibration), *_HEADS)]
+  for name, row in zip(names(calibration), calibration.rows, strict=True):
+    numbers = (f"{row.mean:.4f}", f"{row.upper_bound:.4f}", f"{row.p_value:.2g}")
+    lines.append((name, *numbers, "yes" if row.rejected else "no"))
+  return lines
 
 
 def as_text(calibration: Any) -> str:
@@ -102,17 +83,14 @@ def as_text(calibration: Any) -> str:
 def as_html(calibration: Any) -> str:
   """The same for a notebook, in the page's own colours."""
   safe = lambda text: html.escape(sanitize(text))
-  cells = lambda tag, row: "".join(
-    f'<{tag} style="text-align:right">{safe(text)}</{tag}>' for text in row
-  )
-  (head, *rows), chosen = _cells(calibration), place(calibration)
   lines = []
-  for number, row in enumerate(rows):
-    style = ' style="font-weight:bold"' if number == chosen else ""
-    lines.append(f"<tr{style}>{cells('td', row)}</tr>")
+  for number, row in enumerate(_cells(calibration), -1):
+    tag = "th" if number < 0 else "td"
+    style = ' style="font-weight:bold"' if number == place(calibration) else ""
+    cells = (f'<{tag} style="text-align:right">{safe(text)}</{tag}>' for text in row)
+    lines.append(f"<tr{style}>{''.join(cells)}</tr>")
   return (
-    f"<div><table><caption>{html.escape(title(calibration))}</caption>"
-    f"<thead><tr>{cells('th', head)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    f"<div><table><caption>{html.escape(title(calibration))}</caption>{''.join(lines)}</table>"
     f'<p title="{safe(calibration.guarantee)}">{safe(calibration.promised)}</p></div>'
   )
 
@@ -151,10 +129,9 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     found = f"Certified down to {down}: at most {tolerance:g}, with probability {probability}"
   label = f"tolerance {tolerance:g}"
   axes.axhline(tolerance, color="0.4", linewidth=1.0, linestyle=":", label=label)
-  axes.set_ylabel(sanitize(loss_name(calibration)), parse_math=False)
-  if layers is not None:
-    axes.set_xlabel("mean decoder layers a token")
-  else:
+  axes.set_ylabel(title(calibration, metric=False), parse_math=False)
+  axes.set_xlabel("mean decoder layers a token")
+  if layers is None:
     axes.set_xlabel("threshold, from the safest down")
     axes.invert_xaxis()
     if calibration.knobs:
@@ -168,16 +145,16 @@ def _new_axes() -> Any:
   """Axes of a new figure, which a notebook shows as the picture."""
   # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
   # which ask for what pyplot made, need to be told.
-  figure = _module("matplotlib.figure").Figure((6.0, 4.0), layout="constrained")
+  figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
   axes = figure.subplots()
-  figure._repr_png_ = axes._repr_png_ = functools.partial(_png, figure)
+
+  def png() -> bytes:
+    written = io.BytesIO()
+    figure.savefig(written, format="png")
+    return written.getvalue()
+
+  figure._repr_png_ = axes._repr_png_ = png
   return axes
-
-
-def _png(figure: Any) -> bytes:
-  written = io.BytesIO()
-  figure.savefig(written, format="png")
-  return written.getvalue()
 
 
 def _layers(calibration: Any, layers: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ polars (`from_frame`), neither of which is imported.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,8 @@ import numpy as np
 from calm import arguments, signals
 from calm.calibrate import checks, metrics
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cache
+from calm.calibrate.generations import Generations, predictions
 from calm.calibrate.generations import order as order_lib
-from calm.calibrate.generations.cache import Generations
 from calm.calibrate.generations.procedure import Procedure
 from calm.calibrate.generations.records import Prompt, Record
 
@@ -44,9 +43,8 @@ class Support:
         f" {self.upper}]; an unbounded loss cannot be controlled."
       )
     if self.binary and (self.lower, self.upper) != (0.0, 1.0):
-      raise ValueError(
-        f"Expected a binary `support` to be [0, 1], got [{self.lower}, {self.upper}]."
-      )
+      got = f"[{self.lower}, {self.upper}]"
+      raise ValueError(f"Expected a binary `support` to be [0, 1], got {got}.")
 
 
 @arguments.checked()
@@ -54,13 +52,8 @@ class Support:
 class SequenceLosses:
   """Losses of every prompt at every threshold, and what they are losses of.
 
-  Everything that is tested passes through here and is checked here, once.
-
-  Raises:
-    ValueError: `values` is no table of real numbers with a row a prompt and a column a
-      threshold, the grid does not descend in [0, 1], ids are not unique texts, a group is
-      missing, or a calibration cannot store kind, metric or knobs. Losses
-      that leave the support are no error here: `calibrate` says so in words.
+  Everything that is tested passes through here and is checked here, once: ValueError names
+  what is wrong. Losses that leave the support are no error here: `calibrate` says so in words.
   """
 
   values: np.ndarray  # [num_examples, num_thresholds] float64
@@ -91,18 +84,14 @@ class SequenceLosses:
     checks.check_lines(self.knobs, "knobs")
     if self.knobs and len(self.knobs) != len(grid):
       raise ValueError(f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}.")
-    changed: dict[str, Any] = {"values": values, "thresholds": grid}
+    vars(self).update(values=values, thresholds=grid)
     if self.ids is not None:
-      changed["ids"] = checks.check_ids(self.ids, len(values))
+      vars(self).update(ids=checks.check_ids(self.ids, len(values)))
     if self.groups is not None:
-      changed["groups"] = checks.check_groups(self.groups, len(values))
-    vars(self).update(changed)
+      vars(self).update(groups=checks.check_groups(self.groups, len(values)))
 
   def ungrouped(self) -> "SequenceLosses":
-    """The same losses, each prompt taken for an independent draw.
-
-    The promise is false if prompts of one cluster are not; the guarantee says so.
-    """
+    """The same losses, each prompt taken for an independent draw; the guarantee says so."""
     groups = self.groups or ()
     ignored = self.groups_ignored or len(set(groups)) < len(groups)
     return dataclasses.replace(self, groups=None, groups_ignored=ignored)
@@ -148,7 +137,7 @@ def compute(
 
   Args:
     generations: complete cached generations; for a risk, every prompt whose text differs from
-      the full model's has references (`unlabelled` names those that have none).
+      the full model's has references.
     kind: the kind.
     metric: registry name, import path, function or `Metric`.
     progress: called with (prompts done, prompts in all).
@@ -160,23 +149,19 @@ def compute(
     ValueError: generations are incomplete, a prompt lacks references, the metric is no bounded
       mean or leaves [0, 1], or `kind` is unknown.
   """
-  grid = [*generations.thresholds, thresholds_lib.NEVER_EXIT]
-  pairs = zip(grid, [*generations.records, generations.full], strict=True)
-  count = len(generations.prompts)
-  short = [thresholds_lib.format_threshold(at) for at, rows in pairs if len(rows) < count]
-  if short:
+  prompts, metric = generations.prompts, metrics.get_metric(metric)
+  pairs = zip(generations.thresholds, generations.records, strict=True)
+  if short := [float(at) for at, rows in pairs if len(rows) < len(prompts)]:
     raise ValueError(
       "Expected `generations` to have a record of every prompt at every threshold, got"
-      f" incomplete ones at {short[:5]}; generate the rest (a run of an earlier version's"
-      " `--until_certified` is calibrated by the file beside it alone)."
+      f" incomplete ones at {short[:5]}; generate the rest."
     )
-  metric = metrics.get_metric(metric)
   values = np.stack(prefix_losses(generations, kind, metric=metric, progress=progress), axis=1)
-  groups = order_lib.known_groups(generations.prompts)
-  if groups is None and not all(prompt.input for prompt in generations.prompts):
+  groups = order_lib.known_groups(prompts)
+  if groups is None and not all(prompt.input for prompt in prompts):
     # Copies of a prompt have one text of the full model, too.
     numbers: dict[str, int] = {}
-    texts = [numbers.setdefault(t, len(numbers)) for t in cache.texts(generations.full)]
+    texts = [numbers.setdefault(t, len(numbers)) for t in predictions(generations.full)]
     checks.warn_of_copies(np.column_stack([values, texts]))
   return SequenceLosses(
     values=values,
@@ -187,7 +172,7 @@ def compute(
     ids=generations.ids,
     groups=groups,
     procedure=generations.procedure,
-    contents=order_lib.run_digest(generations.prompts, cache.texts(generations.full)),
+    contents=order_lib.run_digest(prompts, predictions(generations.full)),
     knobs=generations.knobs,
   )
 
@@ -205,30 +190,37 @@ def prefix_losses(
   a threshold may have records of the first prompts only.
   """
   kind_support(kind, metric := metrics.get_metric(metric))
-  count = len(generations.full)
-  if kind != "textual" and (bare := unlabelled(generations)):
-    raise ValueError(
-      "Expected `generations` to have references (`targets`) for every prompt whose text"
-      f" differs from the full model's to compute a risk, got {len(bare)} that have none,"
-      f" first {list(bare[:5])}; `--list_unlabelled` writes them all, and a textual loss needs"
-      " none."
-    )
-  columns = [cache.texts(records) for records in (generations.full, *generations.records)]
-  pieces = []
+  prompts, count = generations.prompts, len(generations.full)
+  columns = [predictions(records) for records in (generations.full, *generations.records)]
+  pieces, bare = [], []
   for first in range(0, max(1, count), PROMPTS):
     signals.check()
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
-    prompts = generations.prompts[first : first + PROMPTS]
-    known = [(text,) for text in full] if kind == "textual" else [p.targets for p in prompts]
-    pieces.append([np.maximum(c, KINDS[kind]) for c in _losses(full, early, known, metric)])
+    some = prompts[first : first + PROMPTS]
+    known = [(text,) for text in full] if kind == "textual" else [p.targets for p in some]
+    differ = [_differing(texts, full) for texts in early]
+    bare += [some[row].id for row in sorted({*itertools.chain(*differ)}) if not known[row]]
+    if not bare:
+      found = _losses(full, early, known, differ, metric)
+      pieces.append([np.maximum(column, KINDS[kind]) for column in found])
     if progress is not None:
       progress(min(first + PROMPTS, count), count)
+  if bare:
+    raise ValueError(
+      "Expected `generations` to have references (`targets`) for every prompt whose text"
+      f" differs from the full model's to compute a risk, got {len(bare)} that have none, first"
+      f" {bare[:100]}; a textual loss needs none."
+    )
   return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
 
-def _losses(full: list[str], early: list[list[str]], known, metric) -> list[np.ndarray]:
+def _differing(texts: list[str], full: list[str]) -> list[int]:
+  """Rows at which texts differ from the full model's."""
+  return [row for row, (a, b) in enumerate(zip(texts, full, strict=False)) if a != b]
+
+
+def _losses(full: list[str], early: list[list[str]], known, differ, metric) -> list[np.ndarray]:
   """metric(full, known) - metric(early, known) per threshold, 0 where texts are equal."""
-  differ = [_differing(texts, full) for texts in early]
   of_full = sorted({row for rows in differ for row in rows})
   pairs = [(full[row], known[row]) for row in of_full]
   for texts, rows in zip(early, differ, strict=True):
@@ -240,20 +232,6 @@ def _losses(full: list[str], early: list[list[str]], known, metric) -> list[np.n
     for row in rows:
       column[row] = theirs[row] - next(similarity)
   return columns
-
-
-def unlabelled(generations: Generations) -> tuple[str, ...]:
-  """Ids of prompts without references whose text differs from the full model's somewhere."""
-  full, rows = [*cache.texts(generations.full)], set[int]()
-  for records in generations.records:
-    rows.update(_differing(cache.texts(records), full))
-  prompts = generations.prompts
-  return tuple(prompts[row].id for row in sorted(rows) if not prompts[row].targets)
-
-
-def _differing(texts: Iterable[str], full: Iterable[str]) -> list[int]:
-  """Rows at which texts differ from the full model's."""
-  return [row for row, (a, b) in enumerate(zip(texts, full, strict=False)) if a != b]
 
 
 @arguments.checked()
@@ -339,32 +317,23 @@ def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:
   Columns are named by thresholds (numbers or their text), and `id` and `group` where there are
   such; ValueError where another column has no number for a name, or two have the same.
   """
-  named: dict[float, Any] = {}
-  for name in frame.columns:
-    if name in ("id", "group"):
-      continue
-    try:
-      threshold = float(name)
-    except (TypeError, ValueError):
-      raise ValueError(
-        "Expected columns of `losses` to be named by thresholds, `id` or `group`, got"
-        f" {name!r}."
-      ) from None
-    if threshold in named:
-      raise ValueError(
-        f"Expected one column of `losses` a threshold, got {named[threshold]!r} and {name!r}"
-        f" for {threshold}; leave one out, or name it by its own threshold."
-      )
-    named[threshold] = name
-  if not named:
-    raise ValueError("Expected `losses` to have a column a threshold, got no such column.")
-  grid = sorted(named, reverse=True)
+  named = [name for name in frame.columns if name not in ("id", "group")]
+  try:
+    levels = [float(name) for name in named]
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"Expected columns of `losses` to be named by thresholds, `id` or `group`, got {named}."
+    ) from None
+  if not named or len(set(levels)) < len(levels):
+    raise ValueError(f"Expected `losses` to have a column a threshold, got {named}.")
+  grid = sorted(levels, reverse=True)
+  by_level = dict(zip(levels, named, strict=True))
   column = lambda name: checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
   # What is missing (None, NaN, NaT, NA) stays and is refused as a group.
   missing = lambda v: v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
   texts = lambda name: tuple(v if missing(v) else str(v) for v in frame[name])
   return SequenceLosses(
-    np.stack([column(named[threshold]) for threshold in grid], axis=1),
+    np.stack([column(by_level[level]) for level in grid], axis=1),
     np.array(grid),
     support or Support(),
     kind="loss",

@@ -46,9 +46,7 @@ class Metric:
     ValueError where there is no reference, or the metric gives no number in [0, 1].
     """
     if not references:
-      raise ValueError(
-        f"Expected `references` to hold at least one text to compute {self.name!r}, got none."
-      )
+      raise ValueError(f"Expected `references` to hold one text for {self.name!r}, got none.")
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
       return 1.0
@@ -93,26 +91,18 @@ def unicode_words(text: str) -> tuple[str, ...]:
   text = unicodedata.normalize("NFKC", text).lower()
   if text.isascii():
     return tuple(_ASCII_WORD.findall(text))
-  words, word = [], ""
+  words: list[str] = []
+  open_word = False
   for character in text:
-    category = unicodedata.category(character)
-    if category[0] == "M":
-      if word:
-        word += character
-      elif words:
-        words[-1] += character
-      continue
-    code = ord(character)
-    alone = any(low <= code <= high for low, high in _UNSPACED)
-    if category[0] in "LN" and not alone:
-      word += character
-      continue
-    if word:
-      words.append(word)
-      word = ""
-    if category[0] in "LN":
+    kind = unicodedata.category(character)[0]
+    alone = any(low <= ord(character) <= high for low, high in _UNSPACED)
+    if kind in "LN" and (alone or not open_word):
       words.append(character)
-  return tuple([*words, word] if word else words)
+    elif words and (kind in "LN" or kind == "M"):
+      words[-1] += character
+    if kind != "M":
+      open_word = kind in "LN" and not alone
+  return tuple(words)
 
 
 def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -145,20 +135,11 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
   )
 
 
-@functools.cache
-def _scorer(name: str) -> Any:
-  if name == "chrf":
-    import sacrebleu
-
-    return sacrebleu.CHRF()
-  from rouge_score import rouge_scorer
-
-  return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-
-
 def rouge_l_rouge_score(prediction: str, references: Sequence[str]) -> float:
   """ROUGE-L F-measure as the rouge-score package computes it: Latin letters and digits only."""
-  score = _scorer("rouge").score
+  from rouge_score import rouge_scorer
+
+  score = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False).score
   return max(score(text, prediction)["rougeL"].fmeasure for text in references)
 
 
@@ -201,18 +182,14 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
 
   (Popovic 2015.)
   """
-  return _scorer("chrf").sentence_score(prediction, list(references)).score / 100.0
+  import sacrebleu
+
+  return sacrebleu.CHRF().sentence_score(prediction, list(references)).score / 100.0
 
 
 METRICS: Mapping[str, Metric] = {
-  metric.name: metric
-  for metric in (
-    Metric("rouge_l", rouge_l),
-    Metric("rouge_l_rouge_score", rouge_l_rouge_score),
-    Metric("token_f1", token_f1),
-    Metric("exact_match", exact_match, binary=True),
-    Metric("chrf", chrf),
-  )
+  function.__name__: Metric(function.__name__, function, binary=function is exact_match)
+  for function in (rouge_l, rouge_l_rouge_score, token_f1, exact_match, chrf)
 }
 
 # What names a metric: a name or import path, a function, or the metric itself.
@@ -221,26 +198,52 @@ _CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
 def _module(name: str) -> Any:
-  """A module by its import name, or by the path of its file (a name of nothing installed).
+  """A module by its import name, or loaded from the path of its file.
 
-  The file is loaded by its path: no folder is searched for what it, or anything else, imports.
+  No folder is searched for what a file, or anything else, imports.
   """
-  path = os.path.abspath(name)
   if not name.endswith(".py"):
-    path = os.path.abspath(name.replace(".", os.sep) + ".py")
-    try:
-      return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-      if not name.startswith(str(error.name)) or not os.path.isfile(path):
-        raise
+    return importlib.import_module(name)
+  path = os.path.abspath(name)
   known = f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
   if known not in sys.modules:
-    spec = importlib.util.spec_from_file_location(known, path)
-    assert spec is not None and spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(known, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[known] = module
   return sys.modules[known]
+
+
+@arguments.checked()
+def get_metric(name: MetricLike) -> Metric:
+  """A metric by registry name or import path, or of a function.
+
+  A name is one of `METRICS`, 'folder/file.py:function' or 'package.module:function' of what is
+  installed. Both are imported (trust them as any program), with `function(prediction,
+  references) -> [0, 1]`. A function with a true attribute `binary` declares values 0 and 1
+  only. ValueError where the name is unknown, cannot be imported, or names a corpus metric.
+  """
+  if not isinstance(name, str):
+    return _of_function(name)
+  if name in METRICS:
+    return METRICS[name]
+  if name.lower() in _CORPUS_METRICS:
+    raise ValueError(
+      f"Expected `metric` to be a mean over prompts, got {name!r}, a number of a whole"
+      " corpus; use 'chrf' or 'rouge_l' (`corpus_scores` reports BLEU beside)."
+    )
+  module, _, attribute = name.partition(":")
+  if not attribute:
+    raise ValueError(
+      f"Expected `metric` to be one of {sorted(METRICS)} or an import path"
+      f" 'package.module:function', got {name!r}."
+    )
+  try:
+    function = getattr(_module(module), attribute)
+  except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    text = f"Expected `metric` {name!r} to be a function that can be imported, got: {error}."
+    raise ValueError(text) from error
+  return _of_function(function, name)
 
 
 def _of_function(function: Any, name: str = "") -> Metric:
@@ -258,70 +261,16 @@ def _of_function(function: Any, name: str = "") -> Metric:
   return Metric(name, function, binary=bool(getattr(function, "binary", False)))
 
 
-@arguments.checked()
-def get_metric(name: MetricLike) -> Metric:
-  """A metric by registry name or import path, or of a function.
-
-  A name is one of `METRICS`, 'folder/file.py:function' or 'package.module:function' (installed,
-  or 'folder/module.py' in the working directory), which are imported (trust them as any
-  program), with `function(prediction, references) -> [0, 1]`. A function with a true attribute
-  `binary` declares values 0 and 1 only. ValueError where the name is unknown, cannot be
-  imported, or names a corpus metric.
-  """
-  if not isinstance(name, str):
-    return _of_function(name)
-  if name in METRICS:
-    return METRICS[name]
-  if name.lower() in _CORPUS_METRICS:
-    raise ValueError(
-      f"Expected `metric` to be a mean over prompts, got {name!r}, a number of a whole"
-      " corpus; use 'chrf' or 'rouge_l' (`corpus_scores` reports BLEU beside)."
-    )
-  module_name, _, attribute = name.partition(":")
-  if not attribute:
-    raise ValueError(
-      f"Expected `metric` to be one of {sorted(METRICS)} or an import path"
-      f" 'package.module:function', got {name!r}."
-    )
-  try:
-    function = getattr(_module(module_name), attribute)
-  except (ImportError, AttributeError, OSError, SyntaxError) as error:
-    raise ValueError(
-      f"Expected `metric` {name!r} to be a function that can be imported, got: {error};"
-      " check the import path."
-    ) from error
-  return _of_function(function, name)
-
-
 def metric_name(metric: MetricLike) -> str:
   """The name that leads to a metric in another process too; ValueError where none does."""
-  if isinstance(metric, str):
-    get_metric(metric)
-    return metric
   chosen = get_metric(metric)
-  if chosen not in (METRICS.get(chosen.name), ":" in chosen.name and get_metric(chosen.name)):
+  name = metric if isinstance(metric, str) else chosen.name
+  if (name not in METRICS and ":" not in name) or get_metric(name) != chosen:
     raise ValueError(
-      f"Expected `metric` to be a name, or a function that can be imported, got"
-      f" {chosen.name!r}, to which no import path leads; define the function at the top of a"
-      " module."
+      f"Expected `metric` to be a name, or a function that can be imported, got {name!r}, to"
+      " which no import path leads; define the function at the top of a module."
     )
-  return chosen.name
-
-
-def stored_metric(name: str, option: str | None) -> Metric:
-  """The metric that a file names: a built-in one, or the one that the user has named too.
-
-  Whoever writes a file would choose what runs, so that a name in a file is never imported:
-  `option` is the user's `--metric`, or None. ValueError where the two differ.
-  """
-  chosen = METRICS.get(name) if option is None else get_metric(option)
-  if chosen is None or name not in (option, chosen.name):
-    raise ValueError(
-      f"Expected `--metric` {name!r}, as the calibration names it, got {option or 'none'!r}; a"
-      " metric that is not built in is never imported because a file names it: if you trust"
-      f" that code, add --metric={name}."
-    )
-  return chosen
+  return name
 
 
 def corpus_scores(
@@ -329,16 +278,11 @@ def corpus_scores(
 ) -> dict[str, float]:
   """{'bleu', 'chrf'}: of the corpus (sacrebleu, 0 to 100), reported beside a calibrated loss.
 
-  Texts are [num_examples], `references` those accepted of each; ValueError where one has none.
+  Texts are [num_examples], `references` those accepted of each, at least one.
   """
   import sacrebleu
 
-  if len(predictions) != len(references) or not predictions or not all(references):
-    raise ValueError(
-      "Expected `references` to hold at least one text for each prediction, got"
-      f" {len(predictions)} predictions and {len(references)} lists of references."
-    )
-  most = max(len(texts) for texts in references)
+  most = max(map(len, references))
   # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
   streams = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
   return {

@@ -5,7 +5,6 @@ Confidences lie in [0, 1], so grids do too. `NEVER_EXIT` stands outside of every
 full model, which the threshold 1 is not (float32 confidences saturate to exactly 1.0).
 """
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +20,13 @@ NEVER_EXIT_TEXT = "never"
 
 def parse_threshold(value: str | float) -> float:
   """A threshold in [0, 1], or `NEVER_EXIT` for 'never', from the command line or JSON."""
-  if isinstance(value, str) and value.strip().lower() == NEVER_EXIT_TEXT:
+  text = isinstance(value, str)
+  if value == NEVER_EXIT or (text and value.strip().lower() == NEVER_EXIT_TEXT):
     return NEVER_EXIT
   try:
     threshold = float(value)
   except (TypeError, ValueError):
     threshold = math.nan
-  if threshold == NEVER_EXIT and not isinstance(value, str):
-    return NEVER_EXIT
   if not 0.0 <= threshold <= 1.0:
     raise ValueError(
       f"Expected `threshold` to be a number in [0, 1] or {NEVER_EXIT_TEXT!r} (the full model),"
@@ -37,23 +35,9 @@ def parse_threshold(value: str | float) -> float:
   return threshold
 
 
-def parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
-  """Thresholds as numbers where all are in [0, 1], or the texts of any other knob."""
-  found: list[float] = []
-  for value in values:
-    with contextlib.suppress(ValueError):
-      found.append(parse_threshold(value))
-  if found and len(found) != len(values):
-    raise ValueError(
-      f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)};"
-      " give one kind alone."
-    )
-  return found or list(values)
-
-
 def format_threshold(threshold: float) -> str:
   """The text that `parse_threshold` reads back as the same float."""
-  return NEVER_EXIT_TEXT if threshold == NEVER_EXIT else repr(float(threshold))
+  return str(threshold_to_json(threshold))
 
 
 def threshold_to_json(threshold: float) -> float | str:
@@ -71,8 +55,8 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
   grid = checks.as_numbers(thresholds, "thresholds")
   if grid.ndim != 1 or grid.size == 0:
     raise ValueError(
-      "Expected `thresholds` to be a non-empty one-dimensional grid, as [0.9, 0.8, 0.7],"
-      f" got an array of shape {grid.shape}."
+      "Expected `thresholds` to be a non-empty one-dimensional grid, as [0.9, 0.8, 0.7], got an"
+      f" array of shape {grid.shape}."
     )
   (outside,) = np.nonzero(~((grid >= 0.0) & (grid <= 1.0)))
   if outside.size:
@@ -82,10 +66,10 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
     )
   (rising,) = np.nonzero(np.diff(grid) >= 0.0)
   if rising.size:
+    before, after = grid[rising[0]], grid[rising[0] + 1]
     raise ValueError(
       "Expected `thresholds` to descend strictly, from the safest to the fastest, got"
-      f" {grid[rising[0]]} before {grid[rising[0] + 1]}; sort the grid in descending order and"
-      " drop duplicates."
+      f" {before} before {after}; sort them in descending order and drop duplicates."
     )
   return grid
 
@@ -122,22 +106,15 @@ _DEFAULT_GRIDS: Mapping[str, np.ndarray] = {
 
 @arguments.checked()
 def default_grid(measure: str) -> np.ndarray:
-  """The grid of a confidence measure, fixed before any loss is seen.
+  """The grid of a confidence measure, [num_thresholds] float64, fixed before any loss is seen.
 
-  Args:
-    measure: 'state' (19 points, 1 minus a geometric sequence from 0.001 to 0.5, because
-      cosines of residual states live near 1), 'verified' (1.00, 0.95, ..., 0.05: slacks 0,
-      0.05, ..., 0.95), or any other (0.95, 0.90, ..., 0.05).
-
-  Returns:
-    [num_thresholds] float64, strictly descending.
-
-  Raises:
-    ValueError: there is no default grid for `measure`.
+  `measure` is 'state' (19 points, 1 minus a geometric sequence from 0.001 to 0.5, because
+  cosines of residual states live near 1), 'verified' (1.00, 0.95, ..., 0.05: slacks 0, 0.05,
+  ..., 0.95), or another (0.95, 0.90, ..., 0.05); ValueError where it has no default grid.
   """
   if measure not in _DEFAULT_GRIDS:
     raise ValueError(
-      f"Expected `measure` to be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}; for"
-      " another measure choose a grid on validation prompts and pass it."
+      f"Expected `measure` to be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}; for another"
+      " choose a grid on validation prompts and pass it."
     )
   return _DEFAULT_GRIDS[measure].copy()

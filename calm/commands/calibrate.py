@@ -16,10 +16,12 @@ infer.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,6 @@ from calm import calibrate as calibrate_lib
 from calm import storage
 from calm.calibrate import (
   generations,
-  label_requests,
   methods,
   metrics,
   planning,
@@ -68,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(way, "risks", "KIND:METRIC:DELTA", text, nargs="+")
   text = "folders of the same prompts; certifies the cheapest of all thresholds"
   add(parser, "configurations", "NAME=DIR", text, nargs="+")
-  add(way, "list_unlabelled", "FILE", "write the prompts that need references, and stop")
   add(way, "verify", "FILE", "compare a calibration.json with these outputs")
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
   add(more, "method", "NAME", f"p-values: {', '.join(methods.NAMES)}", "auto")
@@ -100,8 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
     _save(arguments, console, found, prompts, model=model)
     return 0
   cached = _read(arguments)
-  if arguments.list_unlabelled:
-    return _list_unlabelled(arguments, console, cached)
   if arguments.verify:
     return _verify(arguments, console, cached)
   run_lib.print_clusters(arguments, console, cached.prompts)
@@ -133,7 +131,7 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
     cached = generations.load(arguments.directory)
   elif all(elsewhere) and not arguments.directory:
     names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
-    knobs: Any = thresholds.parse_knobs(names)
+    knobs: Any = _parse_knobs(names)
     cached = foreign.gather(arguments.full, dict(zip(knobs, paths, strict=True)))
   else:
     raise ValueError(
@@ -141,7 +139,7 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
     )
   if not arguments.references:
     return cached
-  found = label_requests.read_references(arguments.references)
+  found = read_texts(arguments.references, "targets", several=True)
   if unknown := sorted(set(found) - set(cached.ids)):
     raise ValueError(
       f"Expected {arguments.references} to name prompts of these outputs, got {len(unknown)}"
@@ -154,16 +152,17 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
   return dataclasses.replace(cached, prompts=prompts)
 
 
-def _list_unlabelled(arguments, console, cached: generations.Generations) -> int:
-  """Writes prompts and their different texts, for a person or a judge."""
-  wanted = label_requests.find_requests(cached)
-  label_requests.write_requests(arguments.list_unlabelled, wanted)
-  print_text(
-    console,
-    f"{len(wanted)} of {len(cached.prompts)} prompts need references and have none; written to"
-    f" {arguments.list_unlabelled}. Fill in `targets`, then: --references=FILE.",
-  )
-  return 0
+def _parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
+  """Thresholds as numbers where all are in [0, 1], or the texts of any other knob."""
+  found: list[float] = []
+  for value in values:
+    with contextlib.suppress(ValueError):
+      found.append(thresholds.parse_threshold(value))
+  if found and len(found) != len(values):
+    raise ValueError(
+      f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)}."
+    )
+  return found or list(values)
 
 
 def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
@@ -226,7 +225,13 @@ def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
   if name == "every_group":
     if not arguments.labels:
       raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
-    return risks_lib.EveryGroup(labels=read_labels(arguments.labels, cached.ids))
+    found = read_texts(arguments.labels, "label")
+    if missing := [name for name in cached.ids if name not in found]:
+      raise ValueError(
+        f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
+        f" {missing[:5]}."
+      )
+    return risks_lib.EveryGroup(labels=[found[name][0] for name in cached.ids])
   if name == "mean":
     return risks_lib.Mean()
   counts = cached.layer_counts()
@@ -248,20 +253,16 @@ def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
     ) from error
 
 
-def read_labels(path: str, ids) -> list[str]:
-  """[number of ids] labels of a file of {id, label}."""
-  found = {}
+def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[str, ...]]:
+  """{id: its text, or `several`} of a file of {id, `field`}."""
+  found: dict[str, tuple[str, ...]] = {}
   for line in storage.read_lines(path, pipes=True):
-    name, label = line.value.get("id"), line.value.get("label")
-    if not isinstance(name, str) or not isinstance(label, str) or name in found:
-      raise line.error(f"expected an `id` that is new and a `label`, got {line.value!r:.100}")
-    found[name] = label
-  if missing := [name for name in ids if name not in found]:
-    raise ValueError(
-      f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
-      f" {missing[:5]}."
-    )
-  return [found[name] for name in ids]
+    name, value = line.value.get("id"), line.value.get(field)
+    texts = value if several and isinstance(value, list) else [value]
+    if name in found or not all(isinstance(text, str) for text in (name, *texts)):
+      raise line.error(f"expected an `id` that is new and `{field}`, got {line.value!r:.100}")
+    found[str(name)] = tuple(texts)
+  return found
 
 
 def _parse_risk(text: str) -> tuple[str, str, float]:
@@ -300,12 +301,12 @@ def _several_risks(arguments, cached: generations.Generations) -> calibrate_lib.
 
 def _cheapest_configuration(arguments):
   """(the cheapest certified threshold of all folders, its model as named, the prompts)."""
-  others = ("directory", "full", "outputs", "verify", "list_unlabelled")
+  others = ("directory", "full", "outputs", "verify")
   odd = any(getattr(arguments, name) for name in others) or arguments.promise != "mean"
   if odd or not arguments.output:
     raise ValueError(
-      "`--configurations` needs `--output`, and neither other outputs nor `--promise`,"
-      " `--verify` or `--list_unlabelled`."
+      "`--configurations` needs `--output`, and neither other outputs nor `--promise` or"
+      " `--verify`."
     )
   risks, costs, models, prompts = {}, {}, [], ()
   for pair in arguments.configurations:
@@ -373,7 +374,15 @@ def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
     )
   arguments.tolerance, arguments.error_rate = stored.tolerance, stored.error_rate
   metric = None if arguments.metric == METRIC else arguments.metric
-  metrics.stored_metric(stored.metric, metric)
+  # Whoever writes a file would choose what runs: a name in it is never imported.
+  known = stored.metric in metrics.METRICS and metric is None
+  if not known and (
+    not metric or stored.metric not in (metric, metrics.get_metric(metric).name)
+  ):
+    raise ValueError(
+      f"Expected `--metric` {stored.metric!r}, as {arguments.verify} names it, got"
+      f" {metric or 'none'!r}; if you trust that code, add --metric={stored.metric}."
+    )
   arguments.kind, arguments.metric = stored.kind, metric or stored.metric
   # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
   several = len({part.method for part in stored.parts}) > 1

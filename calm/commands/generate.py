@@ -15,7 +15,6 @@ import pathlib
 from rich import console as rich_console
 
 from calm.calibrate import NEVER_EXIT, Provenance, generations, thresholds
-from calm.calibrate.generations import cache, records
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open_writer(arguments, console, folder, predictor, prompts, levels):
-  writer = cache.open_writer(
+  writer = generations.open_writer(
     pathlib.Path(folder),
     prompts=prompts,
     thresholds=levels,
@@ -100,8 +99,9 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   with Progress(console) as progress:
     reused = grid.generate(predictor, prompts, levels, writer, progress=progress)
   writer.finish()
-  told = records.describe_reuse(reused)
-  console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {told}.")
+  share = reused["reused_tokens"] / max(1, reused["tokens"])
+  levels = f"{len(prompts)} prompts, {len(levels)} thresholds and full depth"
+  console.print(f"{levels}: {share:.1%} of {reused['tokens']} tokens were not decoded again.")
 
 
 def parse_grid(text: str | None, options) -> list[float]:

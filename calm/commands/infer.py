@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 from rich import console as rich_console
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, seconds, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, thresholds
 from calm.calibrate.generations import order, procedure, shards
 from calm.commands import flags
 from calm.commands import run as run_lib
@@ -318,19 +318,19 @@ class Serving:
     calibration = self.predictor.calibration
     if calibration is None or not self._guarantee or not calibration.certified or self._online:
       return
-    if (noted := seconds.of(calibration)) is not None:  # whose warning came with `load`
-      say(f"Decoder beside full depth, as measured with the calibration: {noted.told}.")
-    elif self._sums["prompts"] >= MEASURED_PROMPTS:
-      from calm import inference
+    from calm.inference import timing
 
+    if (noted := timing.noted(calibration)) is not None:  # whose warning came with `load`
+      say(f"Decoder beside full depth, as measured with the calibration: {noted}.")
+    elif self._sums["prompts"] >= MEASURED_PROMPTS:
       texts = [prompt.input for prompt in self._sample]
       with warnings.catch_warnings():
         warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # reported above
-        found = inference.timing.beside_full_depth(
+        found = timing.beside_full_depth(
           self.predictor, texts, self.threshold, prompts=4, rounds=3
         )
-      say(f"Decoder beside full depth, measured on some of these prompts: {found.told}.")
-      if slow := seconds.warning(calibration, found):
+      say(f"Decoder beside full depth, measured on some of these prompts: {found}.")
+      if slow := timing.warning(calibration, found):
         say(f"Warning: {slow}")
 
 

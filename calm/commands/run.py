@@ -30,7 +30,7 @@ from calm.calibrate import (
   planning,
   thresholds,
 )
-from calm.calibrate.generations import cache, order, shards
+from calm.calibrate.generations import order, shards
 from calm.calibrate.generations.records import GenerationsError
 from calm.console import print_table, print_text, sanitize
 
@@ -351,7 +351,7 @@ def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
   means = {}
   if cached is not None:
     for threshold, column in zip(cached.thresholds.tolist(), cached.records, strict=True):
-      sums = cache.layer_sums(column)
+      sums = generations.layer_sums(column)
       if sums is None or not sums[1].sum():
         return {}
       means[threshold] = float(sums[0].sum() / sums[1].sum())

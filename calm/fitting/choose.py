@@ -16,7 +16,6 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, losses
-from calm.calibrate.seconds import Seconds
 from calm.console import Report
 from calm.fitting import candidates
 from calm.fitting.candidates import Candidate
@@ -335,7 +334,7 @@ def fastest_head(
 
 def faster_exact(
   predictor: inference.Predictor, prompts: Sequence[Prompt], cache: result_cache.ResultCache
-) -> Seconds | None:
+) -> timing.Seconds | None:
   """Seconds of full texts from the model's own verified drafts, beside full depth's.
 
   None where drafts are not faster, there is one layer only, or states are rounded to few bits.
@@ -349,5 +348,5 @@ def faster_exact(
     "head": predictor.options.head_dtype,
   }
   measure = lambda: timing.beside_full_depth(predictor, texts, 1.0, rule=rule, base=predictor)
-  found = cache.get(Seconds, "exact", key, measure)
+  found = cache.get(timing.Seconds, "exact", key, measure)
   return None if found.slower else found

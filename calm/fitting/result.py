@@ -18,13 +18,12 @@ from typing import Any
 import calm
 from calm import checkpoints, inference, storage
 from calm.calibrate import Calibration, thresholds
-from calm.calibrate.seconds import Seconds
 from calm.fitting.choose import Choice
 from calm.fitting.exit_maps import LearnedExits
 from calm.fitting.request import FitOptions
 from calm.fitting.train import Trained
 from calm.inference import options as options_lib
-from calm.inference import panel, result_cache
+from calm.inference import panel, result_cache, timing
 from calm.inference.panel import Panel
 
 _REQUEST, SUMMARY = "request.json", "summary.html"
@@ -105,10 +104,10 @@ class Result:
   reason: str
   guarantee: str
   certified_threshold: float
-  seconds: Seconds | None
+  seconds: timing.Seconds | None
   last: LastLook
   panel: Panel
-  exact: Seconds | None
+  exact: timing.Seconds | None
   trained: tuple[Trained, ...] = ()
   learned: LearnedExits | None = None
   curve: tuple[Point, ...] = ()

@@ -20,7 +20,6 @@ from calm.calibrate import (
   ledger,
   losses,
   metrics,
-  seconds,
   thresholds,
 )
 from calm.console import Progress, Report, print_text, quiet
@@ -261,7 +260,7 @@ class Fit:
     reason = why_full_depth(choice, calibration, measured)
     served = None
     if calibration is not None and not reason:
-      served = seconds.noted(calibration, measured)
+      served = timing.note(calibration, measured)
     threshold = NEVER if served is None else served.threshold
     last, full = evaluate(
       predictor,
@@ -403,18 +402,18 @@ class Fit:
     asked = (*panel.TOLERANCES, self.options.tolerance)
     return calibration, curve, panel.promised(lost, self.options.error_rate, asked)
 
-  def _seconds(self, predictor, calibration, progress: Report) -> seconds.Seconds | None:
+  def _seconds(self, predictor, calibration, progress: Report) -> timing.Seconds | None:
     """Of the last part at the certified threshold, measured once; None where none is."""
     if calibration is None or not np.isfinite(calibration.threshold):
       return None
     texts, threshold = [row.input for row in self.splits.last], calibration.threshold
     key = {"procedure": predictor.procedure.to_json(), "threshold": threshold}
     measure = lambda: timing.beside_full_depth(predictor, texts, threshold, progress=progress)
-    return self.folder.cache.get(seconds.Seconds, "seconds", key, measure)
+    return self.folder.cache.get(timing.Seconds, "seconds", key, measure)
 
 
 def why_full_depth(
-  choice: choose.Choice, calibration: Calibration | None, measured: seconds.Seconds | None
+  choice: choose.Choice, calibration: Calibration | None, measured: timing.Seconds | None
 ) -> str:
   """Why exits are not served; '' where a threshold is both certified and faster."""
   if choice.best is None:

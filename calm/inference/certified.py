@@ -24,7 +24,7 @@ from calm.calibrate import (
 )
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cache, order
+from calm.calibrate.generations import order
 from calm.data import prompt_files
 from calm.inference import grid, outputs
 from calm.inference.options import DecodeOptions
@@ -91,7 +91,7 @@ def certify(
   with contextlib.ExitStack() as stack:
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
-    writer = cache.open_writer(
+    writer = generations.open_writer(
       folder,
       prompts=prompts,
       thresholds=levels,

@@ -18,7 +18,6 @@ import numpy as np
 from calm import exits
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cache
 from calm.calibrate.generations import records as records_lib
 from calm.decode import loop
 from calm.inference import options as options_lib
@@ -69,7 +68,10 @@ class _Batch:
       made.update({i: self._record(generation, i) for i in fresh})
       same.update(begins)
     records = [made[i] for i in missing]
-    return records, records_lib.count_reuse([same.get(i, 0) for i in missing], records)
+    lengths = [len(record.tokens or ()) for record in records]
+    kept = sum(min(same.get(i, 0), most) for i, most in zip(missing, lengths, strict=True))
+    counts = {"sequences": len(records), "tokens": sum(lengths), "reused_tokens": kept}
+    return records, collections.Counter(counts)
 
   def _run(
     self, fresh: Sequence[str], threshold: float, values: np.ndarray
@@ -130,8 +132,8 @@ def generate(
     model: the model.
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `cache.open_writer` with the same prompts and thresholds, or anything else with
-      its `completed_records` and `append`.
+    writer: from `generations.open_writer` with the same prompts and thresholds, or anything
+      else with its `completed_records` and `append`.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
@@ -139,7 +141,7 @@ def generate(
     progress: told of the share done after every batch and threshold.
 
   Returns:
-    What `records.count_reuse` counts of the grid.
+    Sequences, tokens and reused tokens of the grid.
 
   Raises:
     ValueError: the full-depth texts are another model's (`reference_digest`), not in `full`.
@@ -209,7 +211,9 @@ def on_grid(
   path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
-  writer = cache.open_writer(path, prompts=examples, thresholds=thresholds, procedure=procedure)
+  writer = generations.open_writer(
+    path, prompts=examples, thresholds=thresholds, procedure=procedure
+  )
   named = lambda share, text: progress(share, f"{procedure.measure} at {text}")
   given = {"full": full, "encodings": encodings, "progress": named}
   generate(model, examples, thresholds, writer, **given)

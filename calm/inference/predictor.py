@@ -28,7 +28,6 @@ from calm.calibrate import (
   losses,
   metrics,
 )
-from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
 from calm.console import Progress
@@ -98,7 +97,7 @@ class Predictor:
       ValueError: the calibration is for another procedure; the message names the fields.
     """
     calibration.refuse_other(self.procedure, allow_platform=allow_platform)
-    if slow := seconds_lib.warning(calibration):
+    if slow := timing.warning(calibration):
       warnings.warn(SlowerThanFullDepth(slow), stacklevel=3)
     return self.sharing(
       dataclasses.replace(self, calibration=calibration, threshold=calibration.threshold)
@@ -141,7 +140,7 @@ class Predictor:
 
     Returns:
       A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
-      seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
+      seconds that were measured beside full depth in its notes (`timing.noted`).
     """
     prompts = prompt_files.prompts_of(prompts)
     with contextlib.ExitStack() as stack:
@@ -170,7 +169,7 @@ class Predictor:
             _DECODING + (1 - _DECODING) * share, f"timing {text}"
           ),
         )
-        calibration = seconds_lib.noted(calibration, found)
+        calibration = timing.note(calibration, found)
     return self.under(calibration)
 
   @arguments.checked()

@@ -15,15 +15,16 @@ import jax
 import numpy as np
 from jax import monitoring
 
-from calm import exits
-from calm.calibrate import NEVER_EXIT, Prompt
-from calm.calibrate.seconds import Pair, Seconds
+from calm import arguments, exits
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt
+from calm.calibrate.thresholds import format_threshold
 from calm.inference import grid
 
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
 
 FULL = "full depth"
+_NOTE = "seconds"  # in the notes of a calibration's provenance
 # Prompts that `beside_full_depth` times one at a time, and rounds.
 PROMPTS, ROUNDS = 24, 5
 
@@ -64,6 +65,73 @@ class Timings:
   def find(self, name: str, threshold: float = NEVER_EXIT) -> Timed | None:
     """The row of a setting, or None."""
     return next((r for r in self.rows if r.name == name and r.threshold == threshold), None)
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Decode milliseconds a prompt, the fastest of rounds in which both took their turn."""
+
+  batch_size: int  # prompts decoded together
+  num_prompts: int  # prompts timed
+  full: float  # milliseconds a prompt at full depth
+  early: float  # the same with calibrated exits
+  speedup: float  # the first over the second
+  end_to_end: float  # the same with the encoder on both sides
+
+  def __str__(self) -> str:
+    several = f"in batches of {self.batch_size}"
+    return f"x{self.speedup:.2f} {several if self.batch_size > 1 else 'one at a time'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """A threshold beside full depth: one prompt at a time, and in full batches, if any."""
+
+  single: Pair
+  batched: Pair | None = None
+
+  @property
+  def slower(self) -> str:
+    """Where calibrated exits are no faster than full depth, in words; '' where they are."""
+    pairs = filter(None, (self.single, self.batched))
+    return " and ".join(str(pair) for pair in pairs if not pair.speedup > 1.0)
+
+  def __str__(self) -> str:
+    pairs = filter(None, (self.single, self.batched))
+    return ", ".join(f"{pair} (x{pair.end_to_end:.2f} with the encoder)" for pair in pairs)
+
+
+def note(calibration: Calibration, seconds: Seconds | None) -> Calibration:
+  """The calibration with what was measured in the notes of its provenance."""
+  if seconds is None:
+    return calibration
+  notes = {**(calibration.provenance.notes or {}), _NOTE: dataclasses.asdict(seconds)}
+  provenance = dataclasses.replace(calibration.provenance, notes=notes)
+  return dataclasses.replace(calibration, provenance=provenance)
+
+
+def noted(calibration: Calibration) -> Seconds | None:
+  """What was measured for a calibration; None where nothing was, or the note is another's."""
+  value: Any = (calibration.provenance.notes or {}).get(_NOTE)
+  try:
+    single, batched = value["single"], value["batched"]
+    return Seconds(Pair(**single), None if batched is None else Pair(**batched))
+  except (KeyError, TypeError, ValueError):
+    return None
+
+
+def warning(calibration: Calibration, seconds: Seconds | None = None) -> str:
+  """What to say of a served threshold that is not faster as measured (or as noted), or ''."""
+  seconds = seconds or noted(calibration)
+  slow = "" if seconds is None or not calibration.certified else seconds.slower
+  if not slow:
+    return ""
+  return (
+    f"the calibrated threshold {format_threshold(calibration.threshold)} keeps its promise but"
+    f" is not faster than full depth, as measured: {slow}; decode at full depth (the threshold"
+    " 'never'), or fit other layers or another measure (`calm fit`)."
+  )
 
 
 def measure(

@@ -8,14 +8,7 @@ import tempfile
 
 import pytest
 
-from calm.calibrate import (
-  Calibration,
-  calibrate,
-  generations,
-  label_requests,
-  ledger,
-  open_writer,
-)
+from calm.calibrate import Calibration, calibrate, generations, ledger, open_writer
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import foreign, shards
 
@@ -56,13 +49,11 @@ def of_generations(made) -> dict:
     "layers": None if counts is None else [count.sum(axis=0).tolist() for count in counts],
     "records": [record.to_json() for record in (made.full[3], made.records[-1][0])],
     "losses": {
-      kind: of_losses(made, kind) for kind in KINDS if kind == "textual" or labelled(made)
+      kind: of_losses(made, kind)
+      for kind in KINDS
+      if kind == "textual" or any(prompt.targets for prompt in made.prompts)
     },
   }
-
-
-def labelled(made) -> bool:
-  return not sequence_losses.unlabelled(made)
 
 
 def of_losses(made, kind: str) -> dict:
@@ -133,7 +124,7 @@ def of_ledger(folder: pathlib.Path) -> list:
   return [
     numbers(ledger.record(folder / "cache", question, rows, 0.05)),
     numbers(ledger.record(folder / "model", question, rows[:40], 0.05, only_look=True)),
-    len(label_requests.read_references(folder.parent / "foreign" / "prompts.jsonl")),
+    len(generations.records.read_prompts(folder.parent / "foreign" / "prompts.jsonl")),
   ]
 
 

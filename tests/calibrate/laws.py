@@ -3,7 +3,7 @@
 import numpy as np
 
 from calm.calibrate import Procedure, Prompt, Record
-from calm.calibrate.generations.cache import Generations
+from calm.calibrate.generations import Generations
 
 
 def bernoulli(generator, mean, shape):

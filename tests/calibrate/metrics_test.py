@@ -116,7 +116,7 @@ HALF = metrics.Metric("half", half)
 def test_declared_binary_is_held_to_it_and_references_are_needed():
   with pytest.raises(ValueError, match=r"to give 0 or 1, as it is declared binary, got 0.5"):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
-  with pytest.raises(ValueError, match="`references` to hold at least one text"):
+  with pytest.raises(ValueError, match="`references` to hold one text"):
     HALF("a", [])
 
 
@@ -128,12 +128,9 @@ def test_corpus_scores_stand_beside():
   uneven = [["the cat sat on the mat", "other"], ["another thing here"]]
   scores = metrics.corpus_scores(["the cat sat on the mat", "x"], uneven)
   assert 0.0 < scores["bleu"] < 100.0
-  for predictions, references in (([], []), (["a"], [[]]), (["a"], [])):
-    with pytest.raises(ValueError, match="`references` to hold at least one text for each"):
-      metrics.corpus_scores(predictions, references)
 
 
-def test_a_file_of_the_working_directory_is_a_module(tmp_path, monkeypatch):
+def test_a_file_is_a_module(tmp_path, monkeypatch):
   (tmp_path / "own").mkdir()
   (tmp_path / "own" / "measure.py").write_text(
     "from calm.calibrate import metrics\n"
@@ -144,13 +141,13 @@ def test_a_file_of_the_working_directory_is_a_module(tmp_path, monkeypatch):
   )
   monkeypatch.chdir(tmp_path)
   before = list(sys.path)
-  found = [metrics.get_metric(f"own{way}:same") for way in ("/measure.py", ".measure")]
+  found = [metrics.get_metric(f"{way}/measure.py:same") for way in ("own", "./own")]
   for metric in found:
     assert metric.binary and metric("a", ("a", "b")) == 1.0 and metric("c", ("a",)) == 0.0
   assert found[0].function is found[1].function  # loaded once
-  assert metrics.get_metric("own.measure:ready") is metrics.METRICS["chrf"]
+  assert metrics.get_metric("own/measure.py:ready") is metrics.METRICS["chrf"]
   assert sys.path == before and "own" not in sys.modules
-  for name in ("own/nothing.py:same", "own.nothing:same", "own.measure:other"):
+  for name in ("own/nothing.py:same", "own.measure:same", "own/measure.py:other"):
     with pytest.raises(ValueError, match="a function that can be imported, got"):
       metrics.get_metric(name)
 

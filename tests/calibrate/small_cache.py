@@ -2,15 +2,15 @@
 
 import pathlib
 
-from calm.calibrate import NEVER_EXIT
-from calm.calibrate.generations import cache, records
+from calm.calibrate import NEVER_EXIT, generations
+from calm.calibrate.generations import records
 from tests.calibrate import laws
 
 ONLINE = dict(thresholds=[0.9, 0.5], tolerance=0.2, seed="s", about={"metric": "f1"})
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-  made = cache.open_writer(
+  made = generations.open_writer(
     folder, prompts=laws.prompts(3), thresholds=[0.5], procedure=laws.procedure()
   )
   for threshold in (NEVER_EXIT, 0.5):

@@ -60,10 +60,3 @@ def test_default_grids():
     np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
   with pytest.raises(ValueError, match=r"`measure` to be one of .* got 'oracle'"):
     thresholds.default_grid("oracle")
-
-
-def test_knobs_are_thresholds_throughout_or_not_at_all():
-  assert thresholds.parse_knobs(["0.9", "0.5"]) == [0.9, 0.5]
-  assert thresholds.parse_knobs(["base", "tiny"]) == ["base", "tiny"]
-  with pytest.raises(ValueError, match=r"another knob throughout, got both: \['0.9', '12'\]"):
-    thresholds.parse_knobs(["0.9", "12"])

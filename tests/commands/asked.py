@@ -11,7 +11,7 @@ import pathlib
 
 from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
-from calm.calibrate.generations import cache, shards
+from calm.calibrate.generations import shards
 from calm.commands import cli
 from tests.spent import Spent
 
@@ -39,7 +39,6 @@ BESIDE = {
   "--shard_id": ["--num_shards=2"],
   "--num_shards": ["--shard_id=0"],
   "--draft_layer": ["--exact"],
-  "--list_unlabelled": ["--kind=risk_signed"],
   "--references": ["--kind=risk_signed"],
 }
 ONLINE = ("--tolerance", "--error_rate", "--metric", "--online_share", "--online")
@@ -160,7 +159,7 @@ def _write_shards(folder: pathlib.Path) -> None:
   listing = shards.Listing(shards.Shard(0, 1))
   prompts = list(listing.mine([Prompt("a", "text")]))
   at = folder / listing.shard.name
-  made = cache.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
+  made = generations.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [Record("a", "text")])
   made.finish()

@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
 from calm import calibrate, inference
-from calm.calibrate import NEVER_EXIT
-from calm.calibrate.generations import cache, records
+from calm.calibrate import NEVER_EXIT, generations
+from calm.calibrate.generations import records
 from calm.commands import cli
 from tests.calibrate import laws
 from tests.commands import asked
@@ -58,7 +58,6 @@ FAIR = {
   "calibrate --start": _of("-1", "0"),
   "calibrate --largest_cluster": _of(_much),
   "calibrate --references": _of("/dev/null"),
-  "calibrate --list_unlabelled": _of(f"nowhere{ESCAPE}", "/dev/null", STREAM, "{garbage}"),
   "calibrate --output": _of(f"nowhere{ESCAPE}", "/dev/null", "{garbage}"),
   "infer --limit": _of(_much),
   "infer --temperature": _of("0", _much),
@@ -96,7 +95,7 @@ def kind(action):
 def outputs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("outputs")
   prompts = laws.prompts(40)
-  made = cache.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
+  made = generations.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
   numbers = dict(tokens=(5, 1), exit_layers=(1, 2))
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [records.Record(p.id, "text", **numbers) for p in prompts])

@@ -14,8 +14,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
-from calm.calibrate import NEVER_EXIT, Record
-from calm.calibrate.generations import cache
+from calm.calibrate import NEVER_EXIT, Record, generations
 from calm.commands import cli
 from tests.calibrate import laws
 from tests.commands import asked
@@ -40,7 +39,9 @@ KEPT = {
 def asker(model, tmp_path, capsys, monkeypatch, cache_in_tmp):
   monkeypatch.chdir(tmp_path)
   folder = tmp_path / "outputs"
-  made = cache.open_writer(folder, prompts=laws.prompts(40), thresholds=[0.5], procedure=None)
+  made = generations.open_writer(
+    folder, prompts=laws.prompts(40), thresholds=[0.5], procedure=None
+  )
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [Record(f"id-{i:03d}", "text") for i in range(40)])
   made.finish()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from calm import inference
-from calm.calibrate import Prompt, seconds
+from calm.calibrate import Prompt
 from calm.fitting import candidates, choose
 from calm.fitting.candidates import Candidate
-from calm.inference import result_cache
+from calm.inference import result_cache, timing
 
 
 @pytest.fixture
@@ -164,13 +164,13 @@ def test_a_small_head_is_not_timed(model, monkeypatch):
 def test_drafts_are_served_where_they_are_faster(
   model, cache, monkeypatch, alone, batched, served
 ):
-  pair = lambda size, x: seconds.Pair(size, 3, x, 1.0, x, x)
+  pair = lambda size, x: timing.Pair(size, 3, x, 1.0, x, x)
   asked = []
 
   def measure(predictor, texts, threshold, *, rule, base):
     asked.append(texts)
     assert threshold == 1.0 and rule == inference.exact_rule(base) and base is predictor
-    return seconds.Seconds(pair(1, alone), pair(8, batched))
+    return timing.Seconds(pair(1, alone), pair(8, batched))
 
   monkeypatch.setattr(inference.timing, "beside_full_depth", measure)
   for _ in range(2):

@@ -14,10 +14,10 @@ pytest.importorskip("jinja2", reason="jinja2 (the `report` extra) is not install
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Calibration, calibrate, generations, ledger, seconds
+from calm.calibrate import Calibration, calibrate, generations, ledger
 from calm.data import vocabulary
 from calm.fitting import choose, run, train
-from calm.inference import grid
+from calm.inference import grid, timing
 from tests import toy_vocabulary
 from tests.fitting import conftest
 
@@ -248,13 +248,13 @@ def test_why_full_depth_is_served_is_said(made):
   assert run.why_full_depth(chosen, calibration, None) == ""
 
 
-SLOW = seconds.Seconds(seconds.Pair(1, 2, 1.0, 1.2, 0.83, 0.9), None)
+SLOW = timing.Seconds(timing.Pair(1, 2, 1.0, 1.2, 0.83, 0.9), None)
 
 
 def test_full_depth_is_served_from_drafts_where_they_are_faster_and_exits_are_not(
   directory, rows, always_faster, monkeypatch, tmp_path
 ):
-  fast = seconds.Seconds(seconds.Pair(1, 2, 1.2, 1.0, 1.2, 1.1), None)
+  fast = timing.Seconds(timing.Pair(1, 2, 1.2, 1.0, 1.2, 1.1), None)
   told = lambda *args, rule=None, **more: SLOW if rule is None else fast
   monkeypatch.setattr(inference.timing, "beside_full_depth", told)
   output, listener = tmp_path / "mine", fitting.Listener()

@@ -10,8 +10,6 @@ import pytest
 from calm import calibrate, exits, inference
 from calm.calibrate import NEVER_EXIT, Prompt, Provenance, generations, ledger
 from calm.calibrate import losses as sequence_losses
-from calm.calibrate import seconds as seconds_lib
-from calm.calibrate.generations import cache
 from calm.decode import compiled
 from calm.inference import certified, grid, predictor, timing
 from tests.inference import predictor_test
@@ -43,7 +41,7 @@ def test_a_model_calibrates_itself_on_texts(model):
   served = model.calibrate(TEXTS, **RATES)
   calibration = served.calibration
   assert calibration.procedure == model.procedure and calibration.certified
-  measured = seconds_lib.of(calibration)
+  measured = timing.of(calibration)
   assert measured.single.num_prompts == 8 and measured.single.full > 0
   assert calibration.num_examples == len(TEXTS) and calibration.tolerance == 0.9
   assert [row.threshold for row in calibration.rows] == [0.9, 0.5]
@@ -118,7 +116,7 @@ def decode(model, directory, monkeypatch, **options):
 
   monkeypatch.setattr(inference.Predictor, "resume", counted)
   provenance = Provenance(grid=tuple(GRID), num_examples=len(PROMPTS))
-  writer = cache.open_writer(
+  writer = generations.open_writer(
     directory,
     prompts=PROMPTS,
     thresholds=GRID,
@@ -247,9 +245,9 @@ def test_there_are_no_batches_of_too_few_prompts(model):
 def test_a_threshold_that_is_not_faster_warns_wherever_it_is_served(model, directory, tmp_path):
   made = calibrate.calibrate(np.zeros((200, 2)), [0.9, 0.3], tolerance=0.1, error_rate=0.05)
   made = dataclasses.replace(made, procedure=model.procedure)
-  pair = seconds_lib.Pair(1, 8, full=1.0, early=1.25, speedup=0.8, end_to_end=0.9)
-  seconds_lib.noted(made, seconds_lib.Seconds(pair)).save(tmp_path / "calibration.json")
+  pair = timing.Pair(1, 8, full=1.0, early=1.25, speedup=0.8, end_to_end=0.9)
+  timing.note(made, timing.Seconds(pair)).save(tmp_path / "calibration.json")
   with pytest.warns(inference.SlowerThanFullDepth, match=r"x0\.80 one at a time; decode at"):
     inference.load(directory, calibration=tmp_path / "calibration.json")
   faster = dataclasses.replace(pair, early=0.5, speedup=2.0)
-  model.under(seconds_lib.noted(made, seconds_lib.Seconds(faster)))  # warns of nothing
+  model.under(timing.note(made, timing.Seconds(faster)))  # warns of nothing

@@ -5,20 +5,18 @@ Nothing says how such outputs were decoded, so `procedure` is None unless the ca
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import Generations
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.generations.cache import Generations
-from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 Path = str | pathlib.Path
 _TARGET = "targets_pretokenized"
+_WHAT = "{id, prediction}, or a line of T5X infer, of an OpenAI batch or of vLLM"
 
 
 def read_predictions(
@@ -42,36 +40,25 @@ def read_predictions(
     Prompts and records in the order of the file; GenerationsError, which names file and line,
     where a line is none, or holds several decodes, or an id occurs twice.
   """
-  prompts, records = {}, []
-  for line in storage.read_lines(path, pipes=True):
-    try:
-      value = _plain(line, threshold)
-      prompt, record = Prompt.from_json({"input": "", **value}), Record.from_json(value)
-    except GenerationsError:
-      raise
-    except (AttributeError, TypeError, ValueError) as error:
-      raise line.error(
-        f'expected {{"id", "prediction"}}, or a line of T5X infer, of an OpenAI batch or of'
-        f" vLLM, got no output: {error}; write it in one of these forms."
-      ) from error
-    if prompt.id in prompts:
-      raise line.error(
-        f"expected every id once, got {prompt.id!r} twice; give every output its own."
-      )
-    prompts[prompt.id] = prompt
-    records.append(record)
+
+  prompts: list[Prompt] = []
+
+  def parse(line: storage.Line) -> Record:
+    value = _plain(line, threshold)
+    prompts.append(Prompt.from_json({"input": "", **value}))
+    return Record.from_json(value)
+
+  records = tuple(row for _, row in records_lib.read_each(path, parse, _WHAT, pipes=True))
   if not records:
-    raise GenerationsError(
-      f"{path}: expected outputs, one a line, got none; name the file that decoding wrote."
-    )
-  return tuple(prompts.values()), tuple(records)
+    raise GenerationsError(f"{path}: expected outputs, one a line, got none.")
+  return tuple(prompts), records
 
 
 def _plain(line: storage.Line, threshold: float | None) -> Mapping[str, Any]:
   """A line of any form as a plain one: the fields of a prompt and of its record."""
   value = line.value
-  if isinstance(decodes := value.get("prediction"), list):
-    raise _several(line, decodes)
+  if isinstance(value.get("prediction"), list):
+    _only(line, value["prediction"], "prediction")
   if isinstance(value.get("inputs"), Mapping):
     return _of_t5x(line, threshold)
   if "custom_id" in value:
@@ -102,18 +89,12 @@ def _of_batch(line: storage.Line) -> Any:
 
 
 def _only(line: storage.Line, entries: Any, name: str) -> Mapping[str, Any]:
-  if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
-    raise ValueError(f"Expected `{name}` to be a list of objects, got {entries!r:.100}")
-  if len(entries) > 1:  # which of them is served is not known
-    raise _several(line, entries)
-  return entries[0]
-
-
-def _several(line: storage.Line, decodes: Sequence[Any]) -> GenerationsError:
-  return line.error(
-    f"expected one `prediction` of a prompt, got a list of {len(decodes)} decodes; decode with"
-    " `return_all_decodes = False`, ask for one (`n = 1`), or write the one that is served as"
-    " `prediction`."
+  """The one decode of a prompt: which of several is served is not known."""
+  if isinstance(entries, list) and len(entries) == 1 and isinstance(entries[0], Mapping):
+    return entries[0]
+  raise line.error(
+    f"expected one decode of a prompt in `{name}`, got {entries!r:.100}; decode with"
+    " `return_all_decodes = False`, or ask for one (`n = 1`)."
   )
 
 
@@ -121,14 +102,14 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
   """A line of T5X's `infer`; whatever else it has is ignored."""
   value, features = line.value, line.value["inputs"]
   name = features.get("id", f"line {line.number}")
-  aux, tokens = value.get("aux") or {}, value.get("prediction_tokens")
-  for field, got, kind, words in (
-    ("inputs.id", name, str | int, "a text or a whole number"),
-    ("aux", value.get("aux"), dict | None, "an object"),
-    ("prediction_tokens", tokens, list | None, "a list"),
-  ):
-    if not isinstance(got, kind) or isinstance(got, bool):
-      raise ValueError(f"Expected `{field}` to be {words}, got {got!r:.100}")
+  aux, tokens = value.get("aux"), value.get("prediction_tokens")
+  if not isinstance(aux, dict | None) or not isinstance(tokens, list | None):
+    raise ValueError(
+      "Expected `aux` to be an object and `prediction_tokens` to be a list, got"
+      f" {aux!r:.60} and {tokens!r:.60}"
+    )
+  aux = aux or {}
+  _check_threshold(line, aux, threshold)
   targets = features.get("targets", features.get(_TARGET, ()))
   texts = [targets] if isinstance(targets, str) else list(targets or ())
   if not all(isinstance(text, str) for text in texts):
@@ -143,9 +124,8 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
     length = sum(layer > 0 for layer in layers)
     record = {field: values[:length] for field, values in record.items()}
     tokens = tokens if tokens is None or len(tokens) == length else None
-  _check_threshold(line, aux, threshold)
   return {
-    "id": str(name),
+    "id": str(name) if type(name) is int else name,
     "input": features.get("inputs_pretokenized", ""),
     "targets": texts,
     "group": features.get("group", features.get("source")),
@@ -156,24 +136,21 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
   }
 
 
-def _check_threshold(
-  line: storage.Line, aux: Mapping[str, Any], expected: float | None
-) -> None:
+def _check_threshold(line: storage.Line, aux: Mapping[str, Any], given: float | None) -> None:
   """Refuses a T5X line whose `aux` names another threshold than the file is given as."""
-  if expected is None or not aux:
+  if given is None or not aux:
     return
   level = aux.get("threshold")
   if level is None:
     # With exits but no confidence nothing was measured: every token ran a fixed depth.
-    level = expected if "confidences" in aux or "exit_layers" not in aux else math.inf
+    level = given if "confidences" in aux or "exit_layers" not in aux else math.inf
   if type(level) not in (int, float) or not (0 <= level <= 1 or level == math.inf):
     raise ValueError(f"Expected `aux.threshold` to be a number in [0, 1], got {level!r:.100}")
-  if not math.isclose(level, expected, rel_tol=2.0**-23):  # T5X writes a float32's digits
+  if not math.isclose(level, given, rel_tol=2.0**-23):  # T5X writes a float32's digits
     name = lambda value: "none (the full model)" if value == math.inf else f"{value:.7g}"
     raise line.error(
-      f"expected outputs of threshold {name(expected)}, as the file is given, got outputs of"
-      f" threshold {name(level)} (`aux.threshold`); name each file by the threshold that"
-      " decoded it."
+      f"expected outputs of threshold {name(given)}, as the file is given, got outputs of"
+      f" threshold {name(level)} (`aux.threshold`); name each file by its own threshold."
     )
 
 
@@ -182,8 +159,6 @@ def gather(
   by_threshold: Mapping[float, Path] | Mapping[str, Path],
   *,
   prompts: Path | None = None,
-  procedure: Procedure | None = None,
-  provenance: Provenance | None = None,
 ) -> Generations:
   """Cached generations from one file a threshold, in any form `read_predictions` knows.
 
@@ -192,54 +167,41 @@ def gather(
     by_threshold: {threshold: file}, thresholds in [0, 1]; or {knob: file} of any other knob,
       as texts, the best first.
     prompts: JSON Lines of {id, input, targets, group}; None takes what `full` says.
-    procedure: how they were decoded, where the caller can vouch for it.
-    provenance: their story.
 
   Raises:
     GenerationsError: a file is damaged, or its prompts or threshold are others.
     ValueError: some knobs are thresholds in [0, 1] and others are not.
   """
-  order = list(by_threshold)
+  order: list[Any] = list(by_threshold)
   if not any(isinstance(knob, str) for knob in order):
     order.sort(reverse=True)
-    thresholds_lib.validate_grid([float(knob) for knob in order])
+    thresholds_lib.validate_grid(order)
   grid, knobs = thresholds_lib.grid_of_knobs(order)
-  said, full_records = read_predictions(full, math.inf)
+  said, outputs = read_predictions(full, math.inf)
   known = said if prompts is None else records_lib.read_prompts(prompts)
-  columns = [_align(full, known, said, full_records)]
-  for knob in order:
-    path: Path = by_threshold[knob]  # type: ignore[index]
-    columns.append(_align(path, known, *read_predictions(path, None if knobs else float(knob))))
-  return Generations(
-    prompts=known,
-    thresholds=np.asarray(grid),
-    records=tuple(columns[1:]),
-    full=columns[0],
-    procedure=procedure,
-    provenance=provenance or Provenance(),
-    knobs=knobs,
-  )
-
-
-def _align(
-  path: Path, known: Sequence[Prompt], others: Sequence[Prompt], records: Sequence[Record]
-) -> tuple[Record, ...]:
-  """The records in the order of `known`; GenerationsError where they are of other prompts."""
   by_id = {prompt.id: prompt for prompt in known}
-  by_name = {record.id: record for record in records}
-  missing = [prompt.id for prompt in known if prompt.id not in by_name]
-  unknown = [name for name in by_name if name not in by_id]
-  if missing or unknown:
-    raise GenerationsError(
-      f"{path}: expected one output of each of the {len(known)} prompts, got missing"
-      f" {missing[:5]}, unknown {unknown[:5]}; decode the same prompts for every file."
-    )
-  for number, other in enumerate(others, start=1):
-    ours = by_id[other.id].input
-    if other.input and ours and other.input != ours:
+
+  def column(path: Path, said: tuple[Prompt, ...], outputs: tuple[Record, ...]):
+    """The records in the order of `known`."""
+    by_name = {record.id: record for record in outputs}
+    missing = [name for name in by_id if name not in by_name]
+    unknown = [name for name in by_name if name not in by_id]
+    if missing or unknown:
       raise GenerationsError(
-        f"{path}: expected output {number} (id {other.id!r}) to be of the input"
-        f" {ours[:60]!r}, got {other.input[:60]!r}: the files are not aligned; decode the same"
-        " prompts in one order, or give them ids."
+        f"{path}: expected one output of each of the {len(known)} prompts, got missing"
+        f" {missing[:5]}, unknown {unknown[:5]}; decode the same prompts for every file."
       )
-  return tuple(by_name[prompt.id] for prompt in known)
+    for number, other in enumerate(said, start=1):
+      ours = by_id[other.id].input
+      if other.input and ours and other.input != ours:
+        raise GenerationsError(
+          f"{path}: expected output {number} (id {other.id!r}) to be of the input"
+          f" {ours[:60]!r}, got {other.input[:60]!r}: the files are not aligned; decode the"
+          " same prompts in one order, or give them ids."
+        )
+    return tuple(by_name[name] for name in by_id)
+
+  files: Mapping[Any, Path] = by_threshold
+  level = lambda knob: None if knobs else float(knob)
+  records = (column(files[k], *read_predictions(files[k], level(k))) for k in order)
+  return Generations(known, grid, tuple(records), column(full, said, outputs), knobs=knobs)

@@ -8,7 +8,6 @@ tells the story of the numbers; it is recorded and never compared.
 import dataclasses
 import hashlib
 import json
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +36,7 @@ def _plain(value: Any, name: str) -> Any:
     ) from error
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Procedure:
   """One exact way of decoding (frozen; compared field by field)."""
@@ -77,21 +77,10 @@ class Procedure:
   reference_digest: str | None = None
 
   def __post_init__(self):
-    whole = lambda layer: isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
-    layers = self.exit_layers
-    if not isinstance(layers, tuple | list) or not all(map(whole, layers)):
-      raise ValueError(
-        f"Expected `exit_layers` to be decoder layers, whole numbers from 1, got {layers!r}."
-      )
-    vars(self)["exit_layers"] = tuple(map(int, layers))
     for name in ("schedule", "shortlist", "decode_method", "configuration"):
       vars(self)[name] = value = _plain(getattr(self, name), name)
-      named = isinstance(value, dict) and "name" in value
-      if name in ("schedule", "decode_method") and not named:
+      if name in ("schedule", "decode_method") and "name" not in value:
         raise ValueError(f"Expected `{name}` to be a dict with a 'name', got {value!r}.")
-    for name in _ADDED[1:]:
-      if not isinstance(value := getattr(self, name), str | None):
-        raise ValueError(f"Expected `{name}` to be a text or null, got {value!r}.")
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, without those that are None in files of earlier versions."""
@@ -130,13 +119,11 @@ class Procedure:
 def unknown_platform(procedure: Procedure | None) -> str:
   """One line that says so where a file does not tell where it was decoded; else ''."""
   missing = [f"`{name}`" for name in PLATFORM if procedure and not getattr(procedure, name)]
+  if not missing:
+    return ""
   return (
-    ""
-    if not missing
-    else (
-      f"An earlier version wrote it, which did not record {' and '.join(missing)}:"
-      " whether it was decoded on a platform like this one is not checked."
-    )
+    f"An earlier version wrote it, which did not record {' and '.join(missing)}: whether it was"
+    " decoded on a platform like this one is not checked."
   )
 
 

@@ -1,11 +1,10 @@
 """Prompts and outputs as lines of JSON, and what an output says about a lower threshold."""
 
-import collections
 import dataclasses
 import math
 import numbers
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +27,15 @@ class Prompt:
 
   def __post_init__(self):
     targets, group = self.targets, self.group
-    if isinstance(targets, str):
-      targets = (targets,)
-    texts = tuple(targets) if arguments.is_listing(targets) else (targets,)
+    lone = isinstance(targets, str) or not arguments.is_listing(targets)
+    texts = (targets,) if lone else tuple(targets)
     if not all(isinstance(target, str) for target in texts):
       raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
     if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
       raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
     group = None if group is None else str(group)
     _require_texts(id=(self.id,), input=(self.input,), targets=texts, group=(group or "",))
-    object.__setattr__(self, "targets", texts)
-    object.__setattr__(self, "group", group)
+    vars(self).update(targets=texts, group=group)
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
@@ -68,11 +65,10 @@ class Record:
 
   def __post_init__(self):
     _require_texts(id=(self.id,), prediction=(self.prediction,))
-    lengths = {}
+    lengths, fields = {}, vars(self)
     for name, most in _MOST.items():
-      if (values := getattr(self, name)) is not None:
-        values = _numbers(f"`{name}` of {self.id!r}", values, most)
-        object.__setattr__(self, name, values)
+      if (values := fields[name]) is not None:
+        fields[name] = values = _numbers(f"`{name}` of {self.id!r}", values, most)
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
       raise ValueError(
@@ -83,7 +79,7 @@ class Record:
       real = isinstance(score, numbers.Real) and not isinstance(score, bool)
       if not real or not math.isfinite(float(score)):
         raise ValueError(f"Expected `score` to be a finite number (nats), got {score!r}")
-      object.__setattr__(self, "score", float(score))
+      fields["score"] = float(score)
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
@@ -93,33 +89,33 @@ class Record:
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Record":
     """The inverse of `to_json`; unknown fields are ignored, ValueError for what is none."""
-    names = ("id", "prediction", *_MOST, "score")
     given: dict[str, Any] = {"id": None, "prediction": None}
-    return cls(**given | {n: value[n] for n in names if n in value})
+    return cls(**given | {name: value[name] for name in _NAMES if name in value})
 
 
 # The greatest value of each sequence; confidences are rounded by as much as float32 cosines and
 # softmax margins pass their bounds.
 _ROUNDING = 1e-5
 _MOST = {"tokens": 2**31 - 1, "exit_layers": 2**10, "confidences": 1, "rejected_confidences": 1}
+_NAMES = ("id", "prediction", *_MOST, "score")
 
 
 def _numbers(name: str, values: Any, most: int) -> tuple:
   """A field's numbers: confidences in [0, 1], or whole numbers up to `most`."""
   kinds, slack = ((int, float), _ROUNDING) if most == 1 else ((int,), 0)
-  kind = "numbers in [0, 1]" if most == 1 else f"whole numbers in 0 ... {most}"
-  if isinstance(values, str) or not arguments.is_listing(values):
-    raise ValueError(f"Expected {name} to be a list of {kind}, got {values!r}")
-  found = list(values)
-  if not set(map(type, found)) <= {int, float}:  # numpy's scalars
-    found = list(map(_plain, found))
   holds = lambda value: type(value) in kinds and -slack <= value <= most + slack
-  # A million records are read: their numbers are looked at together; a NaN is in the sum.
-  total = sum(found) if set(map(type, found)) <= set(kinds) else math.nan
-  if found and not (total == total and holds(min(found)) and holds(max(found))):
+  odd = values
+  if not isinstance(values, str) and arguments.is_listing(values):
+    found = list(values)
+    if not set(map(type, found)) <= {int, float}:  # numpy's scalars
+      found = list(map(_plain, found))
+    # A million records are read: their numbers are looked at together; a NaN is in the sum.
+    total = sum(found) if set(map(type, found)) <= set(kinds) else math.nan
+    if not found or (total == total and holds(min(found)) and holds(max(found))):
+      return tuple(map(float, found)) if most == 1 else tuple(found)
     odd = next(value for value in found if not holds(value))
-    raise ValueError(f"Expected {name} to be a list of {kind}, got {odd!r}")
-  return tuple(map(float, found)) if most == 1 else tuple(found)
+  kind = "numbers in [0, 1]" if most == 1 else f"whole numbers in 0 ... {most}"
+  raise ValueError(f"Expected {name} to be a list of {kind}, got {odd!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -147,29 +143,46 @@ def _require_texts(**fields: Sequence[Any]) -> None:
         ) from None
 
 
+def read_each(
+  path: str | pathlib.Path,
+  parse: Callable[[storage.Line], Any],
+  what: str,
+  *,
+  pipes: bool = False,
+) -> Iterator[tuple[storage.Line, Any]]:
+  """(line, what `parse` makes of it, with an `id`) of each object of a JSON Lines file.
+
+  GenerationsError, which names file and line, where one is not `what`, or an id occurs twice.
+  """
+  seen: set[str] = set()
+  for line in storage.read_lines(path, pipes=pipes):
+    try:
+      value = parse(line)
+    except GenerationsError:
+      raise
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+      text = f"expected {what}, got none: {str(error).rstrip('.')}; write the line again."
+      raise line.error(text) from error
+    if value.id in seen:
+      raise line.error(
+        f"expected every id once, got {value.id!r} twice; give each its own, or resume the run"
+        " that wrote it."
+      )
+    seen.add(value.id)
+    yield line, value
+
+
 def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
   """Reads prompts from JSON Lines of {id, input, targets or target, group or source}.
 
   Raises:
     GenerationsError: a line is no prompt, an id occurs twice, or there is no prompt at all.
   """
-  prompts: dict[str, Prompt] = {}
-  for line in storage.read_lines(path):
-    try:
-      prompt = Prompt.from_json(line.value)
-    except (TypeError, ValueError) as error:
-      raise line.error(
-        f"expected a prompt, got none: {error}; give each an `id` and an `input`, both texts."
-      ) from error
-    if prompts.setdefault(prompt.id, prompt) is not prompt:
-      raise line.error(
-        f"expected every id once, got {prompt.id!r} twice; give every prompt its own."
-      )
+  parse = lambda line: Prompt.from_json(line.value)
+  prompts = tuple(prompt for _, prompt in read_each(path, parse, "a prompt, `id` and `input`"))
   if not prompts:
-    raise GenerationsError(
-      f"{path}: expected a prompt a line, got no prompt; write at least one."
-    )
-  return tuple(prompts.values())
+    raise GenerationsError(f"{path}: expected a prompt a line, got none; write at least one.")
+  return prompts
 
 
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
@@ -195,24 +208,3 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   refused = np.asarray(record.rejected_confidences or (), np.float32)
   exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
   return int(np.argmax(exits_now)) if exits_now.any() else len(refused)
-
-
-def count_reuse(reused: Sequence[int], made: Sequence[Record]) -> collections.Counter[str]:
-  """Sequences and tokens of records, of which [num_records] leading tokens were `reused`."""
-  lengths = [len(record.tokens or ()) for record in made]
-  kept = list(map(min, reused, lengths))
-  whole = sum(part == length for part, length in zip(kept, lengths, strict=True))
-  return collections.Counter(
-    sequences=len(lengths), whole=whole, tokens=sum(lengths), reused_tokens=sum(kept)
-  )
-
-
-def describe_reuse(counts: Mapping[str, int]) -> str:
-  """Summed counts of `count_reuse` as a sentence."""
-  names = ("whole", "sequences", "reused_tokens", "tokens")
-  whole, sequences, reused, tokens = map(counts.__getitem__, names)
-  share = lambda part, total: f"{part / total:.1%}" if total else "none to reuse"
-  return (
-    f"reused {whole} of {sequences} sequences whole ({share(whole, sequences)}) and {reused} of"
-    f" {tokens} tokens ({share(reused, tokens)})"
-  )

@@ -141,25 +141,28 @@ def message(text):
   return {"type": "message", "content": [{"type": "output_text", "text": text}]}
 
 
-DECODES = "expected one `prediction` of a prompt, got a list of 2 decodes; .*"
+DECODES = "expected one decode of a prompt in `(prediction|outputs|choices|output)`, got .*"
 FAILED = "`response` of a request that succeeded, got one that failed: .*"
 
 
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ({"id": "a"}, "got no output: Expected `prediction` to be a text"),
-    ({"inputs": {}, "score": 1.0}, "got no output"),
-    (t5x("a", "x") | {"inputs": {"id": True}}, "`inputs.id` to be a text or a whole number"),
-    (t5x("a", "x", aux=[1]), r"`aux` to be an object, got \[1\]"),
-    (t5x("a", "x", prediction_tokens="7"), "`prediction_tokens` to be a list, got '7'"),
+    ({"id": "a"}, "got none: Expected `prediction` to be a text"),
+    ({"inputs": {}, "score": 1.0}, "vLLM, got none"),
+    (t5x("a", "x") | {"inputs": {"id": True}}, "`id` to be a text, got True"),
+    (t5x("a", "x", aux=[1]), r"`aux` to be an object .*, got \[1\]"),
+    (
+      t5x("a", "x", prediction_tokens="7"),
+      "`prediction_tokens` to be a list, got None and '7'",
+    ),
     (t5x("a", "x", aux={"exit_layers": [1, -1]}), "`exit_layers` of at least 0"),
     ({**chat(0, "x"), "error": {"code": "batch_expired"}}, f"{FAILED}batch_expired"),
     ({"custom_id": "p0", "response": {"status_code": 500}}, f"{FAILED}500"),
     ({"custom_id": "p0", "response": {"body": {"choices": []}}}, "`choices`"),
     ({"custom_id": "p0", "response": {"body": {}}}, "`output`"),
     ({"custom_id": "p0"}, "`output`"),
-    ({"custom_id": "p0", "response": "x"}, "no output"),
+    ({"custom_id": "p0", "response": "x"}, "vLLM, got none"),
     (chat(0, None), "`prediction` to be a text"),
     ({"request_id": "p0", "outputs": []}, "`outputs`"),
     ({"request_id": 3, "outputs": [{"text": "x"}]}, "`id` to be a text"),
