@@ -1,29 +1,41 @@
 """Documents of every kind that is read, small and whole, and what may stand in their fields.
 
-`documents` writes them; `fair` says which exchanged values are no fault: texts where any text
+`documents` writes them; `FAIR` says which exchanged values are no fault: texts where any text
 will do, what may be left out, numbers in range. Whatever else a reader takes is a silent
 acceptance.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
-from calm import checkpoints
-from calm.calibrate import Calibration, Online, calibrate, generations
-from calm.calibrate.generations import records
+from calm import checkpoints, exits
+from calm.calibrate import Calibration, Online, Prompt, generations
+from calm.calibrate import calibrate as certify
+from calm.calibrate.generations import foreign, records, shards
+from calm.commands import calibrate, infer
 from calm.data import datasets, vocabulary
-from calm.inference import options
+from calm.fitting import result as fit_result
+from calm.inference import loading, options, result_cache
 from calm.t5 import network
+from calm.training import loop, sources
 from tests import toys
 from tests.calibrate import small_cache
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 GONE = "@gone@"
+# Marks of `hostile_test` for what JSON has no value for, and for what was done to a whole text.
+NONE = ("@deep@", "@huge@", "@nan@")
+NUMBERS = ("@huge@", "@nan@")
+WHOLE = "empty null list halved twice deep"
 
 CONFIG = network.T5Config(vocab_size=300, **toys.SMALLEST)
 
@@ -45,30 +57,111 @@ STORED = {
   "schedule": {"name": "decaying", "temperature": 1.0, "max_length": 4},
 }
 
+_T5X = {
+  "inputs": {"inputs_pretokenized": "text", "targets_pretokenized": "word", "id": "a"},
+  "prediction": "text",
+  "prediction_tokens": [5, 1],
+  "aux": {"exit_layers": [1, 2], "confidences": [0.5, 0.25], "scores": -1.0},
+}
+_BATCH = {
+  "custom_id": "a",
+  "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "text"}}]}},
+  "error": None,
+}
+_VLLM = {"request_id": "a", "prompt": "text", "outputs": [{"text": "word"}]}
+_REQUEST = {"model": "0123", "rows": "4567", "options": {"tolerance": 0.1, "stages": "none"}}
+_RUN = {"seed": 0, "learning_rates": [[0, 0.1], [1, 0.2]], "batches": [[0, "a"], [1, "b"]]}
+_EXACT = dataclasses.asdict(exits.Speculative(1, 4, "full"))
+_STATE = {"format": infer.FORMAT, "about": {"threshold": "0.5"}, "done": 1, "bytes": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """A result as experiments store theirs."""
+
+  seconds: float
+  rounds: int
+  names: tuple[str, ...]
+
+
+def _tokenizer(path: pathlib.Path) -> None:
+  words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4}
+  made = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+  made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  made.add_special_tokens(["<pad>", "</s>", "<unk>"])
+  made.save(str(path))
+
+
+def _read_tokenizer(path: pathlib.Path):
+  made = vocabulary.TokenizerVocabulary(path)
+  return made.decode(made.encode("a b")), made.unk_id, made.extra_ids, made.piece(3)
+
+
+def _stage(path: pathlib.Path):
+  history = loop.History(path, "loss", patience=1)
+  return history.should_stop(), history.update(7, {"loss": 0.5})
+
+
+def _unfinished(target: pathlib.Path):
+  made = infer.ResumableFile(target, _STATE["about"])
+  prompts = [Prompt("a", "text"), Prompt("b", "text")]
+  made._partial.write_text("abcd")
+  return [prompt.id for prompt in made.pending(prompts)]
+
+
+def _theirs(folder: pathlib.Path):
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that decoding is greedy here
+    return checkpoints.load(folder)
+
 
 def _files(base: pathlib.Path) -> None:
   """One whole file of every kind."""
-  ours = model(base / "ours")
+  (model(base / "ours") / "inference.json").write_text(json.dumps(STORED) + "\n")
   shutil.copytree(GOLDEN / "flan_t5", base / "sharded")
   small_cache.write(base / "cache")
-  made = calibrate(np.zeros((80, 2)), [0.9, 0.5], tolerance=0.1, error_rate=0.1)
+  made = certify(np.zeros((80, 2)), [0.9, 0.5], tolerance=0.1, error_rate=0.1)
   made.save(base / "calibration.json")
   row = {"id": "a", "source": "s", "input": "text", "target": ["one", "two"]}
-  for path, value in (
-    (ours / "inference.json", STORED),
-    (base / "rows.jsonl", row),
-    (base / "watch.jsonl", Online(None, **small_cache.ONLINE)._settings()),
-    (base / "records.jsonl", small_cache.record("id-000").to_json()),
+  shutil.copytree(GOLDEN / "codet5", base / "codet5")
+  mark = {"schema_version": 1, "kind": "infer", "num_shards": 2, "shard_id": 0}
+  mark |= {"num_prompts": 3, "prompts_digest": "d", "positions": [0, 2]}
+  (base / "shard").mkdir()
+  shards.write_mark(base / "shard", mark | {"about": {"x": 1}, "checksums": {"a": "b"}})
+  _tokenizer(base / "tokenizer.json")
+  cache = result_cache.ResultCache(base / "results")
+  cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))
+  (base / "fit" / "fit").mkdir(parents=True)
+  digest = infer.ResumableFile(base / "out.jsonl", {})
+  digest._add(Prompt("a", "text"))
+  state = _STATE | {"prompts": digest._digest.hexdigest()}
+  for name, value in (
+    ("rows.jsonl", row),
+    ("watch.jsonl", Online(None, **small_cache.ONLINE)._settings()),
+    ("records.jsonl", small_cache.record("id-000").to_json()),
+    ("references.jsonl", {"id": "a", "targets": ["x", "y"]}),
+    ("labels.jsonl", {"id": "a", "label": "x"}),
+    ("t5x.jsonl", _T5X),
+    ("batch.jsonl", _BATCH),
+    ("vllm.jsonl", _VLLM),
+    ("outputs.jsonl", {"id": "a", "tokens": [5, 1]}),
+    ("run.json", _RUN),
+    ("validation.json", [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0}]),
+    ("fit/fit/request.json", _REQUEST),
+    ("out.jsonl.partial.json", state),
+    ("full_depth.json", {"reason": "x", "exact": _EXACT}),
   ):
-    path.write_text(json.dumps(value) + "\n")
+    (base / name).write_text(json.dumps(value) + "\n")
 
 
 def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], Any]]]:
   """Name -> (the file that is exchanged, what reads it)."""
   _files(base)
-  ours, theirs, whole = base / "ours", base / "sharded", base / "cache"
+  at = lambda name: base / name
+  ours, theirs, whole, codet5 = map(at, ("ours", "sharded", "cache", "codet5"))
   rows, lines, watch = (base / f"{n}.jsonl" for n in ("rows", "records", "watch"))
-  told = base / "calibration.json"
+  told, cache = base / "calibration.json", result_cache.ResultCache(base / "results")
+  kept = lambda: cache.get(Timing, "timing", {}, lambda: Timing(0.0, 0, ()))
   return {
     "our configuration": (ours / "config.json", lambda: checkpoints.load(ours)),
     "our vocabulary": (ours / "vocabulary.json", lambda: checkpoints.load(ours)),
@@ -84,6 +177,34 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "manifest": (whole / "manifest.json", lambda: generations.load(whole)),
     "calibration": (told, lambda: Calibration.load(told)),
     "online": (watch, lambda: Online(watch, **small_cache.ONLINE)),
+    "generation options": (codet5 / "generation_config.json", lambda: _theirs(codet5)),
+    "tokenizer options": (codet5 / "tokenizer_config.json", lambda: _theirs(codet5)),
+    "tokenizer": (at("tokenizer.json"), lambda: _read_tokenizer(at("tokenizer.json"))),
+    "shard": (at("shard") / shards.MARK, lambda: shards.read_mark(at("shard"))),
+    "references": (
+      at("references.jsonl"),
+      lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),
+    ),
+    "labels": (at("labels.jsonl"), lambda: calibrate.read_texts(at("labels.jsonl"), "label")),
+    "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
+    "outputs of a batch": (
+      at("batch.jsonl"),
+      lambda: foreign.read_predictions(at("batch.jsonl")),
+    ),
+    "outputs of vLLM": (at("vllm.jsonl"), lambda: foreign.read_predictions(at("vllm.jsonl"))),
+    "outputs to train on": (
+      at("outputs.jsonl"),
+      lambda: sources._tokens_of(at("outputs.jsonl")),
+    ),
+    "run": (at("run.json"), lambda: loop.check_identity(at("run.json"), _RUN, 2)),
+    "validations": (at("validation.json"), lambda: _stage(at("validation.json"))),
+    "fit": (
+      at("fit/fit/request.json"),
+      lambda: fit_result.Folder.open(at("fit"), _REQUEST),
+    ),
+    "result": (cache.path("timing", {}), kept),
+    "unfinished outputs": (at("out.jsonl.partial.json"), lambda: _unfinished(at("out.jsonl"))),
+    "full depth": (at("full_depth.json"), lambda: loading.stored_rule(at("full_depth.json"))),
   }
 
 
@@ -100,6 +221,9 @@ _number = lambda value: isinstance(value, int | float) and not isinstance(value,
 _story = lambda value: value is None or isinstance(value, str)
 _text = lambda value: isinstance(value, str) and value != GONE
 _anything = lambda value: True
+_texts = lambda value: isinstance(value, str) and value != GONE
+_whole = lambda value: type(value) is int
+_dropped = lambda value: value in ([], GONE)
 # Document -> fields, parted by blanks -> what they may hold. Whatever is not here takes nothing
 # but what it had.
 FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
@@ -167,4 +291,109 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   },
   "calibration": {},
   "online": {"empty": _anything},  # as one that was never written to
+  "generation options": {
+    # What config.json says then; what the others say does not concern greedy decoding here.
+    "decoder_start_token_id eos_token_id pad_token_id": _absent,
+    "_from_model_config output_attentions output_hidden_states use_cache": _anything,
+    "transformers_version": _anything,
+  },
+  # Of its tokens tokenizer.json itself says more.
+  "tokenizer options": {
+    "backend eos_token model_max_length pad_token tokenizer_class unk_token": _anything,
+  },
+  # Another tokenizer, as well made; a model is bound to it by its digest.
+  "tokenizer": {
+    "version truncation padding normalizer post_processor decoder model.type": _of(GONE),
+    "pre_tokenizer": _absent,
+    "added_tokens": _dropped,
+    "added_tokens.0 added_tokens.1": _of(GONE),
+    "added_tokens.0.content added_tokens.1.content model.unk_token": _texts,
+    **{
+      f"added_tokens.{i}.{name}": _of(True)
+      for i in range(2)
+      for name in ("single_word", "lstrip", "rstrip", "normalized")
+    },
+    # `checkpoints` refuses more ids than a model has rows.
+    "added_tokens.0.id added_tokens.1.id": _of(0, 10**9),
+    **{f"model.vocab.{w}": _of(0, 10**9, GONE) for w in ("<pad>", "<unk>", "a", "b")},
+  },
+  # One shard alone; `merging` compares them with one another and with their files.
+  "shard": {
+    "num_prompts": _of(10**9, 10**30),
+    "prompts_digest checksums.a": lambda value: isinstance(value, str),
+    "positions": _of([]),
+    "positions.0 positions.1": _of(GONE),
+    "about": lambda value: isinstance(value, dict),
+    "about.x": _anything,
+    "checksums": _of({}),
+  },
+  "references": {
+    "id": _texts,
+    "targets": lambda value: _texts(value) or value == [],
+    "targets.0 targets.1": lambda value: isinstance(value, str),
+    "empty": _anything,
+  },
+  "labels": {"label": _texts},
+  "outputs of T5X": {
+    "inputs": lambda value: isinstance(value, dict),
+    "inputs.inputs_pretokenized": lambda value: isinstance(value, str),
+    # Beside `targets`; only those are references, and there need be none.
+    "inputs.targets_pretokenized": _anything,
+    "inputs.id": lambda value: _whole(value) or isinstance(value, str),
+    "prediction": _texts,
+    "prediction_tokens": lambda value: _absent(value) or isinstance(value, list),
+    # Tokens that are not as many as exits are those of the padding too.
+    "prediction_tokens.0 prediction_tokens.1": _of(0, 10**9, GONE),
+    "aux": lambda value: _absent(value) or isinstance(value, dict),
+    "aux.exit_layers": lambda value: _absent(value) or value == [],
+    "aux.exit_layers.0 aux.exit_layers.1": _of(0, GONE),
+    "aux.confidences": _of(GONE),
+    "aux.confidences.0 aux.confidences.1": _of(0),
+    "aux.scores": lambda value: _absent(value) or type(value) in (int, float),
+  },
+  "outputs of a batch": {
+    "custom_id response.body.choices.0.message.content": _texts,
+    "response.status_code": _of(GONE),
+    "error": _of(0, "", [], {}, GONE),
+  },
+  "outputs of vLLM": {
+    "request_id outputs.0.text": _texts,
+    "prompt": _anything,  # tokens, where there was no text
+  },
+  "outputs to train on": {
+    "id": _texts,
+    "tokens": _of([]),
+    "tokens.0 tokens.1": _of(0, 10**9, GONE),
+    "empty": _anything,
+  },
+  "run": {
+    "learning_rates.0.1 learning_rates.1.1": _of(None),  # NaN
+    "learning_rates.1 batches.1": _of(GONE),
+  },
+  "validations": {
+    "0 1": _of(GONE),
+    "0.step": _of(-1, 0),
+    "1.step": _of(10**9, 10**30),
+    "0.loss 1.loss": lambda value: type(value) in (int, float) or value in (*NUMBERS, GONE),
+    "list": _anything,  # a run that was not validated yet
+  },
+  "fit": {},
+  "result": {
+    # The file's name is the digest of what it depends on.
+    "experiment key": lambda value: value not in NONE,
+    "result.seconds": lambda value: _absent(value) or type(value) in (int, float),
+    "result.rounds": _whole,
+    "result.names": _of([]),
+    "result.names.0": lambda value: isinstance(value, str),
+  },
+  # What cannot be gone on with is begun anew, and kept.
+  "unfinished outputs": {
+    f"format about about.threshold done bytes prompts {WHOLE}": _anything,
+  },
+  "full depth": {
+    "reason": _anything,
+    "exact": _absent,
+    "exact.stop_below": _of(0),
+    "exact.adapts exact.measures": lambda value: isinstance(value, bool),
+  },
 }

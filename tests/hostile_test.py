@@ -32,7 +32,6 @@ from calm import checkpoints
 from calm.data import datasets, prompt_files, vocabulary
 from calm.t5 import parameters
 from tests import hostile_documents as documents
-from tests import hostile_runs as runs
 from tests import toy_vocabulary
 from tests.spent import Spent
 
@@ -46,7 +45,7 @@ VALUES = (
 SECONDS, BYTES = 10.0, 2**30
 _DEEP, _HUGE, _NAN = "@deep@", "@huge@", "@nan@"
 _RAW = {f'"{_DEEP}"': "[" * 20_000, f'"{_HUGE}"': "1e400", f'"{_NAN}"': "NaN"}
-ALLOWED = {**documents.FAIR, **runs.FAIR}
+ALLOWED = documents.FAIR
 
 
 def paths(value: Any, prefix: tuple = ()) -> Iterator[tuple]:
@@ -144,8 +143,7 @@ def bounded(path: pathlib.Path):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-  made = documents.documents(tmp_path_factory.mktemp("hostile"))
-  return made | runs.documents(tmp_path_factory.mktemp("runs"))
+  return documents.documents(tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   if bare := [row for row, group in enumerate(groups) if not named(group)]:
     raise ValueError(
       f"Expected `groups` to name the cluster of every row, got {groups[bare[0]]!r} at row"
-      f" {bare[0]} and {len(bare)} rows without; give one that has none its own id."
+      f" {bare[0]} and {len(bare)} rows without a name; give such a row its own id."
     )
   return tuple(map(str, groups))
 
@@ -117,18 +117,15 @@ def check_seed(seed: str | None, name: str = "seed") -> None:
 def looks_copied(values: np.ndarray) -> bool:
   """Whether rows occur as copies of prompts do, and independent draws hardly ever.
 
-  Either nearly all kinds of equal rows, or nearly all stretches of equal rows (in the stored
-  order, or of rows that stand n / k apart), have a size that is a multiple of one k >= 2:
+  `values` are [num_examples, num_thresholds] finite losses. Either nearly all kinds of equal
+  rows, or nearly all stretches of equal rows (in the stored order, or of rows that stand n / k
+  apart), have a size that is a multiple of one k >= 2:
 
       P(size of a kind = 0 mod k) < max(1 / k, 1 / 5) for independent draws
 
   Or one row with three different losses besides -1, 0 and 1 is more than a tenth of a table of
-  more than eight kinds. Where kinds are few, as 0 and 1 at one threshold, shuffled copies look
-  like draws and are not seen, nor are copies of some prompts among others. A table that repeats
-  one pattern of few rows throughout was made by hand, and is judged by its kinds alone.
-
-  Args:
-    values: [num_examples, num_thresholds] finite losses.
+  more than eight kinds. Shuffled copies of few kinds look like draws. A table that repeats one
+  pattern of few rows throughout was made by hand, and is judged by its kinds alone.
   """
   _, first, kinds, sizes = np.unique(
     _row_hashes(values), return_index=True, return_inverse=True, return_counts=True

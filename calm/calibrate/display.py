@@ -60,7 +60,7 @@ def in_short(calibration: Any) -> str:
   )
 
 
-def _cells(calibration: Any) -> list[tuple[str, ...]]:
+def cells(calibration: Any) -> list[tuple[str, ...]]:
   """The table's head and lines."""
   lines = [(unit(calibration), *_HEADS)]
   for name, row in zip(names(calibration), calibration.rows, strict=True):
@@ -71,12 +71,12 @@ def _cells(calibration: Any) -> list[tuple[str, ...]]:
 
 def as_text(calibration: Any) -> str:
   """The tested thresholds as a table, an arrow at the chosen one, and the promise below."""
-  rows, chosen = _cells(calibration), place(calibration)
+  rows, chosen = cells(calibration), place(calibration)
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [title(calibration)]
   for number, row in enumerate(rows, -1):
-    cells = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    lines.append(("> " if number == chosen else "  ") + cells)
+    line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    lines.append(("> " if number == chosen else "  ") + line)
   return "\n".join([*lines, sanitize(calibration.promised)])
 
 
@@ -84,11 +84,11 @@ def as_html(calibration: Any) -> str:
   """The same for a notebook, in the page's own colours."""
   safe = lambda text: html.escape(sanitize(text))
   lines = []
-  for number, row in enumerate(_cells(calibration), -1):
+  for number, row in enumerate(cells(calibration), -1):
     tag = "th" if number < 0 else "td"
     style = ' style="font-weight:bold"' if number == place(calibration) else ""
-    cells = (f'<{tag} style="text-align:right">{safe(text)}</{tag}>' for text in row)
-    lines.append(f"<tr{style}>{''.join(cells)}</tr>")
+    line = "".join(f'<{tag} style="text-align:right">{safe(text)}</{tag}>' for text in row)
+    lines.append(f"<tr{style}>{line}</tr>")
   return (
     f"<div><table><caption>{html.escape(title(calibration))}</caption>{''.join(lines)}</table>"
     f'<p title="{safe(calibration.guarantee)}">{safe(calibration.promised)}</p></div>'
@@ -120,15 +120,13 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     axes.plot(x[certified], bound[certified], "s", color="#009e73", label="certified")
   if chosen is not None:
     name = sanitize(names(calibration)[chosen])
-    label = f"chosen: {name}"
-    axes.plot(x[chosen], mean[chosen], "*", color="black", markersize=14, label=label)
+    axes.plot(x[chosen], mean[chosen], "*k", markersize=14, label=f"chosen: {name}")
     down = f"{unit(calibration)} {name}"
     if layers is not None:
       down = f"{x[chosen]:.2f} layers a token"
     probability = f"{1.0 - calibration.error_rate:.10g}"
     found = f"Certified down to {down}: at most {tolerance:g}, with probability {probability}"
-  label = f"tolerance {tolerance:g}"
-  axes.axhline(tolerance, color="0.4", linewidth=1.0, linestyle=":", label=label)
+  axes.axhline(tolerance, color="0.4", linestyle=":", label=f"tolerance {tolerance:g}")
   axes.set_ylabel(title(calibration, metric=False), parse_math=False)
   axes.set_xlabel("mean decoder layers a token")
   if layers is None:

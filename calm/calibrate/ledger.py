@@ -160,6 +160,7 @@ def _line(
   checks.in_range("error_rate", error_rate, 0.0, 1.0)
   if FIT in question:
     question = {**question, FIT: str(path.parent.parent)}
+  rows = sorted(set(rows))[:_KEPT]
   key = json.dumps([question, count, rows], sort_keys=True)
   line = {"when": when, "question": question, "error_rate": error_rate, "count": count}
   return {**line, "rows": rows, "key": key}

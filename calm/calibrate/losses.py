@@ -1,7 +1,6 @@
 """Outputs -> losses [num_examples, num_thresholds] (Definitions 1 and 2).
 
-From cached generations (`compute`), texts in memory (`from_texts`) or a DataFrame of pandas or
-polars (`from_frame`), neither of which is imported.
+From cached generations (`compute`), texts (`from_texts`) or a DataFrame (`from_frame`).
 """
 
 import dataclasses
@@ -138,12 +137,9 @@ def compute(
   Args:
     generations: complete cached generations; for a risk, every prompt whose text differs from
       the full model's has references.
-    kind: the kind.
+    kind: one of these.
     metric: registry name, import path, function or `Metric`.
     progress: called with (prompts done, prompts in all).
-
-  Returns:
-    [num_examples, num_thresholds] losses.
 
   Raises:
     ValueError: generations are incomplete, a prompt lacks references, the metric is no bounded
@@ -184,10 +180,9 @@ def prefix_losses(
   metric: metrics.MetricLike = "rouge_l",
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, ...]:
-  """[num_thresholds] arrays of losses, each of the records that a threshold has.
+  """[num_thresholds] arrays of losses, each of the records that a threshold has (`compute`).
 
-  Arguments and errors are those of `compute`; in a run of an earlier version that stopped early
-  a threshold may have records of the first prompts only.
+  A run of an earlier version that stopped early has some of the first prompts only.
   """
   kind_support(kind, metric := metrics.get_metric(metric))
   prompts, count = generations.prompts, len(generations.full)
@@ -276,9 +271,6 @@ def from_texts(
     ids: [num_examples] unique ids.
     groups: [num_examples] clusters of prompts.
 
-  Returns:
-    [num_examples, num_knobs] losses; `calibrate(...).knob` is the knob that was chosen.
-
   Raises:
     ValueError: lengths differ, there is no knob, or references are missing that a risk needs.
   """
@@ -314,8 +306,7 @@ def is_frame(value: Any) -> bool:
 def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:
   """The losses of a DataFrame: one row a prompt, one column a threshold, in any order.
 
-  Columns are named by thresholds (numbers or their text), and `id` and `group` where there are
-  such; ValueError where another column has no number for a name, or two have the same.
+  Columns are named by thresholds (numbers or their text), and `id` and `group`, if any.
   """
   named = [name for name in frame.columns if name not in ("id", "group")]
   try:

@@ -1,7 +1,6 @@
-"""Text metrics, similarity in [0, 1] of a prediction to its references, and many at once.
+"""Text metrics: similarities in [0, 1] of a prediction to its references.
 
-A metric that can calibrate is a mean over prompts of a bounded number. Each one declares
-whether it takes only two values; the tests look at the declaration, never at the values.
+Each declares whether it takes only two values; tests look at the declaration, never at values.
 """
 
 import collections

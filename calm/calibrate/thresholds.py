@@ -1,8 +1,7 @@
 """Exit thresholds as numbers, as text and as grids.
 
-A token leaves the decoder at the first allowed layer whose confidence reaches the threshold.
-Confidences lie in [0, 1], so grids do too. `NEVER_EXIT` stands outside of every grid: it is the
-full model, which the threshold 1 is not (float32 confidences saturate to exactly 1.0).
+Confidences lie in [0, 1], so grids do too. `NEVER_EXIT` is no grid point: it is the full model,
+which the threshold 1 is not (float32 confidences saturate to exactly 1.0).
 """
 
 import math
@@ -46,11 +45,9 @@ def threshold_to_json(threshold: float) -> float | str:
 
 
 def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-  """A grid of thresholds, [num_thresholds] float64, from the safest to the fastest.
+  """A grid, [num_thresholds] float64, from the safest to the fastest.
 
-  Raises:
-    ValueError: the grid is empty, not one-dimensional, leaves [0, 1] (`NEVER_EXIT` is no grid
-      point: it needs no test), holds NaN, or does not strictly descend.
+  ValueError unless it is a list of numbers in [0, 1] that strictly descends.
   """
   grid = checks.as_numbers(thresholds, "thresholds")
   if grid.ndim != 1 or grid.size == 0:
@@ -58,19 +55,17 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
       "Expected `thresholds` to be a non-empty one-dimensional grid, as [0.9, 0.8, 0.7], got an"
       f" array of shape {grid.shape}."
     )
-  (outside,) = np.nonzero(~((grid >= 0.0) & (grid <= 1.0)))
-  if outside.size:
-    raise ValueError(
-      f"Expected `thresholds` to lie in [0, 1], got {grid[outside[0]]} at position"
-      f" {outside[0]}; the full model ({NEVER_EXIT_TEXT!r}) is always there and no grid point."
-    )
-  (rising,) = np.nonzero(np.diff(grid) >= 0.0)
-  if rising.size:
-    before, after = grid[rising[0]], grid[rising[0] + 1]
-    raise ValueError(
-      "Expected `thresholds` to descend strictly, from the safest to the fastest, got"
-      f" {before} before {after}; sort them in descending order and drop duplicates."
-    )
+  for place, threshold in enumerate(grid.tolist()):
+    if not 0.0 <= threshold <= 1.0:
+      raise ValueError(
+        f"Expected `thresholds` to lie in [0, 1], got {threshold} at position {place}; the full"
+        f" model ({NEVER_EXIT_TEXT!r}) is always there and no grid point."
+      )
+    if place and threshold >= grid[place - 1]:
+      raise ValueError(
+        "Expected `thresholds` to descend strictly, from the safest to the fastest, got"
+        f" {grid[place - 1]} before {threshold}; sort them in descending order, each once."
+      )
   return grid
 
 

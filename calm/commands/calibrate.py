@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     return _verify(arguments, console, cached)
   run_lib.print_clusters(arguments, console, cached.prompts)
   if arguments.risks:
-    found = _several_risks(arguments, cached)
+    found = calibrate_lib.calibrate(risks=_risks(arguments, cached), **_rates(arguments))
   else:
     _plan(arguments, console, cached)
     found = _make(arguments, console, cached)
@@ -294,11 +294,6 @@ def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
   return found
 
 
-def _several_risks(arguments, cached: generations.Generations) -> calibrate_lib.Calibration:
-  """The lowest threshold that keeps all of --risks."""
-  return calibrate_lib.calibrate(risks=_risks(arguments, cached), **_rates(arguments))
-
-
 def _cheapest_configuration(arguments):
   """(the cheapest certified threshold of all folders, its model as named, the prompts)."""
   others = ("directory", "full", "outputs", "verify")
@@ -375,10 +370,8 @@ def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
   arguments.tolerance, arguments.error_rate = stored.tolerance, stored.error_rate
   metric = None if arguments.metric == METRIC else arguments.metric
   # Whoever writes a file would choose what runs: a name in it is never imported.
-  known = stored.metric in metrics.METRICS and metric is None
-  if not known and (
-    not metric or stored.metric not in (metric, metrics.get_metric(metric).name)
-  ):
+  allowed = (metric, metrics.get_metric(metric).name) if metric else metrics.METRICS
+  if stored.metric not in allowed:
     raise ValueError(
       f"Expected `--metric` {stored.metric!r}, as {arguments.verify} names it, got"
       f" {metric or 'none'!r}; if you trust that code, add --metric={stored.metric}."

@@ -327,15 +327,12 @@ def print_calibration(
   cached: generations.Generations | None = None,
 ) -> None:
   """Prints the tested thresholds as a table, and the guarantee."""
-  layers = mean_layers(cached)
-  heads = [display.unit(result), "mean loss", "upper bound", "p-value", "certified"]
-  rows, chosen = [], display.place(result)
-  for name, row in zip(display.names(result), result.rows, strict=True):
-    certified = "yes" if row.rejected else "no"
-    numbers = [f"{row.mean:.4f}", f"{row.upper_bound:.4f}", f"{row.p_value:.2g}"]
-    depth = [f"{layers[row.threshold]:.2f}"] if layers else []
-    rows.append([name, *numbers, certified, *depth])
-  heads += ["layers / token"] if layers else []
+  layers, chosen = mean_layers(cached), display.place(result)
+  heads, *rows = map(list, display.cells(result))
+  if layers:
+    heads.append("layers / token")
+    for cells, row in zip(rows, result.rows, strict=True):
+      cells.append(f"{layers[row.threshold]:.2f}")
   title = f"{display.title(result)}; p-values: {result.method}"
   print_table(console, heads, rows, title=title, words=0, bold=chosen)
   found = thresholds.NEVER_EXIT_TEXT if chosen is None else display.names(result)[chosen]

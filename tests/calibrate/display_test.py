@@ -1,3 +1,5 @@
+"""A calibration as a table, as HTML, as a DataFrame and as a picture."""
+
 import dataclasses
 
 import numpy as np
@@ -12,105 +14,79 @@ def made(means=(0.01, 0.4)):
   return calibrate(values, [0.9, 0.5], tolerance=0.1, error_rate=0.05)
 
 
+def lines_of(axes):
+  return {str(line.get_label()): line for line in axes.get_lines()}
+
+
 def test_a_plot_shows_the_grid_the_bounds_and_what_is_certified():
   pytest.importorskip("matplotlib")
-  found = made()
-  axes = found.plot()
-  lines = {line.get_label(): line for line in axes.get_lines()}
+  axes = (found := made()).plot()
+  lines = lines_of(axes)
   np.testing.assert_array_equal(lines["mean loss"].get_ydata(), found.column("mean"))
   assert lines["certified"].get_xdata().tolist() == [0.9]
   assert lines["tolerance 0.1"].get_ydata()[0] == 0.1
   assert lines["chosen: 0.9"].get_xdata().tolist() == [0.9]
-  assert (
-    axes.get_title() == "Certified down to threshold 0.9: at most 0.1, with probability 0.95"
-  )
+  title = "Certified down to threshold 0.9: at most 0.1, with probability 0.95"
+  assert axes.get_title() == title and axes.get_ylabel() == "loss"
   assert axes.figure._repr_png_().startswith(b"\x89PNG\r\n") and axes._repr_png_()
   nothing = made((0.4, 0.4)).plot(axes.figure.add_subplot())
   assert nothing.get_title().startswith("Nothing is certified at a tolerance of 0.1")
-  assert not any("chosen" in str(line.get_label()) for line in nothing.get_lines())
+  assert not any("chosen" in name for name in lines_of(nothing))
 
 
 def test_a_plot_against_layers_has_them():
   pytest.importorskip("matplotlib")
   axes = made().plot(layers=[7.5, 3.25])
-  lines = {line.get_label(): line for line in axes.get_lines()}
+  lines = lines_of(axes)
   assert lines["mean loss"].get_xdata().tolist() == [7.5, 3.25]
   assert lines["chosen: 0.9"].get_xdata().tolist() == [7.5]
   assert axes.get_xlabel() == "mean decoder layers a token"
   assert axes.get_title().startswith("Certified down to 7.50 layers a token")
-  with pytest.raises(ValueError, match=r"Expected `layers` of \[2\].* got shape \(3,\)"):
-    made().plot(layers=[1, 2, 3])
+  rows = [
+    tuple(laws.record(p.id, exit_layers=layers) for p in laws.prompts(2))
+    for layers in ((4, 2, 0), (1, 1, 0))
+  ]
+  bare = laws.generations(2, grid=(0.9, 0.5))
+  decoded = dataclasses.replace(bare, records=tuple(rows))
+  lines = lines_of(made().plot(layers=decoded))
+  assert lines["mean loss"].get_xdata().tolist() == [3.0, 1.0]  # of the tokens that are there
+  for layers, shape in (([1, 2, 3], 3), (bare, 0)):
+    with pytest.raises(ValueError, match=rf"Expected `layers` of \[2\].* shape \({shape},\)"):
+      made().plot(layers=layers)
 
 
 def test_a_calibration_is_a_table_and_a_promise_of_one_line():
   found = made()
   assert "\n" not in repr(found) and len(repr(found)) < 160
   assert "threshold=0.9" in repr(found) and "1 of 2 thresholds certified" in repr(found)
-  title, *table, promise = str(found).splitlines()
+  title, head, *table, promise = str(found).splitlines()
   assert title == "loss"  # of what, nobody said
-  assert table[0].split() == [
-    "threshold",
-    "mean",
-    "loss",
-    "upper",
-    "bound",
-    "p-value",
-    "certified",
-  ]
-  assert [line[0] for line in table[1:]] == [">", " "]
-  assert promise.startswith("With probability at least 0.95") and promise.endswith(
-    "at most 0.1."
-  )
+  assert head.split() == ["threshold", "mean", "loss", "upper", "bound", "p-value", "certified"]
+  assert [line[0] for line in table] == [">", " "]
+  assert promise.startswith("With probability at least 0.95 ")
+  assert promise.endswith("at most 0.1.")
   page = found._repr_html_()
-  assert page.count("<tr") == 3 and page.count("font-weight:bold") == 1
-  assert f">{promise}</p>" in page
+  assert page.count("<tr") == 3 and page.count("<th ") == 5 and f">{promise}</p>" in page
+  assert page.count("font-weight:bold") == 1
   never = str(made((0.4, 0.4)))
   assert ">" not in never and "the full model is used (never)" in never
 
 
-def test_a_library_that_is_not_there_is_named(monkeypatch):
-  class Frame:
-    def __init__(self, columns):
-      self.columns = columns
-
-  def found(name):
-    if name != "pandas":
-      raise ModuleNotFoundError(name)
-    return type("pandas", (), {"DataFrame": Frame})
-
-  monkeypatch.setattr(display.importlib, "import_module", found)
-  assert made().to_frame().columns["threshold"] == [0.9, 0.5]
-  with pytest.raises(ModuleNotFoundError, match="polars"):
-    made().to_frame("polars")
-  with pytest.raises(ValueError, match=r"`library` 'pandas' or 'polars', got 'dask'"):
-    made().to_frame("dask")
-
-
-def test_knobs_are_called_by_their_names(monkeypatch):
-  pytest.importorskip("matplotlib")
+def test_knobs_are_called_by_their_names_and_frames_have_a_column_of_them(monkeypatch):
   full = [f"text {row}" for row in range(300)]
   base = [text if row % 100 else "another" for row, text in enumerate(full)]
   losses = from_texts(full, {"base": base, "tiny": ["x"] * 300}, metric="exact_match")
   found = calibrate(losses, tolerance=0.1, error_rate=0.05)
-  assert str(found).splitlines()[1].split()[0] == "knob"
+  title, head, *_ = str(found).splitlines()
+  assert title == "textual loss, exact_match" and head.split()[0] == "knob"
+  pytest.importorskip("matplotlib")
   axes = found.plot()
   assert [text.get_text() for text in axes.get_xticklabels()] == ["base", "tiny"]
-  assert axes.get_xlabel() == "the best first"
+  assert axes.get_xlabel() == "the best first" and axes.get_ylabel() == "textual loss"
   assert axes.get_title().startswith("Certified down to knob base:")
   library = type("pandas", (), {"DataFrame": dict})
   monkeypatch.setattr(display.importlib, "import_module", lambda name: library)
   assert found.to_frame()["knob"] == ["base", "tiny"]
-
-
-def test_a_plot_takes_layers_from_generations():
-  pytest.importorskip("matplotlib")
-  rows = [
-    tuple(laws.record(p.id, exit_layers=layers) for p in laws.prompts(2))
-    for layers in ((4, 2, 0), (1, 1, 0))
-  ]
-  made_of = laws.generations(2, grid=(0.9, 0.5))
-  decoded = dataclasses.replace(made_of, records=tuple(rows))
-  (line, *_) = made().plot(layers=decoded).get_lines()
-  assert line.get_xdata().tolist() == [3.0, 1.0]  # of the tokens that are there
-  with pytest.raises(ValueError, match=r"generations that know them, got shape \(0,\)"):
-    made().plot(layers=made_of)
+  assert made().to_frame()["threshold"] == [0.9, 0.5] and "knob" not in made().to_frame()
+  with pytest.raises(ValueError, match=r"`library` 'pandas' or 'polars', got 'dask'"):
+    made().to_frame("dask")

@@ -89,11 +89,11 @@ def test_verify_runs_no_metric_that_only_the_file_names(named, planted, calm):
   calm(*words, "--tolerance=0.3")
   dataclasses.replace(Calibration.load(saved), metric=named).save(saved)
   write(planted, [{"id": f"p{n}", "prediction": str(kept)} for n in range(80)], "early.jsonl")
-  for given in ((), ("--metric=rouge_l",), ("--metric=planted_two:run",)):
+  for given in ((), ("--metric=rouge_l",), ("--metric=planted_two.py:run",)):
     (planted / "ran").unlink(missing_ok=True)
     error = calm(*words, f"--verify={saved}", *given, code=2)
     assert f"Expected `--metric` {named!r}" in error
-    assert not (planted / "ran").exists() or given == ("--metric=planted_two:run",)
+    assert not (planted / "ran").exists() or given == ("--metric=planted_two.py:run",)
     assert "planted_one" not in sys.modules and kept.is_dir()
 
 
@@ -161,6 +161,13 @@ def test_a_calibration_is_verified_from_its_outputs(tmp_path, calm):
   calm(*words)
   outputs(tmp_path, count=120, wrong=(3, 51), groups=[f"g{n // 2}" for n in range(120)])
   assert "losses_digest" in calm(*verify, code=2)
+
+
+def test_knobs_are_thresholds_throughout_or_not_at_all():
+  assert calibrate._parse_knobs(["0.9", "0.5"]) == [0.9, 0.5]
+  assert calibrate._parse_knobs(["base", "tiny"]) == ["base", "tiny"]
+  with pytest.raises(ValueError, match=r"another knob throughout, got both: \['0.9', '12'\]"):
+    calibrate._parse_knobs(["0.9", "12"])
 
 
 def test_references_are_wanted_only_where_texts_differ(tmp_path, calm):

@@ -37,8 +37,10 @@ def read_predictions(
       lines are not asked.
 
   Returns:
-    Prompts and records in the order of the file; GenerationsError, which names file and line,
-    where a line is none, or holds several decodes, or an id occurs twice.
+    Prompts and records in the order of the file.
+
+  Raises:
+    GenerationsError: a line is no output, or several, or an id occurs twice.
   """
 
   prompts: list[Prompt] = []

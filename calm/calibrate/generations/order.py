@@ -1,8 +1,7 @@
 """The order in which a test sees prompts, and clusters of prompts.
 
-A betting test is valid if its order has nothing to do with losses. A file may be sorted by
-loss, and a permutation that names alone decide is one fixed permutation of it. So the seed is
-made of names AND of what the prompts say; places come from SHA-256, in every version alike.
+A betting test is valid if its order has nothing to do with losses: its seed is made of names
+and of what the prompts say, since a permutation of names alone is one fixed permutation.
 """
 
 import hashlib
@@ -39,8 +38,7 @@ def digest_of_digests(digests: np.ndarray) -> str:
 def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
   """Digest of what prompts say, whatever their order and names.
 
-  Where an input is missing it is of inputs and the full model's texts, and '' where these are
-  of few kinds, which say too little for a seed.
+  Where an input is missing it is of the full model's texts too, '' if these are of few kinds.
   """
   texts = [prompt.input for prompt in prompts]
   if not all(texts):
@@ -51,10 +49,7 @@ def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
 
 
 def order_seed(ids: Sequence[str], procedure: Procedure | None, contents: str = "") -> str:
-  """Hexadecimal seed (16 digits) of sorted unit names, procedure and contents' digest.
-
-  Nobody can choose it by its outcome.
-  """
+  """Hexadecimal seed (16 digits) of sorted unit names, procedure and contents' digest."""
   digest = hashlib.sha256()
   digest.update(b"null" if procedure is None else procedure.digest().encode("ascii"))
   digest.update(contents.encode("ascii"))
@@ -76,10 +71,7 @@ def seeded_uniform(seed: str) -> float:
 
 
 def fold_text(text: str) -> str:
-  """Text without differences of Unicode form, case, invisible characters and white space.
-
-  This is Unicode's NFKC_Casefold, with every run of white space as one space.
-  """
+  """Unicode's NFKC_Casefold of a text, with every run of white space as one space."""
   if not text.isascii():
     text = _IGNORABLE.sub("", text)
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -115,13 +107,8 @@ def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def prompt_clusters(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-  """[num_prompts] cluster of each prompt: prompts of one group or of equal input are in one.
-
-  A prompt without a group is a group of its own. Inputs are equal if `fold_text` makes them so.
-  """
-  names = [
-    f"prompt {prompt.id}" if prompt.group is None else str(prompt.group) for prompt in prompts
-  ]
+  """[num_prompts] cluster of each prompt: those of one group, or of equal `fold_text`."""
+  names = [f"prompt {p.id}" if p.group is None else p.group for p in prompts]
   return join_equal(names, [fold_text(prompt.input) for prompt in prompts])
 
 

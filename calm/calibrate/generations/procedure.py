@@ -1,8 +1,7 @@
 """What a calibration is valid for, and where its numbers came from.
 
-`Procedure` names everything that can change a decoded token. A promise calibrated under one
-procedure says nothing about another, so procedures are compared field by field. `Provenance`
-tells the story of the numbers; it is recorded and never compared.
+`Procedure` names everything that can change a decoded token, and is compared field by field.
+`Provenance` tells the story of the numbers; it is recorded and never compared.
 """
 
 import dataclasses
@@ -30,10 +29,8 @@ def _plain(value: Any, name: str) -> Any:
   try:
     return json.loads(json.dumps(value, allow_nan=False))
   except (TypeError, ValueError) as error:
-    raise ValueError(
-      f"Expected `{name}` to hold JSON values only (finite numbers, text, lists, dicts), got"
-      f" {value!r}."
-    ) from error
+    text = f"Expected `{name}` to hold JSON values only, with finite numbers, got {value!r}."
+    raise ValueError(text) from error
 
 
 @arguments.checked()
@@ -132,8 +129,7 @@ def describe_differences(
 ) -> str:
   """One line that names each differing field, or '' when the two procedures are the same.
 
-  None is the procedure of outputs from elsewhere. `allow_platform` leaves out where they were
-  decoded.
+  None is that of outputs from elsewhere; `allow_platform` leaves out where they were decoded.
   """
   if expected is None or got is None:
     if expected is got:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,12 @@ class Prompt:
     if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
       raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
     group = None if group is None else str(group)
-    _require_texts(id=(self.id,), input=(self.input,), targets=texts, group=(group or "",))
-    vars(self).update(targets=texts, group=group)
+    _require_text("id", self.id)
+    _require_text("input", self.input)
+    _require_text("targets", "".join(texts))
+    _require_text("group", group or "")
+    object.__setattr__(self, "targets", texts)
+    object.__setattr__(self, "group", group)
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
@@ -64,11 +68,13 @@ class Record:
   score: float | None = None  # sum of the emitted tokens' log-probabilities, nats
 
   def __post_init__(self):
-    _require_texts(id=(self.id,), prediction=(self.prediction,))
-    lengths, fields = {}, vars(self)
+    _require_text("id", self.id)
+    _require_text("prediction", self.prediction)
+    lengths = {}
     for name, most in _MOST.items():
-      if (values := fields[name]) is not None:
-        fields[name] = values = _numbers(f"`{name}` of {self.id!r}", values, most)
+      if (values := getattr(self, name)) is not None:
+        values = _numbers(name, values, most)
+        object.__setattr__(self, name, values)  # `vars` would make a dict of each record
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
       raise ValueError(
@@ -79,7 +85,7 @@ class Record:
       real = isinstance(score, numbers.Real) and not isinstance(score, bool)
       if not real or not math.isfinite(float(score)):
         raise ValueError(f"Expected `score` to be a finite number (nats), got {score!r}")
-      fields["score"] = float(score)
+      object.__setattr__(self, "score", float(score))
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
@@ -115,7 +121,7 @@ def _numbers(name: str, values: Any, most: int) -> tuple:
       return tuple(map(float, found)) if most == 1 else tuple(found)
     odd = next(value for value in found if not holds(value))
   kind = "numbers in [0, 1]" if most == 1 else f"whole numbers in 0 ... {most}"
-  raise ValueError(f"Expected {name} to be a list of {kind}, got {odd!r}")
+  raise ValueError(f"Expected `{name}` to be a list of {kind}, got {odd!r}")
 
 
 def _plain(value: Any) -> Any:
@@ -125,22 +131,16 @@ def _plain(value: Any) -> Any:
   return int(value) if isinstance(value, np.integer) else value
 
 
-def _require_texts(**fields: Sequence[Any]) -> None:
-  """ValueError where a field is no text, or holds half of a surrogate pair.
-
-  JSON can hold such halves, and no file in UTF-8 can.
-  """
-  for name, texts in fields.items():
-    for text in texts:
-      if not isinstance(text, str):
-        raise ValueError(f"Expected `{name}` to be a text, got {text!r}")
-      try:
-        text.encode("utf-8")
-      except UnicodeEncodeError as error:
-        raise ValueError(
-          f"Expected `{name}` to be Unicode, got half of a surrogate pair,"
-          f" {text[error.start]!r}, at character {error.start + 1}"
-        ) from None
+def _require_text(name: str, text: Any) -> None:
+  if not isinstance(text, str):
+    raise ValueError(f"Expected `{name}` to be a text, got {text!r}")
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:  # JSON can hold it, and no file in UTF-8 can
+    half = f"{text[error.start]!r} at character {error.start + 1}"
+    raise ValueError(
+      f"Expected `{name}` to be Unicode, got half of a surrogate pair, {half}"
+    ) from None
 
 
 def read_each(
@@ -188,22 +188,17 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   """Leading tokens of `record` that are the same when decoded with lower thresholds.
 
-  Lowering the threshold changes nothing as long as no earlier layer would now exit. A token's
-  `rejected_confidences` entry is the highest confidence that was refused before its exit, so
-
       the sequence is the same  iff  rejected_confidences[t] < new threshold, for all t
 
-  Up to the first t where this fails everything is the same, caches included; decoding goes on
-  there. Comparisons are in float32, as in the decoder. A refusal of 0 may also mean that
-  nothing was refused, so at threshold 0 less is kept than could be.
+  since then no earlier layer would exit now. Up to the first t where this fails everything is
+  the same, caches included. Comparisons are in float32, as in the decoder. A refusal of 0 may
+  also mean that nothing was refused, so at threshold 0 less is kept than could be.
 
   Args:
-    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included.
+    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included; of one
+      that lacks `rejected_confidences` nothing is kept.
     thresholds: [length] the schedule's value at every generated token of the new setting; each
       at most the value that `record` was decoded with. More values than tokens are ignored.
-
-  Returns:
-    The number of tokens; 0 for records that lack `rejected_confidences`.
   """
   refused = np.asarray(record.rejected_confidences or (), np.float32)
   exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
