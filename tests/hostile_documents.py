@@ -333,7 +333,7 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "targets.0 targets.1": lambda value: isinstance(value, str),
     "empty": _anything,
   },
-  "labels": {"label": _texts},
+  "labels": {"id label": _texts, "empty": _anything},  # every prompt is to have one
   "outputs of T5X": {
     "inputs": lambda value: isinstance(value, dict),
     "inputs.inputs_pretokenized": lambda value: isinstance(value, str),

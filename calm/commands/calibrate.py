@@ -259,7 +259,7 @@ def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[
   for line in storage.read_lines(path, pipes=True):
     name, value = line.value.get("id"), line.value.get(field)
     texts = value if several and isinstance(value, list) else [value]
-    if name in found or not all(isinstance(text, str) for text in (name, *texts)):
+    if not all(isinstance(text, str) for text in (name, *texts)) or name in found:
       raise line.error(f"expected an `id` that is new and `{field}`, got {line.value!r:.100}")
     found[str(name)] = tuple(texts)
   return found
