@@ -59,7 +59,7 @@ BUDGETS = {
   "arguments.py": (173, 1),
   "calibrate": (6176, 26),
   "checkpoints": (1205, 5),
-  "commands": (2650, 13),
+  "commands": (2649, 13),
   "console.py": (271, 1),
   "data": (2109, 8),
   "decode": (2606, 12),
