@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (6176, 26),
+  "calibrate": (5628, 23),
   "checkpoints": (1205, 5),
   "commands": (2649, 13),
   "console.py": (271, 1),
@@ -65,7 +65,7 @@ BUDGETS = {
   "decode": (2606, 12),
   "exits": (1213, 8),
   "fitting": (2580, 8),
-  "inference": (2415, 10),
+  "inference": (2486, 10),
   "paper": (2560, 12),
   "serve": (720, 4),
   "signals.py": (98, 1),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (32_216, 142), "tests": (28_708, 169), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_735, 139), "tests": (28_554, 167), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
