@@ -75,7 +75,8 @@ def repeated(names: Iterable[str]) -> list[str]:
 def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   """The cluster of each of `count` prompts; ValueError where one is missing or no name."""
   if len(groups) != count:
-    raise ValueError(f"Expected `groups` of each of the {count} rows, got {len(groups)}.")
+    each = f"each of the {count} rows, got {len(groups)} names"
+    raise ValueError(f"Expected `groups` to name the cluster of {each}.")
   named = lambda g: isinstance(g, str | int | np.integer) and not isinstance(g, bool)
   if bare := [row for row, group in enumerate(groups) if not named(group)]:
     raise ValueError(
