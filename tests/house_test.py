@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (5628, 23),
+  "calibrate": (5629, 23),
   "checkpoints": (1205, 5),
   "commands": (2649, 13),
   "console.py": (271, 1),
