@@ -115,7 +115,10 @@ def _listen(host: str, port: int) -> socket.socket:
     raise ValueError(f"Expected `--port` of at most 65535, got {port}.")
   try:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    listener = socket.create_server((host, port), family=family)
   except OSError as error:
     got = f"got {host!r} and {port} ({error}); choose others"
     raise OSError(f"Expected `--host` and `--port` that are free, {got}.") from error
+  # Connections inherit it: headers do not wait 40 ms for the client to confirm them.
+  listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+  return listener

@@ -3,9 +3,11 @@
 import collections
 import dataclasses
 import functools
+import math
 import queue
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -105,6 +107,7 @@ class Device(threading.Thread):
     self._unchecked = collections.deque[str](maxlen=MOST_UNCHECKED)
     self._stopping, self._condition = False, threading.Condition()
     # The batch's shape is part of the procedure there.
+    self._seconds: dict[tuple[int, int], float] = {}  # of the first tokens, by shape
     self._whole = options_lib.batch_size_affects_output(model.config, model.options)
     self._size, most = model.options.batch_size, model.options.max_input_length
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
@@ -169,10 +172,13 @@ class Device(threading.Thread):
         for made, level in ((full, NEVER_EXIT), (model, 1.0)):
           if self._stopping:
             return
-          encoded, (rule, alone) = made.encode(batch), self._rules(level)
-          for each in {rule, alone} if len(batch.tokens) == self._alone else ():
-            made.decode(encoded, batch.active, level, each)
-          list(made.stream(encoded, batch.active, level, rule, steps=1, limit=0))
+          for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
+            made.decode(made.encode(batch), batch.active, level, rule)
+          run = functools.partial(self._first_tokens, made, batch, level)
+          run(0)
+          self._seconds[shape] = min(
+            timeit.repeat(functools.partial(run, 8), number=1, repeat=3)
+          )
         if self.online is not None and len(batch.tokens) == 1:
           model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
@@ -181,6 +187,11 @@ class Device(threading.Thread):
     self.say(f"Ready: programs took {time.monotonic() - start:.1f} s; threshold {level}.")
     self.say(self.guarantee(self.threshold) or "No guarantee: nothing was calibrated.")
 
+  def _first_tokens(self, model: inference.Predictor, batch, level: float, count: int) -> None:
+    rule, _ = self._rules(level)
+    given = model.encode(batch), batch.active, level, rule
+    collections.deque(model.stream(*given, steps=8, limit=count), maxlen=0)
+
   def _next(self) -> list[Job] | None:
     """The next batch; [] where there is time for a check, None at the end."""
     with self._condition:
@@ -188,11 +199,13 @@ class Device(threading.Thread):
       self.waiting = [job for job in self.waiting if not job.gone]
       if not self.waiting:
         return [] if self._unchecked and not self._stopping else None
-      threshold, longest = self.waiting[0].threshold, self._length(self.waiting[0])
-      near = lambda job: not self._whole and self._length(job) <= 2 * longest
-      fits = lambda job: self._length(job) == longest or near(job)
-      batch = [job for job in self.waiting if job.threshold == threshold and fits(job)]
-      batch = batch[: self._size]
+      first, length = self.waiting[0], self._length(self.waiting[0])
+      lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
+      near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
+      batch = [job for job in self.waiting if near(job)][: self._size]
+      # So few may take less time one after another.
+      one = self._seconds.get((1, length), math.inf)
+      batch = batch if len(batch) * one > self._seconds[self._size, length] else batch[:1]
       self.waiting = [job for job in self.waiting if job not in batch]
       return batch
 

@@ -365,6 +365,24 @@ def test_a_full_queue_a_client_that_left_and_an_answer_too_late(served, held, mo
   assert decoded[:1] == ["first"] and "b3" not in decoded
 
 
+def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
+  made = serve.Device(model.with_options(max_input_length=128))
+  made._seconds = {(size, n): size * 0.7 for size in (1, 4) for n in (32, 64, 128)}
+  made._seconds[4, 128] = 1.0
+  job = lambda name, length, level=None: device.Job(name, [3] * length, level, 8, ())
+  made.submit([job("a", 9), job("b", 9, 0.5), job("c", 100), job("d", 9), job("e", 50)])
+  taken = lambda: "".join(job.prompt for job in made._next())
+  assert taken() == "a"  # a, d and e would take 2.8 for 2.1
+  assert taken() == "b"
+  assert taken() == "cde"  # 1.0 for 2.1, all as long as the longest
+  made.submit([job(name, 9) for name in "fghij"])
+  made.waiting[1].gone = True
+  assert taken() == "f"  # with h, i, j: no less
+  made._seconds[4, 32] = 2.7
+  made.submit([job("k", 9)])
+  assert taken() == "hijk"
+
+
 def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
   monkeypatch.setattr(served.device, "_decode", lambda *_: iter([None, 1 / 0]))
   assert served.post(prompt="a", status=500)["error"]["type"] == "server_error"
