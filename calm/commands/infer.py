@@ -9,6 +9,7 @@ A calibration for another model or other options is refused. A model folder of
   calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=-
   calm infer --online=state.jsonl --tolerance=0.1 --prompts=today.jsonl
   calm infer --threshold=never --color "a long text"
+  calm infer --model=mine --stream "a long text"
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
 score}, first into FILE.partial, with which the same command goes on after a
@@ -26,7 +27,7 @@ import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from rich import console as rich_console
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
-  flags.add_shared(parser, "num_shards", "shard_id")
+  add(parser, "stream", None, "print every token as it comes")
+  flags.add_shared(more, "num_shards", "shard_id")
   add(
     more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"
   )
@@ -140,6 +142,8 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
     )
   if arguments.exact and named:
     raise ValueError("`--exact` needs neither `--calibration` nor `--threshold`.")
+  if arguments.stream and (arguments.output or arguments.colour):
+    raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
   if arguments.draft_layer is not None and not arguments.exact:
     raise ValueError("`--draft_layer` needs `--exact`.")
   if arguments.expect_digest is not None and arguments.calibration is None:
@@ -190,6 +194,7 @@ class Serving:
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
     self._sample: tuple[Prompt, ...] = ()
+    self._parts: Callable[[int, outputs.Output], None] | None = None
 
   @property
   def about(self) -> dict[str, Any]:
@@ -201,14 +206,17 @@ class Serving:
     """Decodes the prompts into a file or a stream, or onto the screen, and reports."""
     with contextlib.ExitStack() as stack:
       coloured = self._arguments.colour and not output
-      results: Results = Stream(coloured=coloured)
+      screen = Stream(coloured=coloured)
+      self._parts = screen.show if self._arguments.stream else None
+      results: Results = screen
       if output:
         results = stack.enter_context(open_results(output, self.about))
       pending = results.pending(prompts)
       if results.report:
         print_text(self._console, results.report)
       try:
-        with Progress(self._console) as progress:
+        quiet = rich_console.Console(quiet=True)  # a bar would be drawn into the text
+        with Progress(quiet if self._parts else self._console) as progress:
           for chunk, made in self._decode(pending, progress, results.done):
             # Texts would be printed into the bar.
             hides = not output and sys.stdout.isatty()
@@ -229,7 +237,7 @@ class Serving:
     options = self.predictor.options
     batch = options.batch_size * options.num_devices
     batches = FIRST_BATCHES
-    while chunk := list(itertools.islice(prompts, batches * batch)):
+    while chunk := list(itertools.islice(prompts, 1 if self._parts else batches * batch)):
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = self._generate(chunk)
@@ -243,10 +251,11 @@ class Serving:
   def _generate(self, chunk: Sequence[Prompt]):
     texts = [prompt.input for prompt in chunk]
     if self._online is None:
-      return self.predictor.generate(texts, threshold=self.threshold, rule=self._exact)
+      way = {"threshold": self.threshold, "rule": self._exact, "parts": self._parts}
+      return self.predictor.generate(texts, **way)
     # Prompts of one group, and prompts that say the same, are checked once.
     names = [str(p.group) if p.group is not None else order.fold_text(p.input) for p in chunk]
-    return self.predictor.generate(texts, online=self._online, ids=names)
+    return self.predictor.generate(texts, online=self._online, ids=names, parts=self._parts)
 
   def _add(self, made, caught: Sequence[warnings.WarningMessage]) -> None:
     self._sums.update(
@@ -376,7 +385,7 @@ class Stream:
   report = ""
 
   def __init__(self, file: BinaryIO | None = None, coloured: bool = False):
-    self.done, self._file, self._coloured = 0, file, coloured
+    self.done, self._file, self._coloured, self._shown = 0, file, coloured, ""
     self.stopped = "what was written is whole lines; the same command starts anew"
     if file is None:
       self.stopped = "with --output=FILE the same command would go on"
@@ -393,9 +402,18 @@ class Stream:
     else:
       for output in made:
         text = sanitize(output.text) if sys.stdout.isatty() else output.text
-        print(output.coloured() if self._coloured else text)
+        print(output.coloured() if self._coloured else text.removeprefix(self._shown))
+        self._shown = ""
       sys.stdout.flush()
     self.done += len(prompts)
+
+  def show(self, row: int, output: outputs.Output) -> None:
+    """Prints what came of a prompt's text since the last call."""
+    text = output.text.rstrip("\ufffd ")  # a character may lack bytes, a space its word
+    text = sanitize(text) if sys.stdout.isatty() else text
+    if text.startswith(self._shown):
+      print(text.removeprefix(self._shown), end="", flush=True)
+      self._shown = text
 
 
 class ResumableFile:

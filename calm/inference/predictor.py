@@ -218,6 +218,7 @@ class Predictor:
     online: Online | None = None,
     ids: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    parts: Callable[[int, outputs.Output], None] | None = None,
   ) -> outputs.Outputs:
     """Decodes prompts greedily.
 
@@ -235,6 +236,7 @@ class Predictor:
         None takes the texts.
       progress: told how many prompts are done of how many; None shows it where someone looks
         on (a terminal or a notebook) and it takes long.
+      parts: told of a prompt's number and its output so far, after each of its tokens.
 
     Raises:
       ValueError: there is neither a threshold nor a calibration nor a rule without one, or an
@@ -245,7 +247,7 @@ class Predictor:
     if online is not None:
       if threshold is not None or rule is not None:
         raise ValueError("`online` needs neither `threshold` nor `rule`; leave these out.")
-      return certified.serve_online(self, online, texts, ids, progress)
+      return certified.serve_online(self, online, texts, ids, progress, parts)
     if threshold is None and rule is None:
       threshold = self.threshold
       if threshold is None:
@@ -263,7 +265,7 @@ class Predictor:
       model, rule = self.reference, self.exact or exits.StaticExit()
     with contextlib.ExitStack() as stack:
       report = progress or stack.enter_context(Progress()).count("prompts")
-      decoded = model._decode_texts(texts, threshold, rule, report)
+      decoded = model._decode_texts(texts, threshold, rule, report, parts)
     made = self.calibration if promised else None
     if made is None or threshold != made.threshold or self.platform_mismatch:
       return decoded
@@ -275,6 +277,7 @@ class Predictor:
     threshold: float | None,
     rule: exits.Rule | None,
     progress: Callable[[int, int], None],
+    parts: Callable[[int, outputs.Output], None] | None,
   ) -> outputs.Outputs:
     """Prompts in batches, in the order of the list and timed."""
     programs, clock = compiled.num_made(), timing.Clock()
@@ -285,7 +288,12 @@ class Predictor:
       with clock.phase("encode"):
         encoded = jax.block_until_ready(self.encode(batch))
       with clock.phase("decode"):
-        generation = self.decode(encoded, batch.active, level, rule)
+        if parts is None:
+          generation = self.decode(encoded, batch.active, level, rule)
+        else:
+          for generation in self.stream(encoded, batch.active, level, rule, steps=1):
+            for i, row in enumerate(batch.rows):
+              parts(int(row), self.output(generation, i))
       for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)
     progress(len(texts), len(texts))

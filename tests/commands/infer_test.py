@@ -167,6 +167,22 @@ def test_lines_go_to_pipes_devices_links_and_standard_output(calm_infer, expecte
     file.write_text("older\n")
 
 
+def test_tokens_are_shown_as_they_come(model, prompts, capsys, monkeypatch):
+  words = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", *toy.DECODE]
+  words = ["infer", *words, "--threshold=never"]
+  assert cli.main(words) == 0
+  whole, shown, show = capsys.readouterr().out, [], infer.Stream.show
+  counted = lambda self, row, output: (
+    shown.append(len(output.tokens)),
+    show(self, row, output),
+  )
+  monkeypatch.setattr(infer.Stream, "show", counted)
+  assert cli.main([*words, "--stream"]) == 0
+  assert capsys.readouterr().out == whole
+  assert shown[:2] == [1, 2] and shown.count(1) == len(TEXTS)
+  assert cli.main([*words, "--stream", "--output=-"]) == 2
+
+
 @pytest.mark.parametrize("output", ["-", "/dev/stdout"])
 def test_standard_output_gets_the_lines_and_nothing_else(
   output, model, prompts, expected, capfd
