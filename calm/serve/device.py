@@ -106,8 +106,8 @@ class Device(threading.Thread):
     self.waiting: list[Job] = []
     self._unchecked = collections.deque[str](maxlen=MOST_UNCHECKED)
     self._stopping, self._condition = False, threading.Condition()
-    # The batch's shape is part of the procedure there.
     self._seconds: dict[tuple[int, int], float] = {}  # of the first tokens, by shape
+    # Whether a batch's shape is part of the procedure.
     self._whole = options_lib.batch_size_affects_output(model.config, model.options)
     self._size, most = model.options.batch_size, model.options.max_input_length
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.

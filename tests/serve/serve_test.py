@@ -1,6 +1,7 @@
 """A real server over a toy model: texts of `Predictor.generate`, whatever arrives beside."""
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import re
@@ -21,7 +22,7 @@ httpx = pytest.importorskip("httpx", reason="httpx (the `test` extra) is not ins
 from rich import console as rich_console
 from starlette.testclient import TestClient
 
-from calm import inference, serve
+from calm import calibrate, inference, serve
 from calm.calibrate import NEVER_EXIT
 from calm.commands import cli
 from calm.decode import compiled
@@ -104,77 +105,67 @@ def expected(model):
   return {t: model.generate(TEXTS, threshold=t) for t in (0.3, 0.5, NEVER_EXIT)}
 
 
-def first_tokens(model, output, count):
-  """The text of the first tokens of an output."""
-  return model.vocabulary.decode(list(output.tokens[:count]))
+def told(answer):
+  """(text, layers, threshold) of an answer to one prompt, in one piece or in events."""
+  if answer.text.startswith("data:"):
+    events = [json.loads(line[6:]) for line in answer.text.split("\n\n") if "{" in line]
+  else:
+    events = [answer.json()]
+  choices = [event["choices"][0] for event in events]
+  layers = [layer for choice in choices for layer in choice["exit_layers"]]
+  return "".join(c["text"] for c in choices), layers, events[-1]["calm"]["threshold"]
 
 
 def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(served, model, expected):
   ways = [({}, 0.5), ({"threshold": 0.3}, 0.3), ({"exact": True}, NEVER_EXIT)]
   ways += [({"threshold": "never"}, NEVER_EXIT)]
-  programs = compiled.num_made()
-  draw = np.random.default_rng(0)
-  asked = [
-    (int(row), ways[draw.integers(4)], bool(draw.integers(2)), int(draw.integers(1, 13)))
-    for row in draw.integers(len(TEXTS), size=60)
-  ]
+  programs, draw = compiled.num_made(), np.random.default_rng(0)
+  rows = [int(row) for row in draw.integers(len(TEXTS), size=60)]
+  asked = [(row, *ways[draw.integers(4)], int(draw.integers(1, 13))) for row in rows]
 
-  async def ask(client, row, way, stream, limit):
-    body = {"prompt": TEXTS[row], "stream": stream, "max_tokens": limit, **way[0]}
-    while True:
-      answer = await client.post("/v1/completions", json=body)
-      if answer.status_code != 429:
-        break
+  async def ask(client, row, way, level, limit):
+    body = {"prompt": TEXTS[row], "stream": row % 2 == 0, "max_tokens": limit, **way}
+    while (answer := await client.post("/v1/completions", json=body)).status_code == 429:
       assert answer.headers["Retry-After"] == "1"
       await asyncio.sleep(0.05)
     assert answer.status_code == 200, answer.text
-    if not stream:
-      made = answer.json()
-      (choice,) = made["choices"]
-      return choice["text"], choice["exit_layers"], made["calm"]["threshold"]
-    events = [json.loads(line[6:]) for line in answer.text.split("\n\n") if "{" in line]
-    layers = [layer for event in events for layer in event["choices"][0]["exit_layers"]]
-    text = "".join(event["choices"][0]["text"] for event in events)
-    return text, layers, events[-1]["calm"]["threshold"]
+    output, never = expected[level][row], "never" if level == NEVER_EXIT else level
+    text = model.vocabulary.decode(list(output.tokens[:limit]))
+    assert told(answer) == (text, list(output.exit_layers[:limit]), never)
 
   async def ask_all():
     async with httpx.AsyncClient(base_url=served.url, timeout=WAIT) as client:
-      return await asyncio.gather(*(ask(client, *one) for one in asked))
+      await asyncio.gather(*(ask(client, *one) for one in asked))
 
-  for (row, (_, level), _, limit), (text, layers, told) in zip(
-    asked, asyncio.run(ask_all()), strict=True
-  ):
-    output = expected[level][row]
-    assert text == first_tokens(model, output, limit)
-    assert layers == list(output.exit_layers[:limit])
-    assert told == ("never" if level == NEVER_EXIT else level)
+  asyncio.run(ask_all())
   assert compiled.num_made() == programs  # all of them were there before the first request
 
 
 def test_a_list_of_prompts_usage_and_what_is_promised(served, expected):
-  made = served.post(prompt=TEXTS[:3], model="toy", temperature=0, user="x", stop=None)
-  outputs_ = expected[0.5][:3]
-  assert [choice["text"] for choice in made["choices"]] == [o.text for o in outputs_]
+  body = {"prompt": TEXTS[:3], "model": "toy", "temperature": 0, "user": "x", "stop": None}
+  made, some = served.post(**body), expected[0.5][:3]
+  assert [choice["text"] for choice in made["choices"]] == [o.text for o in some]
   assert [choice["index"] for choice in made["choices"]] == [0, 1, 2]
-  tokens = sum(len(o.tokens) for o in outputs_)
-  read = sum(len(text) + 1 for text in TEXTS[:3])
-  assert made["usage"] == {
-    **{"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
-  }
-  layers = sum(sum(o.exit_layers) for o in outputs_) / tokens
+  tokens, read = sum(len(o.tokens) for o in some), sum(len(text) + 1 for text in TEXTS[:3])
+  usage = {"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
+  assert made["usage"] == usage
+  layers = sum(sum(o.exit_layers) for o in some) / tokens
   assert made["calm"]["layers"] == pytest.approx(layers, abs=1e-4)
   assert made["calm"]["guarantee"] is None  # nothing was calibrated
   assert served.post(prompt="a", threshold="never")["calm"]["guarantee"] == device.FULL_DEPTH
+  options = {"include_usage": True}
+  *_, last, done = served.events(**body, stream=True, stream_options=options)
+  assert last["usage"] == usage and last["choices"] == [] and done == "[DONE]"
 
 
-def test_streams_end_as_openai_and_tgi_end_them(served, model, expected):
-  *_, usage, done = served.events(
-    prompt=TEXTS[:2], stream=True, stream_options={"include_usage": True}
-  )
-  assert done == "[DONE]" and usage["choices"] == []
-  tokens = sum(len(o.tokens) for o in expected[0.5][:2])
-  assert usage["usage"]["completion_tokens"] == tokens
+def test_a_guarantee_is_of_its_threshold_alone(model):
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.5], tolerance=0.1)
+  promised = serve.Device(dataclasses.replace(model, calibration=made, threshold=0.5), 0.5)
+  assert promised.guarantee(promised.threshold) == made.guarantee
+  assert promised.guarantee(0.6) is None
 
+
+def test_generations_have_the_shape_of_tgi(served, expected):
   row = max(range(len(TEXTS)), key=lambda row: len(expected[0.5][row].tokens))
   output = expected[0.5][row]
   events = served.events("/generate_stream", inputs=TEXTS[row])
@@ -182,11 +173,12 @@ def test_streams_end_as_openai_and_tgi_end_them(served, model, expected):
   assert tuple(event["token"]["id"] for event in events) == output.tokens
   assert tuple(event["token"]["exit_layer"] for event in events) == output.exit_layers
   assert [e["generated_text"] for e in events] == [None] * (len(events) - 1) + [output.text]
-  made = served.post("/generate", inputs=TEXTS[row], parameters={"max_new_tokens": 3})
-  (choice,) = served.post(prompt=TEXTS[row], max_tokens=3)["choices"]
-  assert made["generated_text"] == choice["text"] == first_tokens(model, output, 3)
-  assert made["details"]["finish_reason"] == choice["finish_reason"] == "length"
-  assert len(made["details"]["tokens"]) == 3
+  for path in ("/", "/generate"):  # a client of Hugging Face asks the first
+    made = served.post(path, inputs=TEXTS[row], parameters={"max_new_tokens": 3})
+    (choice,) = served.post(prompt=TEXTS[row], max_tokens=3)["choices"]
+    assert made["generated_text"] == choice["text"]
+    assert made["details"]["finish_reason"] == choice["finish_reason"] == "length"
+    assert len(made["details"]["tokens"]) == 3
 
 
 def output_of(text):
@@ -218,15 +210,13 @@ def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(parts, stop, 
 
 
 def test_a_stop_ends_a_stream_and_an_answer(served, expected):
-  row = next(i for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
-  text = expected[0.5][row].text
+  row, text = next((i, o.text) for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
   stop = text[2:4]
-  cut = text[: text.index(stop)]
   for stream in (False, True):
     body = {"prompt": TEXTS[row], "stop": [stop, "never there"], "stream": stream}
-    made = served.events(**body)[:-1] if stream else [served.post(**body)]
-    assert "".join(event["choices"][0]["text"] for event in made) == cut
-    assert made[-1]["choices"][0]["finish_reason"] == "stop"
+    answer = served.client.post("/v1/completions", json=body)
+    assert told(answer)[0] == text[: text.index(stop)]
+    assert '"finish_reason":"stop"' in answer.text.replace(" ", "")
 
 
 JSON = {"content-type": "application/json"}
@@ -244,19 +234,14 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     ({}, 400, "prompt", "got none"),
     ({"prompt": ["a", 1]}, 400, "prompt", "list of texts"),
     ({"prompt": []}, 400, "prompt", "1 to 16 prompts"),
-    ({"prompt": ["a"] * 17}, 400, "prompt", "got 17"),
     ({"prompt": "a" * 32}, 400, "prompt", "at most 32 tokens"),
     (b'{"prompt": "\\ud800"}', 400, "prompt", "surrogate"),
     ({"prompt": "a", "max_tokens": 13}, 400, "max_tokens", "at most 12"),
-    ({"prompt": "a", "max_tokens": True}, 400, "max_tokens", "whole number"),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "whole number"),
     ({"prompt": "a", "temperature": 0.7}, 400, "temperature", "greedy"),
-    ({"prompt": "a", "top_p": 0.9}, 400, "top_p", "not supported"),
     ({"prompt": "a", "n": 2}, 400, "n", "not supported"),
-    ({"prompt": "a", "logprobs": 1}, 400, "logprobs", "not supported"),
     ({"prompt": "a", "messages": []}, 400, "messages", "not supported"),
     ({"prompt": "a", "threshold": 1.5}, 400, "threshold", "'never'"),
-    ({"prompt": "a", "threshold": True}, 400, "threshold", "'never'"),
     ({"prompt": "a", "threshold": 0.5, "exact": True}, 400, "exact", "full depth"),
     ({"prompt": "a", "stop": ["a", ""]}, 400, "stop", "none empty"),
     ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop", "at most 4"),
@@ -267,9 +252,7 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     (iter([b"{}"]), 413, None, "got none"),  # in chunks
   ],
 )
-def test_a_request_that_cannot_be_answered_is_refused_by_name(
-  served, body, status, param, words
-):
+def test_what_cannot_be_answered_is_refused_by_name(served, body, status, param, words):
   content = json.dumps(body).encode() if isinstance(body, dict) else body
   answer = served.client.post("/v1/completions", content=content, headers=JSON)
   error = answer.json()["error"]
@@ -278,7 +261,6 @@ def test_a_request_that_cannot_be_answered_is_refused_by_name(
 
 
 def test_other_refusals(served):
-  assert served.post("/", inputs="a")["generated_text"]  # as TGI has it
   assert served.post("/nowhere", 404)["error"]["message"] == "Not Found."
   assert served.client.get("/generate").status_code == 405
   plain = served.client.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
@@ -291,15 +273,11 @@ def test_what_the_server_says_of_itself(served):
   (known,) = served.client.get("/v1/models").json()["data"]
   assert known["id"] == "toy" and known["calm"]["num_layers"] == 3
   assert known["calm"]["threshold"] == 0.5 and known["calm"]["online"] is None
-  before = served.client.get("/metrics").text
   served.post(prompt="a")
-  after = served.client.get("/metrics").text
-  name = re.compile(r'^calm_requests_count{route="/v1/completions",status="200"} (\S+)$', re.M)
-  counts = [
-    float(name.search(text)[1]) if name.search(text) else 0.0 for text in (before, after)
-  ]
-  assert counts[1] == counts[0] + 1
-  assert "calm_ready 1.0" in after and "calm_threshold 0.5" in after
+  said = served.client.get("/metrics").text
+  for line in ("calm_ready 1.0", "calm_threshold 0.5", "calm_queue 0.0", "calm_alarms 0.0"):
+    assert line in said
+  assert re.search(r'calm_requests_count{route="/v1/completions",status="200"} [1-9]', said)
   page = served.client.get("/")
   assert "default-src 'none'" in page.headers["content-security-policy"]
   assert not re.search(r"(src|href)=", page.text)
@@ -307,62 +285,46 @@ def test_what_the_server_says_of_itself(served):
 
 def test_the_page_runs_in_a_browser(served):
   chromium = shutil.which("chromium") or pytest.skip("needs Chromium: apt-get install chromium")
-  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"]
-  done = subprocess.run(
-    [chromium, *flags, "--dump-dom", served.url + "/"],
-    capture_output=True,
-    text=True,
-    timeout=90,
-  )
-  assert '<span id="name">toy</span>' in done.stdout
-  assert "Nothing is promised: this threshold was not calibrated." in done.stdout
+  flags = ["--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
+  words = [chromium, "--headless", *flags, served.url]
+  text = subprocess.run(words, capture_output=True, text=True, timeout=WAIT).stdout
+  assert '<span id="name">toy</span>' in text
+  assert "Nothing is promised: this threshold was not calibrated." in text
 
 
-@pytest.fixture
-def held(served, monkeypatch):
-  """The device waits before each batch until it is let go; prompts that it decoded."""
+def test_a_full_queue_a_client_that_left_and_an_answer_too_late(served, monkeypatch):
   go, decoded, decode = threading.Event(), [], served.device._decode
 
-  def wait(batch, level):
-    assert go.wait(WAIT)
+  def wait(batch, level):  # until it is let go
     decoded.extend(job.prompt for job in batch)
+    assert go.wait(WAIT)
     return decode(batch, level)
 
-  monkeypatch.setattr(served.device, "_decode", wait)
-  yield go, decoded
-  go.set()
-  assert served.post(prompt="at last")
-
-
-def test_a_full_queue_a_client_that_left_and_an_answer_too_late(served, held, monkeypatch):
-  go, decoded = held
+  async def comes_about(holds):
+    while not holds():
+      await asyncio.sleep(0.01)
 
   async def ask():
     async with httpx.AsyncClient(base_url=served.url, timeout=WAIT) as client:
       post = lambda text: client.post("/v1/completions", json={"prompt": text})
-      first = asyncio.create_task(post("first"))
-      while served.device.waiting or not served.device.is_alive() or first.done():
-        await asyncio.sleep(0.01)
-      await asyncio.sleep(0.2)  # it is taken
-      some = [asyncio.create_task(post(f"b{i}")) for i in range(16)]
-      while len(served.device.waiting) < 16:
-        await asyncio.sleep(0.01)
+      some = [asyncio.create_task(post("first"))]
+      await comes_about(lambda: decoded)
+      some += [asyncio.create_task(post(f"b{i}")) for i in range(16)]
+      await comes_about(lambda: len(served.device.waiting) == 16)
       full = await post("one too many")
-      assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
+      assert (full.status_code, full.headers["Retry-After"]) == (429, "1")
       assert full.json()["error"]["code"] == "queue_full"
-      some[3].cancel()
-      while sum(job.gone for job in served.device.waiting) < 1:
-        await asyncio.sleep(0.01)
+      some.pop(3).cancel()  # b2
+      await comes_about(lambda: any(job.gone for job in served.device.waiting))
       monkeypatch.setattr(served.api, "_timeout", 0.3)
-      late = await post("in the place of b3")
+      late = await post("in the place of b2")
       assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
-      monkeypatch.undo()
       go.set()
-      answers = await asyncio.gather(first, *some[:3], *some[4:])
-      assert {answer.status_code for answer in answers} == {200}
+      assert {answer.status_code for answer in await asyncio.gather(*some)} == {200}
 
-  asyncio.run(ask())
-  assert decoded[:1] == ["first"] and "b3" not in decoded
+  monkeypatch.setattr(served.device, "_decode", wait)
+  asyncio.run(asyncio.wait_for(ask(), WAIT))
+  assert sorted(decoded) == sorted(["first", *(f"b{i}" for i in range(16) if i != 2)])
 
 
 def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
@@ -393,9 +355,8 @@ def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatc
 
 
 def test_a_key_is_asked_for(model):
-  client = TestClient(
-    serve.Api(serve.Device(model), "toy", key="secret key").app, "http://127.0.0.1"
-  )
+  api = serve.Api(serve.Device(model), "toy", key="secret key")
+  client = TestClient(api.app, "http://127.0.0.1")
   assert client.get("/v1/models").status_code == 401
   assert client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
   right = {"authorization": "Bearer secret key"}
