@@ -159,7 +159,7 @@ def test_a_list_of_prompts_usage_and_what_is_promised(served, expected):
 
 
 def test_a_guarantee_is_of_its_threshold_alone(model):
-  made = calibrate.calibrate(np.zeros((200, 1)), [0.5], tolerance=0.1)
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.5], tolerance=0.1, error_rate=0.05)
   promised = serve.Device(dataclasses.replace(model, calibration=made, threshold=0.5), 0.5)
   assert promised.guarantee(promised.threshold) == made.guarantee
   assert promised.guarantee(0.6) is None
