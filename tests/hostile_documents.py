@@ -280,6 +280,7 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   },
   "manifest": {
     "sequential by_group": _of(True, GONE),
+    "procedure.batch_bucket procedure.rule_version": _gone,  # what they are by default
     "provenance": _of(None, {}, GONE),
     # A story that nothing is decided by.
     **{f"provenance.{name}": _story for name in ("metric", "references", "order", "seed")},

@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from calm import arguments
@@ -87,8 +87,8 @@ class Procedure:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Procedure":
-    """The inverse of `to_json`; ValueError where a field is missing or unknown."""
-    return cls(**_fields(cls, value, optional=_ADDED))
+    """The inverse of `to_json`; TypeError where a field is missing or unknown."""
+    return cls(**value)
 
   def digest(self) -> str:
     """SHA-256 (hexadecimal) of all fields."""
@@ -170,19 +170,5 @@ class Provenance:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Provenance":
-    """The inverse of `to_json`; missing fields are None, unknown ones a ValueError."""
-    return cls(**_fields(cls, value, [field.name for field in dataclasses.fields(cls)]))
-
-
-def _fields(cls: Any, value: Any, optional: Sequence[str]) -> Mapping[str, Any]:
-  """`value`, a JSON object of the fields of `cls`."""
-  if not isinstance(value, Mapping):
-    raise ValueError(f"Expected `{cls.__name__.lower()}` to be a JSON object, got {value!r}.")
-  known = {field.name for field in dataclasses.fields(cls)}
-  unknown, missing = sorted(set(value) - known), sorted(known - set(value) - set(optional))
-  if unknown or missing:
-    raise ValueError(
-      f"Expected `{cls.__name__.lower()}` to have the fields {sorted(known)}, got missing"
-      f" {missing}, unknown {unknown}; read it with the version of this package that wrote it."
-    )
-  return value
+    """The inverse of `to_json`; missing fields are None, unknown ones a TypeError."""
+    return cls(**value)

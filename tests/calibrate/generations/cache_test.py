@@ -168,7 +168,7 @@ def swap_two_files(folder):
     ),
     ({"checksums": {PROMPTS: 1}}, None, "`checksums` to be a mapping to a text, got 1"),
     ({"procedure": "mine"}, None, "`procedure` to be a mapping"),
-    ({"procedure": {"temperature": 1}}, None, "`procedure` to have the fields"),
+    ({"procedure": {"temperature": 1}}, None, ".* a run, got: .*'temperature'"),
     ({"provenance": {"metric": 3}}, None, "`metric` to be a text or None"),
     ({"sequential": 1}, None, "`sequential` to be True or False"),
     ({"by_group": None}, None, "`by_group` to be True or False"),

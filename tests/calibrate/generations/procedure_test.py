@@ -110,15 +110,16 @@ def test_json_round_trip_through_text():
     ({"exit_layers": [1, True]}, "`exit_layers` to be a list of whole numbers, got True"),
     ({"exit_layers": [1.0]}, "`exit_layers` to be a list of whole numbers"),
     ({"platform": 3}, "`platform` to be a text or None, got 3"),
-    ({"tau": 1, "measure": None}, r"missing \['measure'\], unknown \['tau'\]"),
-    (None, "to be a JSON object"),
+    ({"measure": None}, "missing 1 required .*'measure'"),
+    ({"tau": 1}, "unexpected keyword argument 'tau'"),
+    (None, "must be a mapping"),
   ],
 )
 def test_malformed_procedures_are_refused(change, message):
   value = change and {**BASE.to_json(), **change}
   if change and "measure" in change:
     del value["measure"]
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises((TypeError, ValueError), match=message):
     procedure.Procedure.from_json(value)
 
 
@@ -130,5 +131,5 @@ def test_a_story_of_other_types_is_refused(story):
   (name,) = story
   with pytest.raises(ValueError, match=rf"Expected `{name}` (to be|from) .*got"):
     procedure.Provenance.from_json(story)
-  with pytest.raises(ValueError, match=r"unknown \['tau'\]"):
+  with pytest.raises(TypeError, match="'tau'"):
     procedure.Provenance.from_json({"tau": 1})
