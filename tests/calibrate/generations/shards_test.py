@@ -16,12 +16,7 @@ from calm.calibrate.generations import shards
 from tests.calibrate import laws
 from tests.spent import Spent
 
-GRID = (0.9, 0.5)
-
-LEVELS = (float("inf"), *GRID)
-
-COUNT = 60
-
+GRID, COUNT = (0.9, 0.5), 60
 PROMPTS = [
   Prompt(f"id-{i}", f"input {i}", (), None if i % 3 else f"group-{i // 9}")
   for i in range(COUNT)
