@@ -62,7 +62,7 @@ def in_short(calibration: Any) -> str:
 
 def cells(calibration: Any) -> list[tuple[str, ...]]:
   """The table's head and lines."""
-  lines = [(unit(calibration), *_HEADS)]
+  lines: list[tuple[str, ...]] = [(unit(calibration), *_HEADS)]
   for name, row in zip(names(calibration), calibration.rows, strict=True):
     numbers = (f"{row.mean:.4f}", f"{row.upper_bound:.4f}", f"{row.p_value:.2g}")
     lines.append((name, *numbers, "yes" if row.rejected else "no"))
@@ -108,7 +108,7 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     The axes; `axes.figure.savefig(path)` writes them.
   """
   x = calibration.column("threshold") if layers is None else _layers(calibration, layers)
-  axes = _new_axes() if axes is None else axes
+  axes = new_axes() if axes is None else axes
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified, chosen = calibration.column("rejected").astype(bool), place(calibration)
   tested = (calibration.parts or calibration.rows)[0]
@@ -139,7 +139,7 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
   return axes
 
 
-def _new_axes() -> Any:
+def new_axes() -> Any:
   """Axes of a new figure, which a notebook shows as the picture."""
   # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
   # which ask for what pyplot made, need to be told.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from calm import signals
 from calm.calibrate import betting, p_values
@@ -30,7 +31,9 @@ class Method:
     """Whether p-values depend on the order of prompts."""
     return self.p_value is None
 
-  def design(self, tolerance, error_rate, size: int, upper=1.0, uniform=1.0) -> betting.Design:
+  def design(
+    self, tolerance, error_rate, size: int, upper=1.0, uniform: npt.ArrayLike = 1.0
+  ) -> betting.Design:
     """The test of `size` losses up to `upper`."""
     uniform = uniform if self.randomized else 1.0
     return betting.Design(tolerance, error_rate, size, upper, self.hedges, uniform)

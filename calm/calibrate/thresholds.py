@@ -105,7 +105,10 @@ def default_grid(measure: str) -> np.ndarray:
 
   `measure` is 'state' (19 points, 1 minus a geometric sequence from 0.001 to 0.5, because
   cosines of residual states live near 1), 'verified' (1.00, 0.95, ..., 0.05: slacks 0, 0.05,
-  ..., 0.95), or another (0.95, 0.90, ..., 0.05); ValueError where it has no default grid.
+  ..., 0.95), or another (0.95, 0.90, ..., 0.05).
+
+  Raises:
+    ValueError: it has no default grid.
   """
   if measure not in _DEFAULT_GRIDS:
     raise ValueError(

@@ -261,7 +261,7 @@ def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[
     texts = value if several and isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in (name, *texts)) or name in found:
       raise line.error(f"expected an `id` that is new and `{field}`, got {line.value!r:.100}")
-    found[str(name)] = tuple(texts)
+    found[str(name)] = tuple(map(str, texts))
   return found
 
 

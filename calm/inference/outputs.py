@@ -17,6 +17,7 @@ from rich import color as rich_color
 from rich import console as rich_console
 from rich import style as rich_style
 
+from calm.calibrate import display
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
@@ -133,6 +134,24 @@ class Outputs(Sequence[Output]):
     """Mean decoder layers over every real token, EOS included (NaN without tokens)."""
     layers = [layer for output in self.items for layer in output.exit_layers]
     return sum(layers) / len(layers) if layers else float("nan")
+
+  def plot(self, axes: Any = None) -> Any:
+    """Draws the share of tokens by exit layer, in the colours of layers; needs matplotlib.
+
+    Args:
+      axes: of matplotlib, drawn on; None makes new ones.
+
+    Returns:
+      The axes.
+    """
+    axes = display.new_axes() if axes is None else axes
+    layers = [layer for output in self.items for layer in output.exit_layers]
+    counts = np.bincount(layers, minlength=self.num_layers + 1)[1:]
+    places = range(1, self.num_layers + 1)
+    axes.bar(places, 100 * counts / max(1, len(layers)), color=scale(self.num_layers))
+    axes.set(xlabel="decoder layers", ylabel="tokens, %", title=self._heading(", "))
+    axes.set_xticks(places)
+    return axes
 
   def _heading(self, separator: str) -> str:
     threshold = "none" if self.threshold is None else format_threshold(self.threshold)

@@ -208,6 +208,17 @@ def test_256_colours_still_tell_the_layers_apart(num_layers):
   assert len(backgrounds) == len(set(backgrounds)) == num_layers
 
 
+def test_a_plot_has_a_bar_a_layer_with_its_share_of_tokens():
+  pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+  made = outputs.Outputs(
+    (output(), output(layers=(1, 1))), 4, 0.5, None, outputs.Timing(0.5, 1.25, 0)
+  )
+  axes = made.plot()
+  shares = [bar.get_height() for bar in axes.patches]
+  assert shares == pytest.approx([50.0, 100 / 6, 100 / 6, 100 / 6])
+  assert made.plot(axes) is axes and axes._repr_png_().startswith(b"\x89PNG")
+
+
 class Terminal(io.StringIO):
   def isatty(self):
     return True

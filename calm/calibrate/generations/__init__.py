@@ -27,6 +27,16 @@ from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
+__all__ = [
+  "MANIFEST",
+  "PROMPTS",
+  "Generations",
+  "load",
+  "manifest_procedure",
+  "open_writer",
+  "read_manifest",
+]
+
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.jsonl"
@@ -173,7 +183,11 @@ def _check_manifest(
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
-  """manifest.json; GenerationsError where it is missing, damaged, or of another version."""
+  """The content of manifest.json.
+
+  Raises:
+    GenerationsError: it is missing, damaged, or of another version.
+  """
   path = pathlib.Path(directory) / MANIFEST
   if (found := read_document(path, _check_manifest, _AGAIN)) is None:
     raise GenerationsError(
