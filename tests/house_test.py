@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (5615, 23),
+  "calibrate": (5635, 23),
   "checkpoints": (1205, 5),
   "commands": (2670, 13),
   "console.py": (271, 1),
@@ -65,7 +65,7 @@ BUDGETS = {
   "decode": (2606, 12),
   "exits": (1213, 8),
   "fitting": (2577, 8),
-  "inference": (2495, 10),
+  "inference": (2514, 10),
   "paper": (2560, 12),
   "serve": (733, 4),
   "signals.py": (98, 1),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_765, 139), "tests": (28_542, 167), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_804, 139), "tests": (28_553, 167), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
