@@ -239,6 +239,12 @@ class Online:
     self._take({"observe": mark, "losses": losses})
     return self.threshold
 
+  def give_up(self) -> None:
+    """Counts the losses that are awaited as the worst: of prompts that a killed process had."""
+    while self.missing:
+      lost = next(mark for mark in self._waiting if mark not in self._labels)
+      self._take({"observe": lost, "losses": None})
+
   @property
   def guarantee(self) -> str:
     """What holds and since when, as a sentence."""

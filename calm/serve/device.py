@@ -151,6 +151,8 @@ class Device(threading.Thread):
 
   def run(self) -> None:
     try:
+      if self.online is not None:
+        self.online.give_up()
       self._compile()
       while self.ready and (batch := self._next()) is not None:
         if batch:

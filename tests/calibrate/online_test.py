@@ -215,6 +215,9 @@ def test_a_kill_loses_nothing(tmp_path):
   assert state.should_check(20)
   state.observe(20, dict.fromkeys(GRID, 0.0))
   assert (state.checked, state.missing) == (21, 0)
+  assert state.should_check(21)
+  state.give_up()
+  assert (state.checked, state.missing) == (22, 0)
 
 
 def test_another_process_is_refused(tmp_path):
