@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (5635, 23),
+  "calibrate": (5641, 23),
   "checkpoints": (1205, 5),
   "commands": (2670, 13),
   "console.py": (271, 1),
@@ -67,14 +67,14 @@ BUDGETS = {
   "fitting": (2577, 8),
   "inference": (2514, 10),
   "paper": (2560, 12),
-  "serve": (733, 4),
+  "serve": (735, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3756, 17),
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_804, 139), "tests": (28_553, 167), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_812, 139), "tests": (28_564, 167), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
