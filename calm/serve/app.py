@@ -122,8 +122,6 @@ class Api:
 
     return guarded
 
-  # ---- What the server is
-
   async def _health(self, request: Request) -> Response:
     status = "failed" if self.device.failed else "ok" if self.device.ready else "compiling"
     done, total = self.device.compiled
@@ -152,14 +150,9 @@ class Api:
     model = {"id": self.name, "object": "model", "created": 0, "owned_by": "calm"}
     return JSONResponse({"object": "list", "data": [model | {"calm": about}]})
 
-  # ---- Texts
-
   async def _ask(self, kind: Any, stream: bool | None, request: Request) -> Response:
     """One shape of requests; `stream` None: as the request has it."""
-    try:
-      body = storage.parse_json(await self._body(request))
-    except ValueError as error:
-      raise Refusal(f"Expected the body to be JSON: {str(error)[:200]}") from None
+    body = await self._body(request)
     if not self.device.ready:
       raise Refusal("Programs are being compiled.", None, 503, Retry_After="5")
     asked = kind(body, self.device, self.name)
@@ -188,7 +181,7 @@ class Api:
       watching.cancel()
     return JSONResponse(asked.whole([found[index] for index in range(len(found))]))
 
-  async def _body(self, request: Request) -> bytes:
+  async def _body(self, request: Request) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind != "application/json":  # pages of other sites may send other types unasked
       raise Refusal(f"Expected `Content-Type: application/json`, got {kind!r}.", None, 415)
@@ -196,13 +189,22 @@ class Api:
     if not size.isdecimal() or int(size) > MOST_BODY:
       got = f"Expected `Content-Length` of at most {MOST_BODY}, got {size[:20]}."
       raise Refusal(got, None, 413)
-    return await request.body()
+    try:
+      body = storage.parse_json(await request.body())
+      json.dumps(
+        body, ensure_ascii=False
+      ).encode()  # no half characters, which no answer can name
+      return body
+    except ValueError as error:
+      raise Refusal(f"Expected the body to be JSON: {str(error)[:200]}") from None
 
   async def _receive(self, jobs, came: asyncio.Queue) -> AsyncIterator[tuple[int, Part]]:
     left, end = len(jobs), time.monotonic() + self._timeout
     try:
       while left:
         index, part = await asyncio.wait_for(came.get(), end - time.monotonic())
+        if index < 0:
+          raise ClientDisconnect
         if part.error:
           raise Refusal(part.error, None, 500)
         left -= part.reason is not None
@@ -233,7 +235,7 @@ async def _watch(request: Request, came: asyncio.Queue) -> None:
   """Ends the waiting for parts when the client has left."""
   while (await request.receive())["type"] != "http.disconnect":
     pass
-  came.put_nowait((0, Part(error="The client has left.")))
+  came.put_nowait((-1, Part()))
 
 
 def _refused(error: Exception) -> JSONResponse:

@@ -114,8 +114,6 @@ class Device(threading.Thread):
     self._alone = 1 if len(staged.lengths(model.options.max_decode_length)) == 1 else 0
     self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
 
-  # ---- For other threads
-
   @property
   def threshold(self) -> float:
     """What prompts without a threshold of their own are decoded with."""
@@ -146,8 +144,6 @@ class Device(threading.Thread):
       self._stopping = True
       self._condition.notify()
     self.join()
-
-  # ---- The thread
 
   def run(self) -> None:
     try:

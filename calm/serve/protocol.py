@@ -83,25 +83,18 @@ def _jobs(
     raise Refusal(f"Expected `{limit}` of at most {most}, got {count}.", limit)
   if len(stop) > MOST_STOPS or not all(stop):
     raise Refusal(f"Expected at most {MOST_STOPS} texts as `stop`, none empty.", "stop")
-  room = device.most_waiting
-  if not 1 <= len(prompts) <= room:
-    raise Refusal(f"Expected 1 to {room} prompts, got {len(prompts)}.", prompt)
+  if not 1 <= len(prompts) <= device.most_waiting:
+    raise Refusal(f"Expected 1 to {device.most_waiting} prompts, got {len(prompts)}.", prompt)
   level = given.get("threshold", "never" if given.get("exact") else None)
   level = None if level is None else thresholds.parse_threshold(level)
   if given.get("exact") and level != NEVER_EXIT:
     raise Refusal("`exact` is full depth; leave `threshold` out.", "exact")
   jobs = []
   for text in prompts:
-    whole = options.task_prefix + text
-    try:
-      ids = prompt_batches.beginning(model.vocabulary, whole, longest)[0]
-    except ValueError as error:  # half a character
-      raise Refusal(str(error), prompt) from None
+    ids = prompt_batches.beginning(model.vocabulary, options.task_prefix + text, longest)[0]
     if len(ids) >= longest:
-      got = (
-        f"Expected prompts of at most {longest} tokens with prefix and end, got a longer one"
-      )
-      raise Refusal(f"{got}; shorten it.", prompt, code="context_length_exceeded")
+      most = f"at most {longest} tokens, prefix and end included"
+      raise Refusal(f"Expected prompts of {most}.", prompt, code="context_length_exceeded")
     jobs.append(Job(text, [*ids, model.eos_id], level, count, stop))
   return jobs
 
