@@ -20,8 +20,8 @@ from tokenizers import models, pre_tokenizers
 from calm import checkpoints, exits
 from calm.calibrate import Calibration, Online, Prompt, generations
 from calm.calibrate import calibrate as certify
-from calm.calibrate.generations import foreign, records, shards
-from calm.commands import calibrate, infer
+from calm.calibrate.generations import foreign, records
+from calm.commands import calibrate, infer, shards
 from calm.data import datasets, vocabulary
 from calm.fitting import result as fit_result
 from calm.inference import loading, options, result_cache
@@ -122,12 +122,14 @@ def _files(base: pathlib.Path) -> None:
   small_cache.write(base / "cache")
   made = certify(np.zeros((80, 2)), [0.9, 0.5], tolerance=0.1, error_rate=0.1)
   made.save(base / "calibration.json")
+  Online(base / "watch.jsonl", **small_cache.ONLINE)
   row = {"id": "a", "source": "s", "input": "text", "target": ["one", "two"]}
   shutil.copytree(GOLDEN / "codet5", base / "codet5")
   mark = {"schema_version": 1, "kind": "infer", "num_shards": 2, "shard_id": 0}
   mark |= {"num_prompts": 3, "prompts_digest": "d", "positions": [0, 2]}
   (base / "shard").mkdir()
-  shards.write_mark(base / "shard", mark | {"about": {"x": 1}, "checksums": {"a": "b"}})
+  mark |= {"about": {"x": 1}, "checksums": {"a": "b"}}
+  (base / "shard" / shards.MARK).write_text(json.dumps(mark))
   _tokenizer(base / "tokenizer.json")
   cache = result_cache.ResultCache(base / "results")
   cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))
@@ -137,7 +139,6 @@ def _files(base: pathlib.Path) -> None:
   state = _STATE | {"prompts": digest._digest.hexdigest()}
   for name, value in (
     ("rows.jsonl", row),
-    ("watch.jsonl", Online(None, **small_cache.ONLINE)._settings()),
     ("records.jsonl", small_cache.record("id-000").to_json()),
     ("references.jsonl", {"id": "a", "targets": ["x", "y"]}),
     ("labels.jsonl", {"id": "a", "label": "x"}),

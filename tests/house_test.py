@@ -59,7 +59,7 @@ BUDGETS = {
   "arguments.py": (173, 1),
   "calibrate": (5641, 23),
   "checkpoints": (1205, 5),
-  "commands": (2670, 13),
+  "commands": (2930, 14),
   "console.py": (271, 1),
   "data": (2109, 8),
   "decode": (2606, 12),

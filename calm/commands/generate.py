@@ -15,7 +15,7 @@ import pathlib
 from rich import console as rich_console
 
 from calm.calibrate import NEVER_EXIT, Provenance, generations, thresholds
-from calm.commands import flags
+from calm.commands import flags, shards
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
   opened, part = flags.open_prompts(arguments), None
-  if which := run_lib.shard(arguments):
-    opened = part = run_lib.ShardRun(opened, which, arguments.output)
+  if which := shards.parse_shard(arguments):
+    opened = part = shards.ShardRun(opened, which, arguments.output)
   prompts = list(opened)
   run_lib.use_compilation_cache()
   from calm import inference

@@ -34,8 +34,8 @@ from rich import console as rich_console
 
 from calm import storage
 from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, thresholds
-from calm.calibrate.generations import order, procedure, shards
-from calm.commands import flags
+from calm.calibrate.generations import order, procedure
+from calm.commands import flags, shards
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, rate, sanitize
 from calm.data import prompt_batches
@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
   console = rich_console.Console(stderr=True, highlight=False)
   prompts = flags.open_prompts(arguments)
   part = None
-  if which := run_lib.shard(arguments):
-    prompts = part = run_lib.ShardRun(prompts, which, arguments.output)
+  if which := shards.parse_shard(arguments):
+    prompts = part = shards.ShardRun(prompts, which, arguments.output)
   print_text(console, f"{prompts.taken}.")
   predictor = load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)

@@ -13,8 +13,7 @@ import pathlib
 
 from rich import console as rich_console
 
-from calm.calibrate.generations import shards
-from calm.commands import flags
+from calm.commands import flags, shards
 from calm.commands import run as run_lib
 from calm.console import print_text
 

@@ -1,4 +1,4 @@
-"""What commands share while they run: errors, signals, gin, shards, what is printed."""
+"""What commands share while they run: errors, signals, gin, what is printed."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ import stat
 import sys
 import tokenize
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich import console as rich_console
@@ -30,8 +30,7 @@ from calm.calibrate import (
   planning,
   thresholds,
 )
-from calm.calibrate.generations import order, shards
-from calm.calibrate.generations.records import GenerationsError
+from calm.calibrate.generations import order
 from calm.console import print_table, print_text, sanitize
 
 # Mistakes of a user, shown as one message. Any other error is a bug, with its traceback.
@@ -413,72 +412,3 @@ def print_clusters(arguments, console, prompts) -> None:
   )
   text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
   print_text(console, f"{text} equal input); {counted}", "yellow")
-
-
-def shard(arguments: argparse.Namespace) -> shards.Shard | None:
-  """The shard that `--num_shards` and `--shard_id` name; None: all prompts.
-
-  Raises:
-    ValueError: one of them is missing, or there is no such shard.
-  """
-  count, number = arguments.num_shards, arguments.shard_id
-  if count is None and number is None:
-    return None
-  if count is None or number is None:
-    raise ValueError(
-      "Expected both `--num_shards` and `--shard_id`, got one; in a Slurm array give"
-      " --num_shards=$SLURM_ARRAY_TASK_COUNT --shard_id=$SLURM_ARRAY_TASK_ID (from 0 on), in an"
-      " indexed Kubernetes job --shard_id=$JOB_COMPLETION_INDEX."
-    )
-  return shards.Shard(number, count)
-
-
-class ShardRun:
-  """The prompts of one shard, to be iterated over as often as one likes, and its folder.
-
-  Attributes:
-    folder: where its files go.
-    taken: the detected format, and how many of the prompts are in the shard.
-  """
-
-  def __init__(self, prompts: Any, which: shards.Shard, output: str | None):
-    if not output or output == "-" or (os.path.exists(output) and not os.path.isdir(output)):
-      raise ValueError(
-        f"`--num_shards` needs `--output`, a folder in which every shard has its own; got"
-        f" {output!r}."
-      )
-    self._prompts, self._shard = prompts, which
-    self.folder = pathlib.Path(output) / which.name
-    self._count = sum(1 for _ in self)
-    self.taken = f"{prompts.taken}; {self._count} of them are in {which.name}"
-
-  def __iter__(self) -> Iterator[Prompt]:
-    self._listing = shards.Listing(self._shard)
-    return self._listing.mine(self._prompts)
-
-  def __len__(self) -> int:
-    return self._count
-
-  def begin(self, kind: str, about: Mapping[str, Any], console: rich_console.Console) -> bool:
-    """Makes the folder; returns False where the shard is finished, of the same run.
-
-    Raises:
-      GenerationsError: it is finished, of another run.
-    """
-    if (there := shards.read_mark(self.folder)) is None:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      return True
-    mark = self._listing.mark(kind, about, self.folder, there["checksums"])
-    ours, theirs = ({**each, "about": None, **each["about"]} for each in (mark, there))
-    if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
-      got = "; ".join(f"`{n}`: {theirs.get(n)!r:.200} for {ours.get(n)!r:.200}" for n in differ)
-      raise GenerationsError(
-        f"{self.folder / shards.MARK}: expected a finished shard of this run, got another's:"
-        f" {got}; choose another --output, or take {self.folder} away."
-      )
-    print_text(console, f"{self.folder} is finished already.", soft_wrap=True)
-    return False
-
-  def finish(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Marks the shard as done; its files are whole."""
-    shards.write_mark(self.folder, self._listing.mark(kind, about, self.folder, names))

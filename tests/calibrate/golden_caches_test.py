@@ -10,7 +10,8 @@ import pytest
 
 from calm.calibrate import Calibration, calibrate, generations, ledger, open_writer
 from calm.calibrate import losses as sequence_losses
-from calm.calibrate.generations import foreign, shards
+from calm.calibrate.generations import foreign
+from calm.commands import shards
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "caches"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text("utf-8"))

@@ -11,8 +11,7 @@ import pathlib
 
 from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
-from calm.calibrate.generations import shards
-from calm.commands import cli
+from calm.commands import cli, shards
 from tests.spent import Spent
 
 # Where the work of each command begins: everything before is a check.
@@ -22,7 +21,7 @@ WORK = {
   "train": "calm.training.loop.fit",
   "generate": "calm.inference.grid.generate",
   "infer": "calm.inference.predictor.Predictor.generate",
-  "merge": "calm.calibrate.generations.shards.merge",
+  "merge": "calm.commands.shards.merge",
   "report": "calm.paper.experiments.run",
   "serve": "calm.serve.Device",
 }
@@ -154,15 +153,19 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
   return path
 
 
+class _Prompts(list):
+  taken = "a list"
+
+
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
-  listing = shards.Listing(shards.Shard(0, 1))
-  prompts = list(listing.mine([Prompt("a", "text")]))
-  at = folder / listing.shard.name
+  (prompts := _Prompts()).append(Prompt("a", "text"))
+  part = shards.ShardRun(prompts, shards.Shard(0, 1), str(folder))
+  at = part.folder
   made = generations.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [Record("a", "text")])
   made.finish()
   names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, 0.5))]
   about = {"procedure": None, "thresholds": [0.5]}
-  shards.write_mark(at, listing.mark("generate", about, at, names))
+  part.finish("generate", about, names)

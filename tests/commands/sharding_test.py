@@ -6,15 +6,14 @@ import json
 import pytest
 
 from calm.calibrate import generations
-from calm.calibrate.generations import shards
 from calm.commands import flags as flags_lib
-from calm.commands import run as run_lib
+from calm.commands import shards
 
 
 def shard(words: str):
   parser = argparse.ArgumentParser()
   flags_lib.add_shared(parser, "num_shards", "shard_id")
-  return run_lib.shard(parser.parse_args(words.split()))
+  return shards.parse_shard(parser.parse_args(words.split()))
 
 
 def test_which_shard():

@@ -2,22 +2,27 @@
 
 Shard k of N lies in a folder `shard-k-of-N`, written by one process that talks to no other, and
 is done when `complete.json` is there, which is written last and says what the shard is of.
-Merging copies lines as they are, in the order of the list.
+Merging copies lines as they are, in the order of the list. Needs no JAX.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from calm import arguments, storage
-from calm.calibrate import generations
-from calm.calibrate.generations.procedure import Procedure, describe_differences
-from calm.calibrate.generations.records import GenerationsError, Prompt
+from rich import console as rich_console
+
+from calm import arguments as arguments_lib
+from calm import storage
+from calm.calibrate import GenerationsError, Procedure, Prompt, generations
+from calm.calibrate.generations.procedure import describe_differences
+from calm.console import print_text
 
 MARK = "complete.json"
 # What the shards of `calm infer` write.
@@ -25,7 +30,7 @@ OUTPUTS = "outputs.jsonl"
 MOST_SHARDS = 99_999
 _FOLDER = re.compile(r"shard-\d{5}-of-\d{5}")
 _AGAIN = "take the folder away and run the shard again."
-# Folders of finished shards, by number, and what each says of itself (`Listing.mark`).
+# Folders of finished shards, by number, and what each says of itself (`complete.json`).
 Marks = Mapping[pathlib.Path, Mapping[str, Any]]
 
 
@@ -58,54 +63,106 @@ class Shard:
     return int.from_bytes(digest[:8], "big") % self.count == self.number
 
 
-class Listing:
-  """The whole list of prompts as every shard sees it: how many, a digest, and who is mine."""
+def parse_shard(arguments: argparse.Namespace) -> Shard | None:
+  """The shard that `--num_shards` and `--shard_id` name; None: all prompts.
 
-  def __init__(self, shard: Shard):
-    self.shard, self.count = shard, 0
-    self.positions: list[int] = []  # places in the list of those of the shard
-    self._digest = hashlib.sha256()
+  Raises:
+    ValueError: one of them is missing, or there is no such shard.
+  """
+  count, number = arguments.num_shards, arguments.shard_id
+  if count is None and number is None:
+    return None
+  if count is None or number is None:
+    raise ValueError(
+      "Expected both `--num_shards` and `--shard_id`, got one; in a Slurm array give"
+      " --num_shards=$SLURM_ARRAY_TASK_COUNT --shard_id=$SLURM_ARRAY_TASK_ID (from 0 on), in an"
+      " indexed Kubernetes job --shard_id=$JOB_COMPLETION_INDEX."
+    )
+  return Shard(number, count)
 
-  def mine(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-    """The prompts of the shard; everything of the list is counted on the way."""
-    for prompt in prompts:
+
+class ShardRun:
+  """The prompts of one shard, to be iterated over as often as one likes, and its folder.
+
+  Attributes:
+    folder: where its files go.
+    taken: the detected format, and how many of the prompts are in the shard.
+  """
+
+  def __init__(self, prompts: Any, which: Shard, output: str | None):
+    if not output or output == "-" or (os.path.exists(output) and not os.path.isdir(output)):
+      raise ValueError(
+        f"`--num_shards` needs `--output`, a folder in which every shard has its own; got"
+        f" {output!r}."
+      )
+    self._prompts, self._shard = prompts, which
+    self.folder = pathlib.Path(output) / which.name
+    self._count = sum(1 for _ in self)
+    self.taken = f"{prompts.taken}; {self._count} of them are in {which.name}"
+
+  def __iter__(self) -> Iterator[Prompt]:
+    # Everything of the list is counted on the way; positions are those of this shard's prompts.
+    self._total, self._positions, self._digest = 0, [], hashlib.sha256()
+    for prompt in self._prompts:
       self._digest.update(_digested(prompt))
-      if self.shard.has(prompt):
-        self.positions.append(self.count)
+      if self._shard.has(prompt):
+        self._positions.append(self._total)
         yield prompt
-      self.count += 1
+      self._total += 1
 
-  def mark(
-    self, kind: str, about: Mapping[str, Any], folder: pathlib.Path, names: Iterable[str]
-  ) -> dict[str, Any]:
-    """What a finished shard of `calm generate` or `calm infer` (`kind`) says of itself.
+  def __len__(self) -> int:
+    return self._count
 
-    `about` is what the outputs depend on, compared between shards; `names` are its files.
-    """
+  def _mark(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     mark = {
       "schema_version": generations.SCHEMA_VERSION,
       "kind": kind,
-      "num_shards": self.shard.count,
-      "shard_id": self.shard.number,
-      "num_prompts": self.count,
+      "num_shards": self._shard.count,
+      "shard_id": self._shard.number,
+      "num_prompts": self._total,
       "prompts_digest": self._digest.hexdigest(),
-      "positions": self.positions,
+      "positions": self._positions,
       "about": about,
-      "checksums": generations.checksums(folder, names),
+      "checksums": generations.checksums(self.folder, names),
     }
     return json.loads(json.dumps(mark))  # as it is when it is read again
+
+  def begin(self, kind: str, about: Mapping[str, Any], console: rich_console.Console) -> bool:
+    """Makes the folder; returns False where the shard is finished, of the same run.
+
+    Args:
+      kind: 'generate' or 'infer'.
+      about: what the outputs depend on, compared between shards.
+      console: says that the shard is finished.
+
+    Raises:
+      GenerationsError: it is finished, of another run.
+    """
+    if (there := read_mark(self.folder)) is None:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      return True
+    mark = self._mark(kind, about, there["checksums"])
+    ours, theirs = ({**each, "about": None, **each["about"]} for each in (mark, there))
+    if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+      got = "; ".join(f"`{n}`: {theirs.get(n)!r:.200} for {ours.get(n)!r:.200}" for n in differ)
+      raise GenerationsError(
+        f"{self.folder / MARK}: expected a finished shard of this run, got another's: {got};"
+        f" choose another --output, or take {self.folder} away."
+      )
+    print_text(console, f"{self.folder} is finished already.", soft_wrap=True)
+    return False
+
+  def finish(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Marks the shard as done; its files, `names`, are whole."""
+    text = json.dumps(self._mark(kind, about, names), ensure_ascii=False) + "\n"
+    storage.write_atomically(self.folder / MARK, text)
 
 
 def _digested(prompt: Prompt) -> bytes:
   return json.dumps(prompt.to_json(), sort_keys=True).encode() + b"\n"
 
 
-def write_mark(folder: pathlib.Path, mark: Mapping[str, Any]) -> None:
-  """Writes the mark: the shard is done."""
-  storage.write_atomically(folder / MARK, json.dumps(mark, ensure_ascii=False) + "\n")
-
-
-@arguments.checked()
+@arguments_lib.checked()
 def _check_mark(
   schema_version: Literal[1],
   kind: Literal["generate", "infer"],

@@ -12,7 +12,7 @@ import pytest
 
 from calm import storage
 from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
-from calm.calibrate.generations import shards
+from calm.commands import shards
 from tests.calibrate import laws
 from tests.spent import Spent
 
@@ -28,12 +28,19 @@ def record(prompt: Prompt, threshold: float) -> Record:
   return Record(prompt.id, text, (5, 1), (2, 3), (0.25, 0.0), (0.0, 0.5), -1.5)
 
 
+class Listed(list):
+  taken = "a list"
+
+
+def shard_run(folder, number, count, prompts=PROMPTS):
+  return shards.ShardRun(Listed(prompts), shards.Shard(number, count), str(folder))
+
+
 def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GRID):
   """One shard, as `calm generate` writes it, batches of like prompts first."""
   procedure = procedure or laws.procedure()
-  listing = shards.Listing(shards.Shard(number, count))
-  mine = list(listing.mine(prompts))
-  at = folder / listing.shard.name
+  part = shard_run(folder, number, count, prompts)
+  mine, at = list(part), part.folder
   if mine:
     writer = open_writer(at, prompts=mine, thresholds=grid, procedure=procedure)
     for threshold in (float("inf"), *grid):
@@ -45,7 +52,7 @@ def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GR
   names = [generations.PROMPTS, *map(generations.threshold_file, (float("inf"), *grid))]
   about = {"procedure": procedure.to_json(), "thresholds": list(grid)}
   at.mkdir(parents=True, exist_ok=True)
-  shards.write_mark(at, listing.mark("generate", about, at, names if mine else ()))
+  part.finish("generate", about, names if mine else ())
   return at
 
 
@@ -104,7 +111,7 @@ def test_four_shards_are_the_whole_byte_for_byte(four, whole):
 
 PROCESS = """
 import pathlib, sys
-from tests.calibrate.generations import shards_test
+from tests.commands import shards_test
 shards_test.write(pathlib.Path(sys.argv[1]), int(sys.argv[2]), 4)
 """
 
@@ -134,13 +141,11 @@ def test_four_processes_that_are_killed_give_the_records_of_one(tmp_path, whole)
 
 def infer(folder, number, count=2, lines=None):
   """One shard, as `calm infer` writes it: last prompts first, no newline at the end."""
-  listing = shards.Listing(shards.Shard(number, count))
-  mine = list(listing.mine(PROMPTS))
-  at = folder / listing.shard.name
-  at.mkdir(exist_ok=True)
-  lines = lines or [json.dumps({"id": p.id, "prediction": p.input}) for p in mine]
+  part = shard_run(folder, number, count)
+  lines = lines or [json.dumps({"id": p.id, "prediction": p.input}) for p in part]
+  (at := part.folder).mkdir(exist_ok=True)
   (at / shards.OUTPUTS).write_text("\n".join(lines))
-  shards.write_mark(at, listing.mark("infer", {"threshold": 0.5}, at, [shards.OUTPUTS]))
+  part.finish("infer", {"threshold": 0.5}, [shards.OUTPUTS])
   return at, lines
 
 
@@ -361,3 +366,11 @@ def test_a_merging_that_was_stopped_is_made_again(four, whole):
     shards.merge([four], four / "out")
     assert contents(four / "out") == contents(whole)
     (four / "out" / generations.MANIFEST).unlink()
+
+
+def test_merging_makes_no_file_where_a_planted_link_leads(four, tmp_path):
+  (folder := tmp_path / "run").mkdir()
+  (folder / EARLY).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(OSError, match=rf"{EARLY}' .* got a link to a file that does not exist"):
+    shards.merge([four], folder)
+  assert not (tmp_path / "elsewhere").exists()
