@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (5641, 23),
+  "calibrate": (5367, 22),
   "checkpoints": (1205, 5),
   "commands": (2930, 14),
   "console.py": (271, 1),
