@@ -31,7 +31,7 @@ TESTS = {
   "betting": ("betting_test", "order_edges_test"),
   "online": ("online_test",),
   "generations/order": ("generations/order_test", "order_edges_test"),
-  "clusters": ("order_edges_test", "calibration_test", "edges_test"),
+  "clusters": ("order_edges_test", "calibration_test", "risks_test"),
   "risks": ("risks_test", "configurations_test", "forgery_test"),
 }
 _OPERATORS = {

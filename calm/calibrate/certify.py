@@ -47,8 +47,7 @@ def calibrate(
 
   With probability at least 1 - error_rate over the calibration prompts, every certified
   threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1), or keeps what `promise`
-  says instead. Nothing is written; `ledger.keep(folder, calibration, prompts)` records a
-  calibration, so that a second one on the same prompts is noticed.
+  says instead. Nothing is written; `ledger.keep` records a calibration.
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
@@ -57,9 +56,8 @@ def calibrate(
       takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
     error_rate: epsilon, in (0, 1).
-    method: a name of `methods.METHODS`, or 'auto': 'binomial' for a binary support or a plain
-      array of 0 and 1; else 'betting_randomized' for fixed sequence testing and 'betting' for
-      other procedures.
+    method: a name of `methods.METHODS`, or 'auto': 'binomial' for binary losses, else
+      'betting_randomized' for fixed sequence testing and 'betting' for other procedures.
     testing_procedure: 'fixed_sequence', 'fallback' or 'holm'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
       those of a `SequenceLosses`.
@@ -71,9 +69,8 @@ def calibrate(
       contents and procedure. Trying several until one certifies breaks the promise.
     randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what the bets leave
       open at the end; else it is 'betting_fixed_level'.
-    largest_cluster: the most prompts that a cluster has, here and when served, declared before
-      any loss was seen: the promise is then about prompts, of which each counts once. 0: it is
-      about clusters.
+    largest_cluster: the most prompts that a cluster may have, declared before any loss was
+      seen: the promise is then about prompts. 0: it is about clusters.
 
   Returns:
     A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why.
@@ -84,14 +81,14 @@ def calibrate(
   if risks is not None:
     if losses is not None or tolerance is not None or promise is not None:
       raise ValueError(
-        "Expected `risks` alone, which bring their losses and tolerances, got `losses`,"
-        " `tolerance` or `promise` beside; leave these out."
+        "Expected `risks` alone, got `losses`, `tolerance` or `promise` beside; leave them out."
       )
     promise = SeveralRisks(risks=risks)
     losses, tolerance = risks[0].losses, risks[0].tolerance
   if losses is None or tolerance is None:
     raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
   sample, promise = _as_losses(losses, thresholds, support), promise or risks_lib.Mean()
+  # The binomial test is exact where every loss is 0 or 1 by its nature; the guarantee says so.
   if sample is not losses and support is None and method == "auto" and _is_binary(sample):
     sample = dataclasses.replace(sample, support=Support(binary=True))
   checks.in_range("tolerance", tolerance, 0.0, 1.0)
@@ -162,13 +159,11 @@ def calibrate_configurations(
     costs: {family: [num_examples, num_thresholds]} what to make small, such as layers a token;
       finite and at least 0.
     error_rate: epsilon, in (0, 1).
-    method: as for `calibrate`.
-    seed: of an earlier `Calibration`, to repeat it; several must not be tried.
+    method, seed: as for `calibrate`.
 
   Returns:
     A `Calibration` whose `promise` names the configurations and whose `rows` are grid after
-    grid; its `threshold` and `procedure` are those of the chosen one. Where none is certified
-    the threshold is `NEVER_EXIT`.
+    grid; its `threshold` and `procedure` are those of the chosen one.
 
   Raises:
     ValueError: families differ in prompts or risks, or an argument leaves its range.
@@ -238,28 +233,20 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
       raise ValueError(
-        "Expected `thresholds` beside `losses` that are a plain array, got none; give one a"
-        " column."
+        "Expected `thresholds` beside `losses` that are a plain array, got none; give them."
       )
     return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
-  if support not in (None, losses.support):
+  same = thresholds is None or np.array_equal(thresholds, losses.thresholds)
+  if support not in (None, losses.support) or not same:
     raise ValueError(
-      f"Expected no `support` beside `losses` that declare theirs, got {support} beside"
-      f" {losses.support}; leave it out."
-    )
-  if thresholds is not None and not np.array_equal(thresholds, losses.thresholds):
-    raise ValueError(
-      "Expected `thresholds` to be those of `losses`, got others; leave them out."
+      "Expected no `support` or `thresholds` beside `losses` that declare theirs, got others;"
+      " leave them out."
     )
   return losses
 
 
 def _is_binary(sample: SequenceLosses) -> bool:
-  """Whether losses are 0 and 1 and nothing else, some of each.
-
-  A plain table of such is declared binary: the binomial test is then exact, whatever the order,
-  if every loss is 0 or 1 by its nature, which the guarantee says.
-  """
+  """Whether losses are 0 and 1 and nothing else, some of each."""
   blocks = list(checks.row_blocks(sample.values))
   binary = all(np.isin(block, (0.0, 1.0)).all() for block in blocks)
   return binary and any(block.any() for block in blocks)

@@ -88,12 +88,10 @@ class Online:
   has an expected loss of at most the tolerance, as long as prompts are independent draws of
   one kind; where that changes, from the next alarm on.
 
-  A hash of its id decides for each served prompt whether it is checked, with a propensity that
-  depends on earlier checks alone (it cancels in bets on weighted losses). Thresholds are
-  certified in their order, the safest first (fixed sequence testing). After an alarm the safest
-  setting is served at once, and thresholds are certified anew, at error_rate times 0.8,
-  0.2 / 2, 0.2 / 6, ... for the first, second, third such life. Losses count in the order of
-  serving: an order of arrival could depend on them.
+  Thresholds are certified in their order, the safest first (fixed sequence testing), from
+  checks that a hash of the id draws, at a share that depends on earlier checks alone. After an
+  alarm all begins anew, at error_rate times 0.8, 0.2 / 2, 0.2 / 6, ... for each such life.
+  Losses count in the order of serving: an order of arrival could depend on them.
 
   Attributes:
     served: prompts that were served, as of the last check in a state that was read.

@@ -145,13 +145,10 @@ def refusal(
   needed = _floor(chosen, support, tolerance, error_rate * share)
   if own is not None and num_examples >= max(own, needed):
     return ""
-  wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
-  by = f" for the method {method!r}"
-  if num_examples < needed:
-    wanted, by = f"at least {needed}", f" ({own} by the method {method!r})" if own else ""
+  own = own or f"more than {_MOST_PROMPTS}"
   few = " (at most half of all draws would certify)" if chosen.randomized else ""
   return (
-    f"Expected {wanted} {unit} at tolerance {tolerance} and error rate {error_rate * share}"
-    f"{by}, got {num_examples}, which are too few whatever their losses{few}; give more, or"
-    " allow a larger loss or error rate."
+    f"Expected at least {needed} {unit} at tolerance {tolerance} and error rate"
+    f" {error_rate * share} ({own} by the method {method!r}), got {num_examples}, which are too"
+    f" few whatever their losses{few}; give more, or allow a larger loss or error rate."
   )

@@ -343,11 +343,6 @@ class Risk:
   tolerance: float  # bound on their expectation
   name: str = ""  # in words; '' takes the losses' kind and metric
 
-  @property
-  def called(self) -> str:
-    """The name in words."""
-    return self.name or f"{self.losses.kind} loss ({self.losses.metric})"
-
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
@@ -369,8 +364,9 @@ class SeveralRisks(Promise):
 
   def __post_init__(self):
     if self.risks is not None:
-      vars(self).update(names=tuple(risk.called for risk in self.risks))
-      vars(self).update(tolerances=tuple(float(risk.tolerance) for risk in self.risks))
+      words = [f"{r.losses.kind} loss ({r.losses.metric})" for r in self.risks]
+      names = tuple(r.name or word for r, word in zip(self.risks, words, strict=True))
+      vars(self).update(names=names, tolerances=tuple(float(r.tolerance) for r in self.risks))
     if not self.names or len(self.names) != len(self.tolerances):
       raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
     if len(set(self.names)) != len(self.names):
@@ -385,23 +381,23 @@ class SeveralRisks(Promise):
   def parts(self, losses, tolerance):
     if self.risks is None:
       raise ValueError("Expected `risks` with their tables, got a promise read from a file.")
-    for risk in self.risks:
+    parts = []
+    for test, risk in zip(self.tests(tolerance, losses.support), self.risks, strict=True):
       other, difference = risk.losses, ""
       if len(other.values) != len(losses.values) or other.ids != losses.ids:
-        raise ValueError(
-          f"Expected `risks` of the same prompts, got others in {risk.called!r}."
-        )
+        raise ValueError(f"Expected `risks` of the same prompts, got others in {test.name!r}.")
       if not np.array_equal(losses.thresholds, other.thresholds):
-        difference = f"the grid {other.thresholds.tolist()} beside {losses.thresholds.tolist()}"
+        grids = other.thresholds.tolist(), losses.thresholds.tolist()
+        difference = "the grid {} beside {}".format(*grids)
       elif None not in (losses.procedure, other.procedure):
         difference = describe_differences(losses.procedure, other.procedure)
       if difference:
         raise ValueError(
           "Expected `risks` of outputs of one grid and procedure, got another of"
-          f" {risk.called!r}: {difference}; take every loss from the same outputs."
+          f" {test.name!r}: {difference}; take every loss from the same outputs."
         )
-    tests = self.tests(tolerance, losses.support)
-    return tuple(Part(test, risk.losses) for test, risk in zip(tests, self.risks, strict=True))
+      parts.append(Part(test, other))
+    return tuple(parts)
 
   def statement(self, calibration, loss):
     pairs = zip(self.names, self.tolerances, strict=True)
@@ -518,15 +514,11 @@ def from_json(value: Any) -> Promise:
   name = value.get("name") if isinstance(value, Mapping) else None
   if not isinstance(name, str) or name not in PROMISES:
     raise ValueError(f"Expected `promise` to name one of {sorted(PROMISES)}, got {value!r}.")
-  kind = PROMISES[name]
-  allowed = set(kind.stored()) - ({"grids"} - set(value))
   found = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "name"}
+  allowed = set(PROMISES[name].stored()) - ({"grids"} - set(value))
   if set(found) != allowed:
     raise ValueError(
       f"Expected `promise` {name!r} with the fields {sorted(allowed)}, got {sorted(found)}; it"
       " was made by another version, or edited."
     )
-  try:
-    return kind(**found)
-  except TypeError as error:
-    raise ValueError(f"Expected `promise` {name!r} of numbers, got {value!r}.") from error
+  return PROMISES[name](**found)

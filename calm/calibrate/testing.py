@@ -14,8 +14,8 @@ import numpy.typing as npt
 from calm import arguments
 from calm.calibrate.losses import Support
 
-# [num_hypotheses] adjusted p-values in [0, 1], rejected at error rate e exactly where <= e, and
-# positions in the order they were looked at; fixed sequence testing stops early.
+# [num_hypotheses] adjusted p-values, rejected at error rate e exactly where <= e, and positions
+# in the order they were looked at; fixed sequence testing stops early.
 Tested = tuple[np.ndarray, Sequence[int]]
 
 

@@ -157,6 +157,7 @@ def test_binomial_bound_is_clopper_pearson():
   for count, size in ((0, 10), (3, 10), (40, 500)):
     found = p_values.invert(p_values.binomial, count, size, error_rate=0.05)
     assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
+  assert p_values.invert(p_values.binomial, 3, 10, error_rate=0.9) == 0.3  # no bound is below
 
 
 @pytest.mark.parametrize("hedges", [False, True])

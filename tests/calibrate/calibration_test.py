@@ -71,32 +71,6 @@ def test_auto_goes_by_the_declared_support_never_by_values():
     assert calibrate(zeros, GRID, **options, support=Support(lower=-1.0)).method == bets
 
 
-def test_never_exit_is_spelled_in_json():
-  found = calibrate(np.ones((50, 4)), GRID, **RATES)
-  assert found.threshold == NEVER_EXIT and not found.certified
-  value = json.loads(json.dumps(found.to_json(), allow_nan=False))
-  assert value["threshold"] == "never"
-  assert Calibration.from_json(value) == found
-
-
-def test_files_that_are_no_calibration_are_refused(tmp_path):
-  path = tmp_path / "c.json"
-  good = calibrate(np.zeros((50, 4)), GRID, **RATES).to_json()
-  for content, message in (
-    (None, "that can be read, got: No such file"),
-    ("{", "expected a calibration, got none"),
-    ("[]", "`schema_version` 2 or 1, got .list."),
-    (json.dumps({**good, "schema_version": 9}), "`schema_version` 2 or 1, got 9"),
-    (json.dumps({k: v for k, v in good.items() if k != "rows"}), r"got \['rows'\] that are in"),
-    (json.dumps({**good, "rows": [{}]}), "expected a calibration, got none"),
-    (json.dumps({**good, "threshold": 2.0}), "Expected `digest`"),
-  ):
-    if content is not None:
-      path.write_text(content)
-    with pytest.raises(ValueError, match=rf"c.json: .*{message}"):
-      Calibration.load(path)
-
-
 def test_a_randomised_test_says_so_repeats_itself_and_is_checked():
   losses = sample(ids=tuple(f"id-{i}" for i in range(300)))
   found, plain = calibrate(losses, **RATES), calibrate(losses, **RATES, randomized=False)
@@ -180,6 +154,9 @@ def test_failure_is_a_value_with_a_sentence():
   bad = calibrate(np.ones((100, 4)), GRID, **RATES)
   assert bad.reason == "Nothing is certified: the first threshold 0.9 already fails."
   assert "full model is used (never)" in bad.guarantee and bad.reason in bad.guarantee
+  assert "nothing is promised of its loss" in bad.guarantee
+  textual = calibrate(SequenceLosses(np.ones((100, 4)), GRID, kind="textual"), **RATES)
+  assert "against itself is 0 by definition" in textual.guarantee
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1.5, -0.1])
@@ -216,30 +193,6 @@ def test_groups_are_cluster_means():
   assert "the loss of row 0 is" in calibrate(losses, **RATES, groups=groups).reason
   single = clusters.cluster_means(losses, [str(i) for i in range(180)])
   assert single.support.binary
-  with pytest.raises(ValueError, match="`groups` to name the cluster of each of the 180 rows"):
-    calibrate(losses, **RATES, groups=groups[1:])
-
-
-def test_guarantee_says_what_it_says_and_what_not():
-  found = calibrate(
-    sample(kind="textual", metric="rouge_l", procedure=laws.procedure()),
-    **RATES,
-    randomized=False,
-  )
-  assert found.guarantee == (
-    "With probability at least 0.95 over independent draws of the 300 calibration prompts,"
-    f" decoding with threshold {found.threshold} has an expected dissimilarity to the full"
-    " model, 1 - rouge_l between both outputs, of at most 0.1. This is a mean over prompts"
-    " drawn like those: it says nothing of any single prompt, nor of prompts of another kind."
-    " It holds if these prompts and those that are served are independent draws of one kind,"
-    " and if grid, method, tolerance and error rate were fixed before these losses were seen."
-  )
-  for kind, words in (
-    ("risk_signed", "over the full model of at most"),
-    ("risk_clipped", "(decreases counted as 0) of at most"),
-  ):
-    assert words in calibrate(sample(kind=kind), **RATES).guarantee
-  assert "the user answers" in calibrate(sample(), **RATES).guarantee
 
 
 @pytest.mark.filterwarnings("default")
@@ -291,8 +244,12 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
     ({"tolerance": 0.0}, r"`tolerance` to be in \(0, 1\), got 0.0"),
     ({"error_rate": 1.0}, r"`error_rate` to be in \(0, 1\)"),
     ({"tolerance": "0.1"}, r"`tolerance` to be a number or None, got '0.1' \(str\)"),
+    ({"support": Support(0.0, 0.05)}, r"`tolerance` to be in \(-inf, 0.05\), got 0.1"),
+    ({"support": (0, 1)}, "`support` to be a `Support`"),
     ({"method": "best"}, "`method` to be one of .* got 'best'"),
     ({"method": "binomial"}, r"`method` 'binomial' can test, got .*; declare them binary"),
+    ({"method": "paper", "support": Support(0.0, 2.0)}, "0, 2.0]; divide losses and tolerance"),
+    ({"method": "convex_order", "support": Support(-1.0)}, "test, got .*; signed losses go"),
     ({"testing_procedure": "bh"}, "`testing_procedure` to be one of .* got 'bh'"),
     (
       {"method": "betting_fixed_level", "testing_procedure": "holm"},
@@ -300,15 +257,18 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
     ),
     ({"thresholds": None}, "`thresholds` beside `losses` .*, got none"),
     ({"thresholds": GRID[:3]}, r"\[n, 3\] with n at least 1, got shape \(30, 4\)"),
-    (
-      {"support": Support(lower=-1.0), "method": "convex_order"},
-      "losses that `method` 'convex_order' can test, got .*; signed losses go",
+    ({"losses": sample(), "support": Support(-1.0)}, "no `support` or `thresholds` beside"),
+    ({"losses": sample(), "thresholds": GRID - 0.1}, "no `support` or `thresholds` beside"),
+    *(
+      ({"groups": ["a"] * 29 + [odd]}, "`groups` to name the cluster of every row.*row 29")
+      for odd in (None, math.nan, 1.5, True, ["a"])
     ),
-    (
-      {"losses": sample(), "support": Support(lower=-1.0)},
-      "no `support` beside `losses` that declare theirs, got",
-    ),
-    ({"losses": sample(), "thresholds": GRID - 0.1}, "`thresholds` to be those of `losses`"),
+    ({"losses": np.ma.masked_array(np.zeros((30, 4)), mask=np.eye(30, 4))}, "masked"),
+    ({"losses": np.zeros((30, 4), complex)}, "real numbers, got an array of complex128"),
+    ({"losses": np.full((30, 4), "0.1")}, "real numbers, got an array of <U3"),
+    ({"losses": [[0.0], [0.0, 1.0]]}, "rows of several lengths"),
+    ({"losses": np.zeros(30)}, "one row a prompt, one column a threshold"),
+    ({"losses": np.zeros((0, 4))}, "n at least 1"),
   ],
 )
 def test_arguments_are_checked(changes, message):
@@ -316,3 +276,22 @@ def test_arguments_are_checked(changes, message):
   losses, grid = options.pop("losses"), options.pop("thresholds")
   with pytest.raises(ValueError, match=message):
     calibrate(losses, grid, **options)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"ids": ("a",) * 29}, "`ids` for each of the 30 rows, got 29"),
+    ({"ids": ("a",) * 30}, r"`ids` to be unique, got \['a'\] more than once"),
+    ({"ids": tuple(range(30))}, r"`ids` to be texts, got 0 \(int\)"),
+    ({"groups": ("a",) * 29}, "each of the 30 rows, got 29"),
+  ],
+)
+def test_losses_are_checked_where_they_are_made(fields, message):
+  with pytest.raises(ValueError, match=message):
+    SequenceLosses(np.zeros((30, 4)), GRID, **fields)
+
+
+def test_a_range_above_the_tolerance_is_not_a_matter_of_how_many():
+  found = calibrate(SequenceLosses(np.full((5, 4), 0.3), GRID, Support(0.2, 1.0)), **RATES)
+  assert found.reason.startswith("Nothing is certified: the first threshold 0.9 already fails")

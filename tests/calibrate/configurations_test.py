@@ -119,6 +119,10 @@ def test_families_that_differ_are_refused():
     **several,
     "state": [dataclasses.replace(r, tolerance=0.3) for r in several["state"]],
   }
+  wider = [
+    dataclasses.replace(r, losses=dataclasses.replace(r.losses, support=Support(-1.0)))
+    for r in several["state"]
+  ]
   for changed, prices, message in (
     ({}, {}, "at least one family"),
     ({**several, "state": []}, costs, "at least one family, each with"),
@@ -127,6 +131,7 @@ def test_families_that_differ_are_refused():
     (other, costs, "of every family"),
     ({**several, "state": few["state"]}, costs, "same prompts"),
     (several, {**costs, "state": [1.0]}, "`costs` of 'state' of shape"),
+    ({**several, "state": wider}, costs, "`risks` with one support of 'texts', got several"),
   ):
     with pytest.raises(ValueError, match=message):
       calibrate_configurations(changed, prices, error_rate=0.05)
@@ -165,25 +170,21 @@ def test_choosing_among_measures_is_part_of_one_family():
   assert stats.binomtest(naive, draws, 0.1, alternative="greater").pvalue < 1e-6
 
 
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"thresholds": np.array([0.8, 0.4])}, r"of 'answers': the grid \[0.8, 0.4\] beside"),
-    ({"procedure": procedure("state")}, "procedure, got another of 'answers': `measure`"),
-  ],
-)
-def test_risks_of_other_outputs_are_refused(changes, message):
+def test_risks_of_other_outputs_are_refused():
   several, costs = families()
   first, second = several["softmax"]
-  other = risks.Risk(dataclasses.replace(second.losses, **changes), 0.2, "answers")
-  with pytest.raises(ValueError, match=message):
-    calibrate_configurations(
-      {**several, "softmax": [first, other]}, costs, error_rate=0.05, seed="ab"
-    )
-  with pytest.raises(ValueError, match=message):
-    calibrate(risks=[first, other], error_rate=0.05, seed="ab")
-  unknown = dataclasses.replace(second.losses, procedure=None)  # the user answers for it
-  found = calibrate(
-    risks=[first, risks.Risk(unknown, 0.2, "answers")], error_rate=0.05, seed="ab"
+  other = lambda **changes: risks.Risk(
+    dataclasses.replace(second.losses, **changes), 0.2, "answers"
   )
+  for changes, message in (
+    ({"thresholds": np.array([0.8, 0.4])}, r"of 'answers': the grid \[0.8, 0.4\] beside"),
+    ({"procedure": procedure("state")}, "procedure, got another of 'answers': `measure`"),
+  ):
+    odd = [first, other(**changes)]
+    with pytest.raises(ValueError, match=message):
+      calibrate_configurations({**several, "softmax": odd}, costs, error_rate=0.05)
+    with pytest.raises(ValueError, match=message):
+      calibrate(risks=odd, error_rate=0.05)
+  # The user answers for one that is unknown.
+  found = calibrate(risks=[first, other(procedure=None)], error_rate=0.05, seed="ab")
   assert found.procedure == procedure("softmax")

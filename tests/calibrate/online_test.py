@@ -166,18 +166,6 @@ def test_losses_that_are_none_change_nothing(losses, message, tmp_path):
   assert (tmp_path / "s").read_bytes() == before and state.missing == 1
 
 
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [
-    *(("tolerance", 0.0), ("tolerance", math.nan), ("error_rate", 0.0), ("share", 1.1)),
-    *(("least_share", 1.5), ("alarm_level", 1.0), ("patience", 0), ("thresholds", [0.3, 0.9])),
-  ],
-)
-def test_arguments_out_of_range_are_named(name, value):
-  with pytest.raises(ValueError, match=f"`{name}`"):
-    Online(None, **{"thresholds": GRID, **RATES, name: value})
-
-
 def test_a_state_goes_on_wherever_it_was_stopped(tmp_path):
   path, risks = tmp_path / "state.jsonl", (0.0, 0.02, 0.4)
   whole = Online(path, GRID, **RATES)

@@ -355,21 +355,6 @@ def test_every_cluster_counts_once_with_the_mean_of_its_prompts(
   np.testing.assert_allclose(means, expected, rtol=1e-12)
 
 
-def test_a_promise_over_clusters_speaks_of_clusters(tmp_path):
-  groups = [f"g{row // 2}" for row in range(240)]
-  found = calibrated(table(np.zeros(240)), groups=groups)
-  found.save(tmp_path / "calibration.json")
-  for one in (found, Calibration.load(tmp_path / "calibration.json")):
-    # The first sentence stands alone in tables and notebooks.
-    assert "over independent draws of the 120 calibration clusters of prompts" in one.promised
-    assert "in the average over clusters, of which each counts once" in one.promised
-    assert "prompts that are counted one by one" in one.guarantee
-    assert "a mean over clusters of prompts drawn like those" in one.guarantee
-    assert "on 120 clusters of prompts" in repr(one)
-  alone = dataclasses.replace(found, clusters=False)
-  assert "cluster" not in alone.guarantee and "the 120 calibration prompts" in alone.promised
-
-
 def test_unequal_clusters_keep_the_promise_over_clusters_at_its_boundary():
   """One cluster in four is bad and large; counted one by one 91 % of prompts lose 1."""
   generator = np.random.default_rng(0)
