@@ -7,6 +7,7 @@ the calibration again from its cached outputs (`calm calibrate --verify`).
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -102,11 +103,11 @@ class Calibration:
       if value not in known:
         raise ValueError(f"Expected `{name}` to be one of {[*known]}, got {value!r:.100}.")
     columns = [c for part in self.parts for c in vars(part).values() if type(c) is tuple]
-    lengths = {len(self.rows), *map(len, columns), len(self.knobs or self.rows)}
-    if not self.rows or len(lengths) > 1:
+    names = (self.knobs or self.rows, getattr(self.promise, "configurations", self.rows))
+    if not self.rows or {len(self.rows)} != {len(column) for column in (*names, *columns)}:
       raise ValueError(
-        f"Expected `rows` of at least one, got {len(self.rows)}, and `knobs` and `parts` of as"
-        " many."
+        f"Expected `rows` of at least one, got {len(self.rows)}, and `knobs`, `parts` and"
+        " configurations of as many."
       )
     for row in self.rows:
       shares = (row.threshold, row.p_value, row.adjusted_p_value)
@@ -191,15 +192,15 @@ class Calibration:
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, the guarantee for people who read the file, and a digest."""
+    fields = {
+      name: value for name, value in vars(self).items() if value or name not in _OPTIONAL
+    }
     value = {
       "schema_version": SCHEMA_VERSION,
-      **{field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)},
+      **{name: _to_json(value) for name, value in fields.items()},
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
       "guarantee": self.guarantee,
     }
-    for name in _OPTIONAL:
-      if not value[name]:
-        del value[name]
     return {**value, "digest": digest(value)}
 
   @classmethod
@@ -238,15 +239,11 @@ class Calibration:
     try:
       content = storage.content(path, _MOST_BYTES)
       return cls.from_json(storage.parse_json(content), expect_digest=expect_digest)
-    except OSError as error:
+    except (OSError, *_DAMAGE) as error:
+      text = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
       raise ValueError(
-        f"{path}: expected a calibration that can be read, got: {error.strerror}; check its"
-        " path and rights."
-      ) from error
-    except _DAMAGE as error:
-      raise ValueError(
-        f"{path}: expected a calibration, got none: {str(error).rstrip('.')}; restore the"
-        " file, or calibrate again."
+        f"{path}: expected a calibration, got none: {text}; restore the file, or calibrate"
+        " again."
       ) from error
 
 
@@ -324,7 +321,9 @@ def _same(name: str, wanted: Any, got: Any, where: str = "") -> None:
 def _check_decision(one: Calibration) -> None:
   """Raises ValueError unless what is certified follows from the stored numbers."""
   promise, levels = one.promise, one.column("threshold").tolist()
-  promise.check_rows(levels)
+  falls = all(a > b for a, b in itertools.pairwise(levels))
+  if not falls and not isinstance(promise, risks.Configurations):
+    raise ValueError("Expected `rows` with strictly descending thresholds, got another order.")
   tests, parts = promise.tests(one.tolerance, one.support), one.parts
   if not parts:  # the evidence of a promise of one test stands in the rows
     column = lambda name: tuple(one.column(name).tolist())

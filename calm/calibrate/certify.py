@@ -361,8 +361,8 @@ def _certify(
   checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
   checks.warn_of_error_rate(run.error_rate)
   checks.check_seed(seed)
-  groups, configured = sample.groups, isinstance(promise, Configurations)
-  ordered = configured or any(run.method_of(part.losses, groups).ordered for part in parts)
+  groups, grid = sample.groups, () if isinstance(promise, Configurations) else thresholds
+  ordered = not grid or any(run.method_of(part.losses, groups).ordered for part in parts)
   seeds, names, drawn = (seed or clusters.order_seed(sample),), sample.ids, False
   if ordered:
     seeds, drawn = clusters.order_seeds(sample, seed)
@@ -375,11 +375,14 @@ def _certify(
   decision = testing.decide(evidence, thresholds, run.procedure, run.error_rate, promise.grids)
   rejected = np.array([row.rejected for row in decision.rows])
   place, first = promise.place(rejected), evidence[0]
-  reason = promise.reason(rejected)
+  if isinstance(promise, Configurations):
+    reason = promise.reason(rejected)
+  else:
+    reason = _reason(sample, rejected, parts, evidence, decision.worst, run)
   provenance = Provenance(
     metric=sample.metric,
     references="full model" if sample.kind == "textual" else "targets",
-    grid=() if configured else tuple(thresholds),
+    grid=tuple(grid),
     num_examples=max(first.num_examples),
     order="permuted",
     seed=seeds[0],
@@ -388,7 +391,7 @@ def _certify(
   )
   return Calibration(
     threshold=NEVER_EXIT if place is None else float(thresholds[place]),
-    reason=reason or _reason(sample, rejected, parts, evidence, decision.worst, run),
+    reason=reason,
     error_rate=float(run.error_rate),
     method=first.method,
     testing=run.procedure,

@@ -146,9 +146,10 @@ def refusal(
   if own is not None and num_examples >= max(own, needed):
     return ""
   own = own or f"more than {_MOST_PROMPTS}"
+  least = needed if num_examples < needed else own
   few = " (at most half of all draws would certify)" if chosen.randomized else ""
   return (
-    f"Expected at least {needed} {unit} at tolerance {tolerance} and error rate"
+    f"Expected at least {least} {unit} at tolerance {tolerance} and error rate"
     f" {error_rate * share} ({own} by the method {method!r}), got {num_examples}, which are too"
     f" few whatever their losses{few}; give more, or allow a larger loss or error rate."
   )

@@ -67,21 +67,9 @@ class Promise:
     (certified,) = np.nonzero(rejected)
     return int(certified[-1]) if len(certified) else None
 
-  def check_rows(self, thresholds: Sequence[float]) -> None:
-    """Raises ValueError unless a stored calibration may have rows of these thresholds."""
-    if any(a <= b for a, b in itertools.pairwise(thresholds)):
-      raise ValueError(
-        "Expected `rows` with strictly descending thresholds, got another order."
-      )
-
   def statement(self, calibration: Any, loss: str) -> str:
     """The end of "decoding with threshold x has ..."; `loss` is the loss in words."""
     return f"an expected {loss} of at most {calibration.tolerance:.10g}"
-
-  def reason(self, rejected: np.ndarray) -> str:
-    """Why a row is served; '' where it is the lowest certified threshold."""
-    del rejected
-    return ""
 
   @classmethod
   def stored(cls) -> list[str]:
@@ -479,20 +467,14 @@ class Configurations(SeveralRisks):
     (certified,) = np.nonzero(rejected)
     return min(certified.tolist(), key=self.costs.__getitem__, default=None)
 
-  def reason(self, rejected):
+  def reason(self, rejected: np.ndarray) -> str:
+    """Why a configuration is served."""
     if (place := self.place(rejected)) is None:
       return "Nothing is certified: the safest configuration of every family already fails."
     return (
       f"{self.configurations[place]} is the cheapest ({self.costs[place]:.4g}) of"
       f" {np.sum(rejected)} certified among {len(self.configurations)} configurations."
     )
-
-  def check_rows(self, thresholds):
-    if len(thresholds) != len(self.configurations):
-      raise ValueError(
-        f"Expected {len(self.configurations)} `rows`, one a configuration, got"
-        f" {len(thresholds)}."
-      )
 
   def statement(self, calibration, loss):
     place = self.place([row.rejected for row in calibration.rows])

@@ -72,7 +72,7 @@ def test_every_forgery_is_refused_with_a_named_error(path, new, tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (None, "that can be read, got: No such file"),
+    (None, "got none: No such file"),
     ("{", "expected a calibration, got none"),
     ("[]", "`schema_version` 2 or 1, got .list."),
     (

@@ -183,8 +183,6 @@ MORE = dict(values=np.zeros((2, 2)), ids=("a", "b"))
     (lambda: chosen(costs=(1.0, 2.0)), "finite cost each, .*got 3, 2 costs"),
     (lambda: chosen(costs=(1.0, np.nan, 2.0)), "a finite cost each"),
     (lambda: chosen(configurations=("a", 2, "c")), "`configurations` to be a list of texts"),
-    (lambda: chosen().check_rows([0.9, 0.5]), "3 `rows`, one a configuration, got 2"),
-    (lambda: risks.Mean().check_rows([0.9, 0.9]), "strictly descending thresholds"),
     (lambda: risks.from_json({"name": "luck"}), "`promise` to name one of"),
     (lambda: risks.from_json(["mean"]), "`promise` to name one of"),
     (lambda: risks.from_json({"name": "quantile", "share": "x"}), "`share`"),
