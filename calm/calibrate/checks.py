@@ -21,8 +21,8 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   """Real numbers as float64; ValueError for masked, complex, ragged, text and object arrays."""
   if np.ma.isMaskedArray(values):
     raise ValueError(
-      f"Expected `{name}` without a mask, got a masked array; give each prompt a loss (a"
-      " failure counts as the largest, 1): a mean without the failures promises too much."
+      f"Expected `{name}` without a mask, got a masked array: a mean without the failures"
+      " promises too much; give each the largest loss, 1."
     )
   try:
     array = np.asarray(list(values) if isinstance(values, Iterator) else values)
@@ -109,10 +109,7 @@ def check_lines(values: Iterable[Any], name: str, longest: int = LONGEST_NAME) -
 def check_seed(seed: str | None, name: str = "seed") -> None:
   """ValueError unless an order's seed is None or one that a calibration's file may hold."""
   if seed is not None and not re.fullmatch(r"[0-9a-f]{0,64}", seed):
-    raise ValueError(
-      f"Expected `{name}` of at most 64 hexadecimal digits, got {seed!r:.200}; give the `seed`"
-      " of an earlier calibration, or none."
-    )
+    raise ValueError(f"Expected `{name}` of at most 64 hexadecimal digits, got {seed!r:.200}.")
 
 
 def looks_copied(values: np.ndarray) -> bool:

@@ -96,16 +96,13 @@ def as_html(calibration: Any) -> str:
 
 
 def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
-  """Mean loss and upper bound along the grid, by matplotlib, with the chosen threshold.
+  """Axes with mean loss and upper bound along the grid, and the chosen threshold (matplotlib).
 
   Args:
     calibration: any.
-    axes: matplotlib axes to draw on; None makes a figure.
+    axes: axes to draw on; None makes a figure, which `axes.figure.savefig(path)` writes.
     layers: mean decoder layers a token at every threshold, [num_thresholds], or the
       `Generations` that were calibrated on; None draws against the threshold.
-
-  Returns:
-    The axes; `axes.figure.savefig(path)` writes them.
   """
   x = calibration.column("threshold") if layers is None else _layers(calibration, layers)
   axes = new_axes() if axes is None else axes

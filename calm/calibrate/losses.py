@@ -95,11 +95,6 @@ class SequenceLosses:
     ignored = self.groups_ignored or len(set(groups)) < len(groups)
     return dataclasses.replace(self, groups=None, groups_ignored=ignored)
 
-  @arguments.checked()
-  def grouped(self, groups: Sequence[Any]) -> "SequenceLosses":
-    """The same losses, of prompts that come in these clusters."""
-    return dataclasses.replace(self, groups=tuple(groups), groups_ignored=False)
-
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number; ValueError where these are not whole."""
     index = np.asarray(index)
@@ -295,7 +290,7 @@ def from_texts(
   )
   kind = kind or ("textual" if references is None else "risk_signed")
   losses = compute(generations, kind, metric=metric)
-  return losses if groups is None else losses.grouped(groups)
+  return losses if groups is None else dataclasses.replace(losses, groups=tuple(groups))
 
 
 def is_frame(value: Any) -> bool:

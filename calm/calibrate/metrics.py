@@ -229,7 +229,7 @@ def get_metric(name: MetricLike) -> Metric:
   if name.lower() in _CORPUS_METRICS:
     raise ValueError(
       f"Expected `metric` to be a mean over prompts, got {name!r}, a number of a whole"
-      " corpus; use 'chrf' or 'rouge_l' (`corpus_scores` reports BLEU beside)."
+      " corpus; use 'chrf' or 'rouge_l'."
     )
   module, _, attribute = name.partition(":")
   if not attribute:
@@ -258,36 +258,6 @@ def _of_function(function: Any, name: str = "") -> Metric:
     if getattr(sys.modules.get(module), name, None) is function:
       name = f"{module}:{name}"
   return Metric(name, function, binary=bool(getattr(function, "binary", False)))
-
-
-def metric_name(metric: MetricLike) -> str:
-  """The name that leads to a metric in another process too; ValueError where none does."""
-  chosen = get_metric(metric)
-  name = metric if isinstance(metric, str) else chosen.name
-  if (name not in METRICS and ":" not in name) or get_metric(name) != chosen:
-    raise ValueError(
-      f"Expected `metric` to be a name, or a function that can be imported, got {name!r}, to"
-      " which no import path leads; define the function at the top of a module."
-    )
-  return name
-
-
-def corpus_scores(
-  predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-  """{'bleu', 'chrf'}: of the corpus (sacrebleu, 0 to 100), reported beside a calibrated loss.
-
-  Texts are [num_examples], `references` those accepted of each, at least one.
-  """
-  import sacrebleu
-
-  most = max(map(len, references))
-  # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
-  streams = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
-  return {
-    "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
-    "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
-  }
 
 
 def compute(metric: Metric, pairs: Sequence[Pair]) -> np.ndarray:

@@ -11,7 +11,7 @@ its document) are optional. Other fields are ignored.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from calm.calibrate import Prompt
 from calm.data import prompt_files
@@ -48,6 +48,24 @@ DEBIAN: Mapping[str, TextTask] = {
     TextTask("debian_qa", "", ("token_f1", "exact_match")),
   )
 }
+
+
+def corpus_scores(
+  predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+  """{'bleu', 'chrf'}: of the corpus (sacrebleu, 0 to 100), which no mean over prompts is.
+
+  Texts are [num_examples], `references` those accepted of each, at least one.
+  """
+  import sacrebleu
+
+  most = max(map(len, references))
+  # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
+  streams = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
+  return {
+    "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
+    "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
+  }
 
 
 def read_examples(path: str | pathlib.Path, *, require_target: bool = True) -> list[Prompt]:

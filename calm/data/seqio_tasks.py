@@ -42,7 +42,7 @@ def metric_fn(name: str) -> MetricFn:
 
   def function(targets, predictions):
     if metric is None:
-      return {name: text_metrics.corpus_scores(predictions, targets)[name]}
+      return {name: datasets.corpus_scores(predictions, targets)[name]}
     pairs = zip(predictions, targets, strict=True)
     return {name: 100 * float(np.mean([metric(text, texts) for text, texts in pairs]))}
 

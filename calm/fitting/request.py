@@ -93,7 +93,7 @@ class FitOptions:
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
     certified.kind_of(self.consistency)
-    object.__setattr__(self, "metric", metrics.metric_name(self.metric))
+    object.__setattr__(self, "metric", _metric_name(self.metric))
 
   @property
   def kind(self) -> str:
@@ -104,6 +104,18 @@ class FitOptions:
   def learns_exits(self) -> bool:
     """Whether exits are learned beside frozen weights."""
     return not self.train_all and self.stages != "none"
+
+
+def _metric_name(metric: metrics.MetricLike) -> str:
+  """The name that leads to a metric in another process too; ValueError where none does."""
+  chosen = metrics.get_metric(metric)
+  name = metric if isinstance(metric, str) else chosen.name
+  if (name not in metrics.METRICS and ":" not in name) or metrics.get_metric(name) != chosen:
+    raise ValueError(
+      f"Expected `metric` to be a name, or a function that can be imported, got {name!r}, to"
+      " which no import path leads; define the function at the top of a module."
+    )
+  return name
 
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}

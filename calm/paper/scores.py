@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm.calibrate import Record, betting, generations, metrics
+from calm.data import datasets
 from calm.exits import schedules
 from calm.inference import timing
 from calm.inference.grid import mean_layers
@@ -69,7 +70,9 @@ class Scorer:
       similarity=float(similarity.mean()),
       similarity_error=standard_error(similarity),
       identical=sum(same) / len(same),
-      bleu=metrics.corpus_scores(texts, self.references)["bleu"] if self.bleu else float("nan"),
+      bleu=datasets.corpus_scores(texts, self.references)["bleu"]
+      if self.bleu
+      else float("nan"),
     )
 
   def point(

@@ -120,16 +120,6 @@ def test_declared_binary_is_held_to_it_and_references_are_needed():
     HALF("a", [])
 
 
-def test_corpus_scores_stand_beside():
-  scores = metrics.corpus_scores(
-    ["the cat sat on the mat"] * 2, [["the cat sat on the mat"]] * 2
-  )
-  assert scores == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
-  uneven = [["the cat sat on the mat", "other"], ["another thing here"]]
-  scores = metrics.corpus_scores(["the cat sat on the mat", "x"], uneven)
-  assert 0.0 < scores["bleu"] < 100.0
-
-
 def test_a_file_is_a_module(tmp_path, monkeypatch):
   (tmp_path / "own").mkdir()
   (tmp_path / "own" / "measure.py").write_text(

@@ -90,3 +90,13 @@ def test_debian_sets_are_read_whole(data_dir, name, split, count):
   assert all(example.group and example.input and example.targets for example in examples)
   if name == "debian_qa":
     assert all(e.input.startswith("question: ") and " context: " in e.input for e in examples)
+
+
+def test_corpus_scores_stand_beside():
+  scores = datasets.corpus_scores(
+    ["the cat sat on the mat"] * 2, [["the cat sat on the mat"]] * 2
+  )
+  assert scores == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
+  uneven = [["the cat sat on the mat", "other"], ["another thing here"]]
+  scores = datasets.corpus_scores(["the cat sat on the mat", "x"], uneven)
+  assert 0.0 < scores["bleu"] < 100.0

@@ -1,5 +1,7 @@
 """Repeated calibration: violations are counted, and lockstep chooses what one set chooses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -92,7 +94,11 @@ def test_clusters_never_stand_on_both_sides(monkeypatch):
   monkeypatch.setattr(trials, "Draws", Spy)
   layers = np.arange(180).reshape(60, 3), np.ones((60, 3)), 8
   (found,) = trials.split_trials(
-    losses.grouped(groups), [0.1], error_rate=0.05, trials=1, layers=layers
+    dataclasses.replace(losses, groups=tuple(groups)),
+    [0.1],
+    error_rate=0.05,
+    trials=1,
+    layers=layers,
   )
   assert len(seen[0]) == 8  # of 10 clusters
   left_out = sorted(set(range(10)) - seen[0])
@@ -147,7 +153,7 @@ def test_a_pool_chooses_what_calibrate_chooses():
   (seed,), _ = clusters.order_seeds(made)
   tested = clusters.tested_orders(made, [seed])
   uniforms = [order.seeded_uniform(seed)]
-  pool = trials.Draws(made.grouped(made.ids), "auto")
+  pool = trials.Draws(dataclasses.replace(made, groups=made.ids), "auto")
   (columns,) = pool.choose(np.stack(tested), TOLERANCES, 0.05, uniforms)
   for tolerance, column in zip(TOLERANCES, columns, strict=True):
     found = calibrate(made, tolerance=tolerance, error_rate=0.05)

@@ -172,7 +172,6 @@ def _check_manifest(
   by_group: bool = False,
   **others: Any,
 ) -> None:
-  del schema_version, sequential, by_group, others
   names = file_names(thresholds_lib.validate_grid(thresholds).tolist())
   manifest_procedure({"procedure": procedure})
   Provenance.from_json(provenance or {})
@@ -262,7 +261,6 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
   full, *records = (
     _read_column(directory / name, ids, procedure, partial, in_memory) for name in names[1:]
   )
-  # Last, since a missing record says more about a run that was stopped.
   if bare := [n for n in names if n not in checksums and (directory / n).exists()]:
     raise GenerationsError(
       f"{directory / MANIFEST}: expected `checksums` of every file, as of a run that finished,"
@@ -505,10 +503,8 @@ def claim(
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise OSError(
-      f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror};"
-      " choose a folder that can be written."
-    ) from error
+    text = f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror}"
+    raise OSError(f"{text}; choose a folder that can be written.") from error
   path, text = directory / PROMPTS, b"".join(prompts)
   names = (MANIFEST, *file_names(manifest["thresholds"]))
   storage.refuse_planted_links(directory / name for name in names)

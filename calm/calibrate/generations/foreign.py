@@ -36,9 +36,6 @@ def read_predictions(
     threshold: lambda that the file is given as, in [0, 1]; infinity is the full model's. None:
       lines are not asked.
 
-  Returns:
-    Prompts and records in the order of the file.
-
   Raises:
     GenerationsError: a line is no output, or several, or an id occurs twice.
   """
