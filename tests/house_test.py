@@ -57,11 +57,11 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (173, 1),
-  "calibrate": (5326, 22),
+  "calibrate": (5278, 22),
   "checkpoints": (1205, 5),
   "commands": (2930, 14),
   "console.py": (271, 1),
-  "data": (2109, 8),
+  "data": (2127, 8),
   "decode": (2606, 12),
   "exits": (1213, 8),
   "fitting": (2577, 8),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_748, 139), "tests": (28_351, 166), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_733, 139), "tests": (28_351, 166), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
