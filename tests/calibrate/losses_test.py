@@ -1,5 +1,6 @@
 """Losses by hand: of generations, of texts of any system, of DataFrames."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -14,8 +15,9 @@ from calm.calibrate import (
   calibration,
   from_texts,
 )
-from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations.records import Prompt
+from calm.calibrate.losses import compute, prefix_losses
+from calm.calibrate.metrics import Metric
 from tests.calibrate import laws
 
 RATES = {"tolerance": 0.1, "error_rate": 0.05}
@@ -26,16 +28,12 @@ def test_equal_texts_lose_nothing_before_any_metric_is_called():
   def never(prediction, references):
     raise AssertionError("the metric was called")
 
-  from calm.calibrate.metrics import Metric
-
-  losses = sequence_losses.compute(
-    laws.generations(3), "textual", metric=Metric("never", never)
-  )
+  losses = compute(laws.generations(3), "textual", metric=Metric("never", never))
   np.testing.assert_array_equal(losses.values, np.zeros((3, 2)))
 
 
 def test_textual_losses_by_hand():
-  losses = sequence_losses.compute(laws.generations(2, texts=TEXTS), "textual")
+  losses = compute(laws.generations(2, texts=TEXTS), "textual")
   np.testing.assert_allclose(losses.values, [[0.0, 1.0], [0.5, 0.0]])
   assert losses.support == Support() and losses.kind == "textual"
   assert losses.ids == ("id-000", "id-001") and losses.groups == ("group-0", "group-0")
@@ -43,51 +41,42 @@ def test_textual_losses_by_hand():
   assert "textual, rouge_l, 2 prompts x 2 thresholds" in repr(losses)
 
 
-def improving():
-  """The full model is wrong on the first prompt, where early exit is right."""
+@pytest.mark.parametrize(
+  ("kind", "values", "lower", "binary"),
+  [
+    ("textual", [[1.0, 1.0], [0.0, 1.0]], 0.0, True),
+    ("risk_signed", [[-1.0, -1.0], [0.0, 1.0]], -1.0, False),
+    ("risk_clipped", [[0.0, 0.0], [0.0, 1.0]], 0.0, True),
+  ],
+)
+def test_a_full_model_that_is_wrong_where_early_exit_is_right(kind, values, lower, binary):
+  """Risks are paired differences; clipping forgets improvements."""
   made = laws.generations(2, texts=[["word0 same", "word1 same"], ["word0 same", "x y"]])
-  full = (laws.record("id-000", "p q"), made.full[1])
-  return type(made)(made.prompts, made.thresholds, made.records, full)
-
-
-def test_risk_losses_are_paired_differences_and_clipping_forgets_improvements():
-  signed = sequence_losses.compute(improving(), "risk_signed")
-  np.testing.assert_allclose(signed.values, [[-1.0, -1.0], [0.0, 1.0]])
-  assert signed.support == Support(lower=-1.0) and signed.kind == "risk_signed"
-  clipped = sequence_losses.compute(improving(), "risk_clipped")
-  np.testing.assert_allclose(clipped.values, [[0.0, 0.0], [0.0, 1.0]])
-  assert clipped.support == Support() and clipped.kind == "risk_clipped"
-  assert (clipped.values.mean(axis=0) >= signed.values.mean(axis=0)).all()
-
-
-def test_binary_metrics_declare_binary_losses_except_signed_ones():
-  made = improving()
-  assert sequence_losses.compute(made, "textual", metric="exact_match").support.binary
-  assert sequence_losses.compute(made, "risk_clipped", metric="exact_match").support.binary
-  assert not sequence_losses.compute(made, "risk_signed", metric="exact_match").support.binary
+  made = dataclasses.replace(made, full=(laws.record("id-000", "p q"), made.full[1]))
+  losses = compute(made, kind)
+  np.testing.assert_allclose(losses.values, values)
+  assert losses.support == Support(lower=lower) and losses.kind == kind
+  assert compute(made, kind, metric="exact_match").support == Support(lower, binary=binary)
 
 
 def test_prefixes_of_a_sequential_run():
-  texts = [["word0 same", "word1 other"], ["x y"]]
-  made = laws.generations(2, texts=texts)
-  textual = sequence_losses.prefix_losses(made, "textual")
-  assert [column.tolist() for column in textual] == [[0.0, 0.5], [1.0]]
-  risk = sequence_losses.prefix_losses(made, "risk_signed")
-  assert [column.tolist() for column in risk] == [[0.0, 0.5], [1.0]]
+  made = laws.generations(2, texts=[["word0 same", "word1 other"], ["x y"]])
+  for kind in ("textual", "risk_signed"):
+    assert [column.tolist() for column in prefix_losses(made, kind)] == [[0.0, 0.5], [1.0]]
   with pytest.raises(ValueError, match=r"got incomplete ones at \[0.5\]; generate the rest"):
-    sequence_losses.compute(made, "textual")
+    compute(made, "textual")
 
 
 def test_errors():
   made = laws.generations(2, texts=[["else", "word1 same"]] * 2)
-  rows = (Prompt("id-000", "i"), made.prompts[1])
-  bare = type(made)(rows, made.thresholds, made.records, made.full)
-  with pytest.raises(ValueError, match=r"got 1 that have none, first \['id-000'\]; a"):
-    sequence_losses.compute(bare, "risk_signed")
-  with pytest.raises(ValueError, match=r"`kind` to be one of .* got 'other'"):
-    sequence_losses.compute(made, "other")
-  with pytest.raises(ValueError, match="whole corpus"):
-    sequence_losses.compute(made, "textual", metric="bleu")
+  bare = dataclasses.replace(made, prompts=(Prompt("id-000", "i"), made.prompts[1]))
+  for given, kind, metric, message in (
+    (bare, "risk_signed", "rouge_l", r"got 1 that have none, first \['id-000'\]; a"),
+    (made, "other", "rouge_l", r"`kind` to be one of .* got 'other'"),
+    (made, "textual", "bleu", "whole corpus"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      compute(given, kind, metric=metric)
   for fields in ({"lower": 1.0}, {"upper": np.inf}, {"lower": np.nan}):
     with pytest.raises(ValueError, match="`support` to have finite"):
       Support(**fields)
@@ -96,7 +85,6 @@ def test_errors():
 
 
 FULL = [f"answer {row}" for row in range(100)]
-
 CHEAP = ["another" if row % 3 == 0 else text for row, text in enumerate(FULL)]
 
 
@@ -148,11 +136,7 @@ def test_references_are_read_where_texts_differ():
   [
     ({}, {}, "`knobs` to be .*, at least one, all different"),
     ({"a": CHEAP[:-1]}, {}, r"early\['a'\].* of 100 texts"),
-    (
-      {"a": "text"},
-      {},
-      r"`early` to be a mapping .*, got 'text' \(str\) at 'a'",
-    ),
+    ({"a": "text"}, {}, r"`early` to be a mapping .*, got 'text' \(str\) at 'a'"),
     ({1: CHEAP, "1": CHEAP}, {}, "all different"),
     ({0.5: CHEAP, 0.9: FULL}, {}, "descend strictly"),
     ({"a": CHEAP}, {"references": ["x"]}, "`references` of 100"),
@@ -173,7 +157,6 @@ def test_copies_of_prompts_are_seen_in_their_texts():
 
 
 VALUES = (np.random.default_rng(0).random((200, 2)) < [0.02, 0.4]) * 1.0
-
 IDS = [f"p{row}" for row in range(200)]
 
 
