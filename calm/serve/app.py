@@ -8,7 +8,7 @@ import json
 import pathlib
 import queue
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import prometheus_client as prometheus
@@ -55,19 +55,19 @@ class Api:
     text = pathlib.Path(__file__).with_name("page.html").read_text("utf-8")
     page = HTMLResponse(text, headers={"Content-Security-Policy": _NO_NETWORK})
     asks = lambda kind, stream=None: self._guard(functools.partial(self._ask, kind, stream))
-    post = {"methods": ["POST"]}
+    post = functools.partial(Route, methods=["POST"])
     # A page of another site whose name was made to lead here (DNS rebinding) is refused.
     known = Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
     self.app = Starlette(
       routes=[
-        Route("/", asks(protocol.Generation), **post),  # as huggingface_hub's client asks
+        post("/", asks(protocol.Generation)),  # as huggingface_hub's client asks
         Route("/", page),
         Route("/health", self._health),
         Route("/metrics", self._guard(self._metrics)),
         Route("/v1/models", self._guard(self._models)),
-        Route("/v1/completions", asks(protocol.Completion), **post),
-        Route("/generate", asks(protocol.Generation), **post),
-        Route("/generate_stream", asks(protocol.Generation, True), **post),
+        post("/v1/completions", asks(protocol.Completion)),
+        post("/generate", asks(protocol.Generation)),
+        post("/generate_stream", asks(protocol.Generation, True)),
       ],
       middleware=[known] if loopback else [],
       exception_handlers={HTTPException: lambda request, error: _refused(error)},
@@ -137,7 +137,9 @@ class Api:
     options, layers = device.model.options, device.model.num_layers
     as_json = thresholds.threshold_to_json
     history = [(count, as_json(level), mean) for count, level, mean in list(device.history)]
-    state = online and {"served": online.served, "checked": online.checked}
+    state = None
+    if online is not None:
+      state = {"served": online.served, "checked": online.checked, "alarms": online.life}
     about = {
       "max_input_tokens": options.max_input_length,
       "max_new_tokens": options.max_decode_length,
@@ -145,7 +147,7 @@ class Api:
       "threshold": as_json(device.threshold),
       "guarantee": device.guarantee(device.threshold),
       "colours": [(colour, outputs.text_colour(colour)) for colour in outputs.scale(layers)],
-      "online": state and state | {"alarms": online.life, "history": history},
+      "online": state and {**state, "history": history},
     }
     model = {"id": self.name, "object": "model", "created": 0, "owned_by": "calm"}
     return JSONResponse({"object": "list", "data": [model | {"calm": about}]})
@@ -191,14 +193,13 @@ class Api:
       raise Refusal(got, None, 413)
     try:
       body = storage.parse_json(await request.body())
-      json.dumps(
-        body, ensure_ascii=False
-      ).encode()  # no half characters, which no answer can name
+      # No half characters, which no answer can name.
+      json.dumps(body, ensure_ascii=False).encode()
       return body
     except ValueError as error:
       raise Refusal(f"Expected the body to be JSON: {str(error)[:200]}") from None
 
-  async def _receive(self, jobs, came: asyncio.Queue) -> AsyncIterator[tuple[int, Part]]:
+  async def _receive(self, jobs, came: asyncio.Queue) -> AsyncGenerator[tuple[int, Part], None]:
     left, end = len(jobs), time.monotonic() + self._timeout
     try:
       while left:

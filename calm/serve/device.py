@@ -126,8 +126,9 @@ class Device(threading.Thread):
       return FULL_DEPTH
     if self.online is not None:
       return self.online.guarantee if self.online.threshold == threshold else None
-    void = made is None or threshold != made.threshold or self.model.platform_mismatch
-    return None if void else made.guarantee
+    if made is None or threshold != made.threshold or self.model.platform_mismatch:
+      return None
+    return made.guarantee
 
   def submit(self, jobs: Sequence[Job]) -> None:
     """Queues prompts; `queue.Full` where there is no room for all of them."""
