@@ -67,14 +67,14 @@ BUDGETS = {
   "fitting": (2589, 8),
   "inference": (2514, 10),
   "paper": (2563, 12),
-  "serve": (726, 4),
+  "serve": (728, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3756, 17),
   "t5x": (1350, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_733, 139), "tests": (28_340, 166), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_735, 139), "tests": (28_340, 166), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
