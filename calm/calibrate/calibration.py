@@ -349,15 +349,15 @@ def _check_decision(one: Calibration) -> None:
         again = float(p_value(mean * count, count, part.tolerance, log=True))
         if abs(again - log_p) > _CLOSE * (1.0 + abs(again)):
           _same("log_p_values", again, log_p)
-  again = testing.decide(parts, levels, one.testing, one.error_rate, promise.grids)
+  rows, visited, _ = testing.decide(parts, levels, one.testing, one.error_rate, promise.grids)
   # p = error_rate may fall on either side by rounding, where it does the stored word counts.
   close = np.abs(one.column("adjusted_p_value") - one.error_rate) <= 1e-12
-  for place, (row, wanted) in enumerate(zip(one.rows, again.rows, strict=True)):
+  for place, (row, wanted) in enumerate(zip(one.rows, rows, strict=True)):
     for name, value in vars(wanted).items():
       if name != "rejected" or not close[place]:
         _same(name, value, getattr(row, name), f" in row {place}")
   if not close.any():
-    _same("visited", again.visited, one.visited)
+    _same("visited", visited, one.visited)
   place = promise.place(one.column("rejected"))
   _same("threshold", math.inf if place is None else levels[place], one.threshold)
 

@@ -279,16 +279,9 @@ class Run:
         f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
         f" {self.procedure!r}."
       )
-    several_levels = self.procedure != "fixed_sequence"
-    units = clusters.unit_support(losses, groups)
-    options = {"any_level": several_levels, "randomized": self.randomized}
-    chosen = methods.get_method(self.method, units, **options)
-    if several_levels and chosen.hedges:
-      raise ValueError(
-        f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
-        f" bets for one level, got {self.procedure!r}; use 'betting' with it."
-      )
-    return chosen
+    units, any_level = clusters.unit_support(losses, groups), self.procedure != "fixed_sequence"
+    options = {"any_level": any_level, "randomized": self.randomized}
+    return methods.get_method(self.method, units, **options)
 
   def test(self, part: Part, groups: Sequence[str] | None, names: Any) -> Evidence:
     """Tests one part, column by column where other rows count at each threshold."""
@@ -372,13 +365,14 @@ def _certify(
   numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
   if groups is None and numbers_alone and not sample.groups_ignored:
     checks.warn_of_copies(sample.values)
-  decision = testing.decide(evidence, thresholds, run.procedure, run.error_rate, promise.grids)
-  rejected = np.array([row.rejected for row in decision.rows])
+  options = (run.procedure, run.error_rate, promise.grids)
+  rows, visited, worst = testing.decide(evidence, thresholds, *options)
+  rejected = np.array([row.rejected for row in rows])
   place, first = promise.place(rejected), evidence[0]
   if isinstance(promise, Configurations):
     reason = promise.reason(rejected)
   else:
-    reason = _reason(sample, rejected, parts, evidence, decision.worst, run)
+    reason = _reason(sample, rejected, parts, evidence, worst, run)
   provenance = Provenance(
     metric=sample.metric,
     references="full model" if sample.kind == "textual" else "targets",
@@ -401,8 +395,8 @@ def _certify(
     num_examples=len(sample.values) if groups is None else len(set(groups)),
     clusters=groups is not None,
     groups_ignored=groups is None and sample.groups_ignored,
-    rows=decision.rows,
-    visited=decision.visited,
+    rows=rows,
+    visited=visited,
     order="permuted" if ordered else "irrelevant",
     seed=seeds[0],
     procedure=procedures[place or 0],

@@ -123,15 +123,17 @@ def get_method(
     bets = "betting_randomized" if randomized else "betting_fixed_level"
     name = "binomial" if support.binary else "betting" if any_level else bets
   method, way_out = METHODS[name], ""
-  if name == "binomial" and not support.binary:
-    way_out = "declare them binary (0 or 1), or use 'convex_order' or 'betting'"
+  if any_level and method.hedges:
+    way_out = "it bets for the one level of 'fixed_sequence': use 'betting' with others"
+  elif name == "binomial" and not support.binary:
+    way_out = "declare losses binary (0 or 1), or use 'convex_order' or 'betting'"
   elif not method.ordered and support.upper > 1.0:
     way_out = "divide losses and tolerance by the upper end, or use 'betting'"
   elif not method.ordered and support.lower < 0.0 and not method.clips:
     way_out = "signed losses go into 'betting', and 'paper' clips them at 0"
   if way_out:
     raise ValueError(
-      f"Expected losses that `method` {name!r} can test, got the declared range"
-      f" [{support.lower}, {support.upper}]; {way_out}."
+      "Expected a `method` for the testing procedure and the declared range"
+      f" [{support.lower}, {support.upper}], got {name!r}; {way_out}."
     )
   return method

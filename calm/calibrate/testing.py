@@ -6,7 +6,7 @@ Every procedure controls the family-wise error rate whatever the dependence betw
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,21 +73,16 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   return adjusted, visited
 
 
-def _bonferroni(p_values: npt.ArrayLike, error_rate: float) -> Tested:
-  """p <= error_rate / k; only calibrations of earlier versions have it."""
-  del error_rate
-  p_values = np.asarray(p_values, np.float64)
-  count = len(p_values)
-  return np.minimum(p_values / np.full(count, 1.0 / count), 1.0), range(count)
-
-
 PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Tested]] = {
   "fixed_sequence": fixed_sequence,
   "fallback": fallback,
   "holm": holm,
 }
-# Procedures of stored calibrations.
-READABLE = {**PROCEDURES, "bonferroni": _bonferroni}
+# Procedures of stored calibrations; the last was one once.
+READABLE = {
+  **PROCEDURES,
+  "bonferroni": lambda p, _: (np.minimum(np.divide(p, 1.0 / len(p)), 1.0), range(len(p))),
+}
 
 
 def first_share(procedure: str, count: int) -> float:
@@ -141,22 +136,14 @@ class Row:
   rejected: bool  # whether E[loss] <= tolerance is certified
 
 
-class Decision(NamedTuple):
-  """What is certified."""
-
-  rows: tuple[Row, ...]  # one a threshold
-  visited: tuple[int, ...]  # positions in the order of testing
-  worst: np.ndarray  # [num_thresholds] the least certain part
-
-
 def decide(
   parts: Sequence[Evidence],
   thresholds: Sequence[float],
   procedure: str,
   error_rate: float,
   sequences: Sequence[int] = (),
-) -> Decision:
-  """Certifies where every part is; used to certify and to verify.
+) -> tuple[tuple[Row, ...], tuple[int, ...], np.ndarray]:
+  """Certifies where every part is: rows, positions in the order of testing, the worst parts.
 
   A threshold that breaks the promise breaks one of its parts, whose p-value alone is small with
   probability at most the error rate (intersection-union): parts cost no share of it. Ascending
@@ -193,4 +180,4 @@ def decide(
         rejected=bool(adjusted[place] <= error_rate),
       )
     )
-  return Decision(tuple(rows), tuple(visited), worst)
+  return tuple(rows), tuple(visited), worst

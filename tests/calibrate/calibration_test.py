@@ -247,13 +247,19 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
     ({"support": Support(0.0, 0.05)}, r"`tolerance` to be in \(-inf, 0.05\), got 0.1"),
     ({"support": (0, 1)}, "`support` to be a `Support`"),
     ({"method": "best"}, "`method` to be one of .* got 'best'"),
-    ({"method": "binomial"}, r"`method` 'binomial' can test, got .*; declare them binary"),
-    ({"method": "paper", "support": Support(0.0, 2.0)}, "0, 2.0]; divide losses and tolerance"),
-    ({"method": "convex_order", "support": Support(-1.0)}, "test, got .*; signed losses go"),
+    ({"method": "binomial"}, "got 'binomial'; declare losses binary"),
+    (
+      {"method": "paper", "support": Support(0.0, 2.0)},
+      "got 'paper'; divide losses and tolerance",
+    ),
+    (
+      {"method": "convex_order", "support": Support(-1.0)},
+      "got 'convex_order'; signed losses go",
+    ),
     ({"testing_procedure": "bh"}, "`testing_procedure` to be one of .* got 'bh'"),
     (
       {"method": "betting_fixed_level", "testing_procedure": "holm"},
-      "`method` 'betting_fixed_level', .* got 'holm'; use 'betting'",
+      "`method` for the testing procedure .* got 'betting_fixed_level'; .* use 'betting'",
     ),
     ({"thresholds": None}, "`thresholds` beside `losses` .*, got none"),
     ({"thresholds": GRID[:3]}, r"\[n, 3\] with n at least 1, got shape \(30, 4\)"),

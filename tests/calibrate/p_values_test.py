@@ -99,6 +99,7 @@ def test_convex_order_equals_exact_fractions(size, share, sixteenths):
 
 
 def test_hoeffding_bentkus_by_hand():
+  assert p_values.hoeffding(5.0, 100, 0.1) == pytest.approx(math.exp(-0.5), rel=1e-12)
   # n = 10, sum 0.5: KL term exp(-10 (0.05 log(0.05/0.3) + 0.95 log(0.95/0.7))), Bentkus e P(B
   # <= 1)
   divergence = 0.05 * math.log(0.05 / 0.3) + 0.95 * math.log(0.95 / 0.7)

@@ -253,33 +253,23 @@ LAWS = [quantile, every_group, early, tail, mixture, cost]
 
 @pytest.mark.parametrize("law", LAWS)
 def test_at_the_boundary_the_promise_is_broken_no_more_often_than_it_says(law):
-  generator = np.random.default_rng(0)
-  draws = 80
+  generator, draws = np.random.default_rng(0), 80
   wrong = sum(calibrated(*law(generator, 160)).certified for _ in range(draws))
   assert stats.binomtest(wrong, draws, ERROR_RATE, alternative="greater").pvalue > 1e-3
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_it_is_certified_where_it_is_kept_with_room_and_read_again(law, tmp_path):
-  losses, promise = law(np.random.default_rng(0), 800)
+  losses, promise = law(np.random.default_rng(0), 800)  # kept with room
   if isinstance(promise, risks.Cost):
     promise = risks.Cost(0.8, costs=promise.costs)
   found = calibrated(losses, promise, 0.45 if law is not quantile else 0.95)
-  assert found.certified
-  found.save(tmp_path / "c.json")
-  back = Calibration.load(tmp_path / "c.json")
-  assert back == found and back.guarantee == found.guarantee
-  assert back.promise == promise and type(back.promise) is type(promise)
+  back = Calibration.from_json(found.to_json())
+  assert found.certified and back == found and type(back.promise) is type(promise)
 
 
 @pytest.mark.parametrize(("share", "size"), [(0.9, 29), (0.95, 59), (0.99, 299)])
 def test_quantiles_need_as_many_prompts_as_planned(share, size):
-  promise = risks.Quantile(share)
-  rates = dict(tolerance=0.3, error_rate=0.05)
+  promise, rates = risks.Quantile(share), dict(tolerance=0.3, error_rate=0.05)
   assert planning.promise_size(promise, **rates) == {"": size}
-  enough = calibrate(np.zeros((size, 1)), [0.5], **rates, promise=promise)
   few = calibrate(np.zeros((size - 1, 1)), [0.5], **rates, promise=promise)
-  assert enough.certified and not few.certified and f"at least {size}" in few.reason
+  assert not few.certified and f"at least {size}" in few.reason
 
 
 def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own():
@@ -297,10 +287,7 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
 
 
 def test_some_rows_are_tested_in_the_order_of_all():
-  values, ids = (
-    np.random.default_rng(0).beta(1.0, 20.0, (90, 2)),
-    [f"id-{n}" for n in range(90)],
-  )
+  values, ids = np.random.default_rng(0).beta(1.0, 20.0, (90, 2)), map(str, range(90))
   losses = SequenceLosses(values, GRID, ids=tuple(ids))
   groups = risks.EveryGroup(labels=["a" if row % 3 else "b" for row in range(90)])
   together = calibrated(losses, groups, seed="ab").parts[1]

@@ -122,12 +122,13 @@ def part(p_values, share=1.0, ascending=False):
 
 
 def check(found, p_values, worst, rejected, adjusted, visited):
-  column = lambda name: [getattr(row, name) for row in found.rows]
+  rows, tested, least_certain = found
+  column = lambda name: [getattr(row, name) for row in rows]
   np.testing.assert_allclose(column("p_value"), p_values, rtol=1e-12)
   np.testing.assert_allclose(np.exp(column("log_p_value")), p_values, rtol=1e-12)
   np.testing.assert_allclose(column("adjusted_p_value"), adjusted, rtol=1e-12)
-  assert found.worst.tolist() == worst and column("rejected") == rejected
-  assert found.visited == visited and column("threshold") == GRID
+  assert least_certain.tolist() == worst and column("rejected") == rejected
+  assert tested == visited and column("threshold") == GRID
 
 
 def test_the_worst_part_decides():
