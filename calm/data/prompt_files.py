@@ -294,40 +294,22 @@ def _prompt_of(row: rows.Row, input_key: str | None, target_key: str | None) -> 
   if missing := [key for key in wanted if isinstance(fields, str) or key not in fields]:
     got = "a text" if isinstance(fields, str) else list(fields)[:12]
     raise row.error(f"expected a field `{missing[0]}`, got {got}; name another, or none")
-  if isinstance(fields, str):
-    return Prompt(row.name, _text(row, "the text", fields))
-  assert input_key is not None
-  first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)
-  targets = first(TARGET_KEYS if target_key is None else (target_key,))
-  name, group = fields.get("id"), first(_GROUP_KEYS)
-  targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
-  return Prompt(
-    row.name if name in (None, "") else _text(row, "`id`", _named(name)),
-    _text(row, f"`{input_key}`", fields[input_key]),
-    tuple(_text(row, "`target`", text) for text in targets),
-    None if group is None else _text(row, "`source`", _named(group)),
-  )
-
-
-def _named(value: Any) -> Any:
-  """The digits of a whole number, which is a name."""
-  return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _text(row: rows.Row, called: str, value: Any) -> str:
-  if not isinstance(value, str):
-    raise row.error(
-      f"expected {called} to be a string, got {type(value).__name__} {value!r:.60}; write it"
-      " as one"
-    )
+  first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)  # pyright: ignore
   try:
-    value.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise row.error(
-      f"expected {called} to be Unicode, got half of a surrogate pair,"
-      f" {value[error.start]!r}, at character {error.start + 1}; write the whole character"
-    ) from error
-  return value
+    if isinstance(fields, str) or input_key is None:
+      return Prompt(row.name, fields)  # pyright: ignore
+    targets = first(TARGET_KEYS if target_key is None else (target_key,))
+    targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
+    name = fields.get("id")
+    name = str(name) if type(name) is int else name  # its digits are a name
+    group = first(_GROUP_KEYS)
+    return Prompt(row.name if name in (None, "") else name, fields[input_key], targets, group)  # pyright: ignore
+  except ValueError as error:
+    text = str(error).replace("Expected", "expected", 1)
+    named = {"input": input_key or "input", "targets": "target", "group": "source"}
+    for field, key in named.items():
+      text = text.replace(f"`{field}` to", f"`{key}` to", 1)
+    raise row.error(text) from error
 
 
 def is_table(value: Any) -> bool:

@@ -214,7 +214,7 @@ def test_prompts_without_any_text_are_counted(tmp_path):
       r"a\.jsonl:2: expected a field `input`, got",
     ),
     ("a.jsonl", lines([{"input": "a"}, "b"]), r"a\.jsonl:2: expected all rows.*got both"),
-    ("a.jsonl", lines([{"input": 3}]), r"a\.jsonl:1: expected `input` to be a string, got int"),
+    ("a.jsonl", lines([{"input": 3}]), r"a\.jsonl:1: expected `input` to be a text, got 3"),
     ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object or a text, got list"),
     (
       "a.jsonl",
@@ -337,7 +337,7 @@ def test_what_is_no_prompt_is_named_with_its_number():
     prompt_files.prompts_of(["a", float("nan")])
   with pytest.raises(ValueError, match=r"prompt 1: expected a field `input` or .*\['words'\]"):
     prompt_files.prompts_of(Frame(words=["a"]))
-  with pytest.raises(ValueError, match="prompt 2: expected `input` to be a string"):
+  with pytest.raises(ValueError, match="prompt 2: expected `input` to be a text"):
     prompt_files.prompts_of(Frame(input=["a", float("nan")]))
 
 

@@ -1,6 +1,6 @@
 """Outputs decoded elsewhere: T5X, vLLM, OpenAI batches and plain {id, prediction} JSON Lines.
 
-Nothing says how such outputs were decoded, so `procedure` is None unless the caller states it.
+Nothing says how such outputs were decoded: their `procedure` is None.
 """
 
 import math
@@ -39,7 +39,6 @@ def read_predictions(
   Raises:
     GenerationsError: a line is no output, or several, or an id occurs twice.
   """
-
   prompts: list[Prompt] = []
 
   def parse(line: storage.Line) -> Record:

@@ -30,9 +30,10 @@ class Prompt:
     lone = isinstance(targets, str) or not arguments.is_listing(targets)
     texts = (targets,) if lone else tuple(targets)
     if not all(isinstance(target, str) for target in texts):
-      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
+      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r:.100}")
     if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
-      raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
+      text = f"to be a text, a whole number or null, got {group!r:.100}"
+      raise ValueError(f"Expected `group` {text}")
     group = None if group is None else str(group)
     _require_text("id", self.id)
     _require_text("input", self.input)
@@ -133,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 def _require_text(name: str, text: Any) -> None:
   if not isinstance(text, str):
-    raise ValueError(f"Expected `{name}` to be a text, got {text!r}")
+    raise ValueError(f"Expected `{name}` to be a text, got {text!r:.100}")
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:  # JSON can hold it, and no file in UTF-8 can
