@@ -17,8 +17,8 @@ from calm import exits, inference
 from calm.paper import bench, experiments, scores, tasks
 
 MEASURES = ("softmax@2,4", "softmax@2,3,4", "shortlist@2,4", "classifier", "probe@2,4")
-TARGETS = [experiments.Target("textual", delta) for delta in (0.02, 0.1, 0.25)]
-METHOD = experiments.Method("auto", "risk_signed")
+TARGETS = [("textual", delta) for delta in (0.02, 0.1, 0.25)]
+METHODS = {"auto": "risk_signed"}
 
 
 def opened(arguments: argparse.Namespace, name: str) -> bench.Bench:
@@ -47,10 +47,10 @@ def titled(measure: str) -> str:
   return f"{title}; decaying, {decay}" if decay else title
 
 
-def cell(gain: experiments.Gain, tolerance: float) -> str:
+def cell(gain: experiments.Gain) -> str:
   """Risk on unseen prompts, layers and speed-up; the risk in bold where it is above delta."""
   risk = f"{gain.risk:.3f}"
-  risk = f"**{risk}**" if float(risk) > tolerance else risk
+  risk = f"**{risk}**" if float(risk) > gain.tolerance else risk
   return f"{risk}, {gain.layers:.2f}, x{gain.speedup:.2f}"
 
 
@@ -59,12 +59,12 @@ def rows(of: bench.Bench) -> list[list[str]]:
   title = of.settings.title
   scorer = scores.Scorer([prompt.targets for prompt in of.test], of.settings.metric)
   full = of.records(f"static {of.num_layers} test", exits.StaticExit(of.num_layers), of.test)
-  oracle = scorer.scores(of.records("oracle test", exits.OracleExit(), of.test), full)
-  table = experiments.gains(of, targets=TARGETS, methods=[METHOD])
-  cells = {(row.target, row.measure): row.gains[0] for row in table.rows}
+  early = of.records("oracle test", exits.OracleExit(), of.test)
+  oracle = scorer.point("oracle", early, full)
+  gains = experiments.gains(of, targets=TARGETS, methods=METHODS).cells
   calibrated = [
-    [title, titled(m), *(cell(cells[target, m], target.tolerance) for target in TARGETS)]
-    for m in of.measures
+    [title, titled(measure), *(cell(gain) for gain in gains if gain.measure == measure)]
+    for measure in of.measures
   ]
   return [*calibrated, [title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"]]
 
@@ -90,7 +90,7 @@ def main() -> None:
     for line in lines[-len(arguments.measures) - 1 :]:
       print("  ".join(f"{text:<24}" for text in line), flush=True)
   if arguments.output:
-    columns = ["task", "measure", *(f"delta = {target.tolerance:g}" for target in TARGETS)]
+    columns = ["task", "measure", *(f"delta = {delta:g}" for _, delta in TARGETS)]
     padded = [[*row, *[""] * (len(columns) - len(row))] for row in lines]
     align = ["left", "left", *["right"] * len(TARGETS)]
     about = {"align": align, "machine": "two shared CPU cores", "packages": ["jax"]}

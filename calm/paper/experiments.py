@@ -16,7 +16,7 @@ from calm.data import prompt_batches
 from calm.exits import propagation, schedules
 from calm.inference import panel, timing
 from calm.paper import bench, perturbations, scores, tasks, trials
-from calm.paper.scores import Curve
+from calm.paper.scores import Point
 from calm.t5 import costs
 
 FULL, STATIC, ORACLE = "full model", "static", "oracle"
@@ -30,37 +30,31 @@ PROPAGATIONS = ("exit_state", "first_state", "copy_projections")
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-  """Curves of one experiment on the same validation prompts."""
+  """Curves of one experiment on the same validation prompts, each from deep to shallow."""
 
   num_prompts: int
-  curves: tuple[Curve, ...]
+  points: tuple[Point, ...]  # curve after curve
   num_timed: int = 0  # of the prompts, decoded alone for the seconds
 
-  def first(self, name: str) -> scores.Point:
+  @property
+  def curves(self) -> dict[str, list[Point]]:
+    """Name -> points."""
+    names = dict.fromkeys(point.name for point in self.points)
+    return {name: [p for p in self.points if p.name == name] for name in names}
+
+  def first(self, name: str) -> Point:
     """The deepest point of the curve of a name."""
-    return next(curve.points[0] for curve in self.curves if curve.name == name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Length:
-  """Tokens of a set of texts: their number, mean, 5th and 95th percentile."""
-
-  count: int
-  mean: float
-  low: float
-  high: float
-
-  def __str__(self) -> str:
-    return f"{self.mean:.0f} ({self.low:.0f} - {self.high:.0f})"
+    return next(point for point in self.points if point.name == name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Table 1 for one task; EOS is not counted."""
+  """Table 1 for one task; lengths are 'mean (5th - 95th percentile)' in tokens without EOS."""
 
-  references: Length  # first references
-  inputs: Length  # prompts with their prefix
-  outputs: Length  # of the full model
+  num_references: int  # prompts that have one
+  references: str  # first references
+  inputs: str  # prompts with their prefix
+  outputs: str  # of the full model
   cut_inputs: float  # share of prompts longer than what is read, in [0, 1]
 
 
@@ -71,15 +65,17 @@ def lengths(of: bench.Bench) -> Lengths:
   def counts(texts: Iterable[str]) -> np.ndarray:
     return np.array([len(encode(text)) for text in texts], float)
 
-  def length(values: np.ndarray) -> Length:
+  def words(values: np.ndarray) -> str:
     low, high = np.percentile(values, [5, 95])
-    return Length(len(values), float(values.mean()), float(low), float(high))
+    return f"{values.mean():.0f} ({low:.0f} - {high:.0f})"
 
+  references = counts(prompt.targets[0] for prompt in of.validation if prompt.targets)
   inputs = counts(options.task_prefix + prompt.input for prompt in of.validation)
   return Lengths(
-    length(counts(prompt.targets[0] for prompt in of.validation if prompt.targets)),
-    length(inputs),
-    length(counts(record.prediction for record in of.full)),
+    len(references),
+    words(references),
+    words(inputs),
+    words(counts(record.prediction for record in of.full)),
     float(np.mean(inputs >= options.max_input_length)),
   )
 
@@ -87,15 +83,9 @@ def lengths(of: bench.Bench) -> Lengths:
 # Curves: Fig. 2c, Fig. 3, section 3.3.1, App. D, Eq. 6
 
 
-def scorer(of: bench.Bench, *, ablated: bool = False, bleu: bool = False) -> scores.Scorer:
-  """Scores of the validation prompts, or of those of Fig. 2."""
-  prompts = of.validation[: of.options.ablated] if ablated else of.validation
-  return scores.Scorer([p.targets for p in prompts], of.settings.metric, bleu)
-
-
-def static_name(depth: int) -> str:
-  """The name under which the static model of a depth is timed."""
-  return f"{STATIC} {depth}"
+def scorer(of: bench.Bench, **more: Any) -> scores.Scorer:
+  """Scores of the validation prompts."""
+  return scores.Scorer([p.targets for p in of.validation], of.settings.metric, **more)
 
 
 def tradeoff(of: bench.Bench) -> Curves:
@@ -103,17 +93,18 @@ def tradeoff(of: bench.Bench) -> Curves:
   oracle = of.records("oracle", exits.OracleExit(), of.validation)
   grids, depths = of.validation_grids, range(1, of.num_layers + 1)
   settings = of.timed_settings({measure: of.grid(measure) for measure in grids})
-  settings += [timing.Setting(static_name(k), exits.StaticExit(k)) for k in depths]
+  settings += [timing.Setting(f"{STATIC} {k}", exits.StaticExit(k)) for k in depths]
   settings.append(timing.Setting(ORACLE, exits.OracleExit()))
   timed = timing.of_one_length(of.timed_model, of.validation, of.options.timed)
   timings = of.time("tradeoff", timed, settings)
-  score, full = scorer(of, bleu=of.settings.bleu), of.full
-  point = lambda records, name: score.point(records, full, name=name, timings=timings)
-  curves = [score.curve(name, cached, full, timings) for name, cached in grids.items()]
-  static = tuple(point(of.static[k], static_name(k)) for k in reversed(depths))
-  curves += [Curve(STATIC, static), Curve(ORACLE, (point(oracle, ORACLE),))]
-  curves.append(Curve(FULL, (point(full, timing.FULL),)))
-  return Curves(len(of.validation), tuple(curves), timings.num_prompts)
+  score, full = scorer(of, bleu=of.settings.bleu, timings=timings), of.full
+  points = [p for name, cached in grids.items() for p in score.curve(name, cached, full)]
+  points += [
+    score.point(STATIC, of.static[k], full, timed_as=f"{STATIC} {k}") for k in reversed(depths)
+  ]
+  points.append(score.point(ORACLE, oracle, full))
+  points.append(score.point(FULL, full, full, timed_as=timing.FULL))
+  return Curves(len(of.validation), tuple(points), timings.num_prompts)
 
 
 def schedule_kinds(max_length: int) -> Mapping[str, schedules.Schedule]:
@@ -143,32 +134,25 @@ def schedule_grid(step: float) -> tuple[float, ...]:
 def decay(of: bench.Bench) -> Curves:
   """Fig. 2c: the trade-off under each schedule, with the first measure."""
   kinds = schedule_kinds(of.predictor.options.max_decode_length)
-  levels, measure = schedule_grid(of.options.step), of.measures[0]
-  prompts = of.validation[: of.options.ablated]
-  score, full, curves = scorer(of, ablated=True), of.full[: len(prompts)], []
+  prompts, levels = of.validation[: of.options.ablated], schedule_grid(of.options.step)
+  score, full, points = scorer(of), of.full[: len(prompts)], []
+  score = dataclasses.replace(score, references=score.references[: len(prompts)])
   for name, schedule in kinds.items():
-    model = of.model(measure, schedule=schedule)
+    model = of.model(of.measures[0], schedule=schedule)
     cached = of.over(model, prompts, levels, f"schedule {name}")
-    curves.append(score.curve(name, cached, full))
-  return Curves(len(prompts), tuple(curves))
-
-
-def reachable_layers(curve: Curve, least: float) -> float:
-  """Fewest mean layers of a curve's points whose similarity is at least `least`."""
-  kept = [p.scores.layers for p in curve.points if p.scores.similarity >= least]
-  return min(kept, default=float("nan"))
+    points += score.curve(name, cached, full)
+  return Curves(len(prompts), tuple(points))
 
 
 def propagations(of: bench.Bench) -> Curves:
   """Section 3.3.1: the oracle's exits under three ways to fill the skipped layers."""
   score, full = scorer(of), of.full
-  curves = [Curve(FULL, (score.point(full, full),))]
+  points = [score.point(FULL, full, full)]
   for name in PROPAGATIONS:
     rule = exits.OracleExit(propagation=propagation.propagation(name))
     step = "oracle" if name == PROPAGATIONS[0] else f"oracle {name}"
-    records = of.records(step, rule, of.validation)
-    curves.append(Curve(name, (score.point(records, full),)))
-  return Curves(len(of.validation), tuple(curves))
+    points.append(score.point(name, of.records(step, rule, of.validation), full))
+  return Curves(len(of.validation), tuple(points))
 
 
 def classifiers(of: bench.Bench) -> Curves | None:
@@ -178,82 +162,64 @@ def classifiers(of: bench.Bench) -> Curves | None:
   """
   if of.geometric is None:
     return None
-  score = scorer(of)
   other = dataclasses.replace(of, predictor=of.geometric)
-  curves = []
+  points = []
   for name, each in ((PER_LAYER, of), (GEOMETRIC, other)):
     cached = each.decoded("classifier", of.validation)
-    curves.append(score.curve(name, cached, cached.full))
-  return Curves(len(of.validation), tuple(curves))
+    points += scorer(of).curve(name, cached, cached.full)
+  return Curves(len(of.validation), tuple(points))
 
 
 def objectives(of: bench.Bench) -> Curves | None:
   """Eq. 6 against a loss on the last layer only: quality at every static depth, or None."""
   if of.last_layer is None:
     return None
-  score = scorer(of)
-  models = {ALL_LAYERS: of.all_layers or of.predictor, LAST_LAYER: of.last_layer}
-  curves = []
-  for name, model in models.items():
+  points = []
+  for name, model in ((ALL_LAYERS, of.all_layers or of.predictor), (LAST_LAYER, of.last_layer)):
     static = dataclasses.replace(of, predictor=model).static
     full = static[max(static)]
-    points = tuple(score.point(static[k], full) for k in sorted(static, reverse=True))
-    curves.append(Curve(name, points))
-  return Curves(len(of.validation), tuple(curves))
+    points += [scorer(of).point(name, static[k], full) for k in sorted(static, reverse=True)]
+  return Curves(len(of.validation), tuple(points))
 
 
 # Table 2
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """A guarantee: consistency 'textual' or 'risk', and the tolerance delta."""
-
-  consistency: str
-  tolerance: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-  """`method` of `calibrate`, and the loss behind risk consistency: Eq. 11's or Eq. 2's."""
-
-  name: str
-  risk_kind: str
-
-
-# The paper's; Debian's outputs are shorter, so that one wrong word costs more.
-TARGETS = (
-  Target("textual", 0.1),
-  Target("textual", 0.25),
-  Target("risk", 0.02),
-  Target("risk", 0.05),
-)
-# Only a betting test takes signed losses, which reward prompts whose output improves.
-METHODS = (Method("paper", "risk_clipped"), Method("auto", "risk_signed"))
+# (consistency, tolerance delta): the paper's; Debian's outputs are shorter, so that one wrong
+# word costs more.
+TARGETS = (("textual", 0.1), ("textual", 0.25), ("risk", 0.02), ("risk", 0.05))
+# `method` of `calibrate` -> the loss behind risk consistency, Eq. 11's or Eq. 2's. Only betting
+# takes signed losses, which reward prompts whose output improves.
+METHODS = {"paper": "risk_clipped", "auto": "risk_signed"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-  """One method's cell of Table 2."""
+  """A cell of Table 2: one guarantee by one method, for one measure."""
 
-  threshold: float  # calibrated lambda, or `NEVER_EXIT`
-  risk: float  # mean loss of unseen prompts at that threshold
-  # 95 % interval of the expected loss, from the unseen prompts alone.
-  risk_interval: scores.Interval
-  layers: float  # mean decoder layers a token on unseen prompts
-  flops_reduction: float  # decoder FLOPs of the full model over these; NaN without a formula
-  speedup: float  # measured decode seconds of the full model over these
-  end_to_end: float  # the same with the encoder's seconds on both sides
-  speedup_interval: scores.Interval  # 95 % interval of `speedup`, over prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One row of Table 2; `gains` has one entry a method."""
-
-  target: Target
+  consistency: str  # 'textual' or 'risk'
+  tolerance: float  # delta
   measure: str
-  gains: tuple[Gain, ...]
+  method: str  # of `METHODS`
+  # Calibrated lambda, or `NEVER_EXIT`: the full model.
+  threshold: float = schedules.NEVER_EXIT
+  risk: float = 0.0  # mean loss of unseen prompts at that threshold
+  # 95 % interval of the expected loss, from the unseen prompts alone.
+  risk_interval: scores.Interval = (0.0, 0.0)
+  layers: float = float("nan")  # mean decoder layers a token on unseen prompts
+  flops_reduction: float = 1.0  # decoder FLOPs of the full model over these; NaN: no formula
+  speedup: float = 1.0  # measured decode seconds of the full model over these
+  end_to_end: float = 1.0  # the same with the encoder's seconds on both sides
+  speedup_interval: scores.Interval = (1.0, 1.0)  # 95 % interval of `speedup`, over prompts
+
+  @property
+  def exits(self) -> bool:
+    """Whether a threshold was certified."""
+    return self.threshold != schedules.NEVER_EXIT
+
+  @property
+  def above(self) -> bool:
+    """Whether the risk that was measured on unseen prompts is above what was promised."""
+    return self.risk > self.tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,11 +230,13 @@ class Gains:
   num_calibration: int
   num_unseen: int  # prompts of the risk, layers and FLOPs
   num_timed: int  # unseen prompts decoded alone for the seconds
-  rows: tuple[Row, ...]
+  cells: tuple[Gain, ...]  # by target, then measure, then method
 
 
 def gains(
-  of: bench.Bench, targets: Sequence[Target] = TARGETS, methods: Sequence[Method] = METHODS
+  of: bench.Bench,
+  targets: Sequence[tuple[str, float]] = TARGETS,
+  methods: Mapping[str, str] = METHODS,
 ) -> Gains:
   """Table 2: what calibrated thresholds save on unseen prompts.
 
@@ -284,54 +252,47 @@ def gains(
   def risk(measure: str, kind: str):
     return sequence_losses.compute(of.test_grids[measure], kind, metric=of.settings.metric)
 
-  def table(measure: str, target: Target, method: Method):
-    textual = target.consistency == "textual"
-    return of.textual[measure] if textual else risk(measure, method.risk_kind)
+  def table(cell: Gain):
+    textual = cell.consistency == "textual"
+    return of.textual[cell.measure] if textual else risk(cell.measure, methods[cell.method])
 
-  cells = list(itertools.product(targets, of.measures, methods))
-  found = {
-    (target, measure, method): calibrate_lib.calibrate(
-      table(measure, target, method).ungrouped().rows(range(cut)),
-      tolerance=target.tolerance,
-      error_rate=rate,
-      method=method.name,
-    ).threshold
-    for target, measure, method in cells
+  def calibrated(cell: Gain) -> Gain:
+    rows = table(cell).ungrouped().rows(range(cut))
+    asked = {"tolerance": cell.tolerance, "error_rate": rate, "method": cell.method}
+    level = calibrate_lib.calibrate(rows, **asked).threshold
+    return dataclasses.replace(cell, threshold=level, layers=float(of.num_layers))
+
+  asked = itertools.product(targets, of.measures, methods)
+  cells = [calibrated(Gain(*target, measure, method)) for target, measure, method in asked]
+  chosen = {
+    measure: list(dict.fromkeys(c.threshold for c in cells if c.measure == measure and c.exits))
+    for measure in of.measures
   }
-  chosen: dict[str, list[float]] = {measure: [] for measure in of.measures}
-  for (_, measure, _), level in found.items():
-    if level not in (*chosen[measure], schedules.NEVER_EXIT):
-      chosen[measure].append(level)
   alone = timing.of_one_length(of.timed_model, of.test[cut:], 2 * of.options.timed)
   timings = of.time("gains", alone, of.timed_settings(chosen))
 
-  def gain(measure: str, target: Target, method: Method) -> Gain:
-    level = found[target, measure, method]
-    if level == schedules.NEVER_EXIT:
-      return Gain(
-        level, 0.0, (0.0, 0.0), float(of.num_layers), 1.0, 1.0, 1.0, speedup_interval=(1.0, 1.0)
-      )
-    of_task, timed = table(measure, target, method), timings.find(measure, level)
-    column = int(np.flatnonzero(of_task.thresholds == level)[0])
+  def measured(cell: Gain) -> Gain:
+    if not cell.exits:
+      return cell
+    of_task, timed = table(cell), timings.find(cell.measure, cell.threshold)
+    column = int(np.flatnonzero(of_task.thresholds == cell.threshold)[0])
     unseen = of_task.values[cut:, column]
-    layers = [r.exit_layers or () for r in of.test_grids[measure].records[column][cut:]]
+    layers = [r.exit_layers or () for r in of.test_grids[cell.measure].records[column][cut:]]
+    model = bench.under(of.predictor, cell.measure)
     assert timed is not None  # every threshold that was chosen is timed
-    return Gain(
-      level,
-      float(unseen.mean()),
-      scores.mean_interval(unseen, of_task.support.lower),
-      sum(map(sum, layers)) / sum(map(len, layers)),
-      costs.totals(bench.under(of.predictor, measure).step_costs(padded), layers).flops_ratio,
-      timed.speedup,
-      timed.end_to_end,
-      scores.speedup_interval(timings, timed),
+    return dataclasses.replace(
+      cell,
+      risk=float(unseen.mean()),
+      risk_interval=scores.mean_interval(unseen, of_task.support.lower),
+      layers=sum(map(sum, layers)) / sum(map(len, layers)),
+      flops_reduction=costs.totals(model.step_costs(padded), layers).flops_ratio,
+      speedup=timed.speedup,
+      end_to_end=timed.end_to_end,
+      speedup_interval=scores.speedup_interval(timings, timed),
     )
 
-  rows = tuple(
-    Row(target, measure, tuple(gain(measure, target, method) for method in methods))
-    for target, measure in itertools.product(targets, of.measures)
-  )
-  return Gains(rate, cut, len(of.test) - cut, timings.num_prompts, rows)
+  unseen = len(of.test) - cut
+  return Gains(rate, cut, unseen, timings.num_prompts, tuple(map(measured, cells)))
 
 
 # App. B: deltas, random splits of figure (a), calibration sets of figure (b).
@@ -353,7 +314,6 @@ class MethodTrials:
 class Validity:
   """App. B for one task: textual consistency, one entry of `trials` a measure and method."""
 
-  metric: str
   error_rate: float
   num_prompts: int
   calibration_size: int  # prompts of each drawn calibration set of figure (b)
@@ -366,19 +326,17 @@ def validity(of: bench.Bench) -> Validity:
   Figure (a): random splits of the prompts. Figure (b): calibration sets drawn from them.
   """
   rate, size = of.options.error_rate, min(300, len(of.test))
-
   entries, progress = [], of.step("repeated calibration")
   for number, (measure, cached) in enumerate(of.test_grids.items()):
-    losses, counts = of.textual[measure].ungrouped(), cached.layer_counts()
+    counts = cached.layer_counts()
     layers = counts and (*counts, of.num_layers)
-    for turn, method in enumerate(("paper", "auto")):
+    for turn, method in enumerate(METHODS):
       progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
-      common = {"error_rate": rate, "method": method}
-      splits = trials.split_trials(losses, TOLERANCES, layers=layers, trials=SPLITS, **common)
-      common |= {"calibration_size": size, "trials": DRAWS}
-      draws = trials.validity_trials(losses, TOLERANCES, **common)
+      pool = trials.Draws(of.textual[measure].ungrouped(), method)
+      splits = trials.split_trials(pool, TOLERANCES, rate, layers=layers, trials=SPLITS)
+      draws = trials.validity_trials(pool, TOLERANCES, rate, size, trials=DRAWS)
       entries.append(MethodTrials(measure, method, splits, draws))
-  return Validity(of.settings.metric, rate, len(of.test), size, tuple(entries))
+  return Validity(rate, len(of.test), size, tuple(entries))
 
 
 # Fig. 4

@@ -52,21 +52,13 @@ _RC: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """One drawn figure.
+  """One drawn figure."""
 
-  Attributes:
-    name: file name without its ending; unique in a report.
-    title: what was found, above the figure.
-    caption: what it shows and how to read it.
-    svg: a whole SVG file, its own colours.
-    png: the same as PNG.
-  """
-
-  name: str
-  title: str
-  caption: str
-  svg: str
-  png: bytes
+  name: str  # file name without its ending; unique in a report
+  title: str  # what was found, above the figure
+  caption: str  # what it shows and how to read it
+  svg: str  # a whole SVG file, its own colours
+  png: bytes  # the same as PNG
 
   @property
   def inline(self) -> str:
@@ -111,11 +103,7 @@ LINES = (("#0077aa", "o", "-"), ("#dd6600", "s", "--"), ("#889966", "^", "-."))
 
 
 def styles_of(names: Sequence[str]) -> dict[str, Style]:
-  """The style of each series of a figure; variants of measures take theirs in this order.
-
-  Args:
-    names: of the series; the same order in every figure of a report gives the same styles.
-  """
+  """The style of each series of a figure; variants of measures take theirs in this order."""
   styles = {name: STYLES[name] for name in names if name in STYLES}
   variants = [name for name in dict.fromkeys(names) if name not in STYLES]
   for turn, name in enumerate(variants):
@@ -162,16 +150,18 @@ class Series:
 
 
 def curve_series(
-  curves: Iterable[scores.Curve],
+  curves: Mapping[str, Iterable[scores.Point]],
   styles: Mapping[str, Style],
-  x: Callable[[scores.Point], float],
-  y: Callable[[scores.Point], float],
+  x: str,
+  y: str,
   **options: Any,
 ) -> list[Series]:
-  """Every curve in its style, by two numbers of its points."""
+  """Every curve in its style, by two fields of its points; shares as hundredths."""
+  scale = {"layers": 1.0, "seconds": 1e3, "quality": 100, "similarity": 100}
+  values = lambda points, field: [scale[field] * getattr(point, field) for point in points]
   return [
-    Series(styles[c.name], list(map(x, c.points)), list(map(y, c.points)), options=options)
-    for c in curves
+    Series(styles[name], values(points, x), values(points, y), options=options)
+    for name, points in curves.items()
   ]
 
 
@@ -204,7 +194,7 @@ def draw(
   return Figure(name, title, caption, svg.getvalue(), png.getvalue())
 
 
-def full_depth(axes: mpl_axes.Axes, full: scores.Scores) -> None:
+def full_depth(axes: mpl_axes.Axes, full: scores.Point) -> None:
   """The full model's quality and its 95 % interval, as a line and a band."""
   low, high = scores.normal_interval(100.0 * full.quality, 100.0 * full.quality_error)
   axes.axhline(100.0 * full.quality, color=INK, linewidth=0.8, linestyle=":")

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from calm.exits import schedules
 from calm.inference.panel import threshold
 from calm.paper import experiments, perturbations, scores
 from calm.paper.figures import series_title
@@ -11,28 +10,26 @@ from calm.paper.tables import interval, times
 
 # Share of the full model's quality that counts as kept.
 KEPT = 0.98
-Cell = tuple[experiments.Row, experiments.Gain]
 
 
 def headline(report: experiments.TaskReport) -> str:
   """The result of a task in one sentence, or two where a remark is due."""
-  title, best = report.settings.title.capitalize(), best_gain(report.gains, "textual")
-  if best is None or not best[1].speedup > 1.0:
-    slower = "" if best is None else f"; the fastest that is certified runs {pace(best[1])}"
+  title, best = report.settings.title.capitalize(), best_gain(report.gains)
+  if best is None or not best.speedup > 1.0:
+    slower = "" if best is None else f"; the fastest that is certified runs {pace(best)}"
     return f"{title}: full depth serves best here, nothing faster was certified{slower}."
-  row, gain = best
-  drift = f"drift {gain.risk:.2f}{ends(gain.risk_interval)}"
+  drift = f"drift {best.risk:.2f}{ends(best.risk_interval)}"
   return (
-    f"{title}: decodes {pace(gain)}; {drift} where {row.target.tolerance:g} was promised"
-    f" ({series_title(row.measure)}, threshold {threshold(gain.threshold)},"
-    f" {report.gains.num_unseen} unseen prompts).{remark(row, gain)}"
+    f"{title}: decodes {pace(best)}; {drift} where {best.tolerance:g} was promised"
+    f" ({series_title(best.measure)}, threshold {threshold(best.threshold)},"
+    f" {report.gains.num_unseen} unseen prompts).{remark(best)}"
   )
 
 
 def speed(report: experiments.TaskReport) -> str:
   """The speed-up of a task in a word, like `×1.90`; `×1` where full depth serves best."""
-  best = best_gain(report.gains, "textual")
-  return times(best[1].speedup) if best and best[1].speedup > 1.0 else "×1"
+  best = best_gain(report.gains)
+  return times(best.speedup) if best and best.speedup > 1.0 else "×1"
 
 
 def pace(gain: experiments.Gain) -> str:
@@ -46,16 +43,11 @@ def ends(bounds: scores.Interval, digits: int = 2) -> str:
   return f" ({text})" if text else ""
 
 
-def above(row: experiments.Row, gain: experiments.Gain) -> bool:
-  """Whether the risk that was measured on unseen prompts is above what was promised."""
-  return gain.risk > row.target.tolerance
-
-
-def remark(row: experiments.Row, gain: experiments.Gain) -> str:
+def remark(gain: experiments.Gain) -> str:
   """A remark where a measured risk is above the tolerance, with a space before."""
-  if not above(row, gain):
+  if not gain.above:
     return ""
-  if gain.risk_interval[0] > row.target.tolerance:
+  if gain.risk_interval[0] > gain.tolerance:
     return " That is more than was promised, and its interval lies above it: do not rely on it."
   return (
     " That is above the promise, which is of the expectation; so few prompts cannot tell the"
@@ -63,21 +55,16 @@ def remark(row: experiments.Row, gain: experiments.Gain) -> str:
   )
 
 
-def best_gain(table: experiments.Gains, consistency: str) -> Cell | None:
-  """The certified cell at the tightest tolerance that is faster than full depth.
+def best_gain(table: experiments.Gains) -> experiments.Gain | None:
+  """The cell for textual consistency at the tightest tolerance that is faster than full depth.
 
   Where none is faster, the fastest that was certified; None where nothing was.
   """
-  cells = [
-    (row, gain)
-    for row in table.rows
-    for gain in row.gains
-    if row.target.consistency == consistency and gain.threshold != schedules.NEVER_EXIT
-  ]
-  faster = [cell for cell in cells if cell[1].speedup > 1.0]
-  tightest = min((row.target.tolerance for row, _ in faster), default=None)
-  among = [cell for cell in faster if cell[0].target.tolerance == tightest] or cells
-  speed = lambda cell: -math.inf if math.isnan(cell[1].speedup) else cell[1].speedup
+  cells = [cell for cell in table.cells if cell.consistency == "textual" and cell.exits]
+  faster = [cell for cell in cells if cell.speedup > 1.0]
+  tightest = min((cell.tolerance for cell in faster), default=None)
+  among = [cell for cell in faster if cell.tolerance == tightest] or cells
+  speed = lambda cell: -math.inf if math.isnan(cell.speedup) else cell.speedup
   return max(among, key=speed, default=None)
 
 
@@ -88,7 +75,7 @@ def quality_and_layers(
   kept = _kept(found)
   if not kept:
     return f"{title}: no measure keeps {KEPT:.0%} of the full model's {metric}"
-  layers, name = min((point.scores.layers, name) for name, point in kept)
+  layers, name = min((point.layers, point.name) for point in kept)
   return (
     f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} with {layers:.1f} of"
     f" {num_layers} layers"
@@ -97,27 +84,21 @@ def quality_and_layers(
 
 def quality_and_seconds(found: experiments.Curves, title: str, metric: str) -> str:
   """Title of Fig. 3 against seconds."""
-  timed = [(p.speedup, name, p) for name, p in _kept(found) if p.speedup > 1.0]
+  timed = [point for point in _kept(found) if point.speedup > 1.0]
   if not timed:
     return f"{title}: nothing that keeps {KEPT:.0%} of the {metric} is faster than full depth"
-  best, name, point = max(timed, key=lambda entry: entry[:2])
+  best = max(timed, key=lambda point: (point.speedup, point.name))
   return (
-    f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} up to {times(best)} as"
-    f" fast{ends(point.speedup_interval, 1)}"
+    f"{title}: {series_title(best.name)} keeps {KEPT:.0%} of the {metric} up to"
+    f" {times(best.speedup)} as fast{ends(best.speedup_interval, 1)}"
   )
 
 
-def _kept(found: experiments.Curves) -> list[tuple[str, scores.Point]]:
+def _kept(found: experiments.Curves) -> list[scores.Point]:
   """Points of measures that keep the quality."""
-  least = KEPT * found.first(experiments.FULL).scores.quality
+  least = KEPT * found.first(experiments.FULL).quality
   others = (experiments.STATIC, experiments.ORACLE, experiments.FULL)
-  return [
-    (curve.name, point)
-    for curve in found.curves
-    if curve.name not in others
-    for point in curve.points
-    if point.scores.quality >= least
-  ]
+  return [p for p in found.points if p.name not in others and p.quality >= least]
 
 
 def risks(entries: Sequence[experiments.MethodTrials], title: str) -> str:
@@ -170,9 +151,10 @@ def thresholds_shown(name: str, values: Sequence[float]) -> str:
 
 def schedules_compared(found: experiments.Curves, title: str) -> str:
   """Title of Fig. 2c."""
-  least = 0.95
-  layers = {c.name: experiments.reachable_layers(c, least) for c in found.curves}
-  known = {name: value for name, value in layers.items() if not math.isnan(value)}
+  least, known = 0.95, {}
+  for name, points in found.curves.items():
+    if kept := [point.layers for point in points if point.similarity >= least]:
+      known[name] = min(kept)
   if experiments.CONSTANT not in known or len(known) < 2:
     return f"{title}: too few points reach {least:.0%} of the full model's text to compare"
   best = min(known, key=lambda name: known[name])
@@ -184,18 +166,18 @@ def schedules_compared(found: experiments.Curves, title: str) -> str:
 
 def classifiers(found: experiments.Curves, title: str) -> str:
   """Title of App. D's figure."""
-  least = KEPT * max(p.scores.quality for curve in found.curves for p in curve.points)
+  least = KEPT * max(point.quality for point in found.points)
   layers = []
-  for curve in found.curves:
-    kept = [p.scores.layers for p in curve.points if p.scores.quality >= least]
-    layers.append(f"{curve.name} {min(kept):.1f}" if kept else f"{curve.name} never")
+  for name, points in found.curves.items():
+    kept = [point.layers for point in points if point.quality >= least]
+    layers.append(f"{name} {min(kept):.1f}" if kept else f"{name} never")
   return f"{title}: layers for {KEPT:.0%} of the best quality: {', '.join(layers)}"
 
 
 def objectives(found: experiments.Curves, title: str) -> str:
   """Title of the figure about Eq. 6."""
-  pairs = list(zip(*(curve.points for curve in found.curves), strict=True))
-  gained = [(100 * (a.scores.quality - b.scores.quality), a.scores.layers) for a, b in pairs]
+  pairs = zip(*found.curves.values(), strict=True)
+  gained = [(100 * (a.quality - b.quality), a.layers) for a, b in pairs]
   full, (most, layer) = gained[0][0], max(gained)  # points descend from full depth
   return (
     f"{title}: Eq. 6 is worth {most:+.0f} points after layer {layer:.0f}, and {full:+.1f} at"

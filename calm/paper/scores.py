@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,11 @@ UNKNOWN: Interval = (float("nan"), float("nan"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-  """Scores of the records of one setting."""
+class Point:
+  """One setting of a curve, scored on all prompts; seconds are NaN where it was not timed."""
 
+  name: str  # of its curve: a measure, schedule or training
+  threshold: float  # lambda; `NEVER_EXIT` where the setting has none
   layers: float  # mean decoder layers a token over all real tokens, EOS included
   quality: float  # mean metric against the references, in [0, 1]
   quality_error: float  # its standard error over prompts
@@ -27,26 +30,9 @@ class Scores:
   similarity_error: float  # its standard error over prompts
   identical: float  # share of texts equal to the full model's, in [0, 1]
   bleu: float = float("nan")  # corpus BLEU in [0, 100]; NaN where not computed
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-  """One setting of one curve."""
-
-  threshold: float  # lambda; `NEVER_EXIT` where the setting has none
-  scores: Scores  # on all prompts
-  # Measured decode seconds a prompt, on the timed prompts; NaN if not timed.
-  seconds: float = float("nan")
-  speedup: float = float("nan")  # full depth's decode seconds over these; NaN if not timed
+  seconds: float = float("nan")  # measured decode seconds a prompt, on the timed prompts
+  speedup: float = float("nan")  # full depth's decode seconds over these
   speedup_interval: Interval = UNKNOWN  # its 95 % interval, over prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-  """Points of one measure, schedule or training, from the deepest to the shallowest."""
-
-  name: str
-  points: tuple[Point, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +42,32 @@ class Scorer:
   references: Sequence[Sequence[str]]  # accepted texts of each prompt
   metric: metrics.MetricLike  # a bounded metric
   bleu: bool = False  # whether to compute corpus BLEU
+  timings: timing.Timings | None = None  # measured seconds of the settings
 
-  def scores(self, records: Sequence[Record], full: Sequence[Record]) -> Scores:
-    """Scores records beside the full model's of the same prompts."""
+  def point(
+    self,
+    name: str,
+    records: Sequence[Record],
+    full: Sequence[Record],
+    threshold: float = schedules.NEVER_EXIT,
+    *,
+    timed_as: str = "",
+  ) -> Point:
+    """A point of the curve `name`: records beside the full model's of the same prompts.
+
+    Its seconds are those of the setting `timed_as`, or `name`, at that threshold.
+    """
     quality = similarities(records, self.references, self.metric)
     similarity = similarities(records, [(r.prediction,) for r in full], self.metric)
     texts = [record.prediction for record in records]
     same = [text == record.prediction for text, record in zip(texts, full, strict=True)]
-    return Scores(
+    seconds: dict[str, Any] = {}
+    if self.timings and (timed := self.timings.find(timed_as or name, threshold)):
+      seconds = {"seconds": timed.decode_seconds, "speedup": timed.speedup}
+      seconds["speedup_interval"] = speedup_interval(self.timings, timed)
+    return Point(
+      name,
+      threshold,
       layers=mean_layers(records),
       quality=float(quality.mean()),
       quality_error=standard_error(quality),
@@ -73,38 +77,15 @@ class Scorer:
       bleu=datasets.corpus_scores(texts, self.references)["bleu"]
       if self.bleu
       else float("nan"),
+      **seconds,
     )
-
-  def point(
-    self,
-    records: Sequence[Record],
-    full: Sequence[Record],
-    threshold: float = schedules.NEVER_EXIT,
-    *,
-    name: str = "",
-    timings: timing.Timings | None = None,
-  ) -> Point:
-    """A point of a curve, with the measured seconds of the setting of that name."""
-    scored = self.scores(records, full)
-    timed = timings and timings.find(name, threshold)
-    if not timings or not timed:
-      return Point(threshold, scored)
-    interval = speedup_interval(timings, timed)
-    return Point(threshold, scored, timed.decode_seconds, timed.speedup, interval)
 
   def curve(
-    self,
-    name: str,
-    cached: generations.Generations,
-    full: Sequence[Record],
-    timings: timing.Timings | None = None,
-  ) -> Curve:
-    """A curve with one point a threshold."""
-    points = (
-      self.point(records, full, float(threshold), name=name, timings=timings)
-      for threshold, records in zip(cached.thresholds, cached.records, strict=True)
-    )
-    return Curve(name, tuple(points))
+    self, name: str, cached: generations.Generations, full: Sequence[Record]
+  ) -> list[Point]:
+    """One point a threshold."""
+    levels = zip(cached.thresholds, cached.records, strict=True)
+    return [self.point(name, records, full, float(level)) for level, records in levels]
 
 
 def similarities(

@@ -4,22 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from calm.exits import schedules
 from calm.inference.panel import number, threshold
 from calm.paper import experiments, figures, findings, scores
 from calm.paper.experiments import FULL, ORACLE, TaskReport
 from calm.paper.figures import INK, Figure, Series
-from calm.paper.tables import (
-  Column,
-  Table,
-  interval,
-  percent,
-  tabulate,
-  times,
-)
+from calm.paper.tables import Column, Table, interval, percent, tabulate, times
 
 Reports = Sequence[TaskReport]
-Point = scores.Point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,56 +35,40 @@ def section(name: str, reports: Reports) -> Section:
   """The section of a name in `SECTIONS`."""
   title, text, parts = SECTIONS[name]
   drawn = list(parts(reports))
-  return Section(
-    name,
-    title,
-    text,
-    tuple(part for part in drawn if isinstance(part, Figure)),
-    tuple(part for part in drawn if isinstance(part, Table)),
-    tuple(part for part in drawn if isinstance(part, TaskReport)),
-  )
+  kinds = (tuple(part for part in drawn if isinstance(part, kind)) for kind in _KINDS)
+  return Section(name, title, text, *kinds)
 
 
-# Cells and axes that several tables and figures share.
-
-_SIMILAR: Sequence[Column] = (
-  ("like the full model", lambda s: percent(s.similarity)),
-  ("± s.e.", lambda s: percent(s.similarity_error)),
-)
+_KINDS = (Figure, Table, TaskReport)
+_MEAN_LAYERS = "mean decoder layers a token"
 _QUALITY: Sequence[Column] = (
-  ("quality", lambda s: percent(s.quality)),
-  ("± s.e.", lambda s: percent(s.quality_error)),
+  ("quality", lambda point: percent(point.quality)),
+  ("± s.e.", lambda point: percent(point.quality_error)),
 )
 
 
-def _of(columns: Sequence[Column], get: Callable) -> tuple[Column, ...]:
-  """Columns of a part of each entry."""
-  return tuple((head, lambda entry, cell=cell: cell(get(entry))) for head, cell in columns)
+def _table(report: TaskReport, name: str, title: str, columns, entries, **options) -> Table:
+  """A table of one task."""
+  settings = report.settings
+  full_title = f"{settings.title}: {title}"
+  return tabulate(f"{name}_{settings.name}", full_title, columns, entries, **options)
 
 
-def _layers(point: Point) -> float:
-  return point.scores.layers
-
-
-def _quality(point: Point) -> float:
-  return 100 * point.scores.quality
-
-
-def _points(found: experiments.Curves) -> list[tuple[str, Point]]:
-  """(curve, point) of all curves but the full model's own point."""
-  return [(c.name, point) for c in found.curves if c.name != FULL for point in c.points]
+def _without_full(found: experiments.Curves) -> dict[str, list[scores.Point]]:
+  """All curves but the full model's own point."""
+  return {name: points for name, points in found.curves.items() if name != FULL}
 
 
 # At a glance
 
 
 def _summary(reports: Reports) -> Iterator[Table]:
-  full = lambda report: report.tradeoff.first(FULL).scores
+  full = lambda report: report.tradeoff.first(FULL)
 
-  def best(cell: Callable[..., str], missing: str = "–") -> Callable[[TaskReport], str]:
+  def best(cell: Callable[[experiments.Gain], str], missing: str = "–"):
     def best_cell(report: TaskReport) -> str:
-      found = findings.best_gain(report.gains, "textual")
-      return cell(*found) if found else missing
+      found = findings.best_gain(report.gains)
+      return cell(found) if found else missing
 
     return best_cell
 
@@ -103,14 +78,14 @@ def _summary(reports: Reports) -> Iterator[Table]:
     ("full model", lambda r: percent(full(r).quality)),
     ("± s.e.", lambda r: percent(full(r).quality_error)),
     ("BLEU", lambda r: number(full(r).bleu, 1)),
-    ("oracle layers", lambda r: number(r.tradeoff.first(ORACLE).scores.layers)),
-    ("measure", best(lambda row, gain: row.measure, "none certified")),
-    ("δ", best(lambda row, gain: f"{row.target.tolerance:g}")),
-    ("risk", best(lambda row, gain: number(gain.risk, 3) + mark(row, gain))),
-    ("95 %", best(lambda row, gain: interval(gain.risk_interval, 3))),
-    ("layers", best(lambda row, gain: number(gain.layers))),
-    ("speed-up", best(lambda row, gain: times(gain.speedup))),
-    ("95 %", best(lambda row, gain: interval(gain.speedup_interval))),
+    ("oracle layers", lambda r: number(r.tradeoff.first(ORACLE).layers)),
+    ("measure", best(lambda gain: gain.measure, "none certified")),
+    ("δ", best(lambda gain: f"{gain.tolerance:g}")),
+    ("risk", best(risk)),
+    ("95 %", best(lambda gain: interval(gain.risk_interval, 3))),
+    ("layers", best(lambda gain: number(gain.layers))),
+    ("speed-up", best(lambda gain: times(gain.speedup))),
+    ("95 %", best(lambda gain: interval(gain.speedup_interval))),
   ]
   yield tabulate(
     "summary",
@@ -130,7 +105,6 @@ def _summary(reports: Reports) -> Iterator[Table]:
 
 # Fig. 3
 
-_MEAN_LAYERS = "mean decoder layers a token"
 _BAND = (
   "Dotted: the full model, with its 95 % interval as a band; other points are of the same"
   " prompts, so that they rise and fall with it."
@@ -139,70 +113,61 @@ _BAND = (
 
 def _tradeoff(reports: Reports) -> Iterator[Figure | Table]:
   for report in reports:
-    yield against_layers(report)
+    yield _against_layers(report)
     if report.tradeoff.num_timed:
-      yield against_seconds(report)
+      yield _against_seconds(report)
   for report in reports:
-    measured = lambda e, names=report.measures: e[0] in names
+    measured = lambda p, names=report.measures: p.name in names
     columns: list[Column] = [
-      ("curve", lambda e: figures.series_title(e[0])),
-      ("threshold", lambda e, m=measured: threshold(e[1].threshold) if m(e) else "–"),
-      ("layers", lambda e: number(e[1].scores.layers)),
-      (report.settings.metric_title, lambda e: percent(e[1].scores.quality)),
-      ("± s.e.", lambda e: percent(e[1].scores.quality_error)),
-      ("like the full model", lambda e: percent(e[1].scores.similarity)),
-      ("BLEU", lambda e: number(e[1].scores.bleu, 1)),
-      ("ms a prompt", lambda e: number(1e3 * e[1].seconds, 2)),
-      ("speed-up", lambda e: times(e[1].speedup)),
-      ("95 %", lambda e: interval(e[1].speedup_interval)),
+      ("curve", lambda p: figures.series_title(p.name)),
+      ("threshold", lambda p, m=measured: threshold(p.threshold) if m(p) else "–"),
+      ("layers", lambda p: number(p.layers)),
+      (report.settings.metric_title, lambda p: percent(p.quality)),
+      ("± s.e.", lambda p: percent(p.quality_error)),
+      ("like the full model", lambda p: percent(p.similarity)),
+      ("BLEU", lambda p: number(p.bleu, 1)),
+      ("ms a prompt", lambda p: number(1e3 * p.seconds, 2)),
+      ("speed-up", lambda p: times(p.speedup)),
+      ("95 %", lambda p: interval(p.speedup_interval)),
     ]
-    yield _numbers(report, "fig3", "the numbers of Fig. 3", columns, _points(report.tradeoff))
+    points = [point for point in report.tradeoff.points if point.name != FULL]
+    yield _table(report, "fig3", "the numbers of Fig. 3", columns, points)
 
 
-def _numbers(report: TaskReport, name: str, title: str, columns, entries, **options) -> Table:
-  """The numbers of a task's figure."""
-  settings = report.settings
-  full_title = f"{settings.title}: {title}"
-  return tabulate(f"{name}_{settings.name}", full_title, columns, entries, **options)
-
-
-def against_layers(report: TaskReport) -> Figure:
+def _against_layers(report: TaskReport) -> Figure:
   """Fig. 3: one point a threshold."""
   found, settings = report.tradeoff, report.settings
-  curves = [curve for curve in found.curves if curve.name != FULL]
-  styles = figures.styles_of([curve.name for curve in curves])
+  title, metric = settings.title, settings.metric_title
+  curves = _without_full(found)
 
   def adjust(axes) -> None:
-    figures.full_depth(axes, found.first(FULL).scores)
+    figures.full_depth(axes, found.first(FULL))
     axes.set_xlim(0.8, report.num_layers + 0.2)
 
   return figures.draw(
     f"fig3_layers_{settings.name}",
-    findings.quality_and_layers(
-      found, settings.title, settings.metric_title, report.num_layers
-    ),
+    findings.quality_and_layers(found, title, metric, report.num_layers),
     f"{found.num_prompts} validation prompts. One point a threshold; up and left is better."
     f" {_BAND}",
-    (_MEAN_LAYERS, f"{settings.metric_title} against references"),
-    figures.curve_series(curves, styles, _layers, _quality),
+    (_MEAN_LAYERS, f"{metric} against references"),
+    figures.curve_series(curves, figures.styles_of([*curves]), "layers", "quality"),
     adjust,
   )
 
 
-def against_seconds(report: TaskReport) -> Figure:
+def _against_seconds(report: TaskReport) -> Figure:
   """Fig. 3 against measured time, where it was measured."""
   found, settings = report.tradeoff, report.settings
   full, oracle = found.first(FULL), found.first(ORACLE).seconds
-  curves = [
-    scores.Curve(curve.name, tuple(p for p in curve.points if not math.isnan(p.seconds)))
-    for curve in found.curves
-    if curve.name != FULL
-  ]
-  styles = figures.styles_of([curve.name for curve in curves])
-  beyond = oracle > 1.1 * max(p.seconds for c in curves if c.name != ORACLE for p in c.points)
+  curves = _without_full(found)
+  styles = figures.styles_of([*curves])
+  curves = {
+    name: [point for point in points if not math.isnan(point.seconds)]
+    for name, points in curves.items()
+  }
 
   def adjust(axes) -> None:
-    figures.full_depth(axes, full.scores)
+    figures.full_depth(axes, full)
     axes.axvline(1e3 * full.seconds, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=6)
@@ -212,8 +177,9 @@ def against_seconds(report: TaskReport) -> Figure:
     f" settings in turn; median of the rounds. Left of the upright line is faster than the full"
     f" model (static, no confidence). {_BAND}"
   )
-  if beyond:
-    curves = [curve for curve in curves if curve.name != ORACLE]
+  others = {name: points for name, points in curves.items() if name != ORACLE}
+  if oracle > 1.1 * max(point.seconds for points in others.values() for point in points):
+    curves = others
     caption += (
       f" The oracle ({1e3 * oracle:.0f} ms) is out of the picture: it runs every layer to know"
       " where it may leave."
@@ -223,7 +189,7 @@ def against_seconds(report: TaskReport) -> Figure:
     findings.quality_and_seconds(found, settings.title, settings.metric_title),
     caption,
     ("measured decode time a prompt, ms", f"{settings.metric_title} against references"),
-    figures.curve_series(curves, styles, lambda point: 1e3 * point.seconds, _quality),
+    figures.curve_series(curves, styles, "seconds", "quality"),
     adjust,
   )
 
@@ -237,38 +203,37 @@ INTERVALS = (
 )
 
 
-def mark(row: experiments.Row, gain: experiments.Gain) -> str:
-  """The mark of a measured risk above the tolerance."""
-  return " ▲" if findings.above(row, gain) else ""
+def risk(gain: experiments.Gain) -> str:
+  """The risk that was measured on unseen prompts, marked where it is above the tolerance."""
+  return number(gain.risk, 3) + (" ▲" if gain.above else "")
 
 
 def _gains(reports: Reports) -> Iterator[Table]:
   for report in reports:
-    for turn in reversed(range(len(experiments.METHODS))):
-      yield gains_table(report, turn)
+    for method in reversed(experiments.METHODS):
+      yield gains_table(report, method)
 
 
-def gains_table(report: TaskReport, turn: int = -1) -> Table:
-  """Table 2 for one task and the method at a position of `experiments.METHODS`."""
-  found, method = report.gains, experiments.METHODS[turn].name
-  cells = [(row, row.gains[turn]) for row in found.rows]
-  served = lambda gain: gain.threshold != schedules.NEVER_EXIT
+def gains_table(report: TaskReport, method: str = "auto") -> Table:
+  """Table 2 for one task and method of `experiments.METHODS`."""
+  found = report.gains
+  cells = [gain for gain in found.cells if gain.method == method]
   columns: list[Column] = [
-    ("consistency", lambda c: c[0].target.consistency),
-    ("δ", lambda c: f"{c[0].target.tolerance:g}"),
-    ("measure", lambda c: c[0].measure),
-    ("λ", lambda c: threshold(c[1].threshold)),
-    ("risk", lambda c: number(c[1].risk, 3) + mark(*c)),
-    ("95 %", lambda c: interval(c[1].risk_interval, 3) if served(c[1]) else "–"),
-    ("layers", lambda c: number(c[1].layers)),
-    ("FLOPs", lambda c: times(c[1].flops_reduction)),
-    ("decode", lambda c: times(c[1].speedup)),
-    ("95 %", lambda c: interval(c[1].speedup_interval) if served(c[1]) else "–"),
-    ("total", lambda c: times(c[1].end_to_end)),
+    ("consistency", lambda gain: gain.consistency),
+    ("δ", lambda gain: f"{gain.tolerance:g}"),
+    ("measure", lambda gain: gain.measure),
+    ("λ", lambda gain: threshold(gain.threshold)),
+    ("risk", risk),
+    ("95 %", lambda gain: interval(gain.risk_interval, 3) if gain.exits else "–"),
+    ("layers", lambda gain: number(gain.layers)),
+    ("FLOPs", lambda gain: times(gain.flops_reduction)),
+    ("decode", lambda gain: times(gain.speedup)),
+    ("95 %", lambda gain: interval(gain.speedup_interval) if gain.exits else "–"),
+    ("total", lambda gain: times(gain.end_to_end)),
   ]
-  return _numbers(
+  return _table(
     report,
-    "table2" if method == experiments.METHODS[-1].name else f"table2_{method}",
+    "table2" if method == "auto" else f"table2_{method}",
     f"Table 2, method {method}",
     columns,
     cells,
@@ -286,17 +251,15 @@ def gains_table(report: TaskReport, turn: int = -1) -> Table:
   )
 
 
-def _above_note(cells: Sequence[findings.Cell], num_unseen: int) -> str:
+def _above_note(cells: Sequence[experiments.Gain], num_unseen: int) -> str:
   """How many measured risks are above what was promised, and what that means."""
-  over = [cell for cell in cells if findings.above(*cell)]
+  over = [gain for gain in cells if gain.above]
   if not over:
     return " No measured risk is above its δ."
-  clear = sum(gain.risk_interval[0] > row.target.tolerance for row, gain in over)
-  where = (
-    f"in {clear} of them the whole interval is"
-    if clear
-    else "the intervals of all of them reach below it"
-  )
+  clear = sum(gain.risk_interval[0] > gain.tolerance for gain in over)
+  where = "the intervals of all of them reach below it"
+  if clear:
+    where = f"in {clear} of them the whole interval is"
   return (
     f" ▲: {len(over)} of {len(cells)} measured risks are above their δ; {where}. The promise is"
     f" of the expected loss, and a mean over {num_unseen} prompts may lie above it."
@@ -308,8 +271,9 @@ def _above_note(cells: Sequence[findings.Cell], num_unseen: int) -> str:
 
 def _validity(reports: Reports) -> Iterator[Figure | Table]:
   for report in reports:
-    yield risk_figure(report)
-    yield violations_figure(report)
+    shown = [entry for entry in report.validity.trials if entry.method == "auto"]
+    yield _risk_figure(report, shown)
+    yield _violations_figure(report, shown)
   columns: list[Column] = [
     ("measure", lambda e: e[0].measure),
     ("method", lambda e: e[0].method),
@@ -331,16 +295,12 @@ def _validity(reports: Reports) -> Iterator[Figure | Table]:
     ]
     title = "risk, layers and violations per δ"
     options = {"groups": groups, "text_columns": 2}
-    yield _numbers(report, "validity", title, columns, entries, **options)
+    yield _table(report, "validity", title, columns, entries, **options)
 
 
-def _auto(report: TaskReport) -> list[experiments.MethodTrials]:
-  return [entry for entry in report.validity.trials if entry.method == "auto"]
-
-
-def risk_figure(report: TaskReport) -> Figure:
-  """Figure (a), method 'auto': mean and spread of the risk on the test part."""
-  entries, styles = _auto(report), figures.styles_of(report.measures)
+def _risk_figure(report: TaskReport, entries: Sequence[experiments.MethodTrials]) -> Figure:
+  """Figure (a): mean and spread of the risk on the test part."""
+  styles = figures.styles_of(report.measures)
   series = [
     Series(
       styles[entry.measure],
@@ -362,10 +322,11 @@ def risk_figure(report: TaskReport) -> Figure:
   )
 
 
-def violations_figure(report: TaskReport) -> Figure:
-  """Figure (b), method 'auto': share of violations with its interval."""
-  found, entries = report.validity, _auto(report)
-  styles, series = figures.styles_of(report.measures), []
+def _violations_figure(
+  report: TaskReport, entries: Sequence[experiments.MethodTrials]
+) -> Figure:
+  """Figure (b): share of violations with its interval."""
+  found, styles, series = report.validity, figures.styles_of(report.measures), []
   for turn, entry in enumerate(entries):
     shift = 0.004 * (turn - (len(entries) - 1) / 2)  # or the bars would cover each other
     series.append(
@@ -405,24 +366,21 @@ _PROPAGATIONS = {
 
 
 def _oracles(reports: Reports) -> Iterator[Table]:
-  entries = [
-    (report.settings.title, curve.name, curve.points[0].scores)
-    for report in reports
-    for curve in report.propagations.curves
-  ]
   columns: list[Column] = [
     ("task", lambda e: e[0]),
-    ("exits", lambda e: _PROPAGATIONS[e[1]][0]),
-    ("layers", lambda e: number(e[2].layers)),
-    *_of((*_QUALITY, _SIMILAR[0]), lambda e: e[2]),
-    ("same text, %", lambda e: percent(e[2].identical)),
-    ("paper", lambda e: _PROPAGATIONS[e[1]][1]),
+    ("exits", lambda e: _PROPAGATIONS[e[1].name][0]),
+    ("layers", lambda e: number(e[1].layers)),
+    ("quality", lambda e: percent(e[1].quality)),
+    ("± s.e.", lambda e: percent(e[1].quality_error)),
+    ("like the full model", lambda e: percent(e[1].similarity)),
+    ("same text, %", lambda e: percent(e[1].identical)),
+    ("paper", lambda e: _PROPAGATIONS[e[1].name][1]),
   ]
   yield tabulate(
     "propagation",
     "What skipped layers store",
     columns,
-    entries,
+    [(r.settings.title, point) for r in reports for point in r.propagations.points],
     note=(
       "The oracle leaves at the first layer whose first choice is the last layer's, so that"
       " only what the skipped layers store can change the text. Paper: ROUGE-L on CNN/DM, at"
@@ -436,7 +394,6 @@ def _oracles(reports: Reports) -> Iterator[Table]:
 
 
 def _perturbations(reports: Reports) -> Iterator[Figure | Table]:
-  yield from map(perturbation_figure, reports)
   columns: list[Column] = [
     ("replaced by", lambda e: e[0]),
     ("position", lambda e: str(e[1].position + 1)),
@@ -448,35 +405,26 @@ def _perturbations(reports: Reports) -> Iterator[Figure | Table]:
     ("quality before", lambda e: percent(e[1].full_quality)),
   ]
   for report in reports:
-    found = report.perturbations
-    entries = [("layer-based", point) for point in found.layer]
-    entries += [("sampling-based", point) for point in found.sampling]
-    yield _numbers(report, "fig2a", "the numbers of Fig. 2a", columns, entries)
-
-
-def perturbation_figure(report: TaskReport) -> Figure:
-  """Fig. 2a: likeness to the unperturbed text by position."""
-  found, series = report.perturbations, []
-  kinds = {"layer-based": found.layer, "sampling-based": found.sampling}
-  for turn, (name, style) in enumerate(figures.line_styles(list(kinds)).items()):
-    values = [100 * point.similarity for point in kinds[name]]
-    errors = [100 * point.similarity_error for point in kinds[name]]
-    # Shifted, or bars would hide bars.
-    positions = [point.position + 1 + 0.08 * turn for point in kinds[name]]
-    ends = list(map(scores.normal_interval, values, errors))
-    series.append(Series(style, positions, values, ends))
-  return figures.draw(
-    f"fig2a_{report.settings.name}",
-    findings.perturbed(found, report.settings.title),
-    f"{found.num_prompts} validation prompts; fewer at later positions (see the table). Bars"
-    " are 95 % intervals.",
-    (
-      "position of the replaced token",
-      f"{report.settings.metric_title}, to the unperturbed text",
-    ),
-    series,
-    lambda axes: axes.set_ylim(top=101),
-  )
+    found, settings, series = report.perturbations, report.settings, []
+    kinds = {"layer-based": found.layer, "sampling-based": found.sampling}
+    for turn, (name, style) in enumerate(figures.line_styles([*kinds]).items()):
+      values = [100 * point.similarity for point in kinds[name]]
+      errors = [100 * point.similarity_error for point in kinds[name]]
+      # Shifted, or bars would hide bars.
+      positions = [point.position + 1 + 0.08 * turn for point in kinds[name]]
+      ends = list(map(scores.normal_interval, values, errors))
+      series.append(Series(style, positions, values, ends))
+    yield figures.draw(
+      f"fig2a_{settings.name}",
+      findings.perturbed(found, settings.title),
+      f"{found.num_prompts} validation prompts; fewer at later positions (see the table). Bars"
+      " are 95 % intervals.",
+      ("position of the replaced token", f"{settings.metric_title}, to the unperturbed text"),
+      series,
+      lambda axes: axes.set_ylim(top=101),
+    )
+    entries = [(name, point) for name, points in kinds.items() for point in points]
+    yield _table(report, "fig2a", "the numbers of Fig. 2a", columns, entries)
 
 
 # Fig. 2b and 2c
@@ -484,20 +432,30 @@ def perturbation_figure(report: TaskReport) -> Figure:
 
 def _schedules(reports: Reports) -> Iterator[Figure | Table]:
   if reports:
-    yield values_figure(reports[0].settings.max_decode_length)
-  yield from map(decay_figure, reports)
+    yield _values_figure(reports[0].settings.max_decode_length)
   columns: list[Column] = [
-    ("schedule", lambda e: e[0]),
-    ("λ", lambda e: threshold(e[1].threshold)),
-    ("layers", lambda e: number(e[1].scores.layers)),
-    *_of((*_SIMILAR, *_QUALITY), lambda e: e[1].scores),
+    ("schedule", lambda point: point.name),
+    ("λ", lambda point: threshold(point.threshold)),
+    ("layers", lambda point: number(point.layers)),
+    ("like the full model", lambda point: percent(point.similarity)),
+    ("± s.e.", lambda point: percent(point.similarity_error)),
+    *_QUALITY,
   ]
   for report in reports:
-    entries = _points(report.decay)
-    yield _numbers(report, "fig2c", "the numbers of Fig. 2c", columns, entries)
+    found, settings = report.decay, report.settings
+    styles = figures.line_styles([*found.curves])
+    yield figures.draw(
+      f"fig2c_{settings.name}",
+      findings.schedules_compared(found, settings.title),
+      f"{found.num_prompts} validation prompts, measure {report.measures[0]}, λ in steps of"
+      f" {report.step:g}.",
+      (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),
+      figures.curve_series(found.curves, styles, "layers", "similarity", markersize=3),
+    )
+    yield _table(report, "fig2c", "the numbers of Fig. 2c", columns, found.points)
 
 
-def values_figure(max_length: int) -> Figure:
+def _values_figure(max_length: int) -> Figure:
   """Fig. 2b: the threshold of every token under every schedule."""
   values, every = experiments.schedule_values(max_length), max(1, max_length // 8)
   last = list(values)[-1]
@@ -514,51 +472,25 @@ def values_figure(max_length: int) -> Figure:
   )
 
 
-def decay_figure(report: TaskReport) -> Figure:
-  """Fig. 2c: similarity against layers under every schedule."""
-  curves, similarity = report.decay.curves, lambda point: 100 * point.scores.similarity
-  styles = figures.line_styles([curve.name for curve in curves])
-  return figures.draw(
-    f"fig2c_{report.settings.name}",
-    findings.schedules_compared(report.decay, report.settings.title),
-    f"{report.decay.num_prompts} validation prompts, measure {report.measures[0]}, λ in steps"
-    f" of {report.step:g}.",
-    (_MEAN_LAYERS, f"{report.settings.metric_title}, to the full model's text"),
-    figures.curve_series(curves, styles, _layers, similarity, markersize=3),
-  )
-
-
 # App. D and Eq. 6
 
 
 def _trainings(reports: Reports) -> Iterator[Figure]:
   for report in reports:
-    for kind, title in (
-      ("classifiers", findings.classifiers),
-      ("objectives", findings.objectives),
-    ):
-      found: experiments.Curves | None = getattr(report, kind)
-      if found is not None:
-        yield comparison_figure(report, kind, found, title(found, report.settings.title))
-
-
-def comparison_figure(
-  report: TaskReport, kind: str, found: experiments.Curves, title: str
-) -> Figure:
-  """Quality against layers of two trainings."""
-  styles = figures.line_styles([curve.name for curve in found.curves])
-  error = max(point.scores.quality_error for _, point in _points(found))
-  caption = (
-    f"{found.num_prompts} validation prompts, the same for both; a point's standard error is at"
-    f" most {100 * error:.1f}."
-  )
-  return figures.draw(
-    f"{kind}_{report.settings.name}",
-    title,
-    caption,
-    (_MEAN_LAYERS, f"{report.settings.metric_title} against references"),
-    figures.curve_series(found.curves, styles, _layers, _quality),
-  )
+    pairs = {"classifiers": report.classifiers, "objectives": report.objectives}
+    for kind, found in pairs.items():
+      if found is None:
+        continue
+      styles = figures.line_styles([*found.curves])
+      error = max(point.quality_error for point in found.points)
+      yield figures.draw(
+        f"{kind}_{report.settings.name}",
+        getattr(findings, kind)(found, report.settings.title),
+        f"{found.num_prompts} validation prompts, the same for both; a point's standard error"
+        f" is at most {100 * error:.1f}.",
+        (_MEAN_LAYERS, f"{report.settings.metric_title} against references"),
+        figures.curve_series(found.curves, styles, "layers", "quality"),
+      )
 
 
 # Table 1
@@ -567,10 +499,10 @@ def comparison_figure(
 def _lengths(reports: Reports) -> Iterator[Table]:
   columns: list[Column] = [
     ("task", lambda r: r.settings.title),
-    ("prompts", lambda r: str(r.lengths.references.count)),
-    ("references", lambda r: str(r.lengths.references)),
-    ("full model's outputs", lambda r: str(r.lengths.outputs)),
-    ("inputs", lambda r: str(r.lengths.inputs)),
+    ("prompts", lambda r: str(r.lengths.num_references)),
+    ("references", lambda r: r.lengths.references),
+    ("full model's outputs", lambda r: r.lengths.outputs),
+    ("inputs", lambda r: r.lengths.inputs),
     ("inputs cut, %", lambda r: percent(r.lengths.cut_inputs)),
     ("paper's task", lambda r: r.settings.stands_for or "–"),
     ("paper", lambda r: r.settings.paper_length or "–"),

@@ -32,7 +32,7 @@ class Draws:
     losses = dataclasses.replace(losses, values=prepared, support=support)
     units = clusters.cluster_means(losses, names)
     self.values = np.clip(units.values, support.lower, support.upper)
-    self.thresholds, self.support = np.asarray(units.thresholds), units.support
+    self.support = units.support
     _, self.unit_of_row = np.unique(names, return_inverse=True)
 
   def choose(
@@ -65,13 +65,11 @@ class SplitTrials:
   """Results over random splits at one tolerance; spreads are standard deviations."""
 
   tolerance: float  # delta
-  trials: int  # number of splits
   risk_mean: float  # mean over splits of the mean test loss at the chosen threshold
   risk_spread: float
   layers_mean: float  # mean of decoder layers per token on the test split; NaN without layers
   layers_spread: float
   certified_share: float  # share of splits with any threshold certified
-  threshold_mean: float  # mean of the certified thresholds; NaN if none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +77,17 @@ class ValidityTrials:
   """Violations at one tolerance."""
 
   tolerance: float  # delta
-  error_rate: float  # epsilon, the most violations that the promise allows
   trials: int  # calibration sets drawn
   violations: int  # of those, with a pool risk above delta at the chosen threshold
   share: float  # violations / trials
   interval: tuple[float, float]  # 95 % Clopper-Pearson interval of the share
-  certified_share: float  # share of draws with any threshold certified
 
 
 def split_trials(
-  losses: SequenceLosses,
+  pool: Draws,
   tolerances: Sequence[float],
-  *,
   error_rate: float,
-  method: str = "auto",
+  *,
   layers: tuple[np.ndarray, np.ndarray, int] | None = None,
   trials: int = 50,
   seed: int = 0,
@@ -100,19 +95,14 @@ def split_trials(
   """The paper's protocol: random splits, 80 % calibrate and 20 % test, by whole clusters.
 
   Args:
-    losses: pool of losses on a strictly descending grid.
+    pool: prompts or clusters.
     tolerances: deltas, each its own test (not simultaneous).
     error_rate: epsilon.
-    method: as for `calibrate`.
     layers: decoder layers, summed over a prompt's tokens, and tokens, both [num_examples,
       num_thresholds], and layers of the full model; to report layers per token.
     trials: splits.
     seed: of the splits; the same splits serve all tolerances.
-
-  Returns:
-    One `SplitTrials` a tolerance.
   """
-  pool = Draws(losses, method)
   count = len(pool.values)
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
@@ -123,17 +113,14 @@ def split_trials(
     pairs = list(zip(columns, splits[:, cut:], strict=True))
     risks = np.array([0.0 if c < 0 else pool.values[test, c].mean() for c, test in pairs])
     depths = np.array([_depth(pool, layers, c, test) for c, test in pairs])
-    certified = [column for column in columns if column >= 0]
     found.append(
       SplitTrials(
         tolerance=float(tolerance),
-        trials=trials,
         risk_mean=float(risks.mean()),
         risk_spread=float(risks.std()),
         layers_mean=float(depths.mean()),
         layers_spread=float(depths.std()),
-        certified_share=len(certified) / trials,
-        threshold_mean=float(np.mean(pool.thresholds[certified])) if certified else np.nan,
+        certified_share=sum(column >= 0 for column in columns) / trials,
       )
     )
   return tuple(found)
@@ -148,12 +135,11 @@ def _depth(pool: Draws, layers, column: int, test: np.ndarray) -> float:
 
 
 def validity_trials(
-  losses: SequenceLosses,
+  pool: Draws,
   tolerances: Sequence[float],
-  *,
   error_rate: float,
-  method: str = "auto",
   calibration_size: int,
+  *,
   trials: int = 200,
   seed: int = 0,
 ) -> tuple[ValidityTrials, ...]:
@@ -164,7 +150,6 @@ def validity_trials(
   has loss 0 by definition. Other arguments are those of `split_trials`; the same draws serve
   all tolerances.
   """
-  pool = Draws(losses, method)
   count, generator = len(pool.values), np.random.default_rng(seed)
   draws = np.stack([generator.integers(count, size=calibration_size) for _ in range(trials)])
   # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
@@ -177,12 +162,10 @@ def validity_trials(
     found.append(
       ValidityTrials(
         tolerance=float(tolerance),
-        error_rate=error_rate,
         trials=trials,
         violations=violations,
         share=violations / trials,
         interval=(float(interval.low), float(interval.high)),
-        certified_share=float(np.mean(columns >= 0)),
       )
     )
   return tuple(found)

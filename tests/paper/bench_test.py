@@ -198,7 +198,6 @@ def test_measures_that_a_model_lacks_are_left_out(plain):
 @pytest.mark.parametrize(
   ("name", "value"),
   [
-    *(("limit", -1), ("timed", 0), ("rounds", -2), ("ablated", 0), ("examples", -1)),
     *(("step", 0.0), ("error_rate", 1.0), ("error_rate", float("nan"))),
     *(("measures", (odd,)) for odd in ("sotfmax", "softmax@a", "softmax/-1", "verified")),
     ("measures", ("verified@2,4",)),

@@ -25,13 +25,14 @@ def test_scores_by_hand():
   full = [samples.record(i, 4) for i in range(4)]
   early = [samples.record(i, 2, wrong=i == 0) for i in range(4)]
   references = [(r.prediction,) for r in full]
-  scored = scores.Scorer(references, "rouge_l", bleu=True).scores(early, full)
+  scored = scores.Scorer(references, "rouge_l", bleu=True).point("softmax", early, full)
   # The first output lacks its last of four words: precision 1, recall 3/4.
   assert scored.similarity == scored.quality == pytest.approx((6 / 7 + 3) / 4)
   layers = [layer for record in early for layer in record.exit_layers]
   assert scored.layers == pytest.approx(sum(layers) / len(layers))
   assert scored.identical == 0.75 and 0 < scored.bleu < 100
-  assert math.isnan(scores.Scorer([("x",)] * 4, "rouge_l").scores(early, full).bleu)
+  plain = scores.Scorer([("x",)] * 4, "rouge_l").point("softmax", early, full)
+  assert math.isnan(plain.bleu) and math.isnan(plain.seconds)
 
 
 def test_a_grid_has_points_where_confidences_lie():
@@ -46,15 +47,16 @@ def test_a_grid_has_points_where_confidences_lie():
 
 def test_the_tradeoff_has_every_curve_and_its_seconds(report):
   found = report.tradeoff
-  assert [c.name for c in found.curves] == [*MEASURES, "static", "oracle", "full model"]
-  softmax = found.curves[0]
-  assert [p.threshold for p in softmax.points] == list(GRID)
-  assert [p.seconds for p in softmax.points] == pytest.approx([3.3e-3, 2.2e-3, 1.1e-3])
-  similarity = [p.scores.similarity for p in softmax.points]
+  assert [*found.curves] == [*MEASURES, "static", "oracle", "full model"]
+  softmax = found.curves["softmax"]
+  assert [p.threshold for p in softmax] == list(GRID)
+  assert [p.seconds for p in softmax] == pytest.approx([3.3e-3, 2.2e-3, 1.1e-3])
+  similarity = [p.similarity for p in softmax]
   assert 1.0 == similarity[0] > similarity[1] > similarity[2]
-  depths = [p.scores.layers for p in found.curves[3].points]
+  depths = [p.layers for p in found.curves["static"]]
   assert depths[0] == 4 and depths == sorted(depths, reverse=True)
-  assert softmax.points[1].speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))
+  assert [p.seconds for p in found.curves["static"]] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
+  assert softmax[1].speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))
   assert found.first("full model").speedup == 1.0
   assert (found.num_timed, found.num_prompts) == (3, 60)
 
@@ -62,9 +64,10 @@ def test_the_tradeoff_has_every_curve_and_its_seconds(report):
 def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
   found = report.gains
   assert (found.num_calibration, found.num_unseen, found.num_timed) == (48, 12, 3)
-  assert len(found.rows) == len(experiments.TARGETS) * len(MEASURES)
-  row = next(r for r in found.rows if r.target == experiments.Target("textual", 0.1))
-  _, auto = row.gains
+  assert len(found.cells) == len(experiments.TARGETS) * len(MEASURES) * 2
+  auto = found.cells[1]
+  named = auto.consistency, auto.tolerance, auto.measure, auto.method
+  assert named == ("textual", 0.1, "softmax", "auto")
   assert auto.threshold == 0.6 and 0 < auto.risk < 0.1
   exits = [r.exit_layers for r in samples.cached().records[1][48:]]
   assert auto.layers == pytest.approx(sum(map(sum, exits)) / sum(map(len, exits)))
@@ -77,11 +80,10 @@ def test_nothing_certified_is_the_full_model():
   few = samples.sample(5)
   found = experiments.gains(few)
   assert dict(experiments.examples(few, found)[0].promised)[0.25] == 0
-  for row in found.rows:
-    for gain in row.gains:
-      assert gain.threshold == schedules.NEVER_EXIT
-      assert (gain.layers, gain.risk, gain.flops_reduction) == (NUM_LAYERS, 0.0, 1.0)
-      assert (gain.speedup, gain.end_to_end, gain.speedup_interval) == (1.0, 1.0, (1.0, 1.0))
+  for gain in found.cells:
+    assert gain.threshold == schedules.NEVER_EXIT and not gain.exits
+    assert (gain.layers, gain.risk, gain.flops_reduction) == (NUM_LAYERS, 0.0, 1.0)
+    assert (gain.speedup, gain.end_to_end, gain.speedup_interval) == (1.0, 1.0, (1.0, 1.0))
 
 
 def test_examples_show_distance_risk_and_layers(report):
@@ -102,16 +104,13 @@ def test_examples_show_distance_risk_and_layers(report):
   assert above.pieces[-1] == "⏎"
 
 
-def test_schedules_are_three_different_things(report):
+def test_schedules_are_three_different_things():
   values = experiments.schedule_values(10)
   assert values["constant"] == pytest.approx([0.8] * 10)
   assert values["decaying, τ = 0"] == pytest.approx([0.82] * 10)
   fast = values["decaying, τ = 4"]
   assert (fast[0], fast[-1]) == pytest.approx((0.82, 0.72 + 0.1 * math.exp(-3.6)))
   assert experiments.schedule_grid(0.25) == (0.75, 0.5, 0.25)
-  curve = report.decay.curves[0]
-  assert experiments.reachable_layers(curve, 0.99) < NUM_LAYERS
-  assert math.isnan(experiments.reachable_layers(curve, 1.1))
 
 
 def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):

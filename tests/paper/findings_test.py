@@ -18,12 +18,9 @@ def report():
   return samples.report()
 
 
-def with_gains(report, change):
-  rows = tuple(
-    dataclasses.replace(row, gains=tuple(change(row, gain) for gain in row.gains))
-    for row in report.gains.rows
-  )
-  return dataclasses.replace(report, gains=dataclasses.replace(report.gains, rows=rows))
+def with_gains(report, **change):
+  cells = tuple(dataclasses.replace(cell, **change) for cell in report.gains.cells)
+  return dataclasses.replace(report, gains=dataclasses.replace(report.gains, cells=cells))
 
 
 def test_the_headline_has_speed_drift_promise_and_their_intervals(report):
@@ -34,12 +31,7 @@ def test_the_headline_has_speed_drift_promise_and_their_intervals(report):
 
 
 def test_a_risk_above_the_promise_is_remarked(report):
-  def worse(low):
-    return with_gains(
-      report,
-      lambda row, gain: dataclasses.replace(gain, risk=0.3, risk_interval=(low, 0.5)),
-    )
-
+  worse = lambda low: with_gains(report, risk=0.3, risk_interval=(low, 0.5))
   few = worse(0.05)
   assert "so few prompts cannot tell the two apart" in findings.headline(few)
   assert "do not rely on it" in findings.headline(worse(0.28))
@@ -52,15 +44,13 @@ def test_a_risk_above_the_promise_is_remarked(report):
 
 
 def test_where_nothing_is_faster_full_depth_is_said_to_be_best(report):
-  slow = with_gains(report, lambda row, gain: dataclasses.replace(gain, speedup=0.8))
+  slow = with_gains(report, speedup=0.8)
   assert findings.headline(slow).startswith("Summaries: full depth serves best here")
   assert "the fastest that is certified runs ×0.80 as fast" in findings.headline(slow)
-  never = with_gains(
-    report, lambda row, gain: dataclasses.replace(gain, threshold=schedules.NEVER_EXIT)
-  )
-  assert findings.best_gain(never.gains, "textual") is None
+  never = with_gains(report, threshold=schedules.NEVER_EXIT)
+  assert findings.best_gain(never.gains) is None
   assert findings.headline(never).endswith("nothing faster was certified.")
-  untimed = with_gains(report, lambda row, gain: dataclasses.replace(gain, speedup=math.nan))
+  untimed = with_gains(report, speedup=math.nan)
   assert "full depth serves best" in findings.headline(untimed)
 
 
@@ -68,23 +58,29 @@ def test_titles_of_figure_3_are_its_numbers(report):
   found = report.tradeoff
   title = findings.quality_and_layers(found, "summaries", "ROUGE-L", 4)
   kept = [
-    point.scores.layers
-    for curve in found.curves
-    if curve.name in samples.MEASURES
-    for point in curve.points
-    if point.scores.quality >= 0.98 * found.first("full model").scores.quality
+    point.layers
+    for point in found.points
+    if point.name in samples.MEASURES
+    and point.quality >= 0.98 * found.first("full model").quality
   ]
   assert title.endswith(f"keeps 98% of the ROUGE-L with {min(kept):.1f} of 4 layers")
   seconds = findings.quality_and_seconds(found, "summaries", "ROUGE-L")
   assert seconds.endswith("of the ROUGE-L up to ×1.82 as fast (1.8 to 1.8)")
-  *curves, full = found.curves
-  better = dataclasses.replace(full.points[0].scores, quality=2.0)
-  point = dataclasses.replace(full.points[0], scores=better)
-  none = dataclasses.replace(
-    found, curves=(*curves, dataclasses.replace(full, points=(point,)))
-  )
+  *others, full = found.points
+  better = dataclasses.replace(full, quality=2.0)
+  none = dataclasses.replace(found, points=(*others, better))
   assert "no measure keeps" in findings.quality_and_layers(none, "summaries", "ROUGE-L", 4)
   assert "nothing that keeps" in findings.quality_and_seconds(none, "summaries", "ROUGE-L")
+
+
+def test_schedules_are_compared_where_their_texts_are_close(report):
+  found = report.decay
+  assert "the full model's text, schedules need as many layers (constant" in (
+    findings.schedules_compared(found, "summaries")
+  )
+  far = [dataclasses.replace(point, similarity=0.9) for point in found.points]
+  few = dataclasses.replace(found, points=tuple(far))
+  assert "too few points reach 95%" in findings.schedules_compared(few, "summaries")
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,9 @@ def depth(count=500):
 def test_violations_stay_within_the_error_rate(method):
   losses = pool()
   boundary = [float(mean) - 1e-4 for mean in losses.values.mean(axis=0)]
-  for found in trials.validity_trials(
-    losses, boundary, error_rate=0.2, method=method, calibration_size=80, trials=200
-  ):
+  for found in trials.validity_trials(trials.Draws(losses, method), boundary, 0.2, 80):
     assert stats.binomtest(found.violations, 200, 0.2, alternative="greater").pvalue > 1e-3
-    assert found.share == found.violations / 200 and found.error_rate == 0.2
+    assert found.share == found.violations / 200
     low, high = found.interval
     assert low <= found.share <= high
 
@@ -57,30 +55,27 @@ def test_a_wrong_method_would_be_caught(monkeypatch):
   monkeypatch.setattr(methods, "NAMES", ("naive",))
   losses = pool(means=(0.05,))
   tolerance = float(losses.values.mean()) - 1e-4
-  options = {"error_rate": 0.05, "method": "naive", "calibration_size": 500}
-  (found,) = trials.validity_trials(losses, [tolerance], **options)
+  (found,) = trials.validity_trials(trials.Draws(losses, "naive"), [tolerance], 0.05, 500)
   assert found.interval[0] > 0.05
 
 
 def test_split_trials_report_risk_layers_and_spread():
-  found = trials.split_trials(
-    pool(), [0.01, 0.1, 0.4], error_rate=0.05, layers=depth(), trials=20
-  )
-  strict, middle, loose = found
-  assert strict.certified_share == 0.0 and np.isnan(strict.threshold_mean)
+  drawn, options = trials.Draws(pool(), "auto"), {"layers": depth(), "trials": 20}
+  strict, middle, loose = trials.split_trials(drawn, [0.01, 0.1, 0.4], 0.05, **options)
+  assert strict.certified_share == 0.0
   assert strict.risk_mean == 0.0 and strict.layers_mean == 8.0 and strict.layers_spread == 0.0
   assert (
     middle.certified_share == 1.0 and 0.0 < middle.risk_mean < 0.1 and middle.risk_spread > 0
   )
-  assert loose.threshold_mean == 0.5 and loose.layers_mean == 2.0 and loose.trials == 20
+  assert loose.certified_share == 1.0 and loose.layers_mean == 2.0
   assert middle.layers_mean in (6.0, 4.0) or 4.0 < middle.layers_mean < 6.0
-  again = trials.split_trials(pool(), [0.1], error_rate=0.05, layers=depth(), trials=20)
+  again = trials.split_trials(trials.Draws(pool(), "auto"), [0.1], 0.05, **options)
   assert again[0] == middle
-  without = trials.split_trials(pool(), [0.1], error_rate=0.05, trials=20)
+  without = trials.split_trials(drawn, [0.1], 0.05, trials=20)
   assert np.isnan(without[0].layers_mean) and without[0].risk_mean == middle.risk_mean
 
 
-def test_clusters_never_stand_on_both_sides(monkeypatch):
+def test_clusters_never_stand_on_both_sides():
   """Copies of one prompt in both parts would make both look alike."""
   losses = pool(count=60)
   groups = [f"g{i // 6}" for i in range(60)]
@@ -91,15 +86,9 @@ def test_clusters_never_stand_on_both_sides(monkeypatch):
       seen.append(set(draws[0].tolist()))
       return np.zeros((len(draws), len(tolerances)), int)
 
-  monkeypatch.setattr(trials, "Draws", Spy)
   layers = np.arange(180).reshape(60, 3), np.ones((60, 3)), 8
-  (found,) = trials.split_trials(
-    dataclasses.replace(losses, groups=tuple(groups)),
-    [0.1],
-    error_rate=0.05,
-    trials=1,
-    layers=layers,
-  )
+  drawn = Spy(dataclasses.replace(losses, groups=tuple(groups)), "auto")
+  (found,) = trials.split_trials(drawn, [0.1], 0.05, trials=1, layers=layers)
   assert len(seen[0]) == 8  # of 10 clusters
   left_out = sorted(set(range(10)) - seen[0])
   names = sorted({*groups})
