@@ -53,7 +53,7 @@ def from_json(kind: Any, value: Any) -> Any:
   if isinstance(origin, type) and issubclass(origin, Mapping):
     return {key: from_json(inner[1], entry) for key, entry in value.items()}
   if dataclasses.is_dataclass(kind):
-    hints, make = typing.get_type_hints(kind), typing.cast(Callable[..., Any], kind)
+    hints, make = typing.get_type_hints(kind.__init__), typing.cast(Callable[..., Any], kind)
     return make(**{name: from_json(hints[name], entry) for name, entry in value.items()})
   if kind is float and (value is None or value == "never"):
     return math.nan if value is None else math.inf

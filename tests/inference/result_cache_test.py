@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.calibrate import Prompt, Record
-from calm.inference import result_cache
+from calm.inference import result_cache, timing
 from calm.paper import experiments
 from tests.paper import samples
 
@@ -39,6 +39,7 @@ RESULTS = {
   "none": (Outer, Outer(None, (2, 1.0), {}, False)),
   "nan": (Outer, outer(math.nan)),
   "records": (tuple[Record, ...], (RECORD, RECORD)),
+  "seconds": (timing.Seconds, timing.Seconds(timing.Pair(1, 2, 2.0, 1.0, 2.0, 1.5))),
   **{
     field.name: (type(value), value)
     for field in dataclasses.fields(experiments.TaskReport)
