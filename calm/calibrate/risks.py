@@ -153,7 +153,7 @@ class EveryGroup(Promise):
 
   groups: tuple[str, ...] = ()  # names, sorted; made of `labels`
   # [num_examples] group of each prompt.
-  labels: Sequence[Any] | None = dataclasses.field(default=None, repr=False, compare=False)
+  labels: Sequence[str] | None = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "every_group"
   limits: ClassVar[str] = (
     "These are means over the {unit} of each group, drawn like those: they say nothing of any"
@@ -161,16 +161,13 @@ class EveryGroup(Promise):
   )
 
   def __post_init__(self):
-    odd = [label for label in self.labels or () if not isinstance(label, str) or not label]
-    if odd:
-      raise ValueError(
-        f"Expected `labels` to be texts, got {odd[0]!r}; give such prompts a label of their own"
-        " ('other'): without them the promise would be of other prompts."
-      )
     if self.labels is not None:
-      vars(self).update(groups=tuple(sorted({str(label) for label in self.labels})))
-    if not self.groups:
-      raise ValueError("Expected `labels` to name at least one group, got none.")
+      vars(self).update(groups=tuple(sorted(set(map(str, self.labels)))))
+    if not self.groups or "" in self.groups:
+      raise ValueError(
+        "Expected `labels` to name a group of every prompt, got none; give prompts without one"
+        " a label of their own ('other'): without them the promise would be of other prompts."
+      )
     checks.check_lines(self.groups, "labels")
 
   def tests(self, tolerance, support):

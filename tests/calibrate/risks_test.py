@@ -151,9 +151,9 @@ MORE = dict(values=np.zeros((2, 2)), ids=("a", "b"))
   ("make", "message"),
   [
     *((lambda s=s: risks.Quantile(s), "`share` to be in") for s in (0.0, 1.0, True, "x", None)),
-    (lambda: risks.EveryGroup(labels=["a", None]), "`labels` to be texts, got None"),
-    (lambda: risks.EveryGroup(labels=["a", ""]), "`labels` to be texts, got ''"),
-    (lambda: risks.EveryGroup(), "at least one group"),
+    (lambda: risks.EveryGroup(labels=["a", None]), "`labels` to be a list of texts"),
+    (lambda: risks.EveryGroup(labels=["a", ""]), "`labels` to name a group of every prompt"),
+    (lambda: risks.EveryGroup(), "`labels` to name a group"),
     (lambda: risks.EveryGroup(labels=["a"]).parts(LOSSES, 0.1), r"`labels` of shape \(3,\)"),
     *(
       (lambda t=t: risks.EarlyExits(t), "finite, above 0 and to rise strictly")
