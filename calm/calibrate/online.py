@@ -232,9 +232,10 @@ class Online:
       raise ValueError(f"Expected `id` to be one that was drawn, got {id!r:.60}.")
     if mark not in self._waiting or mark in self._labels:
       return self.threshold
+    values = None
     if losses is not None:
-      losses = [losses.get(level, math.nan) for level in self.wanted(id)]
-    self._take({"observe": mark, "losses": losses})
+      values = [losses.get(level, math.nan) for level in self.wanted(id)]
+    self._take({"observe": mark, "losses": values})
     return self.threshold
 
   def give_up(self) -> None:

@@ -42,7 +42,7 @@ class Promise:
     " prompts of another kind."
   )
   # Lengths of the grids that are tested each for itself; none where there is one.
-  grids = ()
+  grids = tuple[int, ...]()
 
   def tests(self, tolerance: float, support: Support) -> tuple[Test, ...]:
     """What will be tested of losses in `support`, in the order of `parts`."""
