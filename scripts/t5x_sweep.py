@@ -186,8 +186,7 @@ def batch_of(features: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, 
   return {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in stacked.items()}
 
 
-def text_of(value: Any) -> str:
-  """A string tensor as text; numbers (TFDS has ids of them) as they are written."""
+def text_of(value: Any) -> str:  # numbers (ids of TFDS) as they are written
   return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
@@ -225,7 +224,7 @@ def procedure_of(
   )
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
-  tree = flax_core.unfreeze(jax.device_get(params))
+  tree = flax_core.unfreeze(model.by_layer(jax.device_get(params)))
   return inference.Predictor(model.config, tree, words, options).procedure
 
 

@@ -58,7 +58,7 @@ def test_no_function_is_long(folder):
 BUDGETS = {
   "arguments.py": (173, 1),
   "calibrate": (5260, 22),
-  "checkpoints": (1205, 5),
+  "checkpoints": (1210, 5),
   "commands": (2930, 14),
   "console.py": (271, 1),
   "data": (2105, 8),
@@ -70,11 +70,11 @@ BUDGETS = {
   "serve": (728, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
-  "t5": (3756, 17),
-  "t5x": (1350, 4),
+  "t5": (3776, 17),
+  "t5x": (1461, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_511, 139), "tests": (28_318, 166), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_647, 139), "tests": (28_439, 166), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -49,7 +49,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   state = _orbax_state(path)
   leaves = _read_arrays(state) if state else _read_legacy(path)
-  return {name: files.as_float32(name, leaf, path) for name, leaf in leaves.items()}
+  found = {name: files.as_float32(name, leaf, path) for name, leaf in leaves.items()}
+  return parameters.unstack_layers(found)
 
 
 def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
@@ -63,14 +64,17 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
   """
   try:
     vocab_size, emb_dim = flat["token_embedder/embedding"].shape
-    num_heads, relpos_buckets = flat["decoder/relpos_bias/rel_embedding"].shape
+    bias = "decoder/layers_0/relpos_bias/rel_embedding"
+    per_layer = bias in flat
+    bias = bias if per_layer else "decoder/relpos_bias/rel_embedding"
+    num_heads, relpos_buckets = flat[bias].shape
     joined_kv = flat["decoder/layers_0/self_attention/query/kernel"].shape[1]
     mlp_dim = flat["decoder/layers_0/mlp/wo/kernel"].shape[0]
     layers = [_count_layers(flat, side) for side in ("encoder", "decoder")]
   except (KeyError, IndexError, ValueError) as error:
     raise ValueError(
-      "Expected `path` to hold the parameters of T5X's own T5 network, without scanned layers,"
-      f" got {sorted(flat)[:4]}, lacking {error}; no other architecture is read."
+      "Expected `path` to hold the parameters of T5X's own T5 network, got"
+      f" {sorted(flat)[:4]}, lacking {error}; no other architecture is read."
     ) from error
   gated = "decoder/layers_0/mlp/wi_0/kernel" in flat
   return network.T5Config(
@@ -85,6 +89,7 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     logits_via_embedding="decoder/logits_dense/kernel" not in flat,
     **parameters.exit_fields(flat),
     relpos_buckets=relpos_buckets,
+    relpos_per_layer=per_layer,
   )
 
 

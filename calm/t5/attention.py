@@ -271,7 +271,7 @@ class WindowAttention:
 
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
     keys, values = (_apart(x, query.shape[1]) for x in (cache.keys, cache.values))
-    batch, alone = len(self.cross_bias), self.single_threaded
+    batch, alone = self.cross_bias.shape[0], self.single_threaded
     if self.native and kernels.reads(keys, values):
       wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(query) // batch, bias.shape[3]))
       by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
@@ -284,7 +284,7 @@ class WindowAttention:
     weights = jax.nn.softmax(scores + bias.astype(scores.dtype)).astype(query.dtype)
     # The heads' own order, then moved: XLA:CPU multiplies "bhwl,bhld->bwhd" number by number.
     mixed = jnp.moveaxis(jnp.einsum("bhwl,bhld->bhwd", weights, values), 1, 2)
-    return mixed.reshape(len(query), -1)
+    return mixed.reshape(query.shape[0], -1)
 
 
 def by_window(rows: jax.Array, batch_size: int) -> jax.Array:

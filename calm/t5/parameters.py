@@ -45,6 +45,26 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
+def unstack_layers(flat: Mapping[str, Any], axis: int = 1) -> dict[str, Any]:
+  """{path: leaf} of T5X's examples/t5, of that or of what its examples/scalable_t5 has.
+
+  Layers are stacked there along `axis`, and heads have an axis of their own.
+  """
+  made = {}
+  for path, stack in flat.items():
+    side, first, *inner = path.split("/")
+    if side != first:
+      made[path] = stack
+      continue
+    for i in range(stack.shape[axis]):
+      leaf = stack[(*(slice(None),) * axis, i)]
+      if leaf.ndim == 3:  # the kernel of an attention
+        ends = (-1, leaf.shape[-1]) if "out" in inner else (leaf.shape[0], -1)
+        leaf = leaf.reshape(ends)
+      made["/".join((side, f"layers_{i}", *inner))] = leaf
+  return made
+
+
 def digest(params: Mapping[str, Any]) -> str:
   """sha256 (hexadecimal) over the sorted paths, shapes, dtypes and bytes of a tree."""
   made = hashlib.sha256()

@@ -19,7 +19,7 @@ and gather every leaf of the cache along axis 0, except the scalar
 `cache_index`; so every leaf here has its row axis first, and constants
 (cross-attention keys and values, the prefix) are bound into the function. They
 return tokens and scores only; their exits come from `Loop.replay`, one
-teacher-forced pass over the returned sequences.
+teacher-forced pass over the returned sequences, and are the loop's up to ties.
 
 In T5X's partitioned step a conditional is one decision of the whole mesh: every
 device would run as deep and as long as the deepest row. Under `over_rows` each
@@ -46,7 +46,8 @@ from calm import exits
 from calm.decode import engines, loop
 from calm.exits import layers as layers_lib
 from calm.exits import schedules
-from calm.t5 import caches, layers, network
+from calm.exits import walk as walk_lib
+from calm.t5 import attention, caches, layers, network
 
 LoopCache = dict[str, Any]
 # The axes that T5X's partitioner lays batches along; 'replica' where there are
@@ -66,19 +67,13 @@ APART_BYTES = 8 * 2**30
 
 @struct.dataclass
 class Rows:
-  """What is known of every row before it is decoded.
+  """What is known of every row before it is decoded."""
 
-  Attributes:
-    encoded: the inputs' cross-attention keys and values.
-    forced: at position i, whether the token after it is the prefix's.
-    generated: free positions before position i.
-    threshold: lambda.
-  """
-
-  encoded: caches.Encoded
+  encoded: caches.Encoded  # the inputs' cross-attention keys and values
+  # At position i, whether the token after it is the prefix's.
   forced: Bool[Array, "rows length"]
-  generated: Int[Array, "rows length"]
-  threshold: Float[Array, " rows"]
+  generated: Int[Array, "rows length"]  # free positions before position i
+  threshold: Float[Array, " rows"]  # lambda
 
 
 def make_rows(
@@ -140,18 +135,11 @@ def _put(array: jax.Array, position: jax.Array, column: jax.Array):
 
 @struct.dataclass
 class Exits:
-  """How deep the tokens of sequences went; prefixes and padding are 0.
+  """How deep tokens went, [rows, length] each; prefixes and padding are 0."""
 
-  Attributes:
-    exit_layers: decoder layers run, 1-based, [rows, length] int32.
-    confidences: the measure at the exit layer, [rows, length].
-    rejected_confidences: the highest confidence measured and refused,
-      [rows, length].
-  """
-
-  exit_layers: jax.Array
-  confidences: jax.Array
-  rejected_confidences: jax.Array
+  exit_layers: jax.Array  # decoder layers run, 1-based, int32
+  confidences: jax.Array  # the measure at the exit layer
+  rejected_confidences: jax.Array  # the highest one measured and refused
 
 
 @struct.dataclass
@@ -183,29 +171,26 @@ class Loop:
 
   `weights` of its methods are the decoder's, from `program.model_weights`,
   `rows` are from `make_rows`, and `eos_id` is the token that ends a row.
-
-  Attributes:
-    config: the model's sizes.
-    rule: how a token goes through the layers.
-    length: positions in the caches.
-    engine: how steps run, or None for the fastest of the rule; results do not
-      depend on it.
   """
 
-  config: network.T5Config
-  rule: exits.StepRule
-  length: int
+  config: network.T5Config  # the model's sizes
+  rule: exits.StepRule  # how a token goes through the layers
+  length: int  # positions in the caches
+  # How steps run; results do not depend on it. None: the fastest of the rule.
   engine: engines.Engine | None = None
 
-  def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
+  def _task(self, weights: Any, rows: Rows, forced: Rows) -> engines.Task:
+    """The rule at work; `forced` says which positions must not exit."""
     rule = self.rule
     if isinstance(rule, exits.DynamicExits):
-      schedule = AfterPrefix(rule.schedule, rows)
+      schedule = AfterPrefix(rule.schedule, forced)
       rule = dataclasses.replace(rule, schedule=schedule)
-    task = engines.Task(
-      self.config, rule, weights, rows.encoded, rows.threshold, self.length
+    return engines.Task(
+      self.config, rule, weights, rows.encoded, forced.threshold, self.length
     )
-    return engines.bind(task, self.engine)
+
+  def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
+    return engines.bind(self._task(weights, rows, rows), self.engine)
 
   def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
     """A cache that T5X's loops can tile, flatten and gather: dictionaries.
@@ -249,26 +234,56 @@ class Loop:
     tokens: Int[Array, "rows length"],
     eos_id: int | jax.Array,
   ) -> Exits:
-    """Exits of sequences that some loop returned, fed to the same step.
+    """Exits of sequences that some loop returned, in one teacher-forced pass.
 
-    `tokens` are prefix, generated tokens, padding.
+    What a layer reads of earlier tokens is known when the layer below has run,
+    so that all positions of a sequence go up the layers together. `tokens` are
+    prefix, generated tokens, padding.
+
+    Raises:
+      ValueError: the rule knows an exit only after the last layer.
     """
-    bound = self._bound(weights, rows)
+    if not isinstance(self.rule, exits.DynamicExits):
+      raise ValueError(
+        "Expected a rule exits.DynamicExits with T5X's loops, got"
+        f" {type(self.rule).__name__}; bind decode_fn = @models.greedy_decode."
+      )
     real = real_tokens(tokens, eos_id)
     inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    up = lambda given: self._go_up(weights, *given)
+    # Rows over a mesh, or a symbolic number of them, are not taken one by one.
+    if isinstance(self.engine, engines.Eager):
+      return up((rows, inputs, real))
+    single = jax.tree.map(lambda x: x[:, None], (rows, inputs, real))
+    return jax.tree.map(lambda x: x[:, 0], lax.map(up, single))
 
-    def unfinished(cache):
-      position = cache["cache_index"]
-      ahead = jnp.arange(self.length)[None, :] >= position
-      return (position < self.length) & jnp.any(real & ahead)
-
-    def advance(cache):
-      position = cache["cache_index"]
-      token, active = _at(inputs, position), _at(real, position)
-      return _step(bound, rows, token, active, cache)[1]
-
-    cache = self.empty_cache(weights, rows, tokens.shape[0])
-    return Exits(**lax.while_loop(unfinished, advance, cache)["exits"])
+  def _go_up(self, weights: Any, rows: Rows, inputs, real) -> Exits:
+    flat = lambda x: x.reshape(-1, 1)
+    threshold = jnp.repeat(rows.threshold, self.length)
+    each = Rows(
+      rows.encoded, flat(rows.forced), flat(rows.generated), threshold
+    )
+    task = self._task(weights, rows, each)
+    bound, position = engines.Eager()(task), jnp.zeros((), jnp.int32)
+    decoder = bound.decoder(position)
+    walk = task.rule.walk(decoder.layers(()), threshold, position)
+    state = walk_lib.start(task.embed(inputs.reshape(-1)), real.reshape(-1))
+    biases = bound.table.of_windows(position[None], self.length)
+    for layer in range(1, self.config.num_decoder_layers + 1):
+      given = walk.layer_input(layer, state)
+      row = walk.stored(layer, state, decoder.project(layer, given))
+      window = lambda x: attention.by_window(x, task.batch_size)
+      attends = attention.WindowAttention(
+        caches.Cache(window(row.key), window(row.value)),
+        attention.of_layer(biases, layer),
+        rows.encoded.cross[layer - 1],
+        rows.encoded.bias,
+        self.config.float32_attention_logits,
+      )
+      hidden = decoder.run_projected(layer, given, row, attends)
+      state = walk.after(layer, state, hidden, row)
+    found = state.exit_layer, state.confidence, state.rejected_confidence
+    return Exits(*(x.reshape(inputs.shape) for x in found))
 
   def exits_of(
     self,
@@ -436,6 +451,35 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
 def rows_of_a_device(mesh: Any, axes: tuple[str, ...], num_rows: int) -> int:
   """Rows of a batch that a device decodes together, split along `axes`."""
   return num_rows // math.prod(mesh.shape[axis] for axis in axes)
+
+
+def refuse_mesh(shapes: Any, axes: Any, mesh: Any) -> None:
+  """Raises where arrays along these axes do not divide over a mesh.
+
+  Raises:
+    ValueError: naming an array, and the model axes that fit.
+  """
+  is_spec = lambda x: isinstance(x, sharding.PartitionSpec)
+  specs = jax.tree.leaves(axes, is_leaf=is_spec)
+  along, refused = 0, None
+  for (path, x), spec in zip(
+    jax.tree.leaves_with_path(shapes), specs, strict=True
+  ):
+    for size, name in zip(x.shape, spec, strict=False):
+      along = math.gcd(along, size) if name == MODEL_AXIS else along
+      if name == MODEL_AXIS and size % mesh.shape[name]:
+        refused = (
+          jax.tree_util.keystr(path, simple=True, separator="/"),
+          x.shape,
+        )
+  if refused:
+    fit = [n for n in range(1, mesh.size) if not mesh.size % n + along % n]
+    raise ValueError(
+      f"Expected a model axis that divides {refused[0]} {refused[1]}, got"
+      f" {mesh.shape[MODEL_AXIS]} of {mesh.size} devices; axes of"
+      f" {', '.join(map(str, fit))} fit: set num_partitions, or on a CPU, where"
+      " T5X ignores it, the number of devices."
+    )
 
 
 def kept_whole(variables: Any) -> Any:

@@ -20,10 +20,12 @@
 early exit in T5X's own loops. configs/README.md says how to install T5X.
 """
 
+import copy
 import functools
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import core as flax_core
+from gin import config as gin_config
 
 try:
   import clu.metrics as clu_metrics
@@ -57,7 +60,7 @@ from calm import exits
 from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
 from calm.inference import options as decode_options
-from calm.t5 import caches, costs, network
+from calm.t5 import caches, costs, network, parameters
 from calm.t5.network import Params
 from calm.t5x import loops, stored
 from calm.training import objectives
@@ -72,6 +75,9 @@ config_of = stored.config_of
 
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   """T5X's encoder-decoder model with an exit at every decoder layer."""
+
+  scanned: Any = None  # T5X's module, where its layers are stacked
+  whole_decoder: bool = False
 
   def __init__(
     self,
@@ -90,7 +96,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
     Of T5X's arguments those that are None or left out are what gin binds for
     T5X's own class, or its defaults. `module` is the Transformer of T5X's
-    examples/t5/network.py, built anew from its sizes. `label_smoothing` is 0
+    examples/t5 or examples/scalable_t5, built anew from its sizes; parameters
+    of the latter stay stacked as they are. `label_smoothing` is 0
     only, and rows of the embedding beyond the vocabulary are never emitted.
 
     Args:
@@ -133,6 +140,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     measured = getattr(getattr(rule, "measure", None), "part", None)
     parts = (*objective.parts, *filter(None, [measured]))
     config = config_of(theirs["module"], parts, exit_maps)
+    if hasattr(theirs["module"].config, "scan_layers"):
+      self.scanned = theirs["module"]
     theirs["module"] = network.Transformer(config)
     super().__init__(**theirs)
     self.rule = rule
@@ -166,8 +175,24 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def get_initial_variables(self, *args: Any, **kwargs: Any) -> Any:
     """T5X's; with `whole_decoder` no mesh axis divides the decoder's axes."""
     found = super().get_initial_variables(*args, **kwargs)
+    if self.scanned is not None:
+      theirs = copy.copy(self)
+      theirs.module = self.scanned
+      base = t5x_models.EncoderDecoderModel.get_initial_variables
+      found = stored.with_exit_parts(base(theirs, *args, **kwargs), found)
     stays = self.whole_decoder and self._splits_rows(found["params"])
     return loops.kept_whole(found) if stays else found
+
+  def by_layer(self, params: Params) -> Params:
+    """Parameters as the module has them, also those of scanned layers."""
+    if self.scanned is None:
+      return params
+    flat = parameters.flatten(flax_core.unfreeze(params))
+    axis = self.scanned.config.param_scan_axis
+    return parameters.unflatten(parameters.unstack_layers(flat, axis))
+
+  def _compute_logits(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+    return super()._compute_logits(self.by_layer(params), *args, **kwargs)
 
   def loss_fn(
     self, params: Params, batch: Batch, dropout_rng: jax.Array | None
@@ -180,10 +205,13 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     factor, weights = t5x_losses.get_loss_normalizing_factor_and_weights(
       self._loss_normalizing_factor, batch
     )
-    targets = batch["decoder_target_tokens"]
+    # T5X takes tokens of any dtype.
+    targets = jnp.asarray(batch["decoder_target_tokens"], jnp.int32)
     weights = jnp.ones(targets.shape) if weights is None else weights
     weights = jnp.asarray(weights, jnp.float32)
     weighted = {**batch, "decoder_loss_weights": weights}
+    weighted["decoder_target_tokens"] = targets
+    params = self.by_layer(params)
     loss, sums = self.objective.loss(self.module, params, weighted, dropout_rng)
     penalty = sums.z_loss
     if factor is not None:
@@ -301,7 +329,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return loops.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
 
   def _splits_rows(self, params: Params) -> bool:
-    return loops.fits(jax.eval_shape(self._weights, params).decoder)
+    return loops.fits(
+      jax.eval_shape(lambda x: self._weights(self.by_layer(x)).decoder, params)
+    )
 
   def _relative_cost(self, rule, aux, input_length, cache_length):
     """FLOPs of the decoder over those at full depth, of every decode."""
@@ -324,9 +354,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     (prefix, threshold), (rule, num_decodes, options) = rows, how
     mesh, num_rows = _context_mesh(), prefix.shape[0]
     # The plain engine takes a symbolic number of rows, and exchanges least
-    # where steps are the whole mesh's; None is the fastest for the rows.
-    plain = not isinstance(num_rows, int) or (mesh.size > 1 and not axes)
-    engine = engines.Eager() if plain else None
+    # where steps are the whole mesh's. With T5X's loops exits are replayed, a
+    # second program: what is compiled soonest. None: the fastest for the rows.
+    engine = None if self.is_greedy else engines.default_engine(rule, rows=1)
+    if not isinstance(num_rows, int) or (mesh.size > 1 and not axes):
+      engine = engines.Eager()
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
     arrays = {k: x for k, x in options.items() if isinstance(x, jax.Array)}
 
@@ -345,6 +377,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
       return decodes, {"scores": scores, **found}
 
+    params = self.by_layer(params)
     with compiled.at_precision(self.matmul_precision):
       weights = self._weights(params).decoder
       if axes:
@@ -450,11 +483,8 @@ def exit_metrics(
 ) -> dict[str, float]:
   """A seqio metric function: what the tokens of a task cost.
 
-  Returns:
-    `exits/mean_layer`; `exits/share_layer_<i>`, the share of tokens that leave
-    after layer i, for each layer that some leave after; `exits/speedup`, FLOPs
-    of the decoder at full depth over those spent. Nothing of a model without
-    exits.
+  `exits/mean_layer`; `exits/share_layer_<i>` of tokens that leave after layer
+  i; `exits/speedup`, the decoder's FLOPs at full depth over those spent.
   """
   del targets, predictions
   if "relative_cost" not in aux_values:
@@ -496,6 +526,38 @@ class Evaluator(seqio.Evaluator):
     return super().evaluate(predict_with_aux_fn=predict, **options)
 
 
+class Partitioner(t5x_partitioning.PjitPartitioner):
+  """T5X's partitioner, which names the meshes that a model fits.
+
+  What gin binds for T5X's class holds.
+  """
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    theirs = stored.bindings_of(t5x_partitioning.PjitPartitioner)
+    super().__init__(*args, **(theirs | kwargs))
+
+  def get_mesh_axes(self, train_state: Any) -> Any:
+    """T5X's, refused where the mesh does not divide the parameters."""
+    axes = super().get_mesh_axes(train_state)
+    loops.refuse_mesh(train_state.params, axes.params, self.mesh)
+    return axes
+
+
+@gin_config.register_finalize_hook
+def _refuse_order(config: Any) -> None:
+  """Refuses a network of T5X's that came after early_exit.gin."""
+  # The module has the name that a file gave it.
+  ours = re.compile(r"calm\.t5x\.\w+\.EncoderDecoderModel")
+  has_exits = any(ours.fullmatch(name) for _, name in config)
+  model = config.get(("MODEL", "gin.macro"), {}).get("value")
+  kind = getattr(getattr(model, "configurable", None), "wrapped", None)
+  if has_exits and kind is t5x_models.EncoderDecoderModel:
+    raise ValueError(
+      "Expected T5X's network file before the run or early_exit.gin, got it"
+      " after: MODEL is T5X's own, without exits; give the network first."
+    )
+
+
 def save_t5x_checkpoint(
   params: Params,
   config: network.T5Config,
@@ -503,12 +565,7 @@ def save_t5x_checkpoint(
   *,
   train_step: int = 0,
 ) -> str:
-  """Writes the tree of a configuration as a T5X checkpoint, to start from.
-
-  Returns:
-    The checkpoint's folder, `checkpoint_<train_step>` in `directory`, which
-    holds no optimizer state.
-  """
+  """Writes a T5X checkpoint without optimizer state, and returns its folder."""
   tokens = jnp.ones((1, 1), jnp.int32)
   init = functools.partial(
     network.Transformer(config).init, enable_dropout=False

@@ -103,6 +103,9 @@ def our_vocabulary(words: Any) -> Any:
     return vocabularies.from_seqio(local)
 
 
+# Of T5X's examples/scalable_t5 alone.
+_OF_SCANS = ("scan_layers", "param_scan_axis", "remat_policy")
+
 # ---- Checkpoints
 
 
@@ -155,24 +158,28 @@ def config_of(
       does not have (`scale_attn_logits` of T5X's contrib/gpu).
   """
   theirs: Any = getattr(module, "config", None)
-  if not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
+  if (
+    not hasattr(theirs, "emb_dim") or getattr(theirs, "scan_layers", 1) is False
+  ):
     kind = type(module)
     raise ValueError(
-      "Expected `module` to be the Transformer of T5X's"
-      f" examples/t5/network.py, got {kind.__module__}.{kind.__name__}; scanned"
-      " layers and Flaxformer's architectures have other parameter trees."
+      "Expected `module` to be the Transformer of T5X's examples/t5 or, with"
+      " scan_layers = True, examples/scalable_t5, got"
+      f" {kind.__module__}.{kind.__name__}; others have other parameter trees."
     )
   known = {field.name for field in dataclasses.fields(network.T5Config)}
   for field in getattr(theirs, "__dataclass_fields__", {}).values():
-    value = getattr(theirs, field.name)
-    if field.name not in known and value != field.default:
+    value, name = getattr(theirs, field.name), field.name
+    if name not in (*known, *_OF_SCANS) and value != field.default:
       raise ValueError(
-        f"Expected {field.name} of {field.default}, got {value}, which this"
-        " network does not have; leave it out."
+        f"Expected {name} of {field.default}, got {value}, which this network"
+        " does not have; leave it out."
       )
   given = {
     name: getattr(theirs, name) for name in known if hasattr(theirs, name)
   }
+  if hasattr(theirs, "scan_layers"):
+    given["relpos_per_layer"] = True
   if "exit_classifier" not in given:
     for part in ("exit_classifier", "exit_probes"):
       given[part] = part in parts
@@ -184,24 +191,27 @@ def config_of(
   return network.T5Config(**given)
 
 
+def with_exit_parts(theirs: Any, ours: Any) -> Any:
+  """T5X's variables, and beside them what our decoder has for exits."""
+  made = {}
+  for name, tree in theirs.items():
+    decoder = ours[name]["decoder"]
+    parts = {x: decoder[x] for x in parameters.EXIT_PARTS if x in decoder}
+    made[name] = {**tree, "decoder": {**tree["decoder"], **parts}}
+  return type(theirs)(made)
+
+
 # ---- Calibrations
 
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-  """A calibration that a run decodes under (configs/runs/calibrated.gin).
+  """A calibration that a run decodes under (configs/runs/calibrated.gin)."""
 
-  Attributes:
-    path: the file that `calm calibrate` wrote for a sweep
-      (scripts/t5x_sweep.py).
-    checkpoint: the checkpoint that the run restores.
-    task_prefix: what the task puts before every input.
-  """
-
-  path: str
-  checkpoint: str
-  task_prefix: str = ""
+  path: str  # what `calm calibrate` wrote for a sweep (scripts/t5x_sweep.py)
+  checkpoint: str  # the checkpoint that the run restores
+  task_prefix: str = ""  # what the task puts before every input
 
   def load(self, model: Any) -> Calibration:
     """The calibration, for a model whose outputs are those that it is about.

@@ -96,9 +96,9 @@ def test_configuration_is_told_by_names_and_shapes():
   del golden["tokens"], golden["logits"]
   config = network.T5Config(vocab_size=32, exit_classifier=False, **toys.SMALLEST)
   assert t5x.infer_config(golden) == config
-  scanned = {"token_embedder/embedding": np.zeros((4, 2)), "decoder/decoder/x": np.zeros(3)}
+  other = {"token_embedder/embedding": np.zeros((4, 2)), "decoder/x": np.zeros(3)}
   with pytest.raises(ValueError, match=r"T5X's own T5 network.*lacking 'decoder/relpos_bias"):
-    t5x.infer_config(scanned)
+    t5x.infer_config(other)
 
 
 def test_the_newest_step_is_taken(unpacked, tmp_path):

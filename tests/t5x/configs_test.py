@@ -1,8 +1,10 @@
 """Every gin file for T5X's scripts parses, finalises, and builds the model that it says."""
 
+import importlib
 import re
 import sys
 import types
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -29,7 +31,8 @@ PARTS = (
 WHOLE = [path for path in RUNS if path.name not in PARTS]
 SIZES = sorted(
   str(path.relative_to(setup.t5x_root()))
-  for path in (setup.t5x_root() / "t5x/examples/t5").glob("*/*.gin")
+  for folder in ("t5/*", "scalable_t5/t5_1_1")
+  for path in (setup.t5x_root() / "t5x/examples").glob(f"{folder}/*.gin")
 )
 # Public figures of the T5 1.1 checkpoints.
 NUM_PARAMETERS = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080}
@@ -72,6 +75,7 @@ def gin_of_t5x(monkeypatch):
   gin.clear_config()
   forget("calm.t5.network")
   forget("t5x.examples.t5.network")
+  forget("t5x.examples.scalable_t5.network")
   yield
   gin.clear_config()
 
@@ -129,18 +133,19 @@ def test_a_run_says_what_must_be_set_and_builds_our_model(path):
   assert isinstance(model.objective, objectives.LayerWeighted)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: size[16:-4])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size[13:-4])
 def test_every_network_of_t5x_is_taken_as_it_is(size):
-  """T5, T5 1.1, mT5 and ByT5: sizes and tree are T5X's own."""
-  from t5x.examples.t5 import network as t5x_network
-
+  """T5, T5 1.1, mT5, ByT5 and those of scanned layers: sizes and tree are T5X's own."""
+  t5x_network = importlib.import_module(size.rsplit("/", 2)[0].replace("/", ".") + ".network")
   parse(size, "configs/runs/early_exit.gin", DROPOUT_RATE=0.1)
   theirs = gin.get_bindings(t5x_network.T5Config)
   use_a_vocabulary_without_a_file(theirs["vocab_size"])
   config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn().config
+  scans = {name: theirs.pop(name, None) for name in ("scan_layers", "remat_policy")}
   assert {name: getattr(config, name) for name in theirs} == theirs
+  assert config.relpos_per_layer == bool(scans["scan_layers"])
   assert not config.exit_classifier
-  if "t5_1_1/" in size and (name := size.split("/")[-1][:-4]) in NUM_PARAMETERS:
+  if "/t5/t5_1_1/" in size and (name := size.split("/")[-1][:-4]) in NUM_PARAMETERS:
     shapes = parameters.expected_shapes(config).values()
     assert sum(int(np.prod(shape)) for shape in shapes) == NUM_PARAMETERS[name]
 
@@ -192,6 +197,16 @@ def test_decoding_takes_the_papers_schedule(run):
   assert model.is_greedy and model.whole_decoder
 
 
+@pytest.mark.parametrize("run", ["finetune", "infer", "eval", "sweep", "early_exit"])
+def test_a_network_after_the_run_is_refused(run):
+  """T5X's file sets MODEL again, to a model without exits."""
+  path = CONFIGS / "runs" / f"{run}.gin"
+  given = {name: "x" for name in required(path)} | {"DATA": "x", "DROPOUT_RATE": 0.0}
+  given |= {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}, "TRAIN_STEPS": 3}
+  with pytest.raises(ValueError, match="T5X's network file before the run"):
+    parse(str(path.relative_to(REPOSITORY)), SMALL, SYNOPSIS, **given)
+
+
 def test_a_run_that_goes_on_reads_other_batches():
   parse_run(CONFIGS / "runs" / "local_debian.gin")
   assert gin.query_parameter("train/utils.DatasetConfig.seed") is None
@@ -199,12 +214,10 @@ def test_a_run_that_goes_on_reads_other_batches():
 
 def test_private_names_are_those_of_the_tested_versions():
   """What the adapter uses beyond faces of T5X cc342d4, JAX 0.10.2 and seqio 0.0.20."""
-  import importlib.metadata
-
   import seqio
   from t5x import partitioning
 
-  versions = {name: importlib.metadata.version(name) for name in ("jax", "seqio")}
+  versions = {name: metadata.version(name) for name in ("jax", "seqio")}
   assert versions == {"jax": "0.10.2", "seqio": "0.0.20"}
   assert partitioning.pxla.thread_resources.env.physical_mesh.empty
   words = seqio.SentencePieceVocabulary("none.model")

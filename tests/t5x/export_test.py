@@ -1,5 +1,8 @@
 """A model for serving without its Python: `jax.export`, with any batch size."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from jax import export
 
 from calm import exits
 from calm.exits import confidence, propagation
+from calm.t5 import parameters
 from tests import engine
 from tests.t5x import setup
 
@@ -17,8 +21,28 @@ pytestmark = setup.MARKS
 LEARNED = exits.DynamicExits(confidence.State(), propagation=propagation.Learned())
 
 
+# What a server runs: JAX and files, nothing of this package.
+SERVER = """
+import sys, jax, numpy as np
+folder = sys.argv[1]
+given, flat = np.load(folder + "/batch.npz"), np.load(folder + "/params.npz")
+params = {}
+for path, leaf in flat.items():
+  *above, name = path.split("/")
+  node = params
+  for part in above:
+    node = node.setdefault(part, {})
+  node[name] = leaf
+from jax import export
+opened = export.deserialize(bytearray(open(folder + "/exits.jax", "rb").read()))
+assert not {name.split(".")[0] for name in sys.modules} & {"calm", "t5x", "flax", "seqio"}
+made = opened.call(params, dict(given))
+np.savez(folder + "/made.npz", *made)
+"""
+
+
 @pytest.mark.parametrize("decode", ["ours", "beam", "learned"])
-def test_a_round_trip_takes_any_batch_size(decode):
+def test_an_artefact_is_served_by_a_fresh_process_for_any_batch_size(decode, tmp_path):
   from t5x import decoding
 
   decode_fn = decoding.beam_search if decode == "beam" else models.greedy_decode
@@ -35,11 +59,15 @@ def test_a_round_trip_takes_any_batch_size(decode):
   }
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   stored = export.export(predict)(like, symbolic).serialize()
-  opened = export.deserialize(stored)
+  (tmp_path / "exits.jax").write_bytes(stored)
+  np.savez(tmp_path / "params.npz", **parameters.flatten(jax.device_get(params)))
   expected = predict(params, batch)
   for size in (len(engine.PROMPTS), 3):
-    part = {name: x[:size] for name, x in batch.items()}
-    tokens, scores, layers = opened.call(params, part)
+    np.savez(tmp_path / "batch.npz", **{name: x[:size] for name, x in batch.items()})
+    server = [sys.executable, "-c", SERVER, str(tmp_path)]
+    done = subprocess.run(server, env=setup.environment(), cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    tokens, scores, layers = np.load(tmp_path / "made.npz").values()
     np.testing.assert_array_equal(tokens, expected[0][:size])
     np.testing.assert_allclose(scores, expected[1][:size], atol=1e-4)
     np.testing.assert_array_equal(layers, expected[2][:size])

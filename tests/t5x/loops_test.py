@@ -21,6 +21,7 @@ ENGINES = {
   "deferred": (engines.Deferred(), RULE),
   "compacted": (engines.Compacted(buckets=(2,)), RULE),
   "learned": (engines.Deferred(), LEARNED),
+  "row_by_row": (None, LEARNED),
 }
 EOS = 1
 

@@ -344,6 +344,21 @@ def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
     np.testing.assert_array_equal(never, full)
 
 
+@pytest.mark.parametrize("loop", ["temperature_sample", "beam_search"])
+def test_exits_in_t5x_own_loops_do_not_double_the_program_that_a_run_compiles(loop):
+  """Start-up is compiling: the step is in the loop alone, exits are replayed in one pass."""
+  from t5x import decoding
+
+  toy, batch = engine.toy(num_decoder_layers=6), setup.batch()
+  model = setup.model(toy, decode_fn=getattr(decoding, loop))
+
+  def lines(options):
+    made = jax.jit(functools.partial(model.predict_batch_with_aux, decoder_params=options))
+    return made.lower(setup.params(toy), batch).as_text().count("\n")
+
+  assert lines({"threshold": 0.5}) < 3 * lines({})  # with the step in two loops, x5.3
+
+
 def test_ids_beyond_the_vocabulary_are_never_emitted():
   toy = engine.toy()
   tokens, _ = predictor(setup.model(toy, decode_fn=models.greedy_decode))(

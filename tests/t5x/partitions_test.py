@@ -65,10 +65,16 @@ import flax, jax, numpy as np
 from t5x import partitioning, utils
 from tests import engine
 from tests.decode import hlo
-from calm.t5x import loops
+from calm.t5x import loops, models
 from tests.t5x import partitions_test as here, setup
 
-found = {}
+found, shapes = {}, {"encoder_input_tokens": (8, 4)}
+shapes |= {f"decoder_{name}_tokens": (8, 4) for name in ("input", "target")}
+try:
+  init = here.model("ours").get_initial_variables
+  utils.TrainStateInitializer(None, init, shapes, models.Partitioner(num_partitions=2))
+except ValueError as error:
+  found["refused"] = str(error)
 by_row = {"by_row": (2, "sample", {}, {})}
 runs = {**here.GREEDY, **here.OTHERS, **by_row}
 for name, (partitions, decode, arguments, options) in runs.items():
@@ -182,6 +188,11 @@ def test_nothing_is_exchanged_while_rows_are_decoded(found, name):
 def test_weights_that_stay_whole_are_not_gathered(found):
   assert found["kept_whole"]["weights_gathered"] == 0
   assert found["data_model"]["weights_gathered"] > 8
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_named_with_those_that_do(found):
+  """On a CPU T5X puts all eight devices along the model axis, whatever it is asked for."""
+  assert "(4, 32), got 8 of 8 devices; axes of 1, 2, 4 fit: set num_part" in found["refused"]
 
 
 def test_a_line_says_how_to_keep_weights_whole(found):

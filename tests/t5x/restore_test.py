@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm import checkpoints
 from calm.t5 import parameters
 from calm.training import objectives
 from tests import engine
@@ -103,10 +104,11 @@ def restored(model, config, path: str, optimizer: bool = True) -> Any:
 
 
 def started(
-  files, path: str, lines=None, dtype: str | None = None, resumes=None
+  files, path: str, lines=None, dtype: str | None = None, resumes=None, size=configs_test.SMALL
 ) -> tuple[Any, Any]:
   """Model and first state of T5X's small.gin in a toy's sizes, and a run's files after it.
 
+  `size` is another network file of T5X's;
   `resumes` is a MODEL_DIR that has checkpoints, from which `t5x/train.py` goes on.
   """
   from t5x import utils
@@ -130,9 +132,11 @@ def started(
         "import seqio",
         "from calm import exits",
         "from calm.exits import confidence",
+        "from calm.t5x import models as greedy",
+        "from t5x import models",
         "from t5x import adafactor",
-        "from t5x.examples.t5 import network",
-        f'include "{configs_test.SMALL}"',
+        f"from {size.rsplit('/', 2)[0].replace('/', '.')} import network",
+        f'include "{size}"',
         *(f'include "{file}"' for file in files),
         *(f"{name} = {value}" for name, value in (given | (lines or {})).items()),
       ]
@@ -276,6 +280,55 @@ def test_exits_learn_beside_t5x_own_checkpoint_and_inference_reads_them(tmp_path
   reads, read = started((*INFER, READ_MAPS), path, MAPS | MEASURED, dtype="float32")
   assert_equal_leaves(leaves(read.params), after)
   assert reads.rule.propagation.name == "learned" and reads.rule.allowed == (1,)
+
+
+SCANNED = "t5x/examples/scalable_t5/t5_1_1/base.gin"
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path, layout):
+  """Of T5X's scalable_t5, its tree as it is; and the same checkpoint without T5X."""
+  from t5x import adafactor
+  from t5x.examples.scalable_t5 import network
+
+  toy = engine.toy(**TOY)
+  rules = adafactor.standard_logical_factor_rules()
+  names = network.T5Config.__dataclass_fields__
+  sizes = {name: getattr(toy.config, name) for name in names if hasattr(toy.config, name)}
+  theirs = setup.t5x_model(toy)
+  theirs.module = network.Transformer(network.T5Config(**sizes | {"dtype": jnp.float32}))
+  theirs.optimizer_def = adafactor.Adafactor(1e-3, logical_factor_rules=rules)
+  theirs, expected = two_steps(theirs)
+  path = saved(theirs, expected, tmp_path, layout)
+  lines = MEASURED | {"models.EncoderDecoderModel.decode_fn": "@greedy.greedy_decode"}
+  model, state = started((*THEIRS, STAGE_TWO), path, lines, size=SCANNED)
+  after = leaves(state.params)
+  kept = {name: leaf for name, leaf in after.items() if name not in CLASSIFIER}
+  assert_equal_leaves(kept, leaves(expected.params))
+  assert after["decoder/decoder/mlp/wo/kernel"].shape == (24, 2, 16)
+  learned = trained(model, state, 3)
+  moved = leaves(learned.params)
+  assert {name for name in after if np.any(moved[name] != after[name])} == CLASSIFIER
+  batch = setup.training_batch(toy)
+  scores = jax.jit(theirs.score_batch)(expected.params, batch)
+  np.testing.assert_allclose(model.score_batch(learned.params, batch), scores, rtol=1e-4)
+
+  def decoded(model, params, threshold):
+    tokens, aux = model.predict_batch_with_aux(
+      params, setup.batch(), decoder_params={"threshold": threshold}
+    )
+    return tokens, aux["exit_layers"], aux["rejected_confidences"]
+
+  decode = jax.jit(decoded, static_argnums=0)
+  never = decode(model, learned.params, jnp.inf)
+  threshold = jnp.median(never[2][never[1] > 0])
+  found = decode(model, learned.params, threshold)
+  assert set(np.unique(found[1])) >= {1, 2}, "some leave after each layer"
+  opened = checkpoints.load(saved(model, learned, tmp_path / "ours", layout))
+  plain = setup.model(toy, module=models.network.Transformer(opened.config), rule=model.rule)
+  plain = functools.partial(decode, plain, jax.tree.map(jnp.asarray, opened.params))
+  for got, same in zip(plain(threshold), found, strict=True):
+    np.testing.assert_allclose(got, same, atol=1e-5)
 
 
 def of_contrib_calm() -> tuple[Any, Any]:
