@@ -173,19 +173,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What a step takes of one core.
-
-  Attributes:
-    step: what was compiled.
-    arguments, temporaries, peak: GB (10^9 bytes); the peak counts donated arguments once.
-    loop_collectives: of the token loop; None of a training step.
-  """
+  """What a step takes of one core, in GB (10^9 bytes)."""
 
   step: Step
   arguments: float
   temporaries: float
-  peak: float
-  loop_collectives: int | None
+  peak: float  # donated arguments counted once
+  loop_collectives: int | None  # of the token loop
+  cycles: tuple[float, ...]  # thousands of a token that leaves after layer 1, L/3, 2 L/3, L
 
 
 def compiled(step: Step) -> Any:
@@ -211,13 +206,16 @@ def memory(step: Step) -> Memory:
     )
   module = tpu_hlo.parse(made.as_text() or "")
   peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-  decodes = step.kind == "decode"
+  decodes, layers = step.kind == "decode", step.config.num_decoder_layers
+  ends = (1, layers // 3, 2 * layers // 3, layers) if decodes else ()
+  path = tpu_report.PATHS["deferred"]
   return Memory(
     step,
     found.argument_size_in_bytes / 1e9,
     found.temp_size_in_bytes / 1e9,
     (peak + found.temp_size_in_bytes) / 1e9,
     sum(tpu_hlo.collectives(module).values()) if decodes else None,
+    tuple(tpu_hlo.step_cycles(module, path, layer) / 1e3 for layer in ends),
   )
 
 
@@ -245,6 +243,8 @@ STEPS: Mapping[str, Step] = {
   "xl_train": Step("stage one", "xl", "v3:8x8", 8),
   "xl_classifier": Step("stage two", "xl", "v3:8x8", 8),
   "xl_decode": Step("decode", "xl", "v3:8x8", 8),
+  "xl_decode_v3_32": Step("decode", "xl", "v3:4x4", 8),
+  "xl_decode_v3_8": Step("decode", "xl", model=8, batch=32),
 }
 
 
@@ -255,12 +255,13 @@ def row(name: str, one: Memory) -> list[Any]:
   lengths = f"{step.batch}, {step.inputs} / {step.targets}"
   kept = [f"{x:.1f}" for x in (one.arguments, one.temporaries, one.peak)]
   loops = "" if one.loop_collectives is None else one.loop_collectives
-  return [name, where, lengths, *kept, loops]
+  return [name, where, lengths, *kept, loops, " / ".join(f"{x:.0f}" for x in one.cycles)]
 
 
 COLUMNS = (
   *("step", "cores, data x model", "batch, lengths", "arguments, GB", "temporaries, GB"),
   *("in all, GB of 16 a core", "collectives in the token loop"),
+  "thousand cycles a token, exit at 1 / a third / two thirds / all layers",
 )
 
 
