@@ -134,6 +134,11 @@ def is_listing(value: Any) -> bool:
   return ordered and getattr(value, "ndim", 1) > 0 and not hasattr(value, "columns")
 
 
+def is_table(value: Any) -> bool:
+  """Whether a value is a table with named columns, as of pandas and polars."""
+  return hasattr(value, "columns") and hasattr(value, "__getitem__")
+
+
 def _item(place: Any, value: Any, kind: Any) -> Any:
   try:
     return _converted(value, kind)

@@ -228,7 +228,7 @@ def _side_by_side(tables: Sequence[SequenceLosses], **fields: Any) -> SequenceLo
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
-  if sequence_losses.is_frame(losses):
+  if arguments.is_table(losses):
     losses, support = sequence_losses.from_frame(losses, support), None
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:

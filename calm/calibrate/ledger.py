@@ -60,8 +60,8 @@ def record(
 
   Args:
     folder: of the cached generations, or of whatever else the rows are kept in.
-    question: what was asked, as JSON values; equal questions are counted once, with their last
-      error rate. Of a fit it has the key 'fit', which is read as its folder.
+    question: what was asked, in JSON; of equal ones the last error rate counts. Of a fit it has
+      the key 'fit', which is read as its folder.
     rows: texts of the rows used, equal if their letters and digits are.
     error_rate: epsilon, in (0, 1).
     around: folders beside, above and below which ledgers are read too; by default `folder`.

@@ -105,11 +105,9 @@ class SequenceLosses:
     return dataclasses.replace(self, **rows)
 
   def __repr__(self) -> str:
-    return (
-      f"SequenceLosses({self.kind}, {self.metric}, {self.values.shape[0]} prompts x"
-      f" {self.values.shape[1]} thresholds, means"
-      f" {np.array2string(self.values.mean(axis=0), precision=4, threshold=6)})"
-    )
+    size = "{} prompts x {} thresholds".format(*self.values.shape)
+    means = np.array2string(self.values.mean(axis=0), precision=4, threshold=6)
+    return f"SequenceLosses({self.kind}, {self.metric}, {size}, means {means})"
 
 
 @arguments.checked()
@@ -291,11 +289,6 @@ def from_texts(
   kind = kind or ("textual" if references is None else "risk_signed")
   losses = compute(generations, kind, metric=metric)
   return losses if groups is None else dataclasses.replace(losses, groups=tuple(groups))
-
-
-def is_frame(value: Any) -> bool:
-  """Whether a value is a table with named columns."""
-  return hasattr(value, "columns") and hasattr(value, "__getitem__")
 
 
 def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:

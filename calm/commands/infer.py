@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
       " got none; give one, or leave the options out."
     )
   calibration = predictor.calibration
-  if old := procedure.unknown_platform(calibration and calibration.procedure):
+  if old := unknown_platform(calibration and calibration.procedure):
     print_text(console, f"About the calibration: {old}")
   startup = time.monotonic() - start
   serving = Serving(arguments, predictor, threshold, online, console, len(prompts), startup)
@@ -105,6 +105,19 @@ def run(arguments: argparse.Namespace) -> int:
       serving.serve(prompts, str(part.folder / shards.OUTPUTS))
     part.finish("infer", about, [shards.OUTPUTS] if len(part) else [])
   return 0
+
+
+def unknown_platform(made_by: procedure.Procedure | None) -> str:
+  """One line that says so where a file does not tell where it was decoded; else ''."""
+  missing = [
+    f"`{name}`" for name in procedure.PLATFORM if made_by and not getattr(made_by, name)
+  ]
+  if not missing:
+    return ""
+  return (
+    f"An earlier version wrote it, which did not record {' and '.join(missing)}: whether it was"
+    " decoded on a platform like this one is not checked."
+  )
 
 
 def open_online(arguments: argparse.Namespace, predictor) -> Online | None:

@@ -26,7 +26,6 @@ from typing import Any, BinaryIO
 
 from calm import arguments, signals, storage
 from calm.calibrate import Prompt
-from calm.calibrate.losses import is_frame
 from calm.data import rows
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text", "question")
@@ -316,8 +315,8 @@ def _prompt_of(row: rows.Row, input_key: str | None, target_key: str | None) -> 
 def check_texts(texts: Any) -> tuple[str, ...]:
   """Texts of any ordered iterable; TypeError where it is something else that iterates."""
   made: tuple[str, ...] = ()
-  if isinstance(texts, str) or is_frame(texts) or not arguments.is_listing(texts):
-    got = "a table" if is_frame(texts) else repr(texts)[:60]
+  if isinstance(texts, str) or arguments.is_table(texts) or not arguments.is_listing(texts):
+    got = "a table" if arguments.is_table(texts) else repr(texts)[:60]
   else:
     made = tuple(texts)
     got = next((repr(text)[:60] for text in made if not isinstance(text, str)), None)
@@ -343,7 +342,7 @@ def prompts_of(
     TypeError: one text instead of a list, or something that is no prompt.
     ValueError: a row lacks its text, or has one that is no text (names the row).
   """
-  if is_frame(values):
+  if arguments.is_table(values):
     values = _records(values)
   elif isinstance(values, str) or not arguments.is_listing(values):
     raise TypeError(

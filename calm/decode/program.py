@@ -254,7 +254,7 @@ class Program:
     threshold: Float[Array, "..."],
     resume_at: Int[Array, " batch"],
   ) -> loop.DecodingState:
-    """Decodes again from some token of each row on (`records.reusable_tokens` says from which).
+    """Decodes again from some token of each row on (`grid.reusable_tokens` says from which).
 
     Args:
       weights, encoded, threshold: as for `decode`.

@@ -2,7 +2,7 @@
 
 Prompts are encoded once for all thresholds. A sequence whose refused confidences all stay below
 the next threshold is the same there and is not decoded again, any other from the first token
-on where they do not (`records.reusable_tokens`).
+on where they do not (`reusable_tokens`).
 """
 
 import collections
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from calm import exits
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import records as records_lib
 from calm.decode import loop
 from calm.inference import options as options_lib
 from calm.inference import result_cache
@@ -60,7 +60,7 @@ class _Batch:
       for i in missing
       if (record := previous.get(i)) is not None
       and record.tokens is not None
-      and records_lib.reusable_tokens(record, values) == len(record.tokens)
+      and reusable_tokens(record, values) == len(record.tokens)
     }
     same = {i: len(record.tokens or ()) for i, record in made.items()}
     if fresh := [i for i in missing if i not in made]:
@@ -89,7 +89,7 @@ class _Batch:
       before = jax.device_get(self._state.generation)
       for i, place in places.items():
         record = self._record(before, i)
-        same = records_lib.reusable_tokens(record, values)
+        same = reusable_tokens(record, values)
         # The last token is decoded again whatever the records say: there is a row to run.
         resume_at[place] = max(0, min(same, len(record.tokens or ()) - 1))
     self._state = self._model.resume(self.encoded, self._state, active, threshold, resume_at)
@@ -98,6 +98,26 @@ class _Batch:
 
   def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
     return record(self._model, generation, self._ids.index(prompt_id), prompt_id)
+
+
+def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
+  """Leading tokens of `record` that are the same when decoded with lower thresholds.
+
+      the sequence is the same  iff  rejected_confidences[t] < new threshold, for all t
+
+  since then no earlier layer would exit now. Up to the first t where this fails everything is
+  the same, caches included. Comparisons are in float32, as in the decoder. A refusal of 0 may
+  also mean that nothing was refused, so at threshold 0 less is kept than could be.
+
+  Args:
+    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included; of one
+      that lacks `rejected_confidences` nothing is kept.
+    thresholds: [length] the schedule's value at every generated token of the new setting; each
+      at most the value that `record` was decoded with. More values than tokens are ignored.
+  """
+  refused = np.asarray(record.rejected_confidences or (), np.float32)
+  exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
+  return int(np.argmax(exits_now)) if exits_now.any() else len(refused)
 
 
 def schedule_values(model: "Predictor", threshold: float) -> np.ndarray:

@@ -113,17 +113,6 @@ class Procedure:
     return found
 
 
-def unknown_platform(procedure: Procedure | None) -> str:
-  """One line that says so where a file does not tell where it was decoded; else ''."""
-  missing = [f"`{name}`" for name in PLATFORM if procedure and not getattr(procedure, name)]
-  if not missing:
-    return ""
-  return (
-    f"An earlier version wrote it, which did not record {' and '.join(missing)}: whether it was"
-    " decoded on a platform like this one is not checked."
-  )
-
-
 def describe_differences(
   expected: Procedure | None, got: Procedure | None, *, allow_platform: bool = False
 ) -> str:

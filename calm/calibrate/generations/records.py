@@ -1,4 +1,4 @@
-"""Prompts and outputs as lines of JSON, and what an output says about a lower threshold."""
+"""Prompts and outputs as lines of JSON."""
 
 import dataclasses
 import math
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from calm import arguments, storage
 
@@ -184,23 +183,3 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
   if not prompts:
     raise GenerationsError(f"{path}: expected a prompt a line, got none; write at least one.")
   return prompts
-
-
-def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
-  """Leading tokens of `record` that are the same when decoded with lower thresholds.
-
-      the sequence is the same  iff  rejected_confidences[t] < new threshold, for all t
-
-  since then no earlier layer would exit now. Up to the first t where this fails everything is
-  the same, caches included. Comparisons are in float32, as in the decoder. A refusal of 0 may
-  also mean that nothing was refused, so at threshold 0 less is kept than could be.
-
-  Args:
-    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included; of one
-      that lacks `rejected_confidences` nothing is kept.
-    thresholds: [length] the schedule's value at every generated token of the new setting; each
-      at most the value that `record` was decoded with. More values than tokens are ignored.
-  """
-  refused = np.asarray(record.rejected_confidences or (), np.float32)
-  exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
-  return int(np.argmax(exits_now)) if exits_now.any() else len(refused)
