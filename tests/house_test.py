@@ -56,10 +56,10 @@ def test_no_function_is_long(folder):
 # Lines and files of each room of calm, and of the other folders. A number goes up only with a
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
-  "arguments.py": (173, 1),
-  "calibrate": (5260, 22),
+  "arguments.py": (178, 1),
+  "calibrate": (5221, 22),
   "checkpoints": (1210, 5),
-  "commands": (2930, 14),
+  "commands": (2943, 14),
   "console.py": (271, 1),
   "data": (2104, 8),
   "decode": (2606, 12),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1461, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_647, 139), "tests": (28_439, 166), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_645, 139), "tests": (28_437, 166), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
