@@ -19,17 +19,13 @@ from scipy import special
 # Shares of the largest bet that keeps wealth nonnegative. One loss of 1 must not ruin plug-in
 # bets; those that are made for one level and die with it go closer.
 CAP_SHARE, HEDGE_CAP_SHARE = 0.9, 0.99
-# What the running variance holds before the first prompt: the largest of losses in [0, 1].
-PRIOR_VARIANCE = 0.25
-# How many prompts the variance of a loss of mean `tolerance` counts for in the hedge.
-HEDGE_PRIOR_SIZE = 8.0
-# The hedge looks at its wealth again after this share of the prompts that are left.
-_LOOKS = 64
+PRIOR_VARIANCE = 0.25  # before the first prompt: the largest of losses in [0, 1]
+HEDGE_PRIOR_SIZE = 8.0  # prompts for which the prior variance counts in the hedge
+_LOOKS = 64  # the hedge looks at its wealth after this share of the prompts that are left
 LEAST_VARIANCE = 1e-12
 # Rows whose wealth is followed at once, and losses where columns are few.
 _BLOCK, _CELLS = 64, 2**16
-# How far an upper bound may lie above its own end, as a share of the range of losses.
-PRECISION = 1e-4
+PRECISION = 1e-4  # of an upper bound, as a share of the range of losses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,9 +90,8 @@ def hedge_bets(losses: np.ndarray, design: Design) -> np.ndarray:
   price of the option and the bet its hedge: of all bets the one that most often ends at
   1 / error_rate, whatever the mean below the tolerance is. `variance_i` is as for
   `plug_in_bets`, with 8 prompts of variance tolerance (1 - tolerance) before the first. Wealth
-  is looked at again after every 64th of the prompts left. Once it has reached the target, or
-  has fallen below error_rate, nothing is left to hedge: bets go on at the plug-in pace, for the
-  sake of upper bounds.
+  is looked at again after every 64th of the prompts left; once it has reached the target or
+  fallen below error_rate, bets go on at the plug-in pace, for the sake of upper bounds.
   """
   wealth, highest = np.zeros((2, losses.shape[1]))
   scale = max(abs(design.upper), 1e-9)
@@ -188,9 +183,8 @@ def upper_bound(
       1 + min(b, c / (upper - m)) (m - loss)
 
   because (m - loss) / (upper - m) and m - loss do, and because the minimum is a maximum where
-  m < loss. So wealth grows with m, what is rejected is an interval up to `upper`, and its lower
-  end is found by halving, from the tested tolerance (a number) on. The bound is at most the
-  tolerance exactly where the test rejects. `lower` is the declared lower bound of losses.
+  m < loss. So what is rejected is an interval up to `upper`, and its lower end is found by
+  halving, from the tested tolerance (a number) on; `lower` is the declared bound of losses.
   """
   bets, count = design.bets(losses) if bets is None else bets, losses.shape[1]
   low, high = np.full(count, float(lower)), np.full(count, float(design.upper))

@@ -1,8 +1,7 @@
 """The record of a calibration: a threshold, all that it stands on, and the promise in words.
 
-A digest finds damage and edits of a file. It does not stop somebody who edits the file and
-writes the digest that fits: hand the digest around by another way (`--expect_digest`), or make
-the calibration again from its cached outputs (`calm calibrate --verify`).
+A digest finds damage and edits, not somebody who writes the digest that fits: hand it around by
+another way (`--expect_digest`), or make the calibration again (`calm calibrate --verify`).
 """
 
 import dataclasses
@@ -24,13 +23,10 @@ from calm.calibrate.losses import Support
 from calm.calibrate.risks import Mean, Promise
 from calm.calibrate.testing import Evidence, Row
 
-# 2: digests, promises. Files of version 1 are read; they have none to compare.
 SCHEMA_VERSION = 2
-_NEW_FIELDS = {"promise", "parts", "losses_digest"}
-# Left out of files where they are empty.
-_OPTIONAL = {"knobs", "groups_ignored", "largest_cluster"}
-# p-values are compared so closely; libraries differ in the last digits.
-_CLOSE = 1e-6
+_NEW_FIELDS = {"promise", "parts", "losses_digest"}  # which files of version 1 lack
+_OPTIONAL = {"knobs", "groups_ignored", "largest_cluster"}  # left out where they are empty
+_CLOSE = 1e-6  # between p-values; libraries differ in the last digits
 _MOST_BYTES = 64 * 2**20
 _DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _KINDS = {
@@ -44,7 +40,7 @@ _KINDS = {
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """A calibrated threshold and everything that it stands on.
+  """A calibrated threshold, its `promise`, and all that it stands on, with its `provenance`.
 
   Raises:
     ValueError: a text or number is none that `load` would read again.
@@ -63,27 +59,17 @@ class Calibration:
   clusters: bool  # whether losses are means of clusters of prompts
   rows: tuple[Row, ...]  # one `Row` a grid point, in grid order
   visited: tuple[int, ...]  # grid positions in the order of testing
-  # 'permuted' (by `seed`), 'given', or 'irrelevant' where the method does not depend on it.
-  order: str
+  order: str  # 'permuted' (by `seed`), 'given', or 'irrelevant' to the method
   seed: str  # hexadecimal seed of the permutation
   sequential: bool = False  # whether prompts stopped being decoded when the outcome was clear
-  # How outputs were decoded; None when they came from elsewhere.
-  procedure: Procedure | None = None
-  # The story of the numbers.
+  procedure: Procedure | None = None  # how outputs were decoded; None: elsewhere
   provenance: Provenance = dataclasses.field(default_factory=Provenance)
-  # What is bounded; the mean loss by default.
   promise: Promise = dataclasses.field(default_factory=Mean)
-  # Evidence of each test of the promise, where there is more than one; `rows` then hold what
-  # the least certain of them found.
-  parts: tuple[Evidence, ...] = ()
+  parts: tuple[Evidence, ...] = ()  # of each test of the promise, where there are several
   losses_digest: str = ""  # SHA-256 of the losses that were tested, '' in a sequential run
-  # What was turned, a text a row, where that was no threshold; rows then have a place in [0, 1]
-  # for a threshold.
-  knobs: tuple[str, ...] = ()
-  # Whether prompts come in clusters that the caller took for independent.
-  groups_ignored: bool = False
-  # The most prompts that a cluster has, where each prompt counts once; 0: each cluster does.
-  largest_cluster: int = 0
+  knobs: tuple[str, ...] = ()  # what was turned, a text a row, where that was no threshold
+  groups_ignored: bool = False  # whether clusters were taken for independent prompts
+  largest_cluster: int = 0  # declared, where each prompt counts once; 0: each cluster does
 
   def __post_init__(self):
     checks.check_lines([self.reason], "reason", 4000)
@@ -163,11 +149,7 @@ class Calibration:
     return sentences(self)[0]
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
-    """Raises ValueError, which names each field that differs from outputs' `procedure`.
-
-    `allow_platform`: the platform and its matmul precision may be others. The promise is then
-    not of these outputs.
-    """
+    """ValueError names each field that differs; with `allow_platform` the platform's may."""
     void = "or say that the guarantee is void (`--void_guarantee`, or `void_guarantee=True`)."
     if self.procedure is None:
       raise ValueError(
@@ -209,8 +191,7 @@ class Calibration:
   ) -> "Calibration":
     """The inverse of `to_json`; the decision is made again from the stored rows.
 
-    ValueError where the schema version is another, a field is missing or has no meaning, fields
-    contradict one another or the digest, or this is not the one that is expected.
+    ValueError where fields are missing, mean nothing or contradict one another or a digest.
     """
     names = {field.name for field in dataclasses.fields(cls)}
     _check_file(value, names, expect_digest)

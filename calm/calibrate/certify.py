@@ -118,9 +118,8 @@ def each_group(
 ) -> dict[str, Calibration]:
   """A threshold for each group, served by group; all their promises hold at once.
 
-  Each group is calibrated by itself at error_rate / (number of groups) (Bonferroni), so that
-  with probability at least 1 - error_rate no group exceeds its tolerance. The group must be
-  known when a prompt is served.
+  Each is calibrated by itself at error_rate / (number of groups) (Bonferroni): with probability
+  at least 1 - error_rate no group exceeds its tolerance.
 
   Args:
     losses: as for `calibrate`, `SequenceLosses`.
@@ -346,11 +345,7 @@ def _certify(
   procedures: Sequence[Procedure | None],
   **fields: Any,
 ) -> Calibration:
-  """Tests the parts of a promise and makes the decision.
-
-  `sample` decides the order of prompts and names what was lost. `thresholds` and `procedures`
-  are of the columns of the parts.
-  """
+  """Tests the parts of a promise; `sample` decides the order of prompts and names losses."""
   checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
   checks.warn_of_error_rate(run.error_rate)
   checks.check_seed(seed)

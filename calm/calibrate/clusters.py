@@ -10,8 +10,7 @@ from calm.calibrate import checks
 from calm.calibrate.generations import order as order_lib
 from calm.calibrate.losses import SequenceLosses, Support
 
-# Orders of which the least favourable counts, where rows are of few kinds.
-_ORDERS = 16
+_ORDERS = 16  # of which the least favourable counts, where rows are of few kinds
 
 
 def order_seeds(
@@ -19,12 +18,10 @@ def order_seeds(
 ) -> tuple[tuple[str, ...], bool]:
   """Hexadecimal seeds of the orders in which rows, or clusters, are tested.
 
-  Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1, so that
-  the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
-  orders are tested and the largest p-value counts: a false certificate must pass all of them,
-  and its probability is at most the smallest of their levels. Any other `seed` than the one
-  that contents give (earlier versions drew it) is of one order. Returns seeds, of which the
-  first is kept, and whether it is as good as drawn.
+  Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1 fixed
+  orders, with a level of up to 0.26 where 0.05 is promised. There 16 orders are tested and the
+  largest p-value counts. Another `seed` than that of the contents is of one order. Returns
+  seeds, of which the first is kept, and whether it is as good as drawn.
   """
   kinds = order_lib.FEW_KINDS + 1
   if not losses.contents:

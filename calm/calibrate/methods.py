@@ -10,8 +10,7 @@ from calm import signals
 from calm.calibrate import betting, p_values
 from calm.calibrate.losses import Support
 
-# Losses that are copied at once: a table of any length is tested in memory of its own size.
-_CELLS = 2**20
+_CELLS = 2**20  # losses that are copied at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +19,7 @@ class Method:
 
   name: str
   p_value: p_values.SumPValue | None = None  # of the sum of losses; None: of bets
-  # Whether bets are made for the one level that is tested, and their p-values say little at any
-  # other: only fixed sequence testing, which tests every hypothesis at one level, can use them.
+  # Whether bets are made for the one level of fixed sequence testing, and useless at any other.
   hedges: bool = False
   randomized: bool = False  # whether a uniform beside the losses decides at the end
   clips: bool = False  # whether negative losses are set to 0 first (Eq. 11)
@@ -74,8 +72,7 @@ class Method:
         bets = design.bets(losses)
         log_p[part] = betting.log_p_value(losses, design, bets)
         bound[part] = betting.upper_bound(losses, design, support.lower, bets)
-    # Both are of one test, and p falls as the tolerance grows: they can only disagree by the
-    # precision of a search.
+    # Both are of one test: they can only disagree by the precision of a search.
     above = np.maximum(bound, np.nextafter(design.tolerance, np.inf))
     rejected = np.exp(log_p) <= design.error_rate
     return log_p, np.where(rejected, np.minimum(bound, design.tolerance), above)

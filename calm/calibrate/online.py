@@ -18,12 +18,9 @@ FORMAT = "calm online 1"
 # Bets as shares of the largest that keeps wealth positive, and the weights of their gamblers.
 SHARES = betting.HEDGE_CAP_SHARE * 2.0 ** -np.arange(6.0)
 WEIGHTS = 0.6 ** np.arange(6.0) / np.sum(0.6 ** np.arange(6.0))
-# Of the error rate, what the first life has; the rest is for lives after an alarm.
-FIRST_LIFE = 0.8
-# Of the weight, what is left for gamblers of the alarm who do not begin at once.
-LATE = 0.75
-# After so many checks without a new certificate the share of prompts that are checked falls.
-STALL = 300
+FIRST_LIFE = 0.8  # of the error rate; the rest is for lives after an alarm
+LATE = 0.75  # of the weight, for gamblers of the alarm who do not begin at once
+STALL = 300  # checks without a new certificate after which the share of checked prompts falls
 
 
 class Wealth:
@@ -88,10 +85,9 @@ class Online:
   has an expected loss of at most the tolerance, as long as prompts are independent draws of
   one kind; where that changes, from the next alarm on.
 
-  Thresholds are certified in their order, the safest first (fixed sequence testing), from
-  checks that a hash of the id draws, at a share that depends on earlier checks alone. After an
-  alarm all begins anew, at error_rate times 0.8, 0.2 / 2, 0.2 / 6, ... for each such life.
-  Losses count in the order of serving: an order of arrival could depend on them.
+  Thresholds are certified in their order, from checks that a hash of the id draws, at a share
+  that depends on earlier checks alone. After an alarm all begins anew, at error_rate times 0.8,
+  0.2 / 2, 0.2 / 6, ... for each life. Losses count in the order of serving.
 
   Attributes:
     served: prompts that were served, as of the last check in a state that was read.

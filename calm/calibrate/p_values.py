@@ -15,10 +15,8 @@ from scipy import optimize, special
 
 SumPValue = Callable[..., np.ndarray]
 
-# A sum of floats that stands for an integer may be off by rounding, by this share at most.
-_SNAP = 1e-9
-# Below this a binomial probability from `special.betaincc` is near the end of float64.
-_TINY = 1e-280
+_SNAP = 1e-9  # share by which a sum that stands for an integer may be off by rounding
+_TINY = 1e-280  # a probability from `special.betaincc` that is near the end of float64
 # Bounds are sought with this precision, and between these tolerances.
 _PRECISION, _LEAST, _MOST = 1e-9, 1e-12, 1.0 - 1e-12
 
@@ -125,9 +123,8 @@ def convex_order(sums, sizes, tolerances):
   sum S of n independent losses of mean m > tolerance is below Binomial(n, m). For convex
   decreasing (h - x)_+ this gives E[(h - S)_+] <= E[(h - Binomial(n, m))_+] <= E[(h - B)_+] =:
   G(h). Let s be the largest value whose p is at most u: P(p <= u) = P(S <= s) <= G(h) / (h - s)
-  for every h > s by Markov, and the least of them is at most u. Between whole numbers G is
-  linear, so the minimum stands at a whole h. (Bentkus 2004, "On Hoeffding's inequalities",
-  Annals of Probability 32.)
+  for every h > s by Markov, and the least of them is at most u. G is linear between whole
+  numbers, so the minimum stands at one. (Bentkus 2004, Annals of Probability 32.)
   """
   log_p = np.empty(sums.shape)
   for (size, tolerance_), here in _groups(sizes, tolerances):
@@ -144,11 +141,7 @@ def convex_order(sums, sizes, tolerances):
 def invert(
   p_value: SumPValue, sums: npt.ArrayLike, num_examples: int, *, error_rate: float
 ) -> np.ndarray:
-  """Upper confidence bounds on E[loss]: the largest tolerances that are not rejected.
-
-  P(E[loss] > bound) is at most `error_rate` for one threshold at a time, not for a whole grid.
-  `sums` and bounds are [num_thresholds]; bounds are rounded up by at most 1e-9.
-  """
+  """[num_thresholds] largest tolerances that are not rejected, rounded up by at most 1e-9."""
   totals, level = np.asarray(sums, np.float64), np.log(error_rate)
   different, places = np.unique(totals, return_inverse=True)
   bounds = [_invert_one(p_value, total, num_examples, level) for total in different.tolist()]

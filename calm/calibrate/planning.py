@@ -8,8 +8,7 @@ from calm import arguments
 from calm.calibrate import checks, methods, risks
 from calm.calibrate.losses import Support
 
-# Where a method's own size is sought no further: nobody calibrates on more prompts.
-_MOST_PROMPTS = 10**6
+_MOST_PROMPTS = 10**6  # a method's own size is sought no further
 
 
 @arguments.checked()
@@ -20,8 +19,7 @@ def min_calibration_size(
 
       n >= log(error_rate) / log((upper - tolerance) / (upper - lower))
 
-  With fewer, losses that are `lower` on every prompt are still too likely under a true risk
-  above `tolerance`: the law on both ends with that mean gives them with that share to the n.
+  With fewer, losses that are `lower` throughout are too likely under a risk above `tolerance`.
 
   Args:
     tolerance: in (lower, upper).
@@ -112,10 +110,7 @@ def promise_size(
   support: Support | None = None,
   method: str = "auto",
 ) -> dict[str, int | None]:
-  """{name of each test of a promise: the fewest prompts with which it certifies}.
-
-  Arguments are those of `method_size`; `promise` may lack its data.
-  """
+  """{name of each test of a promise, which may lack its data: its `method_size`}."""
   return {
     test.name: method_size(
       method, test.tolerance, error_rate * test.share, support=test.support
@@ -135,10 +130,7 @@ def refusal(
   share: float = 1.0,
   unit: str = "prompts",
 ) -> str:
-  """The reason why so few prompts (or clusters, `unit`) cannot certify anything, or ''.
-
-  Other arguments are those of `method_size`, which so few are fewer than.
-  """
+  """Why so few prompts (or `unit`), below `method_size`, can certify nothing, or ''."""
   support = support or Support()
   own = method_size(method, tolerance, error_rate, support=support, share=share)
   chosen = methods.get_method(method, support, any_level=share < 1.0)

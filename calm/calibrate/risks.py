@@ -31,8 +31,7 @@ class Part(NamedTuple):
 class Promise:
   """Base of all promises: a frozen dataclass of plain numbers.
 
-  Fields with rows of the calibration prompts are not compared and not stored: a promise that
-  was read from a file has its sentence, and cannot be tested again.
+  Fields with rows of prompts are not stored: a promise of a file cannot be tested again.
   """
 
   name: ClassVar[str]
@@ -192,14 +191,12 @@ class EarlyExits(Promise):
       p = max over t of p on the prompts whose depth at that threshold is at most t
 
   Given that their depth is at most t, prompts are independent draws from that event, so the
-  test on them is valid (Ringel et al., arXiv 2402.00857; with one grid fixed beforehand no
-  second stage is needed). Where no prompt is so early, nothing is certified.
+  test on them is valid (Ringel et al., arXiv 2402.00857).
   """
 
   # Grid of t, in the unit of `depths`, fixed before any depth was seen.
   limits_of_depth: tuple[float, ...] = ()
-  # [num_examples, num_thresholds] depth of each text, such as layers a token; finite and at
-  # least 0.
+  # [num_examples, num_thresholds] depth of each text, such as layers a token; at least 0.
   depths: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "early_exits"
   limits: ClassVar[str] = (
@@ -402,8 +399,7 @@ class Cost(Promise):
   at `share` of it. A threshold that both certify keeps both (union bound).
   """
 
-  # Bound on the mean ratio, in (0, 1); 1 / 1.5 for "at least 1.5 times fewer".
-  at_most: float = 0.5
+  at_most: float = 0.5  # bound on the mean ratio, in (0, 1)
   share: float = 0.5  # of the error rate that the cost may use
   unit: str = "decoder layers a token"  # what is counted, in words
   # [num_examples, num_thresholds] ratio of each text, in [0, 1].

@@ -102,9 +102,7 @@ class Test:
   tolerance: float  # bound on the expectation of what is tested
   support: Support  # declared range of what is tested
   share: float = 1.0  # of the error rate
-  # Whether thresholds are tested from the lowest up (what falls as texts leave earlier), not
-  # from the highest down.
-  ascending: bool = False
+  ascending: bool = False  # whether thresholds are tested from the lowest up
 
 
 @arguments.checked()
@@ -130,8 +128,7 @@ class Row:
   # P-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does not.
   p_value: float
   log_p_value: float  # its logarithm
-  # Upper confidence bound of E[loss] at `error_rate`, for this threshold alone.
-  upper_bound: float
+  upper_bound: float  # of E[loss] at `error_rate`, for this threshold alone
   adjusted_p_value: float  # rejected at any family-wise error rate that is at least this
   rejected: bool  # whether E[loss] <= tolerance is certified
 
@@ -145,10 +142,9 @@ def decide(
 ) -> tuple[tuple[Row, ...], tuple[int, ...], np.ndarray]:
   """Certifies where every part is: rows, positions in the order of testing, the worst parts.
 
-  A threshold that breaks the promise breaks one of its parts, whose p-value alone is small with
-  probability at most the error rate (intersection-union): parts cost no share of it. Ascending
-  parts have a share of their own, and so have `sequences`, the lengths of grids, one after
-  another, that are tested each for itself.
+  A threshold that breaks the promise breaks one of its parts: these cost no share of the error
+  rate (intersection-union). Ascending parts have a share of their own, and so have `sequences`,
+  the lengths of grids, one after another, that are tested each for itself.
   """
   scaled = np.array(
     [np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0) for p in parts]
