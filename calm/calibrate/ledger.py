@@ -1,8 +1,4 @@
-"""What was calibrated on which prompts: an append-only file beside cached generations and fits.
-
-Of k promises on the same prompts the one that came out best fails with probability up to
-k error_rate; at error_rate / k each, all hold at once (Bonferroni).
-"""
+"""What was calibrated on which prompts: an append-only file beside caches and fits."""
 
 import contextlib
 import datetime

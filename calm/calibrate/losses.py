@@ -1,7 +1,4 @@
-"""Outputs -> losses [num_examples, num_thresholds] (Definitions 1 and 2).
-
-From cached generations (`compute`), texts (`from_texts`) or a DataFrame (`from_frame`).
-"""
+"""Outputs -> losses [num_examples, num_thresholds] (Definitions 1 and 2)."""
 
 import dataclasses
 import itertools

@@ -1,7 +1,4 @@
-"""Text metrics: similarities in [0, 1] of a prediction to its references.
-
-Each declares whether it takes only two values; tests look at the declaration, never at values.
-"""
+"""Text metrics: similarities in [0, 1] of a prediction to its references."""
 
 import collections
 import dataclasses

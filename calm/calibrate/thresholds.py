@@ -1,7 +1,6 @@
 """Exit thresholds as numbers, as text and as grids.
 
-Confidences lie in [0, 1], so grids do too. `NEVER_EXIT` is no grid point: it is the full model,
-which the threshold 1 is not (float32 confidences saturate to exactly 1.0).
+`NEVER_EXIT` is the full model, which 1 is not: float32 confidences saturate to exactly 1.0.
 """
 
 import math

@@ -6,9 +6,6 @@ A directory holds
     prompts.jsonl            one prompt a line
     threshold_never.jsonl    the full-depth reference
     threshold_0.9.jsonl ...  one file a threshold, one record a line, in any order
-
-`open_writer` creates or resumes it, `load` reads it. A run that is killed loses at most the
-record it was writing.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Outputs decoded elsewhere: T5X, vLLM, OpenAI batches and plain {id, prediction} JSON Lines.
-
-Nothing says how such outputs were decoded: their `procedure` is None.
-"""
+"""Outputs decoded elsewhere: T5X, vLLM, OpenAI batches, plain {id, prediction} lines."""
 
 import math
 import pathlib

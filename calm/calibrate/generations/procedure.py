@@ -1,8 +1,4 @@
-"""What a calibration is valid for, and where its numbers came from.
-
-`Procedure` names everything that can change a decoded token, and is compared field by field.
-`Provenance` tells the story of the numbers; it is recorded and never compared.
-"""
+"""What a calibration is valid for, and where its numbers came from."""
 
 import dataclasses
 import hashlib
