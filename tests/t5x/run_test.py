@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def work(tmp_path_factory) -> pathlib.Path:
 
 def command_of(script, *files, **bindings) -> list[str]:
   """One of T5X's scripts, or ours over T5X, as a user starts it."""
-  command = [sys.executable, "-W", "ignore", *script.split()]
+  command = [sys.executable, "-W", "ignore", *shlex.split(script)]
   command += ["--gin_search_paths=."] if files else []
   command += [f"--gin_file={file}" for file in files]
   return command + [f"--gin.{name}={value!r}" for name, value in bindings.items()]
@@ -325,6 +326,29 @@ def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x
   assert len({layer for output in outputs for layer in output.exit_layers}) > 1
   for output, record in zip(outputs, records, strict=True):
     assert (output.text, output.exit_layers) == (record.prediction, record.exit_layers)
+
+
+def test_the_page_of_one_life_runs_line_by_line(work):
+  """The commands of configs/README.md, with few steps and short texts."""
+  page = (REPOSITORY / "configs" / "README.md").read_text("utf-8")
+  block = page.split("<!-- life -->")[1].split("```")[1].replace("\\\n", "")
+  block = block.replace("runs/", f"{work}/life/")
+  block = block.replace(f"configs/{work}/life/", "configs/runs/")
+  block = block.replace("'data'", f"'{work}/data'").replace("400", "2")
+  short = [f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}", "--gin.BATCH_SIZE=8"]
+  for line in block.strip().splitlines():
+    first, *words = shlex.split(line)
+    more = short * ("--gin_search_paths=." in words)
+    if "t5x.train" in words:
+      more += ["--gin.EVAL_STEPS=1", "--gin.EVAL_PERIOD=2"]
+      more += ["--gin.utils.SaveCheckpointConfig.period=2"]
+    if first == "calm":
+      words, more = ["-m", "calm", *words], ["--tolerance=0.95", "--error_rate=0.5"]
+    run(shlex.join([*words, *more]))
+  served = work / "life" / "served"
+  beside = json.loads((served / "calibration.json").read_text("utf-8"))
+  (file,) = served.glob("*predict_with_aux.jsonl*-of-00001")
+  assert "guarantee" in beside and len(file.read_text("utf-8").splitlines()) == 12
 
 
 def test_the_tiny_run_trains_from_random_parameters_on_two_partitions(work):
