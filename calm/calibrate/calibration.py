@@ -138,7 +138,9 @@ class Calibration:
   def __repr__(self) -> str:
     return f"Calibration({display.in_short(self)})"
 
-  __str__ = display.as_text
+  def __str__(self) -> str:
+    return display.as_text(self)
+
   _repr_html_ = display.as_html
   to_frame = display.to_frame
   plot = display.plot

@@ -278,7 +278,8 @@ class Online:
 
   def _take(self, line: Mapping[str, Any], *, write: bool = True) -> None:
     """Draws a prompt or takes its losses, as a line of the state; ValueError if it is none."""
-    mark, served, losses = (line.get(name) for name in ("draw", "served", "losses"))
+    mark: Any = line.get("draw")
+    served, losses = line.get("served", 0), line.get("losses")
     drawn = isinstance(mark, str) and type(served) is int and served > self.served
     mark = mark if drawn else str(line.get("observe"))
     known = mark in self._seen if drawn else mark not in self._waiting or mark in self._labels

@@ -266,7 +266,8 @@ class Loop:
     task = self._task(weights, rows, each)
     bound, position = engines.Eager()(task), jnp.zeros((), jnp.int32)
     decoder = bound.decoder(position)
-    walk = task.rule.walk(decoder.layers(()), threshold, position)
+    rule: Any = task.rule  # of dynamic exits, which was asked before
+    walk = rule.walk(decoder.layers(()), threshold, position)
     state = walk_lib.start(task.embed(inputs.reshape(-1)), real.reshape(-1))
     biases = bound.table.of_windows(position[None], self.length)
     for layer in range(1, self.config.num_decoder_layers + 1):

@@ -511,7 +511,7 @@ def claim(
     manifest_procedure(there), manifest_procedure(manifest)
   )
   for name in ("thresholds", "prompt_ids", "sequential") if there else ():
-    ours, theirs = (one.get(name, False) for one in (manifest, there))
+    ours, theirs = (one.get(name, False) for one in (manifest, there or {}))
     if ours != theirs:
       differ = differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"
   fresh = not path.exists()

@@ -27,7 +27,7 @@ class Prompt:
   def __post_init__(self):
     targets, group = self.targets, self.group
     lone = isinstance(targets, str) or not arguments.is_listing(targets)
-    texts = (targets,) if lone else tuple(targets)
+    texts: tuple[Any, ...] = (targets,) if lone else tuple(targets)
     if not all(isinstance(target, str) for target in texts):
       raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r:.100}")
     if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
