@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (178, 1),
-  "calibrate": (5137, 22),
+  "calibrate": (5140, 22),
   "checkpoints": (1210, 5),
   "commands": (2943, 14),
   "console.py": (271, 1),
@@ -71,10 +71,10 @@ BUDGETS = {
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3776, 17),
-  "t5x": (1461, 4),
+  "t5x": (1462, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (31_561, 139), "tests": (28_461, 166), "scripts": (4_504, 24)}
+WHOLE = {"calm": (31_565, 139), "tests": (28_461, 166), "scripts": (4_504, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
