@@ -201,7 +201,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "validations": (at("validation.json"), lambda: _stage(at("validation.json"))),
     "fit": (
       at("fit/fit/request.json"),
-      lambda: fit_result.Folder.open(at("fit"), _REQUEST),
+      lambda: fit_result.open_folder(at("fit"), _REQUEST),
     ),
     "result": (cache.path("timing", {}), kept),
     "unfinished outputs": (at("out.jsonl.partial.json"), lambda: _unfinished(at("out.jsonl"))),

@@ -41,21 +41,14 @@ _QUANTILE = 1.645
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One way to leave the decoder early.
+  """One way to leave the decoder early."""
 
-  Attributes:
-    measure: name of the confidence measure.
-    exit_layers: layers after which a token may leave, 1-based.
-    temperature: tau of a decaying threshold (Eq. 5); None: constant.
-    propagation: what skipped layers store.
-    in_8_bits: what is multiplied in 8 bits, a key of `IN_8_BITS`; the reference is still the
-      text of the float32 model.
-  """
-
-  measure: str
-  exit_layers: tuple[int, ...]
-  temperature: float | None = None
-  propagation: str = "exit_state"
+  measure: str  # name of the confidence measure
+  exit_layers: tuple[int, ...]  # layers after which a token may leave, 1-based
+  temperature: float | None = None  # tau of a decaying threshold (Eq. 5); None: constant
+  propagation: str = "exit_state"  # what skipped layers store
+  # What is multiplied in 8 bits, a key of `IN_8_BITS`; the reference is still the text of the
+  # float32 model.
   in_8_bits: str = ""
 
   def options(self, max_decode_length: int) -> dict[str, Any]:
@@ -140,17 +133,11 @@ def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-  """Every layer at every token of the full model's texts, one text after another.
+  """Every layer at every token of the full model's texts, one text after another."""
 
-  Attributes:
-    confidences: measure -> [num_tokens, num_layers] in [0, 1].
-    agrees: [num_tokens, num_layers] whether the layer's argmax is the last layer's.
-    positions: [num_tokens] of a token in its text.
-  """
-
-  confidences: Mapping[str, np.ndarray]
-  agrees: np.ndarray
-  positions: np.ndarray
+  confidences: Mapping[str, np.ndarray]  # measure -> [num_tokens, num_layers] in [0, 1]
+  agrees: np.ndarray  # [num_tokens, num_layers] whether the argmax is the last layer's
+  positions: np.ndarray  # [num_tokens] of a token in its text
 
   @property
   def num_layers(self) -> int:
@@ -308,13 +295,8 @@ def rank(
 
 
 def finalists(ranked: Sequence[Ranked], most: int) -> list[Ranked]:
-  """The candidates that are timed: the best of every measure, the first one's constant or
-  decaying counterpart, then others with other layers.
-
-  Args:
-    ranked: the cheapest first.
-    most: how many, at least one a measure.
-  """
+  """At most `most` candidates that are timed, of those ranked, the cheapest first: the best of
+  every measure, the first one's constant or decaying counterpart, others with other layers."""
   best = {entry.candidate.measure: entry for entry in reversed(ranked)}
   chosen = sorted(best.values(), key=ranked.index)
   # Texts are short or long: seconds decide which schedule is better.
@@ -350,11 +332,8 @@ def forecast(
 ) -> float:
   """The lowest threshold that `num_calibration` prompts will probably certify; `inf`: none.
 
-  Args:
-    thresholds: descending; the forecast may lie between two of them.
-    losses: [num_prompts, num_thresholds] on the validation part.
-    tolerance: delta.
-    num_calibration: prompts that will certify.
+  It may lie between two of the descending thresholds, at which the validation part has the
+  losses [num_prompts, num_thresholds].
   """
   error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
   bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)

@@ -36,29 +36,18 @@ _NAN = float("nan")
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-  """One finalist.
-
-  Attributes:
-    candidate: the way to leave.
-    thresholds: its grid on the validation part; empty where it was only timed, since others
-      were faster.
-    losses: [num_thresholds] mean loss there.
-    threshold: the lowest that calibration will probably certify; `NEVER_EXIT` where none. Of
-      one that was only timed, the ranking's forecast.
-    milliseconds: measured decode time a prompt at that threshold; NaN where none.
-    speedup: full depth's over these, the fastest of rounds in turn; NaN where none.
-    first_speedup: the same of the first timing; NaN where none.
-    end_to_end: as `speedup`, with the encoder's time on both sides.
-  """
+  """One finalist; seconds are NaN where it was not timed."""
 
   candidate: Candidate
-  thresholds: tuple[float, ...] = ()
-  losses: tuple[float, ...] = ()
+  thresholds: tuple[float, ...] = ()  # its grid on the validation part; empty: only timed
+  losses: tuple[float, ...] = ()  # [num_thresholds] mean loss there
+  # The lowest that calibration will probably certify; `NEVER_EXIT` where none. Of one that was
+  # only timed, the ranking's forecast.
   threshold: float = _NAN
-  milliseconds: float = _NAN
-  speedup: float = _NAN
-  first_speedup: float = _NAN
-  end_to_end: float = _NAN
+  milliseconds: float = _NAN  # measured decode time a prompt at that threshold
+  speedup: float = _NAN  # full depth's over these, the fastest of rounds in turn
+  first_speedup: float = _NAN  # the same of the first timing
+  end_to_end: float = _NAN  # as `speedup`, with the encoder's time on both sides
 
   @property
   def decoded(self) -> bool:
@@ -90,21 +79,13 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The choice on the validation part.
+  """The choice on the validation part."""
 
-  Attributes:
-    tried: every finalist.
-    chosen: position of the fastest in `tried`; None where full depth is.
-    grid: thresholds to certify, descending; empty where full depth is chosen.
-    full_milliseconds: measured decode time a prompt at full depth.
-    num_prompts: validation prompts.
-  """
-
-  tried: tuple[Tried, ...]
-  chosen: int | None
-  grid: tuple[float, ...]
-  full_milliseconds: float
-  num_prompts: int
+  tried: tuple[Tried, ...]  # every finalist
+  chosen: int | None  # position of the fastest; None where full depth is
+  grid: tuple[float, ...]  # thresholds to certify, descending; empty for full depth
+  full_milliseconds: float  # measured decode time a prompt at full depth
+  num_prompts: int  # validation prompts
 
   @property
   def best(self) -> Tried | None:
@@ -135,95 +116,86 @@ def full_texts(
   return cache.get(tuple[Record, ...], "full_texts", key, make)
 
 
-@dataclasses.dataclass(frozen=True)
-class Choosing:
-  """A choice on validation prompts; `run` makes it.
+def choose(
+  predictor: inference.Predictor,
+  prompts: tuple[Prompt, ...],
+  options: FitOptions,
+  num_calibration: int,
+  folder: pathlib.Path,
+  reference: inference.Predictor | None,
+  progress: Report,
+) -> Choice:
+  """The choice of measure, exit layers, schedule and grid on the validation part's prompts.
 
-  Attributes:
-    predictor: the model with its exits.
-    prompts: the validation part.
-    options: of the fit.
-    num_calibration: prompts that will certify.
-    folder: keeps generations, so that a stopped run resumes.
-    reference: the model whose full-depth texts losses compare with; None: `predictor`.
+  `num_calibration` prompts will certify; `folder` keeps generations, so that a stopped run
+  resumes; losses compare with the full-depth texts of `reference` (None: of `predictor`).
   """
+  cache, length = result_cache.ResultCache(folder), predictor.options.max_decode_length
+  full = full_texts(grid.in_bulk(predictor), prompts, cache, part(progress, 0.0, 0.2))
+  texts = [prompt.input for prompt in prompts]
+  names = [m for m in candidates.measures(predictor) if m != "shortlist"]
+  told = part(progress, 0.2, 0.35)
+  reading = candidates.read_layers(predictor, texts, full, names, told)
+  longest = max(batch.tokens.shape[1] for batch in predictor.plan(texts))
+  ranked = candidates.rank(predictor, reading, options.tolerance, longest)
+  first = [
+    Tried(entry.candidate, threshold=entry.threshold)
+    for entry in candidates.finalists(ranked, FINALISTS)
+  ]
+  first, _ = timed(predictor, prompts, first, FIRST, part(progress, 0.35, 0.55))
+  first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
+  if reference is not None:
+    told = part(progress, 0.55, 0.6)
+    full = full_texts(grid.in_bulk(reference), prompts, cache, told)
 
-  predictor: inference.Predictor
-  prompts: tuple[Prompt, ...]
-  options: FitOptions
-  num_calibration: int
-  folder: pathlib.Path
-  reference: inference.Predictor | None = None
-
-  def run(self, progress: Report) -> Choice:
-    predictor, tolerance = self.predictor, self.options.tolerance
-    cache = result_cache.ResultCache(self.folder)
-    full = full_texts(grid.in_bulk(predictor), self.prompts, cache, part(progress, 0.0, 0.2))
-    texts = [prompt.input for prompt in self.prompts]
-    names = [m for m in candidates.measures(predictor) if m != "shortlist"]
-    told = part(progress, 0.2, 0.35)
-    reading = candidates.read_layers(predictor, texts, full, names, told)
-    longest = max(batch.tokens.shape[1] for batch in predictor.plan(texts))
-    ranked = candidates.rank(predictor, reading, tolerance, longest)
-    first = [
-      Tried(entry.candidate, threshold=entry.threshold)
-      for entry in candidates.finalists(ranked, FINALISTS)
-    ]
-    first, _ = timed(predictor, self.prompts, first, FIRST, part(progress, 0.35, 0.55))
-    first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
-    if self.reference is not None:
-      told = part(progress, 0.55, 0.6)
-      full = full_texts(grid.in_bulk(self.reference), self.prompts, cache, told)
-    tried = self._decoded(full, reading, first, part(progress, 0.6, 0.85))
-    tried, milliseconds = timed(predictor, self.prompts, tried, LAST, part(progress, 0.85, 1.0))
-    faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
-    chosen = max(faster, key=lambda i: tried[i].score, default=None)
-    levels: tuple[float, ...] = ()
-    if chosen is not None:
-      best = tried[chosen]
-      known = best.candidate, best.thresholds, best.losses, best.threshold
-      levels = candidates.final_grid(*known, tolerance)
-    return Choice(tuple(tried), chosen, levels, milliseconds, len(self.prompts))
-
-  def _decoded(self, full, reading, first: Sequence[Tried], progress: Report) -> list[Tried]:
-    """Finalists with their losses, the fastest first, until `DECODED` have a threshold.
-
-    Where layers are large, the fastest is decoded in 8 bits too.
-    """
-    tried: list[Tried] = []
-    encodings: dict[int, Any] = {}
-    order = lambda entry: (not entry.gains, -np.nan_to_num(entry.end_to_end))
-    fastest = sorted(first, key=order)
-    for number, entry in enumerate(fastest):
-      found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
-      if found < DECODED:
-        share = [(number + i) / (number + DECODED - found) for i in (0, 1)]
-        entry = self._decode(full, reading, entry, encodings, part(progress, *share))
-      tried.append(entry)
-    for name in candidates.IN_8_BITS if has_large_layers(self.predictor) else ():
-      if name:
-        narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
-        tried.append(self._decode(full, reading, Tried(narrow), {}, progress))
-    return tried
-
-  def _decode(self, full, reading, entry: Tried, encodings, progress: Report) -> Tried:
+  def decode(entry: Tried, encodings: dict[int, Any], progress: Report) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""
-    options, candidate = self.options, entry.candidate
-    length = self.predictor.options.max_decode_length
-    model = grid.in_bulk(self.predictor.with_options(**candidate.options(length)))
+    candidate = entry.candidate
+    model = grid.in_bulk(predictor.with_options(**candidate.options(length)))
     levels = candidates.coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
     cached = grid.on_grid(
-      model, self.prompts, levels, self.folder, full=full, encodings=encodings, progress=told
+      model, prompts, levels, folder, full=full, encodings=encodings, progress=told
     )
     values = losses.compute(cached, options.kind, metric=options.metric).values
     return Tried(
       candidate,
       levels,
       tuple(values.mean(axis=0).tolist()),
-      candidates.forecast(levels, values, options.tolerance, self.num_calibration),
+      candidates.forecast(levels, values, options.tolerance, num_calibration),
       first_speedup=entry.first_speedup,
     )
+
+  in_8_bits = has_large_layers(predictor)
+  tried = _decoded(first, decode, in_8_bits, part(progress, 0.6, 0.85))
+  tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
+  faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
+  chosen = max(faster, key=lambda i: tried[i].score, default=None)
+  levels: tuple[float, ...] = ()
+  if chosen is not None:
+    best = tried[chosen]
+    known = best.candidate, best.thresholds, best.losses, best.threshold
+    levels = candidates.final_grid(*known, options.tolerance)
+  return Choice(tuple(tried), chosen, levels, milliseconds, len(prompts))
+
+
+def _decoded(first: Sequence[Tried], decode, in_8_bits: bool, progress: Report) -> list[Tried]:
+  """Finalists with their losses, the fastest first, until `DECODED` have a threshold; the
+  fastest is decoded `in_8_bits` too."""
+  tried: list[Tried] = []
+  encodings: dict[int, Any] = {}
+  order = lambda entry: (not entry.gains, -np.nan_to_num(entry.end_to_end))
+  fastest = sorted(first, key=order)
+  for number, entry in enumerate(fastest):
+    found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
+    if found < DECODED:
+      share = [(number + i) / (number + DECODED - found) for i in (0, 1)]
+      entry = decode(entry, encodings, part(progress, *share))
+    tried.append(entry)
+  for name in filter(None, candidates.IN_8_BITS if in_8_bits else ()):
+    narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
+    tried.append(decode(Tried(narrow), {}, progress))
+  return tried
 
 
 def timed(
@@ -236,13 +208,7 @@ def timed(
   """Times finalists at their thresholds beside full depth, all in turn on the same prompts.
 
   The fastest of the rounds counts, prompt by prompt: other work on the machine only ever adds.
-
-  Args:
-    predictor: the model with its exits.
-    prompts: so many of those of the commonest length are timed.
-    tried: those that have a threshold and no seconds yet are timed.
-    size: (prompts, rounds).
-    progress: called with the share done.
+  Those that have a threshold and no seconds yet are timed, on (prompts, rounds) of `size`.
 
   Returns:
     The finalists with their seconds, and full depth's milliseconds a prompt.
@@ -305,14 +271,7 @@ def fastest_head(
   cache: result_cache.ResultCache,
   progress: Report,
 ) -> tuple[inference.Predictor, str]:
-  """The model with its head in 8 bits where full depth is clearly faster so, and a sentence.
-
-  Args:
-    predictor: the model.
-    prompts: to time, prompt by prompt and in turn.
-    cache: of earlier measurements.
-    progress: called with the share done.
-  """
+  """The model with its head in 8 bits where full depth is clearly faster so, and a sentence."""
   narrow = predictor.with_options(head_dtype="int8")
   setting = timing.Setting("8 bits", exits.StaticExit(), model=narrow)
   found = cache.get(

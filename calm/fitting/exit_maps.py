@@ -53,27 +53,18 @@ _MOST_COLUMNS, _DRAWN_COLUMNS, _TOP = 2048, 512, 8
 
 @dataclasses.dataclass(frozen=True)
 class LearnedExits:
-  """A report of exits that were learned beside frozen weights.
+  """A report of exits that were learned beside frozen weights."""
 
-  Attributes:
-    layers: 1-based.
-    agreement_before, agreement_after: share of held-out tokens of the full model's texts whose
-      argmax after each layer is the full model's, without the translator and with it.
-    rank: of learned propagation.
-    num_tokens: tokens of the model's own texts that were read.
-    penalty: of the ridge regressions, relative to the mean square of a state's entry.
-    seconds: of learning, without decoding these texts.
-    base_digest: of the model's own parameters.
-  """
-
-  layers: tuple[int, ...]
+  layers: tuple[int, ...]  # 1-based
+  # Share of held-out tokens of the full model's texts whose argmax after each layer is the full
+  # model's, without the translator and with it.
   agreement_before: tuple[float, ...]
   agreement_after: tuple[float, ...]
-  rank: int
-  num_tokens: int
-  penalty: float
-  seconds: float
-  base_digest: str
+  rank: int  # of learned propagation
+  num_tokens: int  # tokens of the model's own texts that were read
+  penalty: float  # of the ridge regressions, relative to the mean square of a state's entry
+  seconds: float  # of learning, without decoding these texts
+  base_digest: str  # of the model's own parameters
 
   def __str__(self) -> str:
     each = zip(self.layers, self.agreement_before, self.agreement_after, strict=True)

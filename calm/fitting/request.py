@@ -170,14 +170,8 @@ def length_limits(
 ) -> tuple[dict[str, Any], int]:
   """`task_prefix`, `max_input_length`, `max_decode_length` for rows, and how many are cut.
 
-  Args:
-    predictor: the model; gives the prefix where `prefix` is None, and the text limit where rows
-      have no references.
-    rows: all rows.
-    prefix: text put before every input, or None.
-
-  Raises:
-    ValueError: the vocabulary does not know the pieces of these texts.
+  The model gives the prefix where `prefix` is None, and the text limit where rows have no
+  references; ValueError where its vocabulary does not know the pieces of these texts.
   """
   vocabulary = predictor.vocabulary
   prefix = predictor.options.task_prefix if prefix is None else prefix
@@ -205,25 +199,15 @@ def length_limits(
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """The rows of every part.
+  """The rows of every part."""
 
-  Attributes:
-    train: rows that train; all rows of their groups.
-    validation: prompts on which everything is chosen, one a group.
-    calibration: prompts that certify, one a group; nothing else looks at them.
-    last: prompts that are evaluated once, in the end, one a group.
-    num_groups: number of groups.
-    num_repeats: rows that repeat another's input but for case, punctuation and spaces.
-    population: what the promise is about, and the part of every group with many of the rows.
-  """
-
-  train: tuple[Prompt, ...]
-  validation: tuple[Prompt, ...]
-  calibration: tuple[Prompt, ...]
-  last: tuple[Prompt, ...]
+  train: tuple[Prompt, ...]  # rows that train; all rows of their groups
+  validation: tuple[Prompt, ...]  # prompts on which everything is chosen, one a group
+  calibration: tuple[Prompt, ...]  # that certify, one a group; nothing else looks at them
+  last: tuple[Prompt, ...]  # that are evaluated once, in the end, one a group
   num_groups: int
-  num_repeats: int
-  population: str
+  num_repeats: int  # rows that repeat another's input but for case, punctuation and spaces
+  population: str  # what the promise is about, and where groups with many of the rows are
 
   def __str__(self) -> str:
     sizes = ", ".join(f"{name} {len(getattr(self, name))}" for name in PARTS)
@@ -242,16 +226,9 @@ def split(
 ) -> Splits:
   """Splits rows by group; the split depends on rows and seed, not on the order of the rows.
 
-  Args:
-    rows: with their groups (`Prompt.group`), where there are any.
-    trains: whether a part trains; else it is empty and the others are larger.
-    tolerance: delta; it sets the least number of calibration prompts.
-    error_rate: epsilon.
-    lower: declared lower bound of the loss.
-    seed: of the draw.
-
-  Raises:
-    ValueError: too few groups (says how many are needed).
+  Where nothing `trains`, that part is empty and the others are larger. `tolerance` (delta),
+  `error_rate` (epsilon) and the `lower` bound of the loss set the least number of prompts that
+  certify; ValueError where there are too few groups.
   """
   names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
   texts = [order.letters(row.input) for row in rows]

@@ -43,19 +43,12 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class LastLook:
-  """The evaluation of the last part, which nothing was chosen or certified on.
+  """The evaluation of the last part, which nothing was chosen or certified on."""
 
-  Attributes:
-    quality_full: metric against references, the given model at full depth.
-    quality_early: under the calibrated threshold; None where full depth is served.
-    risk: the controlled loss, whose mean is promised; None likewise.
-    layers: decoder layers a token under the calibrated threshold.
-  """
-
-  quality_full: Mean | None
-  quality_early: Mean | None
-  risk: Mean | None
-  layers: float
+  quality_full: Mean | None  # metric against references, the given model at full depth
+  quality_early: Mean | None  # under the calibrated threshold; None where full depth is served
+  risk: Mean | None  # the controlled loss, whose mean is promised; None likewise
+  layers: float  # decoder layers a token under the calibrated threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,45 +65,27 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """The numbers of a fit.
+  """The numbers of a fit."""
 
-  Attributes:
-    model: the given model.
-    sizes: rows of every part, in words.
-    population: the prompts that the promise is about, and other fits that certified on the same
-      rows, in words.
-    num_layers: decoder layers of the model.
-    trained: the stages.
-    learned: the exits beside frozen weights; None where none were learned.
-    choice: of the validation part.
-    threshold: served; `NEVER_EXIT` where full depth is.
-    reason: why full depth is served; '' where it is not.
-    guarantee: the promise in words.
-    certified_threshold: the lowest certified, also where it is not served.
-    curve: the thresholds that were tested.
-    seconds: on the last part; None where nothing was certified.
-    last: the evaluation of the last part.
-    panel: some of its prompts at every threshold, and what is certified at which tolerance.
-    exact: seconds of full depth from the model's own verified drafts on the last part, where
-      these are faster; where full depth is served, it is served so.
-  """
-
-  model: str
-  sizes: str
+  model: str  # the given one
+  sizes: str  # rows of every part, in words
+  # The prompts that the promise is about, and other fits that certified on the same rows.
   population: str
-  num_layers: int
-  choice: Choice
-  threshold: float
-  reason: str
-  guarantee: str
-  certified_threshold: float
-  seconds: timing.Seconds | None
-  last: LastLook
-  panel: Panel
+  num_layers: int  # decoder layers of the model
+  choice: Choice  # of the validation part
+  threshold: float  # served; `NEVER_EXIT` where full depth is
+  reason: str  # why full depth is served; '' where it is not
+  guarantee: str  # the promise in words
+  certified_threshold: float  # the lowest certified, also where it is not served
+  seconds: timing.Seconds | None  # on the last part; None where nothing was certified
+  last: LastLook  # the evaluation of the last part
+  panel: Panel  # some of its prompts at every threshold, and what other tolerances certify
+  # Seconds of full depth from the model's own verified drafts on the last part, where these are
+  # faster; where full depth is served, it is served so.
   exact: timing.Seconds | None
-  trained: tuple[Trained, ...] = ()
-  learned: LearnedExits | None = None
-  curve: tuple[Point, ...] = ()
+  trained: tuple[Trained, ...] = ()  # the stages
+  learned: LearnedExits | None = None  # beside frozen weights, where exits were learned
+  curve: tuple[Point, ...] = ()  # the thresholds that were tested
 
   @property
   def serves_exits(self) -> bool:
@@ -170,85 +145,81 @@ class Result:
 # ---- The folder
 
 
-@dataclasses.dataclass(frozen=True)
-class Folder:
-  """An output folder: its path, the subfolder that only a later run of the same request reads,
-  and the results of finished steps."""
+def work_of(output: pathlib.Path) -> pathlib.Path:
+  """The subfolder that only a later run of the same request reads."""
+  return output / "fit"
 
-  path: pathlib.Path
-  work: pathlib.Path
-  cache: result_cache.ResultCache
 
-  @classmethod
-  def open(cls, path: pathlib.Path, request: Mapping[str, Any]) -> "Folder":
-    """Makes the folder, or resumes in it.
+def open_folder(output: pathlib.Path, request: Mapping[str, Any]) -> None:
+  """Makes the output folder, or resumes in it.
 
-    Args:
-      path: the folder.
-      request: everything that the output depends on.
+  Args:
+    output: the folder.
+    request: everything that the output depends on.
 
-    Raises:
-      ValueError: it holds the fit of another request (names the difference), or other things.
-      OSError: it cannot be written.
-    """
-    work = path / "fit"
-    if (work / _REQUEST).is_file():
-      _check_same(work / _REQUEST, json.loads(json.dumps(request)), path)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-      what = "has other files in it" if path.is_dir() else "is a file"
-      raise ValueError(
-        f"Expected `output` to be a new folder, or one that a fit has begun, got {str(path)!r},"
-        f" which {what}; choose another name."
-      )
-    else:
-      try:
-        work.mkdir(parents=True, exist_ok=True)
-      except OSError as error:
-        raise type(error)(
-          f"Expected `output` to be a folder that can be written, got {str(path)!r}"
-          f" ({error.strerror}); choose another."
-        ) from error
-      storage.write_atomically(work / _REQUEST, json.dumps(request, indent=1) + "\n")
-    return cls(path, work, result_cache.ResultCache(work / "results"))
+  Raises:
+    ValueError: it holds the fit of another request (names the difference), or other things.
+    OSError: it cannot be written.
+  """
+  file = work_of(output) / _REQUEST
+  if file.is_file():
+    _check_same(file, json.loads(json.dumps(request)), output)
+  elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    what = "has other files in it" if output.is_dir() else "is a file"
+    raise ValueError(
+      f"Expected `output` to be a new folder, or one that a fit has begun, got {str(output)!r},"
+      f" which {what}; choose another name."
+    )
+  else:
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise type(error)(
+        f"Expected `output` to be a folder that can be written, got {str(output)!r}"
+        f" ({error.strerror}); choose another."
+      ) from error
+    storage.write_atomically(file, json.dumps(request, indent=1) + "\n")
 
-  def write(
-    self,
-    source: pathlib.Path,
-    predictor: inference.Predictor,
-    result: Result,
-    calibration: Calibration | None,
-    options: FitOptions,
-  ) -> None:
-    """Writes the model, its defaults, its promise, and the summary."""
-    if options.learns_exits:
-      checkpoints.copy_base(source, self.path)
-      shutil.copyfile(self.work / checkpoints.EXITS, self.path / checkpoints.EXITS)
-    else:
-      # Without training the user says that the exits are trained.
-      taught = options.stages == "none" or result.serves_exits
-      checkpoints.save(
-        self.path,
-        predictor.params,
-        predictor.config,
-        vocabulary=predictor.vocabulary,
-        exits_trained=True if taught else None,
-      )
-    self._write("inference.json", options_lib.to_stored(predictor.options))
-    if calibration is not None:
-      (self.path / inference.FULL_DEPTH).unlink(missing_ok=True)
-      calibration.save(self.path / inference.CALIBRATION)
-    else:
-      (self.path / inference.CALIBRATION).unlink(missing_ok=True)
-      exact = inference.exact_rule(predictor) if result.exact else None
-      about = {"reason": result.reason, "exact": exact and dataclasses.asdict(exact)}
-      self._write(inference.FULL_DEPTH, about)
-    whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
-    self._write("fit/result.json", {**whole, **result_cache.to_json(result)})
-    storage.write_atomically(self.path / SUMMARY, summary(result, options, str(self.path)))
 
-  def _write(self, name: str, value: Any) -> None:
+def write(
+  output: pathlib.Path,
+  source: pathlib.Path,
+  predictor: inference.Predictor,
+  result: Result,
+  calibration: Calibration | None,
+  options: FitOptions,
+) -> None:
+  """Writes the model, its defaults, its promise, and the summary."""
+  if options.learns_exits:
+    checkpoints.copy_base(source, output)
+    shutil.copyfile(work_of(output) / checkpoints.EXITS, output / checkpoints.EXITS)
+  else:
+    # Without training the user says that the exits are trained.
+    taught = options.stages == "none" or result.serves_exits
+    checkpoints.save(
+      output,
+      predictor.params,
+      predictor.config,
+      vocabulary=predictor.vocabulary,
+      exits_trained=True if taught else None,
+    )
+
+  def put(name: str, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    storage.write_atomically(self.path / name, text + "\n")
+    storage.write_atomically(output / name, text + "\n")
+
+  put("inference.json", options_lib.to_stored(predictor.options))
+  if calibration is not None:
+    (output / inference.FULL_DEPTH).unlink(missing_ok=True)
+    calibration.save(output / inference.CALIBRATION)
+  else:
+    (output / inference.CALIBRATION).unlink(missing_ok=True)
+    exact = inference.exact_rule(predictor) if result.exact else None
+    about = {"reason": result.reason, "exact": exact and dataclasses.asdict(exact)}
+    put(inference.FULL_DEPTH, about)
+  whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
+  put("fit/result.json", {**whole, **result_cache.to_json(result)})
+  storage.write_atomically(output / SUMMARY, summary(result, options, str(output)))
 
 
 def _check_same(file: pathlib.Path, request: Any, path: pathlib.Path) -> None:
@@ -279,13 +250,7 @@ def _check_same(file: pathlib.Path, request: Any, path: pathlib.Path) -> None:
 
 
 def summary(result: Result, options: FitOptions, folder: str) -> str:
-  """The summary as a page of HTML, which needs no network.
-
-  Args:
-    result: the fit.
-    options: of the fit.
-    folder: where it lies, for the commands that are shown.
-  """
+  """The summary as a page of HTML, which needs no network; its commands name the `folder`."""
   environment = panel.environment("calm.fitting", result.num_layers)
   return environment.get_template(f"{SUMMARY}.j2").render(
     result=result, options=options, folder=folder

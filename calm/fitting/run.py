@@ -113,25 +113,28 @@ def fit(
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """A fit at work; see `fit`.
+  """A fit at work; see `fit`."""
 
-  Attributes:
-    source: the given model under the rows' prefix and limits.
-    given: the same with the lengths that its folder states, so that its texts are the same;
-      where it states none, the larger of the defaults and the rows'.
-    initial: its folder.
-    splits, folder, options, listener: of the fit.
-    population: the prompts that the promise is about, and other calibrations on these rows.
-  """
-
-  source: inference.Predictor
+  source: inference.Predictor  # the given model under the rows' prefix and limits
+  # The same with the lengths that its folder states, so that its texts are the same; where it
+  # states none, the larger of the defaults and the rows'.
   given: inference.Predictor
-  initial: pathlib.Path
+  initial: pathlib.Path  # its folder
   splits: request_lib.Splits
-  folder: result_lib.Folder
+  output: pathlib.Path
   options: FitOptions
   listener: Listener
-  population: str = ""
+  population: str = ""  # what the promise is about, and other calibrations on these rows
+
+  @property
+  def work(self) -> pathlib.Path:
+    """Training runs, generations and results: a stopped run resumes from them."""
+    return result_lib.work_of(self.output)
+
+  @property
+  def cache(self) -> result_cache.ResultCache:
+    """Results of finished steps."""
+    return result_cache.ResultCache(self.work / "results")
 
   @classmethod
   def open(
@@ -173,7 +176,7 @@ class Fit:
       "rows": result_cache.prompts_digest(prompts),
       "options": asked,
     }
-    folder = result_lib.Folder.open(output, request)
+    result_lib.open_folder(output, request)
     request_lib.write(output / "splits", splits)
     longer = f" ({cut} of {len(prompts)} inputs are longer and cut at their end)" if cut else ""
     listener.say(
@@ -182,7 +185,7 @@ class Fit:
       f" {limits['max_decode_length']}."
     )
     given = source.with_options(**lengths)
-    opened = cls(source, given, initial, splits, folder, options, listener)
+    opened = cls(source, given, initial, splits, output, options, listener)
     population = f"{splits.population} {opened._ledger(only_look=True)}".strip()
     listener.say(population)
     return dataclasses.replace(opened, population=population)
@@ -191,11 +194,11 @@ class Fit:
     """Records the calibration's question; returns what else was asked (`ledger.record`)."""
     asked = {name: getattr(self.options, name) for name in ("kind", "metric", "tolerance")}
     return ledger.record(
-      self.folder.work,
-      {**asked, ledger.FIT: self.folder.path.name},
+      self.work,
+      {**asked, ledger.FIT: self.output.name},
       [row.input for row in self.splits.calibration],
       self.options.error_rate,
-      around=(self.folder.path, self.initial),
+      around=(self.output, self.initial),
       **options,
     )
 
@@ -204,7 +207,7 @@ class Fit:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it was opened
       self._make()
-    return inference.load(self.folder.path)
+    return inference.load(self.output)
 
   def _make(self) -> None:
     learned, trained, predictor, say = None, (), self.source, self.listener.say
@@ -212,8 +215,8 @@ class Fit:
       predictor, learned = self._learn_exits()
     elif self.options.train_all:
       predictor, trained = train.train_stages(
-        *(self.source, self.initial, self.splits, self.folder.path, self.options),
-        *(self.folder.cache, self.listener.step),
+        *(self.source, self.initial, self.splits, self.output, self.options),
+        *(self.cache, self.listener.step),
       )
       for stage in trained:
         say(str(stage))
@@ -221,7 +224,7 @@ class Fit:
       predictor = predictor.with_options(reference_digest=self.source.parameters_digest)
     if choose.has_large_head(predictor):
       progress = self.listener.step("Time the output head in 8 bits")
-      given = predictor, self.splits.validation, self.folder.cache, progress
+      given = predictor, self.splits.validation, self.cache, progress
       predictor, found = choose.fastest_head(*given)
       say(found)
     choice = self._choose(predictor)
@@ -234,7 +237,7 @@ class Fit:
     result = dataclasses.replace(result, trained=trained, learned=learned, curve=curve)
     if served is None:
       predictor = self._untouched(predictor)
-    self.folder.write(self.initial, predictor, result, served, self.options)
+    result_lib.write(self.output, self.initial, predictor, result, served, self.options)
     say(result.headline(self.options))
     if served is not None:
       say(self.population)
@@ -256,7 +259,13 @@ class Fit:
   ) -> tuple[result_lib.Result, Calibration | None]:
     """The result, and the calibration that is served; None where full depth is."""
     progress = self.listener.step("Look at the last part")
-    measured = self._seconds(predictor, calibration, part(progress, 0.0, 0.6))
+    measured = None
+    if calibration is not None and np.isfinite(calibration.threshold):
+      texts, level = [row.input for row in self.splits.last], calibration.threshold
+      key = {"procedure": predictor.procedure.to_json(), "threshold": level}
+      told = part(progress, 0.0, 0.6)
+      measure = lambda: timing.beside_full_depth(predictor, texts, level, progress=told)
+      measured = self.cache.get(timing.Seconds, "seconds", key, measure)
     reason = why_full_depth(choice, calibration, measured)
     served = None
     if calibration is not None and not reason:
@@ -285,7 +294,7 @@ class Fit:
       seconds=measured,
       last=last,
       panel=shown,
-      exact=choose.faster_exact(untouched, self.splits.last, self.folder.cache),
+      exact=choose.faster_exact(untouched, self.splits.last, self.cache),
     )
     return result, served
 
@@ -294,10 +303,10 @@ class Fit:
     rows = self.splits.train[:MOST_ROWS]
     told = self.listener.step(choose.DECODE_TEXTS)
     bulk = self.source.with_options(batch_size=TEXTS_BATCH)
-    texts = choose.full_texts(bulk, rows, self.folder.cache, told)
+    texts = choose.full_texts(bulk, rows, self.cache, told)
     tokens = [record.tokens or () for record in texts]
     progress = self.listener.step("Learn exits beside the frozen weights")
-    file, source = self.folder.work / checkpoints.EXITS, self.source
+    file, source = self.work / checkpoints.EXITS, self.source
     if source.options.shortlist is None:
       listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
       source = source.with_options(shortlist=listed)
@@ -318,23 +327,23 @@ class Fit:
       return report
 
     # The file is written first: a report without it was never stored.
-    learned = self.folder.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)
+    learned = self.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)
     self.listener.say(str(learned))
     return source.with_exits(file), learned
 
   def _choose(self, predictor: inference.Predictor) -> choose.Choice:
     progress = self.listener.step("Choose measure, layers and grid")
-    choosing = choose.Choosing(
+    key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
+    make = lambda: choose.choose(
       predictor,
       self.splits.validation,
       self.options,
       len(self.splits.calibration),
-      self.folder.work / "validation",
+      self.work / "validation",
       self.source if self.options.train_all else None,
+      progress,
     )
-    key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
-    make = lambda: choosing.run(progress)
-    choice = self.folder.cache.get(choose.Choice, "chosen", key, make)
+    choice = self.cache.get(choose.Choice, "chosen", key, make)
     for line in choice.lines():
       self.listener.say(line)
     return choice
@@ -389,7 +398,7 @@ class Fit:
       error_rate=self.options.error_rate,
       consistency=self.options.consistency,
       metric=self.options.metric,
-      folder=self.folder.work / "calibration",
+      folder=self.work / "calibration",
       full=full,
       progress=progress,
     )
@@ -401,15 +410,6 @@ class Fit:
     lost = losses.compute(cached, self.options.kind, metric=self.options.metric)
     asked = (*panel.TOLERANCES, self.options.tolerance)
     return calibration, curve, panel.promised(lost, self.options.error_rate, asked)
-
-  def _seconds(self, predictor, calibration, progress: Report) -> timing.Seconds | None:
-    """Of the last part at the certified threshold, measured once; None where none is."""
-    if calibration is None or not np.isfinite(calibration.threshold):
-      return None
-    texts, threshold = [row.input for row in self.splits.last], calibration.threshold
-    key = {"procedure": predictor.procedure.to_json(), "threshold": threshold}
-    measure = lambda: timing.beside_full_depth(predictor, texts, threshold, progress=progress)
-    return self.folder.cache.get(timing.Seconds, "seconds", key, measure)
 
 
 def why_full_depth(
@@ -448,13 +448,8 @@ def evaluate(
 ) -> tuple[result_lib.LastLook, Sequence[Record]]:
   """The numbers of the last part at full depth and under the threshold, and its full texts.
 
-  Args:
-    predictor: the model under the options that are certified.
-    reference: the model whose full-depth texts the promise is about.
-    prompts: the last part.
-    options: of the fit.
-    threshold: served; `NEVER_EXIT` for full depth.
-    progress: called with the share done.
+  The promise is about the full-depth texts of `reference`; `predictor` has the options that are
+  certified.
   """
   # The batches that certified: their programs are compiled.
   told, static = part(progress, 0.0, 0.5), exits.StaticExit()

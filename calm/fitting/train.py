@@ -6,9 +6,10 @@ two trains the exit classifier and the probes only. A stopped stage resumes from
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,14 +104,15 @@ def train_stages(
     if name == "own":
       rows_folder = work / "own_texts"
       rows = write_own_texts(predictor, splits, rows_folder, cache, step(DECODE_TEXTS))
-    stage = Stage(
-      *(name, initial, predictor, rows, rows_folder, work / f"stage_{name}"),
-      *(options.seed, options.budget and options.budget / len(names)),
+    make = functools.partial(
+      train_stage,
+      *(name, predictor, initial, rows, rows_folder, work / f"stage_{name}"),
+      seed=options.seed,
+      seconds=options.budget and options.budget / len(names),
+      progress=step(f"Train stage {name}"),
     )
-    report = step(f"Train stage {name}")
-    make = lambda stage=stage, report=report: stage.train(report)
     done.append(cache.get(Trained, f"trained_{name}", {"initial": str(initial)}, make))
-    initial = stage.folder / run.MODEL_FOLDER
+    initial = work / f"stage_{name}" / run.MODEL_FOLDER
     predictor = inference.load(initial, batch_size=options.batch_size)
   return predictor, tuple(done)
 
@@ -130,14 +132,12 @@ def write_own_texts(
   rows = (*splits.validation, *splits.train)
   bulk = predictor.with_options(batch_size=64)
   records = full_texts(bulk, rows, cache, progress)
-  count, own = (
-    len(splits.validation),
-    [
-      dataclasses.replace(row, targets=(record.prediction,))
-      for row, record in zip(rows, records, strict=True)
-    ],
+  count = len(splits.validation)
+  own = tuple(
+    dataclasses.replace(row, targets=(record.prediction,))
+    for row, record in zip(rows, records, strict=True)
   )
-  parts = {"validation": tuple(own[:count]), "train": tuple(own[count:])}
+  parts = {"validation": own[:count], "train": own[count:]}
   replaced = dataclasses.replace(splits, **parts)
   request.write(folder, replaced, names=tuple(parts))
   lines = [json.dumps({"id": r.id, "tokens": r.tokens}) + "\n" for r in records]
@@ -145,92 +145,79 @@ def write_own_texts(
   return replaced
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One stage to train.
+def train_stage(
+  name: str,
+  model: inference.Predictor,
+  initial: pathlib.Path,
+  splits: request.Splits,
+  rows_folder: pathlib.Path,
+  folder: pathlib.Path,
+  *,
+  seed: int,
+  seconds: float | None,
+  progress: Report,
+) -> Trained:
+  """Trains or resumes stage 'one', 'own' or 'two', and exports the model to `folder`/model.
 
-  Attributes:
-    name: 'one', 'own' or 'two'.
-    initial: the checkpoint that it starts from.
-    model: the same, opened under its limits and prefix.
-    splits: rows.
-    rows_folder: where `request.write` wrote them.
-    folder: of the run.
-    seed: of the run.
-    seconds: after which training stops; None: after the recipe's steps.
+  It starts from `model`, whose checkpoint is `initial`, and reads the `splits` that
+  `request.write` wrote to `rows_folder`, for at most `seconds` (None: the recipe's steps).
   """
+  made = recipe(name, sum(x.size for x in jax.tree.leaves(model.params)), len(splits.train))
+  options, vocabulary = model.options, model.vocabulary
+  limits = options.max_input_length, options.max_decode_length
+  shortlist = sources.frequent_tokens(
+    (str(rows_folder / "train.jsonl"),), vocabulary, _SHORTLIST
+  )
+  sampled = 2 if model.num_layers > 2 else None
+  objective: objectives.Objective = {
+    "one": objectives.LayerWeighted(sampled_layers=sampled),
+    "own": objectives.LayerWeighted(losses.equal_weights, sampled_layers=sampled),
+    "two": objectives.ExitProbes(tuple(shortlist), classifier=True),
+  }[name]
+  # A power of two of parts, each with the memory of few tokens.
+  rows = max(1, min(made.batch_size, _PART_TOKENS // sum(limits)))
+  steps = made.config.num_steps
+  report = lambda step, text: progress(step / steps, f"step {step} of {steps}, {text}")
+  run.train(
+    _data(model, splits, rows_folder, made.batch_size, 4 * rows, seed),
+    objective,
+    dataclasses.replace(
+      made.config,
+      seed=seed,
+      eval_every=-(-steps // _VALIDATIONS),
+      log_every=1,
+      num_microbatches=made.batch_size >> (rows.bit_length() - 1),
+      seconds=seconds,
+    ),
+    run.Export(vocabulary, options.task_prefix, *limits, shortlist=shortlist),
+    str(folder),
+    model=dataclasses.replace(
+      model.config,
+      dropout_rate=made.dropout_rate,
+      one_hot_embedding=False,
+      **dict.fromkeys(("exit_classifier", *objective.parts), True),
+    ),
+    initial=str(initial),
+    fresh=objective.parts,
+    listener=training.Listener(
+      on_start=lambda step, count: report(step, "compiling"),
+      on_step=lambda step, scalars: report(step, f"loss {scalars['loss']:.3f}"),
+    ),
+  )
+  history = read_history(folder / "validation.json")
+  return Trained(name, tuple((int(e["step"]), float(e["loss"])) for e in history))
 
-  name: str
-  initial: pathlib.Path
-  model: inference.Predictor
-  splits: request.Splits
-  rows_folder: pathlib.Path
-  folder: pathlib.Path
-  seed: int
-  seconds: float | None
 
-  def train(self, progress: Report) -> Trained:
-    """Trains or resumes; the model is exported to `model/` in the folder."""
-    sizes = (leaf.size for leaf in jax.tree.leaves(self.model.params))
-    made = recipe(self.name, sum(sizes), len(self.splits.train))
-    options, vocabulary = self.model.options, self.model.vocabulary
-    limits = options.max_input_length, options.max_decode_length
-    train = str(self.rows_folder / "train.jsonl")
-    shortlist = sources.frequent_tokens((train,), vocabulary, _SHORTLIST)
-    objective = self._objective(shortlist)
-    # A power of two of parts, each with the memory of few tokens.
-    rows = max(1, min(made.batch_size, _PART_TOKENS // sum(limits)))
-    steps = made.config.num_steps
-    report = lambda step, text: progress(step / steps, f"step {step} of {steps}, {text}")
-    run.train(
-      self._data(made.batch_size, limits, 4 * rows),
-      objective,
-      dataclasses.replace(
-        made.config,
-        seed=self.seed,
-        eval_every=-(-steps // _VALIDATIONS),
-        log_every=1,
-        num_microbatches=made.batch_size >> (rows.bit_length() - 1),
-        seconds=self.seconds,
-      ),
-      run.Export(vocabulary, options.task_prefix, *limits, shortlist=shortlist),
-      str(self.folder),
-      model=dataclasses.replace(
-        self.model.config,
-        dropout_rate=made.dropout_rate,
-        one_hot_embedding=False,
-        **dict.fromkeys(("exit_classifier", *objective.parts), True),
-      ),
-      initial=str(self.initial),
-      fresh=objective.parts,
-      listener=training.Listener(
-        on_start=lambda step, count: report(step, "compiling"),
-        on_step=lambda step, scalars: report(step, f"loss {scalars['loss']:.3f}"),
-      ),
-    )
-    history = read_history(self.folder / "validation.json")
-    return Trained(self.name, tuple((int(e["step"]), float(e["loss"])) for e in history))
-
-  def _objective(self, shortlist: Sequence[int]) -> objectives.Objective:
-    """What the stage minimises; probes read `shortlist`."""
-    if self.name == "two":
-      return objectives.ExitProbes(tuple(shortlist), classifier=True)
-    sampled = 2 if self.model.num_layers > 2 else None
-    if self.name == "one":
-      return objectives.LayerWeighted(sampled_layers=sampled)
-    return objectives.LayerWeighted(losses.equal_weights, sampled_layers=sampled)
-
-  def _data(self, batch_size: int, limits: tuple[int, int], most: int) -> run.Data:
-    """Training rows in two buckets of lengths; of validation rows `most` at a time."""
-    outputs, count = self.rows_folder / OUTPUTS, len(self.splits.validation)
-    common: dict[str, Any] = {"prefix": self.model.options.task_prefix, "seed": self.seed}
-    common["outputs"] = str(outputs) if outputs.is_file() else ""
-    read = lambda part, buckets, size: sources.supervised(
-      str(self.rows_folder / f"{part}.jsonl"), self.model.vocabulary, buckets, size, **common
-    )
-    halves = -(-limits[0] // 2), -(-limits[1] // 2)
-    rows = min(batch_size, most, count)
-    train = read("train", tuple(dict.fromkeys((halves, limits))), batch_size)
-    return run.Data(
-      train, {"rows": read("validation", (limits,), rows)}, {"rows": count // rows}
-    )
+def _data(model, splits, rows_folder, batch_size: int, most: int, seed: int) -> run.Data:
+  """Training rows in two buckets of lengths; of validation rows `most` at a time."""
+  outputs, count = rows_folder / OUTPUTS, len(splits.validation)
+  limits = model.options.max_input_length, model.options.max_decode_length
+  common: dict[str, Any] = {"prefix": model.options.task_prefix, "seed": seed}
+  common["outputs"] = str(outputs) if outputs.is_file() else ""
+  read = lambda part, buckets, size: sources.supervised(
+    str(rows_folder / f"{part}.jsonl"), model.vocabulary, buckets, size, **common
+  )
+  halves = -(-limits[0] // 2), -(-limits[1] // 2)
+  rows = min(batch_size, most, count)
+  train = read("train", tuple(dict.fromkeys((halves, limits))), batch_size)
+  return run.Data(train, {"rows": read("validation", (limits,), rows)}, {"rows": count // rows})

@@ -89,7 +89,7 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
     fitting.fit(directory, rows[:45], output=output, **{**OPTIONS, "tolerance": 0.6})
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(directory, rows[:44], output=output, **OPTIONS)
-  monkeypatch.setattr(choose.Choosing, "run", None)  # what is done is not done again
+  monkeypatch.setattr(choose, "choose", None)  # what is done is not done again
   monkeypatch.setattr(inference.timing, "beside_full_depth", None)
   again = fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   assert again.calibration == served.calibration

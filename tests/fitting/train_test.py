@@ -82,10 +82,9 @@ def test_stages_train_what_they_should_and_are_trained_once(
 
 def test_a_budget_stops_a_stage_which_is_exported_then(directory, source, parts, tmp_path):
   request.write(tmp_path / "splits", parts)
-  stage = train.Stage(
-    *("two", directory, source, parts, tmp_path / "splits", tmp_path / "run"), 0, 1e-6
-  )
-  assert [step for step, _ in stage.train(silent).losses] == [1]
+  stage = "two", source, directory, parts, tmp_path / "splits", tmp_path / "run"
+  made = train.train_stage(*stage, seed=0, seconds=1e-6, progress=silent)
+  assert [step for step, _ in made.losses] == [1]
   assert inference.load(tmp_path / "run" / "model").options.shortlist
 
 

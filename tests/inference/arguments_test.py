@@ -144,7 +144,7 @@ def test_a_fit_goes_on_by_the_name_of_a_metric_function(tmp_path):
   assert asked == fitting.FitOptions(metric=named) and asked.metric == named
   assert fitting.FitOptions(metric=metrics.exact_match).metric == "exact_match"
   assert fitting.FitOptions(metric=metrics.get_metric(first_letter)).metric == named
-  begin = lambda options: result.Folder.open(
+  begin = lambda options: result.open_folder(
     tmp_path / "fit", {"model": "a", "rows": "b", "options": dataclasses.asdict(options)}
   )
   begin(asked)
