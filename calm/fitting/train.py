@@ -106,7 +106,12 @@ def train_stages(
       rows = write_own_texts(predictor, splits, rows_folder, cache, step(DECODE_TEXTS))
     make = functools.partial(
       train_stage,
-      *(name, predictor, initial, rows, rows_folder, work / f"stage_{name}"),
+      name,
+      predictor,
+      initial,
+      rows,
+      rows_folder,
+      work / f"stage_{name}",
       seed=options.seed,
       seconds=options.budget and options.budget / len(names),
       progress=step(f"Train stage {name}"),

@@ -257,10 +257,13 @@ def gains(
     return of.textual[cell.measure] if textual else risk(cell.measure, methods[cell.method])
 
   def calibrated(cell: Gain) -> Gain:
-    rows = table(cell).ungrouped().rows(range(cut))
-    asked = {"tolerance": cell.tolerance, "error_rate": rate, "method": cell.method}
-    level = calibrate_lib.calibrate(rows, **asked).threshold
-    return dataclasses.replace(cell, threshold=level, layers=float(of.num_layers))
+    made = calibrate_lib.calibrate(
+      table(cell).ungrouped().rows(range(cut)),
+      tolerance=cell.tolerance,
+      error_rate=rate,
+      method=cell.method,
+    )
+    return dataclasses.replace(cell, threshold=made.threshold, layers=float(of.num_layers))
 
   asked = itertools.product(targets, of.measures, methods)
   cells = [calibrated(Gain(*target, measure, method)) for target, measure, method in asked]

@@ -35,11 +35,16 @@ def section(name: str, reports: Reports) -> Section:
   """The section of a name in `SECTIONS`."""
   title, text, parts = SECTIONS[name]
   drawn = list(parts(reports))
-  kinds = (tuple(part for part in drawn if isinstance(part, kind)) for kind in _KINDS)
-  return Section(name, title, text, *kinds)
+  return Section(
+    name,
+    title,
+    text,
+    tuple(part for part in drawn if isinstance(part, Figure)),
+    tuple(part for part in drawn if isinstance(part, Table)),
+    tuple(part for part in drawn if isinstance(part, TaskReport)),
+  )
 
 
-_KINDS = (Figure, Table, TaskReport)
 _MEAN_LAYERS = "mean decoder layers a token"
 _QUALITY: Sequence[Column] = (
   ("quality", lambda point: percent(point.quality)),
