@@ -52,9 +52,8 @@ class Options:
 def under(predictor: inference.Predictor, name: str, **options) -> inference.Predictor:
   """The predictor under a measure by its name here, and other `inference.DecodeOptions`.
 
-  'softmax', or 'softmax@2,4' for exits after those layers only; 'softmax@2,4/8' for a threshold
-  that falls along the text as well, with the paper's temperature 8; 'verified@2' for drafts of
-  layer 2, accepted with slack.
+  'softmax', 'softmax@2,4' for exits after those layers only, 'softmax@2,4/8' for a threshold
+  with temperature 8 too; 'verified@2' for drafts of layer 2, accepted with slack.
   """
   name, _, decay = name.partition("/")
   measure, _, layers = name.partition("@")

@@ -294,8 +294,8 @@ def gains(
       speedup_interval=scores.speedup_interval(timings, timed),
     )
 
-  unseen = len(of.test) - cut
-  return Gains(rate, cut, unseen, timings.num_prompts, tuple(map(measured, cells)))
+  found = tuple(map(measured, cells))
+  return Gains(rate, cut, len(of.test) - cut, timings.num_prompts, found)
 
 
 # App. B: deltas, random splits of figure (a), calibration sets of figure (b).
@@ -348,11 +348,8 @@ def validity(of: bench.Bench) -> Validity:
 def choose_examples(
   cached: generations.Generations, count: int, among: Collection[str], *, max_tokens: int = 60
 ) -> tuple[int, ...]:
-  """Positions of up to `count` prompts, by id among some, of 3 to `max_tokens` tokens.
-
-  The first prompts, in the random order of the run, whose output changes somewhere in the
-  lower half of the grid, then the others: nothing is chosen by its quality.
-  """
+  """Positions of up to `count` prompts, by id among some, of 3 to `max_tokens` tokens: first
+  those whose output changes in the lower half of the grid; none is chosen by its quality."""
   fitting = [
     row
     for row, (prompt, record) in enumerate(zip(cached.prompts, cached.full, strict=True))

@@ -1,10 +1,4 @@
-"""Repeated calibration on cached losses: the paper's protocol, and a test of the promise.
-
-`split_trials` are the paper's 50 random 80/20 splits; a test risk above the tolerance is partly
-noise of the test split. `validity_trials` draw calibration sets with replacement from the pool,
-whose own mean is the true risk: the share of draws whose chosen threshold exceeds the tolerance
-is compared with the error rate.
-"""
+"""Repeated calibration on cached losses: the paper's protocol, and a test of the promise."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -93,6 +87,8 @@ def split_trials(
   seed: int = 0,
 ) -> tuple[SplitTrials, ...]:
   """The paper's protocol: random splits, 80 % calibrate and 20 % test, by whole clusters.
+
+  A test risk above the tolerance is partly noise of the test split.
 
   Args:
     pool: prompts or clusters.
