@@ -18,6 +18,7 @@ from calm.calibrate import Prompt
 from calm.commands import cli, infer
 from calm.decode import acceptance, compiled
 from calm.inference import predictor
+from tests.calibrate import laws
 from tests.commands import toy
 
 TEXTS = [f"text {i}" for i in range(7)]
@@ -288,3 +289,10 @@ def test_what_is_read_is_never_replaced(model, tmp_path, calm, calm_infer):
   both = [f"--output={tmp_path / 'both'}", f"--online={tmp_path / 'state'}"]
   assert "another file than `--online`, got" in calm_infer(*both, way=(), code=2)
   assert not (tmp_path / "both").exists()
+
+
+def test_a_procedure_of_before_platforms_were_recorded_is_said():
+  known = laws.procedure(platform="cpu", matmul_precision="default")
+  old = dataclasses.replace(known, platform=None, matmul_precision=None)
+  assert "not record `platform` and `matmul_precision`" in infer.unknown_platform(old)
+  assert infer.unknown_platform(known) == infer.unknown_platform(None) == ""
