@@ -94,17 +94,8 @@ def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
 
   figure = mpl_figure.Figure(figsize=(8.4, 4.2), dpi=160)
   backend_agg.FigureCanvasAgg(figure)  # measures texts
-  grid = figure.add_gridspec(
-    2,
-    2,
-    height_ratios=(9, 1),
-    width_ratios=(2, 3),
-    left=0.07,
-    right=0.99,
-    top=0.95,
-    bottom=0.03,
-  )
-  grid.update(hspace=0.32, wspace=0.18)
+  grid = figure.add_gridspec(2, 2, height_ratios=(9, 1), width_ratios=(2, 3))
+  grid.update(left=0.07, right=0.99, top=0.95, bottom=0.03, hspace=0.32, wspace=0.18)
   bars, curve = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
   single, batched = found["seconds"]["single"], found["seconds"]["batched"]
   pairs = {"one at a time": single, "in batches": batched}
@@ -113,9 +104,8 @@ def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
     heights = (pair["full"], pair["early"])
     shown = bars.bar([3 * place, 3 * place + 1], heights, 0.95, color=("#bbbbbb", "#0077aa"))
     bars.bar_label(shown, labels=("full depth", "served"), fontsize=8, padding=2)
-    speedup = f"×{pair['speedup']:.2f}"
     look: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
-    bars.text(3 * place + 1, pair["early"] / 2, speedup, fontsize=11, **look)
+    bars.text(3 * place + 1, pair["early"] / 2, f"×{pair['speedup']:.2f}", fontsize=11, **look)
   bars.set_xticks([3 * place + 0.5 for place in range(len(named))], [name for name, _ in named])
   bars.tick_params(axis="x", length=0)
   bars.set(ylabel="decoder, ms a prompt")
@@ -159,8 +149,8 @@ def sentence(axes, found: dict[str, Any]) -> None:
     axes.barh(0.3, width, 1.1, start, color=colour)
     axes.text(start + width / 2, 1.1, f"{layer}", fontsize=8, ha="center", color="#555555")
     start += width
-  count = found["num_layers"]
-  axes.text(start + 0.02, 0.1, f"decoder layers of each token, of {count}", fontsize=8)
+  of_all = f"decoder layers of each token, of {found['num_layers']}"
+  axes.text(start + 0.02, 0.1, of_all, fontsize=8)
 
 
 def main() -> None:
