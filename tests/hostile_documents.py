@@ -72,7 +72,7 @@ _VLLM = {"request_id": "a", "prompt": "text", "outputs": [{"text": "word"}]}
 _REQUEST = {"model": "0123", "rows": "4567", "options": {"tolerance": 0.1, "stages": "none"}}
 _RUN = {"seed": 0, "learning_rates": [[0, 0.1], [1, 0.2]], "batches": [[0, "a"], [1, "b"]]}
 _EXACT = dataclasses.asdict(exits.Speculative(1, 4, "full"))
-_STATE = {"format": infer.FORMAT, "about": {"threshold": "0.5"}, "done": 1, "bytes": 4}
+_OUTPUT = {"id": "a", "prediction": "text", "tokens": [5, 1]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,9 @@ def _stage(path: pathlib.Path):
   return history.should_stop(), history.update(7, {"loss": 0.5})
 
 
-def _unfinished(target: pathlib.Path):
-  made = infer.ResumableFile(target, _STATE["about"])
-  prompts = [Prompt("a", "text"), Prompt("b", "text")]
-  made._partial.write_text("abcd")
-  return [prompt.id for prompt in made.pending(prompts)]
+def _unfinished(base: pathlib.Path):
+  made = infer.ResumableFile(base / "out.jsonl", {"threshold": "0.5"})
+  return made, list(made.pending([Prompt("a", "text"), Prompt("b", "text")]))
 
 
 def _theirs(folder: pathlib.Path):
@@ -134,9 +132,6 @@ def _files(base: pathlib.Path) -> None:
   cache = result_cache.ResultCache(base / "results")
   cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))
   (base / "fit" / "fit").mkdir(parents=True)
-  digest = infer.ResumableFile(base / "out.jsonl", {})
-  digest._add(Prompt("a", "text"))
-  state = _STATE | {"prompts": digest._digest.hexdigest()}
   for name, value in (
     ("rows.jsonl", row),
     ("records.jsonl", small_cache.record("id-000").to_json()),
@@ -149,7 +144,7 @@ def _files(base: pathlib.Path) -> None:
     ("run.json", _RUN),
     ("validation.json", [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0}]),
     ("fit/fit/request.json", _REQUEST),
-    ("out.jsonl.partial.json", state),
+    (_unfinished(base)[0]._partial, _OUTPUT),
     ("full_depth.json", {"reason": "x", "exact": _EXACT}),
   ):
     (base / name).write_text(json.dumps(value) + "\n")
@@ -204,7 +199,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
       lambda: fit_result.open_folder(at("fit"), _REQUEST),
     ),
     "result": (cache.path("timing", {}), kept),
-    "unfinished outputs": (at("out.jsonl.partial.json"), lambda: _unfinished(at("out.jsonl"))),
+    "unfinished outputs": (_unfinished(base)[0]._partial, lambda: _unfinished(base)),
     "full depth": (at("full_depth.json"), lambda: loading.stored_rule(at("full_depth.json"))),
   }
 
@@ -251,8 +246,7 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "layer_norm_epsilon relative_attention_num_buckets": _gone,
     "tie_word_embeddings": _flag,
     "is_encoder_decoder": _absent,
-    "architectures": _empty,
-    "architectures.0": lambda value: isinstance(value, str),
+    "architectures architectures.0": _anything,  # no one reads them
     # generation_config.json, beside it, is what says where texts end.
     "eos_token_id": _anything,
   },
@@ -388,9 +382,10 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "result.names": _of([]),
     "result.names.0": lambda value: isinstance(value, str),
   },
-  # What cannot be gone on with is begun anew, and kept.
+  # A last line that is none was cut off by a kill, and is written anew.
   "unfinished outputs": {
-    f"format about about.threshold done bytes prompts {WHOLE}": _anything,
+    f"prediction tokens tokens.0 tokens.1 {WHOLE} bytes": _anything,
+    "id": _of(*NONE),
   },
   "full depth": {
     "reason": _anything,

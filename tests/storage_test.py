@@ -233,8 +233,6 @@ def test_every_file_of_the_package_is_written_by_this_writer():
     # Into a temporary file that `write_together` has made.
     "files.py: path.write_text(text, encoding='utf-8')",
     "checkpoint.py: path.write_bytes(base.model)",
-    # Keeps what another run has left under another name.
-    "infer.py: os.replace(self._partial, old)",
   }
 
 

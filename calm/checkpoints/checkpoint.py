@@ -8,8 +8,7 @@ Our own format is a directory:
   vocabulary.model       the SentencePiece model, or
   tokenizer.json         the tokenizer of a Hugging Face folder
 A folder of any format may also hold `exits.safetensors`: exit parts that were learned beside
-its frozen weights, with the digest of those weights. `load` also opens directories of Hugging
-Face (`huggingface`) and checkpoints of T5X (`t5x`).
+its frozen weights, with their digest. `load` opens Hugging Face's and T5X's folders too.
 """
 
 import dataclasses
@@ -29,8 +28,7 @@ FORMAT = "calm checkpoint 1"
 # The file of exit parts beside a base model, and its format.
 EXITS = "exits.safetensors"
 EXITS_FORMAT = "calm exits 1"
-# The files of a base model that are read here; a Hugging Face folder may hold copies of its
-# weights in other formats.
+# The files of a base model that are read here; folders may hold weights in other formats too.
 _BASE_FILES = (
   *("config.json", "params.safetensors", "vocabulary.json", "vocabulary.model"),
   *("generation_config.json", "model.safetensors", "model.safetensors.index.json"),
@@ -39,12 +37,13 @@ _BASE_FILES = (
 )
 # The small model inside this package.
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
-# Kind of vocabulary -> the file that holds it, if any; `_RECORD` names the kind.
+_PIECES = vocabularies.SentencePieceVocabulary
+# Kind of vocabulary, which `_RECORD` names -> its class, the file that holds it, its numbers.
 _RECORD = "vocabulary.json"
-_VOCABULARIES: Mapping[str, str | None] = {
-  "sentencepiece": "vocabulary.model",
-  "tokenizer": "tokenizer.json",
-  "bytes": None,
+_VOCABULARIES: Mapping[str, tuple[Any, str | None, tuple[str, ...]]] = {
+  "sentencepiece": (_PIECES, "vocabulary.model", ("extra_ids",)),
+  "tokenizer": (vocabularies.TokenizerVocabulary, "tokenizer.json", ("eos_id", "pad_id")),
+  "bytes": (vocabularies.ByteVocabulary, None, ("extra_ids",)),
 }
 Vocabulary = vocabularies.AnyVocabulary
 parameters_digest = arguments.checked()(parameters.digest)
@@ -106,7 +105,7 @@ def save(
     fields["exits_trained"] = exits_trained
   writers["config.json"] = files.json_writer({"format": FORMAT, **fields})
   files.write_together(directory, writers)
-  for name in {_RECORD, *_VOCABULARIES.values()} - {None, *writers}:
+  for name in {_RECORD, *(file for _, file, _ in _VOCABULARIES.values())} - {None, *writers}:
     # Left by an earlier save with another vocabulary.
     (directory / str(name)).unlink(missing_ok=True)
 
@@ -123,9 +122,8 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
 
   Raises:
     FileNotFoundError: `path`, or a file that belongs to it, is missing.
-    ValueError: exits of another base model, or of one that was changed since; no known format;
-      a truncated file; a leaf that is missing, of no use, of the
-      wrong shape or not finite; a vocabulary larger than the embedding.
+    ValueError: no known format, a damaged file, wrong leaves, exits of another base model, or a
+      vocabulary larger than the embedding.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -134,16 +132,13 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
       f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json."
     )
   config, flat, vocabulary, trained = _read(path)
-  has_exit_parts = any(getattr(config, part) for part in parameters.EXIT_PARTS)
-  file = _exits_file(path, exits)
-  if file is not None:
+  if exits is not None or (path / EXITS).is_file():
+    file = pathlib.Path(path if exits is None else exits)
     config, flat, trained = *_with_exits(config, flat, file), True
   params = parameters.unflatten(flat)
   parameters.check(params, config)
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
-  if trained is False and has_exit_parts and not (path / "params.safetensors").is_file():
-    trained = None  # T5X's own models have none: somebody trained them
   return Checkpoint(config, params, vocabulary, trained)
 
 
@@ -157,9 +152,6 @@ def save_exits(
     file: usually `EXITS` in the model's folder.
     leaves: {path: array}, paths as in the model's tree ("decoder/exit_translators/...").
     base_digest: `parameters.base_digest` of the model; `load` refuses them beside another.
-
-  Raises:
-    OSError: the file cannot be written.
   """
   file = pathlib.Path(file)
   metadata = {"format": EXITS_FORMAT, "base": base_digest}
@@ -169,12 +161,7 @@ def save_exits(
 
 @arguments.checked()
 def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
-  """Copies the files of a base model byte for byte, in the layout that they have.
-
-  Raises:
-    ValueError: the folder is a T5X checkpoint, which has no files of a vocabulary.
-    OSError: a file cannot be read or written.
-  """
+  """Copies the files of a base model byte for byte; ValueError for a T5X checkpoint."""
   source, target = pathlib.Path(source), pathlib.Path(target)
   if not (source / "config.json").is_file():
     raise ValueError(
@@ -194,41 +181,24 @@ def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
 def with_exits(
   config: network.T5Config, params: Mapping[str, Any], exits: str | pathlib.Path
 ) -> tuple[network.T5Config, dict[str, Any]]:
-  """(configuration, parameters) of a base model with the exits of a file beside it.
+  """(configuration, parameters) of a base model with the exits of a file, or of its folder.
 
-  Args:
-    config: of the base model.
-    params: its tree; exit parts in it are replaced.
-    exits: the file, or a folder that holds one.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is damaged, or its exits were learned beside other weights.
+  Exit parts in `params` are replaced. ValueError where the exits are of other weights.
   """
-  file = _exits_file(pathlib.Path(exits), exits)
-  assert file is not None
-  config, flat = _with_exits(config, parameters.flatten(params), file)
+  config, flat = _with_exits(config, parameters.flatten(params), pathlib.Path(exits))
   made = parameters.unflatten(flat)
   parameters.check(made, config)
   return config, made
 
 
-def _exits_file(path: pathlib.Path, exits: str | pathlib.Path | None) -> pathlib.Path | None:
-  """The file of exit parts to read, or None."""
-  if exits is None:
-    return path / EXITS if (path / EXITS).is_file() else None
-  file = pathlib.Path(exits)
+def _with_exits(config: network.T5Config, flat: Mapping[str, np.ndarray], file: pathlib.Path):
+  """(configuration, {path: leaf}) of a base model with the exits of a file or folder."""
   file = file / EXITS if file.is_dir() else file
   if not file.is_file():
     raise FileNotFoundError(
-      f"Expected `exits` to be a file of exits, or a folder with {EXITS}, got {str(exits)!r};"
+      f"Expected `exits` to be a file of exits, or a folder with {EXITS}, got {str(file)!r};"
       " `calm fit` writes one."
     )
-  return file
-
-
-def _with_exits(config: network.T5Config, flat: Mapping[str, np.ndarray], file: pathlib.Path):
-  """(configuration, {path: leaf}) of a base model with the exits of a file beside it."""
   leaves, metadata = files.read_safetensors(file)
   stored, base = metadata.get("format"), metadata.get("base")
   if stored != EXITS_FORMAT or not leaves or not all(map(_is_exit_part, leaves)):
@@ -278,23 +248,23 @@ def _read(
       f" {str(path)!r} with {names[:6] or 'nothing in it'}; give the folder that holds one."
     )
   flat = t5x.read(found)
-  return t5x.infer_config(flat), flat, None, False
+  config = t5x.infer_config(flat)
+  # T5X's own models have no exit parts: somebody trained those that are there.
+  grown = any(getattr(config, part) for part in parameters.EXIT_PARTS)
+  return config, flat, None, None if grown else False
 
 
 def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
   known = {field.name for field in dataclasses.fields(network.T5Config)}
   stored_format = fields.pop("format", None)
-  heads = fields.pop("per_layer_heads", False)
-  if heads is not False:
-    raise ValueError(
-      f"{path / 'config.json'}: Expected `per_layer_heads` to be false, for all layers share"
-      f" one head, got {heads!r:.60}; open it with the version of calm that wrote it."
-    )
+  if fields.get("per_layer_heads") is False:  # of earlier versions, whose layers could have one
+    del fields["per_layer_heads"]
   unknown = sorted(set(fields) - known)
   if stored_format != FORMAT or unknown or "vocab_size" not in fields:
     raise ValueError(
       f"Expected a config.json with format {FORMAT!r} and fields of T5Config, got {str(path)!r}"
-      f" with format {stored_format!r}, unknown fields {unknown}; take a newer version of calm."
+      f" with format {stored_format!r}, unknown fields {unknown}; open it with the version of"
+      " calm that wrote it."
     )
   with files.naming(path / "config.json"):
     return network.T5Config(**limits.check(fields))
@@ -303,15 +273,12 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
 def _vocabulary_writers(vocabulary: Vocabulary) -> dict[str, Callable[[pathlib.Path], Any]]:
   """Writers for `files.write_together`."""
   base: Any = getattr(vocabulary, "base", vocabulary)
-  if isinstance(base, vocabularies.TokenizerVocabulary):
-    record = {"kind": "tokenizer", "eos_id": base.eos_id, "pad_id": base.pad_id}
-  else:
-    kind = "sentencepiece" if hasattr(base, "model") else "bytes"
-    record = {"kind": kind, "extra_ids": base.extra_ids}
+  kind = next(k for k, (made_by, *_) in _VOCABULARIES.items() if isinstance(base, made_by))
+  _, name, numbers = _VOCABULARIES[kind]
+  record = {"kind": kind, **{number: getattr(base, number) for number in numbers}}
   if isinstance(vocabulary, vocabularies.Renumbered):
     record["base_pad_id"] = vocabulary.base_pad_id
   record["digest"] = vocabulary.digest()
-  name = _VOCABULARIES[record["kind"]]
   writers = {} if name is None else {name: lambda path: path.write_bytes(base.model)}
   return {**writers, _RECORD: files.json_writer(record)}
 
@@ -327,24 +294,21 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
       f"Expected {_RECORD} to be of a kind of {', '.join(map(repr, _VOCABULARIES))}, got"
       f" {kind!r} in {str(directory)!r}; save the model again."
     )
-  path, extra_ids = directory / (_VOCABULARIES[kind] or ""), record.get("extra_ids")
-  renumbered = "base_pad_id" in record
-  token_id = lambda name: limits.whole(name, record.get(name), 0, 2**31)
+  made_by, name, numbers = _VOCABULARIES[kind]
+  whole = lambda number: limits.whole(number, record.get(number), 0, 2**31)
   with files.naming(directory / _RECORD):
-    made: Any
-    if kind == "bytes":
-      made = vocabularies.ByteVocabulary(extra_ids)  # pyright: ignore[reportArgumentType]
-    elif kind == "tokenizer":
-      ids = map(token_id, ("eos_id", "pad_id"))
-      made = vocabularies.TokenizerVocabulary(path, *ids)
-    else:
-      made = vocabularies.SentencePieceVocabulary(path, extra_ids, padded=not renumbered)  # pyright: ignore[reportArgumentType]
-    if renumbered:
-      made = vocabularies.Renumbered(made, token_id("base_pad_id"))
+    options = {number: whole(number) for number in numbers}
+    if name is not None:
+      options["path"] = directory / name
+    if made_by is _PIECES:
+      options["padded"] = "base_pad_id" not in record
+    made = made_by(**options)
+    if "base_pad_id" in record:
+      made = vocabularies.Renumbered(made, whole("base_pad_id"))
   digest = str(record.get("digest"))
-  if _VOCABULARIES[kind] is not None and made.digest() != digest:
+  if name is not None and made.digest() != digest:
     raise ValueError(
-      f"Expected {path.name} to have the digest {digest[:12]}... that was saved with it, got"
+      f"Expected {name} to have the digest {digest[:12]}... that was saved with it, got"
       f" {made.digest()[:12]}... in {str(directory)!r}; it was exchanged: put it back."
     )
   return made

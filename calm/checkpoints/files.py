@@ -1,6 +1,5 @@
 """The files of checkpoints: safetensors and JSON, checked when read, written together."""
 
-import collections
 import contextlib
 import json
 import os
@@ -15,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from calm import storage
+from calm.calibrate import checks
 
 _MOST_JSON = 2**26
 # The types that a parameter may be stored as; all are read as float32.
@@ -23,11 +23,7 @@ STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtype
 
 
 def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
-  """A stored leaf as float32.
-
-  Raises:
-    ValueError: it is not floating point (a quantised checkpoint), naming file and leaf.
-  """
+  """A stored leaf as float32; ValueError where it is not floating point."""
   array = np.asarray(array)
   if array.dtype.name not in _FLOATS:
     raise ValueError(
@@ -46,13 +42,21 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
       other than floats.
   """
   _check_file(path)
+
+  def unique(pairs: list[tuple[str, Any]]) -> None:
+    twice = checks.repeated([name for name, _ in pairs])
+    if twice:  # the last would be read
+      raise ValueError(
+        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} twice; download or"
+        " save the checkpoint again."
+      )
+
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      _check_unique(path)
-      arrays = {
-        name: as_float32(name, file.get_tensor(name), path)
-        for name in file.keys()  # noqa: SIM118
-      }
+    with safetensors.safe_open(path, framework="numpy") as file, path.open("rb") as header:
+      size = int.from_bytes(header.read(8), "little")
+      json.loads(header.read(size), object_pairs_hook=unique)
+      names = file.keys()
+      arrays = {name: as_float32(name, file.get_tensor(name), path) for name in names}
       return arrays, file.metadata() or {}
   except safetensors.SafetensorError as error:
     raise ValueError(
@@ -69,31 +73,10 @@ def _check_file(path: pathlib.Path) -> None:
     )
 
 
-def _check_unique(path: pathlib.Path) -> None:
-  """ValueError where a safetensors header names a tensor twice; the last would be read."""
-
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = collections.Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-      raise ValueError(
-        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} twice; download or"
-        " save the checkpoint again."
-      )
-    return dict(pairs)
-
-  with path.open("rb") as file:
-    size = int.from_bytes(file.read(8), "little")
-    json.loads(file.read(size), object_pairs_hook=unique)
-
-
 def safetensors_writer(
   tensors: Mapping[str, np.ndarray], storage_dtype: str = "float32", **metadata: str
 ) -> Callable[[pathlib.Path], Any]:
-  """A writer for `write_together`; the arrays are cast to `storage_dtype`.
-
-  Raises:
-    ValueError: `storage_dtype` is not one of `STORAGE_DTYPES`.
-  """
+  """A writer for `write_together`; the arrays are cast to one of `STORAGE_DTYPES`."""
   if storage_dtype not in STORAGE_DTYPES:
     raise ValueError(
       f"Expected `storage_dtype` to be one of {', '.join(STORAGE_DTYPES)}, got"
@@ -121,12 +104,7 @@ def json_writer(value: Any) -> Callable[[pathlib.Path], Any]:
 
 
 def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-  """A JSON object; `missing`, unless None, where there is no such file.
-
-  Raises:
-    FileNotFoundError: `path` is missing.
-    ValueError: it is not a JSON object.
-  """
+  """A JSON object; `missing`, or FileNotFoundError, where there is no such file."""
   if missing is not None and not path.exists():
     return missing
   _check_file(path)
@@ -155,10 +133,7 @@ def write_together(
 ) -> None:
   """Writes several files of one directory under temporary names, then renames them in order.
 
-  A full disk or a kill leaves an earlier checkpoint as it was.
-
-  Raises:
-    OSError: the directory cannot be written.
+  A full disk or a kill leaves an earlier checkpoint as it was, with an OSError.
   """
   try:
     directory.mkdir(parents=True, exist_ok=True)

@@ -65,16 +65,10 @@ _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 
 
 def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarray]]:
-  """Reads a Hugging Face directory.
+  """(configuration without exit parts, {T5X's path: float32 array}) of a directory.
 
-  Returns:
-    The configuration (without exit parts) and {path: float32 array} by T5X's paths, shapes
-    not yet checked against the configuration.
-
-  Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: another kind of model, an option that T5X's network does not have, or weights
-      whose names are not those of this kind of model.
+  Shapes are not yet checked. ValueError for another kind of model, or options that T5X's
+  network does not have.
   """
   theirs, generation = _read_config(directory)
   with files.naming(directory / "config.json"):
@@ -135,27 +129,22 @@ def _scales_decoder_states(theirs: Mapping[str, Any]) -> bool:
 
 def _check(theirs: Mapping[str, Any]) -> None:
   """Raises ValueError, naming the field, for a model that is not of the T5 family."""
-  theirs = {"layer_norm_epsilon": 1e-6, **theirs}
   rows = theirs.get("vocab_size", 0)
   rows = rows if type(rows) is int else 2**31  # which `_network_config` refuses
-  is_flag = lambda value: isinstance(value, bool)
   is_row = lambda value: type(value) is int and 0 <= value < max(rows, 1)
-  is_names = lambda value: isinstance(value, list) and all(isinstance(n, str) for n in value)
+  is_flag = lambda value: isinstance(value, bool)
   row = f"one of the {rows} rows of the embedding"
-  for field, is_good, expected in (
-    ("model_type", lambda value: value in MODEL_TYPES, "'t5' or 'mt5' or 'umt5'"),
-    ("layer_norm_epsilon", lambda value: value == 1e-6, "1e-06 (the T5 family)"),
-    ("tie_word_embeddings", is_flag, "true or false"),
-    ("scale_decoder_outputs", is_flag, "true or false"),
-    ("is_encoder_decoder", lambda value: value is True, "true: a whole model"),
-    ("architectures", is_names, "a list of class names"),
-    ("pad_token_id", is_row, row),
-    ("decoder_start_token_id", is_row, row),
+  for field, default, is_good, expected in (
+    ("model_type", "", lambda value: value in MODEL_TYPES, "'t5' or 'mt5' or 'umt5'"),
+    ("layer_norm_epsilon", 1e-6, lambda value: value == 1e-6, "1e-06 (the T5 family)"),
+    ("tie_word_embeddings", None, is_flag, "true or false"),
+    ("scale_decoder_outputs", None, is_flag, "true or false"),
+    ("is_encoder_decoder", None, lambda value: value is True, "true: a whole model"),
+    ("pad_token_id", None, is_row, row),
+    ("decoder_start_token_id", None, is_row, row),
   ):
-    value = theirs.get(field)
-    if not is_good(value) and (
-      value is not None or field in ("model_type", "layer_norm_epsilon")
-    ):
+    value = theirs.get(field, default)
+    if not is_good(value) and (value is not None or default is not None):
       raise ValueError(
         f"Expected `{field}` in config.json to be {expected}, got {value!r:.60}; give a T5"
         " model as transformers saves it."
@@ -213,17 +202,15 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
       f"Expected {index_path.name!r} to hold a `weight_map` of weights to .safetensors files,"
       f" got {repr(weight_map)[:60]} in {str(directory)!r}; download the checkpoint again."
     )
-  weights: dict[str, np.ndarray] = {}
-  for name in sorted(set(weight_map.values())):
-    # The index is not trusted with where to look.
-    shard, _ = files.read_safetensors(directory / pathlib.PurePosixPath(name).name)
-    if odd := set(shard) ^ {weight for weight, place in weight_map.items() if place == name}:
-      raise ValueError(
-        f"Expected {name!r} to hold the weights that {index_path.name!r} lists for it, got"
-        f" {min(odd)!r} in one of the two only, in {str(directory)!r}; download it again."
-      )
-    weights |= shard
-  return weights
+  # The index is not trusted with where to look.
+  names = sorted({pathlib.PurePosixPath(name).name for name in weight_map.values()})
+  shards = [files.read_safetensors(directory / name)[0] for name in names]
+  if sorted(weight for shard in shards for weight in shard) != sorted(weight_map):
+    raise ValueError(
+      f"Expected {', '.join(names)!r:.200} to hold the weights that {index_path.name!r} lists,"
+      f" got others in {str(directory)!r}; download it again."
+    )
+  return {name: weight for shard in shards for name, weight in shard.items()}
 
 
 def _take_embedding_and_head(
@@ -305,28 +292,27 @@ def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
   """The vocabulary beside a model, with padding 0, or None.
 
   `spiece.model` or ByT5's bytes, unless tokens were added to them, or `tokenizer.json`.
-
-  Raises:
-    ValueError: it belongs to another model, or lacks tokens that the folder lists.
   """
   theirs, _ = _read_config(directory)
   pad, _ = _padding_and_start(theirs)
-  made, path = _read_pieces(directory, theirs, pad), directory / "tokenizer.json"
-  if made is None or _needs_tokenizer(directory, made):
+  ends = theirs.get("eos_token_id", 1)
+  ends = ends if isinstance(ends, list) and ends else [ends]
+  made, path = _read_pieces(directory, theirs, pad, ends), directory / "tokenizer.json"
+  if made is None or _has_added_tokens(directory, made):
     if not path.is_file():
       return None
-    eos = _ends(theirs)[0]
-    if type(eos) is not int or not 0 <= eos < 2**31 or eos == pad:
+    if type(ends[0]) is not int or not 0 <= ends[0] < 2**31 or ends[0] == pad:
       raise ValueError(
         f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"
-        f" padding, got {eos!r}; copy the model's config.json and generation_config.json again."
+        f" padding, got {ends[0]!r}; copy the model's config.json and generation_config.json"
+        " again."
       )
-    made = vocabulary.TokenizerVocabulary(path, eos_id=eos, pad_id=pad)
+    made = vocabulary.TokenizerVocabulary(path, eos_id=ends[0], pad_id=pad)
   return vocabulary.Renumbered(made, pad) if pad else made
 
 
 def _read_pieces(
-  directory: pathlib.Path, theirs: Mapping[str, Any], pad: int
+  directory: pathlib.Path, theirs: Mapping[str, Any], pad: int, ends: list[Any]
 ) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
   options = files.read_json(directory / "tokenizer_config.json", missing={})
   path = directory / "spiece.model"
@@ -336,7 +322,6 @@ def _read_pieces(
     made = vocabulary.SentencePieceVocabulary(
       path, extra_ids=options.get("extra_ids", default), padded=not pad
     )
-    ends = _ends(theirs)
     if ends != [None] and made.eos_id not in ends:
       raise ValueError(
         f"Expected {str(path)!r} to end a text with the model's token {ends[0]}"
@@ -350,86 +335,60 @@ def _read_pieces(
   return None
 
 
-def _ends(theirs: Mapping[str, Any]) -> list[Any]:
-  """Tokens that end a text; messages name the first."""
-  eos = theirs.get("eos_token_id", 1)
-  return eos if isinstance(eos, list) and eos else [eos]
-
-
-def _needs_tokenizer(
-  directory: pathlib.Path,
-  pieces: vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary,
-) -> bool:
+def _has_added_tokens(directory: pathlib.Path, pieces: Any) -> bool:
   """Whether tokens were added after `pieces`, all of them in tokenizer.json.
 
   transformers lists them there and, before its version 5, in added_tokens.json and in
   `added_tokens_decoder` of tokenizer_config.json, among padding, EOS and T5's sentinels. A
   listed token at the id of a piece is that piece; a sentinel is its own, wherever it stands.
-
-  Raises:
-    ValueError: tokenizer.json lacks one of them, or a list is of another form.
   """
   listed = list(_listed_tokens(directory))
   held = {i: token for name, i, token in listed if name == "tokenizer.json"}
   first = pieces.vocab_size - pieces.extra_ids
   added = {i: t for _, i, t in listed if i >= first and not vocabulary.SENTINEL.fullmatch(t)}
   for token_id, token in added.items():
-    if held.get(token_id) == token:
-      continue
-    if isinstance(pieces, vocabulary.ByteVocabulary):
+    if held.get(token_id) != token:
       raise ValueError(
-        f"Expected {str(directory)!r} to have no tokens beyond ByT5's bytes and sentinels, got"
-        f" {token!r} ({token_id}); train it without added tokens."
+        f"Expected {str(directory / 'tokenizer.json')!r} to hold all tokens that were added,"
+        f" got {token!r} ({token_id}) elsewhere only; save it once with a fast tokenizer"
+        " (ByT5 has none: train it without added tokens):"
+        " AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
       )
-    raise ValueError(
-      f"Expected {str(directory / 'tokenizer.json')!r} to hold all tokens that were added, got"
-      f" {token!r} ({token_id}) elsewhere only; save it once with a fast tokenizer:"
-      " AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
-    )
   return bool(added)
 
 
 def _listed_tokens(directory: pathlib.Path) -> Iterator[tuple[str, int, str]]:
   """(file, id, text) of the tokens that each file of a folder lists."""
-  optional = lambda name: files.read_json(directory / name, missing={})
-  held = optional("tokenizer.json").get("added_tokens") or []
-  added = optional("added_tokens.json")
-  flags = optional("tokenizer_config.json").get("added_tokens_decoder") or {}
+  read = lambda name: files.read_json(directory / name, missing={})
+  held = read("tokenizer.json").get("added_tokens") or []
+  flags = read("tokenizer_config.json").get("added_tokens_decoder") or {}
   number = lambda text: int(text) if text.isdecimal() and len(text) < 10 else None
   field = lambda token, name: token.get(name) if isinstance(token, dict) else None
-  tokens = [
-    *(
-      ("tokenizer.json", field(token, "id"), field(token, "content"))
+  tokens = {
+    "tokenizer.json": (
+      (field(token, "id"), field(token, "content"))
       for token in (held if isinstance(held, list) else [held])
     ),
-    *(("added_tokens.json", token_id, token) for token, token_id in added.items()),
-    *(
-      ("tokenizer_config.json", number(text), field(token, "content"))
+    "added_tokens.json": ((i, token) for token, i in read("added_tokens.json").items()),
+    "tokenizer_config.json": (
+      (number(text), field(token, "content"))
       for text, token in (flags.items() if isinstance(flags, dict) else [("", flags)])
     ),
-  ]
-  for name, token_id, token in tokens:
-    if type(token_id) is not int or not isinstance(token, str):
-      raise ValueError(
-        f"Expected {str(directory / name)!r} to list added tokens, each a text with its id, got"
-        f" {token!r:.60} with {token_id!r:.60}; save the tokenizer again."
-      )
-    yield name, token_id, token
+  }
+  for name, pairs in tokens.items():
+    for token_id, token in pairs:
+      if type(token_id) is not int or not isinstance(token, str):
+        raise ValueError(
+          f"Expected {str(directory / name)!r} to list added tokens, each a text with its id,"
+          f" got {token!r:.60} with {token_id!r:.60}; save the tokenizer again."
+        )
+      yield name, token_id, token
 
 
 def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5Config) -> None:
-  """Writes a directory that transformers' `T5ForConditionalGeneration` opens.
+  """Writes a directory that transformers' `T5ForConditionalGeneration` opens, without exits.
 
-  The exit classifier has no place there and is left out.
-
-  Args:
-    directory: made if missing.
-    params: the tree of `config`.
-    config: with activations that transformers has.
-
-  Raises:
-    ValueError: another activation, or `params` that are not the tree of `config`.
-    OSError: `directory` cannot be written.
+  ValueError for an activation that it lacks, or `params` that are no tree of `config`.
   """
   gated = len(config.mlp_activations) == 2
   activation = config.mlp_activations[0]

@@ -1,9 +1,8 @@
 """T5X checkpoints (legacy and Orbax) -> parameters by path, without T5X.
 
-The legacy format, in which the public T5 1.1 checkpoints are, is a msgpack file `checkpoint`
-whose large leaves are references to zarr arrays beside it. The Orbax format keeps the same
-train state under `state/`, in one database or in many folders. Only the target's parameters are
-read, no optimizer state. Needs tensorstore, which comes with the `train` extra.
+The legacy format (the public T5 1.1) is a msgpack file `checkpoint` whose large leaves are
+references to zarr arrays beside it; Orbax keeps the same train state under `state/`, in one
+database or in many folders. The optimizer's state is not read.
 """
 
 import math
@@ -38,15 +37,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """{path: float32 array} of the target's parameters.
-
-  Args:
-    path: what `find` returned.
-
-  Raises:
-    ImportError: tensorstore is not installed.
-    ValueError: the files are damaged, or leaves are missing.
-  """
+  """{path: float32 array} of the target's parameters; `path` is what `find` returned."""
   state = _orbax_state(path)
   leaves = _read_arrays(state) if state else _read_legacy(path)
   found = {name: files.as_float32(name, leaf, path) for name, leaf in leaves.items()}
@@ -58,9 +49,6 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
 
   Assumed, as no shape tells: gated layers are GELU (T5 1.1), others ReLU (T5 1.0), and
   `relpos_max_distance` is 128, which T5X's network has fixed.
-
-  Raises:
-    ValueError: these are not the leaves of T5X's T5 network.
   """
   try:
     vocab_size, emb_dim = flat["token_embedder/embedding"].shape

@@ -18,6 +18,7 @@ infer.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -29,17 +30,11 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import (
-  generations,
-  methods,
-  metrics,
-  planning,
-  testing,
-  thresholds,
-)
+from calm.calibrate import Support, generations, ledger, methods, metrics, planning, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
-from calm.calibrate.generations import foreign
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import foreign, order
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -72,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(way, "verify", "FILE", "compare a calibration.json with these outputs")
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
   add(more, "method", "NAME", f"p-values: {', '.join(methods.NAMES)}", "auto")
-  add(more, "testing", "NAME", ", ".join(testing.PROCEDURES), "fixed_sequence")
+  choices = {"choices": tuple(testing.PROCEDURES)}
+  add(more, "testing", "NAME", ", ".join(choices["choices"]), "fixed_sequence", **choices)
   flags.add_shared(more, "ungrouped")
   text = "most prompts of a cluster, ever: the guarantee is then about prompts"
   add(more, "largest_cluster", "N", text)
@@ -83,8 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "start", "X", "tail_mean: where the tail begins, from other prompts", 0.0)
   text = "cost: layers a token over all layers"
   add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
-  # Others come only from Python, and from what is stored.
-  parser.set_defaults(cost_share=risks_lib.Cost.share, randomized=True)
 
 
 @run_lib.user_errors
@@ -96,32 +90,45 @@ def run(arguments: argparse.Namespace) -> int:
     read = (arguments.full, arguments.references, *named)
     run_lib.check_output(arguments.output, read=read)
   if arguments.configurations:
-    found, model, prompts = _cheapest_configuration(arguments)
-    _save(arguments, console, found, prompts, model=model)
+    found, cached = _cheapest_configuration(arguments)
+    _save(arguments, console, found, cached)
     return 0
   cached = _read(arguments)
   if arguments.verify:
     return _verify(arguments, console, cached)
-  run_lib.print_clusters(arguments, console, cached.prompts)
+  _look_at_prompts(arguments, console, cached)
+  rates = {
+    "error_rate": arguments.error_rate,
+    "method": arguments.method,
+    "testing_procedure": arguments.testing,
+    "largest_cluster": arguments.largest_cluster or 0,
+  }
   if arguments.risks:
-    found = calibrate_lib.calibrate(risks=_risks(arguments, cached), **_rates(arguments))
+    found = calibrate_lib.calibrate(risks=_risks(arguments, cached), **rates)
   else:
-    _plan(arguments, console, cached)
-    found = _make(arguments, console, cached)
-  _save(arguments, console, found, cached.prompts, cached=cached, model=_model(cached))
+    promise = _promise(arguments, cached)  # refused before any text is compared
+    with Progress(console) as progress:
+      losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
+    rates["tolerance"] = arguments.tolerance
+    found = calibrate_lib.calibrate(losses, promise=promise, **rates)
+  _save(arguments, console, found, cached, shown=cached)
   return 0
 
 
-def _save(arguments, console, result, prompts, **options) -> None:
-  folder = arguments.directory or "."
-  path = pathlib.Path(arguments.output or pathlib.Path(folder) / "calibration.json")
+def _save(arguments, console, result, cached, *, shown=None) -> None:
+  """Writes a calibration, prints it and how it is served, and keeps its ledger."""
+  path = pathlib.Path(arguments.output or f"{arguments.directory or '.'}/calibration.json")
   folder = pathlib.Path(arguments.directory or path.parent)
-  run_lib.save_calibration(console, result, path, prompts, folder=folder, **options)
-
-
-def _model(cached: generations.Generations) -> object:
-  """The model that outputs were decoded with, as the user named it; None: unknown."""
-  return (cached.provenance.notes or {}).get("model")
+  result.save(path)
+  run_lib.print_calibration(console, result, shown)
+  print_text(console, f"Written to {path}, digest {result.digest}", soft_wrap=True)
+  if path.is_file() and (report := ledger.keep(folder, result, cached.prompts)):  # no device
+    print_text(console, report, "yellow")
+  model = (cached.provenance.notes or {}).get("model")  # as the user named it
+  if result.procedure is not None and isinstance(model, str):
+    print_text(console, "Serve it:")
+    named = [] if model == "packed" else [f"--model={model}"]
+    print(run_lib.infer_command(*named, f"--calibration={path}"), flush=True)
 
 
 def _read(arguments: argparse.Namespace) -> generations.Generations:
@@ -157,7 +164,7 @@ def _parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
   found: list[float] = []
   for value in values:
     with contextlib.suppress(ValueError):
-      found.append(thresholds.parse_threshold(value))
+      found.append(thresholds_lib.parse_threshold(value))
   if found and len(found) != len(values):
     raise ValueError(
       f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)}."
@@ -172,68 +179,64 @@ def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
   return losses.ungrouped() if arguments.ungrouped else losses
 
 
-def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Keyword arguments of `calibrate` without the tolerance."""
-  return {
-    "error_rate": arguments.error_rate,
-    "method": arguments.method,
-    "testing_procedure": arguments.testing,
-    "randomized": arguments.randomized,
-    "largest_cluster": arguments.largest_cluster or 0,
-  }
-
-
-def _plan(arguments, console, cached: generations.Generations) -> None:
-  """Refuses, before any work, where nothing could be certified; warns where little could."""
+def _look_at_prompts(arguments, console, cached: generations.Generations) -> None:
+  """Says how prompts count; refuses those of which nothing could be certified."""
+  groups, units = order.known_groups(cached.prompts), cached.ids
+  if groups is not None:
+    units = units if arguments.ungrouped else groups
+    counted = "which count once each: the guarantee is about clusters."
+    if arguments.ungrouped:
+      counted = "each prompt is taken for an independent draw all the same (--ungrouped)."
+    text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
+    print_text(console, f"{text} equal input); {counted}", "yellow")
+  if arguments.risks:
+    return
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  units = run_lib.tested_clusters(arguments, cached.prompts) or cached.ids
-  share = 1.0
-  if arguments.testing in testing.PROCEDURES:
-    share = testing.first_share(arguments.testing, len(cached.thresholds))
-  if arguments.promise == "mean":
-    run_lib.refuse_few(arguments, units, support, arguments.method, share)
+  count, share = len(set(units)), testing.first_share(arguments.testing, len(cached.thresholds))
+  clustered = count < len(units)
+  if arguments.promise == "mean" and (
+    refusal := planning.refusal(
+      count,
+      arguments.tolerance,
+      arguments.error_rate,
+      support=Support(support.lower, support.upper) if clustered else support,
+      method=arguments.method,
+      share=share,
+      unit="clusters of prompts" if clustered else "prompts",
+    )
+  ):
+    raise ValueError(refusal)
   # Of signed losses few prompts may certify, if they gain: without change they need as many.
   rate = arguments.error_rate * share
   needed = planning.method_size(arguments.method, arguments.tolerance, rate)
-  if support.lower < 0.0 and needed is not None and len(set(units)) < needed:
+  if support.lower < 0.0 and needed is not None and count < needed:
     text = f"So few prompts certify outputs that get better; unchanged ones need {needed}."
     print_text(console, text, "yellow")
 
 
-def _make(
-  arguments, console, cached: generations.Generations, seed: str | None = None
-) -> calibrate_lib.Calibration:
-  """The calibration that the flags ask for."""
-  promise = _promise(arguments, cached)  # refused before any text is compared
-  with Progress(console) as progress:
-    losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
-  rates = _rates(arguments) | {"tolerance": arguments.tolerance}
-  return calibrate_lib.calibrate(losses, promise=promise, seed=seed, **rates)
-
-
-def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
-  """The promise that the flags name, with what it needs of the outputs.
+def _promise(
+  arguments, cached: generations.Generations, stored: risks_lib.Promise | None = None
+) -> risks_lib.Promise:
+  """The promise that the flags name, or the stored one, with what it needs of the outputs.
 
   Raises:
     ValueError: a flag is missing, or the outputs lack something.
   """
-  name = arguments.promise
-  if name == "quantile":
-    return risks_lib.Quantile(arguments.share)
-  if name == "tail_mean":
-    return risks_lib.TailMean(arguments.beta, arguments.start)
+  name = arguments.promise if stored is None else stored.name
   if name == "every_group":
-    if not arguments.labels:
-      raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
-    found = read_texts(arguments.labels, "label")
-    if missing := [name for name in cached.ids if name not in found]:
-      raise ValueError(
-        f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
-        f" {missing[:5]}."
-      )
-    return risks_lib.EveryGroup(labels=[found[name][0] for name in cached.ids])
-  if name == "mean":
-    return risks_lib.Mean()
+    return risks_lib.EveryGroup(labels=_labels(arguments, cached))
+  made = (
+    stored
+    or {
+      "mean": risks_lib.Mean,
+      "quantile": lambda: risks_lib.Quantile(arguments.share),
+      "tail_mean": lambda: risks_lib.TailMean(arguments.beta, arguments.start),
+      "cost": lambda: risks_lib.Cost(arguments.at_most),
+      "early_exits": lambda: risks_lib.EarlyExits(_depths(arguments.depths)),
+    }[name]()
+  )
+  if name not in ("cost", "early_exits"):
+    return made
   counts = cached.layer_counts()
   deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
   if counts is None or deepest < 1:
@@ -241,16 +244,30 @@ def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
       f"--promise={name} needs outputs with `exit_layers`, as of `calm generate`."
     )
   depths = counts[0] / np.maximum(counts[1], 1)
-  if name == "cost":
-    return risks_lib.Cost(arguments.at_most, arguments.cost_share, costs=depths / deepest)
+  table = {"costs": depths / deepest} if name == "cost" else {"depths": depths}
+  return dataclasses.replace(made, **table)
+
+
+def _labels(arguments, cached: generations.Generations) -> list[str]:
+  if not arguments.labels:
+    raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
+  found = read_texts(arguments.labels, "label")
+  if missing := [name for name in cached.ids if name not in found]:
+    raise ValueError(
+      f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
+      f" {missing[:5]}."
+    )
+  return [found[name][0] for name in cached.ids]
+
+
+def _depths(text: str | None) -> tuple[float, ...]:
   try:
-    limits = tuple(float(text) for text in (arguments.depths or "").split(","))
-    return risks_lib.EarlyExits(limits, depths=depths)
-  except ValueError as error:
+    return tuple(float(part) for part in (text or "").split(","))
+  except ValueError:
     raise ValueError(
       "--promise=early_exits needs `--depths`, numbers above 0 that rise, for example"
-      f" --depths=3,5; got {arguments.depths!r} ({error})."
-    ) from error
+      f" --depths=3,5; got {text!r}."
+    ) from None
 
 
 def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[str, ...]]:
@@ -295,7 +312,7 @@ def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
 
 
 def _cheapest_configuration(arguments):
-  """(the cheapest certified threshold of all folders, its model as named, the prompts)."""
+  """(the cheapest certified threshold of all folders, the outputs that it is of, or any)."""
   others = ("directory", "full", "outputs", "verify")
   odd = any(getattr(arguments, name) for name in others) or arguments.promise != "mean"
   if odd or not arguments.output:
@@ -303,7 +320,7 @@ def _cheapest_configuration(arguments):
       "`--configurations` needs `--output`, and neither other outputs nor `--promise` or"
       " `--verify`."
     )
-  risks, costs, models, prompts = {}, {}, [], ()
+  risks, costs, runs = {}, {}, []
   for pair in arguments.configurations:
     name, _, folder = pair.partition("=")
     if not name or not folder or name in risks:
@@ -314,24 +331,51 @@ def _cheapest_configuration(arguments):
       raise ValueError(f"Expected a complete run with `exit_layers` in {folder}, got none.")
     risks[name] = _risks(arguments, cached)
     costs[name] = counts[0] / np.maximum(counts[1], 1)
-    prompts = cached.prompts
-    models.append((cached.procedure, _model(cached)))
+    runs.append(cached)
   found = calibrate_lib.calibrate_configurations(
     risks, costs, error_rate=arguments.error_rate, method=arguments.method
   )
-  chosen = (model for procedure, model in models if procedure == found.procedure)
-  return found, next(chosen, None), prompts
+  return found, next((run for run in runs if run.procedure == found.procedure), runs[0])
 
 
 def _verify(arguments, console, cached: generations.Generations) -> int:
   """Makes a calibration again, by its own rates and method, and says what differs."""
   path = arguments.verify
   stored = calibrate_lib.Calibration.load(path)
-  _apply_stored_flags(arguments, stored)
-  again = _make(arguments, console, cached)
+  if stored.promise.name not in PROMISES:
+    raise ValueError(
+      f"Expected one of {list(PROMISES)} to verify, got {stored.promise.name!r}; make it again"
+      " and compare the files."
+    )
+  metric = None if arguments.metric == METRIC else arguments.metric
+  # Whoever writes a file would choose what runs: a name in it is never imported.
+  allowed = (metric, metrics.get_metric(metric).name) if metric else metrics.METRICS
+  if stored.metric not in allowed:
+    raise ValueError(
+      f"Expected `--metric` {stored.metric!r}, as {path} names it, got {metric or 'none'!r}; if"
+      f" you trust that code, add --metric={stored.metric}."
+    )
+  losses = sequence_losses.compute(cached, stored.kind, metric=metric or stored.metric)
+  # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
+  several = len({part.method for part in stored.parts}) > 1
+  certify = functools.partial(
+    calibrate_lib.calibrate,
+    losses if stored.clusters else losses.ungrouped(),
+    promise=_promise(arguments, cached, stored.promise),
+    tolerance=stored.tolerance,
+    error_rate=stored.error_rate,
+    method="auto" if several else stored.method,
+    testing_procedure=stored.testing,
+    randomized="betting_fixed_level" not in stored.methods,
+    largest_cluster=stored.largest_cluster,
+  )
+  again = certify()
   if drawn := again.seed != stored.seed:
-    again = _make(arguments, console, cached, stored.seed)
-  if differ := _differences(stored, again):
+    again = certify(seed=stored.seed)
+  ours, theirs = again.to_json(), stored.to_json()
+  # Digests, provenance and sentences follow from the others.
+  names = {**ours, **theirs}.keys() - {"digest", "provenance", "guarantee", "reason"}
+  if differ := sorted(name for name in names if not _same(ours.get(name), theirs.get(name))):
     raise ValueError(
       f"Expected {path} to be what these outputs give, got other fields {differ}; calibrate"
       " again."
@@ -344,62 +388,13 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
     )
   print_text(console, f"{path} is what these outputs give (digest {stored.digest}).")
   if drawn and stored.order == "permuted":
-    print_text(
-      console,
+    text = (
       "Its order is not the one that these outputs give: earlier versions drew the order of"
-      " outputs without the texts of prompts. It was checked in the order that it names.",
-      "yellow",
     )
+    text += " outputs without the texts of prompts. It was checked in the order that it names."
+    print_text(console, text, "yellow")
   print_text(console, stored.guarantee)
   return 0
-
-
-def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
-  """Sets the flags to those that a calibration was made with.
-
-  Raises:
-    ValueError: its promise needs tables that no flag names, or its metric is neither built in
-      nor that of `--metric`.
-  """
-  promise = stored.promise
-  if promise.name not in PROMISES:
-    raise ValueError(
-      f"Expected one of {list(PROMISES)} to verify, got {promise.name!r}; make it again and"
-      " compare the files."
-    )
-  arguments.tolerance, arguments.error_rate = stored.tolerance, stored.error_rate
-  metric = None if arguments.metric == METRIC else arguments.metric
-  # Whoever writes a file would choose what runs: a name in it is never imported.
-  allowed = (metric, metrics.get_metric(metric).name) if metric else metrics.METRICS
-  if stored.metric not in allowed:
-    raise ValueError(
-      f"Expected `--metric` {stored.metric!r}, as {arguments.verify} names it, got"
-      f" {metric or 'none'!r}; if you trust that code, add --metric={stored.metric}."
-    )
-  arguments.kind, arguments.metric = stored.kind, metric or stored.metric
-  # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
-  several = len({part.method for part in stored.parts}) > 1
-  arguments.method = "auto" if several else stored.method
-  arguments.randomized = "betting_fixed_level" not in stored.methods
-  arguments.largest_cluster = stored.largest_cluster
-  arguments.testing, arguments.ungrouped = stored.testing, not stored.clusters
-  arguments.promise = promise.name
-  for name, value in promise.to_json().items():
-    if name == "limits_of_depth":
-      arguments.depths = ",".join(map(repr, value))
-    elif name in ("share", "beta", "start", "at_most"):
-      setattr(arguments, name, value)
-  if isinstance(promise, risks_lib.Cost):  # its share is another thing than --share
-    arguments.cost_share = promise.share
-
-
-def _differences(
-  stored: calibrate_lib.Calibration, again: calibrate_lib.Calibration
-) -> list[str]:
-  """Fields that differ; digests, provenance and sentences follow from the others."""
-  ours, theirs = again.to_json(), stored.to_json()
-  names = {**ours, **theirs}.keys() - {"digest", "provenance", "guarantee", "reason"}
-  return sorted(name for name in names if not _same(ours.get(name), theirs.get(name)))
 
 
 def _same(ours, theirs) -> bool:

@@ -6,7 +6,6 @@ compares.
 
   calm demo
   calm demo --tolerance=0.25 --output=runs/demo
-  calm demo --measure=classifier --exit_layers=all
 """
 
 import argparse
@@ -21,23 +20,15 @@ from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text
 
-# A grid where another measure of the packed model crosses such tolerances.
-GRIDS = {"classifier": tuple(percent / 100 for percent in range(99, 79, -1))}
 METRIC = "rouge_l"
-REPEATS = 3
+REPEATS, EXAMPLES = 3, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  add = flags.add
-  flags.add_shared(parser, "tolerance", "error_rate")
-  text = "softmax, shortlist, state or classifier"
-  add(parser, "measure", "NAME", text, without="the model's own")
-  text = "layers after which a token may leave, like 2,4, or all"
-  add(parser, "exit_layers", "LAYERS", text, without="the model's own")
-  flags.add_shared(parser, "model", "limit")
-  add(parser, "examples", "K", "outputs to show at the end", 4)
-  add(parser, "output", "DIR", "keep the generations in this folder (resumable)")
+  flags.add_shared(parser, "tolerance", "error_rate", "model", "limit")
+  text = "keep the generations in this folder (resumable)"
+  flags.add(parser, "output", "DIR", text)
 
 
 @run_lib.user_errors
@@ -50,29 +41,31 @@ def run(arguments: argparse.Namespace) -> int:
     records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[: arguments.limit]
     for split in ("calibration", "unseen")
   )
-  console, predictor = rich_console.Console(), _load(arguments)
+  console = rich_console.Console()
+  with run_lib.naming_flag("--model"):
+    predictor = inference.load(arguments.model)
   options = predictor.options
   allowed = "all" if options.exit_layers is None else ",".join(map(str, options.exit_layers))
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
     f" over the grid of the measure '{options.measure}', exits after layers {allowed}."
   )
-  own = options.grid or GRIDS.get(options.measure) or thresholds.default_grid(options.measure)
-  levels = [float(level) for level in own]
   with Progress(console) as progress:
     calibration, cached = inference.certified.certify(
       predictor,
       calibration_prompts,
       tolerance=arguments.tolerance,
       error_rate=arguments.error_rate,
-      thresholds=levels,
       folder=arguments.output,
       progress=progress,
     )
   console.print("\n[bold]2. Calibrate[/bold] the threshold on them.")
   run_lib.print_calibration(console, calibration, cached)
+  served = f"--threshold={thresholds.format_threshold(calibration.threshold)}"
   if arguments.output:
-    calibration.save(pathlib.Path(arguments.output) / "calibration.json")
+    saved = pathlib.Path(arguments.output) / "calibration.json"
+    served = f"--calibration={saved}"
+    calibration.save(saved)
     if report := ledger.keep(arguments.output, calibration, calibration_prompts):
       print_text(console, report, "yellow")
   console.print(
@@ -81,38 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
   )
   full, early, seconds = _compare(console, predictor, calibration, unseen_prompts)
   _print_comparison(console, calibration, unseen_prompts, full, early, seconds)
-  print_examples(console, unseen_prompts, full, early, arguments.examples)
+  _print_examples(console, unseen_prompts, full, early)
   said = "its promise" if arguments.output else "this threshold (with --output: its promise)"
   print_text(console, f"\nA text of yours, under {said}:")
-  print(_serving_command(arguments, calibration), flush=True)
+  named = [] if arguments.model == "packed" else [f"--model={arguments.model}"]
+  print(run_lib.infer_command(*named, served), flush=True)
   return 0
-
-
-def _serving_command(arguments: argparse.Namespace, calibration: Calibration) -> str:
-  """A line for the shell, with the model and options of the demo."""
-  names = ["model"] if arguments.output else ["model", "measure", "exit_layers"]
-  words = [
-    f"--{name}={value}"
-    for name in names
-    if (value := getattr(arguments, name)) not in (None, "packed")
-  ]
-  if arguments.output:  # the calibration brings measure and layers
-    saved = pathlib.Path(arguments.output) / "calibration.json"
-    return run_lib.infer_command(*words, f"--calibration={saved}")
-  threshold = thresholds.format_threshold(calibration.threshold)
-  return run_lib.infer_command(*words, f"--threshold={threshold}")
-
-
-def _load(arguments: argparse.Namespace):
-  from calm import inference
-
-  options = {}
-  if arguments.measure:
-    options["measure"] = arguments.measure
-  if (named := arguments.exit_layers) is not None:
-    options["exit_layers"] = None if named == "all" else flags.parse_layers(named)
-  with run_lib.naming_flag("--model"):
-    return inference.load(arguments.model, **options)
 
 
 def _compare(console, predictor, calibration: Calibration, prompts):
@@ -157,7 +124,7 @@ def _print_comparison(console, calibration: Calibration, prompts, full, early, s
   )
 
 
-def print_examples(console, prompts, full, early, count: int) -> None:
+def _print_examples(console, prompts, full, early) -> None:
   """A few outputs, every token coloured by its exit layer, beside the full model's."""
   from calm.inference import outputs
 
@@ -166,7 +133,7 @@ def print_examples(console, prompts, full, early, count: int) -> None:
   console.print(f"\n[bold]4. Outputs[/bold] and the decoder layers of each token{how}")
   if mode != "plain":
     print(outputs.legend_terminal(layers, mode=mode))
-  for prompt, whole, left in list(zip(prompts, full, early, strict=True))[:count]:
+  for prompt, whole, left in list(zip(prompts, full, early, strict=True))[:EXAMPLES]:
     text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
     print_text(console, f"\n{prompt.id}", "dim")
     shown = {"prompt": text, "reference": prompt.targets[0], "full": whole.text}

@@ -26,10 +26,18 @@ def filled(text: str) -> str:
   return text
 
 
+def _layers(text: str) -> tuple[int, ...]:
+  """Layers such as 2,4,6."""
+  if not all(part.isascii() and part.isdigit() for part in text.split(",")):
+    raise argparse.ArgumentTypeError(f"expected layers like 2,4,6, from 1 on, got {text!r}")
+  return tuple(map(int, text.split(",")))
+
+
 # Types of values by their metavar; all others are `filled` texts.
 _TYPES = dict.fromkeys(("RATE", "LEVEL", "SHARE", "STEP", "TAU", "X"), float) | {
   "N": functools.partial(_whole, least=1),
   "K": functools.partial(_whole, least=0),
+  "LAYERS": _layers,
   **dict.fromkeys(("TEXT", "DIRS", "'A.b = 1'"), str),  # may be empty
 }
 METRICS = "rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
@@ -37,7 +45,6 @@ _KEYS = "the first of input, inputs, prompt, text, question"
 _TARGETS = "the first of target(s), reference(s), output, answer"
 _INPUT = "JSON Lines, JSON, text, CSV, TSV or Parquet; '-': standard input"
 _SHARD = "decode one of N parts into OUTPUT/shard-..."
-_GIN = "gin file (a program: use only what you would run); repeatable"
 # Options of several commands: (metavar, help), and the rest of the arguments of `add`.
 _SHARED = {
   "model": ("FOLDER", "checkpoint folder, or 'packed'", {"default": "packed"}),
@@ -51,9 +58,6 @@ _SHARED = {
   "ungrouped": (None, "take prompts of one group or equal input as independent", {}),
   "num_shards": ("N", _SHARD, {}),
   "shard_id": ("K", "which part, from 0 on", {}),
-  "gin_file": ("FILE", _GIN, {"default": [], "action": "append"}),
-  "gin_bindings": ("'A.b = 1'", "gin binding; repeatable", {"default": [], "action": "append"}),
-  "gin_search_paths": ("DIRS", "folders of gin files, comma-separated", {"default": ""}),
 }
 # Options of `inference.load`: (name, metavar, help, value where neither the option, nor the
 # model, nor its calibration names one).
@@ -79,8 +83,6 @@ _VISIBLE = 4  # of these, in `--help`
 _FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
 # Options of --online, and what holds without them.
 ONLINE = {"tolerance": 0.1, "error_rate": 0.05, "metric": "rouge_l", "online_share": 1.0}
-GIN = ("gin_file", "gin_bindings", "gin_search_paths")
-_PARSED = ("dtype", "engine", "exit_layers", "temperature")
 
 
 def more(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -161,35 +163,17 @@ def add_promise(parser: argparse.ArgumentParser) -> None:
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   """The options that were given, as keyword arguments of `inference.load`."""
-  from calm.decode import engines
   from calm.exits import schedules
 
-  options = {
-    name: value
-    for name, *_ in _DECODING
-    if name not in _PARSED and (value := getattr(arguments, name)) is not None
-  }
-  if arguments.exit_layers is not None:
-    options["exit_layers"] = parse_layers(arguments.exit_layers)
-  if arguments.engine is not None:
-    options["engine"] = engines.by_name(arguments.engine)
-  if arguments.temperature is not None:
+  given = {name: getattr(arguments, name) for name, *_ in _DECODING}
+  options: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
+  if "temperature" in options:
     if (length := arguments.max_decode_length) is None:
       raise ValueError(
         "`--temperature` needs `--max_decode_length`, over which the threshold decays."
       )
-    options["schedule"] = schedules.Decaying(arguments.temperature, length)
+    options["schedule"] = schedules.Decaying(options.pop("temperature"), length)
   return options
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-  """Layers such as 2,4,6."""
-  try:
-    return tuple(int(layer) for layer in text.split(","))
-  except ValueError as error:
-    raise ValueError(
-      f"Expected `--exit_layers` to be layers like 2,4,6, got {text!r}; the first layer is 1."
-    ) from error
 
 
 class Texts(tuple):

@@ -10,11 +10,10 @@ command. Each prompt is encoded once, and the grid compiles once.
 """
 
 import argparse
-import pathlib
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Provenance, generations, thresholds
+from calm.calibrate import Provenance, generations, thresholds
 from calm.commands import flags, shards
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_shared(parser, "num_shards", "shard_id")
   text = "with --measure=verified: ascending in [0, 1), like 0,0.1,0.3"
   add(more, "slacks", "LIST", text)
-  flags.add_shared(more, *flags.GIN)
 
 
 @run_lib.user_errors
@@ -45,87 +43,67 @@ def run(arguments: argparse.Namespace) -> int:
 
   console = rich_console.Console()
   print_text(console, f"{opened.taken}.")
-  load = run_lib.configured(arguments, inference.load)
   with run_lib.naming_flag("--model"):
-    predictor = load(arguments.model, dtype=arguments.dtype, **flags.decode_options(arguments))
-  levels = parse_grid(arguments.thresholds, predictor.options)
-  if arguments.slacks is not None:
-    levels = _parse_slacks(arguments.slacks, arguments.thresholds, predictor.options)
-  if part is not None:
-    _decode_shard(arguments, console, predictor, prompts, levels, part)
-  else:
-    writer = _open_writer(arguments, console, arguments.output, predictor, prompts, levels)
-    _grid(arguments, console, predictor, prompts, levels, writer)
+    predictor = inference.load(arguments.model, **flags.decode_options(arguments))
+  levels = _parse_grid(arguments, predictor.options)
+  if part is None:
+    _decode(arguments, console, predictor, prompts, levels, arguments.output)
     print_text(console, f"Written to {arguments.output}. Calibrate on it:", soft_wrap=True)
     print(run_lib.command("calibrate", arguments.output), flush=True)
+    return 0
+  about, names = {"procedure": predictor.procedure.to_json(), "thresholds": levels}, []
+  if part.begin("generate", about, console):
+    if prompts:  # few prompts leave shards empty
+      writer = _decode(arguments, console, predictor, prompts, levels, part.folder)
+      names = generations.file_names(levels)
+      if writer.procedure is not None:  # as an earlier version wrote it, where that goes on
+        about["procedure"] = writer.procedure.to_json()
+    part.finish("generate", about, names)
+    merge = run_lib.command("merge", arguments.output)
+    print_text(console, f"{part.folder} is finished; when all are: {merge}", soft_wrap=True)
   return 0
 
 
-def _open_writer(arguments, console, folder, predictor, prompts, levels):
+def _decode(arguments, console, predictor, prompts, levels, folder) -> generations.Writer:
+  """Decodes what a folder of cached generations lacks."""
+  from calm.inference import grid
+
   writer = generations.open_writer(
-    pathlib.Path(folder),
+    folder,
     prompts=prompts,
     thresholds=levels,
     procedure=predictor.procedure,
-    provenance=Provenance(
-      grid=tuple(levels), num_examples=len(prompts), notes={"model": str(arguments.model)}
-    ),
+    provenance=Provenance(notes={"model": str(arguments.model)}),
   )
   for report in writer.reports:
     print_text(console, report, "yellow")
-  return writer
-
-
-def _decode_shard(arguments, console, predictor, prompts, levels, part) -> None:
-  """Decodes a shard and marks it as done; a finished one is left as it is."""
-  about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
-  if not part.begin("generate", about, console):
-    return
-  names = []
-  if prompts:
-    writer = _open_writer(arguments, console, part.folder, predictor, prompts, levels)
-    if writer.procedure is not None:  # as an earlier version wrote it, where that goes on
-      about["procedure"] = writer.procedure.to_json()
-    _grid(arguments, console, predictor, prompts, levels, writer)
-    names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, *levels))]
-  part.finish("generate", about, names)
-  merge = run_lib.command("merge", arguments.output)
-  print_text(console, f"{part.folder} is finished; when all are: {merge}", soft_wrap=True)
-
-
-def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
-  from calm.inference import grid
-
   with Progress(console) as progress:
     reused = grid.generate(predictor, prompts, levels, writer, progress=progress)
   writer.finish()
   share = reused["reused_tokens"] / max(1, reused["tokens"])
-  levels = f"{len(prompts)} prompts, {len(levels)} thresholds and full depth"
-  console.print(f"{levels}: {share:.1%} of {reused['tokens']} tokens were not decoded again.")
+  count = f"{len(prompts)} prompts, {len(levels)} thresholds and full depth"
+  console.print(f"{count}: {share:.1%} of {reused['tokens']} tokens were not decoded again.")
+  return writer
 
 
-def parse_grid(text: str | None, options) -> list[float]:
-  """A grid as a text, or that of a model's options, or their measure's default."""
-  if text is None:
-    return list(options.grid or thresholds.default_grid(options.measure).tolist())
-  values = [thresholds.parse_threshold(part) for part in text.split(",")]
-  return [float(t) for t in thresholds.validate_grid(values)]
+def _parse_grid(arguments: argparse.Namespace, options) -> list[float]:
+  """The grid of --thresholds or --slacks, that of the model, or its measure's default."""
+  from calm import exits, inference
 
-
-def _parse_slacks(text: str, levels: str | None, options) -> list[float]:
-  """Slacks as the thresholds that stand for them, descending."""
-  from calm import exits
-
-  if levels is not None or options.measure != "verified":
-    raise ValueError(
-      "`--slacks` needs --measure=verified, and no `--thresholds`; got"
-      f" --measure={options.measure}."
-    )
-  try:
-    slacks = [float(part) for part in text.split(",")]
-  except ValueError as error:
-    raise ValueError(
-      f"Expected `--slacks` to be numbers like 0,0.1,0.3, got {text!r}."
-    ) from error
-  values = [exits.threshold_of(slack) for slack in slacks]
+  if arguments.slacks is not None:
+    if arguments.thresholds is not None or options.measure != "verified":
+      raise ValueError(
+        "`--slacks` needs --measure=verified, and no `--thresholds`; got"
+        f" --measure={options.measure}."
+      )
+    try:
+      values = [exits.threshold_of(float(part)) for part in arguments.slacks.split(",")]
+    except ValueError as error:
+      raise ValueError(
+        f"Expected `--slacks` to be numbers like 0,0.1,0.3, got {arguments.slacks!r} ({error})."
+      ) from error
+  elif arguments.thresholds is not None:
+    values = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
+  else:
+    return list(inference.certified.default_grid(options))
   return [float(t) for t in thresholds.validate_grid(values)]

@@ -12,8 +12,8 @@ A calibration for another model or other options is refused. A model folder of
   calm infer --model=mine --stream "a long text"
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
-score}, first into FILE.partial, with which the same command goes on after a
-kill.
+score}, first into FILE.(digest).partial, with which the same command goes on
+after a kill.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import sys
 import time
@@ -39,11 +38,8 @@ from calm.commands import flags, shards
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, rate, sanitize
 from calm.data import prompt_batches
-from calm.inference import exact_rule, outputs
+from calm.inference import exact_rule, outputs, timing
 
-FORMAT = "calm infer 1"
-# With so many prompts, seconds that the calibration does not name are measured.
-MEASURED_PROMPTS = 64
 # Batches a chunk, at first and at most; and most seconds a chunk.
 FIRST_BATCHES, MOST_BATCHES, CHUNK_SECONDS = 4, 16, 10.0
 
@@ -53,25 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   help = "decode these, in place of --prompts"
   parser.add_argument("texts", nargs="*", metavar="TEXT", type=flags.filled, help=help)
   flags.add_model(parser, required=False)
-  add, more = flags.add, flags.more(parser)
   flags.add_promise(parser)
+  add = flags.add
   add(parser, "exact", None, "the full model's own texts, drafted by first layers")
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
   add(parser, "stream", None, "print every token as it comes")
-  flags.add_shared(more, "num_shards", "shard_id")
-  add(
-    more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"
-  )
-  flags.add_shared(more, *flags.GIN)
+  flags.add_shared(flags.more(parser), "num_shards", "shard_id")
 
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Decodes the prompts."""
   start = time.monotonic()
-  own = _check(arguments)
+  _check(arguments)
   threshold = thresholds.NEVER_EXIT_TEXT if arguments.exact else arguments.threshold
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
@@ -88,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     threshold = predictor.threshold if online is None else online.threshold
   if threshold is None:
     raise ValueError(
-      f"Expected `--threshold` beside options that the calibration of {own.parent} is not for,"
-      " got none; give one, or leave the options out."
+      "Expected `--threshold` beside options that the calibration of"
+      f" {arguments.model} is not for, got none; give one, or leave the options out."
     )
   calibration = predictor.calibration
   if old := unknown_platform(calibration and calibration.procedure):
@@ -109,67 +101,64 @@ def run(arguments: argparse.Namespace) -> int:
 
 def unknown_platform(made_by: procedure.Procedure | None) -> str:
   """One line that says so where a file does not tell where it was decoded; else ''."""
-  missing = [
-    f"`{name}`" for name in procedure.PLATFORM if made_by and not getattr(made_by, name)
-  ]
-  if not missing:
+  if not made_by or None not in (made_by.platform, made_by.matmul_precision):
     return ""
   return (
-    f"An earlier version wrote it, which did not record {' and '.join(missing)}: whether it was"
-    " decoded on a platform like this one is not checked."
+    "An earlier version wrote it, which did not record `platform` and `matmul_precision`:"
+    " whether it was decoded on a platform like this one is not checked."
   )
 
 
 def open_online(arguments: argparse.Namespace, predictor) -> Online | None:
   """The state that --online names."""
   given = {name: getattr(arguments, name) for name in flags.ONLINE}
-  if arguments.online is None:
-    for name, value in given.items():
-      if value is not None:
-        raise ValueError(f"`--{name}` needs `--online`, the file of its state.")
-    return None
-  options = {
-    name: default if given[name] is None else given[name]
-    for name, default in flags.ONLINE.items()
-  }
-  return predictor.online(arguments.online, share=options.pop("online_share"), **options)
+  given = {name: value for name, value in given.items() if value is not None}
+  if arguments.online is not None:
+    options = {**flags.ONLINE, **given}
+    return predictor.online(arguments.online, share=options.pop("online_share"), **options)
+  for name in given:
+    raise ValueError(f"`--{name}` needs `--online`, the file of its state.")
+  return None
 
 
-def _check(arguments: argparse.Namespace) -> pathlib.Path:
-  """Where the model's own calibration would be; ValueError where options do not fit."""
-  own = pathlib.Path(arguments.model) / "calibration.json"
-  serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
+def _check(arguments: argparse.Namespace) -> None:
+  """ValueError where options do not fit one another."""
+  own = pathlib.Path(arguments.model)
+  serves_itself = any((own / f"{n}.json").is_file() for n in ("calibration", "full_depth"))
   # A folder that is not there is named by what reads it.
-  serves_itself |= arguments.model != "packed" and not own.parent.exists()
+  serves_itself |= arguments.model != "packed" and not own.exists()
   named = arguments.calibration is not None or arguments.threshold is not None
-  if not (named or serves_itself or arguments.exact or arguments.online):
-    raise ValueError(
+  sharded = arguments.num_shards is not None
+  for odd, message in (
+    (
+      not (named or serves_itself or arguments.exact or arguments.online),
       "Expected `--calibration`, `--threshold` or `--exact`, or `--online`, got none of them,"
       " and no calibration.json in the folder of `--model`; make one with `calm fit`, or with"
-      " `calm generate` and `calm calibrate`, or decode without a guarantee: --threshold=0.9."
-    )
-  if arguments.online and (named or arguments.exact or arguments.num_shards is not None):
-    raise ValueError(
+      " `calm generate` and `calm calibrate`, or decode without a guarantee: --threshold=0.9.",
+    ),
+    (
+      arguments.online and (named or arguments.exact or sharded),
       "`--online` finds the threshold itself, in one process: leave `--calibration`,"
-      " `--threshold`, `--exact` and `--num_shards` out."
-    )
-  if arguments.exact and named:
-    raise ValueError("`--exact` needs neither `--calibration` nor `--threshold`.")
-  if arguments.stream and (arguments.output or arguments.colour):
-    raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
-  if arguments.draft_layer is not None and not arguments.exact:
-    raise ValueError("`--draft_layer` needs `--exact`.")
-  if arguments.expect_digest is not None and arguments.calibration is None:
-    raise ValueError("`--expect_digest` needs `--calibration`, the file of that digest.")
-  if arguments.output and arguments.num_shards is None:
-    read = (arguments.prompts, arguments.calibration)
+      " `--threshold`, `--exact` and `--num_shards` out.",
+    ),
+    (
+      arguments.exact and named,
+      "`--exact` needs neither `--calibration` nor `--threshold`.",
+    ),
+    (
+      arguments.stream and (arguments.output or arguments.colour),
+      "`--stream` prints plain text: leave `--output` and `--color` out.",
+    ),
+    (
+      arguments.expect_digest is not None and arguments.calibration is None,
+      "`--expect_digest` needs `--calibration`, the file of that digest.",
+    ),
+  ):
+    if odd:
+      raise ValueError(message)
+  if arguments.output and not sharded:
+    read = (arguments.prompts, arguments.calibration, arguments.online)
     run_lib.check_output(arguments.output, read=read)
-    if os.path.realpath(arguments.output) == os.path.realpath(arguments.online or ""):
-      raise ValueError(
-        f"Expected `--output` to be another file than `--online`, got {arguments.output!r} for"
-        " both; choose another name."
-      )
-  return own
 
 
 def load(arguments: argparse.Namespace, threshold: float | None):
@@ -177,21 +166,18 @@ def load(arguments: argparse.Namespace, threshold: float | None):
   run_lib.use_compilation_cache()
   from calm import inference
 
-  opened = run_lib.configured(arguments, inference.load)
-  options = flags.decode_options(arguments)
   calibration = arguments.calibration
   if (digest := arguments.expect_digest) is not None:
     calibration = Calibration.load(calibration, expect_digest=digest)
   with run_lib.naming_flag("--model"), warnings.catch_warnings():
     if threshold == NEVER_EXIT:
       warnings.simplefilter("ignore", inference.UntrainedExits)
-    return opened(
+    return inference.load(
       arguments.model,
       calibration=calibration,
       void_guarantee=arguments.void_guarantee,
       allow_platform=arguments.allow_platform,
-      dtype=arguments.dtype,
-      **options,
+      **flags.decode_options(arguments),
     )
 
 
@@ -201,12 +187,11 @@ class Serving:
   def __init__(self, arguments, predictor, threshold, online, console, count, startup):
     self._arguments, self.predictor, self.threshold = arguments, predictor, threshold
     self._online, self._console, self._count, self._startup = online, console, count, startup
-    self._exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
+    self._exact = exact_rule(predictor) if arguments.exact else None
     self._sums = collections.Counter[str]()
     self._timing = outputs.Timing(0.0, 0.0, 0)
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
-    self._sample: tuple[Prompt, ...] = ()
     self._parts: Callable[[int, outputs.Output], None] | None = None
 
   @property
@@ -219,14 +204,14 @@ class Serving:
     """Decodes the prompts into a file or a stream, or onto the screen, and reports."""
     with contextlib.ExitStack() as stack:
       coloured = self._arguments.colour and not output
-      screen = Stream(coloured=coloured)
+      results: Results = (screen := Stream(coloured=coloured))
       self._parts = screen.show if self._arguments.stream else None
-      results: Results = screen
       if output:
         results = stack.enter_context(open_results(output, self.about))
       pending = results.pending(prompts)
-      if results.report:
-        print_text(self._console, results.report)
+      if results.done:
+        text = f"{results.done} prompts' outputs are there already; going on."
+        print_text(self._console, text)
       try:
         quiet = rich_console.Console(quiet=True)  # a bar would be drawn into the text
         with Progress(quiet if self._parts else self._console) as progress:
@@ -255,7 +240,6 @@ class Serving:
         warnings.simplefilter("always")
         made = self._generate(chunk)
       self._add(made, caught)
-      self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, made
       progress.count("prompts")(done + self._sums["prompts"], self._count)
       affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
@@ -292,13 +276,9 @@ class Serving:
   def _report(self) -> None:
     """Prints what it took, and the guarantee."""
     say = lambda text: print_text(self._console, text)
-    sums, timing, layers = self._sums, self._timing, self.predictor.num_layers
+    sums, spent, layers = self._sums, self._timing, self.predictor.num_layers
     if cut := self._cut:
-      counts = (
-        sum(each.cut for each in cut),
-        sums["prompts"],
-        max(each.longest for each in cut),
-      )
+      counts = sum(c.cut for c in cut), sums["prompts"], max(c.longest for c in cut)
       part = any(each.part for each in cut)
       say(f"Warning: {prompt_batches.CutPrompts(*counts, cut[-1].limit, part)}")
     mean = sums["layers"] / sums["tokens"] if sums["tokens"] else float("nan")
@@ -307,10 +287,10 @@ class Serving:
       f" {mean:.2f} of {layers} decoder layers a token."
     )
     say(
-      f"{timing.seconds:.2f} s: encoder {timing.encode_seconds:.2f} s, decoder"
-      f" {timing.decode_seconds:.2f} s ({rate(sums['prompts'], timing.seconds)}); besides,"
-      f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
-      f" ({_count(timing.compilations, 'program')})."
+      f"{spent.seconds:.2f} s: encoder {spent.encode_seconds:.2f} s, decoder"
+      f" {spent.decode_seconds:.2f} s ({rate(sums['prompts'], spent.seconds)}); besides,"
+      f" start-up {self._startup:.1f} s and compilation {spent.compile_seconds:.1f} s"
+      f" ({_count(spent.compilations, 'program')})."
     )
     size = self.predictor.options.batch_size
     if sums["drafts"]:
@@ -324,48 +304,31 @@ class Serving:
         f"No draft was made: in batches of {size} a pass over several positions costs about as"
         " much as so many steps. --batch_size=1 makes drafts where they are worth it."
       )
-    self._report_seconds(say)
+    say(self._promised())
+
+  def _promised(self) -> str:
+    """What holds of the outputs."""
     if self._online is not None:
-      say(self._online.guarantee)
-    elif self._exact:
-      say("These are the full model's own texts: every token was verified at full depth.")
-    elif self.threshold == NEVER_EXIT and not self._guarantee:
-      say("The full model was used; no guarantee is needed.")
-    else:
-      why = self.predictor.platform_mismatch or _why_no_guarantee(self._arguments)
-      say(self._guarantee or f"No guarantee: {why}.")
-
-  def _report_seconds(self, say) -> None:
-    """The calibrated threshold beside full depth, and a warning where it is not faster."""
-    calibration = self.predictor.calibration
-    if calibration is None or not self._guarantee or not calibration.certified or self._online:
-      return
-    from calm.inference import timing
-
-    if (noted := timing.noted(calibration)) is not None:  # whose warning came with `load`
-      say(f"Decoder beside full depth, as measured with the calibration: {noted}.")
-    elif self._sums["prompts"] >= MEASURED_PROMPTS:
-      texts = [prompt.input for prompt in self._sample]
-      with warnings.catch_warnings():
-        warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # reported above
-        found = timing.beside_full_depth(
-          self.predictor, texts, self.threshold, prompts=4, rounds=3
-        )
-      say(f"Decoder beside full depth, measured on some of these prompts: {found}.")
-      if slow := timing.warning(calibration, found):
-        say(f"Warning: {slow}")
+      return self._online.guarantee
+    if self._exact:
+      return "These are the full model's own texts: every token was verified at full depth."
+    if self._guarantee:
+      calibration = self.predictor.calibration
+      noted = calibration and calibration.certified and timing.noted(calibration)
+      seconds = f"Decoder beside full depth, as measured with the calibration: {noted}.\n"
+      return f"{seconds if noted else ''}{self._guarantee}"
+    if self.threshold == NEVER_EXIT:
+      return "The full model was used; no guarantee is needed."
+    why = "the calibration is for another threshold than --threshold"
+    if self._arguments.void_guarantee:
+      why = "--void_guarantee was given"
+    elif self._arguments.calibration is None:
+      why = "nothing was calibrated for these options and this threshold"
+    return f"No guarantee: {self.predictor.platform_mismatch or why}."
 
 
 def _count(number: int, thing: str) -> str:
   return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _why_no_guarantee(arguments: argparse.Namespace) -> str:
-  if arguments.void_guarantee:
-    return "--void_guarantee was given"
-  if arguments.calibration is None:
-    return "nothing was calibrated for these options and this threshold"
-  return "the calibration is for another threshold than --threshold"
 
 
 def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:
@@ -391,11 +354,8 @@ class Stream:
 
   Attributes:
     done: prompts whose outputs are there.
-    report: what an earlier run left, for the user.
     stopped: what a run that stops now leaves.
   """
-
-  report = ""
 
   def __init__(self, file: BinaryIO | None = None, coloured: bool = False):
     self.done, self._file, self._coloured, self._shown = 0, file, coloured, ""
@@ -430,22 +390,14 @@ class Stream:
 
 
 class ResumableFile:
-  """A regular file: NAME.partial until it is whole, with NAME.partial.json about its run.
+  """A regular file: NAME.DIGEST.partial until it is whole.
 
-  The same command goes on after a kill; another one starts anew and keeps what was there as
-  NAME.partial.old, or NAME.partial.old.2 and so on. Attributes and methods as of `Stream`.
+  The digest is of the prompts and of all that their outputs depend on, so that the same command
+  goes on after a kill, and another one has a file of its own. Methods as of `Stream`.
   """
 
   def __init__(self, target: pathlib.Path, about: Mapping[str, Any]):
-    self._about = json.loads(json.dumps(about))
-    self._target = target
-    self._partial = target.with_name(target.name + ".partial")
-    self._state = target.with_name(target.name + ".partial.json")
-    for path in (self._partial, self._state):
-      if path.is_symlink():  # lines would go to whatever it names
-        raise OSError(f"Expected {str(path)!r} to be no link, got one; take it away.")
-    self.done, self.report = 0, ""
-    self._digest = hashlib.sha256()
+    self._target, self._about, self.done = target, about, 0
 
   @property
   def stopped(self) -> str:
@@ -453,67 +405,30 @@ class ResumableFile:
 
   def pending(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     """The prompts whose lines are missing; they are the last ones."""
-    stored, why = self._stored()
-    rest = iter(prompts)
-    for prompt in itertools.islice(rest, min(stored.get("done", 0), sys.maxsize)):
-      self._add(prompt)
-    if stored and self._digest.hexdigest() == stored["prompts"]:
-      self.done = stored["done"]
-      os.truncate(self._partial, stored["bytes"])
-      self.report = f"{self._partial} has {self.done} prompts' outputs already; going on."
-      return rest
-    self.done, self._digest = 0, hashlib.sha256()
-    if self._partial.exists() and self._partial.stat().st_size:
-      old = first = self._partial.with_name(self._partial.name + ".old")
-      numbers = itertools.count(2)
-      while os.path.lexists(old):  # a link to nowhere included
-        old = first.with_name(f"{first.name}.{next(numbers)}")
-      os.replace(self._partial, old)
-      self.report = (
-        f"{self._partial} is of {why or 'other prompts'}: starting anew, and keeping it as"
-        f" {old.name}."
-      )
-    self._state.unlink(missing_ok=True)
-    return iter(prompts)
+    digest = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode())
+    for prompt in prompts:
+      digest.update(json.dumps([prompt.id, prompt.input]).encode() + b"\n")
+    name = f"{self._target.name}.{digest.hexdigest()[:16]}.partial"
+    self._partial, rest = self._target.with_name(name), iter(prompts)
+    if self._partial.is_symlink() or (self._partial.exists() and not self._partial.is_file()):
+      raise OSError(f"Expected {str(self._partial)!r} to be a file, got a link or a device.")
+    if self._partial.exists():
+      storage.drop_partial_line(self._partial)
+      for line in storage.read_lines(self._partial):
+        wanted = next(rest, None)
+        if wanted is None or line.value.get("id") != wanted.id:
+          raise line.error("expected the outputs of an earlier run, got others; take it away.")
+        self.done += 1
+    return rest
 
   def write(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
     """Writes the outputs of the next prompts."""
     storage.append(self._partial, _lines(prompts, made))
-    for prompt in prompts:
-      self._add(prompt)
     self.done += len(prompts)
-    state = {
-      "format": FORMAT,
-      "about": self._about,
-      "done": self.done,
-      "prompts": self._digest.hexdigest(),
-      "bytes": self._partial.stat().st_size,
-    }
-    storage.write_atomically(self._state, json.dumps(state, indent=2) + "\n")
 
   def finish(self) -> None:
     """The file takes its place."""
     storage.put(self._partial, self._target)
-    self._state.unlink(missing_ok=True)
-
-  def _add(self, prompt: Prompt) -> None:
-    self._digest.update(json.dumps([prompt.id, prompt.input]).encode() + b"\n")
-
-  def _stored(self) -> tuple[dict[str, Any], str]:
-    """The state of an earlier run of the same; else nothing, and what it was of."""
-    try:
-      stored = storage.parse_json(storage.content(self._state))
-      theirs = dict(stored["about"])
-      numbers = stored["done"], stored["bytes"], self._partial.stat().st_size - stored["bytes"]
-      whole = all(type(number) is int and number >= 0 for number in numbers)
-      if not whole or (stored["format"], type(stored["prompts"])) != (FORMAT, str):
-        return {}, "a run that cannot be gone on with"
-    except (OSError, ValueError, TypeError, KeyError):
-      return {}, "a run that says nothing of itself"
-    differs = sorted(
-      name for name in {*theirs, *self._about} if theirs.get(name) != self._about.get(name)
-    )
-    return ({}, f"another {', '.join(differs)}") if differs else (stored, "")
 
 
 Results = Stream | ResumableFile

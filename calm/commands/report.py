@@ -107,10 +107,6 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
   from calm.paper import bench, experiments
   from calm.paper import tasks as tasks_lib
 
-  tasks = []
-  if arguments.data:
-    data = pathlib.Path(arguments.data)
-    tasks = [(tasks_lib.task(name), data) for name in arguments.tasks]
   names = ("limit", "timed", "rounds", "examples", "ablated", "step", "error_rate")
   options = {name: getattr(arguments, name) for name in names}
   options = bench.Options(measures=tuple(arguments.measures), **options)
@@ -121,25 +117,16 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
         models[name] = inference.load(path, batch_size=arguments.batch_size)
   if arguments.train:
     tasks = [_own_task(arguments, models["predictor"])]
+  else:
+    data = pathlib.Path(arguments.data)
+    tasks = [(tasks_lib.task(name), data) for name in arguments.tasks]
   benches = []
   for settings, source in tasks:
-    chosen = {
-      name: model.with_options(
-        task_prefix=settings.prefix,
-        max_input_length=settings.max_input_length,
-        max_decode_length=settings.max_decode_length,
-      )
-      for name, model in models.items()
-    }
-    made = bench.Bench(
-      settings=settings,
-      data=source,
-      folder=cache,
-      options=options,
-      announce=progress.step,
-      **chosen,
-    )
-    benches.append(made)
+    shared = ("max_input_length", "max_decode_length")
+    limits = {name: getattr(settings, name) for name in shared}
+    own = {n: m.with_options(task_prefix=settings.prefix, **limits) for n, m in models.items()}
+    places = {"data": source, "folder": cache, "announce": progress.step}
+    benches.append(bench.Bench(settings=settings, options=options, **places, **own))
   progress.expect(sum(map(experiments.num_steps, benches)))
   return [experiments.run(each) for each in benches], models["predictor"]
 
@@ -154,15 +141,14 @@ def _own_task(arguments: argparse.Namespace, predictor):
   )
   with run_lib.naming_flag("--train"):
     splits, limits = fitting.held_out(predictor, arguments.train, options)
-  title = pathlib.Path(arguments.train).name.split(".")[0]
+  title = pathlib.Path(arguments.train).name.split(".")[0] or "rows"
   settings = tasks_lib.TaskSettings(
-    name=re.sub(r"[^A-Za-z0-9_-]+", "_", title) or "rows",
-    title=title or "rows",
-    prefix=limits["task_prefix"],
-    max_input_length=limits["max_input_length"],
-    max_decode_length=limits["max_decode_length"],
+    name=re.sub(r"[^A-Za-z0-9_-]+", "_", title),
+    title=title,
+    prefix=limits.pop("task_prefix"),
     metric=str(options.metric),
     metric_title=str(options.metric),
+    **limits,
   )
   # Calibrated on four fifths of the test prompts; the rest is evaluated only.
   return settings, tasks_lib.OwnPrompts(splits.validation, splits.calibration + splits.last)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -20,17 +21,7 @@ from rich import console as rich_console
 from rich import markup as rich_markup
 
 from calm import signals, storage
-from calm.calibrate import (
-  Calibration,
-  Prompt,
-  Support,
-  display,
-  generations,
-  ledger,
-  planning,
-  thresholds,
-)
-from calm.calibrate.generations import order
+from calm.calibrate import Calibration, display, generations, thresholds
 from calm.console import print_table, print_text, sanitize
 
 # Mistakes of a user, shown as one message. Any other error is a bug, with its traceback.
@@ -96,18 +87,13 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
   print(f"calm: warning: {sanitize(message)}", file=file or sys.stderr)
 
 
-def _extra_of(error: ModuleNotFoundError) -> str | None:
-  """The extra of calm-t5x that brings the missing package."""
-  name = (error.name or "").split(".")[0]
-  return next((extra for extra, names in _EXTRAS.items() if name in names), None)
-
-
 def _message(error: Exception) -> str | None:
   """What a user is told of an error; None of a bug."""
   text = str(error)
   if isinstance(error, ModuleNotFoundError):
-    name, extra = (error.name or "").split(".")[0], _extra_of(error)
-    hint = f"pip install 'calm-t5x[{extra}]'" if extra else f"install {name!r}"
+    name = (error.name or "").split(".")[0]
+    found = [f"pip install 'calm-t5x[{extra}]'" for extra, ns in _EXTRAS.items() if name in ns]
+    hint = found[0] if found else f"install {name!r}"
     return f"This command needs the package {name!r}, which is not installed; {hint}."
   if isinstance(error, MemoryError) or _NO_MEMORY in text[:200]:
     return "The model does not fit the memory; lower --batch_size or --max_decode_length."
@@ -132,23 +118,18 @@ def naming_flag(flag: str) -> Iterator[None]:
 
 
 def check_output(path: str, read: Iterable[str | None]) -> None:
-  """Refuses, before the work, a file that cannot be written or that the command reads.
-
-  Raises:
-    ValueError: it is one of the files that are `read`.
-    OSError: it cannot be written.
-  """
-  for name in read:
-    if name and os.path.isfile(name) and os.path.exists(path) and os.path.samefile(name, path):
+  """Refuses, before the work, a file that cannot be written or that the command reads."""
+  try:
+    if (target := storage.destination(path)) is None:
+      return
+    if os.path.realpath(path) in (os.path.realpath(name) for name in read if name):
       raise ValueError(
         f"Expected `--output` to be another file than those that are read, got {path!r};"
         " choose another name."
       )
-  try:
-    if (target := storage.destination(path)) is not None:
-      storage.lock(target).release()
-      if target.exists() and not os.access(target, os.W_OK):
-        raise PermissionError("it may not be written")
+    storage.lock(target).release()
+    if target.exists() and not os.access(target, os.W_OK):
+      raise PermissionError("it may not be written")
   except OSError as error:
     raise OSError(
       f"Expected `--output` to be a file that can be written, got {path!r} ({error})."
@@ -193,21 +174,6 @@ def _check_private(cache: pathlib.Path) -> None:
       )
 
 
-def configured(
-  arguments: argparse.Namespace, function: Callable[..., Any]
-) -> Callable[..., Any]:
-  """The function with gin's bindings, where the files bind it; options win over them."""
-  if not (arguments.gin_file or arguments.gin_bindings):
-    return function
-  import gin
-
-  parse_gin(arguments)
-  try:
-    return gin.get_configurable(function)
-  except ValueError:  # the files bind other functions only
-    return function
-
-
 def parse_gin(arguments: argparse.Namespace) -> None:
   """Reads the gin files and bindings, in place of all that was bound before.
 
@@ -237,7 +203,8 @@ def parse_gin(arguments: argparse.Namespace) -> None:
       " look in."
     ) from error
   except Exception as error:
-    if isinstance(error, ModuleNotFoundError) and (_extra_of(error) or error.name == "t5x"):
+    known = ("t5x", *itertools.chain(*_EXTRAS.values()))
+    if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in known:
       raise
     raise ValueError(_gin_message(arguments, error)) from error
   finally:
@@ -344,71 +311,8 @@ def print_calibration(
 
 def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
   """Mean decoder layers a token at every threshold, where the outputs record exits."""
-  means = {}
-  if cached is not None:
-    for threshold, column in zip(cached.thresholds.tolist(), cached.records, strict=True):
-      sums = generations.layer_sums(column)
-      if sums is None or not sums[1].sum():
-        return {}
-      means[threshold] = float(sums[0].sum() / sums[1].sum())
-  return means
-
-
-def save_calibration(
-  console: rich_console.Console,
-  result: Calibration,
-  path: pathlib.Path,
-  prompts: Iterable[Prompt],
-  *,
-  folder: pathlib.Path,
-  cached: generations.Generations | None = None,
-  model: object = None,
-) -> None:
-  """Writes a calibration, prints it and how it is served, and keeps the ledger of its outputs.
-
-  `folder` has the outputs, `cached` are they, `model` is the folder as the user named it.
-  """
-  result.save(path)
-  print_calibration(console, result, cached)
-  print_text(console, f"Written to {path}, digest {result.digest}", soft_wrap=True)
-  if path.is_file() and (report := ledger.keep(folder, result, prompts)):  # no device
-    print_text(console, report, "yellow")
-  if result.procedure is not None and isinstance(model, str):
-    print_text(console, "Serve it:")
-    named = [] if model == "packed" else [f"--model={model}"]
-    print(infer_command(*named, f"--calibration={path}"), flush=True)
-
-
-def tested_clusters(arguments, prompts) -> tuple[str, ...] | None:
-  """[num_prompts] clusters that are tested; None where prompts are independent draws."""
-  return None if arguments.ungrouped else order.known_groups(prompts)
-
-
-def refuse_few(arguments, units, support, method: str, share: float = 1.0) -> None:
-  """ValueError where so few `units`, [num_prompts] prompts or clusters, can certify nothing."""
-  count = len(set(units))
-  clustered = count < len(units)
-  refusal = planning.refusal(
-    count,
-    arguments.tolerance,
-    arguments.error_rate,
-    support=Support(support.lower, support.upper) if clustered else support,
-    method=method,
-    share=share,
-    unit="clusters of prompts" if clustered else "prompts",
-  )
-  if refusal:
-    raise ValueError(refusal)
-
-
-def print_clusters(arguments, console, prompts) -> None:
-  """Prints how many clusters the prompts come in, if any, and how they count."""
-  if (groups := order.known_groups(prompts)) is None:
-    return
-  counted = (
-    "each prompt is taken for an independent draw all the same (--ungrouped)."
-    if arguments.ungrouped
-    else "which count once each: the guarantee is about clusters."
-  )
-  text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
-  print_text(console, f"{text} equal input); {counted}", "yellow")
+  counts = None if cached is None else cached.layer_counts()
+  if cached is None or counts is None or not counts[1].sum(axis=0).all():
+    return {}
+  layers, tokens = (count.sum(axis=0) for count in counts)
+  return dict(zip(cached.thresholds.tolist(), (layers / tokens).tolist(), strict=True))

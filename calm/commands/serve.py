@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "timeout", "N", "most seconds that an answer may take", 60)
   flags.add_promise(parser)
   flags.add_decoding(parser)
-  flags.add_shared(flags.more(parser), *flags.GIN)
 
 
 @run_lib.user_errors

@@ -8,8 +8,10 @@ Merging copies lines as they are, in the order of the list. Needs no JAX.
 import argparse
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import json
+import operator
 import os
 import pathlib
 import re
@@ -20,7 +22,7 @@ from rich import console as rich_console
 
 from calm import arguments as arguments_lib
 from calm import storage
-from calm.calibrate import GenerationsError, Procedure, Prompt, generations
+from calm.calibrate import NEVER_EXIT, GenerationsError, Procedure, Prompt, generations
 from calm.calibrate.generations.procedure import describe_differences
 from calm.console import print_text
 
@@ -29,6 +31,7 @@ MARK = "complete.json"
 OUTPUTS = "outputs.jsonl"
 MOST_SHARDS = 99_999
 _FOLDER = re.compile(r"shard-\d{5}-of-\d{5}")
+_AT_ONCE = 1024  # records that are merged at once
 _AGAIN = "take the folder away and run the shard again."
 # Folders of finished shards, by number, and what each says of itself (`complete.json`).
 Marks = Mapping[pathlib.Path, Mapping[str, Any]]
@@ -64,11 +67,7 @@ class Shard:
 
 
 def parse_shard(arguments: argparse.Namespace) -> Shard | None:
-  """The shard that `--num_shards` and `--shard_id` name; None: all prompts.
-
-  Raises:
-    ValueError: one of them is missing, or there is no such shard.
-  """
+  """The shard that `--num_shards` and `--shard_id` name; None: all prompts."""
   count, number = arguments.num_shards, arguments.shard_id
   if count is None and number is None:
     return None
@@ -82,12 +81,7 @@ def parse_shard(arguments: argparse.Namespace) -> Shard | None:
 
 
 class ShardRun:
-  """The prompts of one shard, to be iterated over as often as one likes, and its folder.
-
-  Attributes:
-    folder: where its files go.
-    taken: the detected format, and how many of the prompts are in the shard.
-  """
+  """The prompts of one shard, and its `folder`; `taken` says how many they are."""
 
   def __init__(self, prompts: Any, which: Shard, output: str | None):
     if not output or output == "-" or (os.path.exists(output) and not os.path.isdir(output)):
@@ -97,21 +91,18 @@ class ShardRun:
       )
     self._prompts, self._shard = prompts, which
     self.folder = pathlib.Path(output) / which.name
-    self._count = sum(1 for _ in self)
-    self.taken = f"{prompts.taken}; {self._count} of them are in {which.name}"
+    self._total, self._positions, self._digest = 0, [], hashlib.sha256()
+    for prompt in prompts:
+      self._digest.update(_digested(prompt))
+      self._positions += [self._total] if which.has(prompt) else []
+      self._total += 1
+    self.taken = f"{prompts.taken}; {len(self)} of them are in {which.name}"
 
   def __iter__(self) -> Iterator[Prompt]:
-    # Everything of the list is counted on the way; positions are those of this shard's prompts.
-    self._total, self._positions, self._digest = 0, [], hashlib.sha256()
-    for prompt in self._prompts:
-      self._digest.update(_digested(prompt))
-      if self._shard.has(prompt):
-        self._positions.append(self._total)
-        yield prompt
-      self._total += 1
+    return filter(self._shard.has, self._prompts)
 
   def __len__(self) -> int:
-    return self._count
+    return len(self._positions)
 
   def _mark(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     mark = {
@@ -128,15 +119,9 @@ class ShardRun:
     return json.loads(json.dumps(mark))  # as it is when it is read again
 
   def begin(self, kind: str, about: Mapping[str, Any], console: rich_console.Console) -> bool:
-    """Makes the folder; returns False where the shard is finished, of the same run.
+    """Makes the folder; False where the shard is finished, an error where of another run.
 
-    Args:
-      kind: 'generate' or 'infer'.
-      about: what the outputs depend on, compared between shards.
-      console: says that the shard is finished.
-
-    Raises:
-      GenerationsError: it is finished, of another run.
+    `kind` is 'generate' or 'infer', `about` what the outputs depend on.
     """
     if (there := read_mark(self.folder)) is None:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,16 +173,15 @@ def read_mark(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> int:
-  """Merges shards, and returns how many prompts there are.
+  """Merges shards into a folder (of `calm generate`) or a file; returns the number of prompts.
 
   Args:
     places: the folders of the shards, or one folder that holds them.
-    output: the folder (of `calm generate`) or file (of `calm infer`) to write.
+    output: where to write.
 
   Raises:
     GenerationsError: a shard is missing, not finished, there twice or of another list, grid or
-      procedure; an id is missing or doubled; or a file is not as its shard left it.
-    OSError: `output` cannot be written, or another process is at it.
+      procedure; or a file is not as its shard left it.
   """
   marks, output = parts(places), pathlib.Path(output)
   if any(output.resolve().is_relative_to(folder.resolve()) for folder in marks):
@@ -207,14 +191,59 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
     )
   first = next(iter(marks.values()))
   marks = {folder: mark for folder, mark in marks.items() if mark["positions"]}
+  for folder, mark in marks.items():
+    generations.check_checksums(folder, mark["checksums"], manifest=MARK)
   if first["kind"] == "generate":
     _merge_generations(marks, output)
   else:
-    _check_files(marks, [OUTPUTS])
-    lines = _in_order(marks, OUTPUTS).values()
+    lines = [
+      [line.raw.removesuffix(b"\n") + b"\n" for line in storage.read_lines(folder / OUTPUTS)]
+      for folder in marks
+    ]
+    lines = list(_in_order(marks, lines))
     with storage.replacing(output) as file:
       file.writelines(lines)
   return first["num_prompts"]
+
+
+def _in_order(marks: Marks, columns: Sequence[Sequence[Any]]) -> Iterator[Any]:
+  """Items of all shards, one a prompt, in the order of the list."""
+  for (folder, mark), column in zip(marks.items(), columns, strict=True):
+    if len(column) != len(mark["positions"]):
+      raise GenerationsError(
+        f"{folder}: expected outputs of {len(mark['positions'])} prompts, as {MARK} says, got"
+        f" {len(column)}; {_AGAIN}"
+      )
+  pairs = map(zip, (mark["positions"] for mark in marks.values()), columns)
+  return (item for _, item in heapq.merge(*pairs, key=operator.itemgetter(0)))
+
+
+def _merge_generations(marks: Marks, output: pathlib.Path) -> None:
+  """Writes one folder of cached generations, or goes on with it."""
+  runs = [generations.load(folder) for folder in marks]
+  prompts = list(_in_order(marks, [run.prompts for run in runs]))
+  digest = hashlib.sha256(b"".join(map(_digested, prompts))).hexdigest()
+  if digest != next(iter(marks.values()))["prompts_digest"]:
+    raise GenerationsError(
+      f"{generations.PROMPTS}: expected, in all shards, the list of prompts of the digest in"
+      f" {MARK}, got another; {_AGAIN}"
+    )
+  writer = generations.open_writer(
+    output,
+    prompts=prompts,
+    thresholds=runs[0].thresholds,
+    procedure=runs[0].procedure,
+    provenance=runs[0].provenance,
+  )
+  columns = zip(*((run.full, *run.records) for run in runs), strict=True)
+  for threshold, column in zip(
+    (NEVER_EXIT, *runs[0].thresholds.tolist()), columns, strict=True
+  ):
+    done = writer.completed_ids(threshold)
+    records = (record for record in _in_order(marks, column) if record.id not in done)
+    while some := list(itertools.islice(records, _AT_ONCE)):
+      writer.append(threshold, some)
+  writer.finish()
 
 
 def parts(places: Sequence[str | pathlib.Path]) -> Marks:
@@ -247,7 +276,7 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
       )
   positions = [at for mark in marks.values() for at in mark["positions"]]
   wanted, different = marks[first]["num_prompts"], len(set(positions))
-  if not len(positions) == different == wanted:
+  if not len(positions) == different == wanted > 0:
     raise GenerationsError(
       f"Expected every prompt of the list in one shard, got {wanted - different} in none and"
       f" {len(positions) - different} in several; run the shards again."
@@ -264,68 +293,3 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     procedures = (Procedure.from_json(side["procedure"]) for side in (ours, theirs))
     return describe_differences(*procedures) or "`procedure`, of which one says less"
   return ", ".join(f"`{name}` ({ours.get(name)!r}, {theirs.get(name)!r})" for name in differ)
-
-
-def _check_files(marks: Marks, names: Sequence[str]) -> None:
-  """Every file is there, as its shard left it."""
-  for folder, mark in marks.items():
-    if odd := set(names) ^ set(mark["checksums"]):
-      raise GenerationsError(
-        f"{folder / MARK}: expected a mark that answers for the files of the run, got"
-        f" {min(odd)} in one only; {_AGAIN}"
-      )
-    generations.check_checksums(folder, mark["checksums"], manifest=MARK)
-
-
-def _lines(marks: Marks, name: str) -> dict[str, bytes]:
-  """{id: line} of a file of all shards, shard after shard, one line a prompt in each."""
-  found: dict[str, bytes] = {}
-  for folder, mark in marks.items():
-    wanted = len(found) + len(mark["positions"])
-    for line in storage.read_lines(folder / name):
-      key = line.value.get("id")
-      if not isinstance(key, str) or key in found:
-        raise line.error(f"expected an `id`, a text, once in all shards, got {key!r}; {_AGAIN}")
-      found[key] = line.raw.removesuffix(b"\n") + b"\n"
-    if len(found) != wanted:
-      raise GenerationsError(
-        f"{folder / name}: expected one line a prompt, got {len(found) - wanted:+d}; {_AGAIN}"
-      )
-  return found
-
-
-def _in_order(marks: Marks, name: str) -> dict[str, bytes]:
-  """`_lines` of files that have prompts in the order of the list, in that order."""
-  places = (at for mark in marks.values() for at in mark["positions"])
-  pairs = sorted(zip(places, _lines(marks, name).items(), strict=True))
-  return {key: line for _, (key, line) in pairs}
-
-
-def _merge_generations(marks: Marks, output: pathlib.Path) -> None:
-  """One folder of cached generations, whose manifest is written last."""
-  folder = next(iter(marks))
-  manifest = generations.read_manifest(folder)
-  names = generations.file_names(manifest["thresholds"])
-  _check_files(marks, names)
-  prompts, digest = _in_order(marks, generations.PROMPTS), hashlib.sha256()
-  for line in prompts.values():
-    digest.update(_digested(Prompt.from_json(storage.parse_json(line))))
-  if digest.hexdigest() != marks[folder]["prompts_digest"]:
-    raise GenerationsError(
-      f"{generations.PROMPTS}: expected, in all shards, the list of prompts of the digest in"
-      f" {MARK}, got another; {_AGAIN}"
-    )
-  manifest["provenance"] = {**(manifest.get("provenance") or {}), "num_examples": len(prompts)}
-  manifest["prompt_ids"] = [*prompts]
-  with generations.claim(output, manifest, prompts.values())[0]:
-    for name in names[1:]:
-      lines = _lines(marks, name)
-      if odd := sorted(set(lines) ^ set(prompts)):
-        raise GenerationsError(
-          f"{name}: expected a record of each prompt in the shards, got none, or one of no"
-          f" prompt, for {odd[:3]}; {_AGAIN}"
-        )
-      with storage.replacing(output / name) as file:
-        file.writelines(lines[key] for key in prompts)
-    manifest["checksums"] = generations.checksums(output, names)
-    generations.write_manifest(output, manifest)

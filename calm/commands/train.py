@@ -10,6 +10,7 @@ never stopped. TensorBoard's scalars go to the output folder, the model to its
 """
 
 import argparse
+import contextlib
 import io
 import os
 import pathlib
@@ -49,8 +50,10 @@ CHOICES = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  flags.add_shared(parser, "gin_file", required=True)
-  flags.add_shared(parser, "gin_bindings", "gin_search_paths")
+  text = "gin file (a program: use only what you would run); repeatable"
+  flags.add(parser, "gin_file", "FILE", text, [], action="append", required=True)
+  flags.add(parser, "gin_bindings", "'A.b = 1'", "gin binding; repeatable", [], action="append")
+  flags.add(parser, "gin_search_paths", "DIRS", "folders of gin files, comma-separated", "")
   text = "folder of the run (resumed if it exists); overrides gin's"
   flags.add(parser, "output_dir", "DIR", text)
 
@@ -73,8 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
   from calm import training
   from calm.training import run as training_run
 
-  train = run_lib.configured(arguments, training_run.train)
+  run_lib.parse_gin(arguments)
   run_lib.refuse_unread_macros()
+  train: Any = training_run.train
+  with contextlib.suppress(ValueError):  # where the files bind nothing of it
+    train = gin.get_configurable(train)
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)

@@ -1,12 +1,8 @@
 """Prompts and references from JSON Lines files, without TensorFlow.
 
-A file has one JSON object a line, UTF-8, plain or gzip:
-
-    {"id": "syn/dconf", "source": "dconf", "input": "DConf is a ...", "target": ["simple ..."]}
-
-`input` is the text without a task prefix; `target` is a string or a list of accepted
-references, best first. `id` (unique) and `source` (the cluster that a row comes from, such as
-its document) are optional. Other fields are ignored.
+A line is {"id": "syn/dconf", "source": "dconf", "input": "DConf is ...", "target": ["simple"]}:
+`input` has no task prefix, `target` is a text or a list of accepted references, best first.
+`id` (unique) and `source` (the cluster that a row comes from) are optional.
 """
 
 import dataclasses
@@ -19,17 +15,11 @@ from calm.data import prompt_files
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-  """A text-to-text task kept as `<root>/<name>/<split>.jsonl.gz` (or `.jsonl`).
+  """A text-to-text task kept as `<root>/<name>/<split>.jsonl.gz` (or `.jsonl`)."""
 
-  Attributes:
-    name: its folder, and its name in a mixture.
-    prefix: what T5 reads before the input to know the task.
-    metrics: names that `calm.data.seqio_tasks.metric_fn` knows, the first being the usual one.
-  """
-
-  name: str
-  prefix: str
-  metrics: tuple[str, ...]
+  name: str  # its folder, and its name in a mixture
+  prefix: str  # what T5 reads before the input to know the task
+  metrics: tuple[str, ...]  # names that `seqio_tasks.metric_fn` knows, the usual one first
 
   def path(self, root: str | pathlib.Path, split: str) -> pathlib.Path:
     """The file of one split; the plain `.jsonl` only where there is no `.jsonl.gz`."""

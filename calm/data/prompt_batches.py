@@ -19,29 +19,16 @@ _LEAST_CUT, _CHARACTERS, _MOST_CHARACTERS = 2**16, 32, 2**22
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-  """Rows that are encoded and decoded together.
+  """Rows that are encoded and decoded together."""
 
-  Attributes:
-    rows: positions of the prompts in the caller's list, [num_prompts].
-    tokens: token ids with EOS, 0 = pad, [batch, input_length] int32; rows beyond
-      `num_prompts` are padding.
-    active: True where a row holds a prompt, [batch].
-  """
-
-  rows: np.ndarray
+  rows: np.ndarray  # positions of the prompts in the caller's list, [num_prompts]
+  # Token ids with EOS, 0 = pad, [batch, input_length] int32; rows beyond `num_prompts` are pad.
   tokens: np.ndarray
-  active: np.ndarray
+  active: np.ndarray  # True where a row holds a prompt, [batch]
 
 
 class CutPrompts(UserWarning):
-  """Prompts were cut to `max_input_length`.
-
-  Attributes:
-    cut, count: prompts that were cut, of how many.
-    longest: tokens of the longest.
-    limit: `max_input_length`.
-    part: whether of the longest only a part was tokenised.
-  """
+  """`cut` of `count` prompts were cut to `limit`; of the `longest` maybe a `part` was read."""
 
   def __init__(self, cut: int, count: int, longest: int, limit: int, part: bool = False):
     super().__init__(
@@ -63,17 +50,10 @@ def tokenize(
 ) -> list[list[int]]:
   """Token ids of each prompt, EOS last; prompts that are too long are cut, with a warning."""
   found = [beginning(vocabulary, prefix + text, max_input_length) for text in texts]
-  tokens = [[*ids, eos_id] for ids, _ in found]
-  part = any(part for _, part in found)
-  too_long = sum(part or len(ids) >= max_input_length for ids, part in found)
-  if too_long:
-    longest = max(map(len, tokens))
-    cut = CutPrompts(too_long, len(tokens), longest, max_input_length, part)
-    warnings.warn(cut, stacklevel=2)
-  return [
-    row if len(row) <= max_input_length else [*row[: max_input_length - 1], eos_id]
-    for row in tokens
-  ]
+  if cut := sum(part or len(ids) >= max_input_length for ids, part in found):
+    longest, part = 1 + max(len(ids) for ids, _ in found), any(part for _, part in found)
+    warnings.warn(CutPrompts(cut, len(found), longest, max_input_length, part), stacklevel=2)
+  return [[*ids[: max_input_length - 1], eos_id] for ids, _ in found]
 
 
 def beginning(
@@ -96,11 +76,6 @@ def bucket_length(length: int, max_input_length: int) -> int:
   """The padded length of a prompt: the next of `INPUT_BUCKETS`, at most the maximum."""
   fitting = (bucket for bucket in INPUT_BUCKETS if bucket >= length)
   return min(next(fitting, max_input_length), max_input_length)
-
-
-def bucket_size(rows: int, batch_size: int) -> int:
-  """The padded number of rows: the next power of two, at most `batch_size`."""
-  return min(2 ** math.ceil(math.log2(max(rows, 1))), batch_size)
 
 
 def plan(
@@ -129,13 +104,10 @@ def plan(
     waiting = members[taken:]
     for start in range(0, taken, batch_size):
       rows = members[start : min(start + batch_size, taken)]
-      size = batch_size if whole_batches else bucket_size(len(rows), batch_size)
-      batches.append(_pad(tokens, rows, int(length), size))
+      power = 2 ** math.ceil(math.log2(len(rows)))
+      size = batch_size if whole_batches else min(power, batch_size)
+      padded = np.zeros((size, int(length)), np.int32)
+      for i, row in enumerate(rows):
+        padded[i, : len(tokens[row])] = tokens[row]
+      batches.append(PromptBatch(rows, padded, np.arange(size) < len(rows)))
   return batches
-
-
-def _pad(tokens, rows: np.ndarray, length: int, size: int) -> PromptBatch:
-  padded = np.zeros((size, length), np.int32)
-  for i, row in enumerate(rows):
-    padded[i, : len(tokens[row])] = tokens[row]
-  return PromptBatch(rows, padded, np.arange(size) < len(rows))

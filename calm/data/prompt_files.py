@@ -9,7 +9,6 @@ disk.
 """
 
 import contextlib
-import gzip
 import itertools
 import json
 import os
@@ -103,11 +102,10 @@ class PromptFile:
 
   def _written(self) -> tuple[int, ...] | None:
     """When the file was written to, and its size; None for a stream or where it is gone."""
-    try:
-      status = None if self._kept else os.stat(self._path)
-    except OSError:
-      status = None
-    return status and (status.st_ino, status.st_size, status.st_mtime_ns)
+    if self._kept or not self._path.exists():
+      return None
+    status = self._path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
   def _check_unchanged(self) -> None:
     if self._written() != self._first:
@@ -162,15 +160,11 @@ class PromptFile:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         yield stack.enter_context(rows.Gzip(file, self.name)) if packed else file  # pyright: ignore[reportReturnType]
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(
-        f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
-        f" ({error}); copy the file again."
-      ) from error
-    except OSError as error:
-      raise type(error)(
-        f"Expected {self.name!r} to be a file that can be read, got:"
-        f" {error.strerror or error}; copy it again, or give another."
+    except (EOFError, OSError, zlib.error) as error:  # of gzip those without a number
+      kind = type(error) if getattr(error, "errno", None) else ValueError
+      raise kind(
+        f"Expected {self.name!r} to be a whole file that can be read, got: {error}; copy it"
+        " again, or give another."
       ) from error
 
   def _detect_format(self) -> str:
@@ -196,6 +190,7 @@ class PromptFile:
     return "jsonl" if suffixes[-1:] == [".json"] or is_object else "text"
 
   def _keep(self, stream: BinaryIO) -> None:
+    """Keeps a stream's content in a file of no name."""
     if stream.isatty():
       print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
     elif _is_device(stream):
@@ -203,10 +198,9 @@ class PromptFile:
         f"Expected {self.name} to be a file or a pipe, got a device, which need not end; copy"
         " a part of it to a file."
       )
-    kept = self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its owner)
-    weakref.finalize(self, kept.close)
-    for piece in _pieces(stream):
-      kept.write(piece)
+    self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its owner)
+    weakref.finalize(self, self._kept.close)
+    self._kept.writelines(_pieces(stream))
 
 
 def open_prompts(
@@ -275,9 +269,8 @@ def _key_of(row: rows.Row, wanted: str | None) -> str | None:
       raise row.error(f"expected rows with a key {wanted!r}, got a text; leave the key out")
     return None
   keys = INPUT_KEYS if wanted is None else (wanted,)
-  for key in keys:
-    if key in row.value:
-      return key
+  if found := [key for key in keys if key in row.value]:
+    return found[0]
   raise row.error(
     f"expected a field {' or '.join(f'`{key}`' for key in keys)}, got"
     f" {list(row.value)[:12]}; call the one with the text `input`, or name it: `--input_key`"
@@ -285,31 +278,25 @@ def _key_of(row: rows.Row, wanted: str | None) -> str | None:
 
 
 def _prompt_of(row: rows.Row, input_key: str | None, target_key: str | None) -> Prompt:
-  fields = row.value
-  if isinstance(fields, str) != (input_key is None):
+  if isinstance(row.value, str) != (input_key is None):
     raise row.error(
       "expected all rows to be objects, or all to be texts, got both; give them as two files"
     )
-  wanted = [key for key in (input_key, target_key) if key is not None]
-  if missing := [key for key in wanted if isinstance(fields, str) or key not in fields]:
-    got = "a text" if isinstance(fields, str) else list(fields)[:12]
-    raise row.error(f"expected a field `{missing[0]}`, got {got}; name another, or none")
-  first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)  # pyright: ignore
+  fields = {"": row.value} if isinstance(row.value, str) else row.value
+  for key in (input_key, target_key):
+    if key is not None and key not in fields:
+      raise row.error(
+        f"expected a field `{key}`, got {list(fields)[:12]}; name another, or none"
+      )
+  first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)
+  targets, name = first((target_key,) if target_key else TARGET_KEYS), fields.get("id")
+  targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
+  name = str(name) if type(name) is int else name  # its digits are a name
   try:
-    if isinstance(fields, str) or input_key is None:
-      return Prompt(row.name, fields)  # pyright: ignore
-    targets = first(TARGET_KEYS if target_key is None else (target_key,))
-    targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
-    name = fields.get("id")
-    name = str(name) if type(name) is int else name  # its digits are a name
-    group = first(_GROUP_KEYS)
-    return Prompt(row.name if name in (None, "") else name, fields[input_key], targets, group)  # pyright: ignore
+    name = row.name if name in (None, "") else name
+    return Prompt(name, fields[input_key or ""], targets, first(_GROUP_KEYS))  # pyright: ignore
   except ValueError as error:
-    text = str(error).replace("Expected", "expected", 1)
-    named = {"input": input_key or "input", "targets": "target", "group": "source"}
-    for field, key in named.items():
-      text = text.replace(f"`{field}` to", f"`{key}` to", 1)
-    raise row.error(text) from error
+    raise row.error(str(error).replace("Expected", "expected", 1)) from error
 
 
 def check_texts(texts: Any) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ What is read is bounded: no small file, packed or not, fills the memory.
 
 import csv
 import dataclasses
+import functools
 import gzip
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from calm import signals, storage
 
@@ -31,21 +31,16 @@ _BATCH_BYTES, _BATCH_ROWS = 2**26, 1024
 
 
 class Gzip(gzip.GzipFile):
-  """A gzip file that unpacks to at most `storage.most_unpacked`, lines and rows counted.
-
-  Args:
-    file: the packed file.
-    name: for messages.
-  """
+  """A gzip file whose lines and rows are counted, with its bytes; `name` is for messages."""
 
   def __init__(self, file: BinaryIO, name: str):
     self._most, self._called, self._rows = storage.most_unpacked(file.seek(0, 2)), name, 0
     file.seek(0)
     super().__init__(fileobj=file, mode="rb")
 
-  def count_rows(self, count: int = 1) -> None:
-    """Counts rows; ValueError where they and the bytes so far are beyond the bound."""
-    self._rows += count
+  def count(self, rows: int = 1) -> None:
+    """Counts lines or rows; ValueError where they and the bytes are beyond the bound."""
+    self._rows += rows
     if self.tell() + _ROW * self._rows > self._most:
       raise ValueError(
         f"Expected {self._called!r} to unpack to at most {storage.UNPACKED_RATIO} times its"
@@ -53,31 +48,14 @@ class Gzip(gzip.GzipFile):
         " memory."
       )
 
-  def read(self, size: int | None = -1) -> bytes:
-    left = self._most + 1 - self.tell()
-    content = super().read(left if size is None or size < 0 else min(size, left))
-    self.count_rows(0)
-    return content
-
-  def readline(self, size: int | None = -1) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
-    line = super().readline(size)
-    self.count_rows()
-    return line
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row.
+  """One row."""
 
-  Attributes:
-    value: fields by name, or a bare text.
-    name: an id for a row that has none of its own.
-    where: file and line, for messages.
-  """
-
-  value: Mapping[str, Any] | str
-  name: str
-  where: str
+  value: Mapping[str, Any] | str  # fields by name, or a bare text
+  name: str  # an id for a row that has none of its own
+  where: str  # file and line, for messages
 
   def error(self, message: str) -> ValueError:
     """An error that names file and line."""
@@ -85,21 +63,14 @@ class Row:
 
 
 def read(file: BinaryIO, format: str, name: str, stem: str) -> Iterator[Row]:
-  """Rows of an open file.
+  """Rows of an open file, or a `Gzip` of it; ValueError names the file and the line.
 
-  Args:
-    file: its bytes, or a `Gzip` of them.
-    format: a name of `FORMATS`.
-    name: the file, for messages.
-    stem: what rows without an id are named after.
-
-  Raises:
-    ValueError: the file is damaged or beyond a bound; the message names it and the line.
+  `format` is a name of `FORMATS`; rows without an id are named after `stem`.
   """
   for row in _READERS[format](file, name, stem):
     signals.check()
     if isinstance(file, Gzip):
-      file.count_rows()
+      file.count()
     if not isinstance(row.value, Mapping | str):
       raise row.error(
         f"expected a JSON object or a text, got {type(row.value).__name__}; write one a row"
@@ -107,10 +78,18 @@ def read(file: BinaryIO, format: str, name: str, stem: str) -> Iterator[Row]:
     yield row
 
 
-def _not_utf8(byte: int, where: str) -> ValueError:
-  return ValueError(
-    f"Expected prompts in UTF-8, got the byte 0x{byte:02x} in {where}; save the text as UTF-8"
-    " (a text in UTF-16 has bytes 0x00)."
+def _decode(content: bytes, where: str) -> str:
+  """A text in UTF-8, without the mark that some editors put before it."""
+  at = content.find(b"\0")  # UTF-16 may well be UTF-8 too
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    at = error.start if at < 0 else at
+  if at < 0:
+    return text
+  raise ValueError(
+    f"Expected prompts in UTF-8, got the byte 0x{content[at]:02x} in {where}; save the text as"
+    " UTF-8 (a text in UTF-16 has bytes 0x00)."
   )
 
 
@@ -120,13 +99,9 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
   Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
   """
   for number, line in enumerate(storage.lines(file, name), start=1):
-    if b"\0" in line:
-      raise _not_utf8(0, f"line {number} of {name}")
-    try:
-      # Some editors put a byte order mark before the first line.
-      yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-      raise _not_utf8(line[error.start], f"line {number} of {name}") from error
+    if isinstance(file, Gzip):
+      file.count()
+    yield number, _decode(line, f"line {number} of {name}")
 
 
 def _json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
@@ -148,15 +123,13 @@ def _json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
   if len(content) > storage.LONGEST_LINE:
     raise ValueError(
       f"{name}: expected a JSON array of at most {storage.LONGEST_LINE} bytes, got more; save"
-      ' the rows as JSON Lines: python -c "import json, sys; [print(json.dumps(row)) for row in'
-      f' json.load(sys.stdin)]" < {name} > {stem}.jsonl'
+      " the rows as JSON Lines, an object a line."
     )
   if isinstance(file, Gzip):  # parsed, empty lists and objects take much more than their bytes
-    file.count_rows(content.count(b"[") + content.count(b"{"))
+    file.count(content.count(b"[") + content.count(b"{"))
+  text = _decode(content, name)
   try:
-    values = storage.parse_json(content.decode("utf-8-sig"))
-  except UnicodeDecodeError as error:
-    raise _not_utf8(content[error.start], name) from error
+    values = storage.parse_json(text)
   except ValueError as error:
     raise ValueError(
       f"{name}: expected a whole JSON array, got JSON that is invalid or cut off ({error});"
@@ -183,53 +156,30 @@ def _check_columns(names: list[str], name: str) -> None:
     )
 
 
-def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
-  def read_table(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
-    # The default limit of a field, 128 KiB, is shorter than documents are.
-    csv.field_size_limit(2**31 - 1)
-    size = 0  # of the lines of a row
-
-    def lines() -> Iterator[str]:
-      nonlocal size
-      for _, line in _lines(file, name):
-        size += len(line)
-        if size > storage.LONGEST_LINE:
-          raise ValueError(
-            f"Expected {name!r} to hold rows of at most {storage.LONGEST_LINE} bytes, got a"
-            " longer one; close the quote that it opens."
-          )
-        yield line
-
-    table = csv.reader(lines(), delimiter=delimiter, strict=True)
-    try:
-      header = next(table, [])
-      _check_columns(header, name)
-      for number, cells in enumerate(filter(None, table), start=1):
-        size = 0
-        row = dict(zip(header, cells, strict=False))
-        row = Row(row, f"{stem}/{number}", f"{name}:{table.line_num}")
-        if len(cells) != len(header):
-          raise row.error(
-            f"expected {len(header)} columns as in the header, got {len(cells)}; quote texts"
-            f" that hold {delimiter!r}"
-          )
-        yield row
-    except csv.Error as error:
-      raise ValueError(
-        f"{name}:{table.line_num}: expected cells that can be read, got: {error}; mend the"
-        " line."
-      ) from error
-
-  return read_table
+def _table(file: BinaryIO, name: str, stem: str, delimiter: str = ",") -> Iterator[Row]:
+  # By default a field has at most 128 KiB, and documents are longer.
+  csv.field_size_limit(storage.LONGEST_LINE)
+  table = csv.reader((line for _, line in _lines(file, name)), delimiter=delimiter, strict=True)
+  try:
+    header = next(table, [])
+    _check_columns(header, name)
+    for number, cells in enumerate(filter(None, table), start=1):
+      row = dict(zip(header, cells, strict=False))
+      row = Row(row, f"{stem}/{number}", f"{name}:{table.line_num}")
+      if len(cells) != len(header):
+        raise row.error(
+          f"expected {len(header)} columns as in the header, got {len(cells)}; quote texts"
+          f" that hold {delimiter!r}"
+        )
+      yield row
+  except csv.Error as error:
+    raise ValueError(
+      f"{name}:{table.line_num}: expected cells that can be read, got: {error}; mend the line."
+    ) from error
 
 
 def _parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
-  """Rows by column, columns left out that hold no texts, numbers or lists of them.
-
-  500 bytes, in which a text repeats, may stand for 200 GB. So the footer is checked before
-  anything is read, texts are read as they are stored, each once (a dictionary), and are counted
-  before they are written out.
-  """
+  """Rows by column, columns left out that hold no texts, numbers or lists of them."""
   try:
     import pyarrow
   except ImportError as error:
@@ -237,30 +187,45 @@ def _parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`, or save"
       " the rows as JSON Lines."
     ) from error
+  left = storage.most_unpacked(file.seek(0, 2))
   try:
-    number = 0
-    for part in _parquet_parts(file, name):
-      columns = [column.cast(_written_out(column.type)) for column in part.columns]
-      table = pyarrow.RecordBatch.from_arrays(columns, names=part.schema.names)
-      for value in table.to_pylist():
-        number += 1
-        yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
+    for number, value in enumerate(_parquet_values(file, name, left), start=1):
+      size = sum(map(_size, value.values()))
+      left -= size
+      if size > storage.LONGEST_LINE or left < 0:
+        raise _too_much(name)
+      yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise ValueError(
       f"{name}: expected a whole Parquet file, got a damaged one ({error}); copy it again."
     ) from error
 
 
-def _parquet_parts(file: BinaryIO, name: str) -> Iterator[Any]:
-  """Record batches, texts as dictionaries, each of at most `LONGEST_LINE` bytes of text."""
+def _size(value: Any) -> int:
+  """Characters of a text, or of a list of texts."""
+  if isinstance(value, list):
+    return sum(map(_size, value))
+  return len(value) if isinstance(value, str) else 0
+
+
+def _too_much(name: str) -> ValueError:
+  return ValueError(
+    f"Expected {name!r} to unpack to at most {storage.UNPACKED >> 20} MiB and"
+    f" {storage.UNPACKED_RATIO} times its size, in rows of at most {storage.LONGEST_LINE}"
+    " bytes, got more; it is no file of texts, or made to fill the memory: save the rows as"
+    " JSON Lines, or as several files."
+  )
+
+
+def _parquet_values(file: BinaryIO, name: str, most: int) -> Iterator[dict[str, Any]]:
+  """Values by column of every row.
+
+  500 bytes, in which a text repeats, may stand for 200 GB. So the footer is checked before
+  anything is read, and texts are read as they are stored, each once: equal texts of a batch
+  are one object.
+  """
   from pyarrow import parquet
 
-  most = left = storage.most_unpacked(file.seek(0, 2))
-  too_much = ValueError(
-    f"Expected {name!r} to unpack to at most {storage.UNPACKED >> 20} MiB and"
-    f" {storage.UNPACKED_RATIO} times its size, got more; it is no file of texts, or made to"
-    " fill the memory: save the rows as JSON Lines, or as several files."
-  )
   opened = parquet.ParquetFile(file)
   metadata, schema = opened.metadata, opened.schema_arrow
   _check_columns(schema.names, name)
@@ -268,7 +233,7 @@ def _parquet_parts(file: BinaryIO, name: str) -> Iterator[Any]:
   chunks = [_chunks(metadata.row_group(i), columns) for i in range(metadata.num_row_groups)]
   sizes = [sum(map(_stored_size, group)) for group in chunks]
   if sum(sizes) + _PARQUET_ROW * metadata.num_rows > most:
-    raise too_much
+    raise _too_much(name)
   texts = [chunk for group in chunks for chunk in group if chunk.physical_type == "BYTE_ARRAY"]
   encodings = {encoding for chunk in texts for encoding in chunk.encodings}
   # pyarrow makes no dictionary of these, whatever the footer says; one of them shares texts.
@@ -284,26 +249,11 @@ def _parquet_parts(file: BinaryIO, name: str) -> Iterator[Any]:
     rows = max(1, metadata.row_group(group).num_rows // (1 + size // _BATCH_BYTES))
     for batch in opened.iter_batches(rows, row_groups=[group], columns=columns):
       batch.validate(full=True)  # what points beyond a dictionary would be read
-      lengths = sum(map(_lengths, batch.columns), np.zeros(len(batch), np.int64))
-      left -= int(lengths.sum())
-      if left < 0:
-        raise too_much
-      yield from _slices(batch, np.cumsum(lengths), name)
-
-
-def _slices(batch: Any, ends: np.ndarray, name: str) -> Iterator[Any]:
-  begin = 0
-  while begin < len(ends):
-    before = ends[begin - 1] if begin else 0
-    end = int(np.searchsorted(ends, before + storage.LONGEST_LINE, side="right"))
-    if end == begin:
-      raise ValueError(
-        f"Expected {name!r} to hold rows of at most {storage.LONGEST_LINE} bytes, got a longer"
-        " one; it is no file of texts, or made to fill the memory."
-      )
-    end = min(end, begin + _BATCH_ROWS)
-    yield batch.slice(begin, end - begin)
-    begin = end
+      dictionaries = list(map(_dictionary, batch.columns))
+      for begin in range(0, len(batch), _BATCH_ROWS):
+        part = batch.slice(begin, _BATCH_ROWS)
+        values = map(_python_values, part.columns, dictionaries)
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
 
 def _is_list(kind: Any) -> bool:
@@ -331,40 +281,28 @@ def _stored_size(chunk: Any) -> int:
   return max(chunk.total_uncompressed_size, 0) + _PARQUET_VALUE * max(chunk.num_values, 0)
 
 
-def _lengths(array: Any) -> np.ndarray:
-  """Bytes of the texts of each entry, written out, [entries] int64."""
-  import pyarrow
-  from pyarrow import compute, types
-
-  kind = array.type
-  if _is_list(kind):
-    offsets = array.offsets.to_numpy()
-    totals = np.concatenate([[0], np.cumsum(_lengths(array.values))])
-    return totals[offsets[1:]] - totals[offsets[:-1]]
-  if types.is_dictionary(kind):
-    lengths = np.append(_lengths(array.dictionary), 0)
-    return lengths[array.indices.fill_null(len(lengths) - 1).to_numpy(zero_copy_only=False)]
-  if "string" not in str(kind):
-    return np.zeros(len(array), np.int64)
-  found = compute.binary_length(array.cast(pyarrow.large_string())).fill_null(0)  # pyright: ignore[reportAttributeAccessIssue]
-  return found.to_numpy(zero_copy_only=False).astype(np.int64)
+def _dictionary(array: Any) -> list[Any]:
+  """The texts that a column's entries, or those of its lists, point to."""
+  array = array.values if _is_list(array.type) else array
+  return array.dictionary.to_pylist() if hasattr(array, "dictionary") else []
 
 
-def _written_out(kind: Any) -> Any:
-  """A type without dictionaries: lists of texts are faster to read than what points to them."""
-  import pyarrow
-
-  if _is_list(kind):
-    made = pyarrow.large_list if str(kind).startswith("large") else pyarrow.list_
-    return made(_written_out(kind.value_type))
-  return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+def _python_values(array: Any, dictionary: list[Any]) -> list[Any]:
+  """Entries as Python's own values."""
+  if _is_list(array.type):
+    values = iter(_python_values(array.flatten(), dictionary))
+    lengths = array.value_lengths().to_pylist()
+    return [None if n is None else list(itertools.islice(values, n)) for n in lengths]
+  if not hasattr(array, "dictionary"):
+    return array.to_pylist()
+  return [None if i is None else dictionary[i] for i in array.indices.to_pylist()]
 
 
 _READERS: Mapping[str, Callable[[BinaryIO, str, str], Iterator[Row]]] = {
   "jsonl": _json_lines,
   "json": _json_array,
   "text": _plain_text,
-  "csv": _table(","),
-  "tsv": _table("\t"),
+  "csv": _table,
+  "tsv": functools.partial(_table, delimiter="\t"),
   "parquet": _parquet,
 }

@@ -30,13 +30,8 @@ _registered: dict[str, tuple[Any, ...]] = {}
 def metric_fn(name: str) -> MetricFn:
   """A seqio metric function of (references of each example, predictions); percentages.
 
-  Args:
-    name: `bleu` or `chrf` (of the corpus, sacrebleu), or any name that
-      `calm.calibrate.metrics.get_metric` knows, such as `rouge_l` (mean over examples of
-      the best over references).
-
-  Raises:
-    ValueError: there is no such metric.
+  `name` is `bleu` or `chrf` (of the corpus, sacrebleu), or one that `metrics.get_metric` knows,
+  such as `rouge_l` (mean over examples of the best over references).
   """
   metric = None if name in _CORPUS else text_metrics.get_metric(name)
 
@@ -58,12 +53,7 @@ def references_or_text(text: str, *, example: Tensors, is_target: bool = False, 
 
 
 class JsonlSource(seqio.DataSource):
-  """Examples of JSON Lines files, one file a split, read whole on first use.
-
-  Args:
-    paths: split -> file.
-    prefix: put before each input.
-  """
+  """Examples of JSON Lines files, {split: file}, read whole on first use."""
 
   def __init__(self, paths: Mapping[str, str | os.PathLike[str]], prefix: str = ""):
     super().__init__(splits=tuple(paths), caching_permitted=True)
@@ -121,18 +111,14 @@ def jsonl(
   """Registers JSON Lines files of {input, target} (see `calm.data.datasets`) as a task.
 
   Args:
-    name: name to register.
+    name: name to register; the result.
     paths: split -> file, such as {"train": "train.jsonl.gz", "validation": "dev.jsonl"}.
     vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
     prefix: task prefix, put before each input.
     metrics: names for `metric_fn`.
 
-  Returns:
-    `name`.
-
   Raises:
-    ValueError: `name` is taken by something else, or a metric is unknown; faults of a file are
-      found when it is read.
+    ValueError: `name` is taken by something else, or a metric is unknown.
   """
   source = JsonlSource(paths, prefix)
   made_from = (tuple(source.paths.items()), prefix)
@@ -142,13 +128,7 @@ def jsonl(
 def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str) -> str:
   """Registers one of the three Debian data sets, under its own name.
 
-  Args:
-    task: `debian_synopsis`, `debian_enfr` or `debian_qa`.
-    root: folder that holds `<task>/{train,validation,test}.jsonl.gz`.
-    vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
-
-  Raises:
-    ValueError: there is no such task, or its name is taken by something else.
+  `root` is the folder that holds `<task>/{train,validation,test}.jsonl.gz`.
   """
   if task not in datasets.DEBIAN:
     raise ValueError(f"Expected `task` to be one of {list(datasets.DEBIAN)}, got {task!r}.")
@@ -215,10 +195,7 @@ def cnn_dailymail(
 ) -> str:
   """Registers CNN/DailyMail summarization from TFDS, as `calm_cnn_dailymail`.
 
-  Args:
-    vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
-    tfds_name: name and version in TFDS.
-    data_dir: where TFDS keeps its data; None: its default.
+  `vocabulary` is one of seqio's, or the path of a SentencePiece model.
   """
   return _tfds(
     "cnn_dailymail", summarization_example, ("rouge_l",), vocabulary, tfds_name, data_dir

@@ -5,7 +5,6 @@ So a run that was killed and resumed sees exactly the batches of an uninterrupte
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -48,65 +47,44 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-  """Length-bucketed batches of (inputs, targets) pairs.
+  """Length-bucketed batches of (inputs, targets) pairs."""
 
-  Attributes:
-    inputs: token sequences, EOS included.
-    targets: token sequences, EOS included.
-    buckets: ascending; a pair goes to the first that holds it, the last one truncates.
-    batch_size: rows of every batch.
-    seed: seeds every epoch's permutation.
-  """
-
-  inputs: Ragged
-  targets: Ragged
-  buckets: tuple[Bucket, ...]
+  inputs: Ragged  # with EOS
+  targets: Ragged  # with EOS
+  buckets: tuple[Bucket, ...]  # ascending; a pair goes to the first that holds it, or is cut
   batch_size: int
-  seed: int
+  seed: int  # of every epoch's permutation
 
   def __post_init__(self):
     _check_enough(len(self.inputs), self.batch_size)
     sizes = [dataclasses.astuple(bucket) for bucket in self.buckets]
-    ascends = all(
-      low <= high for a, b in itertools.pairwise(sizes) for low, high in zip(a, b, strict=True)
-    )
-    if not sizes or not ascends:
+    if not sizes or (np.diff(sizes, axis=0) < 0).any():
       raise ValueError(
         "Expected `buckets` to be one or more, ascending in both lengths, got"
         f" {sizes}; reorder them."
       )
 
-  @property
-  def batches_per_epoch(self) -> int:
-    return len(self.inputs) // self.batch_size
-
   def batch(self, step: int) -> Batch:
-    epoch, index = divmod(step, self.batches_per_epoch)
-    rows, bucket = self.epoch_plan(epoch)[index]
-    return pad_batch([(self.inputs[row], self.targets[row]) for row in rows], bucket)
-
-  def epoch_plan(self, epoch: int) -> list[tuple[np.ndarray, Bucket]]:
-    """Rows and bucket of every batch of one epoch, in order."""
-    plan = _plan(self.seed, epoch, self.batch_size, self.bucket_of.tobytes())
-    return [(rows, self.buckets[bucket]) for rows, bucket in plan]
+    epoch, index = divmod(step, len(self.inputs) // self.batch_size)
+    rows, bucket = _plan(self.seed, epoch, self.batch_size, self.bucket_of.tobytes())[index]
+    pairs = [(self.inputs[row], self.targets[row]) for row in rows]
+    return pad_batch(pairs, self.buckets[bucket])
 
   @functools.cached_property
   def bucket_of(self) -> np.ndarray:
     """Index of the first bucket that holds each example; of the last where none does."""
-    fits = np.stack(
-      [
-        (self.inputs.lengths <= b.input_length) & (self.targets.lengths <= b.target_length)
-        for b in self.buckets
-      ]
-    )
-    fits[-1] = True
-    return np.argmax(fits, axis=0).astype(np.int64)
+    lengths = np.stack([self.inputs.lengths, self.targets.lengths], axis=1)
+    sizes = np.array([dataclasses.astuple(bucket) for bucket in self.buckets])
+    fits = (lengths[:, None] <= sizes).all(axis=2)
+    fits[:, -1] = True
+    return np.argmax(fits, axis=1).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=8)
 def _plan(
   seed: int, epoch: int, batch_size: int, buckets: bytes
 ) -> list[tuple[np.ndarray, int]]:
+  """Rows and bucket of every batch of one epoch, in order."""
   rng = np.random.default_rng([seed, epoch])
   bucket_of = np.frombuffer(buckets, np.int64)
   order = rng.permutation(len(bucket_of))
@@ -234,17 +212,11 @@ def replace_spans(tokens: np.ndarray, is_hidden: np.ndarray, first_sentinel: int
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Interleaves sources by a repeating pattern, so that any step finds its own batch.
-
-  Attributes:
-    sources: the sources to mix.
-    counts: how many of every `sum(counts)` consecutive steps each source gets.
-    seed: seeds the order inside the pattern.
-  """
+  """Interleaves sources by a repeating pattern, so that any step finds its own batch."""
 
   sources: tuple[Source, ...]
-  counts: tuple[int, ...]
-  seed: int
+  counts: tuple[int, ...]  # of every `sum(counts)` consecutive steps, those of each source
+  seed: int  # of the order inside the pattern
 
   def batch(self, step: int) -> Batch:
     pattern = np.repeat(np.arange(len(self.counts)), self.counts)
@@ -257,4 +229,4 @@ class Mixture:
 
 def encode_all(texts: Iterable[str], encode: Callable[[str], list[int]], eos_id: int) -> Ragged:
   """Token sequences with EOS of many texts."""
-  return Ragged([[*encode(text), eos_id] for text in texts])
+  return Ragged([*encode(text), eos_id] for text in texts)

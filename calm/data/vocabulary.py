@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
@@ -35,9 +36,7 @@ class Vocabulary(Protocol):
   """What decoding needs of a vocabulary; seqio's own vocabularies fit it too."""
 
   @property
-  def vocab_size(self) -> int:
-    """Number of ids, extra ids included; the model may have more embedding rows."""
-    ...
+  def vocab_size(self) -> int: ...  # ids, extra ids included; the model may have more rows
 
   @property
   def pad_id(self) -> int: ...
@@ -48,22 +47,22 @@ class Vocabulary(Protocol):
   @property
   def unk_id(self) -> int | None: ...
 
-  def encode(self, s: str, /) -> Sequence[int]:
-    """Token ids of a text, without EOS."""
-    ...
+  def encode(self, s: str, /) -> Sequence[int]: ...  # of a text, without EOS
 
-  def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the ids before the first EOS; padding is skipped."""
-    ...
+  def decode(self, ids: Iterable[int], /) -> str: ...  # of ids before EOS, without padding
 
 
 class _Vocabulary:
-  """What all vocabularies of this module share; subclasses encode and decode plain pieces."""
+  """What all vocabularies of this module share, over four functions of each."""
 
   pad_id: Any = 0
   eos_id: Any
   vocab_size: Any
   extra_ids: Any
+  _encode: Callable[[str], list[int]]
+  _decode: Callable[[list[int]], str]  # of ids that are neither padding nor EOS
+  _piece: Callable[[int], str | None]  # None: there is none
+  _identity: Callable[[], bytes]  # what determines the ids
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
@@ -76,18 +75,14 @@ class _Vocabulary:
     Raises:
       ValueError: an id is below 0.
     """
-    kept, eos_id, pad_id = [], self.eos_id, self.pad_id
-    for token_id in map(int, ids):
-      if token_id == eos_id:
-        break
-      if token_id < 0:
-        raise ValueError(
-          f"Expected `ids` to be token ids of 0 or more, got {token_id}; mask such positions"
-          f" with the padding id {pad_id}."
-        )
-      if token_id != pad_id:
-        kept.append(token_id)
-    return self._decode(kept)
+    eos_id, pad_id = self.eos_id, self.pad_id
+    kept = list(itertools.takewhile(lambda i: i != eos_id, map(int, ids)))
+    if kept and min(kept) < 0:
+      raise ValueError(
+        f"Expected `ids` to be token ids of 0 or more, got {min(kept)}; mask such positions"
+        f" with the padding id {pad_id}."
+      )
+    return self._decode([i for i in kept if i != pad_id])
 
   def piece(self, token_id: int, /) -> str:
     """What one token looks like on its own; a word's first piece begins with a space."""
@@ -97,18 +92,6 @@ class _Vocabulary:
   def digest(self) -> str:
     """sha256 (hexadecimal) of what determines the ids."""
     return hashlib.sha256(self._identity()).hexdigest()
-
-  def _encode(self, s: str) -> list[int]:
-    raise NotImplementedError
-
-  def _decode(self, ids: list[int]) -> str:
-    raise NotImplementedError
-
-  def _piece(self, token_id: int) -> str | None:
-    raise NotImplementedError
-
-  def _identity(self) -> bytes:
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,21 +118,10 @@ class SentencePieceVocabulary(_Vocabulary):
   padded: bool = True
   model: bytes = dataclasses.field(init=False, repr=False)
 
-  @property
-  def vocab_size(self) -> int:
-    return self._processor.get_piece_size()
-
-  @property
-  def pad_id(self) -> int:
-    return self._processor.pad_id()
-
-  @property
-  def eos_id(self) -> int:
-    return self._processor.eos_id()
-
-  @property
-  def unk_id(self) -> int:
-    return self._processor.unk_id()
+  vocab_size = property(lambda self: self._processor.get_piece_size())
+  pad_id = property(lambda self: self._processor.pad_id())
+  eos_id = property(lambda self: self._processor.eos_id())
+  unk_id = property(lambda self: self._processor.unk_id())
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
@@ -208,9 +180,7 @@ class ByteVocabulary(_Vocabulary):
   eos_id = 1
   unk_id = 2
 
-  @property
-  def vocab_size(self) -> int:
-    return 3 + 256 + self.extra_ids
+  vocab_size = property(lambda self: 3 + 256 + self.extra_ids)
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
@@ -277,9 +247,8 @@ class TokenizerVocabulary(_Vocabulary):
         " tokenizers`, or put the model's spiece.model beside it."
       ) from error
     with self._naming("to be a tokenizer.json that the package tokenizers reads"):
-      content = storage.parse_json(self.model)
       for part in ("normalizer", "decoder"):
-        _check_steps(part, content.get(part))
+        _check_steps(part, self._content.get(part))
       made = tokenizers.Tokenizer.from_buffer(self.model)
       # What a model was once called with is saved beside its pieces; lengths are chosen here.
       made.no_truncation()
@@ -302,7 +271,7 @@ class TokenizerVocabulary(_Vocabulary):
 
   @functools.cached_property
   def _content(self) -> dict[str, Any]:
-    return json.loads(self.model)
+    return storage.parse_json(self.model)
 
   @functools.cached_property
   def _special(self) -> set[int]:
@@ -313,13 +282,9 @@ class TokenizerVocabulary(_Vocabulary):
       if token.get("special") and not SENTINEL.fullmatch(token["content"])
     }
 
-  @property
+  @functools.cached_property
   def vocab_size(self) -> int:
     """Ids, added tokens included."""
-    return self._size
-
-  @functools.cached_property
-  def _size(self) -> int:
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   @property
@@ -376,21 +341,10 @@ class Renumbered(_Vocabulary):
   base: Any
   base_pad_id: int
 
-  @property
-  def vocab_size(self) -> int:
-    return self.base.vocab_size
-
-  @property
-  def extra_ids(self) -> int:
-    return self.base.extra_ids
-
-  @property
-  def eos_id(self) -> Any:
-    return self._swap(self.base.eos_id)
-
-  @property
-  def unk_id(self) -> Any:
-    return self._swap(self.base.unk_id)
+  vocab_size = property(lambda self: self.base.vocab_size)
+  extra_ids = property(lambda self: self.base.extra_ids)
+  eos_id = property(lambda self: self._swap(self.base.eos_id))
+  unk_id = property(lambda self: self._swap(self.base.unk_id))
 
   def _swap(self, token_id: Any) -> Any:
     return {0: self.base_pad_id, self.base_pad_id: 0}.get(token_id, token_id)
@@ -414,12 +368,7 @@ AnyVocabulary = SentencePieceVocabulary | ByteVocabulary | TokenizerVocabulary |
 def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
   """The vocabulary of ours with the same ids as one of seqio's, which adds `digest`, `piece`.
 
-  Args:
-    vocabulary: `seqio.SentencePieceVocabulary` or `seqio.ByteVocabulary`.
-
-  Raises:
-    ValueError: another kind, or SentencePiece options that change ids (normalizer overrides,
-      extra ids that count upward).
+  ValueError for another kind than SentencePiece and bytes, or options that change ids.
   """
   kind = type(vocabulary).__name__
   if kind == "ByteVocabulary":
@@ -443,13 +392,7 @@ def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
 
 
 def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
-  """Refuses a vocabulary with more ids than the model has embedding rows.
-
-  Fewer are fine: T5 pads 32100 ids to 32128 rows, and decoding never emits the rest.
-
-  Raises:
-    ValueError: `vocabulary.vocab_size` exceeds `num_rows`.
-  """
+  """Refuses more ids than embedding rows; fewer are fine: T5 pads 32100 ids to 32128 rows."""
   if vocabulary.vocab_size > num_rows:
     raise ValueError(
       f"Expected `vocabulary` to have at most {num_rows} ids, the embedding rows of the model,"
@@ -472,11 +415,7 @@ def _with_extra_pieces(model: bytes, extra_ids: int) -> bytes:
 
 
 def check_utf8(text: str) -> bytes:
-  """A text's UTF-8.
-
-  Raises:
-    ValueError: it holds half of a surrogate pair.
-  """
+  """A text's UTF-8; ValueError where it holds half of a surrogate pair."""
   try:
     return text.encode("utf-8")
   except UnicodeEncodeError as error:

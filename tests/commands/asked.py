@@ -37,12 +37,11 @@ BESIDE = {
   "--slacks": ["--measure=verified", "--exit_layers=1"],
   "--shard_id": ["--num_shards=2"],
   "--num_shards": ["--shard_id=0"],
-  "--draft_layer": ["--exact"],
   "--references": ["--kind=risk_signed"],
 }
 ONLINE = ("--tolerance", "--error_rate", "--metric", "--online_share", "--online")
 # Options of `calm infer` that a threshold goes ill with.
-SERVES = ("--threshold", "--draft_layer", "--calibration", "--expect_digest")
+SERVES = ("--threshold", "--calibration", "--expect_digest")
 
 
 SECONDS = 10.0  # that a refusal may take

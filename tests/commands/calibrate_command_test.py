@@ -135,7 +135,8 @@ def test_promises_are_named_by_flags(tmp_path, calm, monkeypatch):
     (["--promise=every_group"], "needs `--labels`"),
     (["--promise=every_group", f"--labels={few}"], "got none for 1, first ['p0']"),
     (["--promise=cost"], "outputs with `exit_layers`"),
-    (["--promise=early_exits"], "outputs with `exit_layers`"),
+    (["--promise=early_exits"], "needs `--depths`"),
+    (["--promise=early_exits", "--depths=3"], "outputs with `exit_layers`"),
     (["--promise=quantile", "--share=2"], "`share`"),
   ):
     assert message in calm(*words, *flags, code=2)

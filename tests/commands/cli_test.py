@@ -84,7 +84,6 @@ def test_python_and_the_command_line_have_the_same_defaults():
   [
     ("--thresholds=0.5,0.9", "descending"),
     ("--exit_layers=9", "`allowed` exit layers"),
-    ("--exit_layers=two", "`--exit_layers`"),
     ("--thresholds=never,0.9", "[0, 1]"),
     ("--temperature=-1", "`temperature`"),
     ("--engine=steam", "['compacted', 'deferred', 'eager']"),
@@ -105,8 +104,9 @@ def test_bad_options_are_named(model, prompts, tmp_path, calm, option, words):
     ("calibrate runs --zzz", "unrecognized arguments: --zzz\n"),
     ("infer --prompts=", "argument --prompts: is empty; leave it out, or check the shell"),
     ("infer --prompts=- --batch_size=0", "--batch_size: expected a whole number from 1 on"),
+    ("infer --exit_layers=two", "--exit_layers: expected layers like 2,4,6, from 1 on, got"),
     ("demo --limit=0", "--limit: expected a whole number from 1 on, got '0'"),
-    ("demo --examples=-1", "--examples: expected a whole number from 0 on, got '-1'"),
+    ("report --examples=-1", "--examples: expected a whole number from 0 on, got '-1'"),
   ],
 )
 def test_bad_words_are_refused_before_any_work(words, message, capsys):
@@ -164,4 +164,4 @@ def test_dashes_are_underscores_and_colour_is_color(model, prompts, calm):
   for colour in ("--color", "--colour"):
     calm("infer", *named, *dashed, colour)
   # Values stay as they are.
-  assert "got 'a-b'" in calm("infer", *named, "--exit-layers=a-b", code=2)
+  assert "a-b" in calm("infer", *named, "--task-prefix=a-b", "--threshold=a-b", code=2)

@@ -1,6 +1,5 @@
 """`calm infer` as people use it: where its lines go, and how it goes on after a kill."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -8,13 +7,11 @@ import os
 import stat
 import sys
 import threading
-import types
 
 import numpy as np
 import pytest
 
 from calm import calibrate, inference, storage
-from calm.calibrate import Prompt
 from calm.commands import cli, infer
 from calm.decode import acceptance, compiled
 from calm.inference import predictor
@@ -89,63 +86,33 @@ def test_a_stopped_run_goes_on_where_it_was(calm_infer, expected, tmp_path, monk
     return generate(self, texts, **options)
 
   monkeypatch.setattr(predictor.Predictor, "generate", counted)
-  assert "4 prompts' outputs already" in calm_infer(f"--output={output}")
+  assert "4 prompts' outputs are there already" in calm_infer(f"--output={output}")
   assert sum(counts) == 3 and output.read_text() == expected
   left = [path.name for path in tmp_path.iterdir()]
   assert not [name for name in left if name.startswith((".", "out.jsonl."))]
 
 
-@pytest.mark.parametrize(
-  ("change", "why"),
-  [
-    ("--threshold=0.5", "another threshold"),
-    ("--max_decode_length=3", "another max_decode_length"),
-    ("--prompts=other.csv", "other prompts"),
-    ("", "says nothing of itself"),
-  ],
-)
-def test_another_command_starts_anew_and_keeps_what_there_was(
-  calm_infer, prompts, tmp_path, monkeypatch, change, why
+def test_every_command_goes_on_from_lines_of_its_own(
+  calm_infer, expected, prompts, tmp_path, monkeypatch
 ):
-  output = tmp_path / "out.jsonl"
+  output, other = tmp_path / "out.jsonl", tmp_path / "other.csv"
+  other.write_text(prompts.read_text().replace("text 1", "another text"))
   with monkeypatch.context() as patched:
     stop_after(patched, 1)
     calm_infer(f"--output={output}", code=130)
-  partial = (tmp_path / "out.jsonl.partial").read_text()
-  other = tmp_path / "other.csv"
-  other.write_text(prompts.read_text().replace("text 1", "another text"))
-  if not change:
-    (tmp_path / "out.jsonl.partial.json").write_text("[]")
-  more = [change.replace("other.csv", str(other))] if change else []
-  assert why in calm_infer(f"--output={output}", *more)
-  assert (tmp_path / "out.jsonl.partial.old").read_text() == partial
-  assert ids(output.read_text()) == [f"p{i}" for i in range(7)]
-
-
-def interrupted(path, number: int) -> str:
-  """A run that wrote a line and was stopped."""
-  fields = {"tokens": (), "exit_layers": (), "confidences": (), "score": 0.0, "passes": 0}
-  output, about = types.SimpleNamespace(text=str(number), **fields), {"threshold": number}
-  with contextlib.suppress(KeyboardInterrupt), infer.open_results(str(path), about) as lines:
-    list(lines.pending([Prompt("p", "text")]))
-    lines.write([Prompt("p", "text")], [output])
-    raise KeyboardInterrupt
-  return lines.report
-
-
-def number_of(path) -> str:
-  return json.loads(path.read_text())["prediction"]
-
-
-def test_every_change_of_options_keeps_what_there_was(tmp_path):
-  pipe = tmp_path / "out.partial.old.3"
-  os.mkfifo(pipe)
-  reports = [interrupted(tmp_path / "out", number) for number in range(5)]
-  names = ["out.partial.old", *(f"out.partial.old.{number}" for number in (2, 4, 5))]
-  for number, name in enumerate(names):
-    assert number_of(tmp_path / name) == str(number)
-    assert reports[number + 1].endswith(f"starting anew, and keeping it as {name}.")
-  assert stat.S_ISFIFO(pipe.stat().st_mode)
+  (partial,) = tmp_path.glob("out.jsonl.*.partial")
+  kept = partial.read_bytes()
+  for change in ("--threshold=0.5", "--max_decode_length=3", f"--prompts={other}"):
+    assert "are there already" not in calm_infer(f"--output={output}", change)
+    assert ids(output.read_text()) == [f"p{i}" for i in range(7)]
+    assert partial.read_bytes() == kept
+  assert "2 prompts' outputs are there already" in calm_infer(f"--output={output}")
+  assert output.read_text() == expected and not partial.exists()
+  partial.write_text('{"id": "x"}\n')
+  assert "got others; take it away" in calm_infer(f"--output={output}", code=2)
+  partial.unlink()
+  partial.symlink_to(output)
+  assert "a link or a device" in calm_infer(f"--output={output}", code=2)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -235,26 +202,6 @@ def test_the_models_own_calibration_is_served(prompts, calm, certified):
   assert made.guarantee.split(".")[0] in calm("infer", *named, "--output=-")
 
 
-def test_the_speed_beside_full_depth_is_said(prompts, tmp_path, calm, monkeypatch, certified):
-  """Measured on the prompts; that some of them are cut is said once, of all."""
-  model, save = certified
-  save(tmp_path / "calibration.json", max_input_length=6, batch_size=2)
-  monkeypatch.setattr(infer, "MEASURED_PROMPTS", 7)
-  measure = inference.timing.beside_full_depth
-
-  def measured(predictor, *given, **options):
-    found = measure(predictor, *given, **options)
-    single = dataclasses.replace(found.single, speedup=0.9, end_to_end=1.25)
-    return dataclasses.replace(found, single=single, batched=None)
-
-  monkeypatch.setattr(inference.timing, "beside_full_depth", measured)
-  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--output=-"]
-  printed = calm("infer", *named, f"--calibration={tmp_path / 'calibration.json'}")
-  assert "x0.90 one at a time (x1.25 with the encoder)" in printed
-  assert "not faster than full depth" in printed
-  assert printed.count("have more than `max_input_length`") == 1
-
-
 def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path, monkeypatch):
   output = tmp_path / "exact.jsonl"
   # Batches of a model so small have no drafts.
@@ -287,7 +234,7 @@ def test_what_is_read_is_never_replaced(model, tmp_path, calm, calm_infer):
   assert prompts.read_text() == '{"input": "a text"}\n' and "prediction" in full.read_text()
   (tmp_path / "state").symlink_to(tmp_path / "both")
   both = [f"--output={tmp_path / 'both'}", f"--online={tmp_path / 'state'}"]
-  assert "another file than `--online`, got" in calm_infer(*both, way=(), code=2)
+  assert "another file than those that are read" in calm_infer(*both, way=(), code=2)
   assert not (tmp_path / "both").exists()
 
 

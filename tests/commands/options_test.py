@@ -44,13 +44,11 @@ _much = "10" * 20
 # Command and option -> what it may well mean.
 FAIR = {
   "demo --limit": _of(_much),
-  "demo --examples": _of("0", _much),
   "demo --output": _new,
   "fit --output": _new,
   "fit --seed": _of("0"),
   "train --output_dir": _new,
   "train --gin_bindings": _of(""),
-  "generate --gin_bindings": _of(""),
   "generate --shard_id": _of("0"),
   "generate --limit": _of(_much),
   "generate --output": _new,
@@ -63,12 +61,10 @@ FAIR = {
   "infer --temperature": _of("0", _much),
   # A stream says what is wrong when it is written to.
   "infer --output": _of(f"nowhere{ESCAPE}", "/dev/null", STREAM, "{garbage}"),
-  "infer --gin_bindings": _of(""),
   "infer --shard_id": _of("0"),
   "infer --online": lambda value: value == f"nowhere{ESCAPE}",
   "merge --output": _any,
   "report --limit": _of(_much),
-  "serve --gin_bindings": _of(""),
   "serve --online": lambda value: value == f"nowhere{ESCAPE}",
   "serve --port": _of("0"),
   "serve --queue": _of(_much),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from calm.calibrate import Calibration, generations, ledger
+from tests import toys
 from tests.commands import toy
 
 
@@ -55,24 +56,39 @@ def test_infer_refuses_another_procedure_or_digest(served, calm):
   assert "needs `--calibration`" in calm(*served[:-1], "--exact", "--expect_digest=0", code=2)
 
 
-def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, calm):
-  """One of several folders: its measure and schedule come with the calibration."""
-  prompts = tmp_path / "prompts.txt"
+def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, calm, capsys):
+  """One of several folders: its measure and schedule come with the calibration.
+
+  What each command ends with is a command that works, with the model that was chosen.
+  """
+  prompts, other = tmp_path / "prompts.txt", tmp_path / "other model"
+  toy.save_model(other, toys.params(toy.SIZES, 2))
   prompts.write_text("".join(f"{text} {number}\n" for text in toy.TEXTS for number in range(6)))
-  ways = {"softmax": (), "decaying": ("--temperature=4",), "state": ("--measure=state",)}
-  for name, options in ways.items():
-    assert toy.generate(model, prompts, tmp_path / name, *options) == 0
+  ways = {
+    "softmax": (model,),
+    "decaying": (model, "--temperature=4"),
+    "state": (other, "--measure=state"),
+  }
+  for name, (own, *options) in ways.items():
+    capsys.readouterr()
+    assert toy.generate(own, prompts, tmp_path / name, *options) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(last) == ["calm", "calibrate", str(tmp_path / name)]
+  line = calm(*shlex.split(last)[1:], *toy.CERTIFIES).partition("Serve it: ")[2]
+  assert f"--model={other}" in shlex.split(line)
   saved, out = tmp_path / "chosen.json", tmp_path / "out.jsonl"
   pairs = ["--configurations", *(f"{name}={tmp_path / name}" for name in ways)]
   certify = ["calibrate", *pairs, "--error_rate=0.05", f"--output={saved}"]
-  calm(*certify, "--tolerance=0.5")
+  line = calm(*certify, "--tolerance=0.5").partition("Serve it: ")[2]
+  assert "With probability at least" in calm(*shlex.split(line)[1:])
   found = Calibration.load(saved)
   assert found.certified
   place = found.promise.place(found.column("rejected"))
   family = found.promise.configurations[place].partition(" at ")[0]
   cached = generations.load(tmp_path / family)
   assert found.procedure == cached.procedure
-  infer = ["infer", f"--model={model}", f"--prompts={prompts}", f"--calibration={saved}"]
+  named = f"--model={ways[family][0]}"
+  infer = ["infer", named, f"--prompts={prompts}", f"--calibration={saved}"]
   assert f"({family} at {found.threshold}) expected" in calm(*infer, f"--output={out}")
   column = cached.records[cached.thresholds.tolist().index(found.threshold)]
   assert [(line["prediction"], line["exit_layers"]) for line in lines_of(out)] == [
@@ -82,8 +98,12 @@ def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, calm):
   assert "`measure`: expected" in calm(*infer, f"--measure={other}", code=2)
   # Where nothing is certified it is the full model that is served.
   calm(*certify, "--tolerance=0.0001")
-  calm(*infer, f"--output={out}")
-  assert [line["prediction"] for line in lines_of(out)] == [r.prediction for r in cached.full]
+  runs = {name: generations.load(tmp_path / name) for name in ways}
+  safest = Calibration.load(saved).procedure
+  family = next(name for name, run in runs.items() if run.procedure == safest)
+  calm(*infer, f"--model={ways[family][0]}", f"--output={out}")
+  full = [record.prediction for record in runs[family].full]
+  assert [line["prediction"] for line in lines_of(out)] == full
 
 
 def test_killed_generate_goes_on(model, prompts, cached, tmp_path):
@@ -121,7 +141,7 @@ def test_demo_decodes_calibrates_and_compares(model, tmp_path, calm, capsys, mon
   short, output = shutil.copytree(model, tmp_path / "short"), tmp_path / "demo"
   own = {"max_decode_length": 4, "max_input_length": 1024, "grid": [0.9, 0.6, 0.3]}
   (short / "inference.json").write_text(json.dumps(own))
-  words = [f"--model={short}", f"--output={output}", "--limit=2", "--examples=1"]
+  words = [f"--model={short}", f"--output={output}", "--limit=2"]
   text = calm("demo", *words, "--tolerance=0.9", "--error_rate=0.2")
   steps = ("1. Decode", "2. Calibrate", "3. Decode", "speed-up", "Measured risk", "4. Outputs")
   assert [text.index(step) for step in steps] == sorted(text.index(step) for step in steps)
@@ -153,23 +173,3 @@ def test_a_threshold_is_calibrated_while_it_is_served(model, prompts, tmp_path, 
     *words, "--threshold=0.5", "--metric=chrf", code=2
   )
   assert "finds the threshold itself" in calm(*online, "--threshold=0.5", code=2)
-
-
-def test_gin_files_configure_decoding(model, prompts, tmp_path):
-  file = tmp_path / "decode.gin"
-  file.write_text(
-    "from __gin__ import dynamic_registration\n"
-    "from calm import inference\n"
-    "from calm.exits import schedules\n"
-    "inference.load:\n"
-    "  measure = 'state'\n"
-    "  schedule = @schedules.Decaying()\n"
-    "schedules.Decaying:\n"
-    "  temperature = 4.0\n"
-    "  max_length = 6\n"
-  )
-  binding = "--gin_bindings=schedules.Decaying.temperature = 2.0"
-  assert toy.generate(model, prompts, tmp_path / "out", f"--gin_file={file}", binding) == 0
-  procedure = generations.load(tmp_path / "out").procedure
-  assert procedure is not None and procedure.measure == "state"
-  assert procedure.schedule == {"name": "decaying", "temperature": 2.0, "max_length": 6}

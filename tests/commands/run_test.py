@@ -13,8 +13,6 @@ import gin
 import pytest
 
 from calm.commands import run as run_lib
-from tests import toys
-from tests.commands import toy
 
 
 @pytest.fixture(autouse=True)
@@ -202,23 +200,6 @@ def test_the_script_that_was_called_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["a test"])
   line = run_lib.infer_command("--model=my model", text="it's")
   assert shlex.split(line) == ["calm", "infer", "--model=my model", "it's"]
-
-
-def test_what_generate_and_calibrate_end_with_works(model, tmp_path, calm, capsys):
-  """Each folder of another model, so that the chosen one's is named, wherever it stands."""
-  other = toy.save_model(tmp_path / "other model", toys.params(toy.SIZES, 2))
-  prompts = tmp_path / "prompts.txt"
-  prompts.write_text("".join(f"{text} {number}\n" for text in toy.TEXTS for number in range(6)))
-  assert toy.generate(model, prompts, tmp_path / "softmax") == 0
-  last = capsys.readouterr().out.splitlines()[-1]
-  assert shlex.split(last) == ["calm", "calibrate", str(tmp_path / "softmax")]
-  assert toy.generate(other, prompts, tmp_path / "state", "--measure=state") == 0
-  pairs = [f"{name}={tmp_path / name}" for name in ("state", "softmax")]
-  chosen = ["--configurations", *pairs, f"--output={tmp_path / 'chosen.json'}"]
-  for words in (shlex.split(last)[2:], chosen):
-    printed = calm("calibrate", *words, *toy.CERTIFIES)
-    line = printed.partition("Serve it: ")[2]
-    assert "With probability at least" in calm(*shlex.split(line)[1:])
 
 
 HOLD = """

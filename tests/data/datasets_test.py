@@ -55,9 +55,9 @@ def test_missing_ids_are_line_numbers_and_prompts_need_no_target(tmp_path):
     (b'{"input": "x", }', r"rows.jsonl:2: expected .*, got invalid JSON .*column 1[56]"),
     (b'{"input": "x"}', r"rows.jsonl:2: expected a field `target`, .*, got none"),
     (b'{"input": "x", "target": []}', r"rows.jsonl:2: expected a field `target`, .*, got none"),
-    (b'{"input": "x", "target": ["y", null]}', r"rows.jsonl:2: expected `target`"),
+    (b'{"input": "x", "target": ["y", null]}', r"rows.jsonl:2: expected `targets`"),
     (b'{"input": "x", "target": "y", "id": [7]}', r"rows.jsonl:2: expected `id`"),
-    (b'{"input": "x", "target": "y", "source": []}', r"rows.jsonl:2: expected `source`"),
+    (b'{"input": "x", "target": "y", "source": []}', r"rows.jsonl:2: expected `group`"),
   ],
 )
 def test_bad_lines_are_named(tmp_path, bad, message):

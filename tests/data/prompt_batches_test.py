@@ -77,8 +77,6 @@ def test_a_long_text_of_few_tokens_is_read_whole(monkeypatch):
 )
 def test_bucketed_length(length, maximum, expected):
   assert prompt_batches.bucket_length(length, maximum) == expected
-  rows = [prompt_batches.bucket_size(*pair) for pair in ((1, 8), (3, 8), (5, 6), (0, 8))]
-  assert rows == [1, 4, 6, 1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -102,24 +102,24 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
 @pytest.mark.parametrize(
   ("content", "format", "texts"),
   [
-    (gzip.compress(lines(ROWS), mtime=0), "jsonl", ["one, two", "three\u2028four"]),
+    (PACKED, "jsonl", ["one, two", "three\u2028four"]),
     (b"{not json}\n", "text", ["{not json}"]),
     (b"[Note] a text\n", "text", ["[Note] a text"]),
     (lines([{"input": "x" * 2**17}]), "jsonl", ["x" * 2**17]),
   ],
 )
-def test_standard_input_is_told_by_how_it_begins(monkeypatch, content, format, texts):
+def test_standard_input_is_told_by_how_it_begins_or_by_name(
+  monkeypatch, content, format, texts
+):
   on_stdin(monkeypatch, content)
   opened = prompt_files.open_prompts("-")
   assert opened.format == format and opened.taken.startswith("standard input: ")
   # Twice: it is checked whole before the work, and read again for it.
   assert [prompt.input for prompt in opened] == texts == [prompt.input for prompt in opened]
-
-
-def test_what_standard_input_is_can_be_said(monkeypatch):
-  on_stdin(monkeypatch, lines(ROWS))
-  as_text = prompt_files.open_prompts("-", format="text")
-  assert [prompt.id for prompt in as_text] == ["stdin/1", "stdin/2"]
+  on_stdin(monkeypatch, content)
+  if content is not PACKED:
+    named = prompt_files.open_prompts("-", format="text")
+    assert [prompt.id for prompt in named] == ["stdin/1"]
   with pytest.raises(ValueError, match=r"one of jsonl, json.*got 'xml'"):
     prompt_files.open_prompts("-", format="xml")
 
@@ -169,26 +169,19 @@ def test_a_file_that_changes_after_its_first_pass_is_refused(tmp_path, change):
       next(passing)
 
 
-def test_keys_are_the_same_in_every_row(tmp_path):
+def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path):
+  opened = lambda row, **keys: prompt_files.open_prompts(
+    write(tmp_path, "one.jsonl", lines([row])), **keys
+  )
   for key in prompt_files.INPUT_KEYS:
-    path = write(tmp_path, "one.jsonl", lines([{key: "a", "other": "b"}]))
-    assert [prompt.input for prompt in prompt_files.open_prompts(path)] == ["a"]
-  both = write(tmp_path, "both.jsonl", lines([{"text": "a", "input": "b"}]))
-  assert prompt_files.open_prompts(both).input_key == "input"
-  named = prompt_files.open_prompts(both, input_key="text")
-  assert [prompt.input for prompt in named] == ["a"]
-
-
-def test_references_are_found_under_common_keys_or_a_named_one(tmp_path):
-  row = {"question": "a", "label": "c"}
+    assert [prompt.input for prompt in opened({key: "a", "other": "b"})] == ["a"]
+  both = {"text": "a", "input": "b"}
+  assert opened(both).input_key == "input"
+  assert [prompt.input for prompt in opened(both, input_key="text")] == ["a"]
   for key in prompt_files.TARGET_KEYS:
-    path = write(tmp_path, "one.jsonl", lines([{**row, key: "b"}]))
-    assert [prompt.targets for prompt in prompt_files.open_prompts(path)] == [("b",)]
-    (named,) = prompt_files.open_prompts(path, target_key="label")
-    assert named.targets == ("c",)
-
-
-def test_prompts_without_any_text_are_counted(tmp_path):
+    row = {"question": "a", "label": "c", key: "b"}
+    assert [prompt.targets for prompt in opened(row)] == [("b",)]
+    assert [prompt.targets for prompt in opened(row, target_key="label")] == [("c",)]
   path = write(tmp_path, "one.jsonl", lines([{"input": text} for text in ("a", "", " ")]))
   taken = prompt_files.open_prompts(path).taken
   assert taken.endswith(": 3 prompts (2 without any text), JSON Lines, key 'input'")
@@ -231,10 +224,9 @@ def test_prompts_without_any_text_are_counted(tmp_path):
     ("a.csv", b"input\na\nb\0c\n", r"the byte 0x00 in line 3 of"),
     ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
     ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"a whole JSON array, got .*Extra data"),
-    ("a.json", b'[{"input": "a"},', r"a whole JSON array, got .*cut off"),
     ("a.json", b'["a", 3]', r"element 2: expected a JSON object or a text, got int"),
-    ("a.jsonl", PACKED[:-12], "expected whole gzip data, got .* damaged"),
-    ("a.jsonl", PACKED[:10] + b"\xff" * 50, "expected whole gzip data, got .* damaged"),
+    ("a.jsonl", PACKED[:-12], "to be a whole file that can be read, got"),
+    ("a.jsonl", PACKED[:10] + b"\xff" * 50, "to be a whole file that can be read, got"),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
     ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: .*NaN"),
     ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: .*1e400"),
@@ -242,17 +234,15 @@ def test_prompts_without_any_text_are_counted(tmp_path):
     ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
     ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
     ("a.json.gz", gzip.compress(b"[" + b"{}," * 2**13, mtime=0), r"unpack to at most"),
-    ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
     ("a.txt.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
-    ("a.jsonl.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.json.gz", gzip.compress(b"[" + b'"",' * 2**13 + b"1]", mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b'input\n"' + b"\n" * 2**15, mtime=0), r"unpack to at most"),
-    ("a.csv", b'input\n"' + b"a\n" * 2**18, r"rows of at most 262144 bytes, got a longer"),
+    ("a.csv", b'input\n"' + b"a\n" * 2**18, r"a\.csv:\d+: .*field larger than field limit"),
     ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
     (
       "a.json",
       b'["' + b"a" * 600_000,
-      r"a JSON array of at most 262144 bytes, got more; .* < .*a.json > a.jsonl",
+      r"a JSON array of at most 262144 bytes, got more; .* JSON Lines",
     ),
   ],
 )
