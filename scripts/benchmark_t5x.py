@@ -39,7 +39,6 @@ from calm.exits import confidence
 from calm.t5 import network
 from calm.t5x import models
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 PER_DEVICE = (1, 2)  # rows
 # Every token leaves after its first layer there: as fast as exits can be.
 AT_ONCE = 0.0
@@ -50,20 +49,13 @@ ENCODER = "encoder alone"
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """A task of the model in the box.
+  """A task of the model in the box."""
 
-  Attributes:
-    path: its prompts, under the folder of the data sets; None: those in the box.
-    prefix: before every prompt.
-    input_length: tokens that are read.
-    length: most tokens that are written.
-    threshold: of the softmax measure after `LAYERS`; about what is certified for delta = 0.1.
-  """
-
-  path: str | None
-  prefix: str
-  input_length: int
-  length: int
+  path: str | None  # prompts, under the folder of the data sets; None: those in the box
+  prefix: str  # before every prompt
+  input_length: int  # tokens that are read
+  length: int  # most tokens that are written
+  # Of the softmax measure after `LAYERS`; about what is certified for delta = 0.1.
   threshold: float
 
 
@@ -73,60 +65,50 @@ TEXTS = {
     "debian_enfr/validation.jsonl.gz", "translate English to French: ", 96, 96, 0.28
   ),
 }
-SHAPES = {
-  "tiny": dict(emb_dim=128, num_heads=4, head_dim=32, mlp_dim=256, num_layers=4),
-  "small": dict(emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024, num_layers=8),
-}
 T5X = "cc342d4"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "seqio")
 INPUTS = "encoder_input_tokens"
-VOCABULARY = 32128
+# T5 1.1 small, prompts of 128 tokens, 64 steps.
+SIZES: dict[str, Any] = {
+  **{"vocab_size": 32128, "emb_dim": 512, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024},
+  **{"num_encoder_layers": 8, "num_decoder_layers": 8, "mlp_activations": ("gelu", "linear")},
+}
+INPUT_LENGTH, STEPS = 128, 64
 NO_EOS = 2**30  # an id that is never emitted: every step runs
+THEIRS = "T5X's network, T5X's loop"
 
 
-def module_of(shape: str) -> Any:
-  sizes = dict(SHAPES[shape])
-  layers = sizes.pop("num_layers")
-  config = t5x_network.T5Config(
-    vocab_size=VOCABULARY,
-    num_encoder_layers=layers,
-    num_decoder_layers=layers,
-    mlp_activations=("gelu", "linear"),
-    dropout_rate=0.0,
-    **sizes,
-  )
-  return t5x_network.Transformer(config)
+def parts_of(**sizes: Any) -> tuple[Any, ...]:
+  """What a model of T5X's is made of: T5X's network, vocabularies, an optimizer."""
+  words = seqio.PassThroughVocabulary(sizes["vocab_size"], 1)
+  module = t5x_network.Transformer(t5x_network.T5Config(dtype=jnp.float32, **sizes))
+  return module, words, words, adafactor.Adafactor(learning_rate=1e-3)
 
 
-def systems(shape: str) -> dict[str, Any]:
-  """Name -> model."""
-  words = seqio.PassThroughVocabulary(VOCABULARY, 1)
-  sample = functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
-  arguments = (module_of(shape), words, words, adafactor.Adafactor(learning_rate=1e-3))
-  return {
-    "T5X's network, T5X's loop": t5x_models.EncoderDecoderModel(*arguments, sample),
-    "our model, T5X's loop": models.EncoderDecoderModel(*arguments, sample),
-    "our model, greedy_decode": models.EncoderDecoderModel(*arguments, models.greedy_decode),
+def greedily() -> Any:
+  """T5X's loop."""
+  return functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
+
+
+def without_exits(params: Any) -> Any:
+  decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("exit_")}
+  return {**params, "decoder": decoder}
+
+
+def runners(batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+  """Name -> one timed call."""
+  parts = parts_of(**SIZES, dropout_rate=0.0)
+  kinds: dict[str, Any] = {
+    THEIRS: t5x_models.EncoderDecoderModel(*parts, greedily()),
+    "our model, T5X's loop": models.EncoderDecoderModel(*parts, greedily()),
+    "our model, greedy_decode": models.EncoderDecoderModel(*parts, models.greedy_decode),
   }
-
-
-def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-  """Name -> one timed call,"""
-  kinds = systems(shape)
   shapes = {name: array.shape for name, array in batch.items()}
   params = kinds["our model, T5X's loop"].get_initial_variables(jax.random.key(0), shapes)
-  params = jax.tree.map(jnp.asarray, dict(params["params"]))
-  made = {}
-  for name, model in kinds.items():
-    tree = params
-    if name.startswith("T5X"):
-      decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("exit_")}
-      tree = {**params, "decoder": decoder}
-    predict = lambda p, b, model=model: model.predict_batch_with_aux(
-      p, b, decoder_params={"eos_id": NO_EOS}
-    )
-    made[name] = functools.partial(jax.jit(predict), tree, batch)
-  return made
+  params = without_exits(jax.tree.map(jnp.asarray, dict(params["params"])))
+  options = {"eos_id": NO_EOS}
+  step = lambda model: jax.jit(functools.partial(predict, model, options=options))
+  return {name: functools.partial(step(model), params, batch) for name, model in kinds.items()}
 
 
 def packed_batch(rows: int, kind: str, data: pathlib.Path) -> dict[str, np.ndarray]:
@@ -147,20 +129,16 @@ def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
   """Name -> (model, threshold), for one kind of texts."""
   config = checkpoints.load(inference.PACKED).config
   fields = t5x_network.T5Config.__dataclass_fields__
-  given = {name: getattr(config, name) for name in fields if name != "dtype"}
-  module = t5x_network.Transformer(t5x_network.T5Config(dtype=jnp.float32, **given))
-  words = seqio.PassThroughVocabulary(config.vocab_size, 1)
-  arguments = (module, words, words, adafactor.Adafactor(learning_rate=1e-3))
-  sample = functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
+  parts = parts_of(**{name: getattr(config, name) for name in fields if name != "dtype"})
   ours = lambda measure, *layers: models.EncoderDecoderModel(
-    *arguments,
+    *parts,
     models.greedy_decode,
     rule=exits.DynamicExits(measure, allowed=layers or None),
     whole_decoder=True,
   )
   softmax = ours(confidence.Softmax(), *LAYERS)
   return {
-    "T5X's network, T5X's loop": (t5x_models.EncoderDecoderModel(*arguments, sample), None),
+    THEIRS: (t5x_models.EncoderDecoderModel(*parts, greedily()), None),
     "ours, full depth": (softmax, None),
     SOFTMAX: (softmax, TEXTS[kind].threshold),
     "ours, classifier, at once": (ours(confidence.Classifier()), AT_ONCE),
@@ -186,12 +164,11 @@ def partitioned(
   axes = utils.TrainStateInitializer(None, init, shapes, partitioner).train_state_axes.params
   params = checkpoints.load(inference.PACKED).params
   if "exit_classifier" not in axes["decoder"]:  # nor the probes
-    decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("exit_")}
-    params = {**params, "decoder": decoder}
+    params = without_exits(params)
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
   options = {} if threshold is None else {"threshold": jnp.float32(threshold)}
   step = partitioner.partition(
-    lambda params, batch: function(model, params, batch, options),
+    functools.partial(function, model, options=options),
     in_axis_resources=(axes, partitioner.data_partition_spec),
     out_axis_resources=None,
   )
@@ -238,17 +215,13 @@ def told(name: str, medians: dict[str, float], layers: np.ndarray) -> str:
 def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
   """A process for each mesh (the number of devices is fixed when JAX starts), and the file."""
   rows: list[dict[str, Any]] = []
-  for kind, mesh in itertools.product(flags.texts, flags.devices):
+  for kind, mesh in itertools.product(TEXTS, flags.devices):
     count = int(np.prod([int(n) for n in mesh.split("x")]))
     devices = f"--xla_force_host_platform_device_count={count}"
     command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
-    done = subprocess.run(
-      [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
-      env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
-      stdout=subprocess.PIPE,
-      text=True,
-      check=True,
-    )
+    command += ["--data", str(flags.data), "--repeats", str(flags.repeats)]
+    env = os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     made = json.loads(done.stdout.splitlines()[-1])
     for row in made:
       print(*row.values(), sep=" | ", flush=True)
@@ -266,44 +239,36 @@ def measure_loops(flags: argparse.Namespace) -> dict[str, Any]:
   """The table of random weights on one device: systems by rows, batch sizes by columns."""
   rows: dict[str, list[str]] = {}
   for size in flags.batch_sizes:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(3, VOCABULARY - 200, (size, flags.input_length))
-    decoder = jnp.zeros((size, flags.steps), jnp.int32)
+    tokens = np.random.default_rng(0).integers(3, 31928, (size, INPUT_LENGTH))
+    decoder = jnp.zeros((size, STEPS), jnp.int32)
     batch = {INPUTS: jnp.asarray(tokens), "decoder_input_tokens": decoder}
-    runs = harness.in_turn(runners(flags.shape, batch), flags.repeats)
-    medians = {name: timed.median for name, timed in runs.items()}
-    base = medians["T5X's network, T5X's loop"]
-    for name, median in medians.items():
-      cell = f"{1000 * median / flags.steps:.2f} (x{base / median:.2f})"
+    runs = harness.in_turn(runners(batch), flags.repeats)
+    for name, timed in runs.items():
+      cell = f"{1000 * timed.median / STEPS:.2f} (x{runs[THEIRS].median / timed.median:.2f})"
       rows.setdefault(name, [name]).append(cell)
-      print(f"{flags.shape} B={size} {name}: {cell}", flush=True)
-  sizes = [f"{flags.shape}, B={size}, ms a step" for size in flags.batch_sizes]
+      print(f"B={size} {name}: {cell}", flush=True)
+  sizes = [f"small, B={size}, ms a step" for size in flags.batch_sizes]
   return {"columns": ["", *sizes], "rows": list(rows.values())}
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  shape = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
   add = parser.add_argument
-  add("--shape", default="small", choices=sorted(SHAPES))
   add("--batch_sizes", type=int, nargs="+", default=[1, 8])
-  add("--input_length", type=int, default=128)
-  add("--steps", type=int, default=64)
   add("--repeats", type=int, default=5)
   add("--devices", nargs="+", help="meshes, data x model: 4x1 8x1 2x2")
-  add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
   add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
   add("--output", type=pathlib.Path, help="default: in scripts/results")
   add("--mesh", help=argparse.SUPPRESS)
+  add("--texts", help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.mesh:
-    made = measure_mesh(flags.mesh, flags.texts[0], flags)
-    print(json.dumps(made))
+    print(json.dumps(measure_mesh(flags.mesh, flags.texts, flags)))
   elif flags.devices:
-    measure_meshes(flags, flags.output or RESULTS / "t5x_mesh.json")
+    measure_meshes(flags, flags.output or tables.RESULTS / "t5x_mesh.json")
   else:
-    write(flags.output or RESULTS / "t5x_full_depth.json", measure_loops(flags))
+    write(flags.output or tables.RESULTS / "t5x_full_depth.json", measure_loops(flags))
 
 
 if __name__ == "__main__":

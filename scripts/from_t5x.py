@@ -22,7 +22,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 from calm import calibrate, checkpoints, inference, storage
 from calm.data import vocabulary
@@ -31,9 +31,8 @@ from calm.t5x import stored as stored_lib
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  shape = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
   parser.add_argument("--checkpoint", required=True, help="T5X's folder checkpoint_<step>")
   parser.add_argument("--like", default="packed", help="packed, or a checkpoint's folder")
   parser.add_argument("--vocabulary", help="spiece.model or bytes, in place of --like")
@@ -56,49 +55,31 @@ def main() -> None:
     below = range(1, stored.config.num_decoder_layers)
     layers = list(map(int, arguments.layers.split(","))) if arguments.layers else below
     stored = fitted(stored, arguments.fit, layers, arguments.rank, options.shortlist)
-  if stored.config.exit_propagation and options.propagation != "learned":
-    layers = stored.config.exit_propagation
+  layers = stored.config.exit_propagation
+  if layers and options.propagation != "learned":
     learned = {"propagation": "learned", "exit_layers": layers}
     options = inference.options.change(stored.config, options, **learned)
+  words, trained = stored.vocabulary, stored.exits_trained
   checkpoints.save(
-    arguments.output,
-    stored.params,
-    stored.config,
-    vocabulary=stored.vocabulary,
-    exits_trained=stored.exits_trained,
+    arguments.output, stored.params, stored.config, vocabulary=words, exits_trained=trained
   )
   text = json.dumps(inference.options.to_stored(options), indent=1) + "\n"
   storage.write_atomically(pathlib.Path(arguments.output) / "inference.json", text)
   print(arguments.output)
 
 
-def fitted(
-  stored: checkpoints.Checkpoint,
-  sweep: str,
-  layers: Sequence[int],
-  rank: int,
-  listed: Sequence[int] | None,
-) -> checkpoints.Checkpoint:
-  """The model with exits beside its weights, in place of those that it had.
+def fitted(stored, sweep: str, layers, rank: int, listed) -> checkpoints.Checkpoint:
+  """The model that was swept, with exits after `layers` in place of those that it had.
 
-  Args:
-    stored: the model that was swept, with its vocabulary.
-    sweep: folder of generations.
-    layers: 1-based exit layers.
-    rank: of learned propagation.
-    listed: the shortlist that probes are to read; None: no probes.
-
-  Raises:
-    ValueError: the folder is of another model, or says not of which; no vocabulary.
+  `listed` is the shortlist that probes are to read; None: no probes.
   """
   from calm.fitting import exit_maps  # needs the `report` extra
 
   found = calibrate.load(sweep)
   if stored.vocabulary is None or found.procedure is None:
     raise ValueError(
-      "Expected a vocabulary and a folder that says how it was decoded, got"
-      f" {stored.vocabulary} and {found.procedure}; give --like a model that has one, and --fit"
-      " the folder of a sweep."
+      f"Expected a vocabulary and a sweep, got {stored.vocabulary} and {found.procedure}; give"
+      " --like a model that has one, and --fit a folder that says how it was decoded."
     )
   base, _ = parameters.split(stored.params)
   plain = {"measure": "softmax", "exit_layers": None, "propagation": "exit_state"}
@@ -113,15 +94,11 @@ def fitted(
       f"Expected texts of this very model in {sweep!r}, got other {', '.join(different)}; sweep"
       " this checkpoint, and give as --like what has its sizes and vocabulary."
     )
-  made, _ = exit_maps.fit(
-    predictor,
-    [prompt.input for prompt in found.prompts],
-    [record.tokens or () for record in found.full],
-    layers,
-    rank=rank,
-    listed=listed,
-    progress=lambda share, text: print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr),
-  )
+  inputs = [prompt.input for prompt in found.prompts]
+  outputs = [record.tokens or () for record in found.full]
+  show = lambda share, text: print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr)
+  given: dict[str, Any] = {"rank": rank, "listed": listed, "progress": show}
+  made, _ = exit_maps.fit(predictor, inputs, outputs, layers, **given)
   print(file=sys.stderr)
   config = dataclasses.replace(stored.config, **parameters.exit_fields(made))
   params = parameters.unflatten(parameters.flatten(base) | made)

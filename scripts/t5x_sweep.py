@@ -14,9 +14,9 @@ On several hosts start it once a host; with --coordinator_address, --process_cou
 --process_index where JAX does not find its peers by itself. The first process writes.
 """
 
-import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,10 +30,9 @@ from flax import core as flax_core
 from jax.experimental import multihost_utils
 from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingImports]
 
-from calm import inference
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
 from calm.exits import schedules
-from calm.t5x import loops, models, stored
+from calm.t5x import models, stored
 from calm.training import configs
 
 
@@ -47,17 +46,10 @@ def sweep(
   task_prefix: str = "",
   limit: int | None = None,
 ) -> None:
-  """Decodes the whole grid.
+  """Decodes the whole grid with a model that decodes greedily by an `exits.DynamicExits` rule.
 
-  Args:
-    model: decodes greedily (`models.greedy_decode`) by an `exits.DynamicExits` rule.
-    dataset_cfg: T5X's, of a task or a mixture.
-    partitioner: T5X's.
-    restore_checkpoint_cfg: T5X's.
-    output_dir: folder to write.
-    thresholds: descending; None is the measure's own grid.
-    task_prefix: what the task puts before every input; recorded, and taken off the inputs.
-    limit: decode the first so many examples only.
+  `thresholds` descend, None is the measure's own grid; `task_prefix` is what the task puts
+  before every input, and is recorded and taken off the inputs; `limit` is of examples.
   """
   words = stored.our_vocabulary(model.output_vocabulary)
   params, step = load(model, dataset_cfg, partitioner, restore_checkpoint_cfg)
@@ -67,21 +59,16 @@ def sweep(
   levels = list(default_grid(procedure.measure) if thresholds is None else thresholds)
   writer = None
   if jax.process_index() == 0:
-    provenance = Provenance(
-      grid=tuple(levels),
-      num_examples=len(prompts),
-      notes={"checkpoint": str(restore_checkpoint_cfg.path)},
-    )
-    writer = open_writer(
-      output_dir, prompts=prompts, thresholds=levels, procedure=procedure, provenance=provenance
-    )
+    notes = {"checkpoint": str(restore_checkpoint_cfg.path)}
+    known = Provenance(grid=tuple(levels), num_examples=len(prompts), notes=notes)
+    about: dict[str, Any] = {"procedure": procedure, "provenance": known}
+    writer = open_writer(output_dir, prompts=prompts, thresholds=levels, **about)
   size, depths = dataset_cfg.batch_size, (schedules.NEVER_EXIT, *levels)
   starts = range(0, len(examples), size)
   missing = missing_ids(writer, depths, [p.id for p in prompts], size)
   for i, start in enumerate(starts):
-    rows = examples[start : start + size]
     ids = [prompt.id for prompt in prompts[start : start + size]]
-    batch = batch_of([features for _, features, _ in rows], size)
+    batch = batch_of([row for _, row, _ in examples[start : start + size]], size)
     for j, threshold in enumerate(depths):
       if not missing[i, j]:
         continue
@@ -112,36 +99,23 @@ def missing_ids(writer: Any, depths: Sequence[float], ids: Sequence[str], size: 
 def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, Any]:
   """Parameters, and the one partitioned step of (parameters, batch, threshold)."""
   size, lengths = dataset_cfg.batch_size, dataset_cfg.task_feature_lengths
-  shapes = {"encoder_input_tokens": (size, lengths["inputs"])}
-  for name in ("decoder_input_tokens", "decoder_target_tokens"):
-    shapes[name] = (size, lengths["targets"])
-  initializer = utils.TrainStateInitializer(
-    optimizer_def=None,
-    init_fn=model.get_initial_variables,
-    input_shapes=shapes,
-    partitioner=partitioner,
-  )
+  names = {"encoder_input": "inputs", "decoder_input": "targets", "decoder_target": "targets"}
+  shapes = {f"{name}_tokens": (size, lengths[kind]) for name, kind in names.items()}
+  init = model.get_initial_variables
+  initializer = utils.TrainStateInitializer(None, init, shapes, partitioner)
   restore_checkpoint_cfg.strict = False  # no optimizer is restored
-  state, _ = utils.create_checkpoint_manager_and_restore(
-    initializer, partitioner, restore_checkpoint_cfg, restore_checkpoint_cfg.path, None,
-    use_orbax=True,
-  )  # fmt: skip
+  given = (initializer, partitioner, restore_checkpoint_cfg, restore_checkpoint_cfg.path, None)
+  state, _ = utils.create_checkpoint_manager_and_restore(*given, use_orbax=True)
   if state is None:
     raise FileNotFoundError(
-      f"Expected a T5X checkpoint, got {restore_checkpoint_cfg.path!r}, which holds none;"
-      " give a folder checkpoint_STEP."
+      f"Expected a T5X checkpoint, a folder checkpoint_STEP, got {given[3]!r}."
     )
 
   def predict(params, batch, threshold):
     return model.predict_batch_with_aux(params, batch, decoder_params={"threshold": threshold})
 
-  step = partitioner.partition(
-    predict,
-    in_axis_resources=(
-      initializer.train_state_axes.params, partitioner.data_partition_spec, None,
-    ),
-    out_axis_resources=None,
-  )  # fmt: skip
+  axes = (initializer.train_state_axes.params, partitioner.data_partition_spec, None)
+  step = partitioner.partition(predict, in_axis_resources=axes, out_axis_resources=None)
   if jax.process_count() == 1:
     return state.params, lambda *given: jax.device_get(step(*given))
   return state.params, functools.partial(_on_all_hosts, step, partitioner, size)
@@ -163,16 +137,10 @@ def read(dataset_cfg, model) -> Iterator[tuple[dict[str, Any], dict[str, np.ndar
   mixture = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
   tasks = seqio.get_subtasks(mixture)
   for task in tasks:
-    examples = task.get_dataset(
-      sequence_length=dataset_cfg.task_feature_lengths,
-      split=dataset_cfg.split,
-      shuffle=False,
-      num_epochs=1,
-      use_cached=dataset_cfg.use_cached,
-      seed=dataset_cfg.seed,
-    )
-    converter = model.FEATURE_CONVERTER_CLS(pack=False)
-    features = converter(examples, dataset_cfg.task_feature_lengths)
+    lengths, known = dataset_cfg.task_feature_lengths, ("split", "use_cached", "seed")
+    given = {name: getattr(dataset_cfg, name) for name in known}
+    examples = task.get_dataset(lengths, shuffle=False, num_epochs=1, **given)
+    features = model.FEATURE_CONVERTER_CLS(pack=False)(examples, lengths)
     pairs = zip(examples.as_numpy_iterator(), features.as_numpy_iterator(), strict=True)
     for line, (example, feature) in enumerate(pairs):
       name = text_of(example["id"]) if "id" in example else str(line)
@@ -213,19 +181,23 @@ def procedure_of(
   model, params, dataset_cfg, partitioner, words: Any, task_prefix: str
 ) -> Procedure:
   """What the outputs are valid for: the very record that `calm infer` makes of this model."""
-  stored.check_greedy(model)
-  lengths = dataset_cfg.task_feature_lengths
-  axes = model.row_axes(params, partitioner.mesh, dataset_cfg.batch_size)
-  options = dataclasses.replace(
-    stored.decode_options(model, task_prefix),
-    max_input_length=lengths["inputs"],
-    max_decode_length=lengths["targets"],
-    batch_size=loops.rows_of_a_device(partitioner.mesh, axes, dataset_cfg.batch_size),
+  lengths, size, mesh = (
+    dataset_cfg.task_feature_lengths,
+    dataset_cfg.batch_size,
+    partitioner.mesh,
   )
+  axes = model.row_axes(params, mesh, size)
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
-  tree = flax_core.unfreeze(model.by_layer(jax.device_get(params)))
-  return inference.Predictor(model.config, tree, words, options).procedure
+  return stored.procedure_of(
+    model,
+    flax_core.unfreeze(model.by_layer(jax.device_get(params))),
+    words,
+    task_prefix=task_prefix,
+    max_input_length=lengths["inputs"],
+    max_decode_length=lengths["targets"],
+    batch_size=size // math.prod(mesh.shape[axis] for axis in axes),
+  )
 
 
 def record_of(model, tokens, aux: dict[str, np.ndarray], row: int, name: str) -> Record:
@@ -251,11 +223,8 @@ def main(_: Sequence[str]) -> None:
     )
   configured: Any = gin.configurable(sweep)  # pyright: ignore[reportCallIssue]
   t5x_root = str(pathlib.Path(partitioning.__file__).parents[1])
-  gin_utils.parse_gin_flags(
-    [*flags.FLAGS.gin_search_paths, str(configs.root()), t5x_root],
-    flags.FLAGS.gin_file,
-    flags.FLAGS.gin_bindings,
-  )
+  folders = [*known.gin_search_paths, str(configs.root()), t5x_root]
+  gin_utils.parse_gin_flags(folders, known.gin_file, known.gin_bindings)
   configured()
 
 

@@ -8,6 +8,7 @@ Compiled for the TPU that is named, estimated by its compiler: nothing runs, non
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -54,19 +55,12 @@ PATHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """One program of the decode loop, compiled.
-
-  Attributes:
-    module: what was compiled.
-    temporaries: bytes beside arguments and results, as laid out.
-    caches: bytes of the self-attention caches, as counted from their shape.
-    half_cache: numbers in half of one layer's cache.
-  """
+  """One program of the decode loop, compiled."""
 
   module: tpu_hlo.Module
-  temporaries: int
-  caches: int
-  half_cache: int
+  temporaries: int  # bytes beside arguments and results, as laid out
+  caches: int  # bytes of the self-attention caches, as counted from their shape
+  half_cache: int  # numbers in half of one layer's cache
 
 
 def available() -> str:
@@ -88,40 +82,16 @@ def configuration(shape: str, dtype: str = "float32", **changes: Any) -> network
   return network.T5Config(**{**GATED, **sizes, **changes})
 
 
-def lowered(
-  config: network.T5Config,
-  program: program_lib.Program,
-  rows: int,
-  length: int,
-  weights_dtype: str | None = None,
-):
-  """(weights, encoded, active, threshold) as shapes, for prompts of `length` tokens."""
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-
-  def weights(tokens):
-    made = network.Transformer(config).init(
-      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-    )
-    return program_lib.model_weights(made["params"], config, weights_dtype=weights_dtype)
-
-  weights = jax.eval_shape(weights, tokens)
-  encoded = jax.eval_shape(program.encode, weights, tokens)
-  active = jax.ShapeDtypeStruct((rows,), jnp.bool_)
-  return weights, encoded, active, jax.ShapeDtypeStruct((), jnp.float32)
-
-
 def compiled(
   topology: str,
   config: network.T5Config,
   name: str,
   layer: int | None,
   sizes: Sequence[int],
-  measure: confidence.Measure | None = None,
-  allowed: tuple[int, ...] | None = None,
   weights_dtype: str | None = None,
   propagated: propagation.Propagation | None = None,
 ) -> Compiled:
-  """The decode loop compiled for one core of a topology.
+  """The decode loop compiled for one core of a topology, with the classifier as measure.
 
   Args:
     topology: 'v3:2x2', 'v5e:2x2', ...
@@ -129,36 +99,37 @@ def compiled(
     name: 'static' or an engine's.
     layer: of a static program.
     sizes: (rows, tokens of a prompt, tokens decoded).
-    measure: None is the classifier.
-    allowed: layers after which a token may leave; None: all.
     weights_dtype: what weights are stored in, as `inference.load` has it.
     propagated: what skipped layers store; None is the exit state.
   """
   rows, input_length, length = sizes
-  static = name == "static"
-  dynamic = exits.DynamicExits(
-    measure or confidence.Classifier(),
-    allowed=allowed,
-    propagation=propagated or propagation.ExitState(),
-  )
-  rule = exits.StaticExit(layer) if static else dynamic
-  engine = engines.Eager() if static else engines.by_name(name)
+  rule, engine = exits.StaticExit(layer), engines.Eager()
+  if name != "static":
+    propagated = propagated or propagation.ExitState()
+    rule = exits.DynamicExits(confidence.Classifier(), propagation=propagated)
+    engine = engines.by_name(name)
   program = program_lib.Program(config, rule, length, engine=engine)
+
+  def laid_out(params, tokens, active, threshold):
+    weights = program_lib.model_weights(params, config, weights_dtype=weights_dtype)
+    return weights, program.encode(weights, tokens), active, threshold
+
+  init = functools.partial(network.Transformer(config).init, enable_dropout=False)
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
+  tokens = shape(jnp.int32, rows, input_length)
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
   there = jax.sharding.SingleDeviceSharding(device)
   with platforms.laid_out_for("tpu"):
-    leaves, tree = jax.tree.flatten(lowered(config, program, rows, input_length, weights_dtype))
+    params = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    given = (params, tokens, shape(jnp.bool_, rows), shape(jnp.float32))
+    leaves, tree = jax.tree.flatten(jax.eval_shape(laid_out, *given))
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves]
     run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
     made = jax.jit(run).lower(leaves).compile()
   half = rows * length * config.num_heads * config.head_dim
   width = jnp.dtype(config.dtype).itemsize
   caches = 2 * half * width * rule.depth(config.num_decoder_layers)
-  memory = made.memory_analysis()
-  if memory is None:
-    raise RuntimeError(
-      "Expected the compiler to tell what memory it needs, got nothing; take another version."
-    )
+  memory: Any = made.memory_analysis()
   return Compiled(tpu_hlo.parse(made.as_text() or ""), memory.temp_size_in_bytes, caches, half)
 
 
@@ -204,35 +175,33 @@ def rows(topology: str, dtype: str, batch: int, length: int, programs: Sequence[
   return made
 
 
-def write(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Any], left: int) -> None:
-  """Writes a table whose first `left` columns are words."""
-  align = ["left"] * left + ["right"] * (len(columns) - left)
+def write(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Any]) -> None:
+  """Writes a table whose first three columns are words."""
+  align = ["left"] * 3 + ["right"] * (len(columns) - 3)
   machine = "compiled for the TPU, estimated by its compiler: nothing was run"
   packages = ("jax", "jaxlib", "libtpu")
   tables.write(path, columns, rows, align=align, machine=machine, packages=packages)
 
 
-def refuse_elsewhere() -> None:
-  """SystemExit where nothing can be compiled for a TPU."""
+def flags_of(about: str | None, output: pathlib.Path, **options: Any) -> argparse.Namespace:
+  """Options of the command line; SystemExit where nothing can be compiled for a TPU."""
+  shape = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser(description=about, formatter_class=shape)
+  parser.add_argument("--output", type=pathlib.Path, default=output)
+  for name, kind in options.items():
+    parser.add_argument(f"--{name}", **kind)
+  flags = parser.parse_args()
   if reason := available():
-    raise SystemExit(
-      f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"
-      " Linux with the compiler."
-    )
+    raise SystemExit(f"Expected a machine that compiles for a TPU: {reason}.")
+  return flags
 
 
 def main() -> None:
   """Compiles the programs of the table, and writes it."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
-  output = parser.parse_args().output
-  refuse_elsewhere()
-  made = []
+  flags, made = flags_of(__doc__, OUTPUT), []
   for case in TABLE:
     made += rows(*case)
-    write(output, COLUMNS, made, left=3)
+    write(flags.output, COLUMNS, made)
 
 
 if __name__ == "__main__":

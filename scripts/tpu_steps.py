@@ -9,7 +9,6 @@ Parameters and activations lie along the mesh by T5X's standard rules (one axis 
 and one of parameters).
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -49,32 +48,19 @@ STAGES: Mapping[str, tuple[objectives.Objective, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What is compiled.
+  """What is compiled."""
 
-  Attributes:
-    kind: 'stage one', 'stage two' (of training), or 'decode' (a batch with early exit).
-    shape: T5 1.1's, one of `tpu_report.SIZES`.
-    topology: of TPU cores, 'v3:2x2' for example.
-    model: cores along the model axis; the others lie along the data axis.
-    batch: rows of the whole mesh.
-    inputs, targets: tokens.
-    layers: of either stack, 0: the shape's.
-    dtype: of activations.
-    vocabulary: pieces.
-    whole: whether a decoder lies whole on every core between batches, as in T5X's inference
-      (`whole_decoder`); else its weights are gathered once a batch.
-  """
-
-  kind: str
-  shape: str
-  topology: str = "v3:2x2"
-  model: int = 1
-  batch: int = 128
-  inputs: int = 512
+  kind: str  # 'stage one', 'stage two' (of training), or 'decode' (a batch with early exit)
+  shape: str  # T5 1.1's, one of `tpu_report.SIZES`
+  topology: str = "v3:2x2"  # of TPU cores
+  model: int = 1  # cores along the model axis; the others lie along the data axis
+  batch: int = 128  # rows of the whole mesh
+  inputs: int = 512  # tokens
   targets: int = 512
-  layers: int = 0
-  dtype: str = "bfloat16"
-  vocabulary: int = 32128
+  layers: int = 0  # of either stack, 0: the shape's
+  vocabulary: int = 32128  # pieces
+  # Whether a decoder lies whole on every core between batches, as in T5X's inference
+  # (`whole_decoder`); else its weights are gathered once a batch.
   whole: bool = False
 
   @property
@@ -84,7 +70,7 @@ class Step:
       changes |= {"num_encoder_layers": self.layers, "num_decoder_layers": self.layers}
     if self.kind != "decode":
       changes["dropout_rate"] = 0.1
-    return tpu_report.configuration(self.shape, self.dtype, **changes)
+    return tpu_report.configuration(self.shape, "bfloat16", **changes)
 
   @functools.cached_property
   def mesh(self) -> sharding.Mesh:
@@ -92,19 +78,13 @@ class Step:
     grid = np.asarray(devices).reshape(-1, self.model)
     return sharding.Mesh(grid, ("data", "model"))
 
-  def placed(self, tree: Any, *axes: str | None) -> Any:
-    """Shapes, all with their first axes along these of the mesh."""
-    return self.along(tree, jax.tree.map(lambda _: sharding.PartitionSpec(*axes), tree))
-
   def along(self, tree: Any, specs: Any) -> Any:
-    """Shapes, each with its own partition."""
-    return jax.tree.map(
-      lambda x, spec: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding.NamedSharding(self.mesh, spec)
-      ),
-      tree,
-      specs,
-    )
+    """Shapes, each with its own partition of the mesh, or all with one."""
+    if isinstance(specs, sharding.PartitionSpec):
+      specs = jax.tree.map(lambda _: specs, tree)
+    there = lambda spec: sharding.NamedSharding(self.mesh, spec)
+    shape = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there(spec))
+    return jax.tree.map(shape, tree, specs)
 
   def params(self) -> Any:
     """The parameters' shapes, each along the axes of the mesh that T5X's rules name."""
@@ -116,6 +96,11 @@ class Step:
     names = flax_core.unfreeze(partitioning.get_axis_names(made["params_axes"]))
     to_mesh = lambda _, spec: partitioning.logical_to_mesh_axes(spec, RULES)
     return self.along(made["params"], jax.tree.map(to_mesh, made["params"], names))
+
+  def rows(self, dtype: Any, *dimensions: int) -> Any:
+    """An array of the batch, its rows along the data axis."""
+    shape = jax.ShapeDtypeStruct((self.batch, *dimensions), dtype)
+    return self.along(shape, sharding.PartitionSpec("data"))
 
   def lower(self) -> Any:
     """The step, lowered."""
@@ -129,17 +114,16 @@ class Step:
     config = updates.TrainConfig(1, optimizer=optimizer)
     state = jax.eval_shape(lambda p: updates.init_state(p, config, objective), params)
     # An optimizer keeps sums of rows and columns, and of what it trains alone.
-    state = dataclasses.replace(self.placed(state), params=params)
-    ints = lambda n: jax.ShapeDtypeStruct((self.batch, n), jnp.int32)
-    floats = jax.ShapeDtypeStruct((self.batch, self.targets), jnp.float32)
+    state = self.along(state, sharding.PartitionSpec())
+    state = dataclasses.replace(state, params=params)
     batch = {
-      "encoder_input_tokens": ints(self.inputs),
-      "decoder_input_tokens": ints(self.targets),
-      "decoder_target_tokens": ints(self.targets),
-      "decoder_loss_weights": floats,
+      "encoder_input_tokens": self.rows(jnp.int32, self.inputs),
+      "decoder_input_tokens": self.rows(jnp.int32, self.targets),
+      "decoder_target_tokens": self.rows(jnp.int32, self.targets),
+      "decoder_loss_weights": self.rows(jnp.float32, self.targets),
     }
     step: Any = updates.make_train_step(module, config, objective, params)
-    return step.lower(state, self.placed(batch, "data"))
+    return step.lower(state, batch)
 
   def _decode(self) -> Any:
     """What `calm.t5x.models` runs under `predict_batch_with_aux`, in its own loop."""
@@ -153,22 +137,18 @@ class Step:
         weights = loops.whole(weights, self.mesh.abstract_mesh, at_rest=self.whole)
       encoded = network.encode(params, config, tokens)
       encoded = caches.cross_attention_inputs(weights, config, encoded, tokens)
-      loop = loops.Loop(config, rule, length)
 
       def decode(weights, batch, rng):
         del rng
         prefix, encoded, threshold = batch
         rows = loops.make_rows(encoded, prefix, threshold)
-        cache = loop.empty_cache(weights, rows, prefix.shape[0])
-        made = loops.greedy_decode(prefix, cache, loop.bind(weights, rows, 1), 1)
-        return made
+        return loops.greedy_decode(prefix, {}, loops.Loop(config, rule, weights, rows, 1), 1)
 
       over = loops.over_rows(decode, self.mesh, axes)
       return over(weights, (prefix, encoded, threshold), None)
 
-    rows = lambda dtype, *n: jax.ShapeDtypeStruct((self.batch, *n), dtype)
-    batch = rows(jnp.int32, self.inputs), rows(jnp.int32, length), rows(jnp.float32)
-    return jax.jit(predict).lower(self.params(), *self.placed(batch, "data"))
+    batch = self.rows(jnp.int32, self.inputs), self.rows(jnp.int32, length)
+    return jax.jit(predict).lower(self.params(), *batch, self.rows(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,22 +168,12 @@ def compiled(step: Step) -> Any:
 
 
 def memory(step: Step) -> Memory:
-  """Compiles a step.
-
-  Raises:
-    RuntimeError: it does not fit the core's memory, or the compiler tells nothing.
-  """
+  """Compiles a step."""
   try:
     made = compiled(step)
   except jax.errors.JaxRuntimeError as error:
-    raise RuntimeError(
-      f"Expected {step} to fit, got from the compiler: {str(error)[:300]}; take more cores."
-    ) from error
-  found = made.memory_analysis()
-  if found is None:
-    raise RuntimeError(
-      "Expected the compiler to tell what memory it needs, got nothing; take another version."
-    )
+    raise RuntimeError(f"{step} does not fit: {str(error)[:300]}") from error
+  found: Any = made.memory_analysis()
   module = tpu_hlo.parse(made.as_text() or "")
   peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
   decodes, layers = step.kind == "decode", step.config.num_decoder_layers
@@ -266,18 +236,12 @@ COLUMNS = (
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--steps", default=list(STEPS), type=lambda text: text.split(","))
-  parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
-  flags = parser.parse_args()
-  tpu_report.refuse_elsewhere()
-  made = []
+  steps = {"default": list(STEPS), "type": lambda text: text.split(",")}
+  flags, made = tpu_report.flags_of(__doc__, OUTPUT, steps=steps), []
   for name in flags.steps:
     made.append(row(name, memory(STEPS[name])))
     print(*made[-1], sep=" | ", flush=True)
-    tpu_report.write(flags.output, COLUMNS, made, left=3)
+    tpu_report.write(flags.output, COLUMNS, made)
 
 
 if __name__ == "__main__":

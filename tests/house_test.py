@@ -71,10 +71,10 @@ BUDGETS = {
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3776, 17),
-  "t5x": (1462, 4),
+  "t5x": (1295, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (30_782, 139), "tests": (28_329, 166), "scripts": (4_492, 24)}
+WHOLE = {"calm": (30_615, 139), "tests": (28_260, 165), "scripts": (4_276, 24)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

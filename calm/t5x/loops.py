@@ -21,11 +21,10 @@ and gather every leaf of the cache along axis 0, except the scalar
 return tokens and scores only; their exits come from `Loop.replay`, one
 teacher-forced pass over the returned sequences, and are the loop's up to ties.
 
-In T5X's partitioned step a conditional is one decision of the whole mesh: every
-device would run as deep and as long as the deepest row. Under `over_rows` each
-device ends a loop of its own, with the decoder's weights whole. Rows are split
-along the model axis too: loops of different lengths with collectives inside
-would wait for each other for ever. This module does not import T5X.
+Under `over_rows` each device of a mesh ends a loop of its own, with the whole
+decoder and some of the rows, split along the model axis too: loops of different
+lengths with collectives inside would wait for each other for ever.
+This module does not import T5X.
 """
 
 import dataclasses
@@ -36,10 +35,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from flax.linen import partitioning
-from jax import core, lax, sharding
+from jax import lax, sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
@@ -49,20 +47,16 @@ from calm.exits import schedules
 from calm.exits import walk as walk_lib
 from calm.t5 import attention, caches, layers, network
 
-LoopCache = dict[str, Any]
+# What is known of a token's way beside its layers, where one is measured.
+MEASURED = ("confidences", "rejected_confidences")
 # The axes that T5X's partitioner lays batches along; 'replica' where there are
 # several slices.
 DATA_AXES = ("replica", "data")
 MODEL_AXIS = "model"
 # Logical axes that T5X's rules lay along it.
 _ALONG_MODEL = ("vocab", "heads", "joined_kv", "mlp")
-# Parts of the parameters that decode loops read.
-READ_IN_LOOPS = ("token_embedder", "decoder")
 # Larger decoders are decoded across devices: half of a TPU v3 core's memory.
 APART_BYTES = 8 * 2**30
-
-
-# ---- Rows and their forced prefixes
 
 
 @struct.dataclass
@@ -70,9 +64,8 @@ class Rows:
   """What is known of every row before it is decoded."""
 
   encoded: caches.Encoded  # the inputs' cross-attention keys and values
-  # At position i, whether the token after it is the prefix's.
-  forced: Bool[Array, "rows length"]
-  generated: Int[Array, "rows length"]  # free positions before position i
+  prefix: Int[Array, "rows length"]  # the token after a position; 0: free
+  generated: Int[Array, "rows length"]  # free positions before a position
   threshold: Float[Array, " rows"]  # lambda
 
 
@@ -87,16 +80,11 @@ def make_rows(
   `prefix` is BOS (0), then tokens to be forced (no EOS), 0 where the model is
   free.
   """
-  forced = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1))) != 0
-  free = jnp.logical_not(forced).astype(jnp.int32)
-  rows = Rows(
-    encoded=encoded,
-    forced=forced,
-    generated=jnp.cumsum(free, axis=1) - free,
-    threshold=jnp.broadcast_to(
-      jnp.asarray(threshold, jnp.float32), prefix.shape[:1]
-    ),
-  )
+  following = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1)))
+  free = (following == 0).astype(jnp.int32)
+  threshold = jnp.asarray(threshold, jnp.float32)
+  threshold = jnp.broadcast_to(threshold, prefix.shape[:1])
+  rows = Rows(encoded, following, jnp.cumsum(free, axis=1) - free, threshold)
   if num_decodes == 1:
     return rows
   return jax.tree.map(lambda x: jnp.repeat(x, num_decodes, 0), rows)
@@ -115,7 +103,7 @@ class AfterPrefix:
 
   def __call__(self, threshold, position):
     here = self.inner(threshold, _at(self.rows.generated, position))
-    forced = _at(self.rows.forced, position)
+    forced = _at(self.rows.prefix, position) != 0
     return jnp.where(forced, schedules.NEVER_EXIT, here)
 
 
@@ -124,146 +112,131 @@ def _at(array: jax.Array, position: jax.Array) -> jax.Array:
   return lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
 
 
-def _put(array: jax.Array, position: jax.Array, column: jax.Array):
-  return lax.dynamic_update_slice_in_dim(
-    array, column[:, None], position, axis=1
-  )
-
-
-# ---- Loops
-
-
-@struct.dataclass
-class Exits:
-  """How deep tokens went, [rows, length] each; prefixes and padding are 0."""
-
-  exit_layers: jax.Array  # decoder layers run, 1-based, int32
-  confidences: jax.Array  # the measure at the exit layer
-  rejected_confidences: jax.Array  # the highest one measured and refused
-
-
-@struct.dataclass
-class LoopState:
-  """The fields of T5X's `DecodingState` that "tokens to logits" reads."""
-
-  cur_index: jax.Array  # [rows]
-  sequences: jax.Array  # BOS, the prefix and what was generated, [rows, length]
-  cur_token: jax.Array  # [rows, 1]
-  cache: LoopCache
-
-
-def rule_and_threshold(
-  rule: exits.StepRule, default: float, given: Any
-) -> tuple[exits.StepRule, Any]:
-  """The rule to run, full depth if nothing exits, and the threshold."""
-  if given is not None and not isinstance(given, core.Tracer):
-    for value in np.ravel(given).tolist():
-      schedules.check_threshold(value)
-  dynamic = isinstance(rule, exits.DynamicExits)
-  if dynamic and given is None and default == schedules.NEVER_EXIT:
-    rule = exits.StaticExit()
-  return rule, default if given is None else given
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Loop:
-  """The early-exit step as T5X's loops call it; static, as `program.Program`.
+  """The early-exit step at work, as T5X's loops call it: "tokens to logits".
 
-  `weights` of its methods are the decoder's, from `program.model_weights`,
-  `rows` are from `make_rows`, and `eos_id` is the token that ends a row.
+  Logits are as wide as the embedding, as T5X's are, so that one key draws the
+  same; ids beyond the vocabulary have no probability.
   """
 
   config: network.T5Config  # the model's sizes
   rule: exits.StepRule  # how a token goes through the layers
-  length: int  # positions in the caches
+  weights: Any  # the decoder's, from `program.model_weights`
+  rows: Rows  # from `make_rows`
+  eos_id: int | jax.Array  # the token that ends a row
   # How steps run; results do not depend on it. None: the fastest of the rule.
   engine: engines.Engine | None = None
 
-  def _task(self, weights: Any, rows: Rows, forced: Rows) -> engines.Task:
-    """The rule at work; `forced` says which positions must not exit."""
-    rule = self.rule
+  def __post_init__(self):
+    self.length = self.rows.prefix.shape[1]
+    self.bound = engines.bind(self._task(self.rows), self.engine)
+
+  def _task(self, rows: Rows) -> engines.Task:
+    """The rule at work on rows, whose prefixes do not exit."""
+    rule, given = self.rule, (rows.encoded, rows.threshold, self.length)
     if isinstance(rule, exits.DynamicExits):
-      schedule = AfterPrefix(rule.schedule, forced)
+      schedule = AfterPrefix(rule.schedule, rows)
       rule = dataclasses.replace(rule, schedule=schedule)
-    return engines.Task(
-      self.config, rule, weights, rows.encoded, forced.threshold, self.length
-    )
+    return engines.Task(self.config, rule, self.weights, *given)
 
-  def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
-    return engines.bind(self._task(weights, rows, rows), self.engine)
-
-  def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
+  def empty_cache(self, batch_size: int) -> dict[str, Any]:
     """A cache that T5X's loops can tile, flatten and gather: dictionaries.
 
     `batch_size` is the rows of the batch, before a loop multiplies them.
     """
-    empty = self._bound(weights, rows).empty
-    empty = jax.tree.map(lambda x: x[:batch_size] if x.ndim else x, empty)
-    floats = jnp.zeros((batch_size, self.length), jnp.float32)
-    noted = Exits(floats.astype(jnp.int32), floats, floats)
-    return _to_loop(jnp.array(0, jnp.int32), vars(noted), empty)
+    cut = lambda x: x[:batch_size] if x.ndim else x
+    empty = jax.tree.map(cut, self.bound.empty)
+    return _to_loop(jnp.zeros((), jnp.int32), empty)
 
-  def bind(
+  def take_step(self, state: Any) -> tuple[exits.TokenExit, dict[str, Any]]:
+    """One position of T5X's `DecodingState`, and the cache after it."""
+    cache, token = state.cache, state.cur_token[:, 0]
+    structure = jax.tree.structure(self.bound.empty)
+    carried = jax.tree.unflatten(structure, jax.tree.leaves(cache["carried"]))
+    position = cache["cache_index"]
+    active = jnp.all(state.sequences != self.eos_id, axis=1)
+    made, carried = self.bound.take_step(token, position, active, carried)
+    return made, _to_loop(position + 1, carried)
+
+  def __call__(self, state: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """T5X's "tokens to logits"."""
+    made, cache = self.take_step(state)
+    beyond = ((0, 0), (0, self.config.vocab_size - made.logits.shape[1]))
+    bias = layers.MASK_BIAS
+    return jnp.pad(made.logits, beyond, constant_values=bias), cache
+
+  def step_with_prefix(self, current, position, active, cache):
+    """A `loop.Step` that emits the prefix, which has no exits and no score."""
+    made, cache = self.bound.take_step(current, position, active, cache)
+    prefix, best = _at(self.rows.prefix, position), made.best
+    free = lambda x: jnp.where(prefix == 0, x, jnp.zeros_like(x))
+    token = jnp.where(prefix == 0, best.token, prefix)
+    made = dataclasses.replace(
+      made,
+      exit_layer=free(made.exit_layer),
+      confidence=free(made.confidence),
+      rejected_confidence=free(made.rejected_confidence),
+      greedy=layers_lib.Greedy(token, free(best.log_probability)),
+    )
+    return made, cache
+
+  def exits_of(
     self,
-    weights: Any,
-    rows: Rows,
-    eos_id: int | jax.Array,
-    wide: bool = False,
-  ) -> Callable[[Any], tuple[jax.Array, LoopCache]]:
-    """The function that T5X's loops call with their state at every position.
+    decodes: Int[Array, "batch decodes length"],
+    made: loop.Generation | None = None,
+  ) -> dict[str, jax.Array]:
+    """Exits of decodes, each of their shape: 0 of prefixes and padding.
 
-    With `wide`, logits are as wide as the embedding, as T5X's are, so that one
-    key draws the same; ids beyond the vocabulary have no probability.
+    `made` is of the pass that decoded, where the loop returned it. A rule that
+    measures nothing has 'exit_layers' alone.
     """
-    bound = self._bound(weights, rows)
-
-    def tokens_to_logits(state) -> tuple[jax.Array, LoopCache]:
-      active = _is_active(state.sequences, eos_id)
-      token = state.cur_token[:, 0]
-      logits, cache = _step(bound, rows, token, active, state.cache)
-      beyond = self.config.vocab_size - logits.shape[1] if wide else 0
-      padding = ((0, 0), (0, beyond))
-      return jnp.pad(logits, padding, constant_values=layers.MASK_BIAS), cache
-
-    return tokens_to_logits
+    found = self.replay(decodes) if made is None else vars(made)
+    static = isinstance(self.rule, exits.StaticExit)
+    names = ("exit_layers", *(() if static else MEASURED))
+    return {name: found[name].reshape(decodes.shape) for name in names}
 
   def replay(
-    self,
-    weights: Any,
-    rows: Rows,
-    tokens: Int[Array, "rows length"],
-    eos_id: int | jax.Array,
-  ) -> Exits:
-    """Exits of sequences that some loop returned, in one teacher-forced pass.
+    self, decodes: Int[Array, "batch decodes length"]
+  ) -> dict[str, jax.Array]:
+    """Exits of what some loop returned, in one teacher-forced pass.
 
     What a layer reads of earlier tokens is known when the layer below has run,
-    so that all positions of a sequence go up the layers together. `tokens` are
-    prefix, generated tokens, padding.
+    so that all positions of a sequence go up the layers together.
 
     Raises:
       ValueError: the rule knows an exit only after the last layer.
     """
-    if not isinstance(self.rule, exits.DynamicExits):
+    length = decodes.shape[-1]  # beam search may be told to stop earlier
+    tokens = decodes.reshape(-1, length)
+    tokens = jnp.pad(tokens, ((0, 0), (0, self.length - length)))
+    # A loop may go on with a row that it has ended.
+    real = real_tokens(tokens, self.eos_id)
+    counted = real & (self.rows.prefix == 0)
+    if isinstance(self.rule, exits.StaticExit):
+      depth = self.rule.depth(self.config.num_decoder_layers)
+      found = {"exit_layers": jnp.full_like(tokens, depth)}
+    elif isinstance(self.rule, exits.DynamicExits):
+      inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+      rows = (self.rows, inputs, real)
+      # Of a mesh, or of a symbolic number, they are not taken one by one.
+      one_by_one = not isinstance(self.engine, engines.Eager)
+      found = _map(self._go_up, rows) if one_by_one else self._go_up(rows)
+    else:
       raise ValueError(
         "Expected a rule exits.DynamicExits with T5X's loops, got"
         f" {type(self.rule).__name__}; bind decode_fn = @models.greedy_decode."
       )
-    real = real_tokens(tokens, eos_id)
-    inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-    up = lambda given: self._go_up(weights, *given)
-    # Rows over a mesh, or a symbolic number of them, are not taken one by one.
-    if isinstance(self.engine, engines.Eager):
-      return up((rows, inputs, real))
-    single = jax.tree.map(lambda x: x[:, None], (rows, inputs, real))
-    return jax.tree.map(lambda x: x[:, 0], lax.map(up, single))
+    blank = lambda x: jnp.where(counted, x, jnp.zeros_like(x))[:, :length]
+    return jax.tree.map(blank, found)
 
-  def _go_up(self, weights: Any, rows: Rows, inputs, real) -> Exits:
+  def _go_up(self, given: tuple[Rows, jax.Array, jax.Array]):
+    """Exits of every position of rows (what is known, inputs, real tokens)."""
+    rows, inputs, real = given
     flat = lambda x: x.reshape(-1, 1)
     threshold = jnp.repeat(rows.threshold, self.length)
-    each = Rows(
-      rows.encoded, flat(rows.forced), flat(rows.generated), threshold
-    )
-    task = self._task(weights, rows, each)
+    each = (flat(rows.prefix), flat(rows.generated), threshold)
+    task = self._task(Rows(rows.encoded, *each))
     bound, position = engines.Eager()(task), jnp.zeros((), jnp.int32)
     decoder = bound.decoder(position)
     rule: Any = task.rule  # of dynamic exits, which was asked before
@@ -271,8 +244,8 @@ class Loop:
     state = walk_lib.start(task.embed(inputs.reshape(-1)), real.reshape(-1))
     biases = bound.table.of_windows(position[None], self.length)
     for layer in range(1, self.config.num_decoder_layers + 1):
-      given = walk.layer_input(layer, state)
-      row = walk.stored(layer, state, decoder.project(layer, given))
+      hidden = walk.layer_input(layer, state)
+      row = walk.stored(layer, state, decoder.project(layer, hidden))
       window = lambda x: attention.by_window(x, task.batch_size)
       attends = attention.WindowAttention(
         caches.Cache(window(row.key), window(row.value)),
@@ -281,79 +254,26 @@ class Loop:
         rows.encoded.bias,
         self.config.float32_attention_logits,
       )
-      hidden = decoder.run_projected(layer, given, row, attends)
+      hidden = decoder.run_projected(layer, hidden, row, attends)
       state = walk.after(layer, state, hidden, row)
-    found = state.exit_layer, state.confidence, state.rejected_confidence
-    return Exits(*(x.reshape(inputs.shape) for x in found))
-
-  def exits_of(
-    self,
-    weights: Any,
-    rows: Rows,
-    decodes: jax.Array,
-    eos_id: Any,
-    same_pass: list[Exits],
-  ) -> dict[str, jax.Array]:
-    """Exits in the order of the decodes, [batch, decodes, length], by name.
-
-    `same_pass` holds the exits that the loop itself returned, if it did.
-    """
-    length = decodes.shape[-1]  # beam search may be told to stop earlier
-    flat = decodes.reshape(-1, length)
-    flat = jnp.pad(flat, ((0, 0), (0, self.length - length)))
-    # A loop may go on with a row that it has ended.
-    counted = real_tokens(flat, eos_id) & jnp.logical_not(rows.forced)
-    if isinstance(self.rule, exits.StaticExit):
-      depth = jnp.int32(self.rule.depth(self.config.num_decoder_layers))
-      noted = {"exit_layers": jnp.broadcast_to(depth, counted.shape)}
-    elif same_pass:
-      noted = vars(same_pass[0])
-    else:
-      noted = vars(self.replay(weights, rows, flat, eos_id))
-    shaped = lambda x: x[:, :length].reshape(decodes.shape)
-    return {
-      name: shaped(jnp.where(counted, of, 0)) for name, of in noted.items()
-    }
+    found = (state.exit_layer, state.confidence, state.rejected_confidence)
+    shaped = [x.reshape(inputs.shape) for x in found]
+    return dict(zip(("exit_layers", *MEASURED), shaped, strict=True))
 
 
-def _step(bound: engines.Bound, rows: Rows, current, active, cache: LoopCache):
-  """One position of every row -> logits and the cache after it."""
-  position = cache["cache_index"]
-  structure = jax.tree.structure(bound.empty)
-  names = [f"carried_{i}" for i in range(structure.num_leaves)]
-  leaves = [next(iter(cache[name].values())) for name in names]
-  carried = jax.tree.unflatten(structure, leaves)
-  made, carried = bound.take_step(current, position, active, carried)
-  counted = active & jnp.logical_not(_at(rows.forced, position))
-  columns = {
-    "exit_layers": made.exit_layer,
-    "confidences": made.confidence,
-    "rejected_confidences": made.rejected_confidence,
-  }
-  noted = {
-    name: _put(
-      array, position, jnp.where(counted, columns[name], 0).astype(array.dtype)
-    )
-    for name, array in cache["exits"].items()
-  }
-  return made.logits, _to_loop(position + 1, noted, carried)
+def _map(function: Callable[[Any], Any], rows: Any) -> Any:
+  """A function of rows, one at a time."""
+  single = jax.tree.map(lambda x: x[:, None], rows)
+  return jax.tree.map(lambda x: x[:, 0], lax.map(function, single))
 
 
-def _to_loop(
-  position: jax.Array, noted: dict[str, jax.Array], carried: Any
-) -> LoopCache:
+def _to_loop(position: jax.Array, carried: Any) -> dict[str, Any]:
   """T5X knows leaves without a row axis by their name, `cache_index`."""
   name = lambda leaf: "per_row" if leaf.ndim else "cache_index"
   leaves = enumerate(jax.tree.leaves(carried))
-  return {
-    "cache_index": position,
-    "exits": noted,
-    **{f"carried_{i}": {name(leaf): leaf} for i, leaf in leaves},
-  }
-
-
-def _is_active(sequences: jax.Array, eos_id: int | jax.Array) -> jax.Array:
-  return jnp.all(sequences != eos_id, axis=1)
+  # So wide that the names have the leaves' order.
+  named = {f"{i:04}": {name(leaf): leaf} for i, leaf in leaves}
+  return {"cache_index": position, "carried": named}
 
 
 def real_tokens(
@@ -369,64 +289,36 @@ def real_tokens(
 
 def greedy_decode(
   inputs: Int[Array, "batch length"],
-  cache: LoopCache,
-  tokens_to_logits: Callable[[LoopState], tuple[jax.Array, LoopCache]],
+  cache: dict[str, Any],
+  tokens_to_logits: Loop,
   eos_id: int,
   num_decodes: int = 1,
   decode_rng: Any = None,
   cache_offset: int = 0,
-) -> tuple[jax.Array, jax.Array, Exits]:
+) -> tuple[jax.Array, jax.Array, loop.Generation]:
   """Greedy decoding with its exits from the same pass: a T5X `decode_fn`.
 
-  `inputs` is the prefix, from BOS on, 0 where the model is free; `cache` and
-  `tokens_to_logits` are of a `Loop`; `num_decodes` is 1, and the last two are
-  not used.
+  It is the loop of `calm infer`. `tokens_to_logits` knows the prefix, which
+  `inputs` is; `num_decodes` is 1, and cache, key and offset are not used.
 
   Returns:
     Tokens [batch, 1, length], scores [batch, 1] (log-probabilities under the
-    full head at the exit layers, nats), and `Exits` of [batch, length].
+    full head at the exit layers, nats), and the generation that they are of.
   """
-  del decode_rng, cache_offset
+  del cache, decode_rng, cache_offset
   if num_decodes != 1:
     raise ValueError(
       f"Expected `num_decodes` of 1 for greedy decoding, got {num_decodes}; use"
       " T5X's `decoding.temperature_sample` or `decoding.beam_search`."
     )
-  batch_size, length = inputs.shape
-  # The prefix's token after each position, 0 where the model is free.
-  prefix = jnp.pad(inputs[:, 1:], ((0, 0), (0, 2)))
-
-  def unfinished(carry):
-    state, _ = carry
-    active = _is_active(state.sequences, eos_id)
-    return (state.cur_index[0] < length) & jnp.any(active)
-
-  def advance(carry):
-    state, scores = carry
-    position = state.cur_index[0]
-    active = _is_active(state.sequences, eos_id)
-    logits, cache = tokens_to_logits(state)
-    emitted = loop.emit(layers_lib.greedy(logits), active)
-    following = jnp.where(active, _at(prefix, position), 0)
-    token = jnp.where(following == 0, emitted.token, following)
-    sequences = _put(state.sequences, position + 1, token)
-    scores += jnp.where(following == 0, emitted.log_probability, 0.0)
-    state = LoopState(state.cur_index + 1, sequences, token[:, None], cache)
-    return state, scores
-
-  start = LoopState(
-    jnp.zeros((batch_size,), jnp.int32),
-    jnp.pad(inputs, ((0, 0), (0, 1))),
-    jnp.zeros((batch_size, 1), jnp.int32),
-    cache,
-  )
-  scores = jnp.zeros((batch_size,), jnp.float32)
-  state, scores = lax.while_loop(unfinished, advance, (start, scores))
-  tokens = state.sequences[:, None, 1:]
-  return tokens, scores[:, None], Exits(**state.cache["exits"])
-
-
-# ---- Rows of a device
+  made = loop.decode(
+    tokens_to_logits.step_with_prefix,
+    tokens_to_logits.bound.empty,
+    active=jnp.ones(inputs.shape[:1], bool),
+    max_decode_length=inputs.shape[1],
+    eos_id=eos_id,
+  ).generation
+  return made.tokens[:, None], made.scores[:, None], made
 
 
 def fits(weights: Any) -> bool:
@@ -449,11 +341,6 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
   return ()
 
 
-def rows_of_a_device(mesh: Any, axes: tuple[str, ...], num_rows: int) -> int:
-  """Rows of a batch that a device decodes together, split along `axes`."""
-  return num_rows // math.prod(mesh.shape[axis] for axis in axes)
-
-
 def refuse_mesh(shapes: Any, axes: Any, mesh: Any) -> None:
   """Raises where arrays along these axes do not divide over a mesh.
 
@@ -462,24 +349,24 @@ def refuse_mesh(shapes: Any, axes: Any, mesh: Any) -> None:
   """
   is_spec = lambda x: isinstance(x, sharding.PartitionSpec)
   specs = jax.tree.leaves(axes, is_leaf=is_spec)
-  along, refused = 0, None
-  for (path, x), spec in zip(
-    jax.tree.leaves_with_path(shapes), specs, strict=True
-  ):
-    for size, name in zip(x.shape, spec, strict=False):
-      along = math.gcd(along, size) if name == MODEL_AXIS else along
-      if name == MODEL_AXIS and size % mesh.shape[name]:
-        refused = (
-          jax.tree_util.keystr(path, simple=True, separator="/"),
-          x.shape,
-        )
-  if refused:
+  pairs = zip(jax.tree.leaves_with_path(shapes), specs, strict=True)
+  split = [
+    (
+      size,
+      f"{jax.tree_util.keystr(path, simple=True, separator='/')} {x.shape}",
+    )
+    for (path, x), spec in pairs
+    for size, name in zip(x.shape, spec, strict=False)
+    if name == MODEL_AXIS
+  ]
+  number, along = mesh.shape[MODEL_AXIS], math.gcd(*(size for size, _ in split))
+  if refused := [array for size, array in split if size % number]:
     fit = [n for n in range(1, mesh.size) if not mesh.size % n + along % n]
     raise ValueError(
-      f"Expected a model axis that divides {refused[0]} {refused[1]}, got"
-      f" {mesh.shape[MODEL_AXIS]} of {mesh.size} devices; axes of"
-      f" {', '.join(map(str, fit))} fit: set num_partitions, or on a CPU, where"
-      " T5X ignores it, the number of devices."
+      f"Expected a model axis that divides {refused[-1]}, got {number} of"
+      f" {mesh.size} devices; axes of {', '.join(map(str, fit))} fit: set"
+      " num_partitions, or on a CPU, where T5X ignores it, the number of"
+      " devices."
     )
 
 
@@ -496,7 +383,7 @@ def kept_whole(variables: Any) -> Any:
   )
   is_axes = lambda x: isinstance(x, partitioning.AxisMetadata)
   axes = dict(variables["params_axes"])
-  for part in READ_IN_LOOPS:
+  for part in ("token_embedder", "decoder"):  # which decode loops read
     axes[part] = jax.tree.map(rename, axes[part], is_leaf=is_axes)
   axes = type(variables["params_axes"])(axes)
   return type(variables)({**variables, "params_axes": axes})

@@ -24,6 +24,7 @@ import copy
 import functools
 import inspect
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -31,35 +32,25 @@ from typing import Any
 
 # Where T5X is missing, the type checker takes this folder for it.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+import clu.metrics as clu_metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
+import seqio
+import tensorflow as tf
 from flax import core as flax_core
 from gin import config as gin_config
+from t5x import checkpoints as t5x_checkpoints
+from t5x import gin_utils
+from t5x import losses as t5x_losses
+from t5x import metrics as t5x_metrics
+from t5x import models as t5x_models
+from t5x import partitioning as t5x_partitioning
+from t5x import train_state as t5x_train_state
 
-try:
-  import clu.metrics as clu_metrics
-  import seqio
-  import tensorflow as tf
-  from t5x import checkpoints as t5x_checkpoints
-  from t5x import gin_utils
-  from t5x import losses as t5x_losses
-  from t5x import metrics as t5x_metrics
-  from t5x import models as t5x_models
-  from t5x import partitioning as t5x_partitioning
-  from t5x import train_state as t5x_train_state
-except ModuleNotFoundError as error:
-  raise ModuleNotFoundError(
-    f"Expected T5X for calm.t5x.models, got no {error.name!r} that is"
-    " installed; install T5X from its repository"
-    " (https://github.com/google-research/t5x), or train with `calm train`.",
-    name=error.name,
-  ) from error
-
-from calm import exits
+from calm import arguments, exits, inference
 from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
-from calm.inference import options as decode_options
 from calm.t5 import caches, costs, network, parameters
 from calm.t5.network import Params
 from calm.t5x import loops, stored
@@ -70,14 +61,10 @@ _REQUIRED = ("module", "input_vocabulary", "output_vocabulary", "optimizer_def")
 _LOG = logging.getLogger(__name__)
 
 greedy_decode = loops.greedy_decode
-config_of = stored.config_of
 
 
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   """T5X's encoder-decoder model with an exit at every decoder layer."""
-
-  scanned: Any = None  # T5X's module, where its layers are stacked
-  whole_decoder: bool = False
 
   def __init__(
     self,
@@ -88,7 +75,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     objective: objectives.Objective | None = None,
     whole_decoder: bool = False,
     matmul_precision: str | None = None,
-    exit_maps: tuple[Sequence[int], int] | None = None,
+    exit_maps: tuple[Any, int] | None = None,
     calibration: stored.Calibrated | None = None,
     **kwargs: Any,
   ):
@@ -121,7 +108,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """
     base = t5x_models.EncoderDecoderModel
     given = inspect.signature(base).bind_partial(*args, **kwargs).arguments
-    theirs = _given_or_bound(base, given)
+    theirs = stored.given_or_bound(base, given)
     if missing := [f"`{name}`" for name in _REQUIRED if name not in theirs]:
       raise TypeError(
         f"Expected {', '.join(missing)} of EncoderDecoderModel, got none; bind"
@@ -130,20 +117,20 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     rule = rule or exits.DynamicExits(confidence.Softmax())
     z_loss = theirs.get("z_loss", 0.0)
     objective = objective or objectives.LayerWeighted(z_loss=z_loss)
-    _check(rule, threshold, matmul_precision)
-    _check_training(objective, theirs)
+    _check(rule, threshold, objective, theirs)
     if calibration is not None and threshold != schedules.NEVER_EXIT:
       raise ValueError(
         f"Expected THRESHOLD or CALIBRATION, got both ({threshold:g}); leave"
         " THRESHOLD out."
       )
+    inference.DecodeOptions(matmul_precision=matmul_precision)  # is checked
     measured = getattr(getattr(rule, "measure", None), "part", None)
-    parts = (*objective.parts, *filter(None, [measured]))
-    config = config_of(theirs["module"], parts, exit_maps)
-    if hasattr(theirs["module"].config, "scan_layers"):
-      self.scanned = theirs["module"]
+    module, parts = theirs["module"], (*objective.parts, measured)
+    config = stored.config_of(module, parts, exit_maps)
     theirs["module"] = network.Transformer(config)
     super().__init__(**theirs)
+    # T5X's module, where its layers are stacked.
+    self.scanned = module if hasattr(module.config, "scan_layers") else None
     self.rule = rule
     self.threshold = threshold
     self.shortlist = shortlist
@@ -216,13 +203,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     penalty = sums.z_loss
     if factor is not None:
       loss, penalty = loss / factor, penalty / factor
-    segment_ids = {
-      name.removesuffix("_segment_ids"): ids
-      for name, ids in batch.items()
-      if name.endswith("_segment_ids")
-    }
-    kinds = ("encoder_input_tokens", "decoder_target_tokens")
-    segment_ids = segment_ids or {name: batch[name] != 0 for name in kinds}
+    end, kinds = (
+      "_segment_ids",
+      ("encoder_input_tokens", "decoder_target_tokens"),
+    )
+    ids = {k.removesuffix(end): x for k, x in batch.items() if k.endswith(end)}
     found = self._compute_metrics(
       # No logits are kept: a stand-in of one class, whose accuracy is replaced.
       logits=jnp.zeros((*targets.shape, 1), jnp.float32),
@@ -230,7 +215,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       mask=weights,
       loss=loss,
       z_loss=penalty,
-      segment_ids=segment_ids,
+      segment_ids=ids or {name: batch[name] != 0 for name in kinds},
     )
     layers = self.objective.measured_layers(self.config)
     return loss, found | _layer_metrics(sums, layers, targets.size)
@@ -267,7 +252,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       "prompt_with_targets": prompt_with_targets,
     }
     base = t5x_models.EncoderDecoderModel.predict_batch_with_aux
-    given = vars(self._default_decoder_params) | _given_or_bound(base, given)
+    given = stored.given_or_bound(base, given)
+    given = vars(self._default_decoder_params) | given
     options: dict[str, Any] = {"eos_id": self.output_vocabulary.eos_id or 1}
     options |= given.get("decoder_params") or {}
     if rng is not None and options.get("decode_rng") is not None:
@@ -277,7 +263,13 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       )
     key = options.pop("decode_rng", None) if rng is None else rng
     asked = options.pop("threshold", None)
-    rule, threshold = loops.rule_and_threshold(self.rule, self.threshold, asked)
+    if asked is not None and not isinstance(asked, jax.core.Tracer):
+      for value in np.ravel(asked).tolist():
+        schedules.check_threshold(value)
+    threshold, rule = self.threshold if asked is None else asked, self.rule
+    never = asked is None and threshold == schedules.NEVER_EXIT
+    if never and isinstance(rule, exits.DynamicExits):
+      rule = exits.StaticExit()  # full depth, and nothing is measured
     prefix = batch["decoder_input_tokens"]
     if not given.get("prompt_with_targets"):
       prefix = jnp.zeros_like(prefix)
@@ -294,7 +286,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     per_row = any(np.shape(x)[:1] == (num_rows,) for x in options.values())
     axes = () if per_row else self.row_axes(params, mesh, num_rows)
     if self.calibration is not None and asked is None:
-      together = loops.rows_of_a_device(mesh, axes, num_rows)
+      together = num_rows // math.prod(mesh.shape[axis] for axis in axes)
       stored.refuse_batch(self.calibration, params, batch, together)
     decodes, aux = self._decode(
       params,
@@ -329,9 +321,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return loops.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
 
   def _splits_rows(self, params: Params) -> bool:
-    return loops.fits(
-      jax.eval_shape(lambda x: self._weights(self.by_layer(x)).decoder, params)
-    )
+    decoder = lambda params: self._weights(self.by_layer(params))
+    return loops.fits(jax.eval_shape(decoder, params))
 
   def _relative_cost(self, rule, aux, input_length, cache_length):
     """FLOPs of the decoder over those at full depth, of every decode."""
@@ -359,27 +350,28 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     engine = None if self.is_greedy else engines.default_engine(rule, rows=1)
     if not isinstance(num_rows, int) or (mesh.size > 1 and not axes):
       engine = engines.Eager()
-    loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
     arrays = {k: x for k, x in options.items() if isinstance(x, jax.Array)}
 
     def decode(shared, rows, key):
       (weights, arrays), (prefix, encoded, threshold) = shared, rows
-      eos_id = options["eos_id"]
+      given = {**options, **arrays, "decode_rng": key}
       rows = loops.make_rows(encoded, prefix, threshold, num_decodes)
-      decodes, scores, *same_pass = self.decode_fn(
+      loop = loops.Loop(
+        self.config, rule, weights, rows, given["eos_id"], engine
+      )
+      decodes, scores, *made = self.decode_fn(
         inputs=prefix,
-        cache=loop.empty_cache(weights, rows, prefix.shape[0]),
-        tokens_to_logits=loop.bind(weights, rows, eos_id, not self.is_greedy),
+        cache=loop.empty_cache(prefix.shape[0]),
+        tokens_to_logits=loop,
         num_decodes=num_decodes,
         cache_offset=0,
-        **{**options, **arrays, "decode_rng": key},
+        **given,
       )
-      found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
-      return decodes, {"scores": scores, **found}
+      return decodes, {"scores": scores, **loop.exits_of(decodes, *made)}
 
     params = self.by_layer(params)
     with compiled.at_precision(self.matmul_precision):
-      weights = self._weights(params).decoder
+      weights = self._weights(params)
       if axes:
         weights = loops.whole(weights, mesh, self.whole_decoder)
       encoded = network.encode(params, self.config, inputs)
@@ -390,45 +382,25 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         (weights, arrays), (prefix, encoded, threshold), key
       )
 
-  def _weights(self, params: Params) -> program.ModelWeights:
-    pieces = self.output_vocabulary.vocab_size
-    return program.model_weights(params, self.config, pieces, self.shortlist)
+  def _weights(self, params: Params) -> Any:
+    sizes = self.config, self.output_vocabulary.vocab_size, self.shortlist
+    return program.model_weights(params, *sizes).decoder
 
 
-def _given_or_bound(theirs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-  """Arguments in place of T5X's: what is None is what gin binds for T5X's."""
-  named = {name: value for name, value in given.items() if value is not None}
-  return stored.bindings_of(theirs) | named
-
-
-def _check(rule: Any, threshold: Any, matmul_precision: Any) -> None:
-  """Raises for what does not decode."""
-  if not isinstance(rule, exits.StepRule):
-    raise ValueError(
-      f"Expected `rule` to decode token by token, got {rule!r}; for example"
-      " `exits.DynamicExits()`."
-    )
-  if np.ndim(threshold) or np.asarray(threshold).dtype.kind not in "fiu":
-    raise TypeError(
-      "Expected `threshold` (the macro THRESHOLD) to be one number, got"
-      f" {threshold!r}; a grid is THRESHOLDS of scripts/t5x_sweep.py."
-    )
+@arguments.checked()
+def _check(
+  rule: exits.StepRule,
+  threshold: float,
+  objective: objectives.Objective,
+  theirs: Mapping[str, Any],
+) -> None:
+  """Raises for what would not decode, or not train as it says."""
   schedules.check_threshold(float(threshold))
   if threshold != schedules.NEVER_EXIT and not rule.reads_threshold:
     raise ValueError(
       f"Expected no `threshold` with {type(rule).__name__}, which compares"
       f" none, got {threshold}; leave it out, or choose `exits.DynamicExits`."
     )
-  names = decode_options.CHOICES["matmul_precision"]
-  if matmul_precision not in (None, *names):
-    raise ValueError(
-      f"Expected `matmul_precision` to be one of {', '.join(names)}, or None,"
-      f" got {matmul_precision!r}; choose one of these."
-    )
-
-
-def _check_training(objective: Any, theirs: Mapping[str, Any]) -> None:
-  """Raises for what the objective's loss or its frozen parts would not keep."""
   if theirs.get("label_smoothing"):
     raise ValueError(
       f"Expected `label_smoothing` of 0, got {theirs['label_smoothing']}; the"
@@ -456,30 +428,23 @@ def _layer_metrics(
   """The last layer's metrics by T5X's names, and those of 1-based layers."""
   kind: Any = clu_metrics.Average
   average = lambda total, count: kind(total=total, count=count)
-  last = sums.cross_entropy[-1]
-  found = {
+  last, tokens = sums.cross_entropy[-1], jnp.array(num_tokens)
+  names = ("accuracy", "loss", "agreement")
+  totals = (sums.correct, sums.cross_entropy, sums.agreement)
+  return {
     "accuracy": average(sums.correct[-1], sums.layer_weight[-1]),
     "cross_ent_loss": t5x_metrics.AveragePerStep(total=last),
-    "cross_ent_loss_per_all_target_tokens": average(
-      last, jnp.array(num_tokens)
-    ),
+    "cross_ent_loss_per_all_target_tokens": average(last, tokens),
+    **{
+      f"{name}/layer_{i}": average(total[i - 1], sums.layer_weight[i - 1])
+      for name, total in zip(names, totals, strict=True)
+      for i in layers
+    },
   }
-  per_layer = {
-    "accuracy": sums.correct,
-    "loss": sums.cross_entropy,
-    "agreement": sums.agreement,
-  }
-  for name, totals in per_layer.items():
-    for i in layers:
-      total, count = totals[i - 1], sums.layer_weight[i - 1]
-      found[f"{name}/layer_{i}"] = average(total, count)
-  return found
 
 
 def exit_metrics(
-  targets: Sequence[Any],
-  predictions: Sequence[Any],
-  aux_values: Mapping[str, Any],
+  targets: Any, predictions: Any, aux_values: Mapping[str, Any]
 ) -> dict[str, float]:
   """A seqio metric function: what the tokens of a task cost.
 
@@ -492,12 +457,14 @@ def exit_metrics(
   layers = np.asarray(aux_values["exit_layers"])
   tokens = np.sum(layers > 0, axis=-1)
   spent = np.sum(np.asarray(aux_values["relative_cost"]) * tokens)
-  kinds, counts = np.unique(layers[layers > 0], return_counts=True)
   total = max(int(tokens.sum()), 1)
-  found = {"exits/mean_layer": float(np.sum(kinds * counts) / total)}
-  for layer, count in zip(kinds.tolist(), counts.tolist(), strict=True):
-    found[f"exits/share_layer_{layer}"] = count / total
-  return found | {"exits/speedup": float(tokens.sum() / max(spent, 1e-9))}
+  kinds, counts = np.unique(layers[layers > 0], return_counts=True)
+  shares = zip(kinds.tolist(), (counts / total).tolist(), strict=True)
+  return {
+    "exits/mean_layer": float(layers.sum() / total),
+    "exits/speedup": float(tokens.sum() / max(spent, 1e-9)),
+    **{f"exits/share_layer_{layer}": share for layer, share in shares},
+  }
 
 
 class Evaluator(seqio.Evaluator):
@@ -507,7 +474,7 @@ class Evaluator(seqio.Evaluator):
   """
 
   def __init__(self, *args: Any, **kwargs: Any):
-    super().__init__(*args, **(stored.bindings_of(seqio.Evaluator) | kwargs))
+    super().__init__(*args, **stored.given_or_bound(seqio.Evaluator, kwargs))
 
   @functools.cached_property
   def eval_tasks(self) -> Sequence[seqio.Task]:
@@ -533,8 +500,8 @@ class Partitioner(t5x_partitioning.PjitPartitioner):
   """
 
   def __init__(self, *args: Any, **kwargs: Any):
-    theirs = stored.bindings_of(t5x_partitioning.PjitPartitioner)
-    super().__init__(*args, **(theirs | kwargs))
+    base = t5x_partitioning.PjitPartitioner
+    super().__init__(*args, **stored.given_or_bound(base, kwargs))
 
   def get_mesh_axes(self, train_state: Any) -> Any:
     """T5X's, refused where the mesh does not divide the parameters."""
@@ -559,11 +526,7 @@ def _refuse_order(config: Any) -> None:
 
 
 def save_t5x_checkpoint(
-  params: Params,
-  config: network.T5Config,
-  directory: str,
-  *,
-  train_step: int = 0,
+  params: Params, config: network.T5Config, directory: str, train_step: int = 0
 ) -> str:
   """Writes a T5X checkpoint without optimizer state, and returns its folder."""
   tokens = jnp.ones((1, 1), jnp.int32)
@@ -583,10 +546,7 @@ def save_t5x_checkpoint(
 
 
 def summarize_config(
-  model_dir: str,
-  summary_writer: Any,
-  step: int,
-  calibration: str | None = None,
+  model_dir: str, summary_writer: Any, step: int, calibration: str | None = None
 ) -> None:
   """T5X's `summarize_gin_config`, and the file of a calibration beside it."""
   gin_utils.summarize_gin_config(model_dir, summary_writer, step)

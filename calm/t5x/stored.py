@@ -29,18 +29,22 @@ import gin
 import jax
 
 from calm import arguments, checkpoints, exits, inference
-from calm.calibrate import Calibration
+from calm.calibrate import Calibration, Procedure
 from calm.calibrate.generations.procedure import describe_differences
 from calm.data import vocabulary as vocabularies
-from calm.t5 import limits, network, parameters
+from calm.t5 import network, parameters
+
+# Of T5X's examples/scalable_t5 alone.
+_OF_SCANS = ("scan_layers", "param_scan_axis", "remat_policy")
 
 
-def bindings_of(configurable: Any) -> dict[str, Any]:
-  """What gin binds for a function or class, references resolved."""
+def given_or_bound(theirs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Arguments in place of T5X's: what is None is what gin binds for T5X's."""
   try:
-    return gin.get_bindings(configurable)  # pyright: ignore
+    bound = gin.get_bindings(theirs)  # pyright: ignore
   except ValueError:  # gin knows no such name
-    return {}
+    bound = {}
+  return bound | {k: value for k, value in given.items() if value is not None}
 
 
 @arguments.checked()
@@ -103,12 +107,6 @@ def our_vocabulary(words: Any) -> Any:
     return vocabularies.from_seqio(local)
 
 
-# Of T5X's examples/scalable_t5 alone.
-_OF_SCANS = ("scan_layers", "param_scan_axis", "remat_policy")
-
-# ---- Checkpoints
-
-
 def refuse_missing_parts(
   checkpoint: Any, state: Any, *, is_resuming: bool = False
 ) -> Any:
@@ -119,26 +117,19 @@ def refuse_missing_parts(
       the checkpoint's has not.
   """
   del is_resuming
-  held, brought = (
-    _exit_parts(tree["target"]["decoder"]) for tree in (state, checkpoint)
-  )
-  if missing := [part for part in held if part not in brought]:
+  parts_of = lambda tree: [
+    f"decoder/{part}/{name}"
+    for part in parameters.EXIT_PARTS
+    for name in tree["target"]["decoder"].get(part, ())
+  ]
+  brought = parts_of(checkpoint)
+  if missing := [part for part in parts_of(state) if part not in brought]:
     raise ValueError(
-      f"Expected the checkpoint to hold decoder/{' and decoder/'.join(missing)}"
-      ", which this model has, got none; train it (exit_classifier.gin or"
+      f"Expected the checkpoint to hold {' and '.join(missing)}, which this"
+      " model has, got none; train it (exit_classifier.gin or"
       " exit_translators.gin of configs/runs), or choose a rule without it."
     )
   return checkpoint
-
-
-def _exit_parts(decoder: Any) -> list[str]:
-  """Exit parts of a decoder's tree; of maps, one a layer."""
-  found = []
-  for part in parameters.EXIT_PARTS:
-    if part in decoder:
-      is_map = part in limits.EXIT_LAYERS
-      found += [f"{part}/{i}" for i in decoder[part]] if is_map else [part]
-  return found
 
 
 def config_of(
@@ -158,37 +149,32 @@ def config_of(
       does not have (`scale_attn_logits` of T5X's contrib/gpu).
   """
   theirs: Any = getattr(module, "config", None)
-  if (
-    not hasattr(theirs, "emb_dim") or getattr(theirs, "scan_layers", 1) is False
-  ):
+  scans = getattr(theirs, "scan_layers", None)
+  if not hasattr(theirs, "emb_dim") or scans is False:
     kind = type(module)
     raise ValueError(
       "Expected `module` to be the Transformer of T5X's examples/t5 or, with"
       " scan_layers = True, examples/scalable_t5, got"
       f" {kind.__module__}.{kind.__name__}; others have other parameter trees."
     )
+  sizes: dict[str, Any] = {"relpos_per_layer": True} if scans else {}
+  sizes |= {part: part in parts for part in ("exit_classifier", "exit_probes")}
   known = {field.name for field in dataclasses.fields(network.T5Config)}
-  for field in getattr(theirs, "__dataclass_fields__", {}).values():
+  for field in dataclasses.fields(theirs):
     value, name = getattr(theirs, field.name), field.name
-    if name not in (*known, *_OF_SCANS) and value != field.default:
+    if name in known:
+      sizes[name] = value
+    elif name not in _OF_SCANS and value != field.default:
       raise ValueError(
         f"Expected {name} of {field.default}, got {value}, which this network"
         " does not have; leave it out."
       )
-  given = {
-    name: getattr(theirs, name) for name in known if hasattr(theirs, name)
-  }
-  if hasattr(theirs, "scan_layers"):
-    given["relpos_per_layer"] = True
-  if "exit_classifier" not in given:
-    for part in ("exit_classifier", "exit_probes"):
-      given[part] = part in parts
   if exit_maps is not None:
     layers, rank = exit_maps
-    given["exit_translators"] = layers
-    given["exit_propagation"] = layers if rank else ()
-    given["exit_propagation_rank"] = rank
-  return network.T5Config(**given)
+    sizes["exit_translators"] = layers
+    sizes["exit_propagation"] = layers if rank else ()
+    sizes["exit_propagation_rank"] = rank
+  return network.T5Config(**sizes)
 
 
 def with_exit_parts(theirs: Any, ours: Any) -> Any:
@@ -199,9 +185,6 @@ def with_exit_parts(theirs: Any, ours: Any) -> Any:
     parts = {x: decoder[x] for x in parameters.EXIT_PARTS if x in decoder}
     made[name] = {**tree, "decoder": {**tree["decoder"], **parts}}
   return type(theirs)(made)
-
-
-# ---- Calibrations
 
 
 @arguments.checked()
@@ -225,26 +208,23 @@ class Calibrated:
     found = Calibration.load(self.path)
     theirs = found.procedure
     if theirs is None or found.knobs:
-      kind = (
-        "several configurations" if found.knobs else "outputs from elsewhere"
-      )
       raise ValueError(
         f"Expected {self.path} to be of one sweep (scripts/t5x_sweep.py), got"
-        f" one of {kind}; calibrate what the sweep wrote."
+        " outputs from elsewhere, or several configurations; calibrate what"
+        " the sweep wrote."
       )
-    check_greedy(model)
-    options = dataclasses.replace(
-      decode_options(model, self.task_prefix),
+    stored = parameters.flatten(checkpoints.load(self.checkpoint).params)
+    # A classifier that nothing reads is left out.
+    read = [x for x in parameters.expected_shapes(model.config) if x in stored]
+    ours = procedure_of(
+      model,
+      parameters.unflatten({path: stored[path] for path in read}),
+      our_vocabulary(model.output_vocabulary),
+      task_prefix=self.task_prefix,
       max_input_length=theirs.max_input_length,
       max_decode_length=theirs.max_decode_length,
       batch_size=inference.options_of(theirs).batch_size,
     )
-    stored = parameters.flatten(checkpoints.load(self.checkpoint).params)
-    # A classifier that nothing reads is left out.
-    read = [x for x in parameters.expected_shapes(model.config) if x in stored]
-    params = parameters.unflatten({path: stored[path] for path in read})
-    words = our_vocabulary(model.output_vocabulary)
-    ours = inference.Predictor(model.config, params, words, options).procedure
     if difference := describe_differences(theirs, ours):
       raise ValueError(
         f"Expected the calibration {self.path} to be of this run, got one of"
@@ -254,27 +234,33 @@ class Calibrated:
     return found
 
 
-def check_greedy(model: Any) -> None:
-  """Raises for a model whose outputs no calibration is about."""
-  if not model.is_greedy or not isinstance(model.rule, exits.DynamicExits):
+def procedure_of(
+  model: Any, params: Any, words: Any, **options: Any
+) -> Procedure:
+  """What outputs of `calm.t5x.models` hold for, as `calm infer` records it.
+
+  `options` are lengths, rows and prefix of `inference.DecodeOptions`.
+
+  Raises:
+    ValueError: no calibration is about outputs of this model.
+  """
+  rule = model.rule
+  if not model.is_greedy or not isinstance(rule, exits.DynamicExits):
     raise ValueError(
       "Expected `decode_fn` models.greedy_decode and a `rule`"
-      f" exits.DynamicExits, got {model.decode_fn} and {model.rule}; outputs of"
+      f" exits.DynamicExits, got {model.decode_fn} and {rule}; outputs of"
       " others have no calibration here."
     )
-
-
-def decode_options(model: Any, task_prefix: str) -> inference.DecodeOptions:
-  """How a model of `calm.t5x.models` decodes, but for lengths and rows."""
-  return inference.DecodeOptions(
-    measure=model.rule.measure.name,
-    schedule=model.rule.schedule,
-    exit_layers=model.rule.allowed,
-    propagation=model.rule.propagation.name,
+  options = inference.DecodeOptions(
+    measure=rule.measure.name,
+    schedule=rule.schedule,
+    exit_layers=rule.allowed,
+    propagation=rule.propagation.name,
     shortlist=model.shortlist,
-    task_prefix=task_prefix,
     matmul_precision=model.matmul_precision,
+    **options,
   )
+  return inference.Predictor(model.config, params, words, options).procedure
 
 
 def refuse_batch(

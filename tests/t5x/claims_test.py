@@ -30,10 +30,6 @@ def random_generator():
   jax.config.update("jax_default_prng_impl", before)
 
 
-def compiled(function):
-  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def in_pairs(batch):
   """Rows 2i and 2i + 1 one behind the other, as seqio packs examples."""
   made = {name: x.reshape(x.shape[0] // 2, -1) for name, x in batch.items()}
@@ -49,7 +45,7 @@ def in_pairs(batch):
 def test_examples_that_are_packed_have_the_loss_that_they_have_apart():
   toy = engine.toy()
   model, batch = setup.model(toy, rule=RULE), setup.training_batch(toy)
-  loss = compiled(lambda params, batch: model.loss_fn(params, batch, None)[0])
+  loss = setup.compiled(lambda params, batch: model.loss_fn(params, batch, None)[0])
   apart, packed = (loss(setup.params(toy), x) for x in (batch, in_pairs(batch)))
   np.testing.assert_allclose(packed, apart, rtol=1e-5)
   mixed = {k: v for k, v in in_pairs(batch).items() if "segment" not in k}
@@ -68,7 +64,7 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch():
     key = jax.random.key(0)
     return trainer.accumulate_grads_microbatched(model, state, batch, key, number)[0]
 
-  whole, parts = (compiled(lambda x, n=n: grads(x, n))(batch) for n in (None, 4))
+  whole, parts = (setup.compiled(lambda x, n=n: grads(x, n))(batch) for n in (None, 4))
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole)) > 1
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), whole, parts
@@ -82,7 +78,7 @@ def test_t5x_hardware_generator_drops_out_and_samples():
   toy = engine.toy()
   sampled = lambda **given: decoding.temperature_sample(temperature=1.0, topk=0, **given)
   model = setup.model(toy, rule=RULE, threshold=0.5, decode_fn=sampled)
-  run = compiled(
+  run = setup.compiled(
     lambda params, batch, key: model.predict_batch_with_aux(params, batch, rng=key)
   )
   inputs = setup.params(toy), setup.batch()
@@ -108,7 +104,7 @@ def test_a_file_of_all_decodes_is_refused_and_one_of_the_best_is_read(tmp_path):
       params, batch, num_decodes=3, return_all_decodes=every
     )
     inputs = setup.params(toy), setup.batch(engine.PROMPTS[:2])
-    made = jax.device_get(compiled(predict)(*inputs))
+    made = jax.device_get(setup.compiled(predict)(*inputs))
     path, words = tmp_path / f"{every}.jsonl", seqio.ByteVocabulary()
     infer.write_inferences_to_file(str(path), made, rows, "predict_with_aux", words)
     return path

@@ -1,4 +1,4 @@
-"""Early exit as other loops call it, without T5X: the cache they may shuffle, and replay."""
+"""Early exit as other loops call it, without T5X: caches that they shuffle, replay, meshes."""
 
 import dataclasses
 
@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
+from flax.linen import partitioning
 
 from calm import exits
 from calm.decode import engines
 from calm.exits import confidence, propagation
+from calm.t5 import network
 from calm.t5x import loops
 from tests import engine
+from tests.t5x import setup
 
 RULE = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
 LEARNED = exits.DynamicExits(confidence.State(), engine.DECAYING, (1, 3), propagation.Learned())
@@ -24,17 +28,24 @@ ENGINES = {
   "row_by_row": (None, LEARNED),
 }
 EOS = 1
+NO_PREFIX = jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
 
 
-def compiled(function):
-  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+@struct.dataclass
+class State:
+  """What of T5X's `DecodingState` a step reads."""
+
+  sequences: jax.Array
+  cur_token: jax.Array
+  cache: dict
 
 
-def bound(toy, name, num_decodes=1, threshold=0.4):
-  prefix = jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
-  rows = loops.make_rows(engine.encode(toy), prefix, threshold, num_decodes)
+def bound(name, weights=None, threshold=0.4, prefix=NO_PREFIX, **given) -> loops.Loop:
+  """A toy's loop by the name of an engine."""
   by, rule = ENGINES[name]
-  return loops.Loop(toy.config, rule, engine.LENGTH, by), rows, prefix
+  toy = engine.toy_for(rule)
+  rows = loops.make_rows(engine.encode(toy), prefix, threshold, **given)
+  return loops.Loop(toy.config, rule, weights or toy.weights.decoder, rows, EOS, by)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -43,27 +54,24 @@ def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
   toy = engine.toy_for(rule)
 
   def run(weights, threshold):
-    loop, rows, prefix = bound(toy, name, threshold=threshold)
-    cache = loop.empty_cache(weights, rows, len(prefix))
-    step = loop.bind(weights, rows, EOS)
-    tokens, scores, same_pass = loops.greedy_decode(prefix, cache, step, EOS)
-    return tokens[:, 0], scores[:, 0], same_pass, loop.replay(weights, rows, tokens[:, 0], EOS)
+    loop = bound(name, weights, threshold)
+    tokens, scores, made = loops.greedy_decode(NO_PREFIX, {}, loop, EOS)
+    return tokens, scores, loop.exits_of(tokens, made), loop.exits_of(tokens)
 
   expected = engine.run(toy, rule, 0.6).generation
-  tokens, scores, *both = compiled(run)(toy.weights.decoder, jnp.float32(0.6))
-  np.testing.assert_array_equal(tokens, expected.tokens)
-  np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
+  tokens, scores, *both = setup.compiled(run)(toy.weights.decoder, jnp.float32(0.6))
+  np.testing.assert_array_equal(tokens[:, 0], expected.tokens)
+  np.testing.assert_allclose(scores[:, 0], expected.scores, atol=1e-4)
   for found in both:
-    for name, field in vars(found).items():
-      np.testing.assert_allclose(field, getattr(expected, name), atol=1e-4)
+    assert found.keys() == {"exit_layers", *loops.MEASURED}
+    for field, values in found.items():
+      np.testing.assert_allclose(values[:, 0], getattr(expected, field), atol=1e-4)
   assert 1 < expected.mean_layers < 4 and np.any(expected.tokens == EOS)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_leaf_of_the_cache_has_its_rows_first_and_is_finite(name):
-  toy = engine.toy_for(ENGINES[name][1])
-  loop, rows, _ = bound(toy, name, num_decodes=3)
-  cache = loop.empty_cache(toy.weights.decoder, rows, 8)
+  cache = bound(name, num_decodes=3).empty_cache(8)
   excluded = ("cache_index", "cached_bias", "position_embedder_index")
   for path, leaf in jax.tree.leaves_with_path(cache):
     assert all(isinstance(key, jax.tree_util.DictKey) for key in path)
@@ -75,19 +83,15 @@ def test_every_leaf_of_the_cache_has_its_rows_first_and_is_finite(name):
 @pytest.mark.parametrize("name", ENGINES)
 def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
   """What beam search does between two steps."""
-  toy, order = engine.toy_for(ENGINES[name][1]), np.array([3, 3, 0, 1, 7, 6, 5, 2])
-  loop, rows, prefix = bound(toy, name)
-  weights = toy.weights.decoder
-  same_prompt = dataclasses.replace(
-    rows, encoded=jax.tree.map(lambda x: jnp.repeat(x[:1], 8, 0), rows.encoded)
-  )
-  step = compiled(loop.bind(weights, same_prompt, EOS))
+  order, loop = np.array([3, 3, 0, 1, 7, 6, 5, 2]), bound(name)
+  same_prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, 0), loop.rows.encoded)
+  rows = dataclasses.replace(loop.rows, encoded=same_prompt)
+  step = setup.compiled(dataclasses.replace(loop, rows=rows))
   tokens = [jnp.arange(5, 13)[:, None], jnp.arange(20, 28)[:, None]]
-  state = lambda token, cache: loops.LoopState(None, prefix, token, cache)
-  _, cache = step(state(tokens[0], loop.empty_cache(weights, same_prompt, 8)))
+  _, cache = step(State(NO_PREFIX, tokens[0], loop.empty_cache(8)))
   shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, cache)
-  logits, _ = step(state(tokens[1], cache))
-  got, after = step(state(tokens[1][order], shuffled))
+  logits, _ = step(State(NO_PREFIX, tokens[1], cache))
+  got, after = step(State(NO_PREFIX, tokens[1][order], shuffled))
   np.testing.assert_allclose(got, logits[order], atol=1e-4)
   assert after["cache_index"] == 2
 
@@ -96,14 +100,12 @@ def caches_after(rule, tokens, forced) -> list[np.ndarray]:
   """Keys and values after every position of `tokens` was fed, forced or free."""
   toy, prefix = engine.toy(), jnp.asarray(tokens * forced, jnp.int32)
   rows = loops.make_rows(engine.encode(toy), prefix, 0.0)
-  loop = loops.Loop(toy.config, rule, engine.LENGTH, engines.Eager())
-  step = compiled(loop.bind(toy.weights.decoder, rows, EOS))
-  cache = loop.empty_cache(toy.weights.decoder, rows, len(tokens))
+  loop = loops.Loop(toy.config, rule, toy.weights.decoder, rows, EOS, engines.Eager())
+  step, cache = setup.compiled(loop), loop.empty_cache(len(tokens))
   for i in range(engine.LENGTH - 1):
     current = jnp.asarray(tokens[:, i : i + 1], jnp.int32)
-    _, cache = step(loops.LoopState(None, prefix, current, cache))
-  carried = {name: leaf for name, leaf in cache.items() if name.startswith("carried_")}
-  return [np.asarray(leaf) for leaf in jax.tree.leaves(carried)]
+    _, cache = step(State(prefix, current, cache))
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(cache["carried"])]
 
 
 def test_a_prefix_runs_every_layer():
@@ -124,4 +126,52 @@ def test_real_tokens_end_with_eos_or_the_last_that_is_not_padding():
 
 def test_greedy_decoding_refuses_several_decodes():
   with pytest.raises(ValueError, match="num_decodes"):
-    loops.greedy_decode(jnp.zeros((1, 2), jnp.int32), {}, lambda s: s, EOS, num_decodes=3)
+    loops.greedy_decode(NO_PREFIX, {}, bound("eager"), EOS, num_decodes=3)
+
+
+def test_rows_are_split_along_axes_that_divide_them():
+  mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+  assert loops.row_axes(mesh, 16) == ("data", "model")
+  assert loops.row_axes(mesh, 12) == ("data",)
+  assert loops.row_axes(mesh, 3) == ()
+  assert loops.row_axes(mesh, object()) == (), "a symbolic batch is never split"
+  assert loops.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6) == ()
+  assert loops.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
+
+
+def test_weights_are_gathered_where_a_device_holds_them():
+  large = jax.ShapeDtypeStruct((2, loops.APART_BYTES // 4), jnp.float32)
+  assert loops.fits({"a": jnp.zeros(3)}) and not loops.fits({"a": large})
+
+
+@pytest.mark.parametrize("maps", [{}, engine.MAPS], ids=["plain", "maps"])
+def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis(maps):
+  """Nor do maps beside it, whether or not it is kept whole."""
+  toy = engine.toy(**maps)
+  tokens = jnp.ones((1, 4), jnp.int32)
+  init = network.Transformer(toy.config).init
+  variables = jax.eval_shape(lambda key: init(key, tokens, tokens, tokens), jax.random.key(0))
+  is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
+
+  def names(made):
+    axes = partitioning.get_axis_names(made["params_axes"])
+    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_spec)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
+
+  before, after = names(variables), names(loops.kept_whole(variables))
+  model = ("vocab", "mlp", "joined_kv", "heads")
+  rules = [*((name, "model") for name in model), ("embed", None), ("kv", None)]
+  to_mesh = lambda axes: partitioning.logical_to_mesh_axes(
+    axes, [*rules, ("relpos_buckets", None)]
+  )
+  changed = {path for path in before if before[path] != after[path]}
+  along = {path for path, axes in before.items() if "model" in to_mesh(axes)}
+  read = {path for path in along if "'encoder'" not in path}
+  assert before.keys() == after.keys() and changed == read
+  assert len(read) > 10 and len(along) > len(read)
+  assert not any("exit_" in path for path in along) and bool(maps) == any(
+    "exit_propagation" in path for path in before
+  )
+  for path in read:
+    assert set(to_mesh(after[path])) <= {None}
+    assert len(after[path]) == len(before[path])

@@ -11,6 +11,7 @@ import pytest
 from calm import exits
 from calm.exits import confidence, schedules
 from calm.t5 import costs, parameters
+from calm.t5x import stored
 from calm.training import distillation, losses, objectives
 from tests import engine
 from tests.t5x import setup
@@ -30,14 +31,9 @@ def greedy(**options):
   return functools.partial(decoding.temperature_sample, **fixed, **options)
 
 
-def compiled(function):
-  """Toys compile for long and compute in no time."""
-  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def predictor(model, **arguments):
   """The jitted prediction: (params, batch, decoder_params) -> tokens, aux."""
-  return compiled(
+  return setup.compiled(
     lambda params, batch, options: model.predict_batch_with_aux(
       params, batch, decoder_params=options, **arguments
     )
@@ -51,7 +47,7 @@ def loss_of(model, params, batch):
     loss, metrics = model.loss_fn(params, batch, None)
     return loss, {k: v.compute() for k, v in metrics.items() if "timing" not in k}
 
-  return compiled(run)(params, batch)
+  return setup.compiled(run)(params, batch)
 
 
 def lambdas(value) -> dict:
@@ -78,7 +74,7 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
 
 def test_full_depth_logits_are_those_of_t5x():
   toy, batch = engine.toy(), setup.training_batch(engine.toy())
-  both = lambda model: compiled(
+  both = lambda model: setup.compiled(
     lambda *inputs: (model._compute_logits(*inputs), model.score_batch(*inputs))
   )
   logits, scores = both(setup.model(toy))(setup.params(toy), batch)
@@ -90,10 +86,11 @@ def test_full_depth_logits_are_those_of_t5x():
 
 def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
   from flax import linen as nn
+  from t5x import adafactor
   from t5x.contrib.gpu.t5 import network as gpu_network
 
   toy = engine.toy()
-  assert models.config_of(setup.t5x_module(toy)) == toy.config
+  assert stored.config_of(setup.t5x_module(toy)) == toy.config
   assert setup.model(toy, rule=BY_CLASSIFIER).config == toy.config
   without = dataclasses.replace(toy.config, exit_classifier=False)
   assert setup.model(toy).config == without, "nothing needs one: the tree is T5X's own"
@@ -102,12 +99,15 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
   sizes = dict(vocab_size=44, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=16)
   scaled = gpu_network.T5Config(**sizes, scale_attn_logits=True)
   plain = gpu_network.Transformer(gpu_network.T5Config(**sizes))
-  assert models.config_of(plain).emb_dim == 16
+  assert stored.config_of(plain).emb_dim == 16
+  decays = adafactor.Adafactor(1e-3, weight_decay_rate=0.1)
+  stage_two = {"objective": objectives.ExitClassifier(), "optimizer_def": decays}
   refused = {
+    "no `weight_decay_rate` with ExitClassifier, got 0.1": stage_two,
     "got flax": {"module": nn.Dense(2)},
     "scale_attn_logits of False": {"module": gpu_network.Transformer(scaled)},
     "Expected `threshold` in": {"threshold": 1.5},
-    "to decode token by token, got Speculative": {"rule": exits.Speculative(2)},
+    "`rule` to be a `StepRule`, got Speculative": {"rule": exits.Speculative(2)},
     "no `threshold` with Oracle": {"rule": exits.OracleExit(), "threshold": 0.5},
     "no `threshold` with Static": {"rule": exits.StaticExit(2), "threshold": 0.5},
   }
@@ -155,6 +155,21 @@ def test_stage_one_is_equation_6_and_reports_every_layer():
   assert_close(each[-1] * tokens, own)
 
 
+def test_what_maps_learn_from_is_measured_of_layers_that_have_them():
+  """The last layer's cross entropy with itself, the floor, stands beside."""
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  objective = distillation.ExitMaps()
+  model = setup.model(toy, objective=objective, exit_maps=((2,), 3))
+  params = parameters.add_exit_parts(setup.t5x_params(toy), model.config)
+  loss, metrics = loss_of(model, params, batch)
+  values = {name: float(value) for name, value in metrics.items() if "/layer_" in name}
+  kinds = ("accuracy", "loss", "agreement")
+  names = {f"{kind}/layer_{layer}" for kind in kinds for layer in (2, 4)}
+  assert values.keys() == names and np.isfinite([float(loss), *values.values()]).all()
+  assert values["accuracy/layer_4"] == 1.0 > values["accuracy/layer_2"]
+  assert values["loss/layer_2"] > values["loss/layer_4"] > 0.0
+
+
 def test_at_full_depth_it_is_t5x_own_model_token_for_token():
   toy, batch = engine.toy(), setup.batch()
   theirs = setup.t5x_model(toy, decode_fn=greedy())
@@ -192,6 +207,7 @@ def test_early_exit_is_that_of_our_decoder_exit_for_exit(measure, decode_fn):
     each = [costs.totals(step, [row]).flops_ratio for row in np.asarray(expected.exit_layers)]
     assert_close(1 / aux["relative_cost"], each)
     means.append(float(expected.mean_layers))
+    assert np.max(got) < toy.sizes.num_pieces < toy.sizes.vocab_size
   assert means[0] < means[1] < means[2] == 4.0
   assert predict._cache_size() == 1, "a whole grid is one compilation"
 
@@ -224,84 +240,68 @@ def test_decoder_params_stay_as_they_are_and_the_threshold_stays_here():
 
 
 def test_exits_of_samples_are_those_that_the_loop_had():
-  """Replay against a cache leaf, read in the last `state_callback_fn` call."""
+  """Replay against every step that T5X's loop took, by the tokens that it followed."""
   from t5x import decoding
 
-  seen = []
+  steps = {}
 
-  def keep(state):
-    jax.debug.callback(
-      lambda *arrays: seen.append([np.asarray(a) for a in arrays]),
-      state.sequences,
-      state.cache["exits"]["exit_layers"],
-      state.cache["exits"]["rejected_confidences"],
-    )
-    return state
+  def keep(position, sequences, *made):
+    for row, (tokens, depth, refused) in enumerate(zip(sequences, *made, strict=True)):
+      steps[(row // 3, *tokens[1 : position + 1].tolist())] = depth, refused
 
-  sample = functools.partial(
-    decoding.temperature_sample, temperature=0.7, topk=5, state_callback_fn=keep
-  )
+  def sample(tokens_to_logits, **given):
+    def step(state):
+      made, cache = tokens_to_logits.take_step(state)
+      outcome = (made.exit_layer, made.rejected_confidence)
+      jax.debug.callback(keep, state.cur_index[0], state.sequences, *outcome)
+      return made.logits, cache
+
+    fixed = dict(temperature=0.7, topk=5, tokens_to_logits=step)
+    return decoding.temperature_sample(**fixed, **given)
+
   toy = engine.toy()
-  model = setup.model(toy, decode_fn=sample)
+  predict = predictor(
+    setup.model(toy, decode_fn=sample), num_decodes=3, return_all_decodes=True
+  )
   options = {**lambdas(0.4), "decode_rng": jax.random.key(3)}
-  predict = predictor(model, num_decodes=3, return_all_decodes=True)
   decodes, aux = jax.block_until_ready(predict(setup.params(toy), setup.batch(), options))
   jax.effects_barrier()
   assert decodes.shape == (BATCH, 3, setup.LENGTH) == aux["exit_layers"].shape
   assert aux["scores"].shape == (BATCH, 3) and aux["threshold"].shape == (BATCH,)
-  sequences, layers, rejected = seen[-1]
-  by_tokens = {
-    (i // 3, *row[1:-1]): (depth, refused)
-    for i, (row, depth, refused) in enumerate(zip(sequences, layers, rejected, strict=True))
-  }
   different = {tuple(row) for row in np.asarray(decodes).reshape(-1, setup.LENGTH)}
   assert len(different) > BATCH, "a prompt's samples differ"
-  for i, j in np.ndindex(BATCH, 3):
-    depth, refused = by_tokens[(i, *np.asarray(decodes[i, j]))]
-    np.testing.assert_array_equal(aux["exit_layers"][i, j], depth)
-    assert_close(aux["rejected_confidences"][i, j], refused)
+  layers = np.asarray(aux["exit_layers"])
+  for i, j, k in zip(*np.nonzero(layers), strict=True):
+    depth, refused = steps[(i, *np.asarray(decodes)[i, j, :k].tolist())]
+    assert layers[i, j, k] == depth
+    assert_close(aux["rejected_confidences"][i, j, k], refused)
+  np.testing.assert_array_equal(layers > 0, np.asarray(decodes) > 0)
   assert 1 < np.mean(layers[layers > 0]) < 4
 
 
-def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
+@pytest.mark.parametrize("length", [setup.LENGTH, setup.LENGTH - 2])
+def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order(length):
+  """Where it stops before the targets' length as well."""
   from t5x import decoding
 
-  toy, batch = engine.toy(), setup.batch()
-  options = dict(num_decodes=4, return_all_decodes=True)
-  theirs = setup.t5x_model(toy, decode_fn=decoding.beam_search)
-  expected, scores = predictor(theirs, **options)(setup.t5x_params(toy), batch, {})
-  pieces = toy.sizes.vocab_size
-  model = setup.model(toy, pieces=pieces, decode_fn=decoding.beam_search)
-  predict = predictor(model, **options)
-  got, aux = predict(setup.params(toy), batch, lambdas(NEVER))
-  np.testing.assert_array_equal(got, expected)
-  assert_close(aux["scores"], scores["scores"])
-  decodes, early = predict(setup.params(toy), batch, lambdas(0.4))
-  real = np.asarray(decodes) > 0
-  layers = np.asarray(early["exit_layers"])
-  assert np.all((layers > 0) == real) and 1 < layers[real].mean() < 4
+  toy, options = engine.toy(), dict(num_decodes=4, return_all_decodes=True)
+  limit = {} if length == setup.LENGTH else {"max_decode_len": length}
+  pieces, beam = toy.sizes.vocab_size, decoding.beam_search
 
-
-def test_beam_search_may_stop_before_the_targets_length():
-  from t5x import decoding
-
-  toy, short = engine.toy(), setup.LENGTH - 2
-  options = dict(num_decodes=2, return_all_decodes=True)
-  model = setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=decoding.beam_search)
-
-  def run(model, params, length, **given):
-    predict = functools.partial(model.predict_batch_with_aux, **options)
-    limit = {"max_decode_len": length}
-    step = compiled(lambda p, b: predict(p, b, decoder_params={**limit, **given}))
+  def run(model, params, **given):
+    decode = functools.partial(model.predict_batch_with_aux, **options)
+    step = setup.compiled(lambda p, b: decode(p, b, decoder_params={**limit, **given}))
     return step(params, setup.batch())
 
-  theirs = setup.t5x_model(toy, decode_fn=decoding.beam_search)
-  expected, _ = run(theirs, setup.t5x_params(toy), short)
-  full, _ = run(model, setup.params(toy), short, threshold=NEVER)
-  assert full.shape == (BATCH, 2, short)
-  np.testing.assert_array_equal(full, expected)
-  tokens, aux = run(model, setup.params(toy), short, threshold=0.4)
-  assert np.all((aux["exit_layers"] > 0) == (np.asarray(tokens) > 0))
+  expected, scores = run(setup.t5x_model(toy, decode_fn=beam), setup.t5x_params(toy))
+  model = setup.model(toy, pieces=pieces, decode_fn=beam)
+  got, aux = run(model, setup.params(toy), threshold=NEVER)
+  assert got.shape == (BATCH, 4, length)
+  np.testing.assert_array_equal(got, expected)
+  assert_close(aux["scores"], scores["scores"])
+  decodes, early = run(model, setup.params(toy), threshold=0.4)
+  real, layers = np.asarray(decodes) > 0, np.asarray(early["exit_layers"])
+  assert np.all((layers > 0) == real) and 1 < layers[real].mean() < 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,16 +357,6 @@ def test_exits_in_t5x_own_loops_do_not_double_the_program_that_a_run_compiles(lo
     return made.lower(setup.params(toy), batch).as_text().count("\n")
 
   assert lines({"threshold": 0.5}) < 3 * lines({})  # with the step in two loops, x5.3
-
-
-def test_ids_beyond_the_vocabulary_are_never_emitted():
-  toy = engine.toy()
-  tokens, _ = predictor(setup.model(toy, decode_fn=models.greedy_decode))(
-    setup.params(toy), setup.batch(), {}
-  )
-  assert np.max(tokens) < toy.sizes.num_pieces < toy.sizes.vocab_size
-  theirs = setup.t5x_model(toy, decode_fn=greedy())
-  assert np.max(predictor(theirs)(setup.t5x_params(toy), setup.batch(), {})[0]) >= 40
 
 
 def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():

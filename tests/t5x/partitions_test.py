@@ -161,21 +161,15 @@ def test_generations_are_those_of_one_device_up_to_ties(found, name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_t5x_own_loops_search_as_on_one_device_and_draw_apart(found, name):
   tokens, layers = map(np.array, found[name]["0.4"])
-  expected, expected_layers = map(np.array, found[name]["one"])
   assert tokens.shape[:2] == (len(engine.PROMPTS), 2)
   assert len({tuple(row) for row in tokens.reshape(-1, tokens.shape[-1])}) > len(tokens)
-  if name == "beam":
-    np.testing.assert_array_equal(tokens, expected)
-    np.testing.assert_array_equal(layers, expected_layers)
+  assert name != "beam" or found[name]["0.4"] == found[name]["one"]
   assert 1 < layers[layers > 0].mean() < 4
 
 
 def test_options_of_rows_are_those_of_their_rows(found):
-  tokens, layers = map(np.array, found["by_row"]["0.4"])
-  expected, expected_layers = map(np.array, found["by_row"]["one"])
-  np.testing.assert_array_equal(tokens, expected)
-  np.testing.assert_array_equal(layers, expected_layers)
-  lengths = np.sum(layers > 0, axis=1)
+  assert found["by_row"]["0.4"] == found["by_row"]["one"]
+  lengths = np.sum(np.array(found["by_row"]["0.4"][1]) > 0, axis=1)
   assert np.all(lengths <= 2 + ROWS) and np.sum(lengths == 2 + ROWS) > 3
 
 

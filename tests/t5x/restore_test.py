@@ -212,7 +212,7 @@ def test_checkpoints_restore_as_they_are(tmp_path, files, layout):
 @pytest.mark.parametrize("files", [THEIRS, INFER], ids=["finetune", "infer"])
 def test_parts_that_the_checkpoint_lacks_are_named(tmp_path, files, layout):
   path = saved(*of_t5x(), tmp_path, layout)
-  with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier, .* got none; train"):
+  with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier/.* got none; train"):
     started(files, path, MEASURED)
   with pytest.raises(ValueError, match=r"hold decoder/exit_translators/layers_0 and .* train"):
     started((*files, READ_MAPS), path, MAPS)

@@ -52,6 +52,11 @@ def environment(**variables: str) -> dict[str, str]:
   return env
 
 
+def compiled(function: Any) -> Any:
+  """`jax.jit`: toys compile for long and compute in no time."""
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
 def vocabulary(size: int, eos_id: int = 1) -> Any:
   import seqio

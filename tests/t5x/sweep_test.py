@@ -38,42 +38,32 @@ def registered(name: str, metric_fns=(), **columns) -> str:
   return name
 
 
-def prompts(name: str, prefix: str = "read: "):
+def with_words(words: Any, **arguments: Any) -> Any:
+  model = setup.model(engine.toy(), **arguments)
+  model._output_vocabulary = words
+  return model
+
+
+def prompts(name: str):
   import seqio
 
   from scripts import t5x_sweep
 
-  config = types.SimpleNamespace(
-    mixture_or_task_name=name,
-    task_feature_lengths=LENGTHS,
-    split="test",
-    use_cached=False,
-    seed=0,
-  )
-  model = setup.model(engine.toy())
-  model._output_vocabulary = seqio.ByteVocabulary()
+  known = dict(split="test", use_cached=False, seed=0, task_feature_lengths=LENGTHS)
+  config = types.SimpleNamespace(mixture_or_task_name=name, **known)
+  model = with_words(seqio.ByteVocabulary())
   rows = list(t5x_sweep.read(config, model))
   assert all(features["encoder_input_tokens"].shape == (8,) for _, features, _ in rows)
-  return [t5x_sweep.prompt_of(model, example, name, prefix) for example, _, name in rows]
+  return [t5x_sweep.prompt_of(model, example, name, "read: ") for example, _, name in rows]
 
 
-def test_examples_without_ids_are_numbered_by_line():
+def test_examples_are_numbered_by_line_and_those_of_a_mixture_named_by_task():
+  import seqio
+
   found = prompts(registered("sweep_plain"))
   assert [(p.id, p.input) for p in found] == [("0", "one"), ("1", "two"), ("2", "three")]
   assert [p.targets for p in found] == [("a",), ("b",), ("c",)]
-
-
-def test_ids_references_and_sources_are_kept():
-  columns = {"references": [["a", "A"], ["b", "B"], ["c", "C"]], "source": ["x", "", "x"]}
-  found = prompts(registered("sweep_whole", id=np.array([7, 8, 9]), **columns))
-  assert [p.id for p in found] == ["7", "8", "9"] and found[1].targets == ("b", "B")
-  assert [p.group for p in found] == ["x", None, "x"]
-
-
-def test_a_mixture_is_read_task_by_task_and_named_so():
-  import seqio
-
-  members = [registered("sweep_plain"), registered("sweep_other", id=["p", "q", "r"])]
+  members = ["sweep_plain", registered("sweep_other", id=["p", "q", "r"])]
   if "sweep_mixture" not in seqio.MixtureRegistry.names():
     seqio.MixtureRegistry.add("sweep_mixture", members, default_rate=1)
   found = prompts("sweep_mixture")
@@ -81,6 +71,13 @@ def test_a_mixture_is_read_task_by_task_and_named_so():
   # seqio sorts a mixture's tasks by name.
   assert [p.id for p in found] == [*(f"sweep_other/{i}" for i in "pqr"), *lines]
   assert [p.input for p in found] == ["one", "two", "three"] * 2
+
+
+def test_ids_references_and_sources_are_kept():
+  columns = {"references": [["a", "A"], ["b", "B"], ["c", "C"]], "source": ["x", "", "x"]}
+  found = prompts(registered("sweep_whole", id=np.array([7, 8, 9]), **columns))
+  assert [p.id for p in found] == ["7", "8", "9"] and found[1].targets == ("b", "B")
+  assert [p.group for p in found] == ["x", None, "x"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -105,29 +102,19 @@ def procedure(batch_size: int, mesh=None, dtype: str = "float32", **arguments):
   return t5x_sweep.procedure_of(model, setup.params(toy), config, partitioner, words, "")
 
 
-@pytest.mark.parametrize(("given", "recorded"), [(None, "default"), ("highest", "highest")])
-def test_the_precision_of_products_is_recorded(given, recorded):
-  assert procedure(2, matmul_precision=given).matmul_precision == recorded
-
-
 @pytest.mark.parametrize(
   ("batch_size", "most_bytes", "rows"),
   [(16, 2**33, 2), (12, 2**33, 3), (3, 2**33, 3), (16, 0, 16)],
 )
-def test_the_rows_of_a_device_are_recorded(monkeypatch, batch_size, most_bytes, rows):
+def test_rows_of_a_device_and_precision_are_recorded(monkeypatch, batch_size, most_bytes, rows):
   """Of 4x2 devices: `calm infer` has one, and decodes as many together."""
   monkeypatch.setattr(loops, "APART_BYTES", most_bytes)
   mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
-  found = procedure(batch_size, mesh, "bfloat16")
-  assert found.batch_bucket == rows
+  found = procedure(batch_size, mesh, "bfloat16", matmul_precision="highest")
+  assert found.batch_bucket == rows and found.matmul_precision == "highest"
   assert inference.options_of(found).batch_size == rows
-  assert procedure(batch_size, mesh).batch_bucket is None
-
-
-def with_words(words):
-  model = setup.model(engine.toy())
-  model._output_vocabulary = words
-  return model
+  found = procedure(batch_size, mesh)
+  assert found.batch_bucket is None and found.matmul_precision == "default"
 
 
 def test_words_are_those_of_calm():
