@@ -68,7 +68,7 @@ class PromptFile:
       if stat.S_ISDIR(mode):
         raise IsADirectoryError(
           f"Expected `path` to name a file of prompts, got {str(path)!r}, a folder; name a file"
-          " in it (of a Hugging Face dataset: dataset.to_json(FILE))."
+          " in it (Hugging Face: `datasets.load_from_disk(FOLDER)['train'].to_json('FILE')`)."
         )
       if not stat.S_ISREG(mode):
         with open(path, "rb") if streams else storage.opened(self._path) as file:

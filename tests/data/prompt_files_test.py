@@ -142,7 +142,7 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
     prompt_files.open_prompts(path)
   with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*does not exist"):
     prompt_files.open_prompts(tmp_path / "missing.jsonl")
-  with pytest.raises(IsADirectoryError, match="a folder; name a file"):
+  with pytest.raises(IsADirectoryError, match=r"a folder; name a file in it .*to_json"):
     prompt_files.open_prompts(tmp_path)
 
 
