@@ -170,8 +170,7 @@ class Api:
     try:
       self.device.submit(asked.jobs)
     except queue.Full:
-      refusal = "The queue is full.", None, 429, "queue_full"
-      raise Refusal(*refusal, Retry_After="1") from None
+      raise Refusal("The queue is full.", None, 429, "queue_full", Retry_After="1") from None
     parts = self._receive(asked.jobs, came)
     if asked.stream:
       return StreamingResponse(self._events(asked, parts), media_type="text/event-stream")

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -178,6 +179,18 @@ def test_generations_have_the_shape_of_tgi(served, expected):
     assert made["generated_text"] == choice["text"]
     assert made["details"]["finish_reason"] == choice["finish_reason"] == "length"
     assert len(made["details"]["tokens"]) == 3
+
+
+def test_the_client_of_openai(served, expected):
+  openai = pytest.importorskip("openai", reason="the client of OpenAI is not installed")
+  with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    create = functools.partial(client.completions.create, model="toy", prompt=TEXTS[0])
+    assert create().choices[0].text == expected[0.5][0].text
+    parts = create(stream=True, extra_body={"threshold": "never"})
+    assert "".join(p.choices[0].text for p in parts) == expected[NEVER_EXIT][0].text
+    assert [model.id for model in client.models.list()] == ["toy"]
+    with pytest.raises(openai.BadRequestError, match="decoding is greedy"):
+      create(temperature=0.7)
 
 
 def output_of(text):
