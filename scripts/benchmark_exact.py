@@ -36,7 +36,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--num_prompts", type=int, default=60)
   add("--compare", type=int, help="prompts whose texts are compared (default: those timed)")
   add("--repeats", type=int, default=7)
-  add("--fixed", action="store_true", help="draft as many whatever is accepted")
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   return parser.parse_args(arguments)
 
@@ -47,7 +46,7 @@ def rules(flags: argparse.Namespace) -> dict[str, exits.Speculative]:
   for text in flags.rules:
     for head in flags.heads:
       layer, drafts = map(int, text.split("x"))
-      rule = exits.Speculative(layer, drafts, head, adapts=not flags.fixed)
+      rule = exits.Speculative(layer, drafts, head)
       made[f"k = {layer}, {drafts} drafts, {head}"] = rule
   return made
 

@@ -1,5 +1,6 @@
 """What `benchmark.py` decodes: models, prompts, and exits that are forced to known depths."""
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -26,10 +27,6 @@ SIZES: Mapping[str, dict[str, Any]] = {
     **{"vocab_size": 32128, "emb_dim": 512, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024},
     **{"num_encoder_layers": 8, "num_decoder_layers": 8, **GATED},
   },
-  "base": {
-    **{"vocab_size": 32128, "emb_dim": 768, "num_heads": 12, "head_dim": 64, "mlp_dim": 2048},
-    **{"num_encoder_layers": 12, "num_decoder_layers": 12, **GATED},
-  },
 }
 SHAPES = (*SIZES, "packed")
 NO_EOS = -1  # random weights would end rows at random
@@ -37,52 +34,31 @@ NO_EOS = -1  # random weights would end rows at random
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """One model, as ours and as what peers export from.
+  """One model, as ours and as what peers export from."""
 
-  Attributes:
-    name: one of `SHAPES`.
-    config: its sizes.
-    params: the T5X-shaped tree.
-    weights: the same laid out for decoding, with a shortlist.
-    shortlist: token ids, most likely first.
-    eos_id: what ends a row.
-    num_pieces: columns of the head.
-    predictor: the packed model's, for its prompts.
-  """
-
-  name: str
+  name: str  # one of `SHAPES`
   config: network.T5Config
-  params: dict[str, Any]
-  weights: program.ModelWeights
-  shortlist: tuple[int, ...]
+  params: dict[str, Any]  # the T5X-shaped tree
+  weights: program.ModelWeights  # the same laid out for decoding, with a shortlist
+  shortlist: tuple[int, ...]  # token ids, most likely first
   eos_id: int
-  num_pieces: int
-  predictor: inference.Predictor | None = None
+  num_pieces: int  # columns of the head
+  predictor: inference.Predictor | None = None  # the packed model's, for its prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One block of the table.
+  """One block of the table."""
 
-  Attributes:
-    shape: one of `SHAPES`.
-    batch_size: rows.
-    input_length: padded prompt.
-    decode_length: steps, the size of the caches.
-    num_prompts: prompts of the packed model; random prompts are one batch.
-  """
-
-  shape: str
+  shape: str  # one of `SHAPES`
   batch_size: int
-  input_length: int
-  decode_length: int
-  num_prompts: int = 16
+  input_length: int  # of padded prompts
+  decode_length: int  # steps, the size of the caches
+  num_prompts: int = 16  # of the packed model; random prompts are one batch
 
   def __str__(self) -> str:
-    return (
-      f"{self.shape}, B={self.batch_size}, input {self.input_length},"
-      f" max_decode_length {self.decode_length}"
-    )
+    sizes = f"B={self.batch_size}, input {self.input_length}"
+    return f"{self.shape}, {sizes}, max_decode_length {self.decode_length}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,13 +171,9 @@ class Trace:
 
   The traced threshold is the row's place in the trace, so that a row keeps its depths
   wherever an engine puts it. With `ForcedMeasure` only.
-
-  Attributes:
-    depths: exit layers, taken in turn and repeated.
-    num_layers: L.
   """
 
-  depths: tuple[int, ...]
+  depths: tuple[int, ...]  # exit layers, taken in turn and repeated
   num_layers: int
   name = "trace"
 
@@ -221,30 +193,13 @@ class ForcedMeasure:
 
   The measured value moves the result within a quarter of a layer, so that a compiler has to
   compute it, and never over a threshold of `Trace`, which lies half a layer below.
-
-  Attributes:
-    inner: the measure.
-    num_layers: L.
   """
 
   inner: confidence.Measure
   num_layers: int
 
-  @property
-  def name(self) -> str:
-    return self.inner.name
-
-  @property
-  def uses_head(self) -> bool:
-    return self.inner.uses_head
-
-  @property
-  def uses_shortlist(self) -> bool:
-    return self.inner.uses_shortlist
-
-  @property
-  def part(self) -> str | None:
-    return self.inner.part
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.inner, name)  # its name, and what it uses
 
   @property
   def bound(self):
@@ -278,7 +233,8 @@ def mixed_depths(num_layers: int, seed: int = 2) -> tuple[int, ...]:
   return tuple(int(depth) for depth in np.minimum(drawn, num_layers))
 
 
-def grid(shapes, batch_sizes, input_lengths, decode_lengths, num_prompts) -> list[Setting]:
+def grid(options: argparse.Namespace) -> list[Setting]:
   """Every setting asked for; models outermost, so that each is loaded once."""
-  product = itertools.product(shapes, input_lengths, decode_lengths, batch_sizes)
-  return [Setting(s, b, i, d, max(num_prompts, b)) for s, i, d, b in product]
+  lengths = options.input_lengths, options.decode_lengths
+  product = itertools.product(options.shapes, *lengths, options.batch_sizes)
+  return [Setting(s, b, i, d, max(options.num_prompts, b)) for s, i, d, b in product]

@@ -8,11 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import benchmark_models as models
@@ -45,13 +45,7 @@ def not_installed(*packages: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """Somebody else's decoder.
-
-  Attributes:
-    name: as in the table.
-    packages: what must be importable.
-    systems: (model, setting, depths) -> its rows.
-  """
+  """Somebody else's decoder: the packages that it needs, and its rows of the table."""
 
   name: str
   packages: tuple[str, ...]
@@ -77,20 +71,12 @@ def _vocabulary(model: models.Model) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class T5xLoop:
-  """T5X's `temperature_sample`, greedy, around a model's "tokens to logits".
-
-  Attributes:
-    model: whose weights they are.
-    setting: lengths and prompts.
-    module: T5X's or flaxformer's network.
-    to_logits: of the T5X model, with encoded_inputs, raw_inputs and max_decode_length left.
-    sample: the loop.
-  """
+  """T5X's `temperature_sample`, greedy, around a model's "tokens to logits"."""
 
   model: models.Model
   setting: models.Setting
-  module: Any
-  to_logits: Callable[..., Any]
+  module: Any  # T5X's or flaxformer's network
+  to_logits: Callable[..., Any]  # encoded_inputs, raw_inputs and max_decode_length are left
   sample: Callable[..., Any]
 
   def system(self, name: str, depth: float | None) -> System:
@@ -212,105 +198,125 @@ def _flaxformer(model: models.Model) -> Any:
 
 
 @contextlib.contextmanager
-def exported(model: models.Model) -> Iterator[pathlib.Path]:
-  """The model as a Hugging Face checkpoint, until the block ends."""
+def exported(model: Any) -> Iterator[pathlib.Path]:
+  """A model with `params` and `config` as a Hugging Face checkpoint, until the block ends."""
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory)
     huggingface.write(path, model.params, model.config)
     yield path
 
 
-def transformers_systems(model, setting, depths) -> list[System]:
-  """transformers' `generate`, greedy, with its cache."""
+# Package, class and options of models that `transformers` generates with.
+GENERATORS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+  "transformers": ("transformers", "T5ForConditionalGeneration", {}),
+  "onnxruntime": ("optimum.onnxruntime", "ORTModelForSeq2SeqLM", {"export": True}),
+  "openvino": ("optimum.intel", "OVModelForSeq2SeqLM", {"export": True}),
+}
+
+
+class Torch:
+  """A model of `GENERATORS`, and its `generate`, greedy, with its cache."""
+
+  def __init__(self, model: Any, way: str = "transformers"):
+    self.torch, self.transformers = imported("torch"), imported("transformers")
+    self.transformers.logging.set_verbosity_error()
+    self.transformers.utils.logging.disable_progress_bar()
+    package, name, given = GENERATORS[way]
+    with exported(model) as path:
+      self.model = getattr(imported(package), name).from_pretrained(path, **given)
+    self.model.generation_config.eos_token_id = None if model.eos_id < 0 else model.eos_id
+    self._own_cache = way != "transformers"
+
+  def generate(self, batch: np.ndarray, steps: int, **more: Any) -> np.ndarray:
+    """Tokens [batch, at most steps] of prompts [batch, length], padded with 0."""
+    cache = self.transformers.DynamicCache
+    if not self._own_cache:  # theirs is sized by the encoder's layers
+      more["past_key_values"] = self.transformers.EncoderDecoderCache(cache(), cache())
+    prompts = self.torch.tensor(batch.astype(np.int64))
+    with self.torch.inference_mode():
+      made = self.model.generate(
+        **({"input_ids": prompts} | more),
+        attention_mask=(prompts > 0).long(),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=steps,
+      )
+    return made[:, 1:].numpy()
+
+
+def torch_systems(way: str, model, setting, depths) -> list[System]:
+  """`generate` after the encoder, which is timed alone."""
   del depths
-  torch, transformers = imported("torch"), imported("transformers")
-  transformers.logging.set_verbosity_error()
-  transformers.utils.logging.disable_progress_bar()
-  with exported(model) as path:
-    theirs = transformers.T5ForConditionalGeneration.from_pretrained(path)
-  theirs.eval()
-  batches = [torch.tensor(b.astype(np.int64)) for b in models.batches(model, setting)]
-  ends = None if model.eos_id < 0 else model.eos_id
-  theirs.generation_config.eos_token_id = ends
-  encoder = theirs.get_encoder()
+  theirs = Torch(model, way)
+  batches = models.batches(model, setting)
+  encoder, length = theirs.model.get_encoder(), setting.decode_length
 
   def encode():
-    with torch.inference_mode():
-      return [encoder(input_ids=b, attention_mask=(b > 0).long()) for b in batches]
+    with theirs.torch.inference_mode():
+      tensors = [theirs.torch.tensor(batch.astype(np.int64)) for batch in batches]
+      return [encoder(input_ids=b, attention_mask=(b > 0).long()) for b in tensors]
 
   encoded = encode()
 
   def decode() -> Decoded:
     made = []
-    with torch.inference_mode():
-      for batch, states in zip(batches, encoded, strict=True):
-        sequences = theirs.generate(
-          encoder_outputs=states,
-          attention_mask=(batch > 0).long(),
-          do_sample=False,
-          num_beams=1,
-          max_new_tokens=setting.decode_length,
-          # Theirs is sized by the encoder's layers.
-          past_key_values=transformers.EncoderDecoderCache(
-            transformers.DynamicCache(), transformers.DynamicCache()
-          ),
-        )
-        made.append(_padded(sequences[:, 1:].numpy(), setting.decode_length))
+    for batch, states in zip(batches, encoded, strict=True):
+      given = {"input_ids": None, "encoder_outputs": states}
+      made.append(_padded(theirs.generate(batch, length, **given), length))
     return Decoded(made)
 
   layers = model.config.num_decoder_layers
-  name = f"transformers {transformers.__version__} generate, full depth"
+  name = f"{way} {metadata.version(way)} generate, full depth"
   return [System(name, decode, encode, measured_layers=layers, peer=True)]
 
 
-def ctranslate2_systems(model, setting, depths) -> list[System]:
-  """CTranslate2, greedy, float32 and 8-bit weights; its encoder cannot be timed alone."""
-  del depths
-  ctranslate2 = imported("ctranslate2")
-  names = [f"t{i}" for i in range(model.config.vocab_size)]
-  names[:3] = ["<pad>", "</s>", "<unk>"]
-  with exported(model) as path, tempfile.TemporaryDirectory() as directory:
-    target = _converter(path, names).convert(directory, force=True)
-    translators = {
-      kind: ctranslate2.Translator(target, device="cpu", compute_type=kind)
-      for kind in ("float32", "int8")
-    }
-  batches = [
-    [[names[token] for token in row if token] for row in batch]
-    for batch in models.batches(model, setting)
-  ]
-  made = []
-  for kind, translator in translators.items():
-    run = functools.partial(_translate, translator, names, batches, setting, model.eos_id)
-    made.append(
-      System(
-        f"CTranslate2 {ctranslate2.__version__} {kind}, full depth",
-        functools.partial(run, setting.decode_length),
-        functools.partial(run, 1),
-        measured_layers=model.config.num_decoder_layers,
-        by_difference=True,
-        peer=True,
-      )
-    )
-  return made
+class Translator:
+  """CTranslate2's, greedy, of a model with weights in 'float32' or 'int8'."""
 
+  def __init__(self, model: Any, kind: str):
+    self._names = [f"t{i}" for i in range(model.config.vocab_size)]
+    self._names[:3] = ["<pad>", "</s>", "<unk>"]
+    self._index, self._ends = {name: i for i, name in enumerate(self._names)}, model.eos_id >= 0
+    with exported(model) as path, tempfile.TemporaryDirectory() as directory:
+      target = _converter(path, self._names).convert(directory, force=True)
+      make = imported("ctranslate2").Translator
+      self._translate = make(target, device="cpu", compute_type=kind).translate_batch
 
-def _translate(translator, names, batches, setting, eos_id: int, steps: int) -> Decoded:
-  """What a translator of CTranslate2 makes of prompts, each a list of names."""
-  index = {name: i for i, name in enumerate(names)}
-  made = []
-  for batch in batches:
-    results = translator.translate_batch(
-      batch,
+  def generate(self, rows: Iterable[Sequence[int]], steps: int, **more: Any) -> list[list[int]]:
+    """Tokens of each prompt, padding left out."""
+    results = self._translate(
+      [[self._names[token] for token in row if token] for row in rows],
       beam_size=1,
       max_decoding_length=steps,
-      min_decoding_length=steps if eos_id < 0 else 1,
+      min_decoding_length=1 if self._ends else steps,
       return_end_token=True,
       max_batch_size=0,
+      **more,
     )
-    rows = [[index[token] for token in result.hypotheses[0]] for result in results]
-    made.append(_ragged(rows, setting.decode_length))
-  return Decoded(made)
+    return [[self._index[token] for token in result.hypotheses[0]] for result in results]
+
+
+def ctranslate2_systems(model, setting, depths) -> list[System]:
+  """CTranslate2, float32 and 8-bit weights; its encoder cannot be timed alone."""
+  del depths
+  batches = models.batches(model, setting)
+
+  def run(translator: Translator, steps: int) -> Decoded:
+    made = [translator.generate(batch, steps) for batch in batches]
+    return Decoded([_ragged(rows, setting.decode_length) for rows in made])
+
+  return [
+    System(
+      f"CTranslate2 {imported('ctranslate2').__version__} {kind}, full depth",
+      functools.partial(run, translator, setting.decode_length),
+      functools.partial(run, translator, 1),
+      measured_layers=model.config.num_decoder_layers,
+      by_difference=True,
+      peer=True,
+    )
+    for kind in ("float32", "int8")
+    for translator in [Translator(model, kind)]
+  ]
 
 
 def _converter(path: pathlib.Path, names: list[str]) -> Any:
@@ -354,6 +360,9 @@ PEERS = (
     ("t5x.contrib.calm.models", "flaxformer.architectures.calm_t5.calm_architecture"),
     t5x_calm_systems,
   ),
-  Peer("transformers", ("torch", "transformers"), transformers_systems),
+  *(
+    Peer(way, ("torch", way, package), functools.partial(torch_systems, way))
+    for way, (package, _, _) in GENERATORS.items()
+  ),
   Peer("ctranslate2", ("torch", "transformers", "ctranslate2"), ctranslate2_systems),
 )

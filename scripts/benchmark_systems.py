@@ -24,20 +24,9 @@ ENGINES: dict[str, engines.Engine | None] = {
 }
 
 
-def worthwhile(names: Sequence[str], batch_size: int) -> list[str]:
-  """Engines worth a row: those for many rows are the default, or nothing, for few."""
-  few = batch_size < engines.MANY_ROWS
-  return [name for name in names if not few or name not in ("deferred", "fitted")]
-
-
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-  """What one run made.
-
-  Attributes:
-    tokens: one [batch, length] array a batch of prompts.
-    exit_layers: the same for exits; None where the system has none.
-  """
+  """What one run made: one [batch, length] array a batch of prompts."""
 
   tokens: list[np.ndarray]
   exit_layers: list[np.ndarray] | None = None
@@ -45,35 +34,21 @@ class Decoded:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """One row of the table.
-
-  Attributes:
-    name: what it is.
-    decode: decodes every batch and waits for the result.
-    encode: encodes every batch and waits; None where the time of another row is the same.
-    measured_layers: layers that every token runs, where they are known beforehand.
-    by_difference: `decode` encodes too, and `encode` decodes one token: the decoder's time is
-      their difference, over a step less.
-    exact: exits that must come out, one [batch, length] array a batch, or None.
-    peer: somebody else's.
-  """
+  """One row of the table."""
 
   name: str
-  decode: Callable[[], Decoded]
-  encode: Callable[[], object] | None = None
-  measured_layers: float | None = None
+  decode: Callable[[], Decoded]  # every batch, and waits
+  encode: Callable[[], object] | None = None  # the same; None: in the time of another row
+  measured_layers: float | None = None  # that every token runs, where it is known beforehand
+  # `decode` encodes too, and `encode` decodes one token: the difference is the decoder's time.
   by_difference: bool = False
-  exact: list[np.ndarray] | None = None
-  peer: bool = False
+  exact: list[np.ndarray] | None = None  # exits that must come out
+  peer: bool = False  # somebody else's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ours:
-  """Makes the systems of one model in one setting, over so many devices.
-
-  Attributes:
-    native: see `program.Program`.
-  """
+  """Makes the systems of one model in one setting, over so many devices."""
 
   model: models.Model
   setting: models.Setting
@@ -100,7 +75,7 @@ class Ours:
     depths: Sequence[int],
     measures: Sequence[str],
     thresholds: Sequence[float],
-    engines: Sequence[str],
+    ways: Sequence[str],
     exit_layers: tuple[int, ...] | None = None,
   ) -> list[System]:
     """Full depth, the static models, then the dynamic exits of every measure and engine."""
@@ -111,8 +86,10 @@ class Ours:
     forced: dict[str, tuple[int, ...]] = {f"forced {k}": (k,) for k in depths}
     forced["mixed"] = models.mixed_depths(num_layers)
     forced["never"] = (num_layers,)
+    if self.setting.batch_size < engines.MANY_ROWS:  # these are for many
+      ways = [name for name in ways if name not in ("deferred", "fitted")]
     for measure in measures:
-      for engine in worthwhile(engines, self.setting.batch_size):
+      for engine in ways:
         for name, trace in forced.items():
           made.append(self.forced(f"{measure}, {name}", measure, trace, engine))
         for threshold in thresholds:

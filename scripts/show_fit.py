@@ -5,8 +5,7 @@
 
 `frozen` learns exits beside the model's weights, `stored` takes the exits that it has
 (`--stages=none`), `train_all` trains all weights within `--budget`. 'packed' is the model in
-the box saved as a Hugging Face folder; 'transformers' the same saved by transformers, with
-`--transformers=PYTHON`, an interpreter that has it and torch; NAME=FOLDER any other model.
+the box saved as a Hugging Face folder, NAME=FOLDER any other model.
 Rows are drawn from the test split, for `train_all` from the training split. Every fit is put
 into the table when it is made; stopped, the same command goes on.
 """
@@ -17,7 +16,6 @@ import pathlib
 import platform
 import random
 import shutil
-import subprocess
 import time
 from typing import Any
 
@@ -35,58 +33,21 @@ from calm.t5 import network
 
 TOLERANCE = 0.1
 METRICS = {"debian_synopsis": "rouge_l", "debian_enfr": "chrf", "debian_qa": "token_f1"}
-COLUMNS = (
-  "model",
-  "task",
-  "exits",
-  "chosen",
-  "layers",
-  "cut",
-  "ms full",
-  "ms served",
-  "speed-up",
-  "with encoder",
-  "in batches",
-  "risk, 0.1 promised",
-  "layers at 0.05, 0.2",
-  "quality full",
-  "quality served",
-  "full texts equal",
-  "exact",
-  "s learning",
-)
+COLUMNS = ("model", "task", "exits", "chosen", "layers", "cut", "ms full", "ms served")
+COLUMNS += ("speed-up", "with encoder", "in batches", "risk, 0.1 promised")
+COLUMNS += ("layers at 0.05, 0.2", "quality full", "quality served", "full texts equal")
+COLUMNS += ("exact", "s learning")
 WAYS: dict[str, dict[str, Any]] = {
   "frozen": {},
   "stored": {"stages": "none"},
   "train_all": {"train_all": True},
 }
-SAVE_WITH_TRANSFORMERS = """
-import sys, transformers
-model = transformers.T5ForConditionalGeneration.from_pretrained(sys.argv[1])
-model.save_pretrained(sys.argv[2])
-transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
-"""
 
 
 def save_packed(arguments: argparse.Namespace) -> pathlib.Path:
   """The packed weights as a Hugging Face folder; the exit classifier has no place there."""
   packed = checkpoints.load(checkpoints.PACKED)
   return save(arguments.work / "packed_hf", packed.params, packed.config)
-
-
-def save_with_transformers(arguments: argparse.Namespace) -> pathlib.Path:
-  """The packed weights, opened and saved by transformers."""
-  if not arguments.transformers:
-    raise SystemExit("Expected `--transformers` for the model 'transformers', got none.")
-  folder = arguments.work / "saved_by_transformers"
-  if not folder.exists():
-    source = save_packed(arguments)
-    command = [arguments.transformers, "-c", SAVE_WITH_TRANSFORMERS, str(source), str(folder)]
-    subprocess.run(command, check=True)
-  return folder
-
-
-MODELS = {"packed": save_packed, "transformers": save_with_transformers}
 
 
 def save(folder: pathlib.Path, params, config: network.T5Config) -> pathlib.Path:
@@ -228,16 +189,15 @@ def main() -> None:
   parser.add_argument("--work", type=pathlib.Path, required=True, help="folder of the fits")
   parser.add_argument("--output", required=True, help="JSON of the table")
   parser.add_argument("--tasks", nargs="+", default=list(METRICS), choices=list(METRICS))
-  parser.add_argument("--models", nargs="+", default=["packed"], help="names, or NAME=FOLDER")
+  parser.add_argument("--models", nargs="+", default=["packed"], help="or NAME=FOLDER")
   parser.add_argument("--ways", nargs="+", default=["frozen", "stored"], choices=list(WAYS))
   parser.add_argument("--rows", type=int, default=600, help="rows a fit (default 600)")
   parser.add_argument("--budget", default="3m", help="of `train_all` (default 3m)")
-  parser.add_argument("--transformers", metavar="PYTHON", help="has transformers and torch")
   arguments = parser.parse_args()
   run_lib.use_compilation_cache()
   for model in arguments.models:
     name, _, path = model.partition("=")
-    folder = pathlib.Path(path) if path else MODELS[name](arguments)
+    folder = pathlib.Path(path) if path else save_packed(arguments)
     for task in arguments.tasks:
       for way in arguments.ways:
         record(arguments, fit(name, folder, task, way, arguments))

@@ -67,14 +67,14 @@ BUDGETS = {
   "fitting": (2447, 8),
   "inference": (2534, 10),
   "paper": (2379, 12),
-  "serve": (728, 4),
+  "serve": (727, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3776, 17),
   "t5x": (1295, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (30_615, 139), "tests": (28_260, 165), "scripts": (4_276, 24)}
+WHOLE = {"calm": (30_614, 139), "tests": (28_286, 165), "scripts": (4_497, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

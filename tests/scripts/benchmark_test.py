@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,8 @@ def test_the_packed_model_has_real_prompts():
 def test_a_peer_that_is_not_there_is_named():
   assert peers.not_installed("json") is None
   assert "no_such_package" in peers.not_installed("json", "no_such_package")
-  assert {"t5x", "t5x_calm", "transformers", "ctranslate2"} == {p.name for p in peers.PEERS}
+  names = {"t5x", "t5x_calm", "transformers", "onnxruntime", "openvino", "ctranslate2"}
+  assert names == {peer.name for peer in peers.PEERS}
 
 
 def test_rows_are_counted_to_their_end():
@@ -107,7 +109,18 @@ def test_calls_take_turns():
   assert len(timed["b"].seconds) == 2 and timed["b"].median > 0
 
 
-def test_an_unknown_shape_is_refused(capsys):
-  with pytest.raises(SystemExit):
-    benchmark.parse(["--shapes=huge"])
-  assert "Expected shapes among" in capsys.readouterr().err
+def test_a_peer_answers_behind_the_routes_of_the_server():
+  testclient = pytest.importorskip("starlette.testclient", reason="starlette is not installed")
+  pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+  import benchmark_serve
+
+  from calm import inference, serve
+
+  decode = lambda rows, limit, first: [[5, 1]] * len(rows)
+  device = benchmark_serve.PeerDevice(inference.load("packed"), decode)
+  with testclient.TestClient(serve.Api(device, "m").app, "http://127.0.0.1") as client:
+    while device.is_alive() and not device.ready:
+      time.sleep(0.02)
+    answer = client.post("/v1/completions", json={"prompt": "a"})
+  line = benchmark_serve.row("m", "0.3", [(2.0, 1.0, [(0.0, 0.5, answer.content)])])
+  assert line == ["m", "0.3", 8.0, 0.5, 500.0, 500.0, None, 1000.0]
