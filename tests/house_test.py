@@ -58,10 +58,10 @@ def test_no_function_is_long(folder):
 BUDGETS = {
   "arguments.py": (178, 1),
   "calibrate": (5140, 22),
-  "checkpoints": (1096, 5),
-  "commands": (2641, 14),
+  "checkpoints": (1076, 5),
+  "commands": (2633, 14),
   "console.py": (271, 1),
-  "data": (1879, 8),
+  "data": (1860, 8),
   "decode": (2606, 12),
   "exits": (1213, 8),
   "fitting": (2447, 8),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1295, 4),
   "training": (1694, 9),
 }
-WHOLE = {"calm": (30_614, 139), "tests": (28_286, 165), "scripts": (4_497, 25)}
+WHOLE = {"calm": (30_567, 139), "tests": (28_242, 164), "scripts": (4_497, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

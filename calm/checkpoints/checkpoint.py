@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,19 +51,13 @@ parameters_digest = arguments.checked()(parameters.digest)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A model as it was stored.
-
-  Attributes:
-    config: sizes and choices; `exit_classifier` tells whether `params` holds one.
-    params: the parameter tree of `config`, leaves float32 numpy arrays.
-    vocabulary: the vocabulary stored beside it, or None.
-    exits_trained: whether layers before the last have learned to write, where that is known:
-      False in Hugging Face's models and T5X's own; None where it is not known.
-  """
+  """A model as it was stored."""
 
   config: network.T5Config
-  params: dict[str, Any] = dataclasses.field(repr=False)
+  params: dict[str, Any] = dataclasses.field(repr=False)  # its tree, of float32 numpy arrays
   vocabulary: Vocabulary | None = None
+  # Whether layers before the last have learned to write: False in Hugging Face's models and
+  # T5X's own; None where it is not known.
   exits_trained: bool | None = None
 
 
@@ -74,7 +68,7 @@ def save(
   config: network.T5Config,
   *,
   vocabulary: Vocabulary | None = None,
-  storage_dtype: str = "float32",
+  storage_dtype: Literal["float32", "bfloat16"] = "float32",
   exits_trained: bool | None = None,
 ) -> None:
   """Writes our own format; an earlier checkpoint in `directory` is replaced only at the end.
@@ -297,7 +291,7 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
   made_by, name, numbers = _VOCABULARIES[kind]
   whole = lambda number: limits.whole(number, record.get(number), 0, 2**31)
   with files.naming(directory / _RECORD):
-    options = {number: whole(number) for number in numbers}
+    options: dict[str, Any] = {number: whole(number) for number in numbers}
     if name is not None:
       options["path"] = directory / name
     if made_by is _PIECES:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,7 +19,6 @@ from calm.calibrate import checks
 _MOST_JSON = 2**26
 # The types that a parameter may be stored as; all are read as float32.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
-STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
@@ -76,15 +75,10 @@ def _check_file(path: pathlib.Path) -> None:
 def safetensors_writer(
   tensors: Mapping[str, np.ndarray], storage_dtype: str = "float32", **metadata: str
 ) -> Callable[[pathlib.Path], Any]:
-  """A writer for `write_together`; the arrays are cast to one of `STORAGE_DTYPES`."""
-  if storage_dtype not in STORAGE_DTYPES:
-    raise ValueError(
-      f"Expected `storage_dtype` to be one of {', '.join(STORAGE_DTYPES)}, got"
-      f" {storage_dtype!r}."
-    )
+  """A writer for `write_together`; the arrays are cast to float32 or bfloat16."""
   # safetensors writes the memory as it lies, so transposed views must be laid out anew.
   cast = {
-    name: np.ascontiguousarray(np.asarray(array).astype(STORAGE_DTYPES[storage_dtype]))
+    name: np.ascontiguousarray(np.asarray(array).astype(storage_dtype))
     for name, array in tensors.items()
   }
 

@@ -43,20 +43,12 @@ _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 # Their activation -> ours. flax's gelu is the tanh approximation, their "gelu_new".
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 _IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-# The options of generation_config.json by which transformers does not decode greedily, and the
-# values that leave decoding greedy.
-_GREEDY: Mapping[str, tuple[Any, ...]] = {
-  "num_beams": (None, 1),
-  "do_sample": (None, False),
-  "repetition_penalty": (None, 1, 1.0),
-  "no_repeat_ngram_size": (None, 0),
-  "min_length": (None, 0),
-  "min_new_tokens": (None, 0),
-  "forced_bos_token_id": (None,),
-  "forced_eos_token_id": (None,),
-  "suppress_tokens": (None, []),
-  "begin_suppress_tokens": (None, []),
-  "bad_words_ids": (None, []),
+# The options of generation_config.json that leave decoding greedy only where they are None or:
+_GREEDY: Mapping[str, Any] = {
+  **{"num_beams": 1, "do_sample": False, "repetition_penalty": 1, "no_repeat_ngram_size": 0},
+  **dict.fromkeys(("min_length", "min_new_tokens"), 0),
+  **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id")),
+  **{name: [] for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")},
 }
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -74,8 +66,8 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
   with files.naming(directory / "config.json"):
     _check(theirs)
     config = _network_config(theirs)  # before any weight is read
-  other = [f"{k}={generation[k]!r}" for k, v in _GREEDY.items() if generation.get(k) not in v]
-  if other:
+  asked = {name: generation.get(name) for name in _GREEDY}
+  if other := [f"{k}={v!r}" for k, v in asked.items() if v not in (None, _GREEDY[k])]:
     warnings.warn(
       f"generation_config.json of {directory} asks for {', '.join(other)}; decoding here is"
       " greedy and leaves that out.",

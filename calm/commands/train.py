@@ -46,6 +46,7 @@ CHOICES = [
   @sources.stored_shortlist,
 ]
 """
+_OUTPUT = "calm.training.run.train.output_dir"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,33 +82,24 @@ def run(arguments: argparse.Namespace) -> int:
   train: Any = training_run.train
   with contextlib.suppress(ValueError):  # where the files bind nothing of it
     train = gin.get_configurable(train)
-  options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
-  output_dir = pathlib.Path(_output_dir(arguments))
+  try:
+    output_dir = arguments.output_dir or gin.query_parameter(_OUTPUT)
+  except ValueError as error:
+    raise ValueError(
+      "`calm train` needs `--output_dir`, or `run.train.output_dir` in the gin file."
+    ) from error
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
   console = rich_console.Console()
   with Progress(console) as progress:
-    monitor = Monitor(output_dir, console, progress)
+    monitor = Monitor(pathlib.Path(output_dir), console, progress)
     listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
-    exported = train(listener=listener, **options)
-  storage.write_atomically(output_dir / "config.gin", gin.config_str())
+    exported = train(listener=listener, output_dir=output_dir)
+  storage.write_atomically(f"{output_dir}/config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
   print("Decode with it:")
   words = (f"--model={exported}", "--threshold=0.9")
   print(run_lib.infer_command(*words, text="a text"), flush=True)
   return 0
-
-
-def _output_dir(arguments: argparse.Namespace) -> str:
-  import gin
-
-  if arguments.output_dir is not None:
-    return arguments.output_dir
-  try:
-    return gin.query_parameter("calm.training.run.train.output_dir")
-  except ValueError as error:
-    raise ValueError(
-      "`calm train` needs `--output_dir`, or `run.train.output_dir` in the gin file."
-    ) from error
 
 
 class Monitor:

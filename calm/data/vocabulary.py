@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
@@ -59,10 +59,10 @@ class _Vocabulary:
   eos_id: Any
   vocab_size: Any
   extra_ids: Any
-  _encode: Callable[[str], list[int]]
-  _decode: Callable[[list[int]], str]  # of ids that are neither padding nor EOS
-  _piece: Callable[[int], str | None]  # None: there is none
-  _identity: Callable[[], bytes]  # what determines the ids
+  _encode: Any  # (text) -> ids
+  _decode: Any  # (ids that are neither padding nor EOS) -> text
+  _piece: Any  # (id) -> its text, or None
+  _identity: Any  # () -> bytes that determine the ids
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
@@ -98,24 +98,17 @@ class _Vocabulary:
 class SentencePieceVocabulary(_Vocabulary):
   """A SentencePiece model with `extra_ids` sentinels appended, as seqio appends them.
 
-  Ids of no piece decode as unknown.
-
-  Attributes:
-    path: the model file; two vocabularies are equal when its bytes and `extra_ids` are.
-    extra_ids: number of `<extra_id_N>` pieces after the model's own (100 for T5; 0 for mT5,
-      whose model file already holds them).
-    padded: whether padding must be 0, as it is in all of T5's models; where it is not
-      (MADLAD-400), `Renumbered` makes it so.
+  Ids of no piece decode as unknown. Two are equal when the bytes of their files and their
+  `extra_ids` are.
 
   Raises:
     FileNotFoundError: there is no file at `path`.
-    ValueError: the file is no SentencePiece model, its padding id is not 0 (the network masks
-      token 0), or it has no EOS piece.
+    ValueError: it is no SentencePiece model, its padding id is not 0, or it has no EOS piece.
   """
 
   path: str | os.PathLike = dataclasses.field(compare=False)
-  extra_ids: int = 100
-  padded: bool = True
+  extra_ids: int = 100  # of T5; 0 for mT5, whose model file already holds them
+  padded: bool = True  # whether padding must be 0; else `Renumbered` makes it so
   model: bytes = dataclasses.field(init=False, repr=False)
 
   vocab_size = property(lambda self: self._processor.get_piece_size())
@@ -170,12 +163,9 @@ class ByteVocabulary(_Vocabulary):
 
   Tokens that are no bytes decode to nothing, and so does a character that the end of the
   sequence cuts off, as in seqio.
-
-  Attributes:
-    extra_ids: sentinels after the 256 bytes; 125 makes ByT5's 384 embedding rows.
   """
 
-  extra_ids: int = 125
+  extra_ids: int = 125  # sentinels after the bytes: ByT5's 384 embedding rows
 
   eos_id = 1
   unk_id = 2
@@ -210,12 +200,7 @@ class TokenizerVocabulary(_Vocabulary):
   """A `tokenizer.json` of the package tokenizers, which transformers saves for every model.
 
   Texts are encoded as by transformers, the EOS at their end left out; special tokens but
-  sentinels decode to nothing.
-
-  Attributes:
-    path: the file; two vocabularies are equal when its bytes and ids are.
-    eos_id: the token that ends a text.
-    pad_id: padding.
+  sentinels decode to nothing. Two are equal when the bytes of their files and their ids are.
 
   Raises:
     FileNotFoundError: there is no file at `path`.
@@ -332,14 +317,10 @@ class Renumbered(_Vocabulary):
   """A vocabulary whose padding is not 0 (MADLAD-400: 1), with that id and 0 exchanged.
 
   The network takes token 0 for padding; the model's rows are exchanged too (`checkpoints`).
-
-  Attributes:
-    base: the vocabulary.
-    base_pad_id: its padding, above 0.
   """
 
   base: Any
-  base_pad_id: int
+  base_pad_id: int  # its padding, above 0
 
   vocab_size = property(lambda self: self.base.vocab_size)
   extra_ids = property(lambda self: self.base.extra_ids)

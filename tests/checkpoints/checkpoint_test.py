@@ -109,7 +109,7 @@ def test_bfloat16_halves_the_file_and_rounds_once_whatever_the_layout(tmp_path):
     rounded = np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(loaded[path], rounded)
     np.testing.assert_array_equal(exact[path], np.asarray(leaf, np.float32))
-  with pytest.raises(ValueError, match=r"`storage_dtype`.*float32, bfloat16.*'float16'"):
+  with pytest.raises(ValueError, match=r"`storage_dtype`.*'float32', 'bfloat16'.*'float16'"):
     checkpoints.save(tmp_path / "none", draw(), CONFIG, storage_dtype="float16")
   assert not (tmp_path / "none").exists()
 

@@ -14,7 +14,7 @@ import pytest
 from calm import calibrate, inference, storage
 from calm.commands import cli, infer
 from calm.decode import acceptance, compiled
-from calm.inference import predictor
+from calm.inference import predictor, timing
 from tests.calibrate import laws
 from tests.commands import toy
 
@@ -180,26 +180,18 @@ def test_json_lines_on_standard_input_are_not_texts(model, calm, monkeypatch):
   assert "standard input: 1 prompt, JSON Lines, key 'prompt'" in printed
 
 
-@pytest.fixture
-def certified(tmp_path):
-  """(a model, a function that saves a calibration of it under some options)"""
+def test_the_models_own_calibration_is_served(prompts, calm, tmp_path):
   model = toy.save_model(tmp_path / "fitted")
-
-  def save(path, **options):
-    made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
-    procedure = inference.load(model, **options).procedure
-    dataclasses.replace(made, procedure=procedure).save(path)
-    return made
-
-  return model, save
-
-
-def test_the_models_own_calibration_is_served(prompts, calm, certified):
-  model, save = certified
-  made = save(model / "calibration.json")
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  pair = timing.Pair(1, 8, full=4.0, early=2.0, speedup=2.0, end_to_end=1.5)
+  made = timing.note(made, timing.Seconds(pair))
+  procedure = inference.load(model).procedure
+  dataclasses.replace(made, procedure=procedure).save(model / "calibration.json")
   named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--limit=1"]
   assert "`--threshold` beside options" in calm("infer", *named, "--measure=state", code=2)
-  assert made.guarantee.split(".")[0] in calm("infer", *named, "--output=-")
+  printed = calm("infer", *named, "--output=-")
+  assert made.guarantee.split(".")[0] in printed
+  assert "as measured with the calibration: x2.00 one at a time (x1.50" in printed
 
 
 def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Shards of a list: who is where, what is refused, and that together they are the whole."""
 
+import argparse
 import json
 import random
 import shutil
@@ -342,3 +343,48 @@ def test_merging_makes_no_file_where_a_planted_link_leads(four, tmp_path):
   with pytest.raises(OSError, match=rf"{EARLY}' .* got a link to a file that does not exist"):
     shards.merge([four], folder)
   assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+  ("count", "number", "message"),
+  [
+    (None, 1, "both `--num_shards` and `--shard_id`, got one"),
+    (4, None, "Slurm .*SLURM_ARRAY_TASK_ID .*Kubernetes .*JOB_COMPLETION_INDEX"),
+    (2, 2, "got 2 of 2"),
+  ],
+)
+def test_a_shard_that_is_not_known_is_refused(count, number, message):
+  with pytest.raises(ValueError, match=message):
+    shards.parse_shard(argparse.Namespace(num_shards=count, shard_id=number))
+
+
+def test_shards_of_generate_and_infer_are_one_run(model, tmp_path, calm):
+  """One row at a time: no prompt's numbers depend on those that are decoded beside it."""
+  prompts = tmp_path / "prompts.jsonl"
+  rows = [{"id": f"p{i + 5}", "input": f"text {i}", "target": ["x"]} for i in range(7)]
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  named = [f"--model={model}", f"--prompts={prompts}"]
+  named += ["--max_input_length=32", "--max_decode_length=4", "--batch_size=1"]
+  for command, option in (("generate", "--thresholds=0.9,0.5"), ("infer", "--threshold=0.5")):
+    one, many = tmp_path / f"{command}-one", tmp_path / command
+    calm(command, *named, option, f"--output={one}")
+    for number in (1, 0, 1):  # the last is done already
+      part = ["--num_shards=2", f"--shard_id={number}", f"--output={many}"]
+      printed = calm(command, *named, option, *part)
+    assert "shard-00001-of-00002 is finished already" in printed
+    calm("merge", many)
+  merged = tmp_path / "generate" / "merged"
+  for name in ("never", "0.9", "0.5"):
+    ours, theirs = (
+      (at / f"threshold_{name}.jsonl").read_text().splitlines()
+      for at in (merged, tmp_path / "generate-one")
+    )
+    assert sorted(ours) == sorted(theirs) and len(ours) == 7
+  assert generations.load(merged).ids == tuple(f"p{i + 5}" for i in range(7))
+  outputs = tmp_path / "infer" / "outputs.jsonl"
+  assert outputs.read_text() == (tmp_path / "infer-one").read_text()
+  # Another run in the folder of a shard.
+  printed = calm("infer", *named, "--threshold=never", *part, code=2)
+  assert "`threshold`: '0.5' for 'never'" in printed
+  printed = calm("infer", *named, f"--online={tmp_path / 'state'}", *part, code=2)
+  assert "in one process: leave" in printed
