@@ -7,7 +7,6 @@ import pytest
 pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (`test`)")
 from pyarrow import parquet
 
-from calm import storage
 from calm.data import prompt_files
 from calm.data import rows as rows_of_files
 from tests.spent import Spent
@@ -89,12 +88,8 @@ def rows(count: int) -> dict:
     {"dictionary_pagesize_limit": 32, "write_batch_size": 8, "data_page_size": 16},
   ],
 )
-@pytest.mark.parametrize("longest", [64, storage.LONGEST_LINE])
-def test_rows_are_those_that_were_written(tmp_path, monkeypatch, written, longest):
-  monkeypatch.setattr(storage, "LONGEST_LINE", longest)
-  columns = {
-    name: column for name, column in rows(2500).items() if longest > 64 or name == "input"
-  }
+def test_rows_are_those_that_were_written(tmp_path, written):
+  columns = rows(2500)
   path = tmp_path / "rows.parquet"
   parquet.write_table(pyarrow.table(columns), path, **written)
   with path.open("rb") as file:
