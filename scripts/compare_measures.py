@@ -21,7 +21,7 @@ TARGETS = [("textual", delta) for delta in (0.02, 0.1, 0.25)]
 METHODS = {"auto": "risk_signed"}
 
 
-def opened(arguments: argparse.Namespace, name: str) -> bench.Bench:
+def opened(arguments: argparse.Namespace, name: str) -> experiments.Task:
   """One task's prompts under the model."""
   task = tasks.task(name)
   predictor = inference.load(arguments.model, batch_size=arguments.batch_size).with_options(
@@ -29,14 +29,13 @@ def opened(arguments: argparse.Namespace, name: str) -> bench.Bench:
     max_input_length=task.max_input_length,
     max_decode_length=task.max_decode_length,
   )
-  options = bench.Options(
-    limit=arguments.limit,
-    timed=arguments.timed,
-    measures=tuple(arguments.measures),
-    seed=arguments.seed,
+  options = bench.Options(timed=arguments.timed, measures=tuple(arguments.measures))
+  validation, test = (
+    tasks.read_prompts(arguments.data, task, split, limit=arguments.limit, seed=arguments.seed)
+    for split in ("validation", "test")
   )
-  data, cache = pathlib.Path(arguments.data), pathlib.Path(arguments.cache)
-  return bench.Bench(predictor, task, data, cache, options)
+  cache = pathlib.Path(arguments.cache)
+  return experiments.Task(predictor, task, validation, test, cache, options)
 
 
 def titled(measure: str) -> str:
@@ -54,14 +53,13 @@ def cell(gain: experiments.Gain) -> str:
   return f"{risk}, {gain.layers:.2f}, x{gain.speedup:.2f}"
 
 
-def rows(of: bench.Bench) -> list[list[str]]:
+def rows(of: experiments.Task) -> list[list[str]]:
   """A row a measure by delta, and the oracle's."""
   title = of.settings.title
-  scorer = scores.Scorer([prompt.targets for prompt in of.test], of.settings.metric)
   full = of.records(f"static {of.num_layers} test", exits.StaticExit(of.num_layers), of.test)
   early = of.records("oracle test", exits.OracleExit(), of.test)
-  oracle = scorer.point("oracle", early, full)
-  gains = experiments.gains(of, targets=TARGETS, methods=METHODS).cells
+  oracle = scores.point("oracle", early, full, of.test, of.settings.metric)
+  gains = experiments.gains(of, targets=TARGETS, methods=METHODS)
   calibrated = [
     [title, titled(measure), *(cell(gain) for gain in gains if gain.measure == measure)]
     for measure in of.measures

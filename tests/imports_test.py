@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "calm"
 FRAMEWORKS = ("clu", "flax", "jax", "jaxlib", "optax", "orbax", "seqio", "t5x", "tensorflow")
@@ -97,20 +98,43 @@ def brought_by(requirements: list[str], extras: dict[str, list[str]]) -> set[str
   return found
 
 
-def missing_from(requirements: list[str], extras, modules: list[str]) -> str:
-  """The package that one of the modules asks for where no more than this is installed."""
+def when_imported(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+  """Import statements that run when a module is imported."""
+  for node in body:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      yield node
+    elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+      continue
+    elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+      yield from when_imported([*node.body, *getattr(node, "orelse", ())])
+
+
+def needed_by(modules: list[str]) -> set[str]:
+  """Top-level modules of others that importing some of ours imports."""
+  seen, found = set(), set()
+  while modules:
+    name, *modules = modules
+    path = PACKAGE.parent / name.replace(".", "/")
+    file = next(
+      (f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None
+    )
+    if name.split(".")[0] != "calm":
+      found.add(name.split(".")[0])
+    elif name not in seen:
+      seen.add(name)
+      modules.append(name.rpartition(".")[0] or name)
+      for node in when_imported(ast.parse(file.read_text("utf-8")).body if file else []):
+        if isinstance(node, ast.ImportFrom):
+          modules += [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+          modules += [alias.name for alias in node.names]
+  return found
+
+
+def missing_from(requirements: list[str], extras, modules: list[str]) -> set[str]:
+  """What some modules need where no more than this is installed."""
   every = set().union(*(brought_by(extras[extra], extras) for extra in extras))
-  hidden = every - brought_by(requirements, extras) - WITH_FLAX
-  return in_fresh_interpreter(
-    "import importlib, sys\n"
-    "class Hide:\n"
-    "  def find_spec(self, name, path=None, target=None):\n"
-    f"    if name.split('.')[0] in {hidden!r}: raise ModuleNotFoundError(name, name=name)\n"
-    "sys.meta_path.insert(0, Hide())\n"
-    "try:\n"
-    f"  for name in {modules!r}: importlib.import_module(name)\n"
-    "except ModuleNotFoundError as error: print(error.name)\n"
-  )
+  return (every - brought_by(requirements, extras) - WITH_FLAX) & needed_by(modules)
 
 
 def test_the_first_pages_installations_are_enough():

@@ -20,7 +20,7 @@ from rich import console as rich_console
 from calm.calibrate import calibrate
 from calm.commands import run as run_lib
 from calm.console import print_table, print_text, sanitize
-from calm.fitting import FitOptions, candidates, choose, train
+from calm.fitting import FitOptions, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import outputs, timing
 from calm.paper import figures, page
@@ -108,7 +108,7 @@ def several(text: str) -> outputs.Outputs:
   return outputs.Outputs((output(text),), 4, 0.5, f"promise {text}", timing)
 
 
-def report(text: str):
+def task(text: str):
   made = samples.report()
   levels = tuple(
     dataclasses.replace(level, pieces=(text, *level.pieces[1:]))
@@ -117,14 +117,15 @@ def report(text: str):
   shown = {"id": text, "input": text, "reference": text, "full": text, "levels": levels}
   item = dataclasses.replace(made.examples[0].items[0], **shown)
   example = dataclasses.replace(made.examples[0], items=(item,))
+  renamed = samples.changed(examples=(example,))
   settings = dataclasses.replace(made.settings, title=text, metric_title=text)
-  return dataclasses.replace(made, settings=settings, examples=(example,))
+  object.__setattr__(renamed, "settings", settings)
+  return renamed
 
 
 def sections(text: str):
   """Parts whose words are a user's; the figures, which are slow to draw, have a case."""
-  made = report(text)
-  return tuple(sections_lib.section(name, [made]) for name in ("outputs", "gains"))
+  return sections_lib.sections([task(text)], ("outputs", "gains"))
 
 
 def report_page(text: str) -> str:
@@ -132,10 +133,10 @@ def report_page(text: str) -> str:
 
 
 def fit_result(text: str) -> result_lib.Result:
-  candidate = candidates.Candidate(text, (1,))
+  candidate = choose.Candidate(text, (1,))
   tried = choose.Tried(candidate, (0.5,), (0.1,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20)
-  shown = report(text).examples[0]
+  shown = task(text).examples[0]
   pair = timing.Seconds(timing.Pair(1, 4, 2.0, 1.0, 2.0, 1.5))
   mean = result_lib.Mean(0.1, 0.0, 4)
   return result_lib.Result(
@@ -185,9 +186,6 @@ TERMINAL = {
   "an error": lambda text: told(text, run_lib._print_error),
   "a warning": lambda text: told(
     text, lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0)
-  ),
-  "the report": lambda text: console_of(
-    lambda console: page.print_report(console, [report(text)])
   ),
   "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, mode="truecolor"),
   "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, mode="plain"),

@@ -2,8 +2,7 @@
 
 Decodes validation prompts (trade-offs) and test prompts (calibration, unseen
 prompts), measures seconds, and writes into --output: index.html, figures/ (SVG
-and PNG), tables/ (CSV and Markdown), and cache/, from which the same command
-goes on.
+and PNG), tables/ (CSV), and cache/, from which the same command goes on.
 
 --data names a folder of debian_synopsis, debian_qa and debian_enfr, each with
 validation.jsonl.gz and test.jsonl.gz. --train names rows of your own, which
@@ -78,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
   """Runs the experiments of every task and writes the report."""
   run_lib.use_compilation_cache()
   # A missing package is reported before an hour of decoding.
-  from calm.paper import findings, page, sections
+  from calm.paper import findings, page
+  from calm.paper import sections as sections_lib
 
   console = rich_console.Console()
   output = pathlib.Path(arguments.output)
@@ -87,27 +87,26 @@ def run(arguments: argparse.Namespace) -> int:
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
   output.mkdir(parents=True, exist_ok=True)
   with storage.lock(output), Progress(console) as progress:
-    reports, predictor = _experiments(arguments, output / "cache", progress)
-  made = page.Page(
-    f"calm report: {arguments.model}",
-    _facts(arguments, predictor, time.monotonic() - start),
-    sections.sections(reports),
-    predictor.num_layers,
-    tuple((findings.speed(report), findings.headline(report)) for report in reports),
-  )
-  written = page.write(output, made)
-  page.print_report(console, reports)
+    tasks = _tasks(arguments, {"folder": output / "cache", "announce": progress.step})
+    progress.expect(sum(task.num_steps for task in tasks))
+    sections, headlines = sections_lib.sections(tasks), tuple(map(findings.headline, tasks))
+  facts = _facts(arguments, tasks[0].predictor, time.monotonic() - start)
+  about = f"calm report: {arguments.model}", facts, sections, tasks[0].num_layers, headlines
+  written = page.write(output, page.Page(*about))
+  for _, sentence in headlines:
+    print_text(console, f"\n{sentence}", "bold")
   print_text(console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True)
   return 0
 
 
-def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: Progress):
-  """(one report a task, the predictor of the last)."""
+def _tasks(arguments: argparse.Namespace, places):
+  """The tasks with their models and prompts."""
   from calm import inference
   from calm.paper import bench, experiments
   from calm.paper import tasks as tasks_lib
 
-  names = ("limit", "timed", "rounds", "examples", "ablated", "step", "error_rate")
+  known = [tasks_lib.task(name) for name in arguments.tasks]
+  names = ("timed", "rounds", "examples", "ablated", "step", "error_rate")
   options = {name: getattr(arguments, name) for name in names}
   options = bench.Options(measures=tuple(arguments.measures), **options)
   models = {}
@@ -116,23 +115,24 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
       with run_lib.naming_flag(f"--{flag}"):
         models[name] = inference.load(path, batch_size=arguments.batch_size)
   if arguments.train:
-    tasks = [_own_task(arguments, models["predictor"])]
+    given = [_own_task(arguments, models["predictor"])]
   else:
-    data = pathlib.Path(arguments.data)
-    tasks = [(tasks_lib.task(name), data) for name in arguments.tasks]
-  benches = []
-  for settings, source in tasks:
+    read = lambda task, split: tasks_lib.read_prompts(arguments.data, task, split)
+    given = [(task, read(task, "validation"), read(task, "test")) for task in known]
+  made = []
+  for settings, validation, test in given:
     shared = ("max_input_length", "max_decode_length")
     limits = {name: getattr(settings, name) for name in shared}
     own = {n: m.with_options(task_prefix=settings.prefix, **limits) for n, m in models.items()}
-    places = {"data": source, "folder": cache, "announce": progress.step}
-    benches.append(bench.Bench(settings=settings, options=options, **places, **own))
-  progress.expect(sum(map(experiments.num_steps, benches)))
-  return [experiments.run(each) for each in benches], models["predictor"]
+    prompts = {"validation": validation[: arguments.limit], "test": test[: arguments.limit]}
+    made.append(
+      experiments.Task(settings=settings, options=options, **prompts, **places, **own)
+    )
+  return made
 
 
 def _own_task(arguments: argparse.Namespace, predictor):
-  """(settings, prompts) of a user's own rows."""
+  """(settings, validation prompts, test prompts) of a user's own rows."""
   from calm import fitting
   from calm.paper import tasks as tasks_lib
 
@@ -151,7 +151,7 @@ def _own_task(arguments: argparse.Namespace, predictor):
     **limits,
   )
   # Calibrated on four fifths of the test prompts; the rest is evaluated only.
-  return settings, tasks_lib.OwnPrompts(splits.validation, splits.calibration + splits.last)
+  return settings, splits.validation, splits.calibration + splits.last
 
 
 def _facts(arguments: argparse.Namespace, predictor, seconds: float):

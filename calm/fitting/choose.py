@@ -1,25 +1,26 @@
 """Measure, exit layers, schedule and grid, by measured seconds on the validation part.
 
-The full model's texts are read by `candidates`, whose ranking gives a few finalists. Each is
-timed at the threshold that the ranking forecasts; the fastest are decoded over a grid of their
-own, which gives loss by threshold; these are timed again, beside full depth, at the threshold
-that calibration will probably certify. Every step costs more than the one before it and is made
-for fewer candidates; results are kept, so a stopped run resumes.
+Confidences of every layer at every token of the full model's texts rank all candidates, as if
+states were not propagated. A few finalists are timed at the threshold that the ranking
+forecasts; the fastest are decoded over a grid of their own, which gives loss by threshold, and
+timed again, beside full depth, at the threshold that calibration will probably certify.
 """
 
 import dataclasses
-import pathlib
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, losses
 from calm.console import Report
-from calm.fitting import candidates
-from calm.fitting.candidates import Candidate
-from calm.fitting.request import FitOptions
+from calm.exits import confidence, evidence, schedules
+from calm.fitting import exit_maps, request
 from calm.inference import grid, result_cache, timing
 from calm.t5 import parameters
 
@@ -32,6 +33,78 @@ FIRST, LAST = (6, 3), (12, 5)
 # a candidate in 8 bits.
 LEAST_NUMBERS, LEAST_LAYERS, MARGIN, CLEARLY = 2**20, 2**21, 1.05, 1.15
 _NAN = float("nan")
+# The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
+# which needs the fewest layers on the translations of the model in the box; None: constant.
+TEMPERATURES = (None, 4.0, 8.0)
+# Layers that sets are made of, in deep decoders: a few evenly spread ones.
+_MOST_LAYERS = 7
+_NUM_QUANTILES = 48
+_TOP = (0.999, 0.9975, 0.995, 0.99)  # a measure may be right at its very highest only
+# ROUGE-L distance of two texts over the share of tokens from their first difference on; between
+# 0.64 and 0.67 from one token in twenty to one in two, for the model in the box on synopses.
+_CHANGED = 2 / 3
+# Losses at which a grid has its points, as multiples of the tolerance.
+_COARSE = (0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 3.0)
+_FINE = (0.1, 0.2, 0.3, 0.4, 0.5, *(0.55 + 0.05 * i for i in range(14)), 1.4, 1.7, 2.0)
+# One-sided normal quantile at 5 %: a forecast of what will be certified, no promise.
+_QUANTILE = 1.645
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One way to leave the decoder early."""
+
+  measure: str  # name of the confidence measure
+  exit_layers: tuple[int, ...]  # layers after which a token may leave, 1-based
+  temperature: float | None = None  # tau of a decaying threshold (Eq. 5); None: constant
+  propagation: str = "exit_state"  # what skipped layers store
+  # What is multiplied in 8 bits, a key of `IN_8_BITS`; the reference is still the text of the
+  # float32 model.
+  in_8_bits: str = ""
+
+  def options(self, max_decode_length: int) -> dict[str, Any]:
+    """Fields of `DecodeOptions`."""
+    schedule: schedules.Schedule = schedules.Constant()
+    if self.temperature is not None:
+      schedule = schedules.Decaying(self.temperature, max_decode_length)
+    return {
+      "measure": self.measure,
+      "exit_layers": self.exit_layers,
+      "schedule": schedule,
+      "propagation": self.propagation,
+      **IN_8_BITS[self.in_8_bits],
+    }
+
+  @property
+  def can_cut(self) -> bool:
+    """Whether at threshold 0 it is the decoder cut after one layer, with its translator."""
+    constant = self.temperature is None and len(self.exit_layers) == 1
+    return constant and self.measure == "softmax"
+
+  def described(self, threshold: float) -> str:
+    """The candidate at a threshold, in words."""
+    if threshold == 0.0 and self.can_cut:
+      return f"the decoder cut after layer {self.exit_layers[0]}{self._bits}"
+    return str(self)
+
+  def __str__(self) -> str:
+    several = "s" if len(self.exit_layers) > 1 else ""
+    layers = several + " " + ",".join(map(str, self.exit_layers))
+    decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
+    return f"{self.measure} after layer{layers}{decays}{self._bits}"
+
+  @property
+  def _bits(self) -> str:
+    return f", {self.in_8_bits} in 8 bits" if self.in_8_bits else ""
+
+
+_ENCODER = {"encoder_dtype": "int8", "reference_dtype": "float32"}
+# Fields of `DecodeOptions` by what is in 8 bits.
+IN_8_BITS: Mapping[str, Mapping[str, str]] = {
+  "": {},
+  "encoder": _ENCODER,
+  "layers": {"weights_dtype": "int8", **_ENCODER},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +172,256 @@ class Choice:
     return [f"  {entry}{mark(entry)}" for entry in sorted(self.tried, key=order)]
 
 
+def measures(predictor: inference.Predictor) -> tuple[str, ...]:
+  """The measures that a model has: the classifier where it is trained, and so on."""
+  decoder, listed = predictor.params["decoder"], bool(predictor.options.shortlist)
+  # Exit parameters start at 0: those that are still 0 were never trained.
+  trained = [
+    part
+    for part in ("exit_classifier", "exit_probes")
+    if part in decoder and np.any(np.asarray(decoder[part]["kernel"]))
+  ]
+  return tuple(
+    name
+    for name, measure in confidence.MEASURES.items()
+    if confidence.lacking(measure, trained, listed) is None
+  )
+
+
+def exit_layers(num_layers: int) -> tuple[int, ...]:
+  """Layers that sets are made of, below the last: all, or a few evenly spread ones."""
+  spread = np.linspace(1, num_layers - 1, min(_MOST_LAYERS, num_layers - 1))
+  return tuple(sorted({round(float(layer)) for layer in spread}))
+
+
+def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
+  """Sets of exit layers: all, from one on, runs of layers, and pairs."""
+  layers = exit_layers(num_layers)
+  sets = [tuple(range(first, num_layers)) for first in layers]
+  ends = itertools.combinations(range(len(layers) + 1), 2)
+  sets += [tuple(layers[start:end]) for start, end in ends]
+  sets += list(itertools.combinations(layers, 2))
+  return tuple(dict.fromkeys(sets))
+
+
+# ---- Confidences of every layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+  """Every layer at every token of the full model's texts, one text after another."""
+
+  confidences: Mapping[str, np.ndarray]  # measure -> [num_tokens, num_layers] in [0, 1]
+  agrees: np.ndarray  # [num_tokens, num_layers] whether the argmax is the last layer's
+  positions: np.ndarray  # [num_tokens] of a token in its text
+
+  def of(self, candidate: Candidate, layers: Sequence[int]) -> np.ndarray:
+    """[num_tokens, len(layers)] confidences of a candidate's measure; a shortlist's is
+    softmax's."""
+    measure = "softmax" if candidate.measure == "shortlist" else candidate.measure
+    return self.confidences[measure][:, np.asarray(layers) - 1]
+
+
+def read_layers(
+  predictor: inference.Predictor, texts: Sequence[str], full: Sequence[Record], progress: Report
+) -> Reading:
+  """Reads every layer at every token of `full`, the full-depth records of `texts`."""
+  names = [name for name in measures(predictor) if name != "shortlist"]
+  batches = grid.one_shape(predictor.with_options(batch_size=exit_maps.BATCH)).plan(texts)
+  longest = max(len(record.tokens or ()) for record in full)
+  read = jax.jit(functools.partial(_read, predictor, tuple(names)))
+  found: list[tuple[np.ndarray, ...]] = []
+  for number, batch in enumerate(batches):
+    rows = [full[int(row)].tokens or () for row in batch.rows]
+    targets = exit_maps.padded_targets(rows, len(batch.tokens), longest)
+    layers = [np.asarray(x) for x in read(predictor.params, batch.tokens, targets)]
+    for i, tokens in enumerate(rows):
+      columns = [array[:, i, : len(tokens)].T for array in layers]
+      found.append((*columns, np.arange(len(tokens))))
+    share = (number + 1) / len(batches)
+    progress(share, f"reading layers, batch {number + 1} of {len(batches)}")
+  agrees, *values, positions = map(np.concatenate, zip(*found, strict=True))
+  return Reading(dict(zip(names, values, strict=True)), agrees, positions)
+
+
+def _read(predictor: inference.Predictor, names: Sequence[str], params, inputs, targets):
+  """Whether layers agree with the last, and their confidences, [layers, batch, length] each."""
+  config, num_pieces = predictor.config, predictor.vocabulary.vocab_size
+  shortlist = np.asarray(predictor.options.shortlist or (), int)
+  hidden, _, normed = exit_maps.full_states(config, params, inputs, targets)
+  head = parameters.head_kernel(params, config)
+  probes: Any = parameters.probes(params)
+
+  def logits_of(layer, columns: Any = slice(num_pieces)):
+    return normed[layer].astype(jnp.float32) @ head[:, columns]
+
+  def exit_logit(layer):
+    classifier = params["decoder"]["exit_classifier"]
+    state = normed[layer].astype(jnp.float32)
+    return (state @ classifier["kernel"])[..., 0] + classifier["bias"][0]
+
+  def probe_logit(layer, previous):
+    if layer + 1 == probes.num_layers:
+      return jnp.full(hidden.shape[1:-1], evidence.CERTAIN)
+    features = evidence.evidence(hidden[layer], previous, logits_of(layer, shortlist))
+    return probes.logit(layer + 1, normed[layer], features)
+
+  last, columns = None, []
+  for layer in reversed(range(config.num_decoder_layers)):
+    logits = logits_of(layer)
+    best = jnp.argmax(logits, axis=-1)
+    last = best if last is None else last
+    previous = hidden[layer - 1] if layer else jnp.zeros_like(hidden[0])
+    view = confidence.LayerView(
+      layer + 1,
+      hidden[layer],
+      previous,
+      logits=lambda logits=logits: logits,
+      exit_logit=lambda layer=layer: exit_logit(layer),
+      shortlist_logits=lambda layer=layer: logits_of(layer, shortlist),
+      probe_logit=lambda layer=layer, previous=previous: probe_logit(layer, previous),
+    )
+    columns.append((best == last, *(confidence.measure(name)(view) for name in names)))
+  return tuple(jnp.stack(part) for part in zip(*columns[::-1], strict=True))
+
+
+# ---- Simulation and ranking
+
+
+def simulate(
+  reading: Reading, candidate: Candidate, thresholds: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Exit layers [num_thresholds, num_tokens] and loss [num_thresholds], if states were not
+  propagated: the mean over texts of the share of tokens from the first changed one on, times
+  `_CHANGED`."""
+  layers = np.array([*candidate.exit_layers, reading.agrees.shape[1]])
+  sure = reading.of(candidate, layers)
+  sure[:, -1] = np.inf
+  levels = thresholds[:, None]
+  if candidate.temperature is not None:
+    decay = np.exp(-candidate.temperature * reading.positions / max_length)
+    levels = np.clip(0.9 * levels + 0.1 * decay[None], 0.0, 1.0)
+  choice = np.argmax(sure[None] >= levels[..., None], axis=-1)
+  wrong = ~np.take_along_axis(reading.agrees[:, layers - 1], choice.T, axis=1).T
+  # Tokens of a text lie one after another; after a wrong one the text is another to its end.
+  starts = np.flatnonzero(reading.positions == 0)
+  lengths = np.diff(np.append(starts, len(reading.positions)))
+  seen = np.cumsum(wrong, axis=1)
+  before = (seen - wrong)[:, starts]
+  changed = seen > np.repeat(before, lengths, axis=1)
+  sums = np.add.reduceat(changed.astype(float), starts, axis=1)
+  return layers[choice], _CHANGED * (sums / lengths).mean(axis=1)
+
+
+def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
+  """Thresholds between which tokens change their layer: quantiles of the confidence."""
+  values = np.sort(reading.of(candidate, candidate.exit_layers).ravel())
+  shares = np.concatenate([_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]])
+  levels = np.unique(np.round(np.quantile(values, shares), 6))[::-1]
+  levels = levels[(levels > 0.0) & (levels <= 1.0)]
+  return np.append(levels, 0.0) if candidate.can_cut else levels
+
+
+def rank(
+  predictor: inference.Predictor, reading: Reading, tolerance: float, input_length: int
+) -> list[Tried]:
+  """All candidates, those first that move the fewest bytes a token at the lowest threshold with
+  a simulated loss within the tolerance (`inf` where none has)."""
+  length = predictor.options.max_decode_length
+  learned = set(predictor.config.exit_propagation)
+  sets = layer_sets(predictor.num_layers)
+  if predictor.config.exit_translators:  # other layers have no maps
+    sets = tuple(layers for layers in sets if learned.issuperset(layers))
+  found = []
+  for name, layers, tau in itertools.product(measures(predictor), sets, TEMPERATURES):
+    candidate = Candidate(name, layers, tau, "learned" if learned else "exit_state")
+    levels = possible_thresholds(reading, candidate)
+    if not len(levels):  # the confidence is 0 there, as the state's is after layer 1
+      continue
+    depth, loss = simulate(reading, candidate, levels, length)
+    within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
+    depths, threshold = np.full(1, predictor.num_layers), float("inf")
+    if len(within):
+      depths, threshold = depth[within[-1]], float(levels[within[-1]])
+    costs = predictor.with_options(**candidate.options(length)).step_costs(input_length)
+    counts = np.bincount(depths, minlength=costs.num_layers + 1)
+    moved = sum(costs.early(int(i)).bytes * int(counts[i]) for i in np.flatnonzero(counts))
+    share = moved / (costs.full.bytes * counts.sum())
+    found.append((share, Tried(candidate, threshold=threshold)))
+  return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+
+
+def finalists(ranked: Sequence[Tried], most: int) -> list[Tried]:
+  """At most `most` of those ranked, which are timed: the best of every measure, the first one's
+  constant or decaying counterpart, others with other layers."""
+  best = {entry.candidate.measure: entry for entry in reversed(ranked)}
+  chosen = sorted(best.values(), key=ranked.index)
+  # Texts are short or long: seconds decide which schedule is better.
+  alike = lambda one: (one.measure, one.exit_layers, one.temperature is None)
+  first = ranked[0].candidate
+  other = (first.measure, first.exit_layers, first.temperature is not None)
+  chosen += [entry for entry in ranked if alike(entry.candidate) == other][:1]
+  for entry in ranked:
+    # Sets that differ by one layer resemble each other.
+    layers = {e.candidate.exit_layers for e in chosen}
+    if len(chosen) < most and entry.candidate.exit_layers not in layers:
+      chosen.append(entry)
+  return list(dict.fromkeys(chosen))
+
+
+# ---- Grids
+
+
+def coarse_grid(
+  reading: Reading, candidate: Candidate, tolerance: float, max_length: int
+) -> tuple[float, ...]:
+  """Descending thresholds from where no text changes to where far too many do."""
+  possible = possible_thresholds(reading, candidate)
+  rising = np.maximum.accumulate(simulate(reading, candidate, possible, max_length)[1])
+  levels = [max(level * tolerance, rising[0]) for level in _COARSE]
+  chosen = {0} | {int(np.flatnonzero(rising <= level)[-1]) for level in levels}
+  return tuple(possible[sorted(chosen)].tolist())
+
+
+def forecast(
+  thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
+) -> float:
+  """The lowest threshold that `num_calibration` prompts will probably certify; `inf`: none.
+
+  The validation part has `losses` [num_prompts, num_thresholds]; it may lie between two.
+  """
+  error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
+  bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
+  if bound[0] > tolerance:
+    return float("inf")
+  return _crossing(np.asarray(thresholds), bound, tolerance)
+
+
+def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
+  """Thresholds to certify, densest where the mean validation loss nears the tolerance."""
+  levels, rising = np.asarray(best.thresholds), np.maximum.accumulate(best.losses)
+  points = {_crossing(levels, rising, level * tolerance) for level in _FINE}
+  points |= set(levels[rising <= tolerance].tolist())
+  if np.isfinite(best.threshold):
+    points.add(best.threshold)
+  lowest = 0.0 if best.candidate.can_cut else np.nextafter(0.0, 1.0)
+  return tuple(sorted((t for t in points if lowest <= t <= 1.0), reverse=True))
+
+
+def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float:
+  """Where losses, which rise along the grid, reach a level; its lowest threshold if nowhere."""
+  above = np.flatnonzero(losses > level)
+  if not len(above):
+    return float(thresholds[-1])
+  last = int(above[0])
+  start, before = (1.0, 0.0) if last == 0 else (thresholds[last - 1], losses[last - 1])
+  share = (level - before) / (losses[last] - before)
+  return float(np.round(start + max(share, 0.0) * (thresholds[last] - start), 6))
+
+
+# ---- The choice
+
+
 def part(progress: Report, start: float, end: float) -> Report:
   """A step's progress as a part of the whole's."""
   return lambda share, text: progress(start + share * (end - start), text)
@@ -116,83 +439,67 @@ def full_texts(
   return cache.get(tuple[Record, ...], "full_texts", key, make)
 
 
-def choose(
-  predictor: inference.Predictor,
-  prompts: tuple[Prompt, ...],
-  options: FitOptions,
-  num_calibration: int,
-  folder: pathlib.Path,
-  reference: inference.Predictor | None,
-  progress: Report,
-) -> Choice:
-  """The choice of measure, exit layers, schedule and grid on the validation part's prompts.
-
-  `num_calibration` prompts will certify; `folder` keeps generations, so that a stopped run
-  resumes; losses compare with the full-depth texts of `reference` (None: of `predictor`).
-  """
+def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -> Choice:
+  """The choice on the validation part; losses compare with the given model's texts."""
+  prompts, options, folder = fit.splits.validation, fit.options, fit.work / "validation"
   cache, length = result_cache.ResultCache(folder), predictor.options.max_decode_length
   full = full_texts(grid.in_bulk(predictor), prompts, cache, part(progress, 0.0, 0.2))
   texts = [prompt.input for prompt in prompts]
-  names = [m for m in candidates.measures(predictor) if m != "shortlist"]
-  told = part(progress, 0.2, 0.35)
-  reading = candidates.read_layers(predictor, texts, full, names, told)
+  reading = read_layers(predictor, texts, full, part(progress, 0.2, 0.35))
   longest = max(batch.tokens.shape[1] for batch in predictor.plan(texts))
-  ranked = candidates.rank(predictor, reading, options.tolerance, longest)
-  first = [
-    Tried(entry.candidate, threshold=entry.threshold)
-    for entry in candidates.finalists(ranked, FINALISTS)
-  ]
+  ranked = rank(predictor, reading, options.tolerance, longest)
+  first = finalists(ranked, FINALISTS)
   first, _ = timed(predictor, prompts, first, FIRST, part(progress, 0.35, 0.55))
-  first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
-  if reference is not None:
+  if options.train_all:
     told = part(progress, 0.55, 0.6)
-    full = full_texts(grid.in_bulk(reference), prompts, cache, told)
+    full = full_texts(grid.in_bulk(fit.source), prompts, cache, told)
 
   def decode(entry: Tried, encodings: dict[int, Any], progress: Report) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""
     candidate = entry.candidate
     model = grid.in_bulk(predictor.with_options(**candidate.options(length)))
-    levels = candidates.coarse_grid(reading, candidate, options.tolerance, length)
+    levels = coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
     cached = grid.on_grid(
       model, prompts, levels, folder, full=full, encodings=encodings, progress=told
     )
     values = losses.compute(cached, options.kind, metric=options.metric).values
+    count = len(fit.splits.calibration)
     return Tried(
       candidate,
       levels,
       tuple(values.mean(axis=0).tolist()),
-      candidates.forecast(levels, values, options.tolerance, num_calibration),
-      first_speedup=entry.first_speedup,
+      forecast(levels, values, options.tolerance, count),
+      first_speedup=entry.speedup,
     )
 
-  in_8_bits = has_large_layers(predictor)
-  tried = _decoded(first, decode, in_8_bits, part(progress, 0.6, 0.85))
+  tried = _decoded(first, decode, has_large_layers(predictor), part(progress, 0.6, 0.85))
   tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
   faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
   chosen = max(faster, key=lambda i: tried[i].score, default=None)
-  levels: tuple[float, ...] = ()
-  if chosen is not None:
-    best = tried[chosen]
-    known = best.candidate, best.thresholds, best.losses, best.threshold
-    levels = candidates.final_grid(*known, options.tolerance)
+  levels = () if chosen is None else final_grid(tried[chosen], options.tolerance)
   return Choice(tuple(tried), chosen, levels, milliseconds, len(prompts))
 
 
-def _decoded(first: Sequence[Tried], decode, in_8_bits: bool, progress: Report) -> list[Tried]:
+def _decoded(
+  first: Sequence[Tried],
+  decode: Callable[[Tried, dict[int, Any], Report], Tried],
+  in_8_bits: bool,
+  progress: Report,
+) -> list[Tried]:
   """Finalists with their losses, the fastest first, until `DECODED` have a threshold; the
   fastest is decoded `in_8_bits` too."""
   tried: list[Tried] = []
   encodings: dict[int, Any] = {}
-  order = lambda entry: (not entry.gains, -np.nan_to_num(entry.end_to_end))
-  fastest = sorted(first, key=order)
+  fastest = sorted(first, key=lambda e: (not e.gains, -np.nan_to_num(e.end_to_end)))
   for number, entry in enumerate(fastest):
     found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
     if found < DECODED:
       share = [(number + i) / (number + DECODED - found) for i in (0, 1)]
-      entry = decode(entry, encodings, part(progress, *share))
-    tried.append(entry)
-  for name in filter(None, candidates.IN_8_BITS if in_8_bits else ()):
+      tried.append(decode(entry, encodings, part(progress, *share)))
+    else:
+      tried.append(dataclasses.replace(entry, first_speedup=entry.speedup))
+  for name in filter(None, IN_8_BITS if in_8_bits else ()):
     narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
     tried.append(decode(Tried(narrow), {}, progress))
   return tried
@@ -205,33 +512,24 @@ def timed(
   size: tuple[int, int],
   progress: Report,
 ) -> tuple[list[Tried], float]:
-  """Times finalists at their thresholds beside full depth, all in turn on the same prompts.
+  """Finalists with their seconds beside full depth's, and its milliseconds a prompt.
 
-  The fastest of the rounds counts, prompt by prompt: other work on the machine only ever adds.
-  Those that have a threshold and no seconds yet are timed, on (prompts, rounds) of `size`.
-
-  Returns:
-    The finalists with their seconds, and full depth's milliseconds a prompt.
+  Those that have a threshold and no seconds yet take turns on (prompts, rounds) of `size`. The
+  fastest of the rounds counts, prompt by prompt: other work on the machine only ever adds.
   """
   length = predictor.options.max_decode_length
   able = [i for i, e in enumerate(tried) if np.isfinite(e.threshold) and np.isnan(e.speedup)]
-  ways = [tried[i].candidate for i in able]
   # Weights that serve every measure, a shortlist's too.
-  asked = any(way.measure == "shortlist" for way in ways)
-  serving = predictor.with_options(measure="shortlist") if asked else predictor
-  narrow = {
-    name: serving.with_options(**candidates.IN_8_BITS[name])
-    for name in {way.in_8_bits for way in ways} - {""}
-  }
-  settings = [
-    timing.Setting(
-      str(tried[i].candidate),
-      predictor.with_options(**way.options(length)).options.rule,
-      tried[i].threshold,
-      narrow.get(way.in_8_bits),
-    )
-    for i, way in zip(able, ways, strict=True)
-  ]
+  listed = any(tried[i].candidate.measure == "shortlist" for i in able)
+  serving = predictor.with_options(measure="shortlist") if listed else predictor
+  narrow: dict[str, inference.Predictor | None] = {"": None}
+  settings = []
+  for i in able:
+    way, threshold = tried[i].candidate, tried[i].threshold
+    if way.in_8_bits not in narrow:
+      narrow[way.in_8_bits] = serving.with_options(**IN_8_BITS[way.in_8_bits])
+    rule = predictor.with_options(**way.options(length)).options.rule
+    settings.append(timing.Setting(str(way), rule, threshold, narrow[way.in_8_bits]))
   chosen = timing.of_one_length(predictor, prompts, size[0])
   found = timing.measure(
     serving, chosen, settings, rounds=size[1], of_rounds=np.min, progress=progress
@@ -266,22 +564,13 @@ def has_large_layers(predictor: inference.Predictor) -> bool:
 
 
 def fastest_head(
-  predictor: inference.Predictor,
-  prompts: Sequence[Prompt],
-  cache: result_cache.ResultCache,
-  progress: Report,
+  predictor: inference.Predictor, prompts: Sequence[Prompt], progress: Report
 ) -> tuple[inference.Predictor, str]:
   """The model with its head in 8 bits where full depth is clearly faster so, and a sentence."""
   narrow = predictor.with_options(head_dtype="int8")
   setting = timing.Setting("8 bits", exits.StaticExit(), model=narrow)
-  found = cache.get(
-    timing.Timings,
-    "head",
-    {"model": predictor.parameters_digest, "options": repr(predictor.options)},
-    lambda: timing.measure(
-      predictor, timing.of_one_length(predictor, prompts, 8), [setting], progress=progress
-    ),
-  )
+  chosen = timing.of_one_length(predictor, prompts, 8)
+  found = timing.measure(predictor, chosen, [setting], progress=progress)
   row = found.rows[1]
   pays = row.speedup > MARGIN
   return narrow if pays else predictor, (
@@ -292,7 +581,7 @@ def fastest_head(
 
 
 def faster_exact(
-  predictor: inference.Predictor, prompts: Sequence[Prompt], cache: result_cache.ResultCache
+  predictor: inference.Predictor, prompts: Sequence[Prompt]
 ) -> timing.Seconds | None:
   """Seconds of full texts from the model's own verified drafts, beside full depth's.
 
@@ -301,11 +590,5 @@ def faster_exact(
   if predictor.num_layers == 1 or not inference.can_be_exact(predictor):
     return None
   rule, texts = inference.exact_rule(predictor), [prompt.input for prompt in prompts]
-  key = {
-    "procedure": predictor.procedure.to_json(),
-    "rule": dataclasses.asdict(rule),
-    "head": predictor.options.head_dtype,
-  }
-  measure = lambda: timing.beside_full_depth(predictor, texts, 1.0, rule=rule, base=predictor)
-  found = cache.get(timing.Seconds, "exact", key, measure)
+  found = timing.beside_full_depth(predictor, texts, 1.0, rule=rule, base=predictor)
   return None if found.slower else found

@@ -10,14 +10,13 @@ decoder_norm(d^j) at exit layer j, two linear maps are fitted:
   d^j + [x; 1] D_j U_jk, by reduced-rank regression: the `rank` columns of D_j serve all k.
 
 On held-out texts, the exit classifier and a probe a layer learn by logistic regression whether
-the layer's token is the full model's. Memory is bounded whatever the model and the rows: normal
-equations of size emb_dim + 1 a layer, and a sample of states.
+the layer's token is the full model's. Memory is bounded: normal equations, a sample of states.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +25,10 @@ import numpy as np
 from scipy import optimize
 
 from calm import inference
+from calm.console import Report
 from calm.exits import confidence, evidence
 from calm.t5 import network, parameters
 
-Progress = Callable[[float, str], None]
 _Maps = list[tuple[np.ndarray, np.ndarray]]
 
 # Texts that the full model reads at a time, and the multiple that their length is padded to.
@@ -93,25 +92,19 @@ def fit(
   rank: int,
   listed: Sequence[int] | None = None,
   seed: int = 0,
-  progress: Progress,
+  progress: Report,
 ) -> tuple[dict[str, np.ndarray], LearnedExits]:
-  """Fits translators, learned propagation, classifier and probes of some layers.
+  """Fits translators, learned propagation of some `rank`, classifier and probes.
 
   Args:
     predictor: the model, under its prefix and limits; nothing of it changes.
-    texts: [num_texts] prompts.
-    tokens: [num_texts] what the full model writes for them, EOS included.
+    texts, tokens: [num_texts] prompts, and what the full model writes for them, EOS included.
     layers: 1-based exit layers, below the last.
-    rank: columns of D_j.
     listed: tokens of the shortlist that probes read; None: no probes.
-    seed: of the sample, the held-out texts and the training steps.
-    progress: called with the share done in [0, 1].
 
   Returns:
-    Leaves of the decoder's parameter tree by path, float32, and the report.
-
-  Raises:
-    ValueError: no token to learn from, or states that are not finite.
+    Leaves of the decoder's parameter tree by path, float32, and the report; ValueError where
+    states are not finite.
   """
   start = time.monotonic()
   config, layers = predictor.config, tuple(layers)
@@ -127,36 +120,29 @@ def fit(
     sample, layers, translators, head, listed, config.num_decoder_layers
   )
   for layer, translator, each in zip(layers, translators, sums, strict=True):
-    place = f"layers_{layer - 1}"
-    path = f"decoder/exit_translators/{place}"
-    flat[f"{path}/kernel"], flat[f"{path}/bias"] = translator
-    path = f"decoder/exit_propagation/{place}"
-    flat[f"{path}/down/kernel"], flat[f"{path}/down/bias"], flat[f"{path}/up/kernel"] = (
-      _low_rank(each, penalty, rank, config.num_decoder_layers - layer)
-    )
+    names = [f"exit_translators/layers_{layer - 1}/{name}" for name in ("kernel", "bias")]
+    flat |= zip(names, translator, strict=True)
+    names = [
+      f"exit_propagation/layers_{layer - 1}/{name}"
+      for name in ("down/kernel", "down/bias", "up/kernel")
+    ]
+    maps = _low_rank(each, penalty, rank, config.num_decoder_layers - layer)
+    flat |= zip(names, maps, strict=True)
   before, after = zip(*agreement, strict=True)
-  learned = LearnedExits(
-    layers,
-    before,
-    after,
-    rank,
-    num_tokens=sum(map(len, tokens)),
-    penalty=penalty,
-    seconds=time.monotonic() - start,
-    base_digest=parameters.base_digest(predictor.params),
-  )
-  return {path: np.asarray(leaf, np.float32) for path, leaf in flat.items()}, learned
+  count, seconds = sum(map(len, tokens)), time.monotonic() - start
+  base_digest = parameters.base_digest(predictor.params)
+  learned = LearnedExits(layers, before, after, rank, count, penalty, seconds, base_digest)
+  return {
+    f"decoder/{path}": np.asarray(leaf, np.float32) for path, leaf in flat.items()
+  }, learned
 
 
 # ---- The full model reading its own texts
 
 
 def full_states(config: network.T5Config, params, inputs, targets):
-  """States of a teacher-forced pass, [layers, batch, length, emb] each.
-
-  Returns:
-    (d^i, decoder_norm(d^i), what the head reads of d^i, which the translator has changed).
-  """
+  """States of a teacher-forced pass, [layers, batch, length, emb] each: d^i, decoder_norm(d^i),
+  and what the head reads of d^i, which the translator has changed."""
   module = network.Transformer(config)
   shifted = jnp.concatenate([jnp.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
 
@@ -177,28 +163,26 @@ def padded_targets(rows: Sequence[Sequence[int]], num_rows: int, longest: int) -
 
 
 class _Sums(NamedTuple):
-  """Normal equations of one exit layer with X = [x; 1] of every token: X^T X, X^T x of the last
-  layer, X^T (d^{k-1} - d^j) [emb + 1, skipped, emb] and sums of squares of d^{k-1} [skipped]
-  for the skipped layers k = j + 2 ... L."""
+  """Normal equations of one exit layer j with X = [x; 1] of every token, and the skipped layers
+  k = j + 2 ... L."""
 
-  gram: Any
-  last: Any
-  inputs: Any
-  squares: Any
+  gram: Any  # X^T X
+  last: Any  # X^T x of the last layer
+  inputs: Any  # X^T (d^{k-1} - d^j) [emb + 1, skipped, emb]
+  squares: Any  # sums of squares of d^{k-1} [skipped]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sample:
-  """States of some tokens: x at every exit layer [layers, tokens, emb] and at the last layer;
-  features of `evidence` that need no head (cosine with the layer before, log of the root mean
-  square) [layers, tokens, 2]; tokens that maps are fitted to, and the others (the same where
-  there is one text only)."""
+  """States of some tokens."""
 
-  exits: np.ndarray
-  last: np.ndarray
+  exits: np.ndarray  # x at every exit layer [layers, tokens, emb]
+  last: np.ndarray  # x at the last layer
+  # Features of `evidence` that need no head [layers, tokens, 2]: cosine with the layer before,
+  # log of the root mean square.
   scalars: np.ndarray
-  trains: np.ndarray
-  held_out: np.ndarray
+  trains: np.ndarray  # tokens that maps are fitted to
+  held_out: np.ndarray  # the others; the same where there is one text only
 
 
 def _read_all(predictor, layers, texts, tokens, seed, progress) -> tuple[list[_Sums], _Sample]:
@@ -265,10 +249,8 @@ def _read_batch(config: network.T5Config, layers, params, inputs, targets, weigh
 
 
 def _ridge(sums: Sequence[_Sums], sample: _Sample) -> tuple[float, _Maps]:
-  """The penalty that predicts held-out x of the last layer best, and the maps under it.
-
-  With fewer tokens than emb_dim + 1 the equations have a unique solution only with a penalty.
-  """
+  """The penalty that predicts held-out x of the last layer best, and the maps under it; with
+  fewer tokens than emb_dim + 1 the equations have no unique solution without one."""
   held, found = sample.held_out, []
   for penalty in _PENALTIES:
     maps, error = [], 0.0
@@ -353,11 +335,8 @@ def _train_translators(sample: _Sample, head, starts: _Maps, seed, progress):
 
 
 def cross_entropy(maps, exits, last, drawn, head, *, columns):
-  """Mean over tokens and layers of -sum_v p_v log q_v, in nats.
-
-  Over a large vocabulary the sum runs over `columns` and, for all others, over `drawn` ones,
-  each of which stands for an equal share of the others.
-  """
+  """Mean over tokens and layers of -sum_v p_v log q_v, in nats; all pieces but `columns` are
+  represented by `drawn` ones, each of which stands for an equal share."""
   kernels, biases = maps
   pieces = jnp.concatenate([columns, drawn])
   others = head.shape[0] - columns.shape[0]
@@ -395,8 +374,8 @@ def _drawn(rng, columns: np.ndarray, head: np.ndarray, num_steps: int) -> np.nda
 
 
 def _confidence_heads(sample: _Sample, layers, maps: _Maps, head, listed, count):
-  """Leaves of the exit classifier and, with a shortlist, of the probes of `count` layers; and
-  the shares of tokens that agree with the full model, (without the translator, with it)."""
+  """Leaves of the classifier and, with a shortlist, of the probes of `count` layers; shares of
+  tokens that agree with the full model, (without the translator, with it) a layer."""
   held, emb_dim = sample.held_out, sample.last.shape[1]
   best = np.argmax(sample.last[held] @ head, axis=1)
   read, agrees, agreement = [], [], []
@@ -416,12 +395,13 @@ def _confidence_heads(sample: _Sample, layers, maps: _Maps, head, listed, count)
       fitted = _logistic(np.concatenate(features, axis=-1), agrees[-1])
       probes[:-1, layer - 1], probes[-1, layer - 1] = fitted
   weights, offset = _logistic(np.concatenate(read), np.concatenate(agrees))
-  flat = {"exit_classifier/kernel": weights[:, None], "exit_classifier/bias": [offset]}
+  flat: dict[str, Any] = {"exit_classifier/kernel": weights[:, None]}
+  flat["exit_classifier/bias"] = [offset]
   if listed is not None:
     parts = probes[:emb_dim], probes[emb_dim:-1], probes[-1]
     names = ("exit_probes/kernel", "exit_probes/features", "exit_probes/bias")
     flat |= dict(zip(names, parts, strict=True))
-  return {f"decoder/{path}": np.asarray(leaf) for path, leaf in flat.items()}, agreement
+  return flat, agreement
 
 
 def _logistic(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:

@@ -1,33 +1,33 @@
 """What a fit is asked for: its options, and its rows in the parts that train and measure.
 
-Rows of one source resemble each other, and so do rows whose inputs differ only in case,
-punctuation and spaces: such rows form a group and stay in one part. The parts that measure take
-one row of every group, drawn by the seed, so that their prompts are exchangeable.
+Rows of one source, or of inputs that differ only in case, punctuation and spaces, form a group
+and stay in one part. The parts that measure take one row of every group, drawn by the seed.
 """
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from calm import arguments, inference, storage
-from calm.calibrate import Prompt, metrics, planning
+from calm.calibrate import Prompt, losses, metrics, planning
 from calm.calibrate.generations import order
+from calm.console import Report
 from calm.data import prompt_files
-from calm.inference import certified
+from calm.inference import certified, result_cache
 
 # Rows in memory; or a DataFrame, which has no type that could be named here.
 Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
+WORK = "fit"  # the folder that only a later run of the same request reads
 PARTS = ("train", "validation", "calibration", "last")
 # (share of the groups, most groups) of the parts that measure; training has the rest.
 _SHARES = {
-  True: {"validation": (0.1, 128), "calibration": (0.15, 1000), "last": (0.05, 200)},
-  False: {"validation": (0.25, 128), "calibration": (0.5, 1000), "last": (0.25, 200)},
+  True: {"calibration": (0.15, 1000), "validation": (0.1, 128), "last": (0.05, 200)},
+  False: {"calibration": (0.5, 1000), "validation": (0.25, 128), "last": (0.25, 200)},
 }
 _LEAST = {"validation": 20, "last": 10}
 # The calibration part gets this multiple of the least number, as far as there are rows.
@@ -51,8 +51,7 @@ class FitOptions:
     stages: 'all', or 'none' to use the exits that the model has.
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
       against the rows' references).
-    metric: name or import path of the text metric, or a function at the top of a module,
-      which is kept as its import path: a run that resumes is given the same one again.
+    metric: name or import path of the text metric.
     prefix: text put before every input; None uses the model's own.
     input_key, target_key: keys of the text and of the references in a row; None: the first
       of `prompt_files.INPUT_KEYS` and of `TARGET_KEYS`.
@@ -67,7 +66,7 @@ class FitOptions:
   train_all: bool = False
   stages: str = "all"
   consistency: str = "textual"
-  metric: metrics.MetricLike = "rouge_l"
+  metric: str = "rouge_l"
   prefix: str | None = None
   input_key: str | None = None
   target_key: str | None = None
@@ -93,7 +92,7 @@ class FitOptions:
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
     certified.kind_of(self.consistency)
-    object.__setattr__(self, "metric", _metric_name(self.metric))
+    metrics.get_metric(self.metric)
 
   @property
   def kind(self) -> str:
@@ -106,31 +105,16 @@ class FitOptions:
     return not self.train_all and self.stages != "none"
 
 
-def _metric_name(metric: metrics.MetricLike) -> str:
-  """The name that leads to a metric in another process too; ValueError where none does."""
-  chosen = metrics.get_metric(metric)
-  name = metric if isinstance(metric, str) else chosen.name
-  if (name not in metrics.METRICS and ":" not in name) or metrics.get_metric(name) != chosen:
-    raise ValueError(
-      f"Expected `metric` to be a name, or a function that can be imported, got {name!r}, to"
-      " which no import path leads; define the function at the top of a module."
-    )
-  return name
-
-
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
-
-
 def parse_budget(text: str) -> float:
   """Seconds of '90s', '30m', '1.5h', '1h30m'.
 
   Raises:
     ValueError: the text is no time.
   """
-  lower = text.strip().lower()
-  seconds = sum(float(number) * _UNITS[unit] for number, unit in _TIME.findall(lower))
-  if _TIME.sub("", lower).strip() or not seconds > 0:
+  lower, units = text.strip().lower(), {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+  time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+  seconds = sum(float(number) * units[unit] for number, unit in time.findall(lower))
+  if time.sub("", lower).strip() or not seconds > 0:
     raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
   return seconds
 
@@ -139,11 +123,8 @@ def parse_budget(text: str) -> float:
 
 
 def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Prompt, ...]:
-  """Rows of a file in any format of `calm infer`, of a DataFrame, or those given, checked.
-
-  Raises:
-    ValueError: a row has no reference where they are needed, or an id occurs twice.
-  """
+  """Rows of a file in any format of `calm infer`, of a DataFrame, or those given; ValueError
+  where one has no reference and needs it, or an id occurs twice."""
   keys: Any = {"input_key": options.input_key, "target_key": options.target_key}
   if isinstance(train, str | pathlib.Path):
     rows = tuple(prompt_files.open_prompts(train, **keys))
@@ -189,11 +170,8 @@ def length_limits(
   if targets:
     decode_length = min(_LONGEST_TEXT, -(-quantile(targets) // 8) * 8)
   input_length = -(-min(quantile([*map(len, inputs)]), _LONGEST_INPUT) // 32) * 32
-  limits = {
-    "task_prefix": prefix,
-    "max_input_length": input_length,
-    "max_decode_length": decode_length,
-  }
+  limits = {"task_prefix": prefix, "max_input_length": input_length}
+  limits["max_decode_length"] = decode_length
   return limits, sum(len(tokens) >= input_length for tokens in inputs)
 
 
@@ -215,59 +193,24 @@ class Splits:
     return f"{sizes} rows, of {self.num_groups} groups{repeats}"
 
 
-def split(
-  rows: Sequence[Prompt],
-  *,
-  trains: bool,
-  tolerance: float,
-  error_rate: float,
-  lower: float = 0.0,
-  seed: int = 0,
-) -> Splits:
+def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
   """Splits rows by group; the split depends on rows and seed, not on the order of the rows.
 
-  Where nothing `trains`, that part is empty and the others are larger. `tolerance` (delta),
-  `error_rate` (epsilon) and the `lower` bound of the loss set the least number of prompts that
-  certify; ValueError where there are too few groups.
+  Where nothing `trains`, that part is empty and the others are larger; ValueError where there
+  are too few groups to certify anything.
   """
+  tolerance, error_rate = options.tolerance, options.error_rate
+  lower = losses.kind_support(options.kind, options.metric).lower
   names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
   texts = [order.letters(row.input) for row in rows]
   members: dict[str, list[Prompt]] = {}
   for row, name in zip(rows, order.join_equal(names, texts), strict=True):
     members.setdefault(name, []).append(row)
   needed = max(
-    planning.min_calibration_size(tolerance, error_rate, lower=lower),
-    planning.min_calibration_size(tolerance, error_rate),
+    planning.min_calibration_size(tolerance, error_rate, lower=low) for low in (lower, 0.0)
   )
-  sizes = _sizes(len(members), trains, needed, tolerance, error_rate)
-  draw = lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).hexdigest()
-  ranked = sorted(members, key=draw)
-  parts, start = {}, 0
-  for name in ("calibration", "validation", "last"):
-    chosen = ranked[start : start + sizes[name]]
-    start += sizes[name]
-    parts[name] = tuple(min(members[g], key=lambda row: draw(row.id)) for g in chosen)
-  rest = ranked[start:] if trains else []
-  parts["train"] = tuple(row for group in rest for row in members[group])
-  return Splits(
-    **parts,
-    num_groups=len(members),
-    num_repeats=len(texts) - len(set(texts)),
-    population=_population(members, parts),
-  )
-
-
-def _sizes(
-  groups: int, trains: bool, needed: int, tolerance: float, error_rate: float
-) -> Mapping[str, int]:
-  sizes = {n: min(round(share * groups), most) for n, (share, most) in _SHARES[trains].items()}
-  # With few rows the calibration part comes first, then validation.
-  third = groups // (3 if trains else 2)
-  sizes["calibration"] = max(sizes["calibration"], min(third, _COMFORT * needed))
-  sizes |= {name: max(sizes[name], least) for name, least in _LEAST.items()}
+  groups, sizes = len(members), _sizes(len(members), trains, needed)
   least = (needed + sum(_LEAST.values())) * (2 if trains else 1)
-  left = groups - sum(sizes.values())
-  sizes["calibration"] += min(0, left if not trains else left - sizes["validation"])
   if groups < least or sizes["calibration"] < needed:
     raise ValueError(
       f"Expected at least {least} rows of different groups for `tolerance` {tolerance} and"
@@ -275,30 +218,47 @@ def _sizes(
       f" look at{', and as many again to train on' if trains else ''}, got {groups}; give more"
       " rows, or a larger tolerance."
     )
+  draw = lambda name: hashlib.sha256(f"{options.seed}\n{name}".encode()).hexdigest()
+  ranked, parts = sorted(members, key=draw), {}
+  for name, size in sizes.items():
+    chosen, ranked = ranked[:size], ranked[size:]
+    parts[name] = tuple(min(members[g], key=lambda row: draw(row.id)) for g in chosen)
+  parts["train"] = tuple(row for g in ranked for row in members[g]) if trains else ()
+  repeats, said = len(texts) - len(set(texts)), _population(members.values(), parts)
+  return Splits(**parts, num_groups=groups, num_repeats=repeats, population=said)
+
+
+def _sizes(groups: int, trains: bool, needed: int) -> dict[str, int]:
+  """Prompts of the parts that measure; with few rows calibration comes first, then choosing."""
+  sizes = {n: min(round(share * groups), most) for n, (share, most) in _SHARES[trains].items()}
+  sizes |= {name: max(sizes[name], least) for name, least in _LEAST.items()}
+  third = groups // (3 if trains else 2)
+  sizes["calibration"] = max(sizes["calibration"], min(third, _COMFORT * needed))
+  left = groups - sum(sizes.values()) - (sizes["validation"] if trains else 0)
+  sizes["calibration"] += min(0, left)
   return sizes
 
 
 def _population(
-  members: Mapping[str, Sequence[Prompt]], parts: Mapping[str, Sequence[Prompt]]
+  members: Collection[Sequence[Prompt]], parts: Mapping[str, Sequence[Prompt]]
 ) -> str:
   """The population of the calibration part, in words."""
-  count = sum(map(len, members.values()))
+  count = sum(map(len, members))
   if len(members) == count:
     return "The promise is about prompts drawn as these rows are."
   text = (
     f"The promise is about one row of each of {len(members)} groups (rows of one source, or of"
     f" one input), every group as likely, however many of the {count} rows it has."
   )
-  part_of = {row.id: name for name in PARTS for row in parts[name]}
-  for rows in sorted(members.values(), key=len, reverse=True):
+  part_of = {row.id: f"the {name} part" for name in PARTS for row in parts[name]}
+  for rows in sorted(members, key=len, reverse=True):
     if len(rows) < max(2, _LARGE * count):
       break
     name = rows[0].input[:40] if rows[0].group is None else rows[0].group
-    found = [part_of[row.id] for row in rows if row.id in part_of]
+    where = next((part_of[row.id] for row in rows if row.id in part_of), "no part")
     text += (
-      f" Group {name!r:.60} has {100 * len(rows) / count:.0f} % of the rows and is in"
-      f" {f'the {found[0]} part' if found else 'no part'}: nothing is promised about its rows"
-      " alone."
+      f" Group {name!r:.60} has {100 * len(rows) / count:.0f} % of the rows and is in {where}:"
+      " nothing is promised about its rows alone."
     )
   return text
 
@@ -309,11 +269,49 @@ def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) ->
   for name in names:
     lines = []
     for row in getattr(splits, name):
-      value = {"id": row.id, "source": row.group, "input": row.input}
-      value["target"] = list(row.targets)
-      kept = {key: entry for key, entry in value.items() if entry not in (None, [])}
-      lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
+      value = {"id": row.id, "source": row.group, "input": row.input, "target": row.targets}
+      kept = {key: entry for key, entry in value.items() if entry not in (None, ())}
+      lines.append(storage.dump_line(kept))
     storage.write_atomically(folder / f"{name}.jsonl", "".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+  """Callbacks of a fit; the default is silent.
+
+  Attributes:
+    say: called with a sentence.
+    step: called with the title of a step; returns its progress callback (share, text).
+  """
+
+  say: Callable[[str], None] = lambda text: None
+  step: Callable[[str], Report] = lambda title: lambda share, text: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A fit at work."""
+
+  source: inference.Predictor  # the given model under the rows' prefix and limits
+  # The same with the lengths that its folder states, so that its texts are the same; where it
+  # states none, the larger of the defaults and the rows'.
+  given: inference.Predictor
+  initial: pathlib.Path  # its folder
+  splits: Splits
+  output: pathlib.Path
+  options: FitOptions
+  listener: Listener
+  population: str = ""  # what the promise is about, and other calibrations on these rows
+
+  @property
+  def work(self) -> pathlib.Path:
+    """Training runs, generations and results: a stopped run resumes from them."""
+    return self.output / WORK
+
+  @property
+  def cache(self) -> result_cache.ResultCache:
+    """Results of finished steps."""
+    return result_cache.ResultCache(self.work / "results")
 
 
 def held_out(
@@ -328,6 +326,5 @@ def held_out(
     ValueError: invalid rows, or too few of them (says how many are needed).
   """
   rows = read_rows(train, options)
-  rates = {"tolerance": options.tolerance, "error_rate": options.error_rate}
-  splits = split(rows, trains=True, seed=options.seed, **rates)
-  return splits, length_limits(predictor, rows, options.prefix)[0]
+  limits, _ = length_limits(predictor, rows, options.prefix)
+  return split(rows, options, trains=True), limits

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,10 @@ from calm.calibrate import (
 )
 from calm.console import Progress, Report, print_text, quiet
 from calm.data import prompt_batches
-from calm.fitting import candidates, choose, exit_maps, train
-from calm.fitting import request as request_lib
+from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
 from calm.fitting.choose import part
-from calm.fitting.request import FitOptions
+from calm.fitting.request import Fit, FitOptions, Listener
 from calm.inference import certified, grid, panel, result_cache, timing
 from calm.inference import options as options_lib
 from calm.t5 import parameters
@@ -37,19 +35,6 @@ from calm.t5 import parameters
 # propagation; examples on the page.
 MOST_ROWS, TEXTS_BATCH, RANK, EXAMPLES = 2000, 64, 16, 6
 NEVER = thresholds.NEVER_EXIT
-
-
-@dataclasses.dataclass(frozen=True)
-class Listener:
-  """Callbacks of a fit; the default is silent.
-
-  Attributes:
-    say: called with a sentence.
-    step: called with the title of a step; returns its progress callback (share, text).
-  """
-
-  say: Callable[[str], None] = lambda text: None
-  step: Callable[[str], Report] = lambda title: lambda share, text: None
 
 
 @contextlib.contextmanager
@@ -70,7 +55,7 @@ def on_screen(console: rich_console.Console) -> Iterator[Listener]:
 @arguments.checked()
 def fit(
   model: str | pathlib.Path,
-  train: str | pathlib.Path | request_lib.Rows,
+  train: str | pathlib.Path | request.Rows,
   *,
   output: str | pathlib.Path,
   tolerance: float = 0.1,
@@ -106,310 +91,169 @@ def fit(
       console = rich_console.Console(stderr=True, highlight=False)
       listener = stack.enter_context(on_screen(console))
     stack.enter_context(quiet())
-    made = Fit.open(str(model), train, pathlib.Path(output), asked, listener)
+    begun = begin(str(model), train, pathlib.Path(output), asked, listener)
     stack.enter_context(storage.lock(output))
-    return made.run()
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-  """A fit at work; see `fit`."""
-
-  source: inference.Predictor  # the given model under the rows' prefix and limits
-  # The same with the lengths that its folder states, so that its texts are the same; where it
-  # states none, the larger of the defaults and the rows'.
-  given: inference.Predictor
-  initial: pathlib.Path  # its folder
-  splits: request_lib.Splits
-  output: pathlib.Path
-  options: FitOptions
-  listener: Listener
-  population: str = ""  # what the promise is about, and other calibrations on these rows
-
-  @property
-  def work(self) -> pathlib.Path:
-    """Training runs, generations and results: a stopped run resumes from them."""
-    return result_lib.work_of(self.output)
-
-  @property
-  def cache(self) -> result_cache.ResultCache:
-    """Results of finished steps."""
-    return result_cache.ResultCache(self.work / "results")
-
-  @classmethod
-  def open(
-    cls,
-    model: str,
-    rows: str | pathlib.Path | request_lib.Rows,
-    output: pathlib.Path,
-    options: FitOptions,
-    listener: Listener,
-  ) -> "Fit":
-    """Finds everything that may be wrong before any work."""
-    prompts = request_lib.read_rows(rows, options)
-    metrics.get_metric(options.metric)(prompts[0].input, (prompts[0].input,))
-    splits = request_lib.split(
-      prompts,
-      trains=options.train_all or options.learns_exits,
-      tolerance=options.tolerance,
-      error_rate=options.error_rate,
-      lower=losses.kind_support(options.kind, options.metric).lower,
-      seed=options.seed,
-    )
-    initial = inference.PACKED if model == "packed" else pathlib.Path(model)
     with warnings.catch_warnings():
-      if options.stages != "none":  # exits are about to be learned
-        warnings.simplefilter("ignore", inference.UntrainedExits)
-      own = inference.load(model, void_guarantee=True)
-    limits, cut = request_lib.length_limits(own, prompts, options.prefix)
-    source = own.with_options(batch_size=options.batch_size, **limits)
-    lengths = {
-      name: max(getattr(own.options, name), getattr(source.options, name))
-      for name in ("max_input_length", "max_decode_length")
-    }
-    stated = options_lib.stored_options(initial)
-    lengths |= {name: stated[name] for name in lengths if name in stated}
-    asked = dataclasses.asdict(options)
-    del asked["target_key"]  # its rows say what it read
-    request = {
-      "model": source.parameters_digest,
-      "rows": result_cache.prompts_digest(prompts),
-      "options": asked,
-    }
-    result_lib.open_folder(output, request)
-    request_lib.write(output / "splits", splits)
-    longer = f" ({cut} of {len(prompts)} inputs are longer and cut at their end)" if cut else ""
-    listener.say(
-      f"Rows: {splits}. Prefix {limits['task_prefix']!r}; inputs of at most"
-      f" {limits['max_input_length']} tokens{longer}, texts of at most"
-      f" {limits['max_decode_length']}."
-    )
-    given = source.with_options(**lengths)
-    opened = cls(source, given, initial, splits, output, options, listener)
-    population = f"{splits.population} {opened._ledger(only_look=True)}".strip()
-    listener.say(population)
-    return dataclasses.replace(opened, population=population)
+      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it began
+      if not (begun.work / result_lib.RESULT).is_file():
+        make(begun)
+    return inference.load(output)
 
-  def _ledger(self, **options: bool) -> str:
-    """Records the calibration's question; returns what else was asked (`ledger.record`)."""
-    asked = {name: getattr(self.options, name) for name in ("kind", "metric", "tolerance")}
-    return ledger.record(
-      self.work,
-      {**asked, ledger.FIT: self.output.name},
-      [row.input for row in self.splits.calibration],
-      self.options.error_rate,
-      around=(self.output, self.initial),
-      **options,
-    )
 
-  def run(self) -> inference.Predictor:
-    """All steps; those that an earlier run finished are taken from its folder."""
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it was opened
-      self._make()
-    return inference.load(self.output)
+def begin(
+  model: str,
+  rows: str | pathlib.Path | request.Rows,
+  output: pathlib.Path,
+  options: FitOptions,
+  listener: Listener,
+) -> Fit:
+  """Finds everything that may be wrong before any work."""
+  prompts = request.read_rows(rows, options)
+  metrics.get_metric(options.metric)(prompts[0].input, (prompts[0].input,))
+  splits = request.split(prompts, options, options.train_all or options.learns_exits)
+  initial = inference.PACKED if model == "packed" else pathlib.Path(model)
+  with warnings.catch_warnings():
+    if options.stages != "none":  # exits are about to be learned
+      warnings.simplefilter("ignore", inference.UntrainedExits)
+    own = inference.load(model, void_guarantee=True)
+  limits, cut = request.length_limits(own, prompts, options.prefix)
+  source = own.with_options(batch_size=options.batch_size, **limits)
+  stated = options_lib.stored_options(initial)
+  lengths = {
+    name: stated.get(name, max(getattr(own.options, name), getattr(source.options, name)))
+    for name in ("max_input_length", "max_decode_length")
+  }
+  asked = dataclasses.asdict(options)
+  del asked["target_key"]  # its rows say what it read
+  digest = result_cache.prompts_digest(prompts)
+  whole = {"model": source.parameters_digest, "rows": digest, "options": asked}
+  result_lib.open_folder(output, whole)
+  request.write(output / "splits", splits)
+  longer = f" ({cut} of {len(prompts)} inputs are longer and cut at their end)" if cut else ""
+  listener.say(
+    f"Rows: {splits}. Prefix {limits['task_prefix']!r}; inputs of at most"
+    f" {limits['max_input_length']} tokens{longer}, texts of at most"
+    f" {limits['max_decode_length']}."
+  )
+  given = source.with_options(**lengths)
+  begun = Fit(source, given, initial, splits, output, options, listener)
+  population = f"{splits.population} {record_rows(begun, only_look=True)}".strip()
+  listener.say(population)
+  return dataclasses.replace(begun, population=population)
 
-  def _make(self) -> None:
-    learned, trained, predictor, say = None, (), self.source, self.listener.say
-    if self.options.learns_exits:
-      predictor, learned = self._learn_exits()
-    elif self.options.train_all:
-      predictor, trained = train.train_stages(
-        *(self.source, self.initial, self.splits, self.output, self.options),
-        *(self.cache, self.listener.step),
-      )
-      for stage in trained:
-        say(str(stage))
-      # The promise is about the given model.
-      predictor = predictor.with_options(reference_digest=self.source.parameters_digest)
-    if choose.has_large_head(predictor):
-      progress = self.listener.step("Time the output head in 8 bits")
-      given = predictor, self.splits.validation, self.cache, progress
-      predictor, found = choose.fastest_head(*given)
-      say(found)
-    choice = self._choose(predictor)
-    calibration, curve, promised = None, (), ()
-    if choice.best is not None:
-      ways = choice.best.candidate.options(predictor.options.max_decode_length)
-      predictor = predictor.with_options(**ways, grid=choice.grid)
-      calibration, curve, promised = self._certify(predictor)
-    result, served = self._look(predictor, choice, calibration, promised)
-    result = dataclasses.replace(result, trained=trained, learned=learned, curve=curve)
-    if served is None:
-      predictor = self._untouched(predictor)
-    result_lib.write(self.output, self.initial, predictor, result, served, self.options)
-    say(result.headline(self.options))
-    if served is not None:
-      say(self.population)
 
-  def _untouched(self, predictor: inference.Predictor) -> inference.Predictor:
-    """The given model, with the exits that were learned beside its weights."""
-    given = self.given.with_options(head_dtype=predictor.options.head_dtype)
-    if self.options.train_all:
-      return given
-    given = given.with_options(shortlist=predictor.options.shortlist)
-    return dataclasses.replace(given, config=predictor.config, params=predictor.params)
+def record_rows(fit: Fit, **more: bool) -> str:
+  """Records the calibration's question; returns what else was asked (`ledger.record`)."""
+  asked = {name: getattr(fit.options, name) for name in ("kind", "metric", "tolerance")}
+  return ledger.record(
+    fit.work,
+    {**asked, ledger.FIT: fit.output.name},
+    [row.input for row in fit.splits.calibration],
+    fit.options.error_rate,
+    around=(fit.output, fit.initial),
+    **more,
+  )
 
-  def _look(
-    self,
-    predictor: inference.Predictor,
-    choice: choose.Choice,
-    calibration: Calibration | None,
-    promised: tuple[tuple[float, int], ...],
-  ) -> tuple[result_lib.Result, Calibration | None]:
-    """The result, and the calibration that is served; None where full depth is."""
-    progress = self.listener.step("Look at the last part")
-    measured = None
-    if calibration is not None and np.isfinite(calibration.threshold):
-      texts, level = [row.input for row in self.splits.last], calibration.threshold
-      key = {"procedure": predictor.procedure.to_json(), "threshold": level}
-      told = part(progress, 0.0, 0.6)
-      measure = lambda: timing.beside_full_depth(predictor, texts, level, progress=told)
-      measured = self.cache.get(timing.Seconds, "seconds", key, measure)
-    reason = why_full_depth(choice, calibration, measured)
-    served = None
-    if calibration is not None and not reason:
-      served = timing.note(calibration, measured)
-    threshold = NEVER if served is None else served.threshold
-    last, full = evaluate(
-      predictor,
-      self.source if self.options.train_all else predictor.reference,
-      self.splits.last,
-      self.options,
-      threshold,
-      part(progress, 0.6, 0.9),
-    )
-    shown = self._panel(predictor, full, promised, part(progress, 0.9, 1.0))
-    untouched = self._untouched(predictor)
-    result = result_lib.Result(
-      model=str(self.initial),
-      sizes=str(self.splits),
-      population=self.population,
-      num_layers=predictor.num_layers,
-      choice=choice,
-      threshold=threshold,
-      reason=reason,
-      guarantee="" if served is None else served.guarantee,
-      certified_threshold=NEVER if calibration is None else calibration.threshold,
-      seconds=measured,
-      last=last,
-      panel=shown,
-      exact=choose.faster_exact(untouched, self.splits.last, self.cache),
-    )
-    return result, served
 
-  def _learn_exits(self) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
-    """The model with exits beside its weights, and the report on them."""
-    rows = self.splits.train[:MOST_ROWS]
-    told = self.listener.step(choose.DECODE_TEXTS)
-    bulk = self.source.with_options(batch_size=TEXTS_BATCH)
-    texts = choose.full_texts(bulk, rows, self.cache, told)
-    tokens = [record.tokens or () for record in texts]
-    progress = self.listener.step("Learn exits beside the frozen weights")
-    file, source = self.work / checkpoints.EXITS, self.source
-    if source.options.shortlist is None:
-      listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
-      source = source.with_options(shortlist=listed)
-    base = parameters.base_digest(source.params)
+def make(fit: Fit) -> None:
+  """All steps; those that an earlier run finished are taken from its folder."""
+  learned, trained, predictor, say = None, (), fit.source, fit.listener.say
+  if fit.options.learns_exits:
+    predictor, learned = learn_exits(fit)
+  elif fit.options.train_all:
+    predictor, trained = train.train_stages(fit)
+    for stage in trained:
+      say(str(stage))
+    # The promise is about the given model.
+    predictor = predictor.with_options(reference_digest=fit.source.parameters_digest)
+  if choose.has_large_head(predictor):
+    progress = fit.listener.step("Time the output head in 8 bits")
+    predictor, found = choose.fastest_head(predictor, fit.splits.validation, progress)
+    say(found)
+  progress = fit.listener.step("Choose measure, layers and grid")
+  key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
+  compute = lambda: choose.choose(fit, predictor, progress)
+  choice = fit.cache.get(choose.Choice, "chosen", key, compute)
+  for line in choice.lines():
+    say(line)
+  calibration, promised = None, ()
+  if choice.best is not None:
+    ways = choice.best.candidate.options(predictor.options.max_decode_length)
+    predictor = predictor.with_options(**ways, grid=choice.grid)
+    calibration, promised = certify(fit, predictor)
+  result, served = look(fit, predictor, choice, calibration, promised)
+  result = dataclasses.replace(result, trained=trained, learned=learned)
+  if served is None:
+    predictor = untouched(fit, predictor)
+  result_lib.write(fit, predictor, result, served)
+  say(result.headline(fit.options))
+  if served is not None:
+    say(fit.population)
 
-    def learn() -> exit_maps.LearnedExits:
-      maps, report = exit_maps.fit(
-        source,
-        [row.input for row in rows],
-        tokens,
-        candidates.exit_layers(source.num_layers),
-        rank=RANK,
-        listed=source.options.shortlist,
-        seed=self.options.seed,
-        progress=progress,
-      )
-      checkpoints.save_exits(file, maps, base)
-      return report
 
-    # The file is written first: a report without it was never stored.
-    learned = self.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)
-    self.listener.say(str(learned))
-    return source.with_exits(file), learned
+def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
+  """The given model, with the exits that were learned beside its weights."""
+  options = {"head_dtype": predictor.options.head_dtype}
+  if fit.options.train_all:
+    return fit.given.with_options(**options)
+  given = fit.given.with_options(**options, shortlist=predictor.options.shortlist)
+  return dataclasses.replace(given, config=predictor.config, params=predictor.params)
 
-  def _choose(self, predictor: inference.Predictor) -> choose.Choice:
-    progress = self.listener.step("Choose measure, layers and grid")
-    key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
-    make = lambda: choose.choose(
-      predictor,
-      self.splits.validation,
-      self.options,
-      len(self.splits.calibration),
-      self.work / "validation",
-      self.source if self.options.train_all else None,
-      progress,
-    )
-    choice = self.cache.get(choose.Choice, "chosen", key, make)
-    for line in choice.lines():
-      self.listener.say(line)
-    return choice
 
-  def _panel(
-    self,
-    predictor: inference.Predictor,
-    full: Sequence[Record],
-    promised: tuple[tuple[float, int], ...],
-    progress: Report,
-  ) -> panel.Panel:
-    """Some prompts of the last part at every threshold of the grid that was certified on."""
-    options, prompts, columns = self.options, self.splits.last[:EXAMPLES], [full[:EXAMPLES]]
-    levels: tuple[float, ...] = ()
-    if promised:
-      levels = tuple(certified.default_grid(predictor.options))
-      model = grid.in_bulk(predictor)
-      with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder)
-        made = grid.on_grid(model, prompts, levels, path, full=columns[0], progress=progress)
-        columns += made.records
-    eos_id, piece = predictor.eos_id, predictor.vocabulary.piece
-    items = (
-      panel.shown_prompt(prompt, records, piece, options.metric, eos_id)
-      for prompt, *records in zip(prompts, *columns, strict=False)
-    )
-    promised = promised or ((options.tolerance, 0),)
-    return panel.Panel(
-      predictor.options.measure,
-      predictor.num_layers,
-      (NEVER, *levels),
-      tuple(items),
-      options.error_rate,
-      promised,
-      first=[tolerance for tolerance, _ in promised].index(options.tolerance),
-      loss="mean distance" if options.kind == "textual" else "mean increase of the loss",
-    )
+def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
+  """The model with exits beside its weights, and the report on them."""
+  rows, source = fit.splits.train[:MOST_ROWS], fit.source
+  told = fit.listener.step(choose.DECODE_TEXTS)
+  bulk = source.with_options(batch_size=TEXTS_BATCH)
+  tokens = [r.tokens or () for r in choose.full_texts(bulk, rows, fit.cache, told)]
+  progress = fit.listener.step("Learn exits beside the frozen weights")
+  file, base = fit.work / checkpoints.EXITS, parameters.base_digest(source.params)
+  if source.options.shortlist is None:
+    listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
+    source = source.with_options(shortlist=listed)
 
-  def _certify(
-    self, predictor: inference.Predictor
-  ) -> tuple[Calibration, tuple[result_lib.Point, ...], tuple[tuple[float, int], ...]]:
-    """The calibration of the chosen candidate, its curve, and what other tolerances certify."""
-    self._ledger()  # before the rows are looked at
-    rows, full = self.splits.calibration, None
-    if self.options.train_all:
-      full = grid.with_rule(grid.in_bulk(self.source), rows, exits.StaticExit())
-    progress = self.listener.step("Certify the threshold")
-    calibration, cached = certified.certify(
-      grid.in_bulk(predictor),  # of the procedure that is served
-      rows,
-      tolerance=self.options.tolerance,
-      error_rate=self.options.error_rate,
-      consistency=self.options.consistency,
-      metric=self.options.metric,
-      folder=self.work / "calibration",
-      full=full,
+  def learn() -> exit_maps.LearnedExits:
+    maps, report = exit_maps.fit(
+      source,
+      [row.input for row in rows],
+      tokens,
+      choose.exit_layers(source.num_layers),
+      rank=RANK,
+      listed=source.options.shortlist,
+      seed=fit.options.seed,
       progress=progress,
     )
-    layers = map(grid.mean_layers, cached.records)
-    curve = tuple(
-      result_lib.Point(row.threshold, depth, row.mean, row.upper_bound, row.rejected)
-      for row, depth in zip(calibration.rows, layers, strict=True)
-    )
-    lost = losses.compute(cached, self.options.kind, metric=self.options.metric)
-    asked = (*panel.TOLERANCES, self.options.tolerance)
-    return calibration, curve, panel.promised(lost, self.options.error_rate, asked)
+    checkpoints.save_exits(file, maps, base)
+    return report
+
+  # The file is written first: a report without it was never stored.
+  learned = fit.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)
+  fit.listener.say(str(learned))
+  return source.with_exits(file), learned
+
+
+def certify(
+  fit: Fit, predictor: inference.Predictor
+) -> tuple[Calibration, tuple[tuple[float, int], ...]]:
+  """The calibration of the chosen candidate, and what other tolerances certify."""
+  record_rows(fit)  # before the rows are looked at
+  rows, full, options = fit.splits.calibration, None, fit.options
+  if options.train_all:
+    full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
+  calibration, cached = certified.certify(
+    grid.in_bulk(predictor),  # of the procedure that is served
+    rows,
+    tolerance=options.tolerance,
+    error_rate=options.error_rate,
+    consistency=options.consistency,
+    metric=options.metric,
+    folder=fit.work / "calibration",
+    full=full,
+    progress=fit.listener.step("Certify the threshold"),
+  )
+  lost = losses.compute(cached, options.kind, metric=options.metric)
+  asked = (*panel.TOLERANCES, options.tolerance)
+  return calibration, panel.promised(lost, options.error_rate, asked)
 
 
 def why_full_depth(
@@ -438,48 +282,97 @@ def why_full_depth(
 # ---- The last part
 
 
-def evaluate(
+def look(
+  fit: Fit,
   predictor: inference.Predictor,
-  reference: inference.Predictor,
-  prompts: Sequence[Prompt],
-  options: FitOptions,
-  threshold: float,
-  progress: Report,
-) -> tuple[result_lib.LastLook, Sequence[Record]]:
-  """The numbers of the last part at full depth and under the threshold, and its full texts.
-
-  The promise is about the full-depth texts of `reference`; `predictor` has the options that are
-  certified.
-  """
+  choice: choose.Choice,
+  calibration: Calibration | None,
+  promised: tuple[tuple[float, int], ...],
+) -> tuple[result_lib.Result, Calibration | None]:
+  """The result, and the calibration that is served; None where full depth is."""
+  progress = fit.listener.step("Look at the last part")
+  prompts, options = fit.splits.last, fit.options
+  measured, served = None, None
+  level = NEVER if calibration is None else calibration.threshold
+  if np.isfinite(level):
+    texts, told = [row.input for row in prompts], part(progress, 0.0, 0.6)
+    measured = timing.beside_full_depth(predictor, texts, level, progress=told)
+  reason = why_full_depth(choice, calibration, measured)
+  if calibration is not None and not reason:
+    served = timing.note(calibration, measured)
   # The batches that certified: their programs are compiled.
-  told, static = part(progress, 0.0, 0.5), exits.StaticExit()
-  full = grid.with_rule(grid.in_bulk(reference), prompts, static, progress=told)
-  early, early_quality, risk = full, None, None
-  if np.isfinite(threshold):
-    told, model = part(progress, 0.5, 1.0), grid.in_bulk(predictor)
-    with tempfile.TemporaryDirectory() as folder:
-      path = pathlib.Path(folder)
-      made = grid.on_grid(model, prompts, (threshold,), path, full=full, progress=told)
-    early = made.records[0]
-    early_quality = quality(early, prompts, options.metric)
-    pair = generations.Generations(tuple(prompts), np.array([0.5]), (early,), tuple(full))
-    metric = metrics.get_metric(options.metric)
-    risk = mean(losses.prefix_losses(pair, options.kind, metric=metric)[0])
-  full_quality, layers = quality(full, prompts, options.metric), grid.mean_layers(early)
-  return result_lib.LastLook(full_quality, early_quality, risk, layers), full
+  reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)
+  told = part(progress, 0.6, 0.8)
+  full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
+  levels, columns = (), [full]
+  if promised:
+    levels, model = tuple(certified.default_grid(predictor.options)), grid.in_bulk(predictor)
+    told, folder = part(progress, 0.8, 1.0), fit.work / "last"
+    columns += grid.on_grid(model, prompts, levels, folder, full=full, progress=told).records
+  early = columns[0 if served is None else 1 + levels.index(level)]
+  result = result_lib.Result(
+    model=str(fit.initial),
+    sizes=str(fit.splits),
+    population=fit.population,
+    num_layers=predictor.num_layers,
+    choice=choice,
+    threshold=NEVER if served is None else level,
+    reason=reason,
+    guarantee="" if served is None else served.guarantee,
+    certified_threshold=level,
+    seconds=measured,
+    last=evaluate(prompts, full, early, options),
+    panel=examples(fit, predictor, levels, columns, promised),
+    exact=choose.faster_exact(untouched(fit, predictor), prompts),
+    tested=() if calibration is None else calibration.rows,
+  )
+  return result, served
 
 
-def mean(values: np.ndarray) -> result_lib.Mean:
-  """Mean and 95 % interval of values, one a prompt."""
-  spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-  return result_lib.Mean(float(values.mean()), 1.96 * spread / len(values) ** 0.5, len(values))
+def evaluate(
+  prompts: Sequence[Prompt],
+  full: Sequence[Record],
+  early: Sequence[Record],
+  options: FitOptions,
+) -> result_lib.LastLook:
+  """The numbers of the last part at full depth and as it is served; the same: full depth."""
+  metric = metrics.get_metric(options.metric)
+
+  def quality(records: Sequence[Record]) -> result_lib.Mean | None:
+    if not all(prompt.targets for prompt in prompts):
+      return None
+    pairs = [(r.prediction, tuple(p.targets)) for r, p in zip(records, prompts, strict=True)]
+    return result_lib.Mean.of(metrics.compute(metric, pairs))
+
+  layers = grid.mean_layers(early)
+  if early is full:
+    return result_lib.LastLook(quality(full), None, None, layers)
+  pair = generations.Generations(tuple(prompts), np.array([0.5]), (tuple(early),), tuple(full))
+  risk = result_lib.Mean.of(losses.prefix_losses(pair, options.kind, metric=metric)[0])
+  return result_lib.LastLook(quality(full), quality(early), risk, layers)
 
 
-def quality(
-  records: Sequence[Record], prompts: Sequence[Prompt], metric: metrics.MetricLike
-) -> result_lib.Mean | None:
-  """Mean metric against references; None where a prompt has none."""
-  if not all(prompt.targets for prompt in prompts):
-    return None
-  pairs = [(r.prediction, tuple(p.targets)) for r, p in zip(records, prompts, strict=True)]
-  return mean(metrics.compute(metrics.get_metric(metric), pairs))
+def examples(
+  fit: Fit,
+  predictor: inference.Predictor,
+  levels: tuple[float, ...],
+  columns: Sequence[Sequence[Record]],
+  promised: tuple[tuple[float, int], ...],
+) -> panel.Panel:
+  """Some prompts of the last part at every threshold of the grid that was certified on."""
+  options, promised = fit.options, promised or ((fit.options.tolerance, 0),)
+  given = predictor.vocabulary.piece, options.metric, predictor.eos_id
+  items = (
+    panel.shown_prompt(prompt, records, *given)
+    for prompt, *records in zip(fit.splits.last[:EXAMPLES], *columns, strict=False)
+  )
+  return panel.Panel(
+    predictor.options.measure,
+    predictor.num_layers,
+    (NEVER, *levels),
+    tuple(items),
+    options.error_rate,
+    promised,
+    first=[tolerance for tolerance, _ in promised].index(options.tolerance),
+    loss="mean distance" if options.kind == "textual" else "mean increase of the loss",
+  )

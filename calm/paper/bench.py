@@ -5,6 +5,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +17,19 @@ from calm.inference.options import VERIFIED
 from calm.paper import tasks
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
+_NAMED = re.compile(rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?(/\d+)?|{VERIFIED}@\d+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How much is done; ValueError for rates outside (0, 1) and unknown measures."""
 
-  limit: int | None = None  # prompts of each split; None: one of every source
   timed: int = 16  # prompts decoded alone for the seconds
   rounds: int = 3  # repeats of each timing
   ablated: int = 200  # validation prompts of Fig. 2, whose runs are many
   step: float = 0.02  # between the thresholds of Fig. 2c; the paper's is 0.01
   examples: int = 6  # outputs to show
   error_rate: float = 0.05  # epsilon
-  seed: int = 0  # draws the prompts
   # Confidence measures; the model must have them. See `under` for their names.
   measures: tuple[str, ...] = MEASURES
 
@@ -37,16 +37,11 @@ class Options:
     for name in ("step", "error_rate"):
       if not 0.0 < getattr(self, name) < 1.0:
         raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
-    known = re.compile(
-      rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?(/\d+)?|{VERIFIED}@\d+"
-    )
-    for name in self.measures:
-      if not known.fullmatch(name):
-        raise ValueError(
-          f"Expected `measures` of {', '.join(confidence.MEASURES)}, with layers as in"
-          " softmax@2,4 and a decay as in softmax@2,4/8, or drafts and slack, as in"
-          f" {VERIFIED}@2, got {name!r}."
-        )
+    if odd := [name for name in self.measures if not _NAMED.fullmatch(name)]:
+      raise ValueError(
+        f"Expected `measures` of {', '.join(confidence.MEASURES)}, like softmax, softmax@2,4"
+        f" or softmax@2,4/8, or drafts as in {VERIFIED}@2, got {odd[0]!r}."
+      )
 
 
 def under(predictor: inference.Predictor, name: str, **options) -> inference.Predictor:
@@ -91,19 +86,18 @@ def grid_of(records: Sequence[Record], measure: str, *, points: int = 10) -> tup
   """The measure's default grid, and points in between where its confidences really lie.
 
   `records` are validation prompts decoded with `NEVER_EXIT` through the exit rule. The added
-  points are quantiles, over their tokens, of each token's highest refused confidence: at the
-  quantile q, a share 1 - q of the tokens would leave before the last layer. A classifier's
-  confidences may crowd above 0.9, where a grid with steps of 0.05 has one point.
+  points are quantiles, over their tokens, of each token's highest refused confidence. A
+  classifier's confidences may crowd above 0.9, where a grid with steps of 0.05 has one point.
   """
   refused = np.array([c for record in records for c in record.rejected_confidences or ()])
   quantiles = np.quantile(refused, np.linspace(1.0, 0.0, points + 2)[1:-1])
-  grid: list[float] = []
+  found: list[float] = []
   default = thresholds.default_grid(measure)
   for value in sorted({*np.round(quantiles, 6).tolist(), *default.tolist()}, reverse=True):
     # Closer neighbours would be one point to a float32 confidence.
-    if 0.0 < value <= 1.0 and (not grid or grid[-1] - value > 1e-6):
-      grid.append(value)
-  return tuple(grid)
+    if 0.0 < value <= 1.0 and (not found or found[-1] - value > 1e-6):
+      found.append(value)
+  return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +106,8 @@ class Bench:
 
   predictor: inference.Predictor  # the model under the task's prefix and lengths
   settings: tasks.TaskSettings  # the task
-  data: pathlib.Path | tasks.OwnPrompts  # folder of the data sets, or a user's own prompts
+  validation: tuple[Prompt, ...]  # prompts on which grids are chosen and trade-offs shown
+  test: tuple[Prompt, ...]  # prompts to calibrate on and, after those, unseen ones
   folder: pathlib.Path  # where generations and results are kept
   options: Options = Options()  # how much is done
   # Called with the name of every step; returns its progress.
@@ -125,27 +120,20 @@ class Bench:
 
   @property
   def num_layers(self) -> int:
-    """Decoder layers of the model."""
     return self.predictor.num_layers
+
+  @property
+  def num_calibration(self) -> int:
+    """Test prompts that calibrate: four fifths, the paper's share."""
+    return round(0.8 * len(self.test))
+
+  @property
+  def unseen(self) -> tuple[Prompt, ...]:
+    return self.test[self.num_calibration :]
 
   @functools.cached_property
   def measures(self) -> tuple[str, ...]:
-    """Confidence measures that the model has."""
     return available(self.predictor, self.options.measures)
-
-  @functools.cached_property
-  def validation(self) -> tuple[Prompt, ...]:
-    """Prompts on which grids are chosen and trade-offs shown."""
-    return self._prompts("validation")
-
-  @functools.cached_property
-  def test(self) -> tuple[Prompt, ...]:
-    """Prompts to calibrate on and, after those, unseen ones."""
-    return self._prompts("test")
-
-  def _prompts(self, split: str) -> tuple[Prompt, ...]:
-    limit, seed = self.options.limit, self.options.seed
-    return tasks.read_prompts(self.data, self.settings, split, limit=limit, seed=seed)
 
   @functools.cached_property
   def whole(self) -> inference.Predictor:
@@ -163,7 +151,6 @@ class Bench:
     return under(self.predictor, (listed or self.measures)[0])
 
   def step(self, text: str) -> grid.Progress:
-    """Announces a step of this task."""
     return self.announce(f"{self.settings.title}: {text}")
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
@@ -181,50 +168,41 @@ class Bench:
   ) -> tuple[Record, ...]:
     """Prompts under a rule, or under a measure's own at `NEVER_EXIT`; cached."""
     model = self.model(measure) if measure else self.whole
-
-    def make() -> tuple[Record, ...]:
-      return grid.with_rule(model, prompts, rule, progress=self.step(name))
-
+    make = lambda: grid.with_rule(model, prompts, rule, progress=self.step(name))
     key = {"rule": repr(rule), "decoded_by": model.procedure.to_json()}
     slug = name.replace(" ", "_").replace("'", "")
     return self.result(tuple[Record, ...], f"records-{slug}", make, prompts=prompts, **key)
+
+  def over(
+    self, model: inference.Predictor, prompts: Sequence[Prompt], levels, name: str
+  ) -> generations.Generations:
+    """Prompts over any grid under any options; cached and resumable."""
+    folder = self.folder / "generations" / self.settings.name
+    return grid.on_grid(model, prompts, levels, folder, progress=self.step(name))
 
   def grid(self, measure: str) -> tuple[float, ...]:
     """The measure's grid, chosen on validation prompts before a test prompt is decoded."""
     records = self.records(f"grid of {measure}", None, self.validation, measure)
     return grid_of(records, measure_of(measure))
 
-  def over(
-    self,
-    model: inference.Predictor,
-    prompts: Sequence[Prompt],
-    levels: Sequence[float],
-    name: str,
-  ) -> generations.Generations:
-    """Prompts over any grid under any options; cached and resumable."""
-    folder = self.folder / "generations" / self.settings.name
-    return grid.on_grid(model, prompts, levels, folder, progress=self.step(name))
-
   def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
     """Prompts over a measure's grid; cached and resumable."""
-    grid = self.grid(measure)
-    return self.over(self.model(measure), prompts, grid, f"grid of {measure}")
+    levels = self.grid(measure)
+    return self.over(self.model(measure), prompts, levels, f"grid of {measure}")
 
   @functools.cached_property
   def validation_grids(self) -> Mapping[str, generations.Generations]:
-    """Measure -> validation prompts over its grid."""
     return {measure: self.decoded(measure, self.validation) for measure in self.measures}
 
   @functools.cached_property
   def test_grids(self) -> Mapping[str, generations.Generations]:
-    """Measure -> test prompts over its grid."""
     return {measure: self.decoded(measure, self.test) for measure in self.measures}
 
   @functools.cached_property
   def textual(self) -> Mapping[str, SequenceLosses]:
     """Measure -> distances of the test prompts' texts to the full model's."""
     return {
-      measure: losses.compute(cached, "textual", metric=self.settings.metric)
+      measure: losses.compute(cached, "textual", metric=self.settings.metric).ungrouped()
       for measure, cached in self.test_grids.items()
     }
 
@@ -238,29 +216,22 @@ class Bench:
 
   @property
   def full(self) -> tuple[Record, ...]:
-    """Validation prompts through the full model."""
     return self.static[self.num_layers]
 
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
-    """Measured seconds; cached."""
-
-    def make() -> timing.Timings:
-      return timing.measure(
-        self.timed_model,
-        prompts,
-        settings,
-        rounds=self.options.rounds,
-        progress=self.step(f"seconds, {name}"),
-      )
-
-    key = {
-      "settings": [[s.name, s.threshold] for s in settings],
-      "rounds": self.options.rounds,
-    }
+    rounds = self.options.rounds
+    make = lambda: timing.measure(
+      self.timed_model,
+      prompts,
+      settings,
+      rounds=rounds,
+      progress=self.step(f"seconds, {name}"),
+    )
+    key: dict[str, Any] = {"settings": [[s.name, s.threshold] for s in settings]}
+    key["rounds"] = rounds
     return self.result(timing.Timings, f"seconds-{name}", make, prompts=prompts, **key)
 
   def timed_settings(self, grids: Mapping[str, Sequence[float]]) -> list[timing.Setting]:
-    """A setting for every measure and threshold."""
     return [
       timing.Setting(measure, self.model(measure).options.rule, float(threshold))
       for measure, levels in grids.items()

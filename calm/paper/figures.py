@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 
@@ -20,17 +21,7 @@ from calm.paper.experiments import ORACLE, STATIC
 INK, RULE = "#111213", "#cdcecf"
 _TITLE_COLUMNS = 52
 _SIZE = (4.7, 3.5)  # inches; narrow, so that text stays legible on a phone
-# What is dim on a dark page, or like another there, and what stands for it.
-ON_DARK = {
-  "#6611ff": "#8844ff",
-  "#775555": "#ffddcc",
-  "#5544cc": "#ccbbff",
-  "#994422": "#bb5533",
-  "#889966": "#88aa77",
-}
 _RC: dict[Any, Any] = {
-  "font.size": 10,
-  "font.family": "sans-serif",
   "svg.fonttype": "none",  # text stays text: found, selected and read aloud
   "axes.edgecolor": INK,
   "axes.labelcolor": INK,
@@ -45,7 +36,6 @@ _RC: dict[Any, Any] = {
   "ytick.color": INK,
   "legend.frameon": False,
   "legend.fontsize": 9,
-  "lines.linewidth": 1.5,
   "lines.markersize": 4.5,
 }
 
@@ -65,8 +55,6 @@ class Figure:
     """The SVG element with the page's colours and ids that no other figure has."""
     svg = self.svg[self.svg.index("<svg") :]
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    for colour in ON_DARK:
-      svg = svg.replace(colour, f"var(--on-{colour[1:]}, {colour})")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", svg)
@@ -90,20 +78,18 @@ class Style:
 # Nine colours that stay apart for deuteranopes and protanopes, on light and on dark pages.
 STYLES: Mapping[str, Style] = {
   "softmax": Style("#0077aa", "o", "-", "softmax"),
-  "shortlist": Style("#6611ff", "D", "--", "softmax, shortlist first"),
+  "shortlist": Style("#8844ff", "D", "--", "softmax, shortlist first"),
   "classifier": Style("#dd6600", "s", "-", "classifier"),
   "state": Style("#889966", "^", "-.", "state"),
-  STATIC: Style("#775555", "x", ":", "static"),
-  ORACLE: Style("#5544cc", "*", "none", "oracle"),
+  STATIC: Style("#997766", "x", ":", "static"),
+  ORACLE: Style("#7766dd", "*", "none", "oracle"),
 }
-# For measures that may leave after some layers only ('softmax@2,4').
-_VARIANTS = (("#339999", "v"), ("#994422", "P"), ("#6688ee", "h"))
-# Series that are no measures: (colour, marker, line).
-LINES = (("#0077aa", "o", "-"), ("#dd6600", "s", "--"), ("#889966", "^", "-."))
+# For all others, such as 'softmax@2,4' or a schedule, by their turn.
+_VARIANTS = (("#339999", "v"), ("#bb5533", "P"), ("#6688ee", "h"))
 
 
-def styles_of(names: Sequence[str]) -> dict[str, Style]:
-  """The style of each series of a figure; variants of measures take theirs in this order."""
+def styles_of(names: Iterable[str]) -> dict[str, Style]:
+  """The style of each series of a figure; those without one of their own take turns."""
   styles = {name: STYLES[name] for name in names if name in STYLES}
   variants = [name for name in dict.fromkeys(names) if name not in STYLES]
   for turn, name in enumerate(variants):
@@ -111,11 +97,6 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
     line = "-" if turn < len(_VARIANTS) else "--"
     styles[name] = Style(colour, marker, line, series_title(name))
   return styles
-
-
-def line_styles(names: Sequence[str]) -> dict[str, Style]:
-  """The styles of series that are no measures, by their turn."""
-  return {name: Style(*LINES[i % len(LINES)], name) for i, name in enumerate(names)}
 
 
 def series_title(name: str) -> str:
@@ -135,28 +116,12 @@ class Series:
   ends: Sequence[scores.Interval] | None = None
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def plot(self, axes: mpl_axes.Axes) -> None:
-    """Draws them."""
-    style = self.style
-    look: dict[str, Any] = {"markersize": 11} if style.marker == "*" else {}
-    look |= {"color": style.colour, "marker": style.marker, "linestyle": style.line}
-    look |= {"label": style.title, **self.options}
-    if self.ends is None:
-      axes.plot(self.x, self.y, **look)
-      return
-    low = [max(0.0, value - end[0]) for value, end in zip(self.y, self.ends, strict=True)]
-    high = [max(0.0, end[1] - value) for value, end in zip(self.y, self.ends, strict=True)]
-    axes.errorbar(self.x, self.y, [low, high], elinewidth=0.8, capsize=2, **look)
-
 
 def curve_series(
-  curves: Mapping[str, Iterable[scores.Point]],
-  styles: Mapping[str, Style],
-  x: str,
-  y: str,
-  **options: Any,
+  curves: Mapping[str, Iterable[scores.Point]], x: str, y: str, **options: Any
 ) -> list[Series]:
   """Every curve in its style, by two fields of its points; shares as hundredths."""
+  styles = styles_of(curves)
   scale = {"layers": 1.0, "seconds": 1e3, "quality": 100, "similarity": 100}
   values = lambda points, field: [scale[field] * getattr(point, field) for point in points]
   return [
@@ -179,7 +144,11 @@ def draw(
     figure = mpl_figure.Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     for each in series:
-      each.plot(axes)
+      style, size = each.style, {"markersize": 11} if each.style.marker == "*" else {}
+      look = {"color": style.colour, "marker": style.marker, "linestyle": style.line, **size}
+      look |= {"label": style.title, **each.options}
+      bars = each.ends and np.abs(np.transpose(each.ends) - np.asarray(each.y))
+      axes.errorbar(each.x, each.y, bars, elinewidth=0.8, capsize=2, **look)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     adjust(axes)

@@ -1,6 +1,7 @@
 """Fig. 2a: one wrong token at each position, and its effect on the whole output."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -12,8 +13,6 @@ from calm.calibrate import Record
 from calm.inference import grid
 from calm.paper import bench, scores
 
-SAMPLING, LAYER = "sampling", "layer"
-
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedRule(exits.StepRule):
@@ -24,11 +23,9 @@ class PerturbedRule(exits.StepRule):
   rank: int = 10  # of the last layer's tokens, 1 = the most likely (sampling-based)
 
   def depth(self, num_layers: int) -> int:
-    """Decoder layers in the program."""
     return num_layers
 
   def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
-    """Runs one token of every active row. See `exits.StepRule`."""
     rows, other = [], None
     for layer in range(1, layers.num_layers + 1):
       hidden, row = layers.run(layer, hidden)
@@ -49,37 +46,15 @@ class PerturbedRule(exits.StepRule):
     )
 
   def _ranked(self, logits: jax.Array) -> jax.Array:
-    """Logits whose argmax is the token of that rank."""
     rank = min(self.rank, logits.shape[-1])
     token = jax.lax.top_k(logits, rank)[1][:, rank - 1]
     chosen = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
     return jnp.where(chosen, jnp.max(logits, axis=-1, keepdims=True) + 1.0, logits)
 
 
-RULES = {SAMPLING: PerturbedRule(), LAYER: PerturbedRule(layer=1)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-  """One kind of perturbation at one position."""
-
-  position: int  # index of the token, 0 for the first
-  prompts: int  # outputs that have a token there; the others are left out
-  changed: float  # share of those whose text changed, in [0, 1]
-  similarity: float  # mean metric against the unperturbed text
-  quality: float  # mean metric against the references
-  full_quality: float  # the same of the unperturbed texts of these prompts
-  similarity_error: float = float("nan")  # standard error of `similarity` over prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Perturbations:
-  """Fig. 2a for one task: both kinds at each position."""
-
-  metric: str
-  num_prompts: int
-  sampling: tuple[Position, ...]  # the last layer's 10th-ranked token
-  layer: tuple[Position, ...]  # the first layer's prediction
+# Curve -> rule.
+RULES = {"layer-based": PerturbedRule(layer=1), "sampling-based": PerturbedRule()}
+UNPERTURBED = "unperturbed"
 
 
 def positions(full: Sequence[Record], most: int = 16) -> tuple[int, ...]:
@@ -88,59 +63,42 @@ def positions(full: Sequence[Record], most: int = 16) -> tuple[int, ...]:
   return tuple(sorted({int(p) for p in np.linspace(0, max(0, reach - 1), min(most, reach))}))
 
 
-def perturbations(of: bench.Bench) -> Perturbations:
-  """Perturbs every output of the validation prompts of Fig. 2 at `positions`, in both ways."""
+def perturbations(of: bench.Bench) -> scores.Curves:
+  """Perturbs every output of the validation prompts of Fig. 2 at `positions`, in both ways.
+
+  The curves of `RULES` and of the unperturbed texts have a point a position, their threshold,
+  over the prompts whose output has a token there.
+  """
   prompts = of.validation[: of.options.ablated]
-  full = of.full[: len(prompts)]
-  return of.result(
-    Perturbations,
-    "perturbations",
-    lambda: _perturb(of, prompts, full, positions(full)),
-    prompts=prompts,
-    rules=repr(RULES),
-    intervals=scores.LEVEL,
-  )
+  make = lambda: _perturb(of, prompts, of.full[: len(prompts)])
+  key = {"rules": repr(RULES), "intervals": scores.LEVEL}
+  return of.result(scores.Curves, "wrong_tokens", make, prompts=prompts, **key)
 
 
-def _perturb(of: bench.Bench, prompts, full, at: Sequence[int]) -> Perturbations:
-  predictor, progress = of.whole, of.step("perturbed tokens")
-  perturbed: dict[tuple[str, int], dict[int, Record]] = {
-    (kind, position): {} for kind in RULES for position in at
-  }
+def _perturb(of: bench.Bench, prompts, full: Sequence[Record]) -> scores.Curves:
+  predictor, progress, at = of.whole, of.step("perturbed tokens"), positions(full)
   lengths = np.array([len(record.tokens or ()) for record in full])
+  records: dict[tuple[str, int], dict[int, Record]] = {
+    (kind, position): {} for kind in (UNPERTURBED, *RULES) for position in at
+  }
   batches = predictor.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     encoded = predictor.encode(batch)
-    for (kind, position), records in perturbed.items():
-      reaches = np.zeros(len(batch.active), bool)
-      reaches[: len(batch.rows)] = lengths[batch.rows] > position
-      if not reaches.any():
+    for kind, position in itertools.product(RULES, at):
+      active = np.zeros(len(batch.active), bool)
+      active[: len(batch.rows)] = lengths[batch.rows] > position
+      if not active.any():
         continue
-      decoded = predictor.decode(encoded, reaches, float(position), RULES[kind])
-      for i in np.flatnonzero(reaches):
+      decoded = predictor.decode(encoded, active, float(position), RULES[kind])
+      for i in np.flatnonzero(active):
         row = int(batch.rows[i])
-        records[row] = grid.record(predictor, decoded, int(i), prompts[row].id)
+        made = grid.record(predictor, decoded, int(i), prompts[row].id)
+        records[kind, position][row] = made
+        records[UNPERTURBED, position][row] = full[row]
     progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
-  metric = of.settings.metric
-  sampling, layer = (
-    tuple(_position(p, perturbed[kind, p], prompts, full, metric) for p in at) for kind in RULES
-  )
-  return Perturbations(metric, len(prompts), sampling, layer)
-
-
-def _position(position: int, records: dict[int, Record], prompts, full, metric) -> Position:
-  rows = sorted(records)
-  after, before = [records[row] for row in rows], [full[row] for row in rows]
-  references = [prompts[row].targets for row in rows]
-  texts = [(record.prediction,) for record in before]
-  similarity = scores.similarities(after, texts, metric)
-  changed = [a.prediction != b.prediction for a, b in zip(after, before, strict=True)]
-  return Position(
-    position=position,
-    prompts=len(rows),
-    changed=float(np.mean(changed)),
-    similarity=float(similarity.mean()),
-    quality=float(scores.similarities(after, references, metric).mean()),
-    full_quality=float(scores.similarities(before, references, metric).mean()),
-    similarity_error=scores.standard_error(similarity),
-  )
+  points = []
+  for (kind, position), made in records.items():
+    rows = sorted(made)
+    of_rows = [[each[row] for row in rows] for each in (made, full, prompts)]
+    points.append(scores.point(kind, *of_rows, of.settings.metric, float(position)))
+  return scores.Curves(len(prompts), tuple(points))

@@ -26,43 +26,28 @@ class TaskSettings:
   bleu: bool = False  # whether corpus BLEU is reported too
 
 
-def _debian(name: str, title: str, *settings) -> TaskSettings:
-  return TaskSettings(name, title, datasets.DEBIAN[name].prefix, *settings)
-
-
 TASKS: Mapping[str, TaskSettings] = {
-  task.name: task
-  for task in (
-    _debian(
-      *("debian_synopsis", "summaries", 256, 24),
-      *("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)"),
+  name: TaskSettings(name, title, datasets.DEBIAN[name].prefix, *lengths, *scores)
+  for name, title, lengths, scores in (
+    (
+      "debian_synopsis",
+      "summaries",
+      (256, 24),
+      ("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)"),
     ),
-    _debian(
-      *("debian_qa", "questions", 256, 24),
-      *("token_f1", "token F1", "SQuAD", "5 (1 - 13)"),
-    ),
-    _debian(
-      *("debian_enfr", "translation", 96, 96),
-      *("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True),
+    ("debian_qa", "questions", (256, 24), ("token_f1", "token F1", "SQuAD", "5 (1 - 13)")),
+    (
+      "debian_enfr",
+      "translation",
+      (96, 96),
+      ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True),
     ),
   )
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class OwnPrompts:
-  """A user's own prompts, in a random order, one of every source."""
-
-  validation: tuple[Prompt, ...]  # grids are chosen on these
-  test: tuple[Prompt, ...]  # the first are calibrated on, the others unseen
-
-
 def task(name: str) -> TaskSettings:
-  """The settings of a task by its name or the end of it ('qa').
-
-  Raises:
-    ValueError: the name is unknown.
-  """
+  """The settings of a task by its name or the end of it ('qa'); ValueError for another."""
   for known, settings in TASKS.items():
     if name == known or known.endswith(f"_{name}"):
       return settings
@@ -72,7 +57,7 @@ def task(name: str) -> TaskSettings:
 
 
 def read_prompts(
-  data: str | pathlib.Path | OwnPrompts,
+  data: str | pathlib.Path,
   settings: TaskSettings,
   split: str,
   *,
@@ -84,12 +69,9 @@ def read_prompts(
   Rows of one source resemble each other; one of each makes prompts exchangeable, as a
   calibration needs. Files are sorted by id, so the order is drawn.
   """
-  if isinstance(data, OwnPrompts):
-    return getattr(data, split)[:limit]
-  text_task = datasets.TextTask(settings.name, settings.prefix, (settings.metric,))
-  examples = datasets.read_examples(text_task.path(data, split))
+  examples = datasets.read_examples(datasets.DEBIAN[settings.name].path(data, split))
   by_source: dict[str, Prompt] = {}
   for index in np.random.default_rng(seed).permutation(len(examples)):
     example = examples[int(index)]
     by_source.setdefault(example.group or example.id, example)
-  return tuple(list(by_source.values())[:limit])
+  return tuple(by_source.values())[:limit]

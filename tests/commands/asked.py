@@ -17,12 +17,12 @@ from tests.spent import Spent
 # Where the work of each command begins: everything before is a check.
 WORK = {
   "demo": "calm.inference.grid.generate",
-  "fit": "calm.fitting.run.Fit.run",
+  "fit": "calm.fitting.run.make",
   "train": "calm.training.loop.fit",
   "generate": "calm.inference.grid.generate",
   "infer": "calm.inference.predictor.Predictor.generate",
   "merge": "calm.commands.shards.merge",
-  "report": "calm.paper.experiments.run",
+  "report": "calm.paper.sections.sections",
   "serve": "calm.serve.Device",
 }
 # What makes an option be looked at, where others must be given with it.

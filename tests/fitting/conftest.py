@@ -46,12 +46,12 @@ def promotion():
 def few_rounds():
   """One candidate and few rounds: a toy's seconds are looked at for their form only."""
   from calm import inference
-  from calm.fitting import candidates, choose
+  from calm.fitting import choose
 
   patch = pytest.MonkeyPatch()
   for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
-  patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
+  patch.setattr(choose, "measures", lambda predictor: ("softmax",))
   few = functools.partial(inference.timing.beside_full_depth, prompts=2, rounds=1)
   patch.setattr(inference.timing, "beside_full_depth", few)
   yield

@@ -105,11 +105,21 @@ def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
 
 @pytest.fixture(scope="module")
 def fitted(directory, rows, promotion, few_rounds, tmp_path_factory):
-  """(input folder, output folder, the served model, what was said)."""
+  """(input folder, output folder, the served model, what was said), stopped and resumed."""
   output, said = tmp_path_factory.mktemp("fit") / "mine", []
   listener = fitting.Listener(say=said.append)
-  served = fitting.fit(directory, rows, output=output, listener=listener, **OPTIONS)
-  return directory, output, served, said
+  fit = lambda: fitting.fit(directory, rows, output=output, listener=listener, **OPTIONS)
+
+  def stop(*arguments, **options):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(exit_maps, "_STEPS", 100)
+    with patch.context() as stopped, pytest.raises(KeyboardInterrupt):
+      stopped.setattr(exit_maps, "fit", stop)
+      fit()
+    assert not (output / checkpoints.EXITS).exists() and (output / "fit" / "results").is_dir()
+    return directory, output, fit(), said
 
 
 def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted, rows):
@@ -157,29 +167,6 @@ def test_exits_open_beside_their_base_and_beside_no_other(fitted, tmp_path):
   checkpoints.save_exits(edited / checkpoints.EXITS, {"encoder/x": np.zeros(1)}, "")
   with pytest.raises(ValueError, match="to be exits of the format"):
     inference.load(edited)
-
-
-def test_a_fit_that_was_stopped_while_it_learned_goes_on(fitted, rows, tmp_path, monkeypatch):
-  source, output, _, _ = fitted
-  again = tmp_path / "again"
-
-  def stop(*arguments, **options):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(exit_maps, "fit", stop)
-    with pytest.raises(KeyboardInterrupt):
-      fitting.fit(source, rows, output=again, listener=fitting.Listener(), **OPTIONS)
-  assert not (again / checkpoints.EXITS).exists()
-  fitting.fit(source, rows, output=again, listener=fitting.Listener(), **OPTIONS)
-  name = "params.safetensors"
-  assert (again / name).read_bytes() == (output / name).read_bytes()
-  maps, before = (
-    files.read_safetensors(each / checkpoints.EXITS)[0] for each in (again, output)
-  )
-  assert set(maps) == set(before)
-  for path, leaf in before.items():  # sums of threads differ in their last bits
-    np.testing.assert_allclose(maps[path], leaf, atol=1e-2, err_msg=path)
 
 
 def test_states_that_are_not_finite_are_refused(directory):

@@ -8,13 +8,16 @@ from calm.calibrate import Prompt
 from calm.data import datasets
 from calm.fitting import request
 
-RATES = {"tolerance": 0.5, "error_rate": 0.05}  # five prompts certify at least
-
 
 def rows(count, per_group=1):
   return [
     Prompt(f"r{i}", f"text {i}", (f"target {i}",), f"g{i // per_group}") for i in range(count)
   ]
+
+
+def split(given, trains=True, **options):
+  """Five prompts certify at least."""
+  return request.split(given, request.FitOptions(**{"tolerance": 0.5, **options}), trains)
 
 
 def names(part):
@@ -23,7 +26,7 @@ def names(part):
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_no_group_is_in_two_parts_and_those_that_measure_have_one_row_a_group(trains):
-  made = request.split(rows(400, per_group=2), trains=trains, **RATES)
+  made = split(rows(400, per_group=2), trains)
   parts = [names(getattr(made, name)) for name in request.PARTS]
   assert sum(map(len, parts)) == len(set().union(*parts)) and made.num_groups == 200
   for name in request.PARTS[1:]:
@@ -37,26 +40,16 @@ def test_no_group_is_in_two_parts_and_those_that_measure_have_one_row_a_group(tr
 
 def test_the_draw_is_the_seeds_and_not_the_order_of_the_file():
   given = rows(120)
-  made = request.split(given, trains=True, **RATES)
-  again = request.split(given[::-1], trains=True, **RATES)
+  made = split(given)
+  again = split(given[::-1])
   ids = lambda s: [{row.id for row in getattr(s, name)} for name in request.PARTS]
   assert ids(made) == ids(again)
   assert made.calibration == again.calibration
-  assert ids(made) != ids(request.split(given, trains=True, seed=1, **RATES))
-
-
-def test_rows_that_repeat_an_input_stay_in_one_part():
-  given = rows(100)
-  twins = [Prompt(f"t{i}", f"text  {i} ", ("other",), f"h{i}") for i in range(100)]
-  made = request.split([*given, *twins], trains=True, **RATES)
-  assert made.num_repeats == 100 and made.num_groups == 100
-  texts = lambda part: {" ".join(row.input.split()) for row in part}
-  parts = [texts(getattr(made, name)) for name in request.PARTS]
-  assert sum(map(len, parts)) == len(set().union(*parts)) == 100
-  assert "100 repeat another's input" in str(made)
+  assert ids(made) != ids(split(given, seed=1))
 
 
 TWINS = (
+  lambda text: f" {text}  ",
   str.upper,
   lambda text: text.replace(" ", ", ") + "!",
   lambda text: f"\u201c{text}\u201d",
@@ -69,8 +62,9 @@ TWINS = (
 def test_twins_but_for_case_and_punctuation_stay_in_one_part(twin):
   given = rows(100)
   twins = [Prompt(f"t{i}", twin(f"text {i}"), ("other",), f"h{i}") for i in range(100)]
-  made = request.split([*given, *twins], trains=True, **RATES)
+  made = split([*given, *twins])
   assert (made.num_repeats, made.num_groups) == (100, 100)
+  assert "100 repeat another's input" in str(made)
   parts = [{row.id[1:] for row in getattr(made, name)} for name in request.PARTS]
   assert sum(map(len, parts)) == len(set().union(*parts)) == 100
 
@@ -78,7 +72,7 @@ def test_twins_but_for_case_and_punctuation_stay_in_one_part(twin):
 def test_other_texts_are_no_twins():
   texts = ["a", "a b", "\u0915\u093e", "\u0915\u0940", "?", "!", "1", "2", "-", ""]
   given = [Prompt(f"o{i}", text, ("x",)) for i, text in enumerate(texts)]
-  made = request.split([*rows(100), *given], trains=True, **RATES)
+  made = split([*rows(100), *given])
   assert (made.num_repeats, made.num_groups) == (0, 110)
 
 
@@ -86,7 +80,7 @@ def test_other_texts_are_no_twins():
 @pytest.mark.parametrize("trains", [True, False])
 def test_the_population_is_named_and_so_is_where_a_large_source_went(trains, seed):
   large = [Prompt(f"l{i}", f"large {i}", ("x",), "docs") for i in range(100)]
-  made = request.split([*large, *rows(100)], trains=trains, seed=seed, **RATES)
+  made = split([*large, *rows(100)], trains, seed=seed)
   where = [
     name for name in request.PARTS if any(r.group == "docs" for r in getattr(made, name))
   ]
@@ -94,7 +88,7 @@ def test_the_population_is_named_and_so_is_where_a_large_source_went(trains, see
   assert "one row of each of" in said and "101 groups" in said
   assert "'docs'" in said and "50 %" in said
   assert (f"in the {where[0]} part" if where else "in no part") in said
-  alone = request.split(rows(100), trains=trains, seed=seed, **RATES).population
+  alone = split(rows(100), trains, seed=seed).population
   assert "group" not in alone and "rows" in alone
 
 
@@ -102,34 +96,21 @@ def test_the_population_is_named_and_so_is_where_a_large_source_went(trains, see
 def test_too_few_rows_say_how_many_are_needed(trains, needed):
   # 5 to calibrate, 20 to choose, 10 to look at; as many again to train.
   with pytest.raises(ValueError, match=rf"at least {needed} rows .*got {needed - 1}"):
-    request.split(rows(needed - 1), trains=trains, **RATES)
-  made = request.split(rows(needed), trains=trains, **RATES)
+    split(rows(needed - 1), trains)
+  made = split(rows(needed), trains)
   assert len(made.calibration) >= 5 and len(made.validation) == 20 and len(made.last) == 10
   with pytest.raises(ValueError, match=r"29 to calibrate on.*got 1;"):
-    request.split(rows(1), trains=trains, tolerance=0.1, error_rate=0.05)
+    split(rows(1), trains, tolerance=0.1)
 
 
 def test_what_is_written_is_read_by_training(tmp_path):
-  made = request.split(rows(80), trains=True, **RATES)
+  made = split(rows(80))
   request.write(tmp_path, made)
   for name in request.PARTS:
     read = datasets.read_examples(tmp_path / f"{name}.jsonl")
     assert read == list(getattr(made, name))
   line = json.loads((tmp_path / "last.jsonl").read_text().splitlines()[0])
   assert set(line) == {"id", "source", "input", "target"}
-
-
-@pytest.mark.parametrize("suffix", ["json", "csv", "tsv"])
-def test_rows_come_in_every_format_of_prompts(tmp_path, suffix):
-  given = rows(5)
-  values = [{"text": r.input, "reference": r.targets[0], "group": r.group} for r in given]
-  delimiter = {"csv": ",", "tsv": "\t"}.get(suffix)
-  lines = [list(values[0]), *(list(value.values()) for value in values)]
-  text = json.dumps(values) if delimiter is None else "\n".join(map(delimiter.join, lines))
-  (tmp_path / f"rows.{suffix}").write_text(text)
-  read = request.read_rows(tmp_path / f"rows.{suffix}", request.FitOptions())
-  columns = lambda found: [(row.input, row.targets, row.group) for row in found]
-  assert columns(read) == columns(given)
 
 
 def test_rows_may_be_mappings_and_other_lists_are_named():

@@ -16,7 +16,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, calibrate, generations, ledger
 from calm.data import vocabulary
-from calm.fitting import choose, run, train
+from calm.fitting import choose, result, run, train
 from calm.inference import grid, timing
 from tests import toy_vocabulary
 from tests.fitting import conftest
@@ -89,22 +89,20 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
     fitting.fit(directory, rows[:45], output=output, **{**OPTIONS, "tolerance": 0.6})
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(directory, rows[:44], output=output, **OPTIONS)
-  monkeypatch.setattr(choose, "choose", None)  # what is done is not done again
-  monkeypatch.setattr(inference.timing, "beside_full_depth", None)
+  monkeypatch.setattr(run, "make", None)  # what is done is not done again
   again = fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   assert again.calibration == served.calibration
 
 
-@pytest.mark.parametrize("part", ["encoder", "layers"])
 def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
-  directory, rows, always_faster, monkeypatch, tmp_path, part
+  directory, rows, always_faster, monkeypatch, tmp_path
 ):
   monkeypatch.setattr(choose, "LEAST_LAYERS", 1)
   timed = choose.timed
 
   def faster_in_8_bits(*arguments):
     found, full = timed(*arguments)
-    speed = lambda entry: 2.0 if entry.candidate.in_8_bits == part else 1.5
+    speed = lambda entry: 2.0 if entry.candidate.in_8_bits == "layers" else 1.5
     return [dataclasses.replace(e, speedup=2.0, end_to_end=speed(e)) for e in found], full
 
   monkeypatch.setattr(choose, "timed", faster_in_8_bits)
@@ -113,40 +111,57 @@ def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   served = fitting.fit(directory, rows[:45], output=output, listener=listener, **OPTIONS)
   assert served.calibration is not None and served.calibration.procedure == served.procedure
   procedure = served.calibration.procedure
-  weights_dtype = {"layers": "int8", "encoder": None}[part]
-  assert (procedure.weights_dtype, procedure.encoder_dtype) == (weights_dtype, "int8")
+  assert (procedure.weights_dtype, procedure.encoder_dtype) == ("int8", "int8")
   assert procedure.reference_dtype == "float32" and "float32" in served.calibration.guarantee
-  assert any(f", {part} in 8 bits" in line and "(chosen)" in line for line in said)
+  assert any(", layers in 8 bits" in line and "(chosen)" in line for line in said)
+  assert any(", encoder in 8 bits: x" in line for line in said)
   # What it is held against is what the given model writes, token by token.
-  opened = inference.load(output)
-  given = inference.load(directory, **limits_of(opened))
-  written = [output.tokens for output in opened.generate(WORDS, threshold="never")]
+  given = inference.load(directory, **limits_of(served))
+  written = [output.tokens for output in served.generate(WORDS, threshold="never")]
   assert written == full_tokens(given)
 
 
 @pytest.fixture(scope="module")
 def trained(directory, rows, always_faster, tmp_path_factory):
-  """A fit that trains all weights: (given folder, output, the call, what was said)."""
+  """A fit that trains all weights: (given folder, output, the call, served, what was said)."""
   given = shutil.copytree(directory, tmp_path_factory.mktemp("given") / "toy")
   (given / "inference.json").write_text(json.dumps({"max_input_length": 24}))  # rows have 32
   output, said = tmp_path_factory.mktemp("trained") / "mine", []
-  real, recipe = train.recipe, train.Recipe
-  few = lambda *asked: recipe(4, 0.0, dataclasses.replace(real(*asked).config, num_steps=2))
+  real = train.recipe
+  few = lambda *asked: (4, 0.0, dataclasses.replace(real(*asked)[2], num_steps=2))
   listener = fitting.Listener(say=said.append)
   options = {**conftest.OPTIONS, "train_all": True, "tolerance": 0.9, "budget": 600.0}
-  bare = [dataclasses.replace(row, targets=()) for row in rows]
-  patch = pytest.MonkeyPatch()
-  patch.setattr(train, "recipe", few)
-  fit = lambda: fitting.fit(given, bare, output=output, listener=listener, **options)
-  served = fit()
-  yield given, output, fit, served, said
-  patch.undo()
+  fit = lambda: fitting.fit(given, rows, output=output, listener=listener, **options)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "recipe", few)
+    yield given, output, fit, fit(), said
+
+
+def test_stages_train_what_they_should(trained):
+  given, output, _, _, said = trained
+  steps = [line for line in said if line.startswith("Stage ")]
+  assert [line.split(":")[0] for line in steps] == ["Stage one", "Stage own", "Stage two"]
+  stages = (output / "fit" / f"stage_{name}" / "model" for name in ("one", "own", "two"))
+  start, one, own, two = (
+    checkpoints.load(folder).params["decoder"] for folder in (given, *stages)
+  )
+  kernel = lambda tree: np.asarray(tree["layers_0"]["mlp"]["wo"]["kernel"])
+  assert np.any(kernel(start) != kernel(one)) and np.any(kernel(one) != kernel(own))
+  for part in ("exit_classifier", "exit_probes"):
+    assert np.any(two[part]["kernel"])
+  two.pop("exit_probes")
+  two["exit_classifier"] = own["exit_classifier"]
+  jax.tree.map(np.testing.assert_array_equal, two, own)
+  # Stages own and two read the texts that the model wrote after stage one, not references.
+  lines = (output / "fit" / "own_texts" / "train.jsonl").read_text("utf-8").splitlines()
+  written = [json.loads(line) for line in lines]
+  after = inference.load(output / "fit" / "stage_one" / "model", batch_size=4)
+  texts = after.generate([row["input"] for row in written], rule=exits.StaticExit()).texts
+  assert [row["target"] for row in written] == [[text] for text in texts]
 
 
 def test_trained_weights_are_certified_against_the_given_models_texts(trained):
-  given, output, _, served, said = trained
-  steps = [line for line in said if line.startswith("Stage ")]
-  assert [line.split(":")[0] for line in steps] == ["Stage own", "Stage two"]
+  given, output, _, served, _ = trained
   assert served.calibration == Calibration.load(output / "calibration.json")
   own = inference.load(given, **limits_of(served))
   assert served.parameters_digest != own.parameters_digest
@@ -167,8 +182,8 @@ def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(
   trained, monkeypatch
 ):
   given, output, fit, _, said = trained
-  for file in (output / "fit" / "results").glob("seconds-*.json"):
-    file.unlink()
+  (output / "fit" / "result.json").unlink()
+  monkeypatch.setattr(train, "train_stage", lambda *args, **options: pytest.fail("again"))
   monkeypatch.setattr(inference.timing, "beside_full_depth", lambda *args, **options: SLOW)
   served = fit()
   assert served.calibration is None and not (output / "calibration.json").exists()
@@ -252,12 +267,15 @@ SLOW = timing.Seconds(timing.Pair(1, 2, 1.0, 1.2, 0.83, 0.9), None)
 
 
 def test_full_depth_is_served_from_drafts_where_they_are_faster_and_exits_are_not(
-  directory, rows, always_faster, monkeypatch, tmp_path
+  made, directory, rows, monkeypatch, tmp_path
 ):
   fast = timing.Seconds(timing.Pair(1, 2, 1.2, 1.0, 1.2, 1.1), None)
   told = lambda *args, rule=None, **more: SLOW if rule is None else fast
   monkeypatch.setattr(inference.timing, "beside_full_depth", told)
-  output, listener = tmp_path / "mine", fitting.Listener()
+  # The last look only: what was chosen and certified is there.
+  output = shutil.copytree(made[0], tmp_path / "mine")
+  (output / "fit" / "result.json").unlink()
+  listener = fitting.Listener()
   served = fitting.fit(directory, rows[:45], output=output, listener=listener, **OPTIONS)
   assert served.calibration is None and served.exact == inference.exact_rule(served)
   got = served.generate(WORDS)
@@ -266,7 +284,7 @@ def test_full_depth_is_served_from_drafts_where_they_are_faster_and_exits_are_no
   assert all(output.passes for output in got)
   page = (output / "summary.html").read_text("utf-8")
   assert "its own texts x1.20 as fast" in page and "full-depth program itself" not in page
-  assert "At full depth: " in page and "layer 1 of 3" not in page
+  assert "At full depth: " in page
   (output / "full_depth.json").write_text('{"exact": {"draft_layer": 1}}')
   with pytest.raises(ValueError, match=r"full_depth\.json"):
     inference.load(output)
@@ -339,7 +357,7 @@ def test_budgets_are_times_and_means_have_intervals():
   for text in ("", "soon", "-3m", "5 apples"):
     with pytest.raises(ValueError, match="`budget`"):
       fitting.parse_budget(text)
-  found = run.mean(np.array([0.0, 1.0] * 50))
+  found = result.Mean.of(np.array([0.0, 1.0] * 50))
   assert found.value == 0.5 and found.count == 100
   assert found.margin == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
 
@@ -350,14 +368,14 @@ def test_budgets_are_times_and_means_have_intervals():
 def test_from_python_a_fit_tells_standard_error_and_a_listener_takes_its_place(
   monkeypatch, tmp_path, capsys
 ):
-  def opened(model, train, output, options, listener):
-    def work():
-      listener.step("Work")(0.5, "half of it")
-      listener.say("Done.")
+  def work(begun):
+    begun.listener.step("Work")(0.5, "half of it")
+    begun.listener.say("Done.")
 
-    return types.SimpleNamespace(run=work)
-
-  monkeypatch.setattr(run.Fit, "open", opened)
+  begin = lambda *given: types.SimpleNamespace(work=tmp_path, listener=given[-1])
+  monkeypatch.setattr(run, "begin", begin)
+  monkeypatch.setattr(run, "make", work)
+  monkeypatch.setattr(inference, "load", lambda output: None)
   fitting.fit("packed", [], output=tmp_path / "a")
   assert capsys.readouterr() == ("", "Work ...\nDone.\n")
   said = []

@@ -10,7 +10,6 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.calibrate import Prompt, Record
 from calm.inference import result_cache, timing
-from calm.paper import experiments
 from tests.paper import samples
 
 
@@ -41,9 +40,9 @@ RESULTS = {
   "records": (tuple[Record, ...], (RECORD, RECORD)),
   "seconds": (timing.Seconds, timing.Seconds(timing.Pair(1, 2, 2.0, 1.0, 2.0, 1.5))),
   **{
-    field.name: (type(value), value)
-    for field in dataclasses.fields(experiments.TaskReport)
-    if dataclasses.is_dataclass(value := getattr(samples.report(), field.name))
+    name: (type(value), value)
+    for name in samples.RESULTS
+    if dataclasses.is_dataclass(value := getattr(samples.report(), name))
   },
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import types
 
 import pytest
@@ -11,15 +12,15 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 
-from calm import checkpoints, exits, inference
+from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
 from calm.commands import cli
 from calm.data import vocabulary
 from calm.exits import schedules
 from calm.fitting import choose
-from calm.fitting.candidates import Candidate
+from calm.fitting.choose import Candidate
 from calm.inference import grid, timing
-from calm.paper import bench, perturbations, tasks
+from calm.paper import bench, findings, perturbations, sections, tasks
 from calm.t5 import network
 from tests import toys
 
@@ -63,7 +64,7 @@ def tokens(records):
 
 @pytest.mark.parametrize("position", [0, 2])
 def test_one_token_is_the_tenth_choice_and_what_came_before_stays(model, full, position):
-  rule = perturbations.RULES[perturbations.SAMPLING]
+  rule = perturbations.RULES["sampling-based"]
   changed = grid.with_rule(model, PROMPTS, rule, float(position))
   reached = [row for row, record in enumerate(full) if len(record.tokens) > position]
   assert len(reached) > 2
@@ -76,7 +77,7 @@ def test_one_token_is_the_tenth_choice_and_what_came_before_stays(model, full, p
 
 
 def test_one_token_is_the_first_layers_own(model):
-  rule = perturbations.RULES[perturbations.LAYER]
+  rule = perturbations.RULES["layer-based"]
   changed = grid.with_rule(model, PROMPTS, rule, 0.0)
   shallow = grid.with_rule(model, PROMPTS, exits.StaticExit(1))
   assert [r.tokens[0] for r in changed] == [r.tokens[0] for r in shallow]
@@ -84,15 +85,15 @@ def test_one_token_is_the_first_layers_own(model):
 
 def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full, tmp_path):
   task = dataclasses.replace(tasks.task("synopsis"), metric="rouge_l")
-  own = tasks.OwnPrompts(tuple(PROMPTS), ())
-  of = bench.Bench(model, task, own, tmp_path)
+  of = bench.Bench(model, task, tuple(PROMPTS), (), tmp_path)
   of.__dict__.update(whole=model, static={2: full})
-  result = perturbations.perturbations(of)
-  assert [point.position for point in result.layer] == list(perturbations.positions(full))
-  first, last = result.sampling[0], result.sampling[-1]
-  assert first.prompts == 6 and first.changed > 0.5
-  assert last.prompts == sum(len(record.tokens) > last.position for record in full)
-  assert 0 <= first.similarity <= 1 and 0 <= first.quality <= 1
+  found = perturbations.perturbations(of).curves
+  before, _, after = (found[name] for name in (perturbations.UNPERTURBED, *perturbations.RULES))
+  assert [point.threshold for point in after] == list(perturbations.positions(full))
+  assert after[0].num_prompts == 6 and after[0].identical < 0.5
+  reach = [sum(len(record.tokens) > point.threshold for record in full) for point in after]
+  assert [point.num_prompts for point in after] == reach
+  assert 0 <= after[0].similarity <= 1 and {point.identical for point in before} == {1.0}
 
 
 def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
@@ -107,41 +108,37 @@ def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
   assert [entry.speedup for entry in found] == [1.0, 1.0] and full == 1000.0
 
 
-def small_tasks(monkeypatch, data):
-  """Tasks as short as the toy; their names and metrics stay."""
-  monkeypatch.setattr(
-    tasks,
-    "TASKS",
-    {
-      name: dataclasses.replace(task, max_input_length=80, max_decode_length=5)
-      for name, task in tasks.TASKS.items()
-    },
-  )
-  for name in ("debian_synopsis", "debian_qa", "debian_enfr"):
-    (data / name).mkdir(parents=True)
-    for split in ("validation", "test"):
-      rows = [
-        {"id": f"{split}{i}", "source": f"{split}{i}", "input": f"w{i} {t}", "target": [t]}
-        for i, t in enumerate(TEXTS)
-      ]
-      lines = "".join(json.dumps(row) + "\n" for row in rows)
-      (data / name / f"{split}.jsonl").write_text(lines, "utf-8")
-
-
 def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  data, output = tmp_path / "data", tmp_path / "report"
-  small_tasks(monkeypatch, data)
+  task = dataclasses.replace(tasks.task("enfr"), max_input_length=80, max_decode_length=5)
+  monkeypatch.setattr(tasks, "TASKS", {task.name: task})
+  data, output = tmp_path / "data" / task.name, tmp_path / "report"
+  data.mkdir(parents=True)
+  for split in ("validation", "test"):
+    rows = [
+      {
+        "id": f"{split}{i}",
+        "source": f"{split}{i}",
+        "input": f"w{i} {t}",
+        "target": [f"<b>{t}"],
+      }
+      for i, t in enumerate(TEXTS)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (data / f"{split}.jsonl").write_text(lines, "utf-8")
   command = [
-    *("report", f"--model={folder}", f"--data={data}", f"--output={output}", "--tasks", "enfr"),
-    *("--limit=6", "--measures", "softmax", "--timed=1", "--rounds=1", "--examples=2"),
-    *("--step=0.5", f"--geometric_model={folder}"),
+    *("report", f"--model={folder}", f"--data={data.parent}", f"--output={output}"),
+    *("--tasks", "enfr", "--limit=6", "--measures", "softmax", "--timed=1", "--rounds=1"),
+    *("--examples=2", "--step=0.5", f"--geometric_model={folder}"),
   ]
   assert cli.main(command) == 0
   first = capsys.readouterr().out
-  assert "translation: oracle" in first and "Table 2" in first
+  assert "translation: oracle" in first and "\nTranslation: " in first
+  steps = re.findall(r"^\[(\d+)/(\d+)\]", first, re.M)
+  numbers, totals = [int(number) for number, _ in steps], {int(total) for _, total in steps}
+  assert numbers == sorted(numbers) and len(totals) == 1 and numbers[-1] <= min(totals)
   page = (output / "index.html").read_text("utf-8")
   assert "Trainings side by side" in page and 'data-panel="debian_enfr"' in page
+  assert "<b>" not in page.split("<main>")[1]
   made = sorted(path.name for path in output.rglob("*.csv"))
   assert "table2_debian_enfr.csv" in made and "table1.csv" in made
   stored = {path: path.read_bytes() for path in (output / "cache").rglob("*.json*")}
@@ -149,63 +146,58 @@ def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch,
   assert cli.main(command) == 0
   second = capsys.readouterr().out
   # Nothing is decoded or timed again: no step is announced.
-  assert "translation: oracle" not in second and "seconds" not in second.split("Table 2")[0]
+  assert (
+    "translation: oracle" not in second and "seconds" not in second.split("Translation: ")[0]
+  )
   assert {p: p.read_bytes() for p in (output / "cache").rglob("*.json*")} == stored
 
 
 def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
   rows, output = tmp_path / "my rows.jsonl", tmp_path / "report"
-  lines = [
-    json.dumps({"id": f"r{i}", "source": f"s{i}", "input": f"w{i}", "target": f"<b>{i % 3}"})
-    for i in range(120)
-  ]
+  lines = [json.dumps({"source": f"s{i}", "input": f"w{i}", "target": "b"}) for i in range(120)]
   rows.write_text("\n".join(lines) + "\n", "utf-8")
+  found = []
+  monkeypatch.setattr(sections, "sections", lambda made: found.extend(made) or [])
+  monkeypatch.setattr(findings, "headline", lambda task: ("x1", "nothing"))
   command = ["report", f"--model={folder}", f"--train={rows}", f"--output={output}"]
-  command += ["--measures", "softmax", "--metric=token_f1", "--limit=4", "--timed=1"]
-  command += ["--rounds=1", "--step=0.5", "--ablated=2", "--batch_size=4"]
-  assert cli.main(command) == 0
-  said = capsys.readouterr().out
-  assert "My rows: " in said and "] my rows: oracle" in said
-  steps = [line for line in said.splitlines() if line.startswith("[")]
-  numbers = [int(line[1:].split("/")[0]) for line in steps]
-  planned = {int(line.split("/")[1].split("]")[0]) for line in steps}
-  assert numbers == sorted(numbers) and planned == {max(numbers)}
-  page = (output / "index.html").read_text("utf-8")
-  assert "My rows: " in page and "token_f1" in page and "<b>" not in page.split("<main>")[1]
+  command += ["--measures", "softmax", "--metric=token_f1", "--limit=4"]
+  assert cli.main(command) == 0 and "nothing" in capsys.readouterr().out
+  (task,) = found
+  assert (task.settings.name, task.settings.title) == ("my_rows", "my rows")
+  splits, limits = fitting.held_out(
+    inference.load(folder), rows, fitting.FitOptions(metric="token_f1")
+  )
+  assert task.validation == splits.validation[:4] and task.test == splits.calibration[:4]
+  assert task.predictor.options.max_input_length == limits["max_input_length"]
   with pytest.raises(SystemExit):
     cli.main([*command, f"--data={tmp_path}"])
   assert "not allowed with" in capsys.readouterr().err
 
 
-def test_unknown_tasks_and_missing_data_are_named(folder, tmp_path, capsys):
-  def run(*more):
-    code = cli.main(["report", f"--model={folder}", f"--output={tmp_path / 'o'}", *more])
-    return code, capsys.readouterr().err
-
-  code, said = run(f"--data={tmp_path}", "--tasks=squad")
-  assert code == 2 and "to be a task of" in said
-  code, said = run(f"--data={tmp_path / 'none'}", "--tasks=qa")
-  assert code == 2 and "debian_qa" in said and "does not exist" in said
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    (["--data={}", "--tasks=squad"], "to be a task of"),
+    (["--data={}/none", "--tasks=qa"], "debian_qa"),
+    (["--data={}", "--step=0"], "`step`"),
+    (["--data={}", "--error_rate=1"], "`error_rate`"),
+    *(
+      (["--data={}", "--measures", o], "`measures`")
+      for o in ("sotfmax", "softmax@a", "verified")
+    ),
+    *((["--data={}", "--measures", o], "`measures`") for o in ("softmax/-1", "verified@2,4")),
+  ],
+)
+def test_what_cannot_be_reported_is_named(folder, tmp_path, capsys, options, words):
+  options = [option.format(tmp_path) for option in options]
+  assert cli.main(["report", f"--model={folder}", f"--output={tmp_path / 'o'}", *options]) == 2
+  assert words in capsys.readouterr().err
 
 
 def test_measures_that_a_model_lacks_are_left_out(plain):
   assert bench.available(plain, bench.MEASURES) == ("softmax", "classifier", "state")
   with pytest.raises(ValueError, match="a measure that the model has"):
     bench.available(plain, ["shortlist"])
-
-
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [
-    *(("step", 0.0), ("error_rate", 1.0), ("error_rate", float("nan"))),
-    *(("measures", (odd,)) for odd in ("sotfmax", "softmax@a", "softmax/-1", "verified")),
-    ("measures", ("verified@2,4",)),
-  ],
-)
-def test_options_without_meaning_are_refused(name, value):
-  with pytest.raises(ValueError, match=f"`{name}`"):
-    bench.Options(**{name: value})
 
 
 def test_a_name_says_measure_layers_and_decay():

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-from calm.calibrate import Record, default_grid
+from calm.calibrate import Prompt, Record, default_grid
 from calm.exits import schedules
 from calm.inference import timing
 from calm.paper import bench, experiments, scores, tasks
@@ -24,14 +24,14 @@ def report():
 def test_scores_by_hand():
   full = [samples.record(i, 4) for i in range(4)]
   early = [samples.record(i, 2, wrong=i == 0) for i in range(4)]
-  references = [(r.prediction,) for r in full]
-  scored = scores.Scorer(references, "rouge_l", bleu=True).point("softmax", early, full)
+  prompts = [Prompt(r.id, r.id, (r.prediction,)) for r in full]
+  scored = scores.point("softmax", early, full, prompts, "rouge_l", bleu=True)
   # The first output lacks its last of four words: precision 1, recall 3/4.
   assert scored.similarity == scored.quality == pytest.approx((6 / 7 + 3) / 4)
   layers = [layer for record in early for layer in record.exit_layers]
   assert scored.layers == pytest.approx(sum(layers) / len(layers))
   assert scored.identical == 0.75 and 0 < scored.bleu < 100
-  plain = scores.Scorer([("x",)] * 4, "rouge_l").point("softmax", early, full)
+  plain = scores.point("softmax", early, full, prompts, "rouge_l")
   assert math.isnan(plain.bleu) and math.isnan(plain.seconds)
 
 
@@ -57,15 +57,14 @@ def test_the_tradeoff_has_every_curve_and_its_seconds(report):
   assert depths[0] == 4 and depths == sorted(depths, reverse=True)
   assert [p.seconds for p in found.curves["static"]] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
   assert softmax[1].speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))
-  assert found.first("full model").speedup == 1.0
+  assert found.curves["full model"][0].speedup == 1.0
   assert (found.num_timed, found.num_prompts) == (3, 60)
 
 
 def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
-  found = report.gains
-  assert (found.num_calibration, found.num_unseen, found.num_timed) == (48, 12, 3)
-  assert len(found.cells) == len(experiments.TARGETS) * len(MEASURES) * 2
-  auto = found.cells[1]
+  assert (report.num_calibration, len(report.unseen)) == (48, 12)
+  assert len(report.gains) == len(experiments.TARGETS) * len(MEASURES) * 2
+  auto = report.gains[1]
   named = auto.consistency, auto.tolerance, auto.measure, auto.method
   assert named == ("textual", 0.1, "softmax", "auto")
   assert auto.threshold == 0.6 and 0 < auto.risk < 0.1
@@ -78,16 +77,15 @@ def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
 
 def test_nothing_certified_is_the_full_model():
   few = samples.sample(5)
-  found = experiments.gains(few)
-  assert dict(experiments.examples(few, found)[0].promised)[0.25] == 0
-  for gain in found.cells:
+  assert dict(few.examples[0].promised)[0.25] == 0
+  for gain in few.gains:
     assert gain.threshold == schedules.NEVER_EXIT and not gain.exits
     assert (gain.layers, gain.risk, gain.flops_reduction) == (NUM_LAYERS, 0.0, 1.0)
     assert (gain.speedup, gain.end_to_end, gain.speedup_interval) == (1.0, 1.0, (1.0, 1.0))
 
 
-def test_examples_show_distance_risk_and_layers(report):
-  shown = experiments.examples(samples.sample(), report.gains)[0]
+def test_examples_show_distance_risk_and_layers():
+  shown = samples.sample().examples[0]
   assert shown.thresholds == (schedules.NEVER_EXIT, *GRID)
   promised = dict(shown.promised)
   assert list(promised) == list(experiments.TOLERANCES) == sorted(promised)
@@ -110,7 +108,6 @@ def test_schedules_are_three_different_things():
   assert values["decaying, τ = 0"] == pytest.approx([0.82] * 10)
   fast = values["decaying, τ = 4"]
   assert (fast[0], fast[-1]) == pytest.approx((0.82, 0.72 + 0.1 * math.exp(-3.6)))
-  assert experiments.schedule_grid(0.25) == (0.75, 0.5, 0.25)
 
 
 def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
@@ -138,11 +135,16 @@ def test_intervals_cover_and_shrink():
     assert 0.0 <= low <= losses.mean() <= high <= 1.0
     missed += not low <= 0.05 <= high
   assert missed <= 5
-  assert scores.mean_interval([0.0] * 24)[0] == 0.0 < 0.1 < scores.mean_interval([0.0] * 24)[1]
-  assert scores.mean_interval([0.0] * 500)[1] < 0.02
-  low, high = scores.mean_interval([-1.0, 0.0, 0.0, 0.4] * 6, -1.0)
+  assert (
+    scores.mean_interval(np.array([0.0] * 24))[0]
+    == 0.0
+    < 0.1
+    < scores.mean_interval(np.array([0.0] * 24))[1]
+  )
+  assert scores.mean_interval(np.array([0.0] * 500))[1] < 0.02
+  low, high = scores.mean_interval(np.array([-1.0, 0.0, 0.0, 0.4] * 6), -1.0)
   assert -1.0 <= low < -0.15 < high < 1.0
-  assert all(map(math.isnan, scores.mean_interval([])))
+  assert all(map(math.isnan, scores.mean_interval(np.array([]))))
 
 
 def test_intervals_of_speedups_are_over_prompts():
@@ -156,6 +158,3 @@ def test_intervals_of_speedups_are_over_prompts():
   assert scores.speedup_interval(timings, full) == (1.0, 1.0)
   alone = dataclasses.replace(early, prompt_seconds=(1.0,))
   assert all(map(math.isnan, scores.speedup_interval(timings, alone)))
-  assert all(
-    map(math.isnan, scores.speedup_interval(dataclasses.replace(timings, rows=()), early))
-  )

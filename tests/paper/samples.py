@@ -13,12 +13,13 @@ from calm.calibrate import Prompt, Record, generations
 from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.inference import grid, timing
-from calm.paper import bench, experiments, perturbations, tasks
+from calm.paper import bench, experiments, perturbations, scores, tasks
 
 NUM_LAYERS = 4
 GRID = (0.9, 0.6, 0.3)
 WORDS = ("red", "green", "blue", "small", "large", "<b>", "&", "tool", "library")
 MEASURES = ("softmax", "classifier", "state")
+RESULTS = [n for n, v in vars(experiments.Task).items() if hasattr(v, "attrname")]
 
 
 def full_text(i: int) -> str:
@@ -98,26 +99,21 @@ class Model:
     return [batch(np.array([i]), np.zeros((1, 8), int), active) for i in range(len(texts))]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Bench(bench.Bench):
-  """A bench whose prompts, records and seconds are made up."""
+class Task(experiments.Task):
+  """A task whose prompts, records and seconds are made up."""
 
-  count: int = 60
   step = staticmethod(lambda text: grid.silent)
   measures = MEASURES
-  validation = test = property(lambda self: prompts(self.count))
   validation_grids = test_grids = property(
-    lambda self: dict.fromkeys(MEASURES, cached(self.count))
+    lambda self: dict.fromkeys(MEASURES, cached(len(self.test)))
   )
   timed_model = property(lambda self: self.predictor)
   static = property(
     lambda self: {
-      k: tuple(record(i, k, wrong=i % 4 >= k) for i in range(self.count)) for k in range(1, 5)
+      k: tuple(record(i, k, wrong=i % 4 >= k) for i in range(len(self.test)))
+      for k in range(1, 5)
     }
   )
-
-  def result(self, kind, name, make, **key):
-    return make()
 
   def records(self, name, rule, examples, measure=""):
     return self.full
@@ -126,7 +122,7 @@ class Bench(bench.Bench):
     return GRID
 
   def over(self, *asked):
-    return cached(self.count)
+    return cached(len(self.test))
 
   def model(self, measure, **options):
     return self.predictor
@@ -138,24 +134,43 @@ class Bench(bench.Bench):
     return []
 
 
-def sample(count: int = 60) -> Bench:
+def sample(count: int = 60, **results: Any) -> Task:
+  """A task, some of whose results are given."""
   model: Any = Model()
   settings = dataclasses.replace(tasks.task("synopsis"), max_decode_length=8, bleu=True)
   other = {"geometric": model, "last_layer": model}
-  options = bench.Options(step=0.3, examples=3)
-  return Bench(model, settings, pathlib.Path(), pathlib.Path(), options, count=count, **other)
+  options, given = bench.Options(step=0.3, examples=3), prompts(count)
+  made = Task(model, settings, given, given, pathlib.Path(), options, **other)
+  made.__dict__.update(results)
+  return made
+
+
+def wrong_tokens(first: float, last: float, error: float) -> scores.Curves:
+  """Similarities after wrong tokens at two positions, of every kind."""
+  names = (perturbations.UNPERTURBED, *perturbations.RULES)
+  points = tuple(
+    scores.Point(name, at, 60, 4.0, 0.5, 0.0, value, error, 0.5)
+    for name in names
+    for at, value in ((0.0, first), (9.0, last))
+  )
+  return scores.Curves(60, points)
 
 
 @functools.cache
-def report() -> experiments.TaskReport:
-  """All results of the made-up task."""
-  point = perturbations.Position(0, 60, 0.5, 0.75, 0.5, 0.6)
-  wrong = perturbations.Perturbations("rouge_l", 60, (point,) * 3, (point,) * 3)
+def report() -> Task:
+  """A task with all results."""
   short = {"TOLERANCES": (0.05, 0.2), "SPLITS": 5, "DRAWS": 10}
   totals = lambda step, layers: types.SimpleNamespace(flops_ratio=1.5)
+  made = sample(perturbations=wrong_tokens(0.75, 0.75, 0.05))
   with (
     mock.patch.multiple(experiments, **short),
     mock.patch.object(experiments.costs, "totals", totals),
-    mock.patch.object(perturbations, "perturbations", lambda of: wrong),
   ):
-    return experiments.run(sample())
+    for name in RESULTS:
+      getattr(made, name)
+  return made
+
+
+def changed(**results: Any) -> Task:
+  """The task with some results in place of its own."""
+  return sample(**{name: getattr(report(), name) for name in RESULTS} | results)
