@@ -18,9 +18,9 @@ from calm.t5 import caches
 # Ways of running the loop; a rule's own default is what `inference` takes.
 ENGINES: dict[str, engines.Engine | None] = {
   "default": None,
-  "eager": engines.Eager(),
-  "deferred": engines.Deferred(),  # every layer that a row needs, for all rows
-  "fitted": engines.Compacted(ratio=2),
+  "eager": engines.Eager,
+  "deferred": engines.Deferred,  # every layer that a row needs, for all rows
+  "fitted": type("Fitted", (engines.Compacted,), {"ratio": 2}),
 }
 
 

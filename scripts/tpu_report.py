@@ -103,11 +103,11 @@ def compiled(
     propagated: what skipped layers store; None is the exit state.
   """
   rows, input_length, length = sizes
-  rule, engine = exits.StaticExit(layer), engines.Eager()
+  rule, engine = exits.StaticExit(layer), engines.Eager
   if name != "static":
     propagated = propagated or propagation.ExitState()
     rule = exits.DynamicExits(confidence.Classifier(), propagation=propagated)
-    engine = engines.by_name(name)
+    engine = engines.ENGINES[name]
   program = program_lib.Program(config, rule, length, engine=engine)
 
   def laid_out(params, tokens, active, threshold):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.decode import acceptance, engines, loop
+from calm.decode import engines, loop, speculative
 from calm.decode import program as program_lib
 from calm.exits import propagation, schedules
 from calm.t5 import caches as caches_lib
@@ -75,6 +75,11 @@ def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32"
   return Toy(sizes, params, config, weights, model)
 
 
+def sized(kind: engines.Engine, **values: Any) -> engines.Engine:
+  """An engine with other sizes of chunks or buckets."""
+  return type("Sized", (kind,), values)
+
+
 def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> caches_lib.Encoded:
   """One encoding program for all rules."""
   program = program_lib.Program(toy.config, exits.StaticExit(), LENGTH)
@@ -88,7 +93,7 @@ def run(
   prompts=PROMPTS,
   active=None,
   engine: engines.Engine | None = None,
-  prior: acceptance.Prior | None = None,
+  prior: speculative.Prior | None = None,
 ) -> loop.DecodingState:
   """Decodes `prompts`; the final state, caches included. `prior` is of drafts."""
   active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)
@@ -201,7 +206,7 @@ def compare_memory(caches, row, i: int, length: int) -> None:
     np.testing.assert_allclose(values, np.stack(row.memory.values[layer]), rtol=1e-4, atol=1e-4)
 
 
-def decode_loop(bound: engines.Bound, active) -> loop.DecodingState:
+def decode_loop(bound: engines.Eager, active) -> loop.DecodingState:
   """The loop without the engine's `flush`."""
   return loop.decode(
     bound.take_step, bound.empty, active=active, max_decode_length=LENGTH, eos_id=toys.EOS_ID

@@ -70,7 +70,6 @@ _DECODING = (
   ("task_prefix", "TEXT", "put this before every prompt", "none"),
   ("temperature", "TAU", "decaying threshold (Eq. 5) over max_decode_length", "constant"),
   ("propagation", "NAME", "exit_state, first_state, learned or copy_projections", 0),
-  ("engine", "NAME", "compacted, deferred or eager; outputs are the same", 0),
   ("num_devices", "N", "devices that share the prompts", 1),
   ("dtype", "NAME", "activations: float32 or bfloat16", 0),
   ("weights_dtype", "NAME", "matrices: float32, bfloat16 or int8", 0),

@@ -27,11 +27,11 @@ _lock = threading.Lock()
 
 
 class Method:
-  """A method of a hashable object, which is static, compiled once for every object and shape of
-  its arguments; `options` are `jax.jit`'s."""
+  """Decorates a method of a hashable object, which is static: it is compiled once for every
+  object and shape of its arguments."""
 
-  def __init__(self, function: Callable[..., Any], **options: Any):
-    self._function, self._options = _counted(function), options
+  def __init__(self, function: Callable[..., Any]):
+    self._function = _counted(function)
     functools.update_wrapper(self, self._function)
 
   def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -51,7 +51,7 @@ class Method:
       made = _kept.get(key)
       if made is None:
         _make_room()
-        made = jax.jit(functools.partial(self._function, instance), **self._options)
+        made = jax.jit(functools.partial(self._function, instance))
         _kept[key] = made
       _kept.move_to_end(key)
     return made
@@ -79,18 +79,14 @@ def at_precision(name: str | None) -> contextlib.AbstractContextManager[Any]:
   return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
 
 
-def method(**options: Any) -> Callable[[Callable[..., Any]], Method]:
-  """Decorates a method to be a `Method`."""
-  return functools.partial(Method, **options)
-
-
 def _make_room() -> None:
   """Drops the programs that were not used for longest, so that another one fits."""
+  drop = lambda: _kept.popitem(last=False)[1].clear_cache()
   while len(_kept) >= LIMIT:
-    _kept.popitem(last=False)[1].clear_cache()
+    drop()
   while len(_kept) > 1 and maps_part() > MAPS_PART:
     for _ in range(1 + len(_kept) // 4):
-      _kept.popitem(last=False)[1].clear_cache()
+      drop()
 
 
 def maps_part() -> float:
@@ -104,10 +100,3 @@ def maps_part() -> float:
 def num_made(method: str | None = None) -> int:
   """Programs compiled in this process so far, or those of one method, 'Program.decode'."""
   return _made.total() if method is None else _made[method]
-
-
-def drop_all() -> None:
-  """Lets go of all of them; what is used again is compiled again."""
-  with _lock:
-    while _kept:
-      _kept.popitem()[1].clear_cache()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class Verification:
   Attributes:
     drafted: tokens that were drafted and accepted; the others are the full model's own.
     numbers: of each row: passes of the full model; tokens drafted, refused ones too (as many as
-      for the row that goes on longest); `acceptance.AcceptanceEstimate`'s chance and
+      for the row that goes on longest); `speculative.AcceptanceEstimate`'s chance and
       calibration at the end; and what the batch took, in steps of the full model. One array,
       for every one that comes back costs a short text some microseconds.
   """
@@ -40,14 +40,6 @@ class Verification:
   @property
   def drafts(self) -> Int[AnyArray, " batch"]:
     return self.numbers[:, 1].astype(np.int32)
-
-  @property
-  def chance(self) -> Float[AnyArray, " batch"]:
-    return self.numbers[:, 2]
-
-  @property
-  def calibration(self) -> Float[AnyArray, " batch"]:
-    return self.numbers[:, 3]
 
 
 @struct.dataclass
@@ -95,13 +87,8 @@ class DecodingState:
   cache: Any  # the step's own
 
 
-@runtime_checkable
-class Step(Protocol):
-  """(current [batch], position [], active [batch], cache) -> (`exits.TokenExit`, cache)."""
-
-  def __call__(
-    self, current: jax.Array, position: jax.Array, active: jax.Array, cache: Any
-  ) -> tuple[exits.TokenExit, Any]: ...
+# (current [batch], position [], active [batch], cache) -> (what comes of it, cache).
+Step = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[exits.TokenExit, Any]]
 
 
 def empty_generation(batch_size: int, max_decode_length: int) -> Generation:
@@ -221,16 +208,23 @@ def _advance(
 ) -> DecodingState:
   """One position of the rows that decode; the others wait, or have ended."""
   made, cache = step(state.current, state.position, decodes, state.cache)
-  said = emit(made.best, decodes)
+  said, old = emit(made.best, decodes), state.generation
+  put = lambda array, column: _put(array, column, state.position, decodes)
+  position, active = state.position + 1, state.active & ~(decodes & (said.token == eos_id))
+  generation = Generation(
+    tokens=put(old.tokens, said.token),
+    exit_layers=put(old.exit_layers, made.exit_layer),
+    confidences=put(old.confidences, made.confidence),
+    rejected_confidences=put(old.rejected_confidences, made.rejected_confidence),
+    scores=old.scores + jnp.where(decodes, said.log_probability, 0.0),
+  )
   return dataclasses.replace(
     state,
-    position=state.position + 1,
+    position=position,
     current=said.token,
-    active=state.active & ~(decodes & (said.token == eos_id)),
-    generation=record(state.generation, state.position, decodes, said, made),
-    log_probabilities=_put(
-      state.log_probabilities, said.log_probability, state.position, decodes
-    ),
+    active=active,
+    generation=generation,
+    log_probabilities=put(state.log_probabilities, said.log_probability),
     cache=cache,
   )
 
@@ -256,27 +250,9 @@ def _put(array, column, position, decodes) -> jax.Array:
   return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
 
 
-def emit(best: layers.Greedy, decodes: Bool[Array, " batch"]) -> layers.Greedy:
+def emit(best: layers.Greedy, decodes: jax.Array) -> layers.Greedy:
   """The greedy token of the rows that decode, 0 of the others; log-probability likewise."""
   return jax.tree.map(lambda x: jnp.where(decodes, x, jnp.zeros_like(x)), best)
-
-
-def record(
-  generation: Generation,
-  position: jax.Array,
-  active: jax.Array,
-  emitted: layers.Greedy,
-  token_exit: exits.TokenExit,
-) -> Generation:
-  """Writes one position of every active row; the others stay."""
-  put = lambda array, column: _put(array, column, position, active)
-  return Generation(
-    tokens=put(generation.tokens, emitted.token),
-    exit_layers=put(generation.exit_layers, token_exit.exit_layer),
-    confidences=put(generation.confidences, token_exit.confidence),
-    rejected_confidences=put(generation.rejected_confidences, token_exit.rejected_confidence),
-    scores=generation.scores + jnp.where(active, emitted.log_probability, 0.0),
-  )
 
 
 def pack(made: Generation) -> Int[Array, "batch columns"]:

@@ -2,6 +2,10 @@
 
 Static things (sizes, rule, lengths) live in the frozen `Program`; the threshold is traced, so
 that a whole grid compiles once.
+
+Long limits are reached in stages: a step's attention reads every position of the caches, filled
+or not, so that a first program has 64 positions, and where some row goes on, the next one has
+four times as many, up to the limit.
 """
 
 import dataclasses
@@ -9,15 +13,18 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import acceptance, compiled, engines, loop, speculative
-from calm.t5 import caches, decoder_weights, eight_bits, network
+from calm.decode import compiled, engines, loop, speculative
+from calm.t5 import attention, caches, decoder_weights, eight_bits, network, platforms
 from calm.t5.network import Params
 
 State = loop.DecodingState | speculative.SpeculativeState
+# Positions of the first stage, and how many times as many the next one has.
+FIRST, RATIO = 64, 4
 
 
 @struct.dataclass
@@ -40,8 +47,7 @@ def model_weights(
   """Lays a T5X-shaped tree out for inference.
 
   Args:
-    params: the tree.
-    config: its sizes.
+    params, config: the tree and its sizes.
     num_pieces: pieces of the vocabulary; rows beyond them are never emitted. None: all rows.
     shortlist: likely token ids, for the measure 'shortlist'; None: no such head.
     weights_dtype: what matrices and heads are rounded to and stored in; None: the encoder's
@@ -74,9 +80,33 @@ def _stored(name: str, leaf: jax.Array, dtype: str | None) -> jax.Array | eight_
   return leaf if dtype is None or leaf.ndim < 2 else leaf.astype(jnp.dtype(dtype))
 
 
+def fetch(made: loop.Generation) -> loop.Generation:
+  """A generation of numpy arrays."""
+  # Where host and device are one, nothing is to be sent for ahead, and asking takes a core from
+  # the program: a twentieth of a short text of a small model.
+  here = platforms.runs_in_this_process()
+  return jax.tree.map(np.asarray, made) if here else jax.device_get(made)
+
+
+def stage_lengths(max_decode_length: int) -> tuple[int, ...]:
+  """Positions of every stage, ascending; the last has those of the limit.
+
+  A stage that would hold more than half of the limit is left out: it saves little.
+  """
+  stages, length = [], FIRST
+  while 2 * length <= max_decode_length:
+    stages.append(length)
+    length *= RATIO
+  return (*stages, max_decode_length)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """One way of decoding; hashable, and compiled once for every batch shape.
+
+  `weights` of its methods are from `model_weights`, `encoded` are prompts from `encode`,
+  `active` [batch] are rows that hold a prompt (the others are padding of the batch), and
+  `threshold` is lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
 
   Attributes:
     config: the model's sizes.
@@ -102,115 +132,39 @@ class Program:
     """Positions that this program decodes."""
     return self.room or self.max_decode_length
 
-  @compiled.method()
+  @property
+  def stages(self) -> "tuple[Program, ...]":
+    """Programs of ascending room, of which a text runs as many as it needs; on a CPU."""
+    rooms = stage_lengths(self.max_decode_length)
+    # Other shapes would round otherwise where states have few bits, which runs nothing native.
+    if len(rooms) == 1 or not self.native or not platforms.grows_caches():
+      return (self,)
+    return tuple(dataclasses.replace(self, room=room) for room in rooms)
+
+  # ---- What is compiled
+
+  @compiled.Method
   def encode(
-    self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
+    self, weights: ModelWeights, tokens: Int[Array, "batch input_length"]
   ) -> caches.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
-    encoded = network.encode(weights.encoder, self.config, encoder_input_tokens)
-    return caches.cross_attention_inputs(
-      weights.decoder, self.config, encoded, encoder_input_tokens
-    )
+    encoded = network.encode(weights.encoder, self.config, tokens)
+    return caches.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
 
-  def decode_state(
-    self,
-    weights: ModelWeights,
-    encoded: caches.Encoded,
-    active: Bool[Array, " batch"],
-    threshold: Float[Array, "..."],
-    prior: acceptance.Prior | None = None,
-  ) -> State:
-    """Decodes greedily and returns the final state, caches filled (not compiled)."""
-    if isinstance(self.rule, exits.Speculative):
-      return self.speculation(weights, encoded, threshold, prior).decode(active)
-    bound = self.bind(weights.decoder, encoded, threshold)
-    state = self._loop(bound, active)
-    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
-
-  def _loop(self, bound: engines.Bound, active: Bool[Array, " batch"]) -> loop.DecodingState:
-    return loop.decode(
-      bound.take_step,
-      bound.empty,
-      active=active,
-      max_decode_length=self.max_decode_length,
-      step_limit=self.room,
-      eos_id=self.eos_id,
-    )
-
-  @compiled.method()
-  def begin(
-    self,
-    weights: ModelWeights,
-    encoded: caches.Encoded,
-    active: Bool[Array, " batch"],
-    threshold: Float[Array, "..."],
-    prior: acceptance.Prior | None = None,
-  ) -> State:
-    """Decodes from the first token up to this stage's `room`; passes over drafts that begin in
-    a stage may end in the next one's positions."""
-    if isinstance(self.rule, exits.Speculative):
-      made = self.speculation(weights, encoded, threshold, prior)
-      return made.finish(made.go_on(made.begin(active), self.length))
-    return self._loop(self.bind(weights.decoder, encoded, threshold), active)
-
-  @compiled.method()
-  def start(
-    self,
-    weights: ModelWeights,
-    encoded: caches.Encoded,
-    active: Bool[Array, " batch"],
-    threshold: Float[Array, "..."],
-  ) -> loop.DecodingState:
-    """What `go_on` decodes the first tokens from; not of `exits.Speculative`."""
-    bound = self.bind(weights.decoder, encoded, threshold)
-    return loop.nothing_yet(active, self.max_decode_length, bound.empty)
-
-  @compiled.method()
-  def go_on(
-    self,
-    weights: ModelWeights,
-    encoded: caches.Encoded,
-    state: State,
-    threshold: Float[Array, "..."],
-    limit: Int[Array, ""] | None = None,
-  ) -> State:
-    """Decodes the rows that a shorter stage has not ended, or that `limit` positions ended:
-    it is traced, so that a text may come in parts of any length."""
-    if isinstance(state, speculative.SpeculativeState):
-      made = self.speculation(weights, encoded, threshold)
-      room = speculative.cache_length(made.rule, self.length)
-      state = dataclasses.replace(state, cache=engines.grown(state.cache, room))
-      return made.finish(made.go_on(state, self.length))
-    bound = self.bind(weights.decoder, encoded, threshold)
-    return loop.go_on(
-      bound.take_step,
-      state,
-      bound.grow(state.cache),
-      step_limit=self.length if limit is None else limit,
-      eos_id=self.eos_id,
-    )
-
-  @compiled.method()
+  @compiled.Method
   def decode(
     self,
     weights: ModelWeights,
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: acceptance.Prior | None = None,
+    prior: speculative.Prior | None = None,
   ) -> loop.Generation:
-    """Decodes greedily.
-
-    Args:
-      weights, encoded: the model, and prompts from `encode`.
-      active: rows that hold a prompt; the others are padding of the batch.
-      threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
-      prior: of `exits.Speculative`: what is expected of a text's drafts, on which no text
-        depends; None: nothing is known.
-    """
+    """Decodes greedily. `prior` is what `exits.Speculative` expects of a text's drafts, on
+    which no text depends; None: nothing is known."""
     return self.decode_state(weights, encoded, active, threshold, prior).generation
 
-  @compiled.method()
+  @compiled.Method
   def decode_packed(
     self,
     weights: ModelWeights,
@@ -224,27 +178,39 @@ class Program:
     state = self.decode_state(weights, encoded, active, threshold, tuple(prior) or None)
     return loop.pack(state.generation)
 
-  def speculation(
-    self,
-    weights: ModelWeights,
-    encoded: caches.Encoded,
-    threshold: Float[Array, "..."],
-    prior: acceptance.Prior | None = None,
-  ) -> speculative.Speculation:
-    """The loop of `exits.Speculative` at work on these prompts."""
-    assert isinstance(self.rule, exits.Speculative)
-    task = self._task(weights.decoder, encoded, threshold)
-    made = speculative.bind(task, self.rule, self.eos_id, self.max_decode_length)
-    return made if prior is None else dataclasses.replace(made, prior=prior)
+  @compiled.Method
+  def begin(self, weights, encoded, active, threshold, prior=None) -> State:
+    """Decodes from the first token up to this stage's `room`; passes over drafts that begin in
+    a stage may end in the next one's positions."""
+    if isinstance(self.rule, exits.Speculative):
+      made = self.speculation(weights, encoded, threshold, prior)
+      return made.finish(made.go_on(made.begin(active), self.length))
+    return self._loop(self.bind(weights.decoder, encoded, threshold), active)
 
-  def nothing_yet(self, batch_size: int) -> loop.DecodingState:
-    """What `resume` starts from where nothing was decoded yet."""
-    depth = self.rule.depth(self.config.num_decoder_layers)
-    cache = caches.empty_caches(self.config, batch_size, self.length, depth)
-    active = jnp.zeros((batch_size,), bool)
-    return loop.nothing_yet(active, self.max_decode_length, cache)
+  @compiled.Method
+  def start(self, weights, encoded, active, threshold) -> loop.DecodingState:
+    """What `go_on` decodes the first tokens from; not of `exits.Speculative`."""
+    bound = self.bind(weights.decoder, encoded, threshold)
+    return loop.nothing_yet(active, self.max_decode_length, bound.empty)
 
-  @compiled.method()
+  @compiled.Method
+  def go_on(self, weights, encoded, state: State, threshold, limit=None) -> State:
+    """Decodes the rows that a shorter stage has not ended, or that `limit` positions [] ended:
+    it is traced, so that a text may come in parts of any length."""
+    if isinstance(state, speculative.SpeculativeState):
+      made = self.speculation(weights, encoded, threshold)
+      state = dataclasses.replace(state, cache=engines.grown(state.cache, made.task.length))
+      return made.finish(made.go_on(state, self.length))
+    bound = self.bind(weights.decoder, encoded, threshold)
+    return loop.go_on(
+      bound.take_step,
+      state,
+      bound.grow(state.cache),
+      step_limit=self.length if limit is None else limit,
+      eos_id=self.eos_id,
+    )
+
+  @compiled.Method
   def resume(
     self,
     weights: ModelWeights,
@@ -257,7 +223,6 @@ class Program:
     """Decodes again from some token of each row on (`grid.reusable_tokens` says from which).
 
     Args:
-      weights, encoded, threshold: as for `decode`.
       state: from `resume` or `nothing_yet`, of the same prompts; its generation may have room
         for more tokens than its caches and this program.
       active: rows to decode; the others stay as they are in `state`.
@@ -276,19 +241,104 @@ class Program:
     )
     return dataclasses.replace(made, cache=bound.flush(made.cache, made.position))
 
+  # ---- What runs it, in stages
+
+  def generate(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
+    """As `decode`, in as many stages as the rows need, fetched to the host; `threshold` and
+    `prior` are numbers."""
+    first, *others = self.stages
+    if not others:
+      known = np.array((threshold, *(prior or ())), np.float32)
+      made = np.asarray(self.decode_packed(weights, encoded, active, known))
+      return loop.unpack(made, self.max_decode_length)
+    # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
+    threshold, prior = jax.tree.map(np.float32, (threshold, prior))
+    state = first.begin(weights, encoded, active, threshold, prior)
+    for stage in others:
+      if not np.any(state.active):
+        break
+      state = stage.go_on(weights, encoded, state, threshold)
+    return fetch(state.generation)
+
+  def regenerate(
+    self, weights, encoded, state: loop.DecodingState | None, active, threshold, resume_at
+  ) -> loop.DecodingState:
+    """As `resume`, in the stage that `state` (None: nothing yet) has reached and those that
+    rows need."""
+    state = self.stages[0].nothing_yet(len(active)) if state is None else state
+    reached = caches.length(state.cache)
+    for stage in (stage for stage in self.stages if stage.length >= reached):
+      if stage.length > caches.length(state.cache):
+        state = dataclasses.replace(state, cache=engines.grown(state.cache, stage.length))
+      state = stage.resume(weights, encoded, state, active, threshold, resume_at)
+      active = np.asarray(state.active)
+      if not active.any():
+        break
+      # Rows that have not ended go on where the stage did.
+      resume_at = np.maximum(resume_at, stage.length).astype(np.int32)
+    return state
+
+  # ---- Its parts
+
+  def decode_state(self, weights, encoded, active, threshold, prior=None) -> State:
+    """Decodes greedily and returns the final state, caches filled (not compiled)."""
+    if isinstance(self.rule, exits.Speculative):
+      return self.speculation(weights, encoded, threshold, prior).decode(active)
+    bound = self.bind(weights.decoder, encoded, threshold)
+    state = self._loop(bound, active)
+    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
+
+  def _loop(self, bound: engines.Eager, active: Bool[Array, " batch"]) -> loop.DecodingState:
+    return loop.decode(
+      bound.take_step,
+      bound.empty,
+      active=active,
+      max_decode_length=self.max_decode_length,
+      step_limit=self.room,
+      eos_id=self.eos_id,
+    )
+
+  def nothing_yet(self, batch_size: int) -> loop.DecodingState:
+    """What `resume` starts from where nothing was decoded yet."""
+    depth = self.rule.depth(self.config.num_decoder_layers)
+    cache = caches.empty_caches(self.config, batch_size, self.length, depth)
+    active = jnp.zeros((batch_size,), bool)
+    return loop.nothing_yet(active, self.max_decode_length, cache)
+
+  def speculation(self, weights, encoded, threshold, prior=None) -> speculative.Speculation:
+    """The loop of `exits.Speculative` at work on these prompts.
+
+    Raises:
+      ValueError: the rule does not fit the model, or wants a shortlist that it has not.
+    """
+    rule, config, decoder = self.rule, self.config, weights.decoder
+    assert isinstance(rule, exits.Speculative)
+    rule.depth(config.num_decoder_layers)
+    if rule.draft_head == "shortlist" and decoder.shortlist is None:
+      raise ValueError(
+        "Expected a model with a shortlist of likely tokens for `draft_head` 'shortlist', got"
+        " none; give `shortlist` (token ids), or use `draft_head='full'`."
+      )
+    task = self._task(decoder, encoded, threshold)
+    roomy = dataclasses.replace(task, length=self.length + rule.window)
+    table = attention.bias_table(task.weights, config, roomy.length)
+    plan = speculative.plan(config, task.weights, rule, task.batch_size, self.native)
+    return speculative.Speculation(
+      roomy,
+      table,
+      rule,
+      plan,
+      self.max_decode_length,
+      self.eos_id,
+      prior or speculative.UNKNOWN,
+    )
+
   def bind(
-    self,
-    weights: decoder_weights.DecoderWeights,
-    encoded: caches.Encoded,
-    threshold: jax.Array,
-    kept: jax.Array | None = None,
-  ) -> engines.Bound:
+    self, weights: decoder_weights.DecoderWeights, encoded, threshold, kept=None
+  ) -> engines.Eager:
     """The engine at work on these prompts at this threshold; `kept` as in `engines.Task`."""
-    task = self._task(weights, encoded, threshold, kept)
-    return engines.bind(task, self.engine)
+    return engines.bind(self._task(weights, encoded, threshold, kept), self.engine)
 
   def _task(self, weights, encoded, threshold, kept=None) -> engines.Task:
-    native = self.native
-    return engines.Task(
-      self.config, self.rule, weights, encoded, threshold, self.length, kept, native=native
-    )
+    sizes = self.length, kept, self.native
+    return engines.Task(self.config, self.rule, weights, encoded, threshold, *sizes)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from calm.decode import acceptance, compiled, loop
+from calm.decode import compiled, loop
 from calm.decode import program as program_lib
 from calm.t5 import caches
 
@@ -68,33 +68,28 @@ class ShardedProgram:
   program: program_lib.Program
   num_devices: int
 
-  def encode(
-    self, weights: program_lib.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
-  ) -> caches.Encoded:
+  def encode(self, weights, encoder_input_tokens) -> caches.Encoded:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
     return self._encode(weights, self._padded(encoder_input_tokens))
 
-  def decode(
-    self,
-    weights: program_lib.ModelWeights,
-    encoded: caches.Encoded,
-    active: jax.Array | np.ndarray,
-    threshold: jax.Array | np.ndarray,
-    prior: acceptance.Prior | None = None,
-  ) -> loop.Generation:
+  def decode(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
-    threshold = jnp.asarray(threshold)
+    threshold = jnp.asarray(threshold, jnp.float32)
     if threshold.ndim:
       threshold = self._padded(threshold)
-    known = () if prior is None else (tuple(map(jnp.asarray, prior)),)
+    known = () if prior is None else (tuple(jnp.float32(each) for each in prior),)
     made = self._decode(weights, encoded, self._padded(active), threshold, *known)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 
-  @compiled.method()
+  def generate(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
+    """As `Program.generate`."""
+    return program_lib.fetch(self.decode(weights, encoded, active, threshold, prior))
+
+  @compiled.Method
   def _encode(self, weights, tokens) -> Any:
     return self._sharded(self.program.encode, REPLICATED, ROWS)(weights, tokens)
 
-  @compiled.method()
+  @compiled.Method
   def _decode(self, weights, encoded, active, threshold, *prior) -> Any:
     limit = ROWS if threshold.ndim else REPLICATED
     specs = REPLICATED, ROWS, ROWS, limit, *(REPLICATED for _ in prior)

@@ -6,17 +6,13 @@ residuals is lazy: a measure that never asks for logits costs no vocabulary head
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from calm import arguments
-
-
-def _not_given() -> jax.Array:
-  raise ValueError("Expected a `LayerView` with what the measure reads, got one without.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +28,13 @@ class LayerView:
   previous: jax.Array  # d^{i-1}, the embedding at layer 1
   logits: Callable[[], jax.Array]  # [batch, vocab]
   exit_logit: Callable[[], jax.Array]  # [batch]
-  shortlist_logits: Callable[[], jax.Array] = _not_given  # [batch, shortlist]
-  probe_logit: Callable[[], jax.Array] = _not_given  # [batch]
+  shortlist_logits: Callable[[], jax.Array]  # [batch, shortlist]
+  probe_logit: Callable[[], jax.Array]  # [batch]
 
 
 @runtime_checkable
 class Measure(Protocol):
-  """A confidence measure.
+  """A confidence measure, and what most do not need.
 
   Attributes:
     name: its name on command lines and in files.
@@ -50,12 +46,10 @@ class Measure(Protocol):
   """
 
   name: ClassVar[str]
-  uses_head: ClassVar[bool]
-  uses_shortlist: ClassVar[bool]
-  part: ClassVar[str | None]
-
-  @property
-  def bound(self) -> Callable[[LayerView], jax.Array] | None: ...
+  uses_head: ClassVar[bool] = False
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
+  bound: Any = None
 
   def __call__(self, view: LayerView) -> jax.Array: ...
 
@@ -107,17 +101,8 @@ def cosine_similarity(
   return jnp.clip(dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-30)), 0.0, 1.0)
 
 
-class _Measure:
-  """What most measures do not need."""
-
-  uses_head: ClassVar[bool] = False
-  uses_shortlist: ClassVar[bool] = False
-  part: ClassVar[str | None] = None
-  bound = None
-
-
 @dataclasses.dataclass(frozen=True)
-class Softmax(_Measure):
+class Softmax(Measure):
   """`softmax_margin` of the full head at every allowed layer."""
 
   name: ClassVar[str] = "softmax"
@@ -128,7 +113,7 @@ class Softmax(_Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortlist:
+class Shortlist(Measure):
   """`softmax_margin` over a short list of likely tokens first, then over the full head.
 
   If the most likely token is on the list, the list's margin is never below the full one (the
@@ -140,7 +125,6 @@ class Shortlist:
   name: ClassVar[str] = "shortlist"
   uses_head: ClassVar[bool] = True
   uses_shortlist: ClassVar[bool] = True
-  part: ClassVar[str | None] = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return softmax_margin(view.logits())
@@ -150,7 +134,7 @@ class Shortlist:
 
 
 @dataclasses.dataclass(frozen=True)
-class State(_Measure):
+class State(Measure):
   """`cosine_similarity` of a layer's residual with the layer before; 0 at layer 1."""
 
   name: ClassVar[str] = "state"
@@ -162,7 +146,7 @@ class State(_Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Classifier(_Measure):
+class Classifier(Measure):
   """sigmoid of the exit classifier, one linear map shared by all layers."""
 
   name: ClassVar[str] = "classifier"
@@ -173,12 +157,8 @@ class Classifier(_Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe(_Measure):
-  """sigmoid of each layer's own linear probe of its state and of what a shortlist says of it.
-
-  See `evidence.Probes`. It is trained to be the probability that the layer's token is the last
-  layer's, so that one threshold means the same at every layer.
-  """
+class Probe(Measure):
+  """sigmoid of each layer's own linear probe, see `evidence.Probes`."""
 
   name: ClassVar[str] = "probe"
   uses_shortlist: ClassVar[bool] = True

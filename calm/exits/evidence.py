@@ -38,13 +38,8 @@ class Probes:
     return self.bias.shape[0] + 1
 
   def logit(self, layer: int, normed: jax.Array, known: jax.Array) -> jax.Array:
-    """Pre-sigmoid confidence of 1-based `layer`, [*batch] float32.
-
-    Args:
-      layer: below the last.
-      normed: decoder_norm(d^i), [*batch, emb_dim].
-      known: from `evidence`, [*batch, NUM_FEATURES].
-    """
+    """Pre-sigmoid confidence of 1-based `layer` below the last, [*batch] float32, of
+    decoder_norm(d^i) [*batch, emb_dim] and `evidence` [*batch, NUM_FEATURES]."""
     column = layer - 1
     read = normed.astype(jnp.float32) @ self.kernel[:, column]
     return read + known @ self.features[:, column] + self.bias[column]
@@ -55,13 +50,8 @@ def evidence(
   previous: Float[Array, "*batch emb"],
   shortlist_logits: Float[Array, "*batch shortlist"],
 ) -> Float[Array, "*batch features"]:
-  """The numbers named at `NUM_FEATURES`, float32.
-
-  Args:
-    hidden: raw residual d^i.
-    previous: d^{i-1}; zeros at layer 1, which has no layer before.
-    shortlist_logits: float32 logits of likely tokens at this layer.
-  """
+  """The numbers named at `NUM_FEATURES`, float32, of raw residuals d^i and d^{i-1} (zeros at
+  layer 1, which has no layer before) and float32 logits of likely tokens at this layer."""
   top, second = confidence.top_two(shortlist_logits)
   square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
   known = (

@@ -17,61 +17,44 @@ from calm.exits.layers import KeyValue, Layers, select_rows
 
 @runtime_checkable
 class Propagation(Protocol):
-  """What the layers above an exit store for that token.
+  """What the layers above an exit store for that token; as `ExitState` does where not said.
 
-  `projects_state` tells that each skipped layer projects its keys and values from an input
-  state, `layer_input` of one `state` of the token, which can wait until a layer is needed.
+  `projects_state` tells that each skipped layer projects its keys and values, with its own
+  norm, W_K and W_V, from an input state, `layer_input` of one `state` of the token, which can
+  wait until a layer is needed.
   """
 
   name: ClassVar[str]
-  projects_state: ClassVar[bool]
+  projects_state: ClassVar[bool] = True
 
   def remember(
     self, memory: Any, layer: int, hidden: jax.Array, row: KeyValue, done, layers: Layers
   ) -> Any:
     """Updates the strategy's memory after `layer`; `done` rows had left before it."""
-    ...
+    return None
 
   def state(self, hidden: jax.Array, memory: Any) -> jax.Array:
     """What is kept of a token that left with state `hidden`, [batch, width]."""
-    ...
+    return hidden
 
   def layer_input(self, layer: int, state: jax.Array, layers: Layers) -> jax.Array:
     """The input of the skipped `layer`, [batch, emb_dim], of a kept state."""
-    ...
+    return state
 
   def skipped(self, layer: int, hidden: jax.Array, memory: Any, layers: Layers) -> KeyValue:
     """Keys and values of a skipped layer, for rows that left with state `hidden`."""
-    ...
-
-
-class _ProjectsState:
-  """Skipped layers project what `layer_input` says, each with its own norm, W_K and W_V."""
-
-  projects_state: ClassVar[bool] = True
-
-  def remember(self, memory, layer, hidden, row, done, layers):
-    return None
-
-  def state(self, hidden, memory):
-    return hidden
-
-  def layer_input(self, layer, state, layers):
-    return state
-
-  def skipped(self, layer, hidden, memory, layers):
     return layers.project(layer, self.layer_input(layer, self.state(hidden, memory), layers))
 
 
 @dataclasses.dataclass(frozen=True)
-class ExitState(_ProjectsState):
+class ExitState(Propagation):
   """The paper's: each skipped layer projects the exit hidden state d^j itself."""
 
   name: ClassVar[str] = "exit_state"
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstState(_ProjectsState):
+class FirstState(Propagation):
   """Section 3.3.1's variant: d^1 instead of d^j goes to the skipped layers."""
 
   name: ClassVar[str] = "first_state"
@@ -84,7 +67,7 @@ class FirstState(_ProjectsState):
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned(_ProjectsState):
+class Learned(Propagation):
   """A linear prediction of each skipped layer's input, fitted to states of full depth.
 
   Layer k projects d^j + P_jk [x; 1], x = decoder_norm(d^j), where d^j is the exit state. P_jk
@@ -106,7 +89,7 @@ class Learned(_ProjectsState):
 
 
 @dataclasses.dataclass(frozen=True)
-class CopyProjections(_ProjectsState):
+class CopyProjections(Propagation):
   """Section 3.3.1's ablation: the exit layer's own K^j, V^j are copied upward (it fails)."""
 
   name: ClassVar[str] = "copy_projections"

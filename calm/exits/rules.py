@@ -133,10 +133,9 @@ def token_exit(
   """The outcome of a walk that is over.
 
   Args:
-    walk: what decided.
-    state: where every row is.
+    walk, state: what decided, and where every row is.
     active: rows that took part, [batch] bool; the others report nothing.
-    rows: keys and values to be written, one a layer; empty where the engine wrote them.
+    rows: keys and values to be written, one a layer; none where the engine wrote them.
   """
   return TokenExit(
     walk.logits(state),
@@ -159,7 +158,6 @@ class StaticExit(StepRule):
   layer: int | None = None
 
   def depth(self, num_layers: int) -> int:
-    """Decoder layers in the program."""
     depth = num_layers if self.layer is None else self.layer
     if not 1 <= depth <= num_layers:
       raise ValueError(f"Expected `layer` in 1 ... {num_layers}, got {depth}.")
@@ -187,11 +185,8 @@ class OracleExit(StepRule):
   """Leave at the first allowed layer whose argmax is the last layer's (section 3.3.1).
 
   It runs every layer to know the answer and then stores the propagated states, not the
-  computed ones: an upper bound of what a measure could save, not a way to save.
-
-  Attributes:
-    allowed: layers after which a token may leave, 1-based; None: all.
-    propagation: what the layers above an exit store, or its name.
+  computed ones: an upper bound of what a measure could save, not a way to save. `allowed` and
+  `propagation` are as of `DynamicExits`.
   """
 
   allowed: tuple[int, ...] | None = None
@@ -307,11 +302,7 @@ def threshold_of(slack: float) -> float:
 
 @arguments.checked()
 def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-  """The layers after which a token may leave, the last excluded.
-
-  Args:
-    allowed: ascending 1-based layers; None: all.
-    num_layers: L.
+  """The layers of 1 ... L after which a token may leave, the last excluded; None: all others.
 
   Raises:
     ValueError: they are not ascending, or not within 1 ... L.
@@ -331,9 +322,8 @@ def mapped_layers(rule: Any, num_layers: int, found: Collection[int]) -> tuple[i
   """Exit layers whose learned propagation a rule reads, ascending; () if it reads none.
 
   Args:
-    rule: how a token goes through the layers.
-    num_layers: L.
-    found: 1-based exit layers for which a model has it.
+    rule, num_layers: how a token goes through the layers 1 ... L.
+    found: exit layers for which a model has it.
 
   Raises:
     ValueError: the rule may leave at a layer for which the model has none.

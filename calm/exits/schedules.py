@@ -51,10 +51,11 @@ class Decaying:
   def __post_init__(self):
     given = (self.temperature, self.max_length)
     real = all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in given)
+    finite = real and all(map(math.isfinite, given))
     if (
-      not (real and all(map(math.isfinite, given)))
-      or not (self.temperature >= 0 and self.max_length >= 1)
-      or self.max_length != int(self.max_length)
+      not finite
+      or self.temperature < 0
+      or not (self.max_length >= 1 and self.max_length % 1 == 0)
     ):
       raise ValueError(
         "Expected `temperature` >= 0 and a whole `max_length` >= 1, both finite,"

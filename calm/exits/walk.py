@@ -39,11 +39,6 @@ def start(hidden: jax.Array, active: jax.Array) -> WalkState:
   return WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
 
 
-# What a layer was found to say: confidence of every row, [batch], and logits of the full head,
-# [batch, vocab], None where one head after the chain will do.
-Measured = tuple[jax.Array, jax.Array | None]
-
-
 @dataclasses.dataclass(frozen=True)
 class Walk:
   """What one token's layers decide."""
@@ -55,14 +50,9 @@ class Walk:
   threshold: jax.Array  # this token's, [] or [batch]
 
   @property
-  def heads_inside(self) -> bool:
-    """Whether logits are chosen layer by layer rather than by one head after the chain."""
-    return self.measure.uses_head
-
-  @property
   def carries_read(self) -> bool:
     """Whether one head after the chain reads states that different layers translate."""
-    return not self.heads_inside and bool({*self.layers.translated} & {*self.allowed})
+    return not self.measure.uses_head and bool({*self.layers.translated} & {*self.allowed})
 
   def layer_input(self, layer: int, state: WalkState) -> jax.Array:
     """What a layer that runs gets: d^{i-1}, and of rows that had left the propagated state."""
@@ -129,8 +119,9 @@ class Walk:
       read=_chosen(leaves, read, state.read),
     )
 
-  def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> Measured:
-    """Confidence of every row after `layer`, and its logits where they are chosen inside."""
+  def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool):
+    """Confidence of every row after `layer`, and logits of the full head, None where one head
+    after the chain will do."""
     layers, hidden = self.layers, state.hidden
     read = lambda: layers.read(layer, hidden)
     view = confidence_lib.LayerView(
@@ -144,14 +135,14 @@ class Walk:
     )
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))
-    return self._with_logits(view) if self.heads_inside else (self.measure(view), None)
+    return self._with_logits(view) if self.measure.uses_head else (self.measure(view), None)
 
-  def _with_logits(self, view: confidence_lib.LayerView) -> Measured:
+  def _with_logits(self, view: confidence_lib.LayerView):
     """One product of the head for the measure and for the token."""
     logits = view.logits()
     return self.measure(dataclasses.replace(view, logits=lambda: logits)), logits
 
-  def _verify(self, view, state: WalkState, bound: jax.Array) -> Measured:
+  def _verify(self, view, state: WalkState, bound: jax.Array):
     """Asks the measure itself only where its cheap bound clears the threshold."""
     passes = ~state.done & (bound >= self.threshold)
     kept = state.logits

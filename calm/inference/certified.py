@@ -32,16 +32,15 @@ from calm.inference.options import DecodeOptions
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
 
-# A user's word, and the kind of loss that it means.
-KINDS = {"textual": "textual", "risk": "risk_signed"}
+# The paper's word for a consistency, or our own, and the kind of loss that it means.
+_KINDS = {"risk": "risk_signed", **{k: k for k in ("textual", "risk_signed", "risk_clipped")}}
 
 
 def kind_of(consistency: str) -> str:
   """The kind of loss by the paper's word for it."""
-  kinds = {**KINDS, "risk_signed": "risk_signed", "risk_clipped": "risk_clipped"}
-  if consistency in kinds:
-    return kinds[consistency]
-  raise ValueError(f"Expected `consistency` to be one of {sorted(KINDS)}, got {consistency!r}.")
+  if consistency in _KINDS:
+    return _KINDS[consistency]
+  raise ValueError(f"Expected `consistency` to be 'textual' or 'risk', got {consistency!r}.")
 
 
 def default_grid(options: DecodeOptions) -> Sequence[float]:
@@ -106,20 +105,6 @@ def certify(
   return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached
 
 
-class _Memory:
-  """Records of a grid, as `grid.generate` writes them."""
-
-  def __init__(self):
-    self.columns: dict[float, dict[str, Record]] = {}
-
-  def completed_records(self, threshold: float, ids: Sequence[str]) -> dict[str, Record]:
-    del threshold, ids
-    return {}
-
-  def append(self, threshold: float, records: Sequence[Record]) -> None:
-    self.columns.setdefault(threshold, {}).update({record.id: record for record in records})
-
-
 def serve_online(
   model: Any,
   online: Online,
@@ -153,11 +138,10 @@ def observe(model: "Predictor", online: Online, texts: Mapping[str, str]) -> Non
   """Decodes drawn prompts at full depth and at open thresholds, for their textual losses."""
   levels = max((online.wanted(name) for name in texts), key=len)
   prompts = tuple(Prompt(f"{row}", text) for row, text in enumerate(texts.values()))
-  memory = _Memory()
-  grid.generate(model, prompts, levels, memory)
+  columns: dict[float, dict[str, Record]] = {}
+  grid.generate(model, prompts, levels, columns)
   full, *early = (
-    tuple(memory.columns[level][prompt.id] for prompt in prompts)
-    for level in (NEVER_EXIT, *levels)
+    tuple(columns[level][prompt.id] for prompt in prompts) for level in (NEVER_EXIT, *levels)
   )
   made = generations.Generations(prompts, np.array(levels), tuple(early), full)
   losses = sequence_losses.prefix_losses(made, "textual", metric=online.about["metric"])

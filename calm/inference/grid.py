@@ -6,7 +6,6 @@ on where they do not (`reusable_tokens`).
 """
 
 import collections
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,19 +53,16 @@ class _Batch:
     self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
   ) -> tuple[list[Record], collections.Counter[str]]:
     """The missing records at one threshold, and what they reuse of `previous`."""
-    values = schedule_values(self._model, threshold)
-    made = {
-      i: previous[i]
-      for i in missing
-      if (record := previous.get(i)) is not None
-      and record.tokens is not None
-      and reusable_tokens(record, values) == len(record.tokens)
-    }
-    same = {i: len(record.tokens or ()) for i, record in made.items()}
+    values, same = schedule_values(self._model, threshold), {}
+    for i in missing:
+      tokens = previous[i].tokens if i in previous else None
+      if tokens is not None and reusable_tokens(previous[i], values) == len(tokens):
+        same[i] = len(tokens)
+    made = {i: previous[i] for i in same}
     if fresh := [i for i in missing if i not in made]:
       generation, begins = self._run(fresh, threshold, values)
-      made.update({i: self._record(generation, i) for i in fresh})
-      same.update(begins)
+      made |= {i: self._record(generation, i) for i in fresh}
+      same |= begins
     records = [made[i] for i in missing]
     lengths = [len(record.tokens or ()) for record in records]
     kept = sum(min(same.get(i, 0), most) for i, most in zip(missing, lengths, strict=True))
@@ -110,10 +106,8 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   also mean that nothing was refused, so at threshold 0 less is kept than could be.
 
   Args:
-    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included; of one
-      that lacks `rejected_confidences` nothing is kept.
-    thresholds: [length] the schedule's value at every generated token of the new setting; each
-      at most the value that `record` was decoded with. More values than tokens are ignored.
+    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included.
+    thresholds: [length] the schedule's value at every generated token of the new setting.
   """
   refused = np.asarray(record.rejected_confidences or (), np.float32)
   exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
@@ -149,11 +143,10 @@ def generate(
   What the writer already has is not decoded again, so that a killed run goes on.
 
   Args:
-    model: the model.
-    prompts: the prompts; their ids name the records.
+    model, prompts: what decodes what; the prompts' ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `generations.open_writer` with the same prompts and thresholds, or anything
-      else with its `completed_records` and `append`.
+    writer: from `generations.open_writer` with the same prompts and thresholds; or a dictionary
+      of {threshold: {id: record}}, which keeps them in memory.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
@@ -184,7 +177,8 @@ def generate(
     work.encoded = None if encodings is None else encodings.get(number)
     previous: dict[str, Record] = {}
     for place, threshold in enumerate(levels):
-      records = writer.completed_records(threshold, ids)
+      in_memory = isinstance(writer, dict)
+      records = {} if in_memory else writer.completed_records(threshold, ids)
       if missing := [i for i in ids if i not in records]:
         if place == 0 and known is not None:
           made = [known[i] for i in missing]
@@ -196,8 +190,11 @@ def generate(
         else:
           made, reused = work.decode(missing, threshold, previous)
           summary = summary + reused if place else summary
-        writer.append(threshold, made)
         records.update({record.id: record for record in made})
+        if in_memory:
+          writer.setdefault(threshold, {}).update(records)
+        else:
+          writer.append(threshold, made)
       previous = {} if place == 0 and apart else records
       text = f"batch {number + 1} of {len(batches)}, threshold"
       share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
@@ -235,8 +232,7 @@ def on_grid(
     path, prompts=examples, thresholds=thresholds, procedure=procedure
   )
   named = lambda share, text: progress(share, f"{procedure.measure} at {text}")
-  given = {"full": full, "encodings": encodings, "progress": named}
-  generate(model, examples, thresholds, writer, **given)
+  generate(model, examples, thresholds, writer, full=full, encodings=encodings, progress=named)
   writer.finish()
   return generations.load(path)
 
@@ -279,4 +275,4 @@ def in_bulk(model: "Predictor") -> "Predictor":
 
 def one_shape(model: "Predictor") -> "Predictor":
   """The same model with every batch padded to one shape: one compiled program a rule."""
-  return model.sharing(dataclasses.replace(model, one_shape=True))
+  return model.changed(one_shape=True)

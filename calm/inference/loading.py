@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from calm import arguments, checkpoints, exits
+from calm import arguments, checkpoints
+from calm import exits as exits_lib
 from calm.calibrate import NEVER_EXIT, Calibration
 from calm.calibrate.generations.procedure import describe_differences
 from calm.checkpoints import files
@@ -125,15 +126,14 @@ def _under_own(
   return predictor
 
 
-def stored_rule(path: pathlib.Path) -> exits.Speculative | None:
+def stored_rule(path: pathlib.Path) -> exits_lib.Speculative | None:
   """The rule that a folder's `full_depth.json` names, where it was measured to be faster."""
   stored = files.read_json(path).get("exact")
   if stored is None:
     return None
-  known = {field.name for field in dataclasses.fields(exits.Speculative)}
+  known = {field.name for field in dataclasses.fields(exits_lib.Speculative)}
   with files.naming(path):
     if not isinstance(stored, dict) or set(stored) != known:
       raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
     limits.whole("draft_layer", stored["draft_layer"], 1, limits.SIZES["num_decoder_layers"][1])
-    limits.whole("num_drafts", stored["num_drafts"], 1, limits.LONGEST)
-    return exits.Speculative(**stored)
+    return exits_lib.Speculative(**stored)

@@ -14,26 +14,23 @@ from calm import arguments, exits
 from calm.calibrate import Procedure
 from calm.calibrate import thresholds as thresholds_lib
 from calm.checkpoints import files
-from calm.decode import engines
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import costs, limits, network
 
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
   "matmul_precision": ("default", "high", "highest"),
   "weights_dtype": ("float32", "bfloat16", "int8"),
   "encoder_dtype": ("int8",),
   "reference_dtype": ("float32",),
   "head_dtype": ("int8",),
 }
-# Options that are whole numbers of at least 1.
-_NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
 # Of `weights_dtype`: products of layers, not weights alone.
 IN_8_BITS = "int8"
 # The measure that is no confidence of a layer but the full model's own, of drafts.
 VERIFIED = "verified"
 
 
-@arguments.checked(schedule=schedules.schedule, engine=engines.by_name)
+@arguments.checked(schedule=schedules.schedule)
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
   """How prompts are decoded.
@@ -70,8 +67,6 @@ class DecodeOptions:
       tokens at a layer are the same, confidences nearly so.
     batch_size: prompts that a device decodes together.
     num_devices: devices that the prompts are spread over.
-    engine: how decode steps run, or the name of it. None takes the fastest for the rule, the
-      rows and the platform (`engines.default_engine`).
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
     num_drafts: of 'verified', most tokens drafted before a pass.
@@ -93,12 +88,18 @@ class DecodeOptions:
   head_dtype: str | None = None
   batch_size: int = 8
   num_devices: int = 1
-  engine: engines.Engine | None = None
   grid: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
   num_drafts: int = 7
 
   def __post_init__(self):
-    for name in _NUMBERS:
+    numbers = (
+      "max_input_length",
+      "max_decode_length",
+      "batch_size",
+      "num_devices",
+      "num_drafts",
+    )
+    for name in numbers:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
     most_layers = limits.SIZES["num_decoder_layers"][1]
     for layer in self.exit_layers or ():
@@ -106,10 +107,9 @@ class DecodeOptions:
     if self.grid is not None:
       thresholds_lib.validate_grid(self.grid)
     for name, values in CHOICES.items():
-      if getattr(self, name) not in (None, *values):
+      if (value := getattr(self, name)) not in (None, *values):
         raise ValueError(
-          f"Expected `{name}` to be one of {', '.join(values)}, or None, got"
-          f" {getattr(self, name)!r}."
+          f"Expected `{name}` to be one of {', '.join(values)}, or None, got {value!r}."
         )
 
   @property
@@ -145,11 +145,7 @@ class DecodeOptions:
 
 
 # What was chosen for one measure, and what the grid was chosen for.
-_OF_THE_MEASURE = {
-  "exit_layers": None,
-  "schedule": schedules.Constant(),
-  "propagation": "exit_state",
-}
+_OF_THE_MEASURE = ("exit_layers", "schedule", "propagation")
 
 
 def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> DecodeOptions:
@@ -159,7 +155,8 @@ def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> De
   brings that measure's own defaults, and a grid goes with the fields it was chosen for.
   'verified' loses a shortlist that is not given where the whole head drafts better.
   """
-  base: dict[str, Any] = dict(_OF_THE_MEASURE) if "measure" in given else {}
+  own = {name: getattr(DecodeOptions, name) for name in _OF_THE_MEASURE}
+  base: dict[str, Any] = own if "measure" in given else {}
   if {"measure", *_OF_THE_MEASURE} & set(given):
     base["grid"] = None
   changed = dataclasses.replace(options, **{**base, **given})
@@ -192,8 +189,6 @@ def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
 # ---- The stored form
 
 
-# Options of one machine, which no file sets.
-_OF_THE_MACHINE = ("num_devices", "engine")
 _ALWAYS_STORED = ("measure", "task_prefix", "max_input_length", "max_decode_length")
 
 
@@ -205,10 +200,9 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   """
   path = directory / "inference.json"
   stored = files.read_json(path) if path.exists() else {}
-  # An option of earlier versions, on which no result depends.
-  if stored.get("weights_layout") in ("columns", None):
+  if stored.get("weights_layout") in ("columns", None):  # of earlier versions, without effect
     stored.pop("weights_layout", None)
-  known = {field.name for field in dataclasses.fields(DecodeOptions)} - {"engine"}
+  known = {field.name for field in dataclasses.fields(DecodeOptions)}
   if unknown := sorted(set(stored) - known):
     raise ValueError(
       f"Expected {str(path)!r} to name fields of `DecodeOptions`, got {unknown}; it was written"
@@ -231,7 +225,7 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
   stored = {}
   for field in dataclasses.fields(options):
     value = getattr(options, field.name)
-    differs = value != field.default and field.name not in _OF_THE_MACHINE
+    differs = value != field.default and field.name != "num_devices"
     if field.name in _ALWAYS_STORED or differs:
       stored[field.name] = list(value) if isinstance(value, tuple) else value
   if "schedule" in stored:

@@ -10,7 +10,7 @@ import html
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from rich import color as rich_color
@@ -22,6 +22,10 @@ from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
 Mode = Literal["plain", "256", "truecolor"]
+_SYSTEMS = {
+  "256": rich_color.ColorSystem.EIGHT_BIT,
+  "truecolor": rich_color.ColorSystem.TRUECOLOR,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Output:
     eos_id: the token that ends a text.
     drafted: of `exits.Speculative`: which tokens were drafted and accepted; the others are the
       full model's own.
-    passes: of `exits.Speculative`: how many verified the text.
-    drafts: of `exits.Speculative`: tokens drafted, refused ones too.
+    passes, drafts: of `exits.Speculative`: how many verified the text, and how many tokens
+      were drafted, refused ones too.
   """
 
   text: str
@@ -60,8 +64,7 @@ class Output:
   @property
   def mean_layers(self) -> float:
     """Mean decoder layers a token (NaN without tokens)."""
-    count = len(self.exit_layers)
-    return sum(self.exit_layers) / count if count else float("nan")
+    return _mean(self.exit_layers)
 
   @property
   def visible(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -86,6 +89,10 @@ class Output:
     return to_html(*self.visible, self.num_layers, **given)
 
 
+def _mean(numbers: Sequence[int]) -> float:
+  return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
   """Wall-clock of one `generate` call."""
@@ -102,7 +109,7 @@ class Timing:
   def __add__(self, other: "Timing") -> "Timing":
     """Of two calls together."""
     pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-    return Timing(*(ours + theirs for ours, theirs in pairs))
+    return Timing(*map(sum, pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +125,7 @@ class Outputs(Sequence[Output]):
   def __len__(self) -> int:
     return len(self.items)
 
-  @overload
-  def __getitem__(self, index: int) -> Output: ...
-  @overload
-  def __getitem__(self, index: slice) -> tuple[Output, ...]: ...
-  def __getitem__(self, index):
+  def __getitem__(self, index: Any) -> Any:
     return self.items[index]
 
   @property
@@ -132,8 +135,7 @@ class Outputs(Sequence[Output]):
   @property
   def mean_layers(self) -> float:
     """Mean decoder layers over every real token, EOS included (NaN without tokens)."""
-    layers = [layer for output in self.items for layer in output.exit_layers]
-    return sum(layers) / len(layers) if layers else float("nan")
+    return _mean([layer for output in self.items for layer in output.exit_layers])
 
   def plot(self, axes: Any = None) -> Any:
     """Draws the share of tokens by exit layer, in the colours of layers; needs matplotlib.
@@ -195,19 +197,15 @@ def _rgb(colour: str) -> list[int]:
   return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def luminance(colour: str) -> float:
-  """Relative luminance of `#rrggbb` in [0, 1] (WCAG 2)."""
-  linear = [
-    c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-    for c in (channel / 255 for channel in _rgb(colour))
-  ]
-  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def text_colour(background: str) -> str:
   """Black or white, whichever has more contrast: at least 4.5 on any background (WCAG 2)."""
+  linear = [
+    c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+    for c in (channel / 255 for channel in _rgb(background))
+  ]
+  luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
   # (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
-  return "#000000" if luminance(background) > math.sqrt(0.0525) - 0.05 else "#ffffff"
+  return "#000000" if luminance > math.sqrt(0.0525) - 0.05 else "#ffffff"
 
 
 def _printable(piece: str) -> str:
@@ -222,7 +220,7 @@ def to_html(
   exit_layers: Sequence[int],
   num_layers: int,
   *,
-  confidences: Sequence[float] | None = None,
+  confidences: Sequence[float] = (),
   legend: bool = True,
 ) -> str:
   """A `<div>` of a coloured `<span>` a token, with titles like `layer 3 of 8, confidence 0.97`.
@@ -234,7 +232,7 @@ def to_html(
     confidences: confidence at each token's exit, in [0, 1].
     legend: append the legend.
   """
-  more = [f", confidence {c:.2f}" for c in confidences or ()] or [""] * len(pieces)
+  more = [f", confidence {c:.2f}" for c in confidences] or [""] * len(pieces)
   body = _spans(zip(map(_printable, pieces), exit_layers, more, strict=True), num_layers)
   body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
   return f"<div>{body}{legend_html(num_layers)}</div>" if legend else body
@@ -271,11 +269,7 @@ def terminal_mode(stream: Any = None) -> Mode:
 
 
 def to_terminal(
-  pieces: Sequence[str],
-  exit_layers: Sequence[int],
-  num_layers: int,
-  *,
-  mode: Mode | None = None,
+  pieces: Sequence[str], exit_layers: Sequence[int], num_layers: int, mode: Mode | None = None
 ) -> str:
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
@@ -288,7 +282,12 @@ def to_terminal(
       continue
     text = _printable(piece)
     if mode != "plain":
-      text = _paint(text, colours[layer - 1], mode)
+      style = rich_style.Style(
+        color=text_colour(colours[layer - 1]), bgcolor=colours[layer - 1]
+      )
+      # Colour ends before a line does, or the rest of the line would be painted too.
+      lines = (style.render(line, color_system=_SYSTEMS[mode]) for line in text.split("\n"))
+      text = "\n".join(lines)
     elif layer != previous:
       # Between words as a word of its own; within one where a word's pieces differ.
       text = text if previous else " " + text.lstrip(" ")
@@ -299,15 +298,7 @@ def to_terminal(
   return whole.lstrip(" ") if mode == "plain" else whole
 
 
-def _paint(text: str, colour: str, mode: Mode) -> str:
-  systems = {"truecolor": rich_color.ColorSystem.TRUECOLOR}
-  system = systems.get(mode, rich_color.ColorSystem.EIGHT_BIT)
-  style = rich_style.Style(color=text_colour(colour), bgcolor=colour)
-  # Colour ends before a line does, or the rest of the line would be painted too.
-  return "\n".join(style.render(line, color_system=system) for line in text.split("\n"))
-
-
-def legend_terminal(num_layers: int, *, mode: Mode | None = None) -> str:
+def legend_terminal(num_layers: int, mode: Mode | None = None) -> str:
   """The scale with its numbers, or what the brackets mean; one line."""
   mode = mode or terminal_mode()
   if mode == "plain":

@@ -78,10 +78,8 @@ def shown_prompt(
   metric: metrics.MetricLike,
   eos_id: int,
 ) -> ShownPrompt:
-  """The outputs of one prompt, of which the first is the full model's.
-
-  `piece` is the text of a token; EOS is shown as a mark.
-  """
+  """The outputs of one prompt, of which the first is the full model's; `piece` is the text of a
+  token."""
   full, metric = records[0], metrics.get_metric(metric)
   against = lambda text: metric(text, prompt.targets) if prompt.targets else float("nan")
   levels = []
@@ -142,27 +140,20 @@ def threshold(value: float) -> str:
 
 def panel_data(panels: Sequence[Panel]) -> list[dict[str, Any]]:
   """The sliders' numbers, without the prompts, which stand on the page already."""
+  shown = lambda level: {
+    "p": visible(level.pieces),
+    "l": level.exit_layers,
+    "c": level.confidences,
+    "m": round(level.layers, 3),
+    "d": round(level.distance, 3),
+    "r": round(level.risk_difference, 3),
+  }
   return [
     {
       "thresholds": list(map(threshold, panel.thresholds)),
       "first": panel.first,
-      "promised": [
-        [tolerance, at, promise_text(panel, tolerance, at)] for tolerance, at in panel.promised
-      ],
-      "items": [
-        [
-          {
-            "p": visible(level.pieces),
-            "l": level.exit_layers,
-            "c": level.confidences,
-            "m": round(level.layers, 3),
-            "d": round(level.distance, 3),
-            "r": round(level.risk_difference, 3),
-          }
-          for level in item.levels
-        ]
-        for item in panel.items
-      ],
+      "promised": [[delta, at, promise_text(panel, delta, at)] for delta, at in panel.promised],
+      "items": [list(map(shown, item.levels)) for item in panel.items],
     }
     for panel in panels
   ]

@@ -32,17 +32,15 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
 from calm.console import Progress
 from calm.data import prompt_batches, prompt_files
-from calm.decode import acceptance, compiled, loop, sharded, staged
+from calm.decode import compiled, loop, sharded, speculative
 from calm.decode.program import ModelWeights, Program, model_weights
 from calm.exits import schedules
 from calm.inference import certified, grid, outputs, timing
 from calm.inference import options as options_lib
-from calm.t5 import caches, costs, network, parameters, platforms
+from calm.t5 import caches, costs, network, parameters
 
 # Options that the layout of the weights depends on.
 _LAYOUT = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype", "shortlist")
-# Of the time that it takes to certify and to time, the share that decoding has.
-_DECODING = 0.9
 
 
 class SlowerThanFullDepth(UserWarning):
@@ -99,9 +97,7 @@ class Predictor:
     calibration.refuse_other(self.procedure, allow_platform=allow_platform)
     if slow := timing.warning(calibration):
       warnings.warn(SlowerThanFullDepth(slow), stacklevel=3)
-    return self.sharing(
-      dataclasses.replace(self, calibration=calibration, threshold=calibration.threshold)
-    )
+    return self.changed(calibration=calibration, threshold=calibration.threshold)
 
   @functools.cached_property
   def platform_mismatch(self) -> str:
@@ -154,7 +150,7 @@ class Predictor:
         metric=metric,
         thresholds=thresholds,
         folder=folder,
-        progress=lambda share, text: shown(_DECODING * share, text),
+        progress=lambda share, text: shown(0.9 * share, text),
       )
       if folder is not None and (seen := ledger.keep(folder, calibration, prompts)):
         warnings.warn(seen, stacklevel=3)
@@ -165,9 +161,7 @@ class Predictor:
           calibration.threshold,
           prompts=8,
           rounds=3,
-          progress=lambda share, text: shown(
-            _DECODING + (1 - _DECODING) * share, f"timing {text}"
-          ),
+          progress=lambda share, text: shown(0.9 + 0.1 * share, f"timing {text}"),
         )
         calibration = timing.note(calibration, found)
     return self.under(calibration)
@@ -272,12 +266,7 @@ class Predictor:
     return dataclasses.replace(decoded, guarantee=made.guarantee)
 
   def _decode_texts(
-    self,
-    texts: Sequence[str],
-    threshold: float | None,
-    rule: exits.Rule | None,
-    progress: Callable[[int, int], None],
-    parts: Callable[[int, outputs.Output], None] | None,
+    self, texts: Sequence[str], threshold: float | None, rule, progress, parts
   ) -> outputs.Outputs:
     """Prompts in batches, in the order of the list and timed."""
     programs, clock = compiled.num_made(), timing.Clock()
@@ -297,8 +286,8 @@ class Predictor:
       for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)
     progress(len(texts), len(texts))
-    spent = clock.seconds["encode"], clock.seconds["decode"]
-    seconds = outputs.Timing(*spent, compiled.num_made() - programs, clock.compile_seconds)
+    made, spent = compiled.num_made() - programs, clock.seconds
+    seconds = outputs.Timing(spent["encode"], spent["decode"], made, clock.compile_seconds)
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs.Outputs(in_order, self.num_layers, threshold, None, seconds)
 
@@ -307,6 +296,10 @@ class Predictor:
     length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
     columns = lambda array: tuple(array[row][:length].tolist())
     tokens, passes = columns(generation.tokens), generation.verification
+    drafts: dict[str, Any] = {}
+    if passes is not None:
+      counts = {"passes": int(passes.passes[row]), "drafts": int(passes.drafts[row])}
+      drafts = {"drafted": columns(passes.drafted), **counts}
     return outputs.Output(
       text=self.vocabulary.decode(list(tokens)),
       tokens=tokens,
@@ -317,18 +310,25 @@ class Predictor:
       score=float(generation.scores[row]),
       num_layers=self.num_layers,
       eos_id=self.eos_id,
-      drafted=() if passes is None else columns(passes.drafted),
-      passes=0 if passes is None else int(passes.passes[row]),
-      drafts=0 if passes is None else int(passes.drafts[row]),
+      **drafts,
     )
 
   # ---- The same model otherwise
 
+  def changed(self, **fields: Any) -> "Predictor":
+    """The same parameters with other fields, and with the digests and weights of this one."""
+    other = dataclasses.replace(self, **fields)
+    layout = lambda model: (model.config, *(getattr(model.options, n) for n in _LAYOUT))
+    alike = ("weights",) if layout(self) == layout(other) else ()
+    for name in ("parameters_digest", "base_digest", *alike):
+      if name in self.__dict__:
+        other.__dict__[name] = self.__dict__[name]
+    return other
+
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
-    changed = options_lib.change(self.config, self.options, **options)
-    none = {"calibration": None, "threshold": None, "exact": None}
-    return self.sharing(dataclasses.replace(self, options=changed, **none))
+    made = options_lib.change(self.config, self.options, **options)
+    return self.changed(options=made, calibration=None, threshold=None, exact=None)
 
   def with_exits(self, file: str | pathlib.Path) -> "Predictor":
     """The same model with the exits of a file that `calm fit` learned beside its weights.
@@ -339,15 +339,6 @@ class Predictor:
     """
     config, params = checkpoints.with_exits(self.config, self.params, file)
     return dataclasses.replace(self, config=config, params=params)
-
-  def sharing(self, other: "Predictor") -> "Predictor":
-    """`other`, a model of the same parameters, with the digests and weights of this one."""
-    layout = lambda model: (model.config, *(getattr(model.options, n) for n in _LAYOUT))
-    alike = ("weights",) if layout(self) == layout(other) else ()
-    for name in ("parameters_digest", "base_digest", *alike):
-      if name in self.__dict__:
-        other.__dict__[name] = self.__dict__[name]
-    return other
 
   @property
   def reference(self) -> "Predictor":
@@ -367,7 +358,7 @@ class Predictor:
   def _reference(self) -> "Predictor":
     config = dataclasses.replace(self.config, dtype=self.options.reference_dtype)
     plain = self.with_options(weights_dtype=None, encoder_dtype=None, reference_dtype=None)
-    return self.sharing(dataclasses.replace(plain, config=config))
+    return plain.changed(config=config)
 
   # ---- What it is
 
@@ -397,7 +388,7 @@ class Predictor:
     return parameters.base_digest(self.params) if maps else None
 
   @functools.cached_property
-  def expected_drafts(self) -> dict[tuple[exits.Rule, float], acceptance.History]:
+  def expected_drafts(self) -> dict[tuple[exits.Rule, float], speculative.History]:
     """What drafts of the texts so far were worth, by rule and threshold."""
     return {}
 
@@ -443,18 +434,15 @@ class Predictor:
       rule or self.options.rule,
       self.options.max_decode_length,
       self.eos_id,
-      self.options.engine if rule is None else None,
       native=not options_lib.decoder_rounds(self.config, self.options),
     )
 
-  def runs(self, rule: exits.Rule | None = None) -> Any:
-    """What `decode` runs: `program`, spread over devices, or in stages where last bits decide
-    nothing."""
-    program, count = self.program(rule), self.options.num_devices
-    if count > 1:
-      return sharded.ShardedProgram(program, count)
-    rounds = options_lib.decoder_rounds(self.config, self.options)
-    return program if rounds else staged.staged(program)
+  def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    return compiled.at_precision(self.options.matmul_precision)
+
+  def _sharded(self, program: Program) -> Program | sharded.ShardedProgram:
+    count = self.options.num_devices
+    return program if count == 1 else sharded.ShardedProgram(program, count)
 
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
@@ -481,10 +469,8 @@ class Predictor:
     signals.check()
     # The rule has no part in it: one compiled encoder serves all of them.
     program = Program(self.config, exits.StaticExit(), 1, self.eos_id)
-    count = self.options.num_devices
-    encoder = program if count == 1 else sharded.ShardedProgram(program, count)
-    with compiled.at_precision(self.options.matmul_precision):
-      return encoder.encode(self.weights, batch.tokens)
+    with self._precision():
+      return self._sharded(program).encode(self.weights, batch.tokens)
 
   def decode(
     self,
@@ -495,23 +481,43 @@ class Predictor:
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     signals.check()
-    chosen = rule or self.options.rule
+    chosen, rows = rule or self.options.rule, len(active)
     if not isinstance(chosen, exits.Speculative):
       return self._run(rule, encoded, active, threshold)
-    # Drafts decide something, or full depth would round otherwise than passes do.
-    must = threshold < 1 or not chosen.adapts or chosen.measures or not can_be_exact(self)
-    history = self.expected_drafts.setdefault((chosen, threshold), acceptance.History(must))
-    history.update_from_last()
-    if len(active) not in history.plans:
-      each = -(-len(active) // self.options.num_devices)
-      weights, native = self.weights.decoder, self.program(chosen).native
-      history.plans[len(active)] = acceptance.plan(self.config, weights, chosen, each, native)
-    if not history.drafts_next(len(active)):
+    history = self.expected_drafts.get((chosen, threshold))
+    if history is None:
+      decide = threshold < 1 or chosen.measures
+      # Full depth would round otherwise than passes do where a text is not exact.
+      must = decide or not chosen.adapts or not can_be_exact(self)
+      history = speculative.History(decide, must)
+      self.expected_drafts[chosen, threshold] = history
+    history.update()
+    if rows not in history.plans:
+      each, native = -(-rows // self.options.num_devices), self.program(chosen).native
+      weights = self.weights.decoder
+      history.plans[rows] = speculative.plan(self.config, weights, chosen, each, native)
+    if not history.drafts_next(rows):
       full = self._run(exits.StaticExit(), encoded, active, NEVER_EXIT)
       return loop.without_drafts(full)
     generation = self._run(chosen, encoded, active, threshold, history.prior)
     history.last = generation, active
     return generation
+
+  def expect_drafts(self) -> None:
+    """The next batch makes drafts, whatever those before it were worth: to time them."""
+    for history in self.expected_drafts.values():
+      history.update()
+      history.backoff = 0
+
+  def _run(
+    self, rule, encoded, active, threshold: float, prior: speculative.Prior | None = None
+  ) -> loop.Generation:
+    """One batch through the program of a rule, fetched to the host."""
+    # Arguments are looked at one by one, 40 microseconds for those of the encoder.
+    weights = dataclasses.replace(self.weights, encoder={})
+    program = self._sharded(self.program(rule))
+    with self._precision():
+      return program.generate(weights, encoded, active, threshold, prior)
 
   def stream(
     self,
@@ -533,54 +539,24 @@ class Predictor:
     if program.rule.speculates:
       yield self.decode(encoded, active, threshold, rule)
       return
-    made = self.runs(rule)
-    stages = made.stages if isinstance(made, staged.StagedProgram) else (program,)
     weights, level = dataclasses.replace(self.weights, encoder={}), np.float32(threshold)
-    precision = self.options.matmul_precision
-    with compiled.at_precision(precision):
+    stages = program.stages
+    with self._precision():
       state = stages[0].start(weights, encoded, active, level)
     position, limit = 0, program.length if limit is None else min(limit, program.length)
     for stage in stages:
       if limit == 0:
-        with compiled.at_precision(precision):
+        with self._precision():
           state = stage.go_on(weights, encoded, state, level, np.int32(0))
       while position < min(stage.length, limit):
         signals.check()
-        end = min(position + (steps if position else min(steps, 1)), stage.length, limit)
-        with compiled.at_precision(precision):
-          state = stage.go_on(weights, encoded, state, level, np.int32(end))
-        position = end
+        position = min(position + (steps if position else min(steps, 1)), stage.length, limit)
+        with self._precision():
+          state = stage.go_on(weights, encoded, state, level, np.int32(position))
         going = np.asarray(state.active).any()
         yield jax.tree.map(np.asarray, state.generation)
         if not going:
           return
-
-  def expect_drafts(self) -> None:
-    """The next batch makes drafts, whatever those before it were worth: to time them."""
-    for history in self.expected_drafts.values():
-      history.update_from_last()
-      history.backoff = 0
-
-  def _run(
-    self, rule, encoded, active, threshold: float, prior: acceptance.Prior | None = None
-  ) -> loop.Generation:
-    """One batch through the program of a rule, fetched to the host."""
-    # Arguments are looked at one by one, 40 microseconds for those of the encoder.
-    weights = dataclasses.replace(self.weights, encoder={})
-    program = self.runs(rule)
-    # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
-    with compiled.at_precision(self.options.matmul_precision):
-      if isinstance(program, Program):
-        known = np.array((threshold, *(prior or ())), np.float32)
-        generation = np.asarray(program.decode_packed(weights, encoded, active, known))
-        return loop.unpack(generation, program.max_decode_length)
-      level, expected = jax.tree.map(np.float32, (threshold, prior))
-      generation = program.decode(weights, encoded, active, level, expected)
-    # Where host and device are one, nothing is to be sent for ahead, and asking takes a core
-    # from the program: a twentieth of a short text of a small model.
-    if platforms.runs_in_this_process():
-      return jax.tree.map(np.asarray, generation)
-    return jax.device_get(generation)
 
   def resume(
     self,
@@ -595,16 +571,9 @@ class Predictor:
     On one device; `state` is what an earlier call returned for the same prompts, None at first.
     """
     signals.check()
-    program = self.runs()
-    with compiled.at_precision(self.options.matmul_precision):
-      return program.resume(
-        self.weights,
-        encoded,
-        program.nothing_yet(len(active)) if state is None else state,
-        active,
-        np.asarray(threshold, np.float32),
-        resume_at.astype(np.int32),
-      )
+    level, resume_at = np.asarray(threshold, np.float32), resume_at.astype(np.int32)
+    with self._precision():
+      return self.program().regenerate(self.weights, encoded, state, active, level, resume_at)
 
 
 def _padded(

@@ -121,10 +121,10 @@ def noted(calibration: Calibration) -> Seconds | None:
     return None
 
 
-def warning(calibration: Calibration, seconds: Seconds | None = None) -> str:
-  """What to say of a served threshold that is not faster as measured (or as noted), or ''."""
-  seconds = seconds or noted(calibration)
-  slow = "" if seconds is None or not calibration.certified else seconds.slower
+def warning(calibration: Calibration) -> str:
+  """What to say of a served threshold that was measured not to be faster, or ''."""
+  seconds = noted(calibration) if calibration.certified else None
+  slow = seconds and seconds.slower
   if not slow:
     return ""
   return (
@@ -151,10 +151,8 @@ def measure(
     model: a model whose weights serve every setting (a shortlist's measure included).
     prompts: best of one padded length (`of_one_length`), or more is compiled.
     settings: full depth is added.
-    batch_size: prompts decoded together.
     full: the model that decodes at full depth; None: `model`.
-    rounds: repeats.
-    of_rounds: what counts of them: `np.median`, or `np.min` where they are few.
+    of_rounds: what counts of the rounds: `np.median`, or `np.min` where they are few.
     progress: told of the share done.
   """
   settings = [Setting(FULL, exits.StaticExit(), model=full), *settings]
@@ -211,7 +209,6 @@ def beside_full_depth(
   The fastest round of each batch counts: other work of the machine only ever adds.
 
   Args:
-    model, threshold: what is timed.
     texts: prompts; those of the commonest padded length are timed.
     prompts: most prompts that are timed one at a time; batches take four batches of them.
     rounds: times that each is decoded, after one uncounted.
@@ -286,21 +283,14 @@ def _rounds(
 
 # ---- Seconds of phases, and of compiling
 
-
-_PREFIX = "/jax/core/compile/"
 _lock = threading.Lock()
 _spans: list[tuple[float, float]] = []
-_compile_seconds = 0.0
-
-
-def compile_seconds() -> float:
-  """Seconds that JAX has spent on tracing, lowering and compiling in this process so far."""
-  return _compile_seconds
+_compile_seconds = 0.0  # that JAX has spent on tracing, lowering and compiling so far
 
 
 def _listen(event: str, duration_secs: float, **_) -> None:
   global _compile_seconds
-  if not event.startswith(_PREFIX):
+  if not event.startswith("/jax/core/compile/"):
     return
   end = time.perf_counter()
   start = end - duration_secs
@@ -320,22 +310,20 @@ monitoring.register_event_duration_secs_listener(_listen)
 
 
 class Clock:
-  """Exclusive seconds by phase: the seconds of an inner phase are not the outer's."""
+  """Seconds by phase, without those of compiling."""
 
   def __init__(self):
     self.seconds = {"encode": 0.0, "decode": 0.0}
-    self._compiled = compile_seconds()
+    self._compiled = _compile_seconds
 
   @property
   def compile_seconds(self) -> float:
-    """Compiling since the clock was made."""
-    return compile_seconds() - self._compiled
+    """Tracing, lowering and compiling since the clock was made."""
+    return _compile_seconds - self._compiled
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Counts the block, less its inner phases and compiling."""
-    start, compiled = time.perf_counter(), compile_seconds()
-    inner = sum(self.seconds.values())
+    """Counts the block."""
+    start = time.perf_counter() - _compile_seconds
     yield
-    spent = time.perf_counter() - start - (compile_seconds() - compiled)
-    self.seconds[name] += max(0.0, spent - (sum(self.seconds.values()) - inner))
+    self.seconds[name] += max(0.0, time.perf_counter() - _compile_seconds - start)

@@ -19,7 +19,7 @@ from calm.calibrate import NEVER_EXIT, Online, thresholds
 from calm.calibrate.generations import order
 from calm.console import Progress, print_text
 from calm.data import prompt_batches
-from calm.decode import staged
+from calm.decode import program
 from calm.inference import certified, outputs
 from calm.inference import options as options_lib
 
@@ -111,7 +111,7 @@ class Device(threading.Thread):
     self._whole = options_lib.batch_size_affects_output(model.config, model.options)
     self._size, most = model.options.batch_size, model.options.max_input_length
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
-    self._alone = 1 if len(staged.lengths(model.options.max_decode_length)) == 1 else 0
+    self._alone = 1 if len(program.stage_lengths(model.options.max_decode_length)) == 1 else 0
     self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
 
   @property

@@ -94,7 +94,7 @@ def wakes_threads() -> bool:
 
 
 def grows_caches() -> bool:
-  """Whether decoding under a long limit begins with short caches (`decode.staged`).
+  """Whether decoding under a long limit begins with short caches (`program.stage_lengths`).
 
   XLA:TPU keeps a loop's caches in the precision of its products where nothing else reads them;
   here the next stage does. Elsewhere nothing was measured.

@@ -220,7 +220,7 @@ class Loop:
       inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
       rows = (self.rows, inputs, real)
       # Of a mesh, or of a symbolic number, they are not taken one by one.
-      one_by_one = not isinstance(self.engine, engines.Eager)
+      one_by_one = self.engine is not engines.Eager
       found = _map(self._go_up, rows) if one_by_one else self._go_up(rows)
     else:
       raise ValueError(
@@ -237,7 +237,7 @@ class Loop:
     threshold = jnp.repeat(rows.threshold, self.length)
     each = (flat(rows.prefix), flat(rows.generated), threshold)
     task = self._task(Rows(rows.encoded, *each))
-    bound, position = engines.Eager()(task), jnp.zeros((), jnp.int32)
+    bound, position = engines.Eager(task), jnp.zeros((), jnp.int32)
     decoder = bound.decoder(position)
     rule: Any = task.rule  # of dynamic exits, which was asked before
     walk = rule.walk(decoder.layers(()), threshold, position)

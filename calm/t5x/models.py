@@ -349,7 +349,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     # second program: what is compiled soonest. None: the fastest for the rows.
     engine = None if self.is_greedy else engines.default_engine(rule, rows=1)
     if not isinstance(num_rows, int) or (mesh.size > 1 and not axes):
-      engine = engines.Eager()
+      engine = engines.Eager
     arrays = {k: x for k, x in options.items() if isinstance(x, jax.Array)}
 
     def decode(shared, rows, key):

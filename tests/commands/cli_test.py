@@ -84,7 +84,6 @@ def test_python_and_the_command_line_have_the_same_defaults():
     ("--exit_layers=9", "`allowed` exit layers"),
     ("--thresholds=never,0.9", "[0, 1]"),
     ("--temperature=-1", "`temperature`"),
-    ("--engine=steam", "['compacted', 'deferred', 'eager']"),
   ],
 )
 def test_bad_options_are_named(model, prompts, tmp_path, calm, option, words):

@@ -13,7 +13,7 @@ import pytest
 
 from calm import calibrate, inference, storage
 from calm.commands import cli, infer
-from calm.decode import acceptance, compiled
+from calm.decode import compiled, speculative
 from calm.inference import predictor, timing
 from tests.calibrate import laws
 from tests.commands import toy
@@ -204,12 +204,12 @@ def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path, monkeyp
   assert "the full model's own texts" in printed
   rate = sum(len(line["tokens"]) for line in lines) / sum(line["passes"] for line in lines)
   assert f"{rate:.2f} tokens a pass" in printed
-  monkeypatch.setattr(acceptance, "MANY_ROWS", 1)
-  monkeypatch.setattr(acceptance, "MANY_ROWS_GAIN", 1e9)
-  compiled.drop_all()  # those with other plans
+  monkeypatch.setattr(speculative, "MANY_ROWS", 1)
+  monkeypatch.setattr(speculative, "MANY_ROWS_GAIN", 1e9)
+  compiled._kept.clear()  # those with other plans
   printed = calm_infer(f"--output={output}", way=("--exact",))
   assert "No draft was made: in batches of 2" in printed and "tokens a pass" not in printed
-  compiled.drop_all()
+  compiled._kept.clear()
 
 
 def test_what_is_read_is_never_replaced(model, tmp_path, calm, calm_infer):

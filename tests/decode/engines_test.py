@@ -1,6 +1,8 @@
 """Every engine against the plain numpy decoder, which shares no function with it, caches
 included; and what each engine does of its own."""
 
+import types
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -24,27 +26,26 @@ EXIT, FIRST, COPY, LEARNED = (
 )
 TIED = {"logits_via_embedding": True}
 RELU = {"mlp_activations": ("relu",)}
-EAGER, COMPACTED, FITTED = engines.Eager(), engines.Compacted(), engines.Compacted(ratio=2)
-SPREAD = engines.Compacted(buckets=(5,))  # which attend in all rows
+EAGER, COMPACTED = engines.Eager, engines.Compacted
+FITTED = engine.sized(COMPACTED, ratio=2)
+SPREAD = engine.sized(COMPACTED, buckets=(5,))  # which attend in all rows
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
-BY_FOUR, BY_ONE, WHOLE = map(engines.Deferred, (32, 1, 512))
+BY_FOUR = engines.Deferred
+BY_ONE, WHOLE = (engine.sized(BY_FOUR, chunk_rows=rows) for rows in (1, 512))
 # Every measure meets every schedule and propagation, every engine every propagation that it
 # takes, and every head and MLP occurs. Not every combination: each is a program to compile.
 DYNAMIC = [
   (SOFTMAX, CONSTANT, None, EXIT, {}, EAGER),
   (SOFTMAX, DECAYING, (1, 3), COPY, RELU, EAGER),
   (STATE, CONSTANT, None, COPY, TIED, EAGER),
-  (CLASSIFIER, DECAYING, (2,), COPY, {}, EAGER),
   (CLASSIFIER, CONSTANT, (1, 3), FIRST, RELU, EAGER),
   (PROBE, DECAYING, None, FIRST, TIED, EAGER),
   (SOFTMAX, DECAYING, None, EXIT, {}, BY_FOUR),
   (STATE, CONSTANT, (2, 3), EXIT, TIED, WHOLE),
-  (CLASSIFIER, CONSTANT, (1, 3), FIRST, {}, WHOLE),
   (SOFTMAX, CONSTANT, (1, 3), LEARNED, {}, BY_ONE),
   (CLASSIFIER, DECAYING, None, LEARNED, {}, BY_FOUR),
   (PROBE, CONSTANT, (2, 3), EXIT, {}, BY_FOUR),
   (CLASSIFIER, CONSTANT, None, EXIT, TIED, COMPACTED),
-  (PROBE, CONSTANT, (1, 3), EXIT, {}, COMPACTED),
   (SOFTMAX, DECAYING, (2, 3), EXIT, RELU, FITTED),
   (STATE, DECAYING, (1, 3), FIRST, {}, SPREAD),
   (CLASSIFIER, CONSTANT, None, LEARNED, {}, FITTED),
@@ -105,15 +106,12 @@ def test_the_comparison_can_fail():
 # ---- Deferred
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-def test_one_row_alone_leaves_layers_pending(rows):
+def test_one_row_alone_leaves_layers_pending():
   """With one row nothing fills a layer but that row's own need of it."""
   toy, rule = engine.toy(), exits.DynamicExits(CLASSIFIER)
   changes = 0
   for i in range(len(engine.PROMPTS)):
-    layers = engine.compare(
-      toy, rule, 0.6, engine.PROMPTS[i : i + 1], engine=engines.Deferred(rows)
-    )
+    layers = engine.compare(toy, rule, 0.6, engine.PROMPTS[i : i + 1], engine=BY_ONE)
     changes += (np.diff(layers) > 0).sum()
   assert changes > 3
 
@@ -139,7 +137,7 @@ def test_layers_that_nobody_needs_stay_empty_until_flush():
   for fill in others:
     assert fill.filled == 0 and not fill.cache.keys.any() and not fill.cache.values.any()
   flushed = engine.run(engine.toy(), rule, 0.0, engine=BY_FOUR)
-  eager = engine.run(engine.toy(), rule, 0.0, engine=engines.Eager())
+  eager = engine.run(engine.toy(), rule, 0.0, engine=EAGER)
   assert all(cache.keys[..., 0, :].any() for cache in flushed.cache)
   for i in range(len(engine.PROMPTS)):
     engine.assert_same_row(flushed, eager, i, i)
@@ -185,15 +183,14 @@ def test_a_bucket_begins_with_the_rows_that_stay():
 
 
 def test_bucket_sizes():
-  assert COMPACTED.sizes(32) == (0, 4, 16, 32)
-  assert COMPACTED.sizes(8) == (0, 4, 8)
-  assert COMPACTED.sizes(6) == (0, 3, 6)
-  assert COMPACTED.sizes(2) == (0, 2)
-  assert COMPACTED.sizes(1) == (0, 1)
-  assert engines.Compacted(ratio=2).sizes(16) == (0, 2, 4, 8, 16)
-  assert engines.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
-  with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2, got 1"):
-    engines.Compacted(ratio=1)
+  def sizes(rows: int, **values):
+    of_rows = {"__init__": lambda self: None, "task": types.SimpleNamespace(batch_size=rows)}
+    return engine.sized(COMPACTED, **of_rows, **values)().sizes
+
+  of_rows = {32: (0, 4, 16, 32), 8: (0, 4, 8), 6: (0, 3, 6), 2: (0, 2), 1: (0, 1)}
+  assert {rows: sizes(rows) for rows in of_rows} == of_rows
+  assert sizes(16, ratio=2) == (0, 2, 4, 8, 16)
+  assert sizes(8, buckets=(16, 4)) == (0, 4, 8)
 
 
 # ---- Which engine is taken where none is named
@@ -220,5 +217,5 @@ def test_the_fastest_engine_by_rule_rows_and_platform(rule, platform, expected, 
 
 def test_rows_may_be_symbolic():
   (rows,) = jax.export.symbolic_shape("b")
-  assert engines.default_engine(DYNAMIC_EXITS, rows) == engines.Eager()
-  assert engines.default_engine(DYNAMIC_EXITS, 8 * rows, "cpu") == engines.Eager()
+  assert engines.default_engine(DYNAMIC_EXITS, rows) == EAGER
+  assert engines.default_engine(DYNAMIC_EXITS, 8 * rows, "cpu") == EAGER

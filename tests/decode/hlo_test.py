@@ -14,7 +14,7 @@ import pytest
 
 from calm import exits
 from calm.decode import compiled as compiled_lib
-from calm.decode import engines, staged
+from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.decode.engines import engine as engine_lib
 from calm.exits import confidence, propagation
@@ -80,14 +80,12 @@ def half_a_layers_cache(rows: int = 8) -> int:
 @pytest.mark.parametrize(
   ("rule", "made", "native"),
   [
-    (SHALLOW, engines.Deferred(), False),
-    (LEARNED, engines.Deferred(), True),
-    (LEARNED, engines.Compacted(), False),
-    (SHALLOW, engines.Compacted(), True),
-    (SHALLOW, engines.Eager(), True),
-    (SHALLOW, engines.Eager(), False),
-    (STATIC, engines.Eager(), True),
-    (STATIC, engines.Eager(), False),
+    (SHALLOW, engines.Deferred, False),
+    (LEARNED, engines.Deferred, True),
+    (LEARNED, engines.Compacted, False),
+    (SHALLOW, engines.Compacted, True),
+    (SHALLOW, engines.Eager, True),
+    (STATIC, engines.Eager, False),
   ],
 )
 def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made, native):
@@ -114,9 +112,8 @@ def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
   """Those of the stage before are copied once, before it."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
   rule = exits.Speculative(1, 3, "full") if drafts else SHALLOW
-  made = None if drafts else engines.Deferred()
-  stages = staged.StagedProgram(program_lib.Program(toy.config, rule, LENGTH, engine=made))
-  *_, before, last = stages.stages
+  made = None if drafts else engines.Deferred
+  *_, before, last = program_lib.Program(toy.config, rule, LENGTH, engine=made).stages
   known = toy.weights, engine.encode(toy)
   level = jnp.float32(0)
   state = before.begin(*known, jnp.zeros(ROWS, bool), level)
@@ -130,7 +127,7 @@ def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
 def test_rows_that_stay_read_their_caches_one_at_a_time():
   """A bucket of four of eight rows: nothing in it is as large as the keys of two of them."""
   two = half_a_layers_cache(2)
-  made = engines.Compacted(buckets=(4,))
+  made = engine.sized(engines.Compacted, buckets=(4,))
   assert not [operation.text for operation in hlo.large(compiled(SHALLOW, made), two)]
 
 
@@ -145,7 +142,7 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   assert "s8[" in text and "TopK" in text
 
 
-@pytest.mark.parametrize(("rows", "native"), [(1, True), (8, True), (8, False)])
+@pytest.mark.parametrize(("rows", "native"), [(1, True), (8, False)])
 def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, native):
   """Of one position, of some, and of the whole window; the loop over drafts is within."""
   rule = exits.Speculative(1, 3, draft_head="full", adapts=native)
@@ -159,13 +156,21 @@ def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, n
 def test_the_check_finds_caches_that_are_copied(monkeypatch):
   """Meta: where nothing ties the update to the reads, XLA copies the cache."""
   monkeypatch.setattr(engine_lib, "after", lambda position, made: position)
-  text = compiled(exits.DynamicExits(confidence.State()), engines.Eager(), native=False)
+  text = compiled(exits.DynamicExits(confidence.State()), engines.Eager, native=False)
   opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
   assert "copy" in opcodes
 
 
-@pytest.mark.parametrize("rule", [SHALLOW, STATIC, exits.Speculative(1, 3, draft_head="full")])
-@pytest.mark.parametrize(("native", "rows"), [(True, 1), (False, 1), (True, 2)])
+DRAFTS = exits.Speculative(1, 3, draft_head="full")
+
+
+@pytest.mark.parametrize(
+  ("rule", "native", "rows"),
+  [
+    *((rule, native, 1) for rule in (STATIC, DRAFTS) for native in (True, False)),
+    *((SHALLOW, False, 1), (SHALLOW, True, 2), (DRAFTS, True, 2)),
+  ],
+)
 def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native, rows):
   """Else XLA:CPU wakes a thread at every token, whatever the number of layers."""
   assert hlo.most_ready(compiled(rule, None, rows, layers=6, native=native)) < 10
@@ -174,7 +179,7 @@ def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native,
 def test_a_pass_without_a_draft_has_hardly_more_operations_than_a_step():
   """Where drafts are bad a text is made of such passes."""
   (step,) = hlo.turns(compiled(STATIC, None, 1, layers=6))
-  turns = hlo.turns(compiled(exits.Speculative(1, 3, draft_head="full"), None, 1, layers=6))
+  turns = hlo.turns(compiled(DRAFTS, None, 1, layers=6))
   assert max(turns) <= step + 6
 
 
@@ -199,7 +204,7 @@ def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
   """Meta: where all of them wait for the last layer."""
   last = lambda position, rows, made: [engine_lib.after(position, made)] * len(rows)
   monkeypatch.setattr(engine_lib, "after_each", last)
-  compiled_lib.drop_all()  # those of other tests
+  compiled_lib._kept.clear()  # those of other tests
   assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6, native=False)) >= 12
 
 
@@ -243,8 +248,8 @@ def test_the_detector_finds_heads_and_confidence_code():
   assert heads_and_branches(SOFTMAX) == (4, 4, True)  # one choice of a bucket a layer
   state = exits.DynamicExits(confidence.State())
   assert heads_and_branches(state) == (1, 4, True)
-  assert heads_and_branches(state, engines.Deferred()) == (1, 0, True)
-  assert heads_and_branches(state, engines.Eager()) == (1, 3, True)
+  assert heads_and_branches(state, engines.Deferred) == (1, 0, True)
+  assert heads_and_branches(state, engines.Eager) == (1, 3, True)
 
 
 def test_compiled_programs_agree_with_the_yardstick():

@@ -23,7 +23,7 @@ def decoded(name: str, platform: str):
   """The final state with the caches of a platform, traced anew; the caches heads apart."""
   toy = engine.toy()
   rule = exits.DynamicExits(confidence.Classifier())
-  made = engines.by_name(name)
+  made = engines.ENGINES[name]
   program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   encoded = engine.encode(toy)
   if platform == "tpu":

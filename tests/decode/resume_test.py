@@ -17,14 +17,14 @@ FIRST = propagation.propagation("first_state")
 COPY = propagation.propagation("copy_projections")
 LEARNED = propagation.propagation("learned")
 CASES = {
-  "eager": (exits.DynamicExits(confidence.Classifier(), propagation=COPY), engines.Eager()),
+  "eager": (exits.DynamicExits(confidence.Classifier(), propagation=COPY), engines.Eager),
   "learned": (
     exits.DynamicExits(confidence.State(), allowed=(1, 3), propagation=LEARNED),
-    engines.Deferred(),
+    engines.Deferred,
   ),
   "compacted": (
     exits.DynamicExits(confidence.Classifier(), propagation=FIRST),
-    engines.Compacted(buckets=(2,)),
+    engine.sized(engines.Compacted, buckets=(2,)),
   ),
 }
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import acceptance, speculative
+from calm.decode import loop, speculative
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.t5 import platforms
@@ -23,7 +22,7 @@ RULE = exits.Speculative(2, num_drafts=5, adapts=False)
 ADAPTS = dataclasses.replace(RULE, adapts=True)
 BATCH = len(engine.PROMPTS)
 # Texts that begin so are drafted where passes adapt, short as they are.
-HOPEFUL = (0.99, 50.0, 1.0)
+BOLD = (0.99, 50.0, 1.0)
 
 
 @functools.cache
@@ -107,7 +106,6 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
   ("rule", "batch"),
   [
     (RULE, 8),
-    (dataclasses.replace(RULE, draft_head="full", num_drafts=1), 1),
     (exits.Speculative(1, num_drafts=9, draft_head="full", adapts=False), 3),
     (exits.Speculative(3, num_drafts=2, stop_below=0.5, draft_head="full"), 3),
   ],
@@ -118,7 +116,7 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
   before = engine._decode_state._cache_size()
   accepted = set()
   for threshold in (schedules.NEVER_EXIT, 1.0):
-    got = engine.run(made, rule, threshold, prompts=prompts, prior=HOPEFUL)
+    got = engine.run(made, rule, threshold, prompts=prompts, prior=BOLD)
     rows = reference_rows(made, rule, prompts=prompts)
     assert_is_the_full_model(got, full, rows, batch)
     compare_with_reference(got, rows, rule, threshold)
@@ -128,17 +126,14 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
   assert engine._decode_state._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("draft_head", ["shortlist", "full"])
-def test_drafts_are_read_through_the_translator_and_the_full_model_is_not(draft_head):
-  rule = dataclasses.replace(RULE, draft_head=draft_head)
+def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
   translated, plain = toy(exit_translators=(1, 2)), toy()
-  full = engine.run(plain, STATIC)
-  got = engine.run(translated, rule, 1.0)
-  rows = reference_rows(translated, rule)
-  assert_is_the_full_model(got, full, rows, BATCH)
-  compare_with_reference(got, rows, rule, 1.0)
+  got = engine.run(translated, RULE, 1.0)
+  rows = reference_rows(translated, RULE)
+  assert_is_the_full_model(got, engine.run(plain, STATIC), rows, BATCH)
+  compare_with_reference(got, rows, RULE, 1.0)
   # Meta: without the translator others are drafted.
-  assert [row.drafts for row in rows] != [row.drafts for row in reference_rows(plain, rule)]
+  assert [row.drafts for row in rows] != [row.drafts for row in reference_rows(plain, RULE)]
 
 
 def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
@@ -156,10 +151,9 @@ def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
   assert len({str(each) for each in tokens}) > 2
 
 
-@pytest.mark.parametrize(("draft_head", "threshold"), [("shortlist", 1.0), ("full", 0.9)])
-def test_a_head_in_8_bits_says_what_the_one_in_float32_says(draft_head, threshold):
+def test_a_head_in_8_bits_says_what_the_one_in_float32_says():
   """Of refused drafts too."""
-  rule, made = dataclasses.replace(RULE, draft_head=draft_head), toy()
+  rule, made, threshold = dataclasses.replace(RULE, draft_head="full"), toy(), 0.9
   read = program_lib.model_weights(
     made.params, made.config, made.sizes.num_pieces, SHORTLIST, head_dtype="int8"
   )
@@ -191,20 +185,12 @@ def test_of_equal_logits_the_first_is_emitted():
   assert any(seconds)
 
 
-def speculation(rule=RULE, prompts=engine.PROMPTS, threshold=1.0, **changes):
+def speculation(rule=RULE, prompts=engine.PROMPTS, threshold=1.0):
   """The loop at work on the toy."""
   made = toy()
   program = program_lib.Program(made.config, rule, engine.LENGTH)
   encoded = engine.encode(made, prompts)
-  bound = program.speculation(made.weights, encoded, jnp.float32(threshold))
-  return dataclasses.replace(bound, **changes)
-
-
-def decoded(bound, active=None):
-  rows = bound.passes.task.batch_size
-  active = jnp.ones(rows, bool) if active is None else jnp.asarray(active)
-  run = jax.jit(bound.decode, compiler_options={"xla_backend_optimization_level": 0})
-  return run(active)
+  return program.speculation(made.weights, encoded, jnp.float32(threshold))
 
 
 def test_caches_are_the_full_models_after_every_pass():
@@ -212,7 +198,9 @@ def test_caches_are_the_full_models_after_every_pass():
   full = engine.run(made, STATIC, prompts=prompts)
   bound = speculation(prompts=prompts)
   quick = {"xla_backend_optimization_level": 0}
-  advance, verify = (jax.jit(x, compiler_options=quick) for x in (bound.advance, bound.verify))
+  advance, verify = (
+    jax.jit(x, compiler_options=quick) for x in (bound._advance, bound._verify)
+  )
   state, positions = bound.begin(jnp.ones(3, bool)), []
   while np.any(state.active):
     state = advance(state)
@@ -233,8 +221,8 @@ def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   rule, prompts = dataclasses.replace(RULE, stop_below=0.0), engine.PROMPTS[:1]
   full = engine.run(toy(), STATIC, prompts=prompts)
   bound = speculation(rule, prompts)
-  eos = speculative.Draft(jnp.full(1, bound.eos_id), jnp.ones(1))
-  monkeypatch.setattr(type(bound.passes), "draft", lambda self, read: eos)
+  eos = jnp.full(1, bound.eos_id), jnp.ones(1)
+  monkeypatch.setattr(type(bound), "_draft_head", lambda self, hidden: eos)
   got = bound.decode(jnp.ones(1, bool))
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
 
@@ -270,81 +258,18 @@ def test_bad_drafts_are_not_made():
     got[adapts] = jax.device_get(state.generation.verification)
   assert 0 < np.sum(got[True].drafts) < 0.6 * np.sum(got[False].drafts)
   assert np.sum(got[False].drafted) < 5
-  assert np.all(got[True].chance < acceptance.CHANCE)
+  assert np.all(got[True].numbers[:, 2] < speculative.CHANCE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Marking:
-  """`Passes` whose steps lower the score of a token by 1, which its passes do not."""
-
-  inner: Any
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self.inner, name)
-
-  def step(self, current, position, active, cache):
-    made, cache = self.inner.step(current, position, active, cache)
-    best = dataclasses.replace(made.best, log_probability=made.best.log_probability - 1.0)
-    return dataclasses.replace(made, greedy=best), cache
-
-
-def costly(rule=ADAPTS, rows=BATCH, threshold=1.0, **changes):
-  """The loop where passes of several positions cost as many steps."""
-  bound = speculation(rule, engine.PROMPTS[:rows], threshold, **changes)
-  plan = dataclasses.replace(bound.plan, costs=tuple(map(float, range(1, 7))))
-  return dataclasses.replace(bound, plan=plan, passes=Marking(bound.passes))
-
-
-@pytest.mark.parametrize("rows", [1, BATCH])
-def test_where_no_draft_pays_a_text_is_full_depths_loop(rows):
-  full, bound = engine.run(toy(), STATIC), costly(rows=rows)
-  assert not bound.plan.worth_drafting
-  active = np.arange(rows) % 3 != 1
-  got = decoded(bound, active)
-  generation, kept = got.generation, np.flatnonzero(active)
-  tokens = np.asarray(generation.tokens)
-  np.testing.assert_array_equal(tokens[kept], full.generation.tokens[kept])
-  np.testing.assert_array_equal(generation.exit_layers[kept], full.generation.exit_layers[kept])
-  lengths = np.asarray(generation.num_tokens)
-  by_step = np.asarray(full.generation.scores)[kept] - lengths[kept]
-  np.testing.assert_allclose(generation.scores[kept], by_step, atol=1e-5)
-  np.testing.assert_array_equal(generation.confidences, tokens > 0)
-  for row in kept:
-    compare_caches(got.cache, full.cache, row, lengths[row])
-  np.testing.assert_array_equal(got.positions, lengths)
-  seen = generation.verification
-  np.testing.assert_array_equal(seen.passes, lengths)
-  assert not np.any(seen.drafts) and not np.any(seen.drafted) and not np.any(got.active)
-  np.testing.assert_array_equal(seen.numbers[kept, 4], lengths.max())
-  for leaf in jax.tree.leaves(generation):
-    assert not np.asarray(leaf)[~active].any()
-
-
-def test_with_slack_every_token_is_drafted_in_the_same_program():
-  fixed = engine.run(toy(), RULE, 0.5).generation
-  got = decoded(costly(threshold=0.5)).generation
+def test_with_slack_every_token_is_drafted_whatever_passes_cost():
+  bound = speculation(ADAPTS, threshold=0.5)
+  costly = dataclasses.replace(bound.plan, costs=tuple(map(float, range(1, 7))))
+  assert not costly.worth_drafting
+  run = dataclasses.replace(bound, plan=costly).decode
+  run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+  got, fixed = run(jnp.ones(BATCH, bool)).generation, engine.run(toy(), RULE, 0.5).generation
   np.testing.assert_array_equal(got.tokens, fixed.tokens)
   np.testing.assert_array_equal(got.verification.drafted, fixed.verification.drafted)
-
-
-def test_prefixes_are_forced_in_passes_with_drafts_and_without():
-  """Rows are forced at different places, some after free ones."""
-  prefix = np.zeros((BATCH, engine.LENGTH), np.int32)
-  prefix[:, 0], prefix[::2, 1:3], prefix[1, 4] = 5, 7, 9
-  got = decoded(costly(prefix=jnp.asarray(prefix))).generation
-  cheap = speculation(ADAPTS, prefix=jnp.asarray(prefix), prior=HOPEFUL)
-  plan = dataclasses.replace(cheap.plan, costs=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5))
-  assert plan.worth_drafting
-  other = decoded(dataclasses.replace(cheap, plan=plan)).generation
-  for name in ("tokens", "exit_layers"):
-    np.testing.assert_array_equal(getattr(got, name), getattr(other, name))
-  np.testing.assert_allclose(got.scores, other.scores, atol=1e-4)
-  tokens = np.asarray(got.tokens)
-  reached = np.cumprod(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1] != 1, axis=1) > 0
-  forced = (prefix > 0) & reached & (tokens > 0)
-  np.testing.assert_array_equal(tokens[forced], prefix[forced])
-  assert not np.any(np.asarray(got.exit_layers)[forced])
-  assert not np.any(got.verification.drafts) and np.any(other.verification.drafted)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -404,3 +329,130 @@ def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeyp
   made = engine.of_params(toys.params(sizes, seed=1), sizes)
   ratio = planned(made, head_dtype="int8") / planned(made)
   assert 0.2 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
+
+
+# ---- How many tokens are drafted: the laws of the plan, on costs like those of a small model
+
+
+# Of passes of 1, 2, ... 8 positions over a step of the full model (the model in the box, CPU).
+PLAN = speculative.Plan(costs=(1.0, 1.9, 2.2, 2.4, 2.7, 3.0, 3.2, 3.5))
+# Good drafts, and confidences to be taken at their word.
+HOPEFUL = (0.9, 1.0, 1.0)
+ONE = jnp.ones(1, bool)
+
+
+def after(*trials: tuple[bool, float], prior=speculative.UNKNOWN):
+  """The estimate of one row after passes of one draft: whether accepted, its confidence."""
+  estimate = speculative.AcceptanceEstimate.of(prior, 1)
+  for accepted, confidence in trials:
+    drafts = jnp.array([[True]]), jnp.array([[accepted]]), jnp.full((1, 1), confidence)
+    estimate = estimate.update(*drafts)
+  return estimate
+
+
+def later(prior: speculative.Prior, estimate) -> speculative.Prior:
+  known = [[0.0, 0.0, float(estimate.chance[0]), float(estimate.calibration[0]), 0.0]]
+  layers, floats = np.ones((1, 1), np.int32), np.ones((1, 1), np.float32)
+  verification = loop.Verification(layers > 0, np.array(known))
+  text = loop.Generation(layers, layers, floats, floats, floats[0], verification)
+  history = speculative.History(False, False, prior, plans={1: PLAN}, last=(text, [True]))
+  history.update()
+  return history.prior
+
+
+def count(estimate, confidence: float, plan: speculative.Plan = PLAN) -> int:
+  """Positions of a pass whose every draft has this confidence."""
+  return int(_count(plan, estimate, jnp.float32(confidence)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _count(plan, estimate, confidence) -> jax.Array:
+  chances, tokens = jnp.ones(1), jnp.float32(1.0)
+  positions, goes_on, mean = jnp.int32(1), jnp.bool_(True), estimate.mean_chance(ONE)
+  for at in range(len(plan.costs) - 1):
+    chances = chances * estimate.chances(confidence[None])
+    goes_on &= plan.goes_on(jnp.int32(at), chances, tokens, mean)
+    tokens, positions = tokens + jnp.sum(chances), positions + goes_on.astype(jnp.int32)
+  return positions
+
+
+def backoffs(estimate, plan=PLAN) -> list[int]:
+  """After so many drafting passes for nothing: 0, 1 ..."""
+  mean = estimate.mean_chance(ONE)
+  return [int(plan.backoff(jnp.int32(streak), mean)) for streak in range(10)]
+
+
+def test_a_text_begins_with_one_draft_and_goes_on_once_it_was_right():
+  for confidence in (0.5, 0.999):
+    assert count(after(), confidence) == 1 < count(after((True, confidence)), confidence)
+  assert count(after(prior=HOPEFUL), 0.9) == len(PLAN.costs)
+  assert count(after(prior=HOPEFUL), 0.2) == 1
+
+
+@pytest.mark.parametrize(
+  ("trials", "confidence", "pays"),
+  [
+    (((False, 1.0),) * 2, 1.0, False),
+    (((True, 0.4),) * 8, 0.4, True),
+    (((True, 0.9),) * 12, 0.9, True),
+    (((False, 1.0),) * 2 + ((True, 0.9),) * 12, 0.9, True),
+  ],
+)
+def test_drafts_are_worth_what_earlier_ones_were(trials, confidence, pays):
+  assert (count(after(*trials, prior=HOPEFUL), confidence) > 1) == pays
+
+
+def test_calibration_becomes_the_ratio_of_the_odds_whatever_confidences_are():
+  random = np.random.default_rng(1)
+  said = random.uniform(0.1, 0.85, size=(1, 4000)).astype(np.float32)
+  odds = 3.0 * said / (1 - said)
+  right = random.random(said.shape) < odds / (1 + odds)
+  whole = after(prior=HOPEFUL).update(np.ones_like(right), right, said)
+  assert float(whole.calibration[0]) == pytest.approx(3.0, rel=0.15)
+  assert float(whole.chances(jnp.array([0.5]))[0]) == pytest.approx(0.75, abs=0.04)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_many_texts_do_not_outweigh_what_a_text_says_itself(right):
+  prior = speculative.UNKNOWN
+  for _ in range(300):
+    text = after(*((right, 0.9),) * 8, prior=prior)
+    prior = later(prior, text)
+  assert (count(after(prior=prior), 0.9) > 1) == right
+  otherwise = after(*((not right, 0.9),) * (4 if right else 12), prior=prior)
+  assert (count(otherwise, 0.9) > 1) != right
+
+
+def test_rows_that_have_ended_do_not_vote():
+  right = np.stack([np.zeros(30), np.ones(30)]).astype(bool)
+  estimate = speculative.AcceptanceEstimate.of(HOPEFUL, 2)
+  estimate = estimate.update(np.ones_like(right), right, np.full(right.shape, 0.9))
+  means = [float(estimate.mean_chance(jnp.array(rows))) for rows in ([0, 1], [1, 0], [1, 1])]
+  assert means[1] < means[2] < means[0]
+
+
+def test_a_fixed_plan_always_drafts():
+  fixed = speculative.Plan(PLAN.costs, adapts=False)
+  assert count(after((False, 1.0)), 0.0, fixed) == len(PLAN.costs)
+  assert not any(backoffs(after((False, 1.0)), fixed))
+  assert not fixed.goes_on(jnp.int32(0), jnp.zeros(1), jnp.float32(1), jnp.float32(1))
+
+
+def test_backoff_grows_and_is_longer_where_drafts_are_refused_more_often_than_not():
+  assert backoffs(after(*((True, 0.9),) * 4)) == [0, 0, 1, 2, 4, 8, 16, 32, 32, 32]
+  assert backoffs(after(*((False, 0.9),) * 2)) == [0, 4, 8, 16, 32, 32, 32, 32, 32, 32]
+
+
+def test_drafts_are_doubtful_that_would_not_be_read_on_from_however_sure_they_are():
+  """By what passes cost: of cheap ones only where most are wrong."""
+  dear = speculative.Plan((1.0, 3.2, 3.5, 3.8, 4.1, 4.4, 4.7, 5.0))
+  assert PLAN.least_chance == speculative.DOUBTFUL < dear.least_chance < 1.0
+  for chance, reads_on in ((dear.least_chance, True), (dear.least_chance - 0.01, False)):
+    goes_on = dear.goes_on(jnp.int32(0), jnp.ones(1), jnp.float32(1), jnp.float32(chance))
+    assert bool(goes_on) == reads_on
+
+
+def test_passes_that_cost_as_many_steps_are_not_worth_drafting():
+  costly = tuple(map(float, range(1, 9)))
+  assert PLAN.worth_drafting and not speculative.Plan(costly).worth_drafting
+  assert speculative.Plan(costly, adapts=False).worth_drafting

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import engines, staged
+from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.t5 import caches, platforms
@@ -22,15 +22,15 @@ CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 @pytest.fixture
 def short(monkeypatch):
   """Stages of 2, 4 and 8 positions."""
-  monkeypatch.setattr(staged, "FIRST", 2)
-  monkeypatch.setattr(staged, "RATIO", 2)
+  monkeypatch.setattr(program_lib, "FIRST", 2)
+  monkeypatch.setattr(program_lib, "RATIO", 2)
 
 
-def decoded(program, active=None, threshold=0.6, prior=None, toy=None):
+def decoded(program, active=None, threshold=0.6, prior=None, toy=None, stages=False):
   toy = toy or engine.toy()
   active = np.ones(len(engine.PROMPTS), bool) if active is None else active
-  level = np.float32(threshold)
-  return program.decode(toy.weights, engine.encode(toy), active, level, prior)
+  run = program.generate if stages else program.decode
+  return run(toy.weights, engine.encode(toy), active, np.float32(threshold), prior)
 
 
 def ending(program, toy=None):
@@ -44,24 +44,24 @@ def ending(program, toy=None):
 
 @pytest.mark.parametrize("limit", [1, 127, 128, 256, 511, 512, 4096])
 def test_stages_grow_up_to_the_limit_and_none_is_nearly_as_long(limit):
-  stages = staged.lengths(limit)
+  stages = program_lib.stage_lengths(limit)
   assert stages[-1] == limit and list(stages) == sorted(set(stages))
   assert all(2 * length <= limit for length in stages[:-1])
-  assert (len(stages) > 1) == (limit >= 2 * staged.FIRST)
-  assert all(b == staged.RATIO * a for a, b in itertools.pairwise(stages[:-1]))
+  assert (len(stages) > 1) == (limit >= 2 * program_lib.FIRST)
+  assert all(b == program_lib.RATIO * a for a, b in itertools.pairwise(stages[:-1]))
 
 
 @pytest.mark.parametrize(
   ("rule", "made"),
-  [(STATIC, None), (SOFTMAX, engines.Deferred()), (CLASSIFIER, engines.Compacted())],
-  ids=["static", "deferred", "compacted"],
+  [(STATIC, None), (CLASSIFIER, engines.Compacted)],
+  ids=["static", "compacted"],
 )
 def test_texts_in_stages_are_those_of_one_program(rule, made, short):
   program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH, engine=made))
   # A threshold a row, and a row that holds no prompt.
   active = np.arange(len(engine.PROMPTS)) != 1
   given = active, np.linspace(0.5, 0.7, len(active))
-  whole, stages = (decoded(each, *given) for each in (program, staged.staged(program)))
+  whole, stages = decoded(program, *given), decoded(program, *given, stages=True)
   # Meta: rows end in a stage before the last, and in the last.
   ends = set(np.asarray(whole.num_tokens)[active].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
@@ -74,15 +74,14 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, short):
     )
 
 
-@pytest.mark.parametrize("name", ["learned", "compacted"])
-def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
+def test_a_grid_goes_on_in_stages_as_in_one_program(short):
   """Threshold after threshold, from where each row changes, in the stage that it needs."""
-  rule, made = resume_test.CASES[name]
+  rule, made = resume_test.CASES["learned"]
   toy = engine.toy_for(rule)
   program = ending(program_lib.Program(toy.config, rule, engine.LENGTH, engine=made), toy)
   known, rows = (toy.weights, engine.encode(toy)), len(engine.PROMPTS)
-  ways = {"whole": program, "stages": staged.staged(program)}
-  states = {way: run.nothing_yet(rows) for way, run in ways.items()}
+  ways = {"whole": program.resume, "stages": program.regenerate}
+  states = {"whole": program.nothing_yet(rows), "stages": program.stages[0].nothing_yet(rows)}
   lengths = [caches.length(states["stages"].cache)]
   for threshold in (np.inf, *resume_test.GRID):
     before = states["whole"].generation
@@ -92,7 +91,7 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
       continue
     for way, run in ways.items():
       level = np.float32(threshold)
-      states[way] = run.resume(*known, states[way], active, level, begin)
+      states[way] = run(*known, states[way], active, level, begin)
     lengths.append(caches.length(states["stages"].cache))
     got, want = (states[way].generation for way in ("stages", "whole"))
     np.testing.assert_array_equal(got.tokens, want.tokens)
@@ -102,18 +101,13 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
   assert lengths[0] == 2 and lengths[-1] == engine.LENGTH and len(lengths) > 3
 
 
-@pytest.mark.parametrize(
-  ("num_drafts", "adapts", "threshold"),
-  [(5, True, 1.0), (5, False, 0.3), (1, False, 1.0)],
-  ids=["exact", "slack", "one"],
-)
-def test_drafts_in_stages_are_those_of_one_program(num_drafts, adapts, threshold, short):
+def test_drafts_in_stages_are_those_of_one_program(short):
   """Passes of six positions go beyond stages of two and four; the prior reaches the first."""
-  rule = exits.Speculative(1, num_drafts, "full", adapts=adapts)
+  rule = exits.Speculative(1, 5, "full")
   program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH))
   active, hopeful = np.arange(len(engine.PROMPTS)) != 1, (0.99, 50.0, 1.0)
-  made = [decoded(p, active, threshold, hopeful) for p in (program, staged.staged(program))]
-  whole, stages = made
+  given = active, 1.0, hopeful
+  whole, stages = decoded(program, *given), decoded(program, *given, stages=True)
   # Meta: rows end in a stage before the last, and in the last.
   ends = set(np.asarray(whole.num_tokens)[active].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
@@ -126,8 +120,9 @@ def test_short_limits_and_other_platforms_have_one_program():
   config = engine.toy().config
   for rule in (STATIC, exits.Speculative(1, draft_head="full")):
     program = program_lib.Program(config, rule, 127)
-    assert staged.staged(program) is program
+    assert program.stages == (program,)
   long = dataclasses.replace(program_lib.Program(config, STATIC, 127), max_decode_length=128)
-  assert staged.staged(long) == staged.StagedProgram(long)
+  assert [stage.room for stage in long.stages] == [64, 128]
+  assert len(dataclasses.replace(long, native=False).stages) == 1
   with platforms.laid_out_for("tpu"):
-    assert staged.staged(long) is long
+    assert long.stages == (long,)

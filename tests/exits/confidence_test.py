@@ -18,9 +18,9 @@ def view(layer=2, hidden=((3.0, 4.0),), previous=((4.0, 3.0),), logits=None, exi
 
     return compute
 
-  return confidence.LayerView(
-    layer, jnp.array(hidden), jnp.array(previous), given(logits), given(exit_logit)
-  )
+  states = jnp.array(hidden), jnp.array(previous)
+  heads = given(logits), given(exit_logit), given(None), given(None)
+  return confidence.LayerView(layer, *states, *heads)
 
 
 def test_softmax_margin_by_hand():

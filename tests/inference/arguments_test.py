@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from calm import exits, fitting, inference
-from calm.decode import engines
 from calm.exits import confidence, propagation, schedules
 from calm.fitting import result
 from calm.inference import DecodeOptions
@@ -28,7 +27,6 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(
   ("odd", "plain"),
   [
-    (lambda: DecodeOptions(engine="eager"), lambda: DecodeOptions(engine=engines.Eager())),
     (lambda: DecodeOptions(schedule="constant"), lambda: DecodeOptions()),
     (lambda: DecodeOptions(exit_layers=[1]), lambda: DecodeOptions(exit_layers=(1,))),
     (lambda: DecodeOptions(exit_layers=np.array([1])), lambda: DecodeOptions(exit_layers=(1,))),
@@ -55,24 +53,16 @@ def test_options_and_rules_take_names_and_lists(odd, plain):
   assert made == plain() and hash(made) == hash(plain())  # programs are compiled by it
 
 
-@pytest.mark.parametrize(
-  ("texts", "threshold"),
-  [
-    (lambda: (text for text in TEXTS), lambda: 0.5),
-    (lambda: np.array(TEXTS), lambda: np.array(0.5)),
-    (lambda: tuple(TEXTS), lambda: jnp.float32(0.5)),
-    (lambda: TEXTS, lambda: "0.5"),
-  ],
-)
-def test_generate_takes_what_stands_for_texts_and_thresholds(model, texts, threshold):
-  made, plain = (
-    model.generate(texts(), threshold=threshold()),
-    model.generate(TEXTS, threshold=0.5),
-  )
-  assert made.items == plain.items and made.threshold == 0.5
-
-
-def test_never_is_the_name_of_full_depth(model):
+def test_generate_takes_what_stands_for_texts_and_thresholds(model):
+  plain = model.generate(TEXTS, threshold=0.5)
+  for texts, threshold in (
+    ((text for text in TEXTS), 0.5),
+    (np.array(TEXTS), np.array(0.5)),
+    (tuple(TEXTS), jnp.float32(0.5)),
+    (TEXTS, "0.5"),
+  ):
+    made = model.generate(texts, threshold=threshold)
+    assert made.items == plain.items and made.threshold == 0.5
   assert model.generate(TEXTS, threshold="never").threshold == math.inf
 
 
@@ -116,7 +106,6 @@ def test_texts_are_a_list(model, texts, message):
   [
     (lambda: exits.Speculative(1, 10**6), "Expected `num_drafts` in 1 ... 31, got 1000000"),
     (lambda: DecodeOptions(schedule="decaying"), "Expected `schedule` to be a name and its"),
-    (lambda: DecodeOptions(engine=engines.Eager), "got the class Eager"),
     (lambda: DecodeOptions(grid=[0.5, 0.9]), "Expected `thresholds` to descend strictly"),
     (lambda: inference.load(None), "Expected `path` to be a text or a `Path`, got None"),
     (lambda: inference.load(calibration=1), "Expected `calibration` to be a `Calibration` or"),
@@ -168,7 +157,6 @@ BORDER = {
   "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
   "measure": (confidence.measure, {"name": "softmax"}),
   "propagation": (propagation.propagation, {"name": "exit_state"}),
-  "engine": (engines.by_name, {"name": "eager"}),
   "fit": (fitting.FitOptions, fields(fitting.FitOptions)),
 }
 

@@ -51,17 +51,6 @@ def test_a_model_calibrates_itself_on_texts(model):
   assert outputs.guarantee == calibration.guarantee
 
 
-def test_the_grid_of_the_model_is_taken_and_generations_are_kept(model, tmp_path):
-  with_grid = model.with_options(grid=(0.8, 0.7))
-  prompts = [Prompt(str(i), text, (text,)) for i, text in enumerate(TEXTS)]
-  folder = tmp_path / "cache"
-  options = {"tolerance": 0.9, "consistency": "risk", "metric": "token_f1", "folder": folder}
-  calibration, cached = certified.certify(with_grid, prompts, **options)
-  assert [row.threshold for row in calibration.rows] == [0.8, 0.7]
-  assert calibration.kind == "risk_signed" and calibration.metric == "token_f1"
-  assert generations.load(folder).records == cached.records
-
-
 def test_a_folder_has_a_ledger_that_warns_of_a_second_question(model, tmp_path):
   folder = tmp_path / "runs" / "cache"
   for _ in range(2):
@@ -79,7 +68,7 @@ def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypa
     model.calibrate([text + " " * i for text in TEXTS[:20] for i in range(5)], tolerance=0.1)
   with pytest.raises(ValueError, match=r"references .*24 without"):
     model.calibrate(TEXTS, tolerance=0.9, consistency="risk")
-  with pytest.raises(ValueError, match="`consistency` to be one of"):
+  with pytest.raises(ValueError, match="`consistency` to be 'textual' or"):
     model.calibrate(TEXTS, tolerance=0.9, consistency="textul")
   with pytest.raises(TypeError, match="put it in a list"):
     model.calibrate("one text", tolerance=0.9)
@@ -330,3 +319,43 @@ def test_a_threshold_that_is_not_faster_warns_wherever_it_is_served(model, direc
     inference.load(directory, calibration=tmp_path / "calibration.json")
   faster = dataclasses.replace(pair, early=0.5, speedup=2.0)
   model.under(timing.note(made, timing.Seconds(faster)))  # warns of nothing
+
+
+FAST = timing.Pair(1, 8, full=4.0, early=2.0, speedup=2.0, end_to_end=1.5)
+SLOW = dataclasses.replace(FAST, batch_size=8, early=5.0, speedup=0.8)
+
+
+def calibrated(losses=0.0):
+  table = np.full((100, 2), losses)
+  return calibrate.calibrate(table, [0.9, 0.5], tolerance=0.1, error_rate=0.05)
+
+
+@pytest.mark.parametrize(
+  ("measured", "words"),
+  [
+    (timing.Seconds(FAST), ""),
+    (timing.Seconds(FAST, dataclasses.replace(FAST, batch_size=8)), ""),
+    (timing.Seconds(FAST, SLOW), "x0.80 in batches of 8"),
+    (timing.Seconds(dataclasses.replace(FAST, speedup=1.0), SLOW), "x1.00 one at a time and"),
+  ],
+)
+def test_what_was_measured_is_kept_in_the_file_and_told(measured, words, tmp_path):
+  timing.note(calibrated(), measured).save(tmp_path / "calibration.json")
+  read = calibrate.Calibration.load(tmp_path / "calibration.json")
+  assert timing.noted(read) == measured and read.threshold == 0.5
+  told = timing.warning(read)
+  assert words in told and bool(told) == bool(words)
+
+
+def test_nothing_is_said_where_nothing_was_measured_or_certified():
+  assert timing.noted(calibrated()) is None and timing.warning(calibrated()) == ""
+  assert timing.note(calibrated(), None) == calibrated()
+  assert timing.warning(timing.note(calibrated(1.0), timing.Seconds(SLOW))) == ""
+  # A note of that name that somebody else wrote.
+  for note in (
+    {"single": {"speedup": 0.5}, "batched": None},
+    "slow",
+    {"single": dict.fromkeys(vars(FAST), "x"), "batched": None},
+  ):
+    provenance = dataclasses.replace(calibrated().provenance, notes={"seconds": note})
+    assert timing.noted(dataclasses.replace(calibrated(), provenance=provenance)) is None

@@ -12,7 +12,8 @@ import pytest
 
 from calm import calibrate, checkpoints, exits, inference
 from calm.data import vocabulary
-from calm.decode import compiled, engines, staged
+from calm.decode import compiled
+from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
 from calm.t5 import network, parameters
@@ -63,15 +64,11 @@ def rows(outputs):
   return [(output.tokens, output.exit_layers) for output in outputs]
 
 
-def test_outputs_come_in_the_order_of_the_prompts_whatever_the_engine(model, generated):
+def test_outputs_come_in_the_order_of_the_prompts(model, generated):
   backwards = model.generate(TEXTS[::-1], threshold=0.6)
   assert rows(backwards)[::-1] == rows(generated)
   assert len(set(rows(generated))) > 3
   assert model.generate([], threshold=0.6).texts == []
-  other = model.with_options(engine=engines.Eager())
-  assert other.program().engine == engines.Eager() and model.program().engine is None
-  assert rows(other.generate(TEXTS, threshold=0.6)) == rows(generated)
-  assert other.procedure == model.procedure
 
 
 MAPS = dict(exit_translators=(1, 2), exit_propagation=(1, 2), exit_propagation_rank=4)
@@ -166,7 +163,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model, tmp_pat
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
   assert fields == {
     *(name for name, _ in CHANGES),
-    *("batch_size", "num_devices", "engine", "shortlist", "grid", "num_drafts"),
+    *("batch_size", "num_devices", "shortlist", "grid", "num_drafts"),
   }
   for name, value in CHANGES:
     other = model.with_options(**{name: value})
@@ -339,20 +336,20 @@ def test_who_calls_is_told_how_far_a_list_is(model):
 
 def test_a_long_limit_is_reached_in_stages_and_changes_no_text(directory, monkeypatch):
   long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
-  monkeypatch.setattr(staged, "FIRST", 5)
-  assert staged.lengths(40) == (5, 20, 40)
+  monkeypatch.setattr(program_lib, "FIRST", 5)
+  assert program_lib.stage_lengths(40) == (5, 20, 40)
   before = compiled.num_made("Program.begin")
   in_stages = long.generate(TEXTS, threshold=0.6)
   assert compiled.num_made("Program.begin") > before
   assert max(len(output.tokens) for output in in_stages) > 5
-  monkeypatch.setattr(staged, "FIRST", 40)
+  monkeypatch.setattr(program_lib, "FIRST", 40)
   whole = long.generate(TEXTS, threshold=0.6)
   assert in_stages.texts == whole.texts
   assert [o.exit_layers for o in in_stages] == [o.exit_layers for o in whole]
 
 
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
-  monkeypatch.setattr(staged, "FIRST", 2)
+  monkeypatch.setattr(program_lib, "FIRST", 2)
   before = compiled.num_made("Program.begin"), compiled.num_made("Program.decode_packed")
   narrow = inference.load(directory, **OPTIONS, dtype="bfloat16")
   narrow.generate(TEXTS[:1], threshold=0.6)

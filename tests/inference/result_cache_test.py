@@ -6,11 +6,8 @@ import math
 
 import pytest
 
-pytest.importorskip("jax", reason="needs the extra 'decode'")
-
 from calm.calibrate import Prompt, Record
 from calm.inference import result_cache, timing
-from tests.paper import samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,27 +30,21 @@ def outer(value: float = 0.5) -> Outer:
 
 
 RECORD = Record("p", "text", (5, 1), (2, 4), (0.5, 0.25), (0.0, 0.125), -1.5)
-RESULTS = {
-  "nested": (Outer, outer()),
-  "none": (Outer, Outer(None, (2, 1.0), {}, False)),
-  "nan": (Outer, outer(math.nan)),
-  "records": (tuple[Record, ...], (RECORD, RECORD)),
-  "seconds": (timing.Seconds, timing.Seconds(timing.Pair(1, 2, 2.0, 1.0, 2.0, 1.5))),
-  **{
-    name: (type(value), value)
-    for name in samples.RESULTS
-    if dataclasses.is_dataclass(value := getattr(samples.report(), name))
-  },
-}
+RESULTS = (
+  (Outer, outer()),
+  (Outer, Outer(None, (2, 1.0), {}, False)),
+  (Outer, outer(math.nan)),
+  (tuple[Record, ...], (RECORD, RECORD)),
+  (timing.Seconds, timing.Seconds(timing.Pair(1, 2, 2.0, 1.0, 2.0, 1.5))),
+)
 
 
-@pytest.mark.parametrize("name", RESULTS)
-def test_a_result_reads_back(name):
-  kind, value = RESULTS[name]
-  stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))
-  back = result_cache.from_json(kind, stored)
-  assert type(back) is type(value) and result_cache.to_json(back) == stored
-  assert repr(back) == repr(value)
+def test_a_result_reads_back():
+  for kind, value in RESULTS:
+    stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))
+    back = result_cache.from_json(kind, stored)
+    assert type(back) is type(value) and result_cache.to_json(back) == stored
+    assert repr(back) == repr(value)
 
 
 def test_what_is_no_result_is_refused():

@@ -23,11 +23,11 @@ from tests import engine, toys
 
 CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 ENGINES = {
-  "static": (exits.StaticExit(), engines.Eager()),
-  "eager": (CLASSIFIER, engines.Eager()),
-  "deferred": (CLASSIFIER, engines.Deferred(8)),
-  "compacted by row": (CLASSIFIER, engines.Compacted(buckets=(2, 4))),
-  "compacted": (CLASSIFIER, engines.Compacted(buckets=(5,))),
+  "static": (exits.StaticExit(), engines.Eager),
+  "eager": (CLASSIFIER, engines.Eager),
+  "deferred": (CLASSIFIER, engine.sized(engines.Deferred, chunk_rows=8)),
+  "compacted by row": (CLASSIFIER, engine.sized(engines.Compacted, buckets=(2, 4))),
+  "compacted": (CLASSIFIER, engine.sized(engines.Compacted, buckets=(5,))),
   "drafts": (exits.Speculative(1, 3, "full"), None),
 }
 

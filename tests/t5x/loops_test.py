@@ -21,10 +21,10 @@ RULE = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
 LEARNED = exits.DynamicExits(confidence.State(), engine.DECAYING, (1, 3), propagation.Learned())
 # Name -> how steps run, and the rule.
 ENGINES = {
-  "eager": (engines.Eager(), RULE),
-  "deferred": (engines.Deferred(), RULE),
-  "compacted": (engines.Compacted(buckets=(2,)), RULE),
-  "learned": (engines.Deferred(), LEARNED),
+  "eager": (engines.Eager, RULE),
+  "deferred": (engines.Deferred, RULE),
+  "compacted": (engine.sized(engines.Compacted, buckets=(2,)), RULE),
+  "learned": (engines.Deferred, LEARNED),
   "row_by_row": (None, LEARNED),
 }
 EOS = 1
@@ -100,7 +100,7 @@ def caches_after(rule, tokens, forced) -> list[np.ndarray]:
   """Keys and values after every position of `tokens` was fed, forced or free."""
   toy, prefix = engine.toy(), jnp.asarray(tokens * forced, jnp.int32)
   rows = loops.make_rows(engine.encode(toy), prefix, 0.0)
-  loop = loops.Loop(toy.config, rule, toy.weights.decoder, rows, EOS, engines.Eager())
+  loop = loops.Loop(toy.config, rule, toy.weights.decoder, rows, EOS, engines.Eager)
   step, cache = setup.compiled(loop), loop.empty_cache(len(tokens))
   for i in range(engine.LENGTH - 1):
     current = jnp.asarray(tokens[:, i : i + 1], jnp.int32)

@@ -8,26 +8,27 @@ from typing import Any
 
 import jax
 
-from calm import arguments, exits
+from calm import exits
 from calm.decode.engines import deferred
 from calm.decode.engines.compacted import Compacted
 from calm.decode.engines.deferred import Deferred
-from calm.decode.engines.engine import Bound, Eager, Engine, Task, grown
+from calm.decode.engines.engine import Eager, Task, grown
 
 __all__ = [
   "ENGINES",
   "MANY_ROWS",
-  "Bound",
   "Compacted",
   "Deferred",
   "Eager",
   "Engine",
   "Task",
   "bind",
-  "by_name",
   "default_engine",
   "grown",
 ]
+
+# A class of engines, of which an instance runs one task: `Eager`, or a subclass.
+Engine = type[Eager]
 
 # From so many rows on, the layers that they save by leaving pay for moving those that stay.
 MANY_ROWS = 8
@@ -46,29 +47,17 @@ MANY_ROWS = 8
 # `Eager` projects keys and values for the layers that are skipped, a seventh of a layer each;
 # `Deferred` does so when one is needed. `Compacted` lays matrices out anew at every token.
 _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
-  "cpu": ((1, Deferred()), (MANY_ROWS, Compacted())),
-  "tpu": ((1, Deferred()),),
+  "cpu": ((1, Deferred), (MANY_ROWS, Compacted)),
+  "tpu": ((1, Deferred),),
 }
 
 
-# Names on the command line; all engines decode the same.
+# Names of options; all engines decode the same.
 ENGINES: Mapping[str, Engine] = {
-  "eager": Eager(),
-  "deferred": Deferred(),
-  "compacted": Compacted(),
+  "eager": Eager,
+  "deferred": Deferred,
+  "compacted": Compacted,
 }
-
-
-@arguments.checked()
-def by_name(name: str) -> Engine:
-  """The engine of a name.
-
-  Raises:
-    ValueError: there is none of that name.
-  """
-  if name not in ENGINES:
-    raise ValueError(f"Expected `engine` to be one of {sorted(ENGINES)}, got {name!r}.")
-  return ENGINES[name]
 
 
 def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
@@ -82,11 +71,11 @@ def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> 
       treated like a CPU.
   """
   if not deferred.can_defer(rule) or not isinstance(rows, int):
-    return Eager()
+    return Eager
   known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
   return [engine for least, engine in known if least <= max(rows, 1)][-1]
 
 
-def bind(task: Task, engine: Engine | None = None) -> Bound:
+def bind(task: Task, engine: Engine | None = None) -> Eager:
   """An engine at work on a task; None takes `default_engine` for its rule and rows."""
   return (engine or default_engine(task.rule, task.batch_size))(task)

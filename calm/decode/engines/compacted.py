@@ -7,7 +7,7 @@ What a row gets does not depend on its bucket.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,38 +24,6 @@ from calm.t5 import platforms
 
 # Buckets of at most this part of the batch attend row by row; others in all of its rows.
 PART_BY_ROW = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Compacted:
-  """Layers run on the rows that need them. For `exits.DynamicExits` and several rows.
-
-  Attributes:
-    ratio: each bucket is the next larger one by this, from half the batch down to two rows: 4
-      makes 4 and 16 of 32. Every bucket is one more program a layer: more fit better, fewer
-      compile faster.
-    buckets: numbers of rows that a layer is compiled for, in place of what `ratio` says.
-  """
-
-  ratio: int = 4
-  buckets: tuple[int, ...] | None = None
-
-  def __post_init__(self):
-    if self.ratio < 2:
-      raise ValueError(f"Expected `ratio` of at least 2, got {self.ratio}.")
-
-  def __call__(self, task: engine.Task) -> engine.Bound:
-    base = deferred.parts(task, deferred.CHUNK_ROWS)
-    return _BoundCompacted(*base, self.sizes(task.batch_size))
-
-  def sizes(self, batch_size: int) -> tuple[int, ...]:
-    """0, the buckets that are smaller than the batch, and the batch."""
-    buckets = self.buckets
-    if buckets is None:
-      halves = (batch_size // 2 // self.ratio**i for i in range(batch_size.bit_length()))
-      # A product of one row takes the time of two.
-      buckets = tuple(size for size in halves if size > 1)
-    return (0, *sorted({size for size in buckets if 0 < size < batch_size}), batch_size)
 
 
 @struct.dataclass
@@ -159,9 +127,24 @@ class _ByRow:
     return dataclasses.replace(whole, cache=cache, cross=cross, cross_bias=bias, past_bias=past)
 
 
-@dataclasses.dataclass(frozen=True)
-class _BoundCompacted(deferred.BoundDeferred):
-  sizes: tuple[int, ...]
+class Compacted(deferred.Deferred):
+  """Layers run on the rows that need them. For `exits.DynamicExits` and several rows."""
+
+  # Each bucket is the next larger one by this, from half the batch down to two rows: 4 makes 4
+  # and 16 of 32. Every one is a program more a layer: more fit better, fewer compile faster.
+  ratio: ClassVar[int] = 4
+  # Numbers of rows that a layer is compiled for, in place of what `ratio` says.
+  buckets: ClassVar[tuple[int, ...] | None] = None
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    """0, the buckets that are smaller than the batch, and the batch."""
+    rows, buckets = self.task.batch_size, self.buckets
+    if buckets is None:
+      halves = (rows // 2 // self.ratio**i for i in range(rows.bit_length()))
+      # A product of one row takes the time of two.
+      buckets = tuple(size for size in halves if size > 1)
+    return (0, *sorted({size for size in buckets if 0 < size < rows}), rows)
 
   def take_step(self, current, position, active, cache: deferred.DeferredCache):
     task, decoder = self.task, self.decoder(position)
@@ -267,7 +250,7 @@ def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkSt
     row = layers.project(1, hidden)
     memory = walk.propagation.remember(None, 1, hidden, row, state.done, layers)
     read = layers.read(1, hidden)
-    logits = layers.logits(read) if walk.heads_inside else None
+    logits = layers.logits(read) if walk.measure.uses_head else None
     return logits, memory, read if walk.carries_read else None
 
   shapes = jax.eval_shape(made, state.hidden)

@@ -10,9 +10,8 @@ Each layer is a loop of at most one turn over its own cache: unlike the branches
 conditional, a loop's body may update a buffer in place.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from calm import exits
 from calm.decode import loop
 from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
-from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import platforms
@@ -46,58 +44,30 @@ class DeferredCache:
   states: jax.Array
 
 
-CHUNK_ROWS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Deferred:
-  """Skipped layers are filled when a token first needs them. For `exits.DynamicExits`.
-
-  Attributes:
-    chunk_rows: states (rows times positions) that are projected in one product, about, where
-      more than one position is pending. A bound on work, not on what is pending.
-  """
-
-  chunk_rows: int = CHUNK_ROWS
-
-  def __call__(self, task: engine_lib.Task) -> "BoundDeferred":
-    return BoundDeferred(*parts(task, self.chunk_rows))
-
-
-def parts(
-  task: engine_lib.Task, chunk_rows: int
-) -> tuple[engine_lib.Task, attention_lib.BiasTable, tuple[int, ...]]:
-  """What a `BoundDeferred` of a task consists of.
-
-  Raises:
-    ValueError: the rule has no exits, or its propagation projects no state.
-  """
-  if not can_defer(task.rule):
-    raise ValueError(
-      "Expected `exits.DynamicExits` with a propagation that projects a state for an engine"
-      f" that defers, got {task.rule}; use `engines.Eager`."
-    )
-  small = min(platforms.least_positions(task.batch_size), task.length)
-  # Eight rows cost about what two do: a product that small takes the time to read its matrix.
-  large = max(min(chunk_rows // task.batch_size, 8, task.length), small)
-  return task, engine_lib.bias_table(task), tuple(sorted({large, small}, reverse=True))
-
-
 def can_defer(rule: exits.Rule) -> bool:
   """Whether skipped layers project a state, which can wait."""
   return isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
 
 
-@dataclasses.dataclass(frozen=True)
-class BoundDeferred(engine_lib.Bound):
-  """Deferred filling at work; `chunks` are positions projected in one product, descending."""
+class Deferred(engine_lib.Eager):
+  """Skipped layers are filled when a token first needs them. For `exits.DynamicExits`."""
 
-  chunks: tuple[int, ...]
+  # States (rows times positions) that are projected in one product, about, where more than one
+  # position is pending. A bound on work, not on what is pending.
+  chunk_rows: ClassVar[int] = 32
 
-  @property
-  def rule(self) -> exits.DynamicExits:
-    assert isinstance(self.task.rule, exits.DynamicExits)
-    return self.task.rule
+  def __init__(self, task: engine_lib.Task):
+    if not can_defer(task.rule):
+      raise ValueError(
+        "Expected `exits.DynamicExits` with a propagation that projects a state for an engine"
+        f" that defers, got {task.rule}; use `engines.Eager`."
+      )
+    super().__init__(task)
+    self.rule: Any = task.rule
+    small = min(platforms.least_positions(task.batch_size), task.length)
+    # Eight rows cost about what two do: a product that small takes the time to read its matrix.
+    large = max(min(self.chunk_rows // task.batch_size, 8, task.length), small)
+    self.chunks = tuple(sorted({large, small}, reverse=True))  # positions of one product
 
   @property
   def empty(self) -> DeferredCache:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +63,12 @@ class Task:
     return caches_lib.empty_caches(self.config, self.batch_size, self.length, depth)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bound:
-  """An engine at work: the loop's step, and what the loop carries. This one is `Eager`."""
+class Eager:
+  """The plain engine, and the one for any rule: skipped layers are filled at every token."""
 
-  task: Task  # what is decoded
-  table: attention_lib.BiasTable  # biases by position
+  def __init__(self, task: Task):
+    self.task = task
+    self.table = attention_lib.bias_table(task.weights, task.config, task.length)
 
   @property
   def empty(self) -> Any:
@@ -102,13 +102,6 @@ class Bound:
     return decoder_lib.DecoderStep(
       task.weights, task.config, task.encoded, bias, self.table.current, task.native
     )
-
-
-@runtime_checkable
-class Engine(Protocol):
-  """`Eager`, `Deferred`, `Compacted` or another."""
-
-  def __call__(self, task: Task) -> Bound: ...
 
 
 def grown(caches: tuple[caches_lib.Cache, ...], length: int) -> tuple[caches_lib.Cache, ...]:
@@ -148,15 +141,3 @@ def after_each(
   if not platforms.wakes_threads():
     return [end] * len(rows)
   return [*(after(position, row.key) for row in rows[1:]), end]
-
-
-def bias_table(task: Task) -> attention_lib.BiasTable:
-  return attention_lib.bias_table(task.weights, task.config, task.length)
-
-
-@dataclasses.dataclass(frozen=True)
-class Eager:
-  """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
-
-  def __call__(self, task: Task) -> Bound:
-    return Bound(task, bias_table(task))
