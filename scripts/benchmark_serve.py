@@ -142,8 +142,9 @@ def device(options: argparse.Namespace) -> serve.Device:
     random = models.load("small", "float32", 512)
     model = inference.Predictor(random.config, random.params, Numbers(), decoding)
   else:
-    given = {"calibration": options.calibration if early else None}
-    model = inference.load(options.model, **given, head_dtype=options.head_dtype)
+    calibration = options.calibration if early else None
+    head: Any = {"head_dtype": options.head_dtype}
+    model = inference.load(options.model, calibration=calibration, **head)
   others: dict[str, Callable[[], Decode]] = {
     "no model": lambda: lambda rows, limit, first: [[model.eos_id]] * len(rows),
     "CTranslate2 int8": lambda: ctranslate2(model, "int8"),
@@ -154,8 +155,10 @@ def device(options: argparse.Namespace) -> serve.Device:
     return PeerDevice(model, others[name](), most_waiting=10_000)
   if name == "calm, exact":
     model = dataclasses.replace(model, exact=inference.exact_rule(model))
-  level = model.threshold if options.threshold is None else options.threshold
-  return serve.Device(model, level if early else NEVER_EXIT, most_waiting=10_000)
+  level = options.threshold if options.threshold is not None else model.threshold
+  if not early or level is None:
+    level = NEVER_EXIT
+  return serve.Device(model, level, most_waiting=10_000)
 
 
 def serve_one(options: argparse.Namespace) -> None:
@@ -270,7 +273,8 @@ def row(name: str, arrivals: str, rounds: list[tuple[float, float, list[Answer]]
   answers = [answer for _, _, found in rounds for answer in found]
   first, seconds = 1e3 * np.array([answer[:2] for answer in answers]).T
   layers = [json.loads(answer[2])["calm"]["layers"] for answer in answers]
-  spent, cpu = (sum(part[i] for part in rounds) / len(answers) for i in (0, 1))
+  spent = sum(part[0] for part in rounds) / len(answers)
+  cpu = sum(part[1] for part in rounds) / len(answers)
   percentiles = np.percentile(seconds, (50, 99)).tolist()
   median = float(np.median(first)) if first.any() else None
   return [name, arrivals, float(np.mean(layers)), 1 / spent, *percentiles, median, 1e3 * cpu]
@@ -293,7 +297,7 @@ def requests(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   add = parser.add_argument
   add("--model", default="packed", help="'packed', 'small' (random weights) or a folder")
   add("--calibration", help="of 'calm, calibrated'; a folder of `calm fit` has its own")

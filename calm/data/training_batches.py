@@ -75,7 +75,7 @@ class Supervised:
     """Index of the first bucket that holds each example; of the last where none does."""
     lengths = np.stack([self.inputs.lengths, self.targets.lengths], axis=1)
     sizes = np.array([dataclasses.astuple(bucket) for bucket in self.buckets])
-    fits = (lengths[:, None] <= sizes).all(axis=2)
+    fits = np.all(lengths[:, None] <= sizes, axis=2)
     fits[:, -1] = True
     return np.argmax(fits, axis=1).astype(np.int64)
 

@@ -57,6 +57,7 @@ class _Vocabulary:
 
   pad_id: Any = 0
   eos_id: Any
+  unk_id: Any
   vocab_size: Any
   extra_ids: Any
   _encode: Any  # (text) -> ids
@@ -268,9 +269,13 @@ class TokenizerVocabulary(_Vocabulary):
     }
 
   @functools.cached_property
+  def _size(self) -> int:
+    return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+  @property
   def vocab_size(self) -> int:
     """Ids, added tokens included."""
-    return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+    return self._size
 
   @property
   def extra_ids(self) -> int:

@@ -261,13 +261,13 @@ class Program:
     return fetch(state.generation)
 
   def regenerate(
-    self, weights, encoded, state: loop.DecodingState | None, active, threshold, resume_at
+    self, weights, encoded, reached: loop.DecodingState | None, active, threshold, resume_at
   ) -> loop.DecodingState:
-    """As `resume`, in the stage that `state` (None: nothing yet) has reached and those that
-    rows need."""
-    state = self.stages[0].nothing_yet(len(active)) if state is None else state
-    reached = caches.length(state.cache)
-    for stage in (stage for stage in self.stages if stage.length >= reached):
+    """As `resume`, in the stage that `reached` (None: nothing yet) is in and those that rows
+    need."""
+    state = self.stages[0].nothing_yet(len(active)) if reached is None else reached
+    length = caches.length(state.cache)
+    for stage in (stage for stage in self.stages if stage.length >= length):
       if stage.length > caches.length(state.cache):
         state = dataclasses.replace(state, cache=engines.grown(state.cache, stage.length))
       state = stage.resume(weights, encoded, state, active, threshold, resume_at)

@@ -515,7 +515,8 @@ class Speculation:
       best = greedy(
         decoder.shortlist_logits(read) if short == "shortlist" else decoder.logits(read)
       )
-    token = weights.shortlist_ids[best.token] if short == "shortlist" else best.token
+    ids = weights.shortlist_ids if short == "shortlist" else None
+    token = best.token if ids is None else ids[best.token]
     return token, jnp.exp(best.log_probability)
 
   # ---- The end of a pass

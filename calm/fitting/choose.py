@@ -295,7 +295,7 @@ def simulate(
   propagated: the mean over texts of the share of tokens from the first changed one on, times
   `_CHANGED`."""
   layers = np.array([*candidate.exit_layers, reading.agrees.shape[1]])
-  sure = reading.of(candidate, layers)
+  sure = reading.of(candidate, layers.tolist())
   sure[:, -1] = np.inf
   levels = thresholds[:, None]
   if candidate.temperature is not None:

@@ -304,7 +304,7 @@ def look(
   reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)
   told = part(progress, 0.6, 0.8)
   full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
-  levels, columns = (), [full]
+  levels, columns = (), (full,)
   if promised:
     levels, model = tuple(certified.default_grid(predictor.options)), grid.in_bulk(predictor)
     told, folder = part(progress, 0.8, 1.0), fit.work / "last"

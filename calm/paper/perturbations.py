@@ -99,6 +99,14 @@ def _perturb(of: bench.Bench, prompts, full: Sequence[Record]) -> scores.Curves:
   points = []
   for (kind, position), made in records.items():
     rows = sorted(made)
-    of_rows = [[each[row] for row in rows] for each in (made, full, prompts)]
-    points.append(scores.point(kind, *of_rows, of.settings.metric, float(position)))
+    points.append(
+      scores.point(
+        kind,
+        [made[row] for row in rows],
+        [full[row] for row in rows],
+        [prompts[row] for row in rows],
+        of.settings.metric,
+        float(position),
+      )
+    )
   return scores.Curves(len(prompts), tuple(points))

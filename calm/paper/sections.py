@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from calm.inference.panel import number, threshold
 from calm.paper import experiments, figures, findings, perturbations, scores
@@ -10,6 +11,7 @@ from calm.paper.figures import INK, Figure, Series
 from calm.paper.page import Column, Section, Table, interval, percent, tabulate, times
 
 Tasks = Sequence[Task]
+Kind = TypeVar("Kind")
 _MEAN_LAYERS = "mean decoder layers a token"
 
 
@@ -19,10 +21,14 @@ def sections(tasks: Tasks, names: Sequence[str] = ()) -> list[Section]:
   for name in names or SECTIONS:
     title, text, make = SECTIONS[name]
     drawn = list(make(tasks))
-    parts = [[p for p in drawn if isinstance(p, kind)] for kind in (Figure, Table, Task)]
     if drawn:
+      parts = _only(drawn, Figure), _only(drawn, Table), _only(drawn, Task)
       found.append(Section(name, title, text, *parts))
   return found
+
+
+def _only(parts: Sequence[Any], kind: type[Kind]) -> list[Kind]:
+  return [part for part in parts if isinstance(part, kind)]
 
 
 def _table(task: Task, name: str, title: str, columns, entries, **options) -> Table:

@@ -27,20 +27,28 @@ class TaskSettings:
 
 
 TASKS: Mapping[str, TaskSettings] = {
-  name: TaskSettings(name, title, datasets.DEBIAN[name].prefix, *lengths, *scores)
-  for name, title, lengths, scores in (
+  name: TaskSettings(name, title, datasets.DEBIAN[name].prefix, *lengths, *scores, bleu)
+  for name, title, lengths, scores, bleu in (
     (
       "debian_synopsis",
       "summaries",
       (256, 24),
       ("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)"),
+      False,
     ),
-    ("debian_qa", "questions", (256, 24), ("token_f1", "token F1", "SQuAD", "5 (1 - 13)")),
+    (
+      "debian_qa",
+      "questions",
+      (256, 24),
+      ("token_f1", "token F1", "SQuAD", "5 (1 - 13)"),
+      False,
+    ),
     (
       "debian_enfr",
       "translation",
       (96, 96),
-      ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True),
+      ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)"),
+      True,
     ),
   )
 }

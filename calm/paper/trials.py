@@ -75,13 +75,25 @@ def repeat(
     pairs = list(zip(columns, orders[:, cut:], strict=True))
     risks = np.array([0.0 if c < 0 else values[rows, c].mean() for c, rows in pairs])
     depths = np.array([depth(c, rows) for c, rows in pairs])
-    means = (risks.mean(), risks.std(), depths.mean(), depths.std())
     certified = sum(column >= 0 for column in columns) / splits
     column = of_draws[:, place]
     broken = int(np.sum((column >= 0) & (true_risk[column] > tolerance)))
     low, high = stats.binomtest(broken, draws).proportion_ci(0.95)
-    split = (float(tolerance), *map(float, means), certified)
-    found.append(Trial(measure, method, *split, draws, broken, (float(low), float(high))))
+    found.append(
+      Trial(
+        measure,
+        method,
+        float(tolerance),
+        float(risks.mean()),
+        float(risks.std()),
+        float(depths.mean()),
+        float(depths.std()),
+        certified,
+        draws,
+        broken,
+        (float(low), float(high)),
+      )
+    )
   return tuple(found)
 
 
