@@ -66,6 +66,10 @@ greedy_decode = loops.greedy_decode
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   """T5X's encoder-decoder model with an exit at every decoder layer."""
 
+  # Of a model that is built without this constructor, as T5X's own tests do.
+  scanned: Any = None  # T5X's module, where its layers are stacked
+  whole_decoder: bool = False
+
   def __init__(
     self,
     *args: Any,
@@ -129,7 +133,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     config = stored.config_of(module, parts, exit_maps)
     theirs["module"] = network.Transformer(config)
     super().__init__(**theirs)
-    # T5X's module, where its layers are stacked.
     self.scanned = module if hasattr(module.config, "scan_layers") else None
     self.rule = rule
     self.threshold = threshold
@@ -494,10 +497,7 @@ class Evaluator(seqio.Evaluator):
 
 
 class Partitioner(t5x_partitioning.PjitPartitioner):
-  """T5X's partitioner, which names the meshes that a model fits.
-
-  What gin binds for T5X's class holds.
-  """
+  """T5X's partitioner as gin binds it; it names the meshes that models fit."""
 
   def __init__(self, *args: Any, **kwargs: Any):
     base = t5x_partitioning.PjitPartitioner
