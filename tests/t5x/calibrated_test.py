@@ -35,14 +35,9 @@ def box():
 def files(box, tmp_path_factory):
   """The model in the box as a T5X checkpoint, another one, and a calibration of the first."""
   folder = tmp_path_factory.mktemp("calibrated")
-  found = {
-    "checkpoint": models.save_t5x_checkpoint(box.params, box.config, str(folder / "box"))
-  }
-  other = {
-    **box.params,
-    "token_embedder": jax.tree.map(lambda x: x + 1, box.params["token_embedder"]),
-  }
-  found["other"] = models.save_t5x_checkpoint(other, box.config, str(folder / "other"))
+  embedder = jax.tree.map(lambda x: x + 1, box.params["token_embedder"])
+  params = {"checkpoint": box.params, "other": {**box.params, "token_embedder": embedder}}
+  save = lambda name: models.save_t5x_checkpoint(params[name], box.config, str(folder / name))
   options = {"max_input_length": 96, "max_decode_length": 24, "task_prefix": PREFIX}
   model = inference.load("packed", measure="softmax", exit_layers=(2, 4), **options)
   losses = np.random.default_rng(0).random((200, 2)) * [0.1, 1.0]
@@ -52,10 +47,8 @@ def files(box, tmp_path_factory):
   )
   made.save(folder / "calibration.json")
   dataclasses.replace(made, procedure=None).save(folder / "elsewhere.json")
-  return {
-    **found,
-    **{name: str(folder / f"{name}.json") for name in ("calibration", "elsewhere")},
-  }
+  written = {name: str(folder / f"{name}.json") for name in ("calibration", "elsewhere")}
+  return written | {name: save(name) for name in params}
 
 
 def model_of(box, files, path="calibration", checkpoint="checkpoint", prefix=PREFIX, **changes):

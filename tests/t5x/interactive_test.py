@@ -12,12 +12,12 @@ from calm import checkpoints, exits, inference
 from calm.exits import confidence
 from calm.t5 import network
 from calm.t5x import stored
-from tests.t5x import claims_test, setup
+from tests.t5x import setup
 
 models = setup.import_models()
 pytestmark = setup.MARKS
 collect_orphans = setup.collect_orphans
-random_generator = claims_test.random_generator
+random_generator = setup.random_generator
 
 LENGTHS = {"inputs": 96, "targets": 24}
 THRESHOLD = 0.8

@@ -11,7 +11,6 @@ import pytest
 
 from calm import checkpoints
 from calm.t5 import parameters
-from calm.training import objectives
 from tests import engine
 from tests.t5x import configs_test, setup
 
@@ -66,7 +65,7 @@ def trained(model, state, steps: int) -> Any:
   def one(state, key):
     return trainer.train_with_lr(state, batch, jnp.float32(0.01), key, model, None)[0]
 
-  step = jax.jit(one, compiler_options={"xla_backend_optimization_level": 0})
+  step = setup.compiled(one)
   for i in range(steps):
     state = step(state, jax.random.PRNGKey(i))
   return state
@@ -117,31 +116,21 @@ def started(
   sizes = engine.toy(**TOY).config
   names = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "dropout_rate")
   names += ("num_encoder_layers", "num_decoder_layers", "mlp_activations")
+  words = "seqio.PassThroughVocabulary"
   given = {f"network.T5Config.{name}": repr(getattr(sizes, name)) for name in names}
-  given |= {
-    "network.T5Config.dtype": "'float32'",
-    "VOCABULARY": "@seqio.PassThroughVocabulary()",
-  }
-  given |= {"seqio.PassThroughVocabulary.size": "40", "seqio.PassThroughVocabulary.eos_id": "1"}
+  given |= {"network.T5Config.dtype": "'float32'", "VOCABULARY": f"@{words}()"}
+  given |= {f"{words}.size": "40", f"{words}.eos_id": "1"}
   is_infer = "infer" in files[0]
   given["CHECKPOINT_PATH" if is_infer else "INITIAL_CHECKPOINT_PATH"] = repr(path)
-  gin.parse_config(
-    "\n".join(
-      [
-        "from __gin__ import dynamic_registration",
-        "import seqio",
-        "from calm import exits",
-        "from calm.exits import confidence",
-        "from calm.t5x import models as greedy",
-        "from t5x import models",
-        "from t5x import adafactor",
-        f"from {size.rsplit('/', 2)[0].replace('/', '.')} import network",
-        f'include "{size}"',
-        *(f'include "{file}"' for file in files),
-        *(f"{name} = {value}" for name, value in (given | (lines or {})).items()),
-      ]
-    )
-  )
+  text = [
+    *("from __gin__ import dynamic_registration", "import seqio", "from calm import exits"),
+    *("from calm.exits import confidence", "from calm.t5x import models as greedy"),
+    *("from t5x import models", "from t5x import adafactor"),
+    f"from {size.rsplit('/', 2)[0].replace('/', '.')} import network",
+    *(f'include "{file}"' for file in (size, *files)),
+    *(f"{name} = {value}" for name, value in (given | (lines or {})).items()),
+  ]
+  gin.parse_config("\n".join(text))
   model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
   config = gin.get_configurable(utils.RestoreCheckpointConfig)()
   if is_infer:  # as infer.py does
@@ -208,85 +197,66 @@ def test_checkpoints_restore_as_they_are(tmp_path, files, layout):
       assert any(np.any(leaf) for leaf in kept.values())
 
 
-@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("files", [THEIRS, INFER], ids=["finetune", "infer"])
-def test_parts_that_the_checkpoint_lacks_are_named(tmp_path, files, layout):
-  path = saved(*of_t5x(), tmp_path, layout)
+def test_parts_that_the_checkpoint_lacks_are_named(tmp_path, files):
+  path = saved(*of_t5x(), tmp_path, "orbax")
   with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier/.* got none; train"):
     started(files, path, MEASURED)
   with pytest.raises(ValueError, match=r"hold decoder/exit_translators/layers_0 and .* train"):
     started((*files, READ_MAPS), path, MAPS)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("begun", [of_t5x, after_stage_one])
-def test_stage_two_moves_the_classifier_alone_bit_for_bit(tmp_path, layout, begun):
+LAYER_1 = "decoder/exit_translators/layers_0"
+TRANSLATOR = {f"{LAYER_1}/kernel", f"{LAYER_1}/bias"}
+MAP = {
+  f"decoder/exit_propagation/layers_0/{x}" for x in ("down/kernel", "down/bias", "up/kernel")
+}
+# Format, what came before, files and lines of the stage, and what the stage moves: from layer 1
+# of 2 no input is skipped that is to be predicted.
+STAGES = {
+  "two": ("legacy", of_t5x, (*THEIRS, STAGE_TWO), {}, CLASSIFIER),
+  "two_again": ("orbax", after_stage_one, (*OURS, STAGE_TWO), {}, CLASSIFIER),
+  "maps": ("orbax", of_t5x, (*THEIRS, LEARN_MAPS), MAPS, CLASSIFIER | TRANSLATOR),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_moves_its_parts_alone_stops_and_goes_on_as_if_it_had_not(tmp_path, stage):
+  """Bit for bit, of T5X's own checkpoints too; inference reads what was learned."""
+  layout, begun, files, lines, parts = STAGES[stage]
   before_model, expected = begun()
-  path = saved(before_model, expected, tmp_path, layout)
-  model, state = started((*THEIRS, STAGE_TWO), path)
-  assert isinstance(model.objective, objectives.ExitClassifier)
-  before = leaves(state.params)
-  assert before.keys() == leaves(expected.params).keys() | CLASSIFIER
-  for name, leaf in leaves(expected.params).items():
-    np.testing.assert_array_equal(before[name], leaf, err_msg=name)
+  path = saved(before_model, expected, tmp_path / "one", layout)
+  model, state = started(files, path, lines)
+  before, theirs = leaves(state.params), leaves(expected.params)
+  assert before.keys() == theirs.keys() | parts | (MAP if lines else set())
+  assert_equal_leaves({name: before[name] for name in theirs}, theirs)
   assert any(np.any(leaf) for leaf in state_leaves(expected).values())
   assert not any(np.any(leaf) for leaf in state_leaves(state).values()), "it starts fresh"
-  after = leaves(trained(model, state, 3).params)
-  moved = {name for name in before if not np.array_equal(before[name], after[name])}
-  assert moved == CLASSIFIER
-
-
-@pytest.mark.parametrize(
-  ("files", "lines"), [((*OURS, STAGE_TWO), {}), ((*THEIRS, LEARN_MAPS), MAPS)]
-)
-@pytest.mark.parametrize("layout", FORMATS)
-def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout, files, lines):
-  path = saved(*after_stage_one(), tmp_path / "one", layout)
-  model, state = started(files, path, lines)
-  middle = trained(model, state, 2)
-  whole = trained(model, middle, 2)
-  stopped = saved(model, middle, tmp_path / "two", layout)
+  middle = trained(model, state, 3)
+  after = leaves(middle.params)
+  assert {name for name in before if np.any(before[name] != after[name])} == parts
+  stopped, whole = saved(model, middle, tmp_path / "two", layout), trained(model, middle, 2)
   assert any(np.any(leaf) for leaf in state_leaves(middle).values())
   _, again = started(files, path, lines, resumes=tmp_path / "two")
-  for after, expected in ((again, middle), (trained(model, again, 2), whole)):
-    assert int(after.step) == int(expected.step)
-    assert_equal_leaves(leaves(after.params), leaves(expected.params))
-    assert_equal_leaves(state_leaves(after), state_leaves(expected))
+  for got, same in ((again, middle), (trained(model, again, 2), whole)):
+    assert int(got.step) == int(same.step)
+    assert_equal_leaves(leaves(got.params), leaves(same.params))
+    assert_equal_leaves(state_leaves(got), state_leaves(same))
   # In a MODEL_DIR of its own that starts from there, the optimizer alone starts fresh.
   _, elsewhere = started(files, stopped, lines)
-  assert int(elsewhere.step) == 4
-  assert_equal_leaves(leaves(elsewhere.params), leaves(middle.params))
+  assert int(elsewhere.step) == 5
+  assert_equal_leaves(leaves(elsewhere.params), after)
   assert not any(np.any(leaf) for leaf in state_leaves(elsewhere).values())
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-def test_exits_learn_beside_t5x_own_checkpoint_and_inference_reads_them(tmp_path, layout):
-  """The base stays bit for bit."""
-  path = saved(*of_t5x(), tmp_path / "theirs", layout)
-  model, state = started((*THEIRS, LEARN_MAPS), path, MAPS)
-  before, theirs = leaves(state.params), leaves(of_t5x()[1].params)
-  assert_equal_leaves({path: before[path] for path in theirs}, theirs)
-  learned = trained(model, state, 3)
-  after = leaves(learned.params)
-  maps = {f"exit_translators/layers_0/{name}" for name in ("kernel", "bias")}
-  maps |= {f"exit_propagation/layers_0/{name}" for name in ("down/kernel", "down/bias")}
-  up = "decoder/exit_propagation/layers_0/up/kernel"
-  assert before.keys() - theirs.keys() == {f"decoder/{x}" for x in maps} | CLASSIFIER | {up}
-  # From layer 1 of 2 no input is skipped that is to be predicted.
-  assert {name for name in before if np.any(after[name] != before[name])} == CLASSIFIER | {
-    f"decoder/exit_translators/layers_0/{name}" for name in ("kernel", "bias")
-  }
-  path = saved(model, learned, tmp_path / "maps", layout)
-  reads, read = started((*INFER, READ_MAPS), path, MAPS | MEASURED, dtype="float32")
-  assert_equal_leaves(leaves(read.params), after)
-  assert reads.rule.propagation.name == "learned" and reads.rule.allowed == (1,)
+  if lines:
+    reads, read = started((*INFER, READ_MAPS), stopped, MAPS | MEASURED, dtype="float32")
+    assert_equal_leaves(leaves(read.params), after)
+    assert reads.rule.propagation.name == "learned" and reads.rule.allowed == (1,)
 
 
 SCANNED = "t5x/examples/scalable_t5/t5_1_1/base.gin"
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path, layout):
+def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path, layout="orbax"):
   """Of T5X's scalable_t5, its tree as it is; and the same checkpoint without T5X."""
   from t5x import adafactor
   from t5x.examples.scalable_t5 import network

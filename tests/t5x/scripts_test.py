@@ -30,8 +30,9 @@ def there_and_back(tmp_path, monkeypatch):
 
   def made(checkpoint: str):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    run("to_t5x", f"--checkpoint={checkpoint}", f"--output={theirs}")
-    run("from_t5x", f"--checkpoint={theirs}", f"--like={checkpoint}", f"--output={ours}")
+    run("to_t5x", f"--checkpoint={checkpoint}", f"--output={theirs}", "--step=7")
+    step = theirs / "checkpoint_7"
+    run("from_t5x", f"--checkpoint={step}", f"--like={checkpoint}", f"--output={ours}")
     return ours
 
   return made

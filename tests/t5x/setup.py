@@ -29,6 +29,14 @@ def collect_orphans():
   gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def random_generator():
+  """T5X's parts set the generator of keys; the next test has the one before."""
+  before = jax.config.jax_default_prng_impl
+  yield
+  jax.config.update("jax_default_prng_impl", before)
+
+
 def import_models() -> Any:
   """calm.t5x.models; its import runs T5X's, which warns. Skips the module without T5X."""
   with warnings.catch_warnings():
