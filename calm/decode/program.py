@@ -84,7 +84,7 @@ def fetch(made: loop.Generation) -> loop.Generation:
   """A generation of numpy arrays."""
   # Where host and device are one, nothing is to be sent for ahead, and asking takes a core from
   # the program: a twentieth of a short text of a small model.
-  here = platforms.runs_in_this_process()
+  here = platforms.is_cpu()
   return jax.tree.map(np.asarray, made) if here else jax.device_get(made)
 
 
@@ -137,7 +137,7 @@ class Program:
     """Programs of ascending room, of which a text runs as many as it needs; on a CPU."""
     rooms = stage_lengths(self.max_decode_length)
     # Other shapes would round otherwise where states have few bits, which runs nothing native.
-    if len(rooms) == 1 or not self.native or not platforms.grows_caches():
+    if len(rooms) == 1 or not self.native or not platforms.is_cpu():
       return (self,)
     return tuple(dataclasses.replace(self, room=room) for room in rooms)
 

@@ -261,7 +261,7 @@ def plan(
   least_gain = 1.0 if batch < MANY_ROWS else MANY_ROWS_GAIN
   # For products of one row of a small layer XLA:CPU wakes a thread: good drafts brought x0.92
   # to x1.08 of full depth there.
-  if batch == 1 and platforms.wakes_threads() and kernels.is_small(matrix) and not single:
+  if batch == 1 and platforms.is_cpu() and kernels.is_small(matrix) and not single:
     least_gain = math.inf
   return Plan(tuple(costs), least_gain, rule.adapts)
 
@@ -637,10 +637,10 @@ class Speculation:
     """The likeliest token, and how far the logit of any token is above its."""
     decoder, last = self._decoder(), self.task.config.num_decoder_layers
     read = decoder.read(last, hidden)
-    if isinstance(self.task.weights.head, eight_bits.QuantizedHead):
-      best = decoder.greedy(read)
-      assert best is not None  # so says the head
-      score = lambda token: decoder.score(read, token)
+    head = self.task.weights.head
+    if isinstance(head, eight_bits.QuantizedHead):
+      best = head.greedy(read)
+      score = lambda token: head.score(read, token)
     else:
       logits = decoder.logits(read)
       best = greedy(logits)
@@ -664,15 +664,7 @@ class Speculation:
       row = decoder.project(layer, hidden)
       window = jax.tree.map(lambda x: attention_lib.by_window(x, task.batch_size), row)
       written.append(attention_lib.write_window(cache, window, positions))
-      attention = attention_lib.WindowAttention(
-        written[-1],
-        attention_lib.of_layer(biases, layer),
-        task.encoded.cross[layer - 1],
-        task.encoded.bias,
-        task.config.float32_attention_logits,
-        task.native,
-        decoder.single_threaded(hidden),
-      )
+      attention = decoder.window_attention(layer, hidden, written[-1], biases)
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(written)
 

@@ -88,7 +88,7 @@ def train_stages(fit: request.Fit) -> tuple[inference.Predictor, tuple[Trained, 
       progress=fit.listener.step(f"Train stage {name}"),
     )
     done.append(fit.cache.get(Trained, f"trained_{name}", {"initial": str(initial)}, make))
-    initial = fit.work / f"stage_{name}" / run.MODEL_FOLDER
+    initial = fit.work / f"stage_{name}" / sources.MODEL_FOLDER
     predictor = inference.load(initial, batch_size=fit.options.batch_size)
   return predictor, tuple(done)
 

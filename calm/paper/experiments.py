@@ -15,7 +15,6 @@ from calm.exits import propagation, schedules
 from calm.inference import panel, timing
 from calm.paper import bench, perturbations, scores, trials
 from calm.paper.scores import Curves
-from calm.t5 import costs
 
 FULL, STATIC, ORACLE = "full model", "static", "oracle"
 SHOWN_THRESHOLD = 0.8  # lambda of Fig. 2b
@@ -222,7 +221,7 @@ def gains(
       risk=float(unseen.mean()),
       risk_interval=scores.mean_interval(unseen, found.support.lower),
       layers=sum(map(sum, layers)) / sum(map(len, layers)),
-      flops_reduction=costs.totals(model.step_costs(padded), layers).flops_ratio,
+      flops_reduction=model.step_costs(padded).savings(layers).flops,
       speedup=timed.speedup,
       end_to_end=timed.end_to_end,
       speedup_interval=scores.speedup_interval(timings, timed),

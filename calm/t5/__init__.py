@@ -2,19 +2,4 @@
 
 from calm.t5.network import T5Config, Transformer
 
-__all__ = [
-  "T5Config",
-  "Transformer",
-  "attention",
-  "caches",
-  "costs",
-  "decoder",
-  "decoder_weights",
-  "eight_bits",
-  "kernels",
-  "layers",
-  "limits",
-  "network",
-  "parameters",
-  "platforms",
-]
+__all__ = ["T5Config", "Transformer"]

@@ -7,7 +7,7 @@ first, each row's at its own position, and read with the rest of the cache.
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +28,18 @@ UNROLLED = 8
 class BiasTable:
   """Causal self-attention biases for every position, one slice a step.
 
-  Each is a tuple of one for all layers, or of one a layer (`T5Config.relpos_per_layer`).
-
-  Attributes:
-    extended: [heads, 2 * length]; the slice of `length` that begins at `length - 1 - t` has,
-      at key j, the bias of distance t - j for j < t and the mask elsewhere.
-    current: bias of a token with itself, [heads].
-    length: positions in the caches.
+  Tuples are of one for all layers, or of one a layer (`T5Config.relpos_per_layer`).
   """
 
+  # [heads, 2 * length]; the slice of `length` that begins at `length - 1 - t` has, at key j,
+  # the bias of distance t - j for j < t and the mask elsewhere.
   extended: tuple[jax.Array, ...]
-  current: tuple[jax.Array, ...]
-  length: int
+  current: tuple[jax.Array, ...]  # of a token with itself, [heads]
+  length: int  # positions in the caches
 
   def at(self, position: jax.Array) -> tuple[jax.Array, ...]:
-    """Of the keys before `position`, [], which are in the cache while its own is not yet.
-
-    Returns:
-      [heads, length] each.
-    """
+    """Of the keys before `position`, [], which are in the cache while its own is not yet:
+    [heads, length] each."""
     first = self.length - 1 - position
     return tuple(
       lax.dynamic_slice_in_dim(extended, first, self.length, axis=1)
@@ -56,26 +49,17 @@ class BiasTable:
   def before_each(
     self, positions: Int[Array, " batch"], native: bool = False
   ) -> tuple[jax.Array, ...]:
-    """As `at`, for rows that are not in step: [batch, heads, length].
-
-    Args:
-      positions: the rows'.
-      native: see `engines.Task`.
-    """
+    """As `at`, for rows that are not in step, [batch, heads, length]; `native` as in
+    `engines.Task`."""
     first = self.length - 1 - positions
     return tuple(_slices(each, first, self.length, native) for each in self.extended)
 
   def of_windows(
     self, positions: Int[Array, " batch"], window: int, native: bool = False
   ) -> tuple[jax.Array, ...]:
-    """Causal biases of windows, their own keys among the cache's: [batch, heads, window,
-    length].
-
-    Args:
-      positions: of the first token of each window; the caches have room for a whole one.
-      window: positions.
-      native: see `engines.Task`.
-    """
+    """Causal biases of windows of so many positions, their own keys among the cache's, [batch,
+    heads, window, length]; `positions` are of the first token of each window, and the caches
+    have room for a whole one."""
     length, biases = self.length, []
     for extended, current in zip(self.extended, self.current, strict=True):
       own = np.arange(extended.shape[1]) == length - 1
@@ -117,7 +101,7 @@ def _slices(extended: jax.Array, first: jax.Array, width: int, native: bool) -> 
     return lax.dynamic_slice_in_dim(extended, first, width, axis=1)
 
   # XLA:CPU goes through a gather number by number, and copies slices.
-  if len(first) == 1 or (native and len(first) <= UNROLLED and platforms.wakes_threads()):
+  if len(first) == 1 or (native and len(first) <= UNROLLED and platforms.is_cpu()):
     return jnp.stack([of_row(each) for each in first])
   return jax.vmap(of_row)(first)
 
@@ -134,28 +118,29 @@ class Attends(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Attention:
   """What one layer's attention reads, of a batch or of some of its rows: keys and values of
-  the positions before this one and of the prompts, with their biases.
-
-  Attributes:
-    past_bias: [heads, length] or [batch, heads, length].
-    current_bias: of the current token with itself, [heads].
-    cross_bias: [batch, 1, input_length].
-    float32: whether scores are float32 whatever the activation dtype.
-  """
+  the positions before this one and of the prompts, with their biases."""
 
   cache: Cache
-  past_bias: jax.Array
-  current_bias: jax.Array
+  past_bias: jax.Array  # [heads, length] or [batch, heads, length]
+  current_bias: jax.Array  # of the current token with itself, [heads]
   cross: Cache
-  cross_bias: jax.Array
-  float32: bool
+  cross_bias: jax.Array  # [batch, 1, input_length]
+  float32: bool  # whether scores are float32 whatever the activation dtype
+  # Whether `kernels.attend` computes it, for `rows` if there are some, and as `single_threaded`
+  # says.
+  native: bool = False
+  single_threaded: bool = False
+  rows: Int[Array, " queries"] | None = None
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [batch, heads * head_dim] of the past and of the current token, `row`."""
+    by_row = lambda bias: bias if bias.ndim == 3 else bias[None]
+    if self.native:
+      now = row.key, row.value, self.current_bias
+      return self._attend(query, self.cache, by_row(self.past_bias), now)
     value, query, key_now = row.value, self._scored(query), self._scored(row.key)
     past = _scores(query, self._scored(self.cache.keys))
-    bias = self.past_bias if self.past_bias.ndim == 3 else self.past_bias[None]
-    past = past + bias.astype(past.dtype)
+    past = past + by_row(self.past_bias).astype(past.dtype)
     now = jnp.sum(query * key_now, axis=-1, keepdims=True)
     now = now + self.current_bias[None, :, None].astype(now.dtype)
     # The current token is not in the cache yet: branches of the chain only read it.
@@ -166,54 +151,19 @@ class Attention:
 
   def to_prompt(self, query: jax.Array) -> jax.Array:
     """Mixed values [batch, heads * head_dim] of the prompt."""
+    if self.native:
+      return self._attend(query, self.cross, self.cross_bias, None)
     scores = _scores(self._scored(query), self._scored(self.cross.keys))
     weights = jax.nn.softmax(scores + self.cross_bias.astype(scores.dtype))
     mixed = _mixed(weights.astype(query.dtype), self.cross.values)
     return mixed.reshape(mixed.shape[0], -1)
 
-  def _scored(self, x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if self.float32 else x
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelAttention:
-  """`Attention` by `kernels.attend`, for float32 caches on a CPU.
-
-  Attributes:
-    whole: the batch's.
-    single_threaded, rows: see there.
-  """
-
-  whole: Attention
-  single_threaded: bool = False
-  rows: Int[Array, " queries"] | None = None
-
-  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
-    """As `Attention.to_past`."""
-    bias = self.whole.past_bias
-    now = row.key, row.value, self.whole.current_bias
-    return self._attend(query, self.whole.cache, bias if bias.ndim == 3 else bias[None], now)
-
-  def to_prompt(self, query: jax.Array) -> jax.Array:
-    """As `Attention.to_prompt`."""
-    return self._attend(query, self.whole.cross, self.whole.cross_bias, None)
-
-  def _attend(self, query, cache: Cache, bias: jax.Array, now) -> jax.Array:
+  def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array, now: Any) -> jax.Array:
     keys, values, alone = cache.keys, cache.values, self.single_threaded
     return kernels.attend(self.rows, query, keys, values, bias, now, alone)
 
-
-def by_kernel(
-  whole: Attention, single_threaded: bool, rows: Int[Array, " queries"] | None = None
-) -> KernelAttention | None:
-  """The attention of a batch or of some of its rows; None where XLA has to compute it.
-
-  Args:
-    whole: the batch's.
-    single_threaded, rows: see `kernels.attend`.
-  """
-  reads = all(kernels.reads(each.keys, each.values) for each in (whole.cross, whole.cache))
-  return KernelAttention(whole, single_threaded, rows) if reads else None
+  def _scored(self, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if self.float32 else x
 
 
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
@@ -243,17 +193,12 @@ def _own_head(x: jax.Array) -> jax.Array:
 class WindowAttention:
   """What positions of a window attend to, at one layer; the window is in the cache.
 
-  Rows of queries are batch times positions, the positions of a row beside each other.
-
-  Attributes:
-    bias: [batch, heads, positions, length].
-    cross_bias, float32: as of `Attention`.
-    native: see `engines.Task`.
-    single_threaded: see `kernels.attend`.
+  Rows of queries are batch times positions, the positions of a row beside each other. Fields
+  are those of `Attention`, but for `native`: as in `engines.Task`.
   """
 
   cache: Cache
-  bias: jax.Array
+  bias: jax.Array  # [batch, heads, positions, length]
   cross: Cache
   cross_bias: jax.Array
   float32: bool
@@ -277,7 +222,7 @@ class WindowAttention:
       by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
       return kernels.attend(None, query, keys, values, by_query, None, alone)
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
-    rows = by_window(query, self.cross_bias.shape[0])
+    rows = by_window(query, batch)
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.
     queries = jnp.swapaxes(scored(rows), 2, 3)
     scores = jnp.einsum("bhld,bhdw->bhlw", scored(keys), queries).swapaxes(2, 3)
@@ -293,13 +238,8 @@ def by_window(rows: jax.Array, batch_size: int) -> jax.Array:
 
 
 def write_window(cache: Cache, window: KeyValue, positions: Int[Array, " batch"]) -> Cache:
-  """Writes every row's window at its own position, in place.
-
-  Args:
-    cache: of one layer, with room for a whole window.
-    window: keys and values, [batch, heads, window, head_dim].
-    positions: of each row's window, [batch].
-  """
+  """Writes every row's window, [batch, heads, window, head_dim], at its own position, in place;
+  the cache, of one layer, has room for a whole one."""
   keys, values = _laid(window.key, cache.keys), _laid(window.value, cache.values)
 
   def row(i, cache: Cache) -> Cache:

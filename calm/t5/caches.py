@@ -18,12 +18,9 @@ from calm.t5.eight_bits import EightBits
 class Cache:
   """Keys and values of one layer, of its self-attention or of a prompt.
 
-  With the length last, as a dot product of keys might like it, every number of a position
-  would lie in a cache line of its own, and writing one take ten times as long.
-
-  Attributes:
-    keys, values: [batch, heads, length, head_dim]; where `platforms.merged_heads`,
-      [batch, length, heads * head_dim]. Positions are the last axis but one of either.
+  Both are [batch, heads, length, head_dim]; where `platforms.merged_heads`, [batch, length,
+  heads * head_dim]. With the length last, as a dot product of keys might like it, every number
+  of a position would lie in a cache line of its own, and writing one take ten times as long.
   """
 
   keys: jax.Array
@@ -32,15 +29,10 @@ class Cache:
 
 @struct.dataclass
 class Encoded:
-  """One batch of prompts, ready to be decoded any number of times.
+  """One batch of prompts, ready to be decoded any number of times."""
 
-  Attributes:
-    cross: per decoder layer, the prompt's keys and values.
-    bias: 0 at tokens, -1e10 at padding, [batch, 1, input_length].
-  """
-
-  cross: tuple[Cache, ...]
-  bias: jax.Array
+  cross: tuple[Cache, ...]  # per decoder layer, the prompt's keys and values
+  bias: jax.Array  # 0 at tokens, -1e10 at padding, [batch, 1, input_length]
 
 
 def cross_attention_inputs(
@@ -94,10 +86,8 @@ def write_rows(
 ) -> tuple[Cache, ...]:
   """Writes one position's keys and values, one update in place a layer.
 
-  Args:
-    caches, rows: one entry a layer.
-    positions: where, one entry a layer: the same, each known once its cache may be written.
-    keeps: rows of the batch that stay as they are, [batch] bool; None: none does.
+  `positions` has one entry a layer: the same, each known once its cache may be written. Rows of
+  the batch that `keeps` names, [batch] bool, stay as they are.
   """
 
   def put(cache, row, position):

@@ -19,65 +19,37 @@ from calm.t5 import network
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What one piece of a decode step costs: floating-point operations a row, weights that are
-  read once a step whatever the number of rows, keys and values read and written a row."""
+  """Floating-point operations of one row, and bytes of weights and caches that it reads and
+  writes."""
 
   flops: float = 0.0
-  weight_bytes: float = 0.0
-  row_bytes: float = 0.0
-
-  @property
-  def bytes(self) -> float:
-    """Weights and caches of a step of one row."""
-    return self.weight_bytes + self.row_bytes
+  bytes: float = 0.0
 
   def __add__(self, other: "Cost") -> "Cost":
-    return Cost(
-      self.flops + other.flops,
-      self.weight_bytes + other.weight_bytes,
-      self.row_bytes + other.row_bytes,
-    )
+    return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
   def __mul__(self, times: float) -> "Cost":
-    return Cost(self.flops * times, self.weight_bytes * times, self.row_bytes * times)
+    return Cost(self.flops * times, self.bytes * times)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingCosts:
-  """The pieces of one decode step; see `decoding_costs`.
+  """The pieces of one decode step of one row; see `decoding_costs`."""
 
-  Attributes:
-    num_layers: decoder layers L.
-    self_attention: of one layer, over `cache_length` positions and the token itself.
-    cross_attention: of one layer, over `input_length` positions.
-    mlp: of one layer.
-    propagation: the key and value of one skipped layer, projected eagerly, and the prediction
-      of what it projects where that is learned. (Deferred propagation does the same FLOPs and
-      reads the weights once for many positions.)
-    head: one full output head.
-    translator: of the states of one layer that has one.
-    measured: of the measure, and of the code that learned propagation keeps, at every allowed
-      layer that a token reaches below the last.
-    emitted: after the exit: the head, where the measure has not computed it already.
-    allowed: layers after which a token may leave, the last excluded.
-    translated: layers that have a translator.
-  """
-
-  num_layers: int
-  self_attention: Cost
-  cross_attention: Cost
-  mlp: Cost
+  num_layers: int  # decoder layers L
+  layer: Cost  # one layer, its attention over whole caches and prompts
+  # The key and value of one skipped layer, projected eagerly, and the prediction of what it
+  # projects where that is learned. (Deferred propagation does the same FLOPs and reads the
+  # weights once for many positions.)
   propagation: Cost
-  head: Cost
+  head: Cost  # one full output head
+  # Of the measure, and of the code that learned propagation keeps, at every allowed layer that
+  # a token reaches below the last.
   measured: Cost
-  emitted: Cost
-  allowed: tuple[int, ...]
-  translator: Cost = Cost()
-  translated: tuple[int, ...] = ()
-
-  @property
-  def layer(self) -> Cost:
-    return self.self_attention + self.cross_attention + self.mlp
+  emitted: Cost  # after the exit: the head, where the measure has not computed it already
+  allowed: tuple[int, ...]  # layers after which a token may leave, the last excluded
+  translator: Cost  # of the states of one layer that has one
+  translated: tuple[int, ...]  # the layers that have one
 
   def static(self, layers: int) -> Cost:
     """One token of the model that always runs `layers` layers and one head."""
@@ -99,42 +71,22 @@ class DecodingCosts:
     skipped = self.propagation * (self.num_layers - exit_layer)
     return self.layer * exit_layer + skipped + read + last
 
+  def savings(self, exit_layers: Iterable[Sequence[int] | np.ndarray]) -> Cost:
+    """FLOPs, and bytes, at full depth over those of the exits taken, one row at a time.
 
-@dataclasses.dataclass(frozen=True)
-class Totals:
-  """Costs of generated tokens, at full depth and at the exits taken, one row at a time.
-
-  Attributes:
-    tokens: real tokens, EOS included.
-    full: all of them at full depth.
-    early: all of them at their exits.
-  """
-
-  tokens: int
-  full: Cost
-  early: Cost
-
-  def __add__(self, other: "Totals") -> "Totals":
-    return Totals(self.tokens + other.tokens, self.full + other.full, self.early + other.early)
-
-  @property
-  def flops_ratio(self) -> float:
-    """Full depth's over those of the exits taken (NaN without tokens)."""
-    return self.full.flops / self.early.flops if self.tokens else float("nan")
-
-  @property
-  def bytes_ratio(self) -> float:
-    return self.full.bytes / self.early.bytes if self.tokens else float("nan")
-
-  def __str__(self) -> str:
-    if not self.tokens:
-      return "no tokens"
-    early, full = self.early * (1 / self.tokens), self.full * (1 / self.tokens)
-    return (
-      f"{early.flops / 1e6:.2f} MFLOP a token against {full.flops / 1e6:.2f} at full depth"
-      f" (x{self.flops_ratio:.2f}), {early.bytes / 1e6:.2f} MB read and written a token, one"
-      f" row at a time, against {full.bytes / 1e6:.2f} (x{self.bytes_ratio:.2f})"
-    )
+    Args:
+      exit_layers: decoder layers run for each token, one sequence a row; 0 is padding. NaN
+        without any token.
+    """
+    rows = [np.asarray(row, int).ravel() for row in exit_layers]
+    layers = np.concatenate([np.zeros(0, int), *rows])
+    counts = np.bincount(layers[layers > 0], minlength=self.num_layers + 1)
+    full, early = self.full * int(counts.sum()), Cost()
+    for layer in np.flatnonzero(counts):
+      early += self.early(int(layer)) * int(counts[layer])
+    if not counts.sum():
+      return Cost(np.nan, np.nan)
+    return Cost(full.flops / early.flops, full.bytes / early.bytes)
 
 
 def decoding_costs(
@@ -169,8 +121,8 @@ def decoding_costs(
   heads = 4 if weights_dtype in (None, "int8") else stored
   matrix = lambda rows, columns, item=stored: Cost(2.0 * rows * columns, item * rows * columns)
   # Scores and the weighted sum are a product each, over every position.
-  attended = lambda length: Cost(4.0 * width * length, 0.0, 2.0 * width * length * size)
-  written = Cost(0.0, 0.0, 2.0 * width * size)
+  attended = lambda length: Cost(4.0 * width * length, 2.0 * width * length * size)
+  written = Cost(0.0, 2.0 * width * size)
   head = matrix(emb, num_pieces or config.vocab_size, 1 if head_dtype == "int8" else heads)
   measured, emitted = _measure_costs(rule, emb, head, matrix(emb, shortlist, heads))
   allowed = rule.allowed if isinstance(rule, exits.DynamicExits) else ()
@@ -180,11 +132,11 @@ def decoding_costs(
   if exits.mapped_layers(rule, config.num_decoder_layers, config.exit_propagation):
     measured += matrix(emb, config.exit_propagation_rank)
     propagation += matrix(config.exit_propagation_rank, emb)
+  mlp = matrix(emb, (len(config.mlp_activations) + 1) * config.mlp_dim)
+  attention = matrix(emb, 6 * width) + attended(cache_length) + attended(input_length)
   return DecodingCosts(
     num_layers=config.num_decoder_layers,
-    self_attention=matrix(emb, 4 * width) + attended(cache_length) + written,
-    cross_attention=matrix(emb, 2 * width) + attended(input_length),
-    mlp=matrix(emb, (len(config.mlp_activations) + 1) * config.mlp_dim),
+    layer=attention + written + mlp,
     propagation=propagation,
     head=head,
     measured=measured,
@@ -212,20 +164,3 @@ def _measure_costs(
   if measure.uses_shortlist:
     return shortlist + Cost(10.0 * emb, 4.0 * emb), head
   return Cost(6.0 * emb), head
-
-
-def totals(costs: DecodingCosts, exit_layers: Iterable[Sequence[int] | np.ndarray]) -> Totals:
-  """Composes a step's costs with recorded exits, one row at a time.
-
-  Args:
-    costs: from `decoding_costs`.
-    exit_layers: decoder layers run for each token, one sequence a row; 0 is padding.
-  """
-  rows = [np.asarray(row, int).ravel() for row in exit_layers]
-  layers = np.concatenate(rows) if rows else np.zeros(0, int)
-  counts = np.bincount(layers[layers > 0], minlength=costs.num_layers + 1)
-  early = Cost()
-  for layer in np.flatnonzero(counts):
-    early += costs.early(int(layer)) * int(counts[layer])
-  tokens = int(counts.sum())
-  return Totals(tokens, costs.full * tokens, early)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from calm.exits.evidence import CERTAIN, evidence
 from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
 from calm.t5 import kernels, network, platforms
-from calm.t5.attention import Attends, Attention, by_kernel, of_layer
+from calm.t5.attention import Attends, Attention, WindowAttention, of_layer
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights, Matrix
 from calm.t5.eight_bits import EightBits, QuantizedHead
@@ -26,24 +26,16 @@ from calm.t5.layers import activation_fn
 
 @dataclasses.dataclass(frozen=True)
 class DecoderStep:
-  """The decoder at one position: provides `exits.layers.Layers`.
-
-  Attributes:
-    weights: from `decoder_weights`.
-    config: the model's sizes.
-    encoded: the prompts.
-    past_bias: [heads, length] or [batch, heads, length], from `BiasTable.at`; one for all
-      layers, or one a layer.
-    current_bias: [heads], likewise.
-    native: see `engines.Task`.
-  """
+  """The decoder at one position: provides `exits.layers.Layers`."""
 
   weights: DecoderWeights
   config: network.T5Config
-  encoded: Encoded
+  encoded: Encoded  # the prompts
+  # From `BiasTable.at`, of one for all layers or of one a layer: [heads, length] or [batch,
+  # heads, length], and [heads].
   past_bias: tuple[jax.Array, ...]
   current_bias: tuple[jax.Array, ...]
-  native: bool = False
+  native: bool = False  # see `engines.Task`
 
   def layers(self, caches: Sequence[Cache]) -> Layers:
     """What exits need, with every layer's cache; an engine that brings each layer its cache
@@ -63,34 +55,48 @@ class DecoderStep:
       probe_logit=self.probe_logit,
     )
 
-  def attention(self, layer: int, cache: Cache) -> Attention:
-    """What a layer attends to, `cache` being its own."""
+  def attention(
+    self, layer: int, states: jax.Array, cache: Cache, rows: jax.Array | None = None
+  ) -> Attention:
+    """What a layer attends to for the queries of these states, `cache` being its own; `rows`
+    says of whose rows they are, where `kernels.attend` computes it."""
+    cross, past = self.encoded.cross[layer - 1], of_layer(self.past_bias, layer)
+    native = self.native and all(kernels.reads(x.keys, x.values) for x in (cross, cache))
     return Attention(
       cache,
-      of_layer(self.past_bias, layer),
+      past,
       of_layer(self.current_bias, layer),
+      cross,
+      self.encoded.bias,
+      self.config.float32_attention_logits,
+      native,
+      native and self._single_threaded(states),
+      rows,
+    )
+
+  def window_attention(
+    self, layer: int, states: jax.Array, cache: Cache, biases: tuple[jax.Array, ...]
+  ) -> WindowAttention:
+    """The same of windows, which `cache` holds; `biases` are from `BiasTable.of_windows`."""
+    return WindowAttention(
+      cache,
+      of_layer(biases, layer),
       self.encoded.cross[layer - 1],
       self.encoded.bias,
       self.config.float32_attention_logits,
+      self.native,
+      self._single_threaded(states),
     )
+
+  def _single_threaded(self, states: jax.Array) -> bool:
+    """Whether a kernel makes products of so many rows in one thread."""
+    # Where nothing is native their number may be a symbol.
+    return self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(states))
 
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
-    row, attention = self.project(layer, hidden), self.attention(layer, cache)
-    attends = self.kernel_attention(attention, hidden) or attention
-    return self.run_projected(layer, hidden, row, attends), row
-
-  def kernel_attention(
-    self, attention: Attention, states: jax.Array, rows: jax.Array | None = None
-  ) -> Attends | None:
-    """`attention.by_kernel` for the queries of these states, where that may be."""
-    if not self.native:
-      return None  # before the states are counted: their number may be a symbol
-    return by_kernel(attention, self.single_threaded(states), rows)
-
-  def single_threaded(self, states: jax.Array) -> bool:
-    """Whether a kernel makes products of so many rows in one thread."""
-    return self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(states))
+    row = self.project(layer, hidden)
+    return self.run_projected(layer, hidden, row, self.attention(layer, hidden, cache)), row
 
   def run_projected(
     self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
@@ -157,12 +163,6 @@ class DecoderStep:
     head = self.weights.head
     return head.greedy(read) if isinstance(head, QuantizedHead) else None
 
-  def score(self, read: jax.Array, token: jax.Array) -> jax.Array:
-    """The logit of one token of every row, [batch], where `greedy` knows without them."""
-    head = self.weights.head
-    assert isinstance(head, QuantizedHead)
-    return head.score(read, token)
-
   def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
     if self.weights.shortlist is None:
@@ -198,7 +198,7 @@ class DecoderStep:
     """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
     if isinstance(matrix, EightBits):
       return matrix.product(x)
-    made = kernels.product(x, matrix) if self.single_threaded(x) else None
+    made = kernels.product(x, matrix) if self._single_threaded(x) else None
     return platforms.product(x, matrix.astype(x.dtype)) if made is None else made
 
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:

@@ -20,62 +20,42 @@ Matrix = jax.Array | eight_bits.EightBits
 
 @struct.dataclass
 class LayerWeights:
-  """One decoder layer; every matrix may be in 8 bits.
+  """One decoder layer; every matrix may be in 8 bits."""
 
-  Attributes:
-    self_norm, cross_norm, mlp_norm: scales [emb_dim].
-    query, cross_query: [emb_dim, heads * head_dim].
-    key_value: one matrix [emb_dim, 2 * heads * head_dim], or two (`platforms.key_value_apart`);
-      apart from the query, because filling a skipped layer reads them alone and XLA would copy
-      them out of a wider matrix every time.
-    self_out, cross_out: [heads * head_dim, emb_dim].
-    cross_key_value: [emb_dim, 2 * heads * head_dim].
-    mlp_in: one matrix [emb_dim, mlp_dim] an activation; apart: XLA:CPU takes a twelfth more
-      time for more rows than one where they are fused.
-    mlp_out: [mlp_dim, emb_dim].
-  """
-
-  self_norm: jax.Array
-  query: Matrix
+  self_norm: jax.Array  # scales, [emb_dim]
+  query: Matrix  # [emb_dim, heads * head_dim]
+  # One matrix [emb_dim, 2 * heads * head_dim], or two (`platforms.key_value_apart`); apart from
+  # the query, because filling a skipped layer reads them alone and XLA would copy them out of a
+  # wider matrix every time.
   key_value: tuple[Matrix, ...]
-  self_out: Matrix
+  self_out: Matrix  # [heads * head_dim, emb_dim]
   cross_norm: jax.Array
   cross_query: Matrix
-  cross_key_value: Matrix
+  cross_key_value: Matrix  # [emb_dim, 2 * heads * head_dim]
   cross_out: Matrix
   mlp_norm: jax.Array
+  # One matrix [emb_dim, mlp_dim] an activation; apart: XLA:CPU takes a twelfth more time for
+  # more rows than one where they are fused.
   mlp_in: tuple[Matrix, ...]
-  mlp_out: Matrix
+  mlp_out: Matrix  # [mlp_dim, emb_dim]
 
 
 @struct.dataclass
 class Translator:
-  """A linear map of one exit layer's normed states x, before any head: x + x A + b.
+  """A linear map of one exit layer's normed states x, before any head: x + x A + b."""
 
-  Attributes:
-    kernel: A, [emb_dim, emb_dim], in the dtype of the heads.
-    bias: b, [emb_dim] float32.
-  """
-
-  kernel: jax.Array
-  bias: jax.Array
+  kernel: jax.Array  # A, [emb_dim, emb_dim], in the dtype of the heads
+  bias: jax.Array  # b, [emb_dim] float32
 
 
 @struct.dataclass
 class LearnedPropagation:
-  """Linear maps from exit layers j to the inputs of the layers k that a token skips.
+  """Linear maps from exit layers j to the inputs of the layers k that a token skips."""
 
-  Attributes:
-    layers: the exit layers, 1-based, ascending.
-    down: of every exit layer, [emb_dim, rank].
-    bias: of every exit layer, [rank].
-    up: of every decoder layer k, [maps * rank, emb_dim]: those of the exit layers before k
-      below each other.
-  """
-
-  layers: tuple[int, ...] = struct.field(pytree_node=False)
-  down: tuple[jax.Array, ...]
-  bias: tuple[jax.Array, ...]
+  layers: tuple[int, ...] = struct.field(pytree_node=False)  # the exit layers, ascending
+  down: tuple[jax.Array, ...]  # of every exit layer, [emb_dim, rank]
+  bias: tuple[jax.Array, ...]  # of every exit layer, [rank]
+  # Of every decoder layer k, [maps * rank, emb_dim]: those of the exit layers before k.
   up: tuple[jax.Array, ...]
 
   @property
@@ -101,34 +81,19 @@ class LearnedPropagation:
 
 @struct.dataclass
 class DecoderWeights:
-  """What a decode step reads.
+  """What a decode step reads."""
 
-  Attributes:
-    embedding: [vocab, emb_dim], in the dtype of the matrices.
-    relpos: relative-position embeddings [heads, buckets]: one for all layers, or one a layer.
-    layers: one `LayerWeights` a decoder layer.
-    decoder_norm: [emb_dim].
-    head: of all layers, [emb_dim, num_pieces], float32 unless another dtype was asked for, or
-      a `QuantizedHead`.
-    exit_kernel: [emb_dim], or None without a classifier.
-    exit_bias: [], or None.
-    shortlist: columns of the head for likely tokens, [emb_dim, shortlist], or None.
-    probes: every layer's own exit probe, or None.
-    shortlist_ids: those tokens, [shortlist] int32, or None.
-    translators: by 1-based exit layer, of those that have one.
-    propagation: learned, or None.
-  """
-
-  embedding: jax.Array
-  relpos: tuple[jax.Array, ...]
+  embedding: jax.Array  # [vocab, emb_dim], in the dtype of the matrices
+  relpos: tuple[jax.Array, ...]  # [heads, buckets]: one for all layers, or one a layer
   layers: tuple[LayerWeights, ...]
-  decoder_norm: jax.Array
-  head: jax.Array | eight_bits.QuantizedHead
-  exit_kernel: jax.Array | None
-  exit_bias: jax.Array | None
-  shortlist: jax.Array | None = None
+  decoder_norm: jax.Array  # [emb_dim]
+  head: jax.Array | eight_bits.QuantizedHead  # of all layers, [emb_dim, num_pieces]
+  exit_kernel: jax.Array | None  # [emb_dim], or None without a classifier
+  exit_bias: jax.Array | None  # []
+  shortlist: jax.Array | None = None  # the head's columns for likely tokens
   probes: Probes | None = None
-  shortlist_ids: jax.Array | None = None
+  shortlist_ids: jax.Array | None = None  # those tokens, int32
+  # By 1-based exit layer, of those that have one.
   translators: Mapping[int, Translator] = struct.field(default_factory=dict)
   propagation: LearnedPropagation | None = None
 
@@ -162,15 +127,14 @@ def decoder_weights(
     num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
       same as logits of -inf for them, in decoding and in every confidence.
     shortlist: token ids for measures that ask the head about likely tokens only.
-    weights_dtype: what matrices, embedding and heads are stored in; None: matrices in
-      `config.dtype`, heads in float32. What they are multiplied with stays as it is, so that
-      narrower weights are a model of rounded weights and nothing else; but for 'int8': the
-      layers' matrices and what they are multiplied with in 8 bits (`eight_bits`), embedding
-      and heads as with None.
-    head_dtype: 'int8' reads the heads in 8 bits first (`eight_bits`); None: as they are
-      stored.
-    encoder_dtype: 'int8' multiplies the prompt's states in 8 bits to its keys and values,
-      whatever the other matrices are.
+    weights_dtype: what matrices, embedding and heads are stored in (not what they are
+      multiplied with); None: matrices in `config.dtype`, heads in float32. 'int8': the layers'
+      matrices and their inputs in 8 bits (`eight_bits`), the rest as with None.
+    head_dtype: 'int8' reads the heads in 8 bits first (`eight_bits`).
+    encoder_dtype: 'int8' makes keys and values of the prompt's states in 8 bits.
+
+  Raises:
+    ValueError: `num_pieces` or `shortlist` does not fit the model.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
   in_8_bits = weights_dtype == "int8"
@@ -235,12 +199,9 @@ def _learned_propagation(
 
 
 def _layer_weights(
-  layer: Params,
-  config: network.T5Config,
-  matrices: Any,
-  in_8_bits: bool,
-  prompts_in_8_bits: bool,
+  layer: Params, config: network.T5Config, matrices: Any, in_8_bits: bool, prompts: bool
 ) -> LayerWeights:
+  """One layer, its matrices `in_8_bits`, and what multiplies `prompts`."""
   kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
   beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
   stored = eight_bits.quantize if in_8_bits else lambda matrix: matrix
@@ -251,7 +212,7 @@ def _layer_weights(
   mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
   # Multiplied with the prompt's states, which are many rows.
   cross: Matrix = beside("encoder_decoder_attention", names)
-  if prompts_in_8_bits:
+  if prompts:
     cross = eight_bits.quantize(cross).for_many_rows()
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),

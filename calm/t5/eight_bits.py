@@ -57,18 +57,12 @@ def step(numbers: Float[Array, "rows inputs"]) -> Float[Array, "rows 1"]:
 
 @struct.dataclass
 class EightBits:
-  """A matrix in 8 bits: column j is nearly `codes[j] * scales[j]`.
+  """A matrix in 8 bits: column j is nearly `codes[j] * scales[j]`."""
 
-  Attributes:
-    codes: of the matrix, transposed.
-    sums: of each column's codes.
-    scales: what a column's codes are multiplied with.
-    packed: the codes again, as `kernels.product_in_8_bits` reads them; None: XLA multiplies.
-  """
-
-  codes: Int8[Array, "outputs inputs"]
-  sums: Int32[Array, " outputs"]
+  codes: Int8[Array, "outputs inputs"]  # of the matrix, transposed
+  sums: Int32[Array, " outputs"]  # of each column's codes
   scales: Float[Array, " outputs"]
+  # The codes again, as `kernels.product_in_8_bits` reads them; None: XLA multiplies.
   packed: Int8[Array, "vectors quads bytes"] | None = None
 
   def product(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
@@ -116,16 +110,11 @@ def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
 
 @struct.dataclass
 class QuantizedHead:
-  """One output head.
+  """One output head."""
 
-  Attributes:
-    rows: transposed, in the dtype of the matrices.
-    coded: in 8 bits.
-    left, norms: norms of what the codes leave of the pieces, and of what they keep.
-  """
-
-  rows: Float[Array, "pieces emb"]
+  rows: Float[Array, "pieces emb"]  # transposed, in the dtype of the matrices
   coded: EightBits
+  # Norms of what the codes leave of the pieces, and of what they keep.
   left: Float[Array, " pieces"]
   norms: Float[Array, " pieces"]
 

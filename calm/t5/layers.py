@@ -5,7 +5,7 @@ two-dimensional as in T5X ([emb_dim, heads * head_dim]), so its checkpoints rest
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int
+
+from calm.t5.limits import T5Config
 
 Dtype = Any
 Initializer = Callable[..., Any]
@@ -95,24 +97,20 @@ class Embed(nn.Module):
 class Mlp(nn.Module):
   """Feed-forward block: one projection an activation, multiplied, then projected back."""
 
-  mlp_dim: int
-  activations: Sequence[str]
-  dropout_rate: float
-  dtype: Dtype = jnp.float32
+  config: T5Config
 
   @nn.compact
   def __call__(self, inputs: Float[Array, "batch length emb"], *, deterministic: bool):
-    parts = []
-    for index, activation in enumerate(self.activations):
-      name = "wi" if len(self.activations) == 1 else f"wi_{index}"
-      x = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(inputs)
+    cfg, parts = self.config, []
+    for index, activation in enumerate(cfg.mlp_activations):
+      name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{index}"
+      x = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(inputs)
       parts.append(activation_fn(activation)(x))
     hidden = functools.reduce(jnp.multiply, parts)
-    hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      hidden, deterministic=deterministic
-    )
+    drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    hidden = drop(hidden, deterministic=deterministic)
     hidden = partitioning.with_sharding_constraint(hidden, ("batch", "length", "mlp"))
-    return Dense(inputs.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+    return Dense(inputs.shape[-1], ("mlp", "embed"), cfg.dtype, name="wo")(hidden)
 
 
 def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -128,11 +126,7 @@ class Attention(nn.Module):
   and later calls take one position each.
   """
 
-  num_heads: int
-  head_dim: int
-  dropout_rate: float
-  dtype: Dtype = jnp.float32
-  float32_logits: bool = False
+  config: T5Config
 
   @nn.compact
   def __call__(
@@ -145,7 +139,7 @@ class Attention(nn.Module):
     deterministic: bool,
     decode: bool = False,
   ) -> Float[Array, "batch query_length emb"]:
-    query_init = lambda *args: attention_init(*args) / np.sqrt(self.head_dim)
+    query_init = lambda *args: attention_init(*args) / np.sqrt(self.config.head_dim)
     query = self._project("query", inputs_q, query_init)
     key = self._project("key", inputs_kv, attention_init)
     value = self._project("value", inputs_kv, attention_init)
@@ -153,28 +147,28 @@ class Attention(nn.Module):
       key, value, mask, bias = self._through_cache(key, value, mask, bias)
     mixed = self.mix(query, key, value, mask, bias, deterministic)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
-    return Dense(
-      inputs_q.shape[-1], ("joined_kv", "embed"), self.dtype, attention_init, name="out"
-    )(mixed)
+    width, axes = inputs_q.shape[-1], ("joined_kv", "embed")
+    return Dense(width, axes, self.config.dtype, attention_init, name="out")(mixed)
 
   def _project(self, name: str, x: jax.Array, init: Initializer) -> jax.Array:
-    width = self.num_heads * self.head_dim
-    x = Dense(width, ("embed", "joined_kv"), self.dtype, init, name=name)(x)
-    x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    heads, head_dim = self.config.num_heads, self.config.head_dim
+    x = Dense(heads * head_dim, ("embed", "joined_kv"), self.config.dtype, init, name=name)(x)
+    x = x.reshape(*x.shape[:-1], heads, head_dim)
     return partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
 
   def mix(self, query, key, value, mask, bias, deterministic) -> jax.Array:
     """Values by their weights, [batch, query_length, heads, head_dim]."""
-    if self.float32_logits:
+    cfg = self.config
+    if cfg.float32_attention_logits:
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     if mask is not None:
-      mask_bias = jnp.where(mask.astype(bool), 0.0, MASK_BIAS).astype(self.dtype)
+      mask_bias = jnp.where(mask.astype(bool), 0.0, MASK_BIAS).astype(cfg.dtype)
       bias = mask_bias if bias is None else mask_bias + bias
     if bias is not None:
       logits = logits + bias.astype(logits.dtype)
-    weights = jax.nn.softmax(logits).astype(self.dtype)
-    drop = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+    weights = jax.nn.softmax(logits).astype(cfg.dtype)
+    drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
     return jnp.einsum("bhqk,bkhd->bqhd", drop(weights, deterministic=deterministic), value)
 
   def _through_cache(self, key, value, mask, bias):

@@ -7,7 +7,7 @@ module has the configuration and the `Transformer`, for gin. It serves training 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,12 +28,8 @@ Params = Any
 
 
 class Transformer(nn.Module):
-  """Encoder-decoder with T5X's signatures, and every decoder layer's states beside them.
-
-  Attributes:
-    config: sizes and choices.
-    name, parent: flax's own.
-  """
+  """Encoder-decoder with T5X's signatures, and every decoder layer's states beside them, of a
+  `config`; `name` and `parent` are flax's own."""
 
   config: T5Config
 
@@ -49,11 +45,6 @@ class Transformer(nn.Module):
     self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout: bool = True
   ) -> jax.Array:
     """Encoder states [batch, input_length, emb_dim]; token 0 is padding."""
-    if encoder_input_tokens.ndim != 2:
-      raise ValueError(
-        "Expected `encoder_input_tokens` to be of shape (batch, length),"
-        f" got {encoder_input_tokens.shape}."
-      )
     # T5X may feed float tokens when it shapes its caches, as to the decoder.
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = attention_mask(tokens > 0, tokens > 0)
@@ -76,21 +67,11 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     """Full-depth float32 logits [batch, length, vocab]."""
     del decoder_positions  # relative positions: packed examples are kept apart by masks
-    mask, cross_mask = decoder_masks(
-      encoder_input_tokens,
-      decoder_target_tokens,
-      encoder_segment_ids,
-      decoder_segment_ids,
-      decode=decode,
-    )
+    segments = encoder_segment_ids, decoder_segment_ids
+    masks = decoder_masks(encoder_input_tokens, decoder_target_tokens, *segments, decode=decode)
+    options = {"decode": decode, "length": max_decode_length}
     return self.decoder(
-      encoded,
-      decoder_input_tokens,
-      mask,
-      cross_mask,
-      deterministic=not enable_dropout,
-      decode=decode,
-      length=max_decode_length,
+      encoded, decoder_input_tokens, *masks, deterministic=not enable_dropout, **options
     )
 
   def __call__(
@@ -141,11 +122,11 @@ class Transformer(nn.Module):
   ) -> Float[Array, "layers batch length emb"]:
     """Raw d^i of every layer, teacher-forced."""
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
-    mask, cross_mask = decoder_masks(
+    masks = decoder_masks(
       encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
     )
     hidden = self.decoder.hidden_states(
-      encoded, decoder_input_tokens, mask, cross_mask, not enable_dropout
+      encoded, decoder_input_tokens, *masks, not enable_dropout
     )
     return jnp.stack(hidden)
 
@@ -155,11 +136,8 @@ def encode(
 ) -> Float[Array, "batch length emb"]:
   """Encoder states of prompts, for decoding: without dropout, and embedded by a gather.
 
-  Args:
-    params: the tree of `Transformer`; its embedding and encoder are read. Kernels may be in
-      8 bits (`eight_bits.EightBits`).
-    config: its sizes.
-    encoder_input_tokens: prompts, 0 behind their ends.
+  Of `params`, the tree of `Transformer`, embedding and encoder are read, whose kernels may be
+  in 8 bits (`eight_bits.EightBits`); prompts have 0 behind their ends.
   """
   network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
   with nn.intercept_methods(_once_a_prompt):
@@ -174,7 +152,7 @@ def _once_a_prompt(call, arguments, named, context):
   """A call of a module: attention as a CPU likes it, linear maps in 8 bits if stored so."""
   module = context.module
   mixes = isinstance(module, layers.Attention) and context.method_name == "mix"
-  if mixes and platforms.attends_by_row() and jnp.dtype(module.dtype) == jnp.float32:
+  if mixes and platforms.is_cpu() and module.config.dtype == "float32":
     return _mix(*arguments[:5])
   if isinstance(module, layers.Dense) and context.method_name == "__call__":
     kernel = module.variables["params"]["kernel"]
@@ -240,51 +218,31 @@ def decoder_masks(
   return mask, cross_mask
 
 
-class EncoderLayer(nn.Module):
-  """Self-attention and feed-forward, each with a norm before and a residual around."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, inputs, mask, bias, *, deterministic: bool):
-    cfg = self.config
-    drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-    if cfg.relpos_per_layer:
-      bias = relpos(cfg)(inputs.shape[-2], inputs.shape[-2], True)
-    x = layers.LayerNorm(cfg.dtype, name="pre_attention_layer_norm")(inputs)
-    x = attention(cfg, "attention")(x, x, mask, bias, deterministic=deterministic)
-    x = inputs + drop(x, deterministic=deterministic)
-    y = layers.LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
-    y = mlp(cfg)(y, deterministic=deterministic)
-    return x + drop(y, deterministic=deterministic)
-
-
-class DecoderLayer(nn.Module):
-  """Self-attention, cross-attention and feed-forward (Eq. 3): d^{i-1} -> d^i."""
+class Layer(nn.Module):
+  """Attention and feed-forward, each with a norm before and a residual around; a decoder's
+  (Eq. 3, d^{i-1} -> d^i) attends to the prompt's states `encoded` as well."""
 
   config: T5Config
 
   @nn.compact
   def __call__(
-    self, inputs, encoded, mask, cross_mask, bias, *, deterministic: bool, decode: bool = False
+    self, x, mask, bias, encoded=None, cross_mask=None, *, deterministic, decode=False
   ):
     cfg = self.config
-    drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    drop = lambda y: dropout(y, deterministic=deterministic)
+    norm = lambda name, x: layers.LayerNorm(cfg.dtype, name=f"pre_{name}_layer_norm")(x)
     if cfg.relpos_per_layer:
-      bias = relpos(cfg)(bias, bias, False)  # only the length was given
-    x = layers.LayerNorm(cfg.dtype, name="pre_self_attention_layer_norm")(inputs)
-    x = attention(cfg, "self_attention")(
-      x, x, mask, bias, deterministic=deterministic, decode=decode
-    )
-    x = inputs + drop(x, deterministic=deterministic)
-    y = layers.LayerNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x)
-    y = attention(cfg, "encoder_decoder_attention")(
-      y, encoded, cross_mask, deterministic=deterministic
-    )
-    y = x + drop(y, deterministic=deterministic)
-    z = layers.LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(y)
-    z = mlp(cfg)(z, deterministic=deterministic)
-    return y + drop(z, deterministic=deterministic)
+      bias = relpos(cfg)(bias, bias, encoded is None)  # only the length was given
+    name = "attention" if encoded is None else "self_attention"
+    y, attend = norm(name, x), layers.Attention(cfg, name=name)
+    x = x + drop(attend(y, y, mask, bias, deterministic=deterministic, decode=decode))
+    if encoded is not None:
+      y = norm("cross_attention", x)
+      attend = layers.Attention(cfg, name="encoder_decoder_attention")
+      x = x + drop(attend(y, encoded, cross_mask, deterministic=deterministic))
+    y = norm("mlp", x)
+    return x + drop(layers.Mlp(cfg, name="mlp")(y, deterministic=deterministic))
 
 
 class Encoder(nn.Module):
@@ -297,12 +255,12 @@ class Encoder(nn.Module):
   def __call__(self, tokens, mask, *, deterministic: bool):
     cfg = self.config
     length = tokens.shape[-1]
-    bias = None if cfg.relpos_per_layer else relpos(cfg)(length, length, True)
+    bias = length if cfg.relpos_per_layer else relpos(cfg)(length, length, True)
     x = self.shared_embedding(tokens)
     x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
     x = x.astype(cfg.dtype)
     for i in range(cfg.num_encoder_layers):
-      x = EncoderLayer(cfg, name=f"layers_{i}")(x, mask, bias, deterministic=deterministic)
+      x = Layer(cfg, name=f"layers_{i}")(x, mask, bias, deterministic=deterministic)
     x = layers.LayerNorm(cfg.dtype, name="encoder_norm")(x)
     return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
@@ -317,15 +275,14 @@ class Decoder(nn.Module):
     cfg = self.config
     if not cfg.relpos_per_layer:
       self.relpos_bias = relpos(cfg, name=None)
-    self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+    self.layers = [Layer(cfg) for _ in range(cfg.num_decoder_layers)]
     self.decoder_norm = layers.LayerNorm(cfg.dtype)
     self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
     if not cfg.logits_via_embedding:
       # float32 whatever the activation dtype: confidences are compared with a threshold.
       self.logits_dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32)
-    for name, tree in EXIT_TREES.items():
-      if getattr(cfg, name):
-        setattr(self, name, ExitParts(tree(cfg)))
+    for name, tree in exit_parts(cfg).items():
+      setattr(self, name, ExitParts(tree))
 
   def __call__(
     self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
@@ -334,9 +291,8 @@ class Decoder(nn.Module):
       encoded, tokens, mask, cross_mask, deterministic, decode, length
     )
     if self.is_initializing():  # the full-depth call never uses them
-      for name in EXIT_TREES:
-        if getattr(self.config, name):
-          getattr(self, name)()
+      for name in exit_parts(self.config):
+        getattr(self, name)()
     return self.logits(hidden[-1], self.config.num_decoder_layers, deterministic=deterministic)
 
   def hidden_states(
@@ -351,7 +307,7 @@ class Decoder(nn.Module):
     x = x.astype(self.config.dtype)
     hidden = []
     for layer in self.layers:
-      x = layer(x, encoded, mask, cross_mask, bias, deterministic=deterministic, decode=decode)
+      x = layer(x, mask, bias, encoded, cross_mask, deterministic=deterministic, decode=decode)
       hidden.append(x)
     return hidden
 
@@ -381,11 +337,6 @@ class Decoder(nn.Module):
       return self.shared_embedding.attend(x) / jnp.sqrt(x.shape[-1])
     return self.logits_dense(x)
 
-  def exit_logits(self, hidden: jax.Array, layer: int) -> jax.Array:
-    """Pre-sigmoid confidence [batch, length] of the exit classifier for d^i."""
-    x, part = self.translated(self.normed(hidden), layer), self.exit_classifier()
-    return (x.astype(jnp.float32) @ part["kernel"])[..., 0] + part["bias"][0]
-
 
 class ExitParts(nn.Module):
   """A tree of parameters by name: (shape, axes), of one that does not start at zero with its
@@ -405,71 +356,33 @@ class ExitParts(nn.Module):
     }
 
 
-# T5X's own axis names, of axes that it replicates: a new one would be unknown to its Adafactor,
-# and along its "layers" that would not average.
-def _classifier(cfg: T5Config) -> Mapping[str, Any]:
-  """One linear map emb_dim -> 1, shared by all layers (paper section 3.5)."""
-  return {
-    "kernel": ((cfg.emb_dim, 1), ("embed", "mlp_activations")),
-    "bias": ((1,), ("mlp_activations",)),
-  }
+def exit_parts(cfg: T5Config) -> dict[str, Mapping[str, Any]]:
+  """{name: its tree, for `ExitParts`} of the exit parts that a configuration has."""
+  emb, rank, below = cfg.emb_dim, cfg.exit_propagation_rank, cfg.num_decoder_layers - 1
+  # T5X's own axis names, of axes that it replicates: a new one would be unknown to its
+  # Adafactor, and along its "layers" that would not average.
+  axes = ("embed", "mlp_activations")
 
+  def linear(outputs: int, *initializer: Any) -> dict[str, Any]:
+    return {"kernel": ((emb, outputs), axes, *initializer), "bias": ((outputs,), axes[1:])}
 
-def _probes(cfg: T5Config) -> Mapping[str, Any]:
-  """Parameters of `evidence.Probes`, one column a layer below the last."""
-  count = cfg.num_decoder_layers - 1
-  return {
-    "kernel": ((cfg.emb_dim, count), ("embed", "mlp_activations")),
-    "features": ((NUM_FEATURES, count), ("relpos_buckets", "mlp_activations")),
-    "bias": ((count,), ("mlp_activations",)),
-  }
-
-
-def _translators(cfg: T5Config) -> Mapping[str, Any]:
-  part = {
-    "kernel": ((cfg.emb_dim, cfg.emb_dim), ("embed", "mlp_activations")),
-    "bias": ((cfg.emb_dim,), ("mlp_activations",)),
-  }
-  return {f"layers_{layer - 1}": part for layer in cfg.exit_translators}
-
-
-def _propagation(cfg: T5Config) -> Mapping[str, Any]:
-  """Of every exit layer one `down` for its code, and one `up` a layer that may be skipped."""
-  emb, rank = cfg.emb_dim, cfg.exit_propagation_rank
-  down = {
-    # Their product starts at zero with `up`; were both zero, no gradient would move either.
-    "kernel": ((emb, rank), ("embed", "mlp_activations"), nn.initializers.lecun_normal()),
-    "bias": ((rank,), ("mlp_activations",)),
-  }
+  # One column a layer below the last, see `evidence.Probes`.
+  features = ((NUM_FEATURES, below), ("relpos_buckets", "mlp_activations"))
+  probes = {"kernel": linear(below)["kernel"], "features": features}
+  # Of every exit layer one `down` for its code, and one `up` a layer that may be skipped. Their
+  # product starts at zero with `up`; were both zero, no gradient would move either.
+  down = linear(rank, nn.initializers.lecun_normal())
   skipped = lambda layer: (cfg.num_decoder_layers - layer, rank, emb)
-  up_axes = ("stack", "mlp_activations", "embed")
-  return {
-    f"layers_{layer - 1}": {"down": down, "up": {"kernel": (skipped(layer), up_axes)}}
-    for layer in cfg.exit_propagation
+  up = lambda layer: {"kernel": (skipped(layer), ("stack", "mlp_activations", "embed"))}
+  parts = {
+    "exit_classifier": linear(1),
+    "exit_probes": {**probes, "bias": linear(below)["bias"]},
+    "exit_translators": {f"layers_{i - 1}": linear(emb) for i in cfg.exit_translators},
+    "exit_propagation": {
+      f"layers_{i - 1}": {"down": down, "up": up(i)} for i in cfg.exit_propagation
+    },
   }
-
-
-EXIT_TREES: Mapping[str, Callable[[T5Config], Mapping[str, Any]]] = {
-  "exit_classifier": _classifier,
-  "exit_probes": _probes,
-  "exit_translators": _translators,
-  "exit_propagation": _propagation,
-}
-
-
-def attention(cfg: T5Config, name: str) -> layers.Attention:
-  return layers.Attention(
-    cfg.num_heads,
-    cfg.head_dim,
-    cfg.dropout_rate,
-    cfg.dtype,
-    cfg.float32_attention_logits,
-    name=name,
-  )
-
-
-def mlp(cfg: T5Config) -> layers.Mlp:
-  return layers.Mlp(cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name="mlp")
+  return {name: tree for name, tree in parts.items() if getattr(cfg, name)}
 
 
 def relpos(cfg: T5Config, name: str | None = "relpos_bias") -> layers.RelativePositionBiases:

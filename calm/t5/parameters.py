@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import types
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,15 +28,9 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The tree of {path: leaf}.
-
-  Raises:
-    ValueError: a path goes on where another ends.
-  """
+  """The tree of {path: leaf}; ValueError where a path goes on where another ends."""
   for path in flat:
-    above = path
-    while "/" in above:
-      above = above.rpartition("/")[0]
+    for above in itertools.accumulate(path.split("/")[:-1], "{}/{}".format):
       if above in flat:
         raise ValueError(
           f"Expected leaves of one tree, got {above!r}, and {path!r} below it; the checkpoint"
@@ -46,10 +40,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(flat: Mapping[str, Any], axis: int = 1) -> dict[str, Any]:
-  """{path: leaf} of T5X's examples/t5, of that or of what its examples/scalable_t5 has.
-
-  Layers are stacked there along `axis`, and heads have an axis of their own.
-  """
+  """{path: leaf} of T5X's examples/t5, of that or of what its examples/scalable_t5 has: there
+  layers are stacked along `axis`, and heads have an axis of their own."""
   made = {}
   for path, stack in flat.items():
     side, first, *inner = path.split("/")
@@ -112,35 +104,27 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
         f" none; {_way_out(last)}."
       )
   expected = expected_shapes(config)
-  for path, shape in expected.items():
-    if path not in got:
+  for path in (*expected, *sorted(set(got) - set(expected))):
+    shape, found = expected.get(path), np.shape(got[path]) if path in got else None
+    if shape is None:
+      raise ValueError(f"Expected the leaves of `config`, got also {path!r}; {_way_out(path)}.")
+    if found != shape:
       raise ValueError(
-        f"Expected `params` to hold the leaf {path!r} of shape {shape}, got none;"
-        f" {_way_out(path)}."
+        f"Expected `params` to hold the leaf {path!r} of shape {shape}, got"
+        f" {'none' if found is None else found}; {_way_out(path)}."
       )
-    if np.shape(got[path]) != shape:
-      raise ValueError(
-        f"Expected the leaf {path!r} of `params` to have shape {shape}, got"
-        f" {np.shape(got[path])}; give the `config` that it was trained with."
-      )
-  if unknown := sorted(set(got) - set(expected)):
-    raise ValueError(
-      f"Expected `params` to hold the {len(expected)} leaves of `config`, got also"
-      f" {unknown[0]!r} ({len(unknown)} such); {_way_out(unknown[0])}."
-    )
-  for path, leaf in got.items():
-    bad = np.size(leaf) - int(np.isfinite(np.asarray(leaf, np.float32)).sum())
+    bad = np.size(got[path]) - int(np.isfinite(np.asarray(got[path], np.float32)).sum())
     if bad:
       raise ValueError(
-        f"Expected finite `params`, got {bad} of {np.size(leaf)} values NaN or infinite in the"
-        f" leaf {path!r}; the checkpoint is damaged or its training diverged: take an earlier"
-        " one."
+        f"Expected finite `params`, got {bad} of {np.size(got[path])} values NaN or infinite"
+        f" in the leaf {path!r}; the checkpoint is damaged or its training diverged: take an"
+        " earlier one."
       )
 
 
 def _way_out(path: str) -> str:
-  for part, begins in zip(EXIT_PARTS, _EXIT_PATHS, strict=True):
-    if path.startswith(begins):
+  for part in EXIT_PARTS:
+    if path.startswith(f"decoder/{part}/"):
       return f"set `{part}` of the config accordingly, or call `add_exit_parts`"
   if path.startswith("decoder/logits_dense_"):
     return "all layers share one head; open it with the version of calm that wrote it"
@@ -154,17 +138,12 @@ def expected_shapes(config: network.T5Config) -> Mapping[str, tuple[int, ...]]:
   made = jax.eval_shape(
     lambda: model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
   )
-  shapes = {path: leaf.shape for path, leaf in flatten(made["params"]).items()}
-  return types.MappingProxyType(shapes)  # every caller gets the same one
+  return {path: leaf.shape for path, leaf in flatten(made["params"]).items()}
 
 
 def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[str, Any]:
-  """Fills in the exit parts that `config` has and `params` lack, ready for training them.
-
-  Exit parts start at zero, as the network initialises them: classifier and probes with a
-  confidence of 0.5 everywhere, maps that change nothing (of learned propagation one factor is
-  drawn, so that the other one learns).
-  """
+  """Fills in the exit parts that `config` has and `params` lack, ready for training them, as
+  the network initialises them: zeros (of learned propagation one factor is drawn)."""
   flat = flatten(params)
   for path, shape in expected_shapes(config).items():
     if path not in flat and path.startswith(_EXIT_PATHS):
@@ -195,13 +174,8 @@ def exit_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
 def renew(
   params: Mapping[str, Any], fresh: Mapping[str, Any], parts: Sequence[str]
 ) -> dict[str, Any]:
-  """`params` with the named parts taken from `fresh`, a tree of the same paths.
-
-  Args:
-    params: the tree to keep the rest of.
-    fresh: where the parts come from.
-    parts: names of the tree, or "/"-joined paths of them: "exit_classifier",
-      "decoder/layers_0/mlp".
+  """`params` with the named parts taken from `fresh`, a tree of the same paths; parts are names
+  of the tree or "/"-joined paths of them: "exit_classifier", "decoder/layers_0/mlp".
 
   Raises:
     ValueError: a part that no path of `params` has.
@@ -226,16 +200,8 @@ def wider(
 
   New units read what random ones would (matrices drawn with the spread of those that are
   there) and write nothing (rows of zeros), so that the first update decides what they are for.
-
-  Raises:
-    ValueError: `mlp_dim` is less than the model has.
   """
   more = mlp_dim - config.mlp_dim
-  if more < 0:
-    raise ValueError(
-      f"Expected `mlp_dim` of at least the {config.mlp_dim} that the checkpoint has, got"
-      f" {mlp_dim}; units are added, never dropped."
-    )
   draw = np.random.default_rng(seed)
   flat = flatten(params)
   for path, leaf in sorted(flat.items()):

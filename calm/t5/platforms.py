@@ -78,26 +78,13 @@ def product(
   return (jnp.pad(x, ((0, least_rows() - rows), (0, 0))) @ matrix)[:rows]
 
 
-def attends_by_row() -> bool:
-  """Whether some rows attend one after another: a loop reads no other rows' caches."""
-  return _on("cpu")
+def is_cpu() -> bool:
+  """Whether XLA:CPU computes: in this process, whose functions it may call (`kernels`).
 
-
-def runs_in_this_process() -> bool:
-  """Whether a program may call functions of the process that compiles it (`kernels`)."""
-  return _on("cpu")
-
-
-def wakes_threads() -> bool:
-  """Whether operations that are ready together are given to other threads, as XLA:CPU does."""
-  return _on("cpu")
-
-
-def grows_caches() -> bool:
-  """Whether decoding under a long limit begins with short caches (`program.stage_lengths`).
-
-  XLA:TPU keeps a loop's caches in the precision of its products where nothing else reads them;
-  here the next stage does. Elsewhere nothing was measured.
+  It gives operations that are ready together to other threads, a loop over rows reads no other
+  rows' caches, and decoding under a long limit gains by short caches at first
+  (`program.stage_lengths`; XLA:TPU keeps a loop's caches in the precision of its products where
+  nothing else reads them, as the next stage does).
   """
   return _on("cpu")
 

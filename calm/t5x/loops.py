@@ -247,13 +247,8 @@ class Loop:
       hidden = walk.layer_input(layer, state)
       row = walk.stored(layer, state, decoder.project(layer, hidden))
       window = lambda x: attention.by_window(x, task.batch_size)
-      attends = attention.WindowAttention(
-        caches.Cache(window(row.key), window(row.value)),
-        attention.of_layer(biases, layer),
-        rows.encoded.cross[layer - 1],
-        rows.encoded.bias,
-        self.config.float32_attention_logits,
-      )
+      cache = caches.Cache(window(row.key), window(row.value))
+      attends = decoder.window_attention(layer, hidden, cache, biases)
       hidden = decoder.run_projected(layer, hidden, row, attends)
       state = walk.after(layer, state, hidden, row)
     found = (state.exit_layer, state.confidence, state.rejected_confidence)

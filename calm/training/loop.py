@@ -54,7 +54,6 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
 class History:
   """Validations so far, for early stopping; kept in a JSON file beside the run."""
 
-  @arguments.checked()
   def __init__(self, path: pathlib.Path, metric: str, patience: int | None):
     self._path, self._metric, self._patience = path, metric, patience
     self.entries = read_history(path) if path.exists() else []
@@ -87,20 +86,16 @@ class History:
 
 @dataclasses.dataclass
 class Listener:
-  """What the loop tells the outside world: a progress bar, TensorBoard, or nothing.
+  """What the loop tells the outside world: a progress bar, TensorBoard, or nothing."""
 
-  Attributes:
-    on_start: (step it starts from, steps in all).
-    on_step: (step, training scalars), every `log_every` steps.
-    on_eval: (step, validation scalars).
-  """
-
+  # (step it starts from, steps in all).
   on_start: Callable[[int, int], None] = lambda step, num_steps: None
+  # (step, training scalars), every `log_every` steps.
   on_step: Callable[[int, dict[str, float]], None] = lambda step, scalars: None
+  # (step, validation scalars).
   on_eval: Callable[[int, dict[str, float]], None] = lambda step, scalars: None
 
 
-@arguments.checked()
 def fit(
   state: TrainState,
   source: training_batches.Source,
@@ -115,7 +110,7 @@ def fit(
 
   Args:
     state: where a run without a checkpoint starts; donated, use what is returned.
-    source: step -> batch.
+    source: of batches by step.
     train_step: (state, batch) -> (state, metrics).
     evaluate: parameters -> validation scalars.
     config: the run.
@@ -127,7 +122,6 @@ def fit(
 
   Raises:
     FloatingPointError: the loss is no longer finite; nothing of that is saved.
-    OSError: `output_dir` cannot be written.
     ValueError: `output_dir` holds another run: model, learning rate, seed or data.
   """
   listener = listener or Listener()
@@ -180,13 +174,8 @@ def _finite(which: str, scalars, step: int, output_dir: pathlib.Path) -> dict[st
   return scalars
 
 
-@arguments.checked()
 def check_writable(output_dir: pathlib.Path) -> None:
-  """Makes the folder, and refuses one that nothing can be written to before hours are spent.
-
-  Raises:
-    OSError: says which folder, and what to do.
-  """
+  """Makes the folder; OSError, before hours are spent, where nothing can be written to it."""
   try:
     output_dir.mkdir(parents=True, exist_ok=True)
     with storage.temporary(output_dir / "writable"):
@@ -247,19 +236,18 @@ def identity_of(config: TrainConfig, source: training_batches.Source) -> dict[st
   4, 8, ... and compared at those that the run has made. A run that is only to become longer
   goes on where its learning rate does not depend on the length.
   """
-  steps = [s for s in _steps(config.num_steps.bit_length() + 1) if s < config.num_steps]
+  steps = [0, *(2**i for i in range(config.num_steps.bit_length()))]
+  steps = [step for step in steps if step < config.num_steps]
   schedule = config.schedule(config.num_steps)
   rates = [float(np.asarray(schedule(step))) for step in steps]
-  known = [rate if math.isfinite(rate) else None for rate in rates]
   return {
     "seed": int(config.seed),
-    "learning_rates": [list(pair) for pair in zip(steps, known, strict=True)],
+    "learning_rates": [
+      [step, rate if math.isfinite(rate) else None]
+      for step, rate in zip(steps, rates, strict=True)
+    ],
     "batches": [[step, _digest(source.batch(step))] for step in steps],
   }
-
-
-def _steps(count: int) -> list[int]:
-  return [0, *(2**i for i in range(count - 1))]
 
 
 def _digest(batch: training_batches.Batch) -> str:
@@ -275,12 +263,20 @@ def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -
   """Compares a run with the one whose `reached` steps it goes on from, and records it.
 
   Raises:
-    ValueError: steps were made under another learning rate or seed, or on other data.
+    ValueError: steps were made under another learning rate or seed, or on other data; or the
+      file holds something else.
   """
-  before = identity
+  differing = ""
   if reached and path.exists():  # a run of an earlier version recorded none
-    before = _read_identity(path)
-  if differing := _differences(before, identity, reached):
+    try:
+      before = storage.parse_json(storage.content(path))
+      differing = _differences(before, identity, reached)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+      raise ValueError(
+        f"Expected {str(path)!r} to say what a run was made with, got something else"
+        f" ({error}); restore it, or take the folder away to begin anew."
+      ) from error
+  if differing:
     raise ValueError(
       f"Expected `output_dir` to be a new folder, or one of the same run, got"
       f" {str(path.parent)!r}, whose {reached} steps were made with {differing}; give another"
@@ -289,40 +285,19 @@ def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -
   storage.write_atomically(path, json.dumps(identity, indent=1) + "\n")
 
 
-def _read_identity(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    stored = storage.parse_json(storage.content(path))
-    for name, kinds in (("learning_rates", {float, int, type(None)}), ("batches", {str})):
-      steps, values = zip(*stored[name], strict=True)
-      # Steps that are not there would not be compared.
-      known = {*map(type, steps)} == {int} and not {*map(type, values)} - kinds
-      if not known or [*steps] != _steps(len(steps)):
-        raise ValueError(f"Expected `{name}` of steps 0, 1, 2, 4, 8, ..., got {steps[:8]}")
-    if type(stored["seed"]) is not int:
-      raise ValueError(f"Expected `seed` to be a whole number, got {stored['seed']!r}")
-    return stored
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"Expected {str(path)!r} to say what a run was made with, got something else ({error});"
-      " restore it, or take the folder away to begin anew."
-    ) from error
-
-
 def _differences(before: dict[str, Any], now: dict[str, Any], reached: int) -> str:
   """What the steps that were made depend on and would be otherwise now, in words."""
   found = []
+  rates, batches = dict(before["learning_rates"]), dict(before["batches"])
+  if {*map(type, (before["seed"], *rates, *batches))} != {int}:
+    raise ValueError("Expected `seed` and steps to be whole numbers, got others")
   if before["seed"] != now["seed"]:
     found.append(f"seed {before['seed']}, now {now['seed']}")
-  made = lambda name: (
-    (step, old, new)
-    for (step, old), (_, new) in zip(before[name], now[name], strict=False)
-    if step < reached
-  )
-  for step, old, new in made("learning_rates"):
-    rate = math.nan if new is None else new
+  for step, new in now["learning_rates"]:
+    old, rate = rates[step] if step < reached else None, math.nan if new is None else new
     if old is not None and not math.isclose(old, rate, rel_tol=1e-4):
       found.append(f"learning rate {old:g} at step {step}, now {rate:g}")
       break
-  if any(old != new for _, old, new in made("batches")):
+  if any(batches[step] != new for step, new in now["batches"] if step < reached):
     found.append("other data (or their seed, prefix, lengths or batch size)")
   return "; ".join(found)

@@ -13,46 +13,29 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from calm import arguments
-from calm.t5 import limits
-
 
 class LayerMetrics(NamedTuple):
-  """Per-layer sums over real tokens (divide by the summed weights for means).
+  """Per-layer sums over real tokens (divide by the summed weights for means)."""
 
-  Attributes:
-    cross_entropy: negative log-likelihood in nats, [layers].
-    correct: number of argmaxes that equal the target, [layers].
-    agreement: number of argmaxes that equal the last of these layers', [layers].
-  """
-
-  cross_entropy: Float[Array, " layers"]
-  correct: Float[Array, " layers"]
-  agreement: Float[Array, " layers"]
+  cross_entropy: Float[Array, " layers"]  # negative log-likelihood in nats
+  correct: Float[Array, " layers"]  # argmaxes that equal the target
+  agreement: Float[Array, " layers"]  # argmaxes that equal the last of these layers'
 
 
-@arguments.checked()
 def layer_weights(num_layers: int) -> np.ndarray:
   """Eq. 6's weights, w_i = i / sum_j j for layers i = 1 ... num_layers; they sum to 1."""
-  weights = np.arange(1, _counted(num_layers) + 1, dtype=np.float32)
+  weights = np.arange(1, num_layers + 1, dtype=np.float32)
   return weights / weights.sum()
 
 
-@arguments.checked()
 def equal_weights(num_layers: int) -> np.ndarray:
   """All layers alike, w_i = 1 / num_layers: early ones count for more than in Eq. 6."""
-  return np.full(_counted(num_layers), 1.0 / num_layers, np.float32)
+  return np.full(num_layers, 1.0 / num_layers, np.float32)
 
 
-@arguments.checked()
 def last_layer_weights(num_layers: int) -> np.ndarray:
   """All weight on the last layer: ordinary training, for comparison with Eq. 6."""
-  return np.eye(_counted(num_layers), dtype=np.float32)[-1]
-
-
-def _counted(num_layers: int) -> int:
-  bounds = limits.SIZES["num_decoder_layers"]
-  return limits.whole("num_layers", num_layers, *bounds, "count the decoder's layers")
+  return np.eye(num_layers, dtype=np.float32)[-1]
 
 
 def _layer_terms(x, kernel, targets, weights, z_loss):
@@ -81,16 +64,7 @@ def layer_cross_entropy(
   The forward pass computes the gradients while a layer's logits are at hand, so that no
   [layers, batch, length, vocab] array ever exists and no head is multiplied out twice.
 
-  Args:
-    normed: decoder_norm(d^i) of each layer.
-    kernel: the output head that all layers share.
-    targets: target tokens.
-    token_weights: 1 for real tokens, 0 for padding.
-    weights: Eq. 6's w_i (see `layer_weights`), or any others.
-    z_loss: T5X's penalty on log(Z)^2.
-
-  Returns:
-    The loss (a sum, not a mean) and `LayerMetrics`, which carry no gradient.
+  `weights` are w_i. The loss is a sum, not a mean; the metrics carry no gradient.
   """
   result: Any = _cross_entropy(normed, kernel, targets, token_weights, weights, z_loss)
   return result

@@ -22,25 +22,15 @@ Batch = dict[str, jax.Array]
 
 @struct.dataclass
 class BatchMetrics:
-  """Sums over one batch's real tokens; sums of sums are means of everything seen.
+  """Sums over one batch's real tokens; sums of sums are means of everything seen."""
 
-  Attributes:
-    loss: the objective, summed, [].
-    weight: number of real tokens, [].
-    cross_entropy: negative log-likelihood a layer in nats, [layers].
-    correct: argmaxes that equal the target a layer, [layers].
-    agreement: argmaxes that equal the last layer's, [layers]; NaN where it was not computed.
-    layer_weight: tokens that each layer's sums are over, [layers].
-    z_loss: the part of the loss that penalises log(Z)^2, [].
-  """
-
-  loss: jax.Array
-  weight: jax.Array
-  cross_entropy: jax.Array
-  correct: jax.Array
-  agreement: jax.Array
-  layer_weight: jax.Array
-  z_loss: jax.Array
+  loss: jax.Array  # the objective, []
+  weight: jax.Array  # number of real tokens, []
+  cross_entropy: jax.Array  # negative log-likelihood a layer in nats, [layers]
+  correct: jax.Array  # argmaxes that equal the target a layer
+  agreement: jax.Array  # argmaxes that equal the last layer's; NaN where it was not computed
+  layer_weight: jax.Array  # tokens that each layer's sums are over, [layers]
+  z_loss: jax.Array  # the part of the loss that penalises log(Z)^2, []
 
   def __add__(self, other: "BatchMetrics") -> "BatchMetrics":
     return jax.tree.map(jnp.add, self, other)
@@ -68,14 +58,11 @@ def layer_metrics(
 
 
 class Objective(abc.ABC):
-  """One training stage, a frozen dataclass; a stage without `parts` trains the base model.
-
-  Attributes:
-    parts: exit parts of the decoder that the model must hold for it, fields of `T5Config`.
-  """
+  """One training stage, a frozen dataclass; a stage without `parts` trains the base model."""
 
   @property
   def parts(self) -> tuple[str, ...]:
+    """Exit parts of the decoder that the model must hold for it, fields of `T5Config`."""
     return ()
 
   @abc.abstractmethod
@@ -86,9 +73,9 @@ class Objective(abc.ABC):
 
   def trains(self, path: tuple[str, ...]) -> bool:
     """Whether the parameter at this path of the tree may change."""
-    return (
-      bool({*self.parts} & {*path}) if self.parts else {*path}.isdisjoint(parameters.EXIT_PARTS)
-    )
+    if self.parts:
+      return not {*path}.isdisjoint(self.parts)
+    return {*path}.isdisjoint(parameters.EXIT_PARTS)
 
   def teaches_layers(self, num_layers: int) -> bool:
     """Whether layers before the last learn to write."""

@@ -8,7 +8,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ import numpy as np
 from calm import arguments, checkpoints, storage
 from calm.data import training_batches, vocabulary
 from calm.t5 import limits, network, parameters
-from calm.training import loop, objectives, updates
-from calm.training.sources import MODEL_FOLDER
+from calm.training import loop, objectives, sources, updates
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,17 +25,13 @@ _LOG = logging.getLogger(__name__)
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What a run trains and validates on.
+  """What a run trains and validates on."""
 
-  Attributes:
-    train: the source of training batches.
-    validation: name -> source; the first one's scalars are called plainly `loss`,
-      `accuracy/layer_8`, the others' `<name>/loss` and so on.
-    num_validation_batches: batches of each validation source, the same ones every time.
-  """
-
-  train: training_batches.Source
+  train: training_batches.Source  # of training batches
+  # Name -> source; the first one's scalars are called plainly `loss`, `accuracy/layer_8`, the
+  # others' `<name>/loss` and so on.
   validation: Mapping[str, training_batches.Source] = dataclasses.field(default_factory=dict)
+  # Batches of each validation source, the same ones every time.
   num_validation_batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -47,40 +42,27 @@ class Data:
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What is written beside the trained parameters, so that inference needs no options.
+  """What is written beside the trained parameters, so that inference needs no options."""
 
-  Attributes:
-    vocabulary: stored in the checkpoint.
-    task_prefix: text put before every prompt.
-    max_input_length: tokens of a prompt that are read, EOS included.
-    max_decode_length: most tokens generated, EOS included.
-    shortlist: token ids for the measure 'shortlist', most likely first (`frequent_tokens`).
-  """
-
-  vocabulary: checkpoints.Vocabulary
-  task_prefix: str = ""
-  max_input_length: int = 512
-  max_decode_length: int = 64
+  vocabulary: checkpoints.Vocabulary  # stored in the checkpoint
+  task_prefix: str = ""  # text put before every prompt
+  max_input_length: int = 512  # tokens of a prompt that are read, EOS included
+  max_decode_length: int = 64  # most tokens generated, EOS included
+  # Token ids for the measure 'shortlist', most likely first (`sources.frequent_tokens`).
   shortlist: Sequence[int] = ()
 
   def __post_init__(self):
     for name in ("max_input_length", "max_decode_length"):
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give tokens")
 
-  def write(
-    self,
-    directory: pathlib.Path,
-    params: Any,
-    config: network.T5Config,
-    exits_trained: bool | None = None,
-  ) -> None:
-    """Writes the checkpoint and its `inference.json`; see `checkpoints.save`."""
-    given: Any = {"vocabulary": self.vocabulary, "exits_trained": exits_trained}
-    checkpoints.save(directory, params, config, **given)
-    names = ("task_prefix", "max_input_length", "max_decode_length")
-    options: dict[str, Any] = {name: getattr(self, name) for name in names}
-    if self.shortlist:
-      options["shortlist"] = list(self.shortlist)
+  def write(self, directory: pathlib.Path) -> None:
+    """Writes `inference.json` beside a checkpoint."""
+    options = {
+      "task_prefix": self.task_prefix,
+      "max_input_length": self.max_input_length,
+      "max_decode_length": self.max_decode_length,
+      **({"shortlist": list(self.shortlist)} if self.shortlist else {}),
+    }
     storage.write_atomically(directory / "inference.json", json.dumps(options, indent=1) + "\n")
 
 
@@ -116,13 +98,14 @@ def train(
   Raises:
     FileNotFoundError: there is no checkpoint at `initial`.
     ValueError: neither `model` nor `initial`, or they do not fit; a part in `fresh` that
-      the tree lacks; a vocabulary larger than the model's. Errors of `training.fit` besides.
+      the tree lacks; a vocabulary larger than the model's. Errors of `loop.fit` besides.
     storage.LockedError: another process trains in `output_dir`.
   """
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)
-  start = starting_point(model, initial, config.seed, fresh, objective.parts)
-  model, params, exits_trained = start
+  model, params, exits_trained = starting_point(
+    model, initial, config.seed, fresh, objective.parts
+  )
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
   with storage.lock(folder):
@@ -130,35 +113,36 @@ def train(
       updates.init_state(params, config, objective),
       data.train,
       updates.make_train_step(module, config, objective, params),
-      evaluator(module, objective, data),
+      _evaluator(module, objective, data),
       config,
       output_dir=folder,
       listener=listener,
     )
-    target = folder / MODEL_FOLDER
+    target = folder / sources.MODEL_FOLDER
     trained = objective.teaches_layers(model.num_decoder_layers) or exits_trained
-    export.write(target, jax.tree.map(np.asarray, state.params), model, trained)
+    checkpoints.save(
+      target,
+      jax.tree.map(np.asarray, state.params),
+      model,
+      vocabulary=export.vocabulary,
+      exits_trained=trained,
+    )
+    export.write(target)
   return target
 
 
-class Start(NamedTuple):
-  """Sizes and parameters at step 0; `exits_trained` as in `checkpoints.Checkpoint`."""
-
-  model: network.T5Config
-  params: Any
-  exits_trained: bool | None
-
-
-@arguments.checked()
 def starting_point(
   model: network.T5Config | None,
   initial: str | None,
   seed: int,
   fresh: str | Sequence[str] = (),
   parts: Sequence[str] = (),
-) -> Start:
-  """Sizes and parameters at step 0; exit parts that `initial` lacks are added, those in `parts`
-  whatever its sizes say, and the parts in `fresh` begin as they would without `initial`."""
+) -> tuple[network.T5Config, Any, bool | None]:
+  """Sizes and parameters at step 0, and `exits_trained` as in `checkpoints.Checkpoint`.
+
+  Exit parts that `initial` lacks are added, those in `parts` whatever its sizes say, and the
+  parts in `fresh` begin as they would without `initial`.
+  """
   if model is not None:
     # Gin makes a subclass of what it configures: equality and hashing want the class itself.
     fields: dict[str, Any] = dataclasses.asdict(model) | dict.fromkeys(parts, True)
@@ -169,8 +153,8 @@ def starting_point(
         "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint,"
         " got neither; bind `run.train.model` or `run.train.initial`."
       )
-    return Start(model, updates.init_params(model, seed), False)
-  stored = checkpoints.load(find_checkpoint(initial))
+    return model, updates.init_params(model, seed), False
+  stored = checkpoints.load(sources.find_checkpoint(initial))
   held = dict.fromkeys(("exit_classifier", *parts), True)
   model = model or dataclasses.replace(stored.config, **held)
   params = parameters.add_exit_parts(stored.params, model)
@@ -183,30 +167,10 @@ def starting_point(
     # A tuple of one without its comma is a string: that one part is meant.
     parts = (fresh,) if isinstance(fresh, str) else fresh
     params = parameters.renew(params, updates.init_params(model, seed), parts)
-  return Start(model, jax.tree.map(jnp.asarray, params), stored.exits_trained)
+  return model, jax.tree.map(jnp.asarray, params), stored.exits_trained
 
 
-@arguments.checked()
-def find_checkpoint(initial: str) -> pathlib.Path:
-  """The checkpoint at `initial`, or the one that a run exported below it."""
-  path = pathlib.Path(initial)
-  if not path.is_dir():
-    raise FileNotFoundError(
-      "Expected `initial` to be the folder of a checkpoint or of a finished run, got"
-      f" {initial!r}, which is {'a file' if path.exists() else 'missing'}."
-    )
-  exported = path / MODEL_FOLDER
-  if (exported / "config.json").is_file():
-    return exported
-  if (path / "validation.json").is_file():
-    raise FileNotFoundError(
-      f"Expected `initial` to be a finished run, got {initial!r}, which has exported no"
-      f" {MODEL_FOLDER}/ yet; run its `calm train` command again, it goes on where it stopped."
-    )
-  return path
-
-
-def evaluator(module: network.Transformer, objective: objectives.Objective, data: Data):
+def _evaluator(module: network.Transformer, objective: objectives.Objective, data: Data):
   """Parameters -> the validation scalars of every source of `data`."""
   functions: dict[str, Callable[[Any], dict[str, float]]] = {}
   for name, source in data.validation.items():

@@ -12,6 +12,7 @@ from calm.data import datasets, training_batches
 from calm.t5 import limits
 
 MODEL_FOLDER = "model"  # of a run
+_LEAST_TOKENS = 16  # of a text that is denoised
 
 
 @arguments.checked()
@@ -40,9 +41,6 @@ def supervised(
     outputs: what `calm infer --threshold=never --output` wrote for these prompts: the targets
       are the model's own tokens then, and prompts that are not in it are left out. Stage two
       learns from them without references, on the texts that it will decide about.
-
-  Raises:
-    ValueError: `outputs` has none of the prompts, or is no such file.
   """
   limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
   if any(len(pair) != 2 or not all(0 < n <= limits.LONGEST for n in pair) for pair in buckets):
@@ -97,14 +95,10 @@ def frequent_tokens(
 ) -> tuple[int, ...]:
   """A shortlist from training targets: the `size` tokens seen most often, EOS included.
 
-  Of texts without two kinds of tokens (a model that writes nothing yet) it has one more, the
-  first piece of the vocabulary: what a list is asked is how far its first two are apart.
-
-  Args:
-    paths: JSON Lines files, below `root`; the first target of each example is read. Each file
-      weighs the same, however long its texts.
-    vocabulary: text -> ids.
-    size: most tokens on the list.
+  Of JSON Lines files below `root` the first target of each example is read; each file weighs
+  the same, however long its texts. Of texts without two kinds of tokens (a model that writes
+  nothing yet) the list has one more, the first piece of the vocabulary: what a list is asked is
+  how far its first two are apart.
   """
   shares: collections.Counter[int] = collections.Counter()
   for path in paths:
@@ -125,12 +119,8 @@ def frequent_tokens(
 
 @arguments.checked()
 def stored_shortlist(path: str) -> tuple[int, ...]:
-  """The shortlist in the folder of a checkpoint, or of a run that exported one.
-
-  Raises:
-    ValueError: it brings none.
-  """
-  found = files.read_json(_folder(path) / "inference.json").get("shortlist")
+  """The shortlist in the folder of a checkpoint, or of a run that exported one."""
+  found = files.read_json(find_checkpoint(path) / "inference.json").get("shortlist")
   if not found:
     raise ValueError(
       f"Expected {path!r} to bring a shortlist in inference.json, got none; bind"
@@ -144,12 +134,26 @@ def stored_shortlist(path: str) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=1)
 def stored_vocabulary(path: str) -> checkpoints.Vocabulary | None:
   """The vocabulary in the folder of a checkpoint, or of a run that exported one."""
-  return checkpoints.load(_folder(path)).vocabulary
+  return checkpoints.load(find_checkpoint(path)).vocabulary
 
 
-def _folder(path: str) -> pathlib.Path:
-  exported = pathlib.Path(path) / MODEL_FOLDER
-  return exported if exported.is_dir() else pathlib.Path(path)
+def find_checkpoint(initial: str) -> pathlib.Path:
+  """The checkpoint at `initial`, or the one that a run exported below it."""
+  path = pathlib.Path(initial)
+  if not path.is_dir():
+    raise FileNotFoundError(
+      "Expected `initial` to be the folder of a checkpoint or of a finished run, got"
+      f" {initial!r}, which is {'a file' if path.exists() else 'missing'}."
+    )
+  exported = path / MODEL_FOLDER
+  if (exported / "config.json").is_file():
+    return exported
+  if (path / "validation.json").is_file():
+    raise FileNotFoundError(
+      f"Expected `initial` to be a finished run, got {initial!r}, which has exported no"
+      f" {MODEL_FOLDER}/ yet; run its `calm train` command again, it goes on where it stopped."
+    )
+  return path
 
 
 @arguments.checked()
@@ -161,7 +165,6 @@ def denoising(
   *,
   root: str = "",
   seed: int = 0,
-  min_tokens: int = 16,
 ) -> training_batches.Denoising:
   """T5 span corruption over the inputs of JSON Lines files, each distinct text once.
 
@@ -169,16 +172,15 @@ def denoising(
     texts: (file below `root`, marker): of each input, what follows the first marker; the
       whole input where the marker is "".
     vocabulary: text -> ids; its extra ids are the sentinels.
-    length: tokens of a text that are read, before corruption.
+    length: tokens of a text that are read, before corruption; texts below 16 are left out.
     batch_size: rows of a batch.
     seed: seeds order and corruption.
-    min_tokens: shorter texts are left out.
   """
   found: dict[str, None] = {}
   for path, marker in texts:
     for example in datasets.read_examples(pathlib.Path(root) / path, require_target=False):
       found[example.input.split(marker, 1)[-1] if marker else example.input] = None
-  encoded = [tokens for tokens in map(vocabulary.encode, found) if len(tokens) >= min_tokens]
+  encoded = [ids for ids in map(vocabulary.encode, found) if len(ids) >= _LEAST_TOKENS]
   source = training_batches.Denoising(
     training_batches.Ragged(encoded),
     length,

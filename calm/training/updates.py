@@ -17,20 +17,14 @@ from calm.t5 import limits, network
 from calm.t5.network import Params
 from calm.training import objectives
 
-MOST_STEPS = 2**31 - 1
+_MOST_STEPS = 2**31 - 1
 
 
 @struct.dataclass
 class TrainState:
-  """Everything a resumed run needs.
+  """Everything a resumed run needs."""
 
-  Attributes:
-    step: updates made so far, [].
-    params: the parameter tree.
-    opt_state: the optimizer's state.
-  """
-
-  step: jax.Array
+  step: jax.Array  # updates made so far, []
   params: Params
   opt_state: Any
 
@@ -38,27 +32,20 @@ class TrainState:
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Linear warm-up, then cosine decay to `num_steps`.
+  """Linear warm-up, then cosine decay to `num_steps`."""
 
-  Attributes:
-    peak: learning rate at the end of the warm-up.
-    warmup_steps: steps from 0 to `peak`.
-    final_fraction: of `peak`, at the last step.
-  """
-
-  peak: float = 3e-2
-  warmup_steps: int = 100
-  final_fraction: float = 0.05
+  peak: float = 3e-2  # learning rate at the end of the warm-up
+  warmup_steps: int = 100  # steps from 0 to `peak`
+  final_fraction: float = 0.05  # of `peak`, at the last step
 
   def __post_init__(self):
-    limits.whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, "give steps")
+    limits.whole("warmup_steps", self.warmup_steps, 0, _MOST_STEPS, "give steps")
     for name in ("peak", "final_fraction"):
       if not 0 <= (value := getattr(self, name)) <= 1000:
         raise ValueError(
           f"Expected `{name}` to be a number in [0, 1000], got {value!r}; T5 has 0.01 to 0.001."
         )
 
-  @arguments.checked()
   def __call__(self, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
       init_value=0.0,
@@ -82,43 +69,32 @@ def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """One run.
+  """One run."""
 
-  Attributes:
-    num_steps: updates in all, also of a resumed run.
-    schedule: learning rate.
-    optimizer: learning-rate schedule -> optax transformation.
-    seed: seeds initialisation, dropout and sampled layers.
-    eval_every: steps between validations (a checkpoint is written with each).
-    log_every: steps between TensorBoard scalars.
-    stop_metric: validation scalar watched for early stopping (lower is better for names
-      that hold 'loss', higher for others).
-    patience: validations without improvement before the run stops; None never stops.
-    num_microbatches: parts that a batch is computed in, one after the other, so that long
-      rows fit the memory; the gradient is that of the whole batch.
-    seconds: after which a run, or a resumed one, validates and stops; None never stops.
-  """
-
-  num_steps: int
-  schedule: Callable[[int], optax.Schedule] = Schedule()
+  num_steps: int  # updates in all, also of a resumed run
+  schedule: Callable[[int], optax.Schedule] = Schedule()  # num_steps -> learning rate
+  # Learning-rate schedule -> optax transformation.
   optimizer: Callable[..., optax.GradientTransformation] = adafactor
-  seed: int = 0
-  eval_every: int = 200
-  log_every: int = 20
+  seed: int = 0  # of initialisation, dropout and sampled layers
+  eval_every: int = 200  # steps between validations (a checkpoint is written with each)
+  log_every: int = 20  # steps between TensorBoard scalars
+  # Validation scalar watched for early stopping (lower is better for names that hold 'loss',
+  # higher for others).
   stop_metric: str = "loss"
-  patience: int | None = None
+  patience: int | None = None  # validations without improvement before the run stops
+  # Parts that a batch is computed in, one after the other, so that long rows fit the memory;
+  # the gradient is that of the whole batch.
   num_microbatches: int = 1
-  seconds: float | None = None
+  seconds: float | None = None  # after which a run, or a resumed one, validates and stops
 
   def __post_init__(self):
     for name in ("num_steps", "eval_every", "log_every", "num_microbatches", "patience"):
       if (value := getattr(self, name)) is not None:
-        limits.whole(name, value, 1, MOST_STEPS, "give a number in that range")
+        limits.whole(name, value, 1, _MOST_STEPS, "give a number in that range")
     if self.seconds is not None and not self.seconds > 0:
       raise ValueError(f"Expected `seconds` above 0, got {self.seconds}; None is no limit.")
 
 
-@arguments.checked()
 def init_params(config: network.T5Config, seed: int) -> Params:
   """Fresh parameters of a model."""
   tokens, module = jnp.ones((1, 2), jnp.int32), network.Transformer(config)
@@ -126,16 +102,10 @@ def init_params(config: network.T5Config, seed: int) -> Params:
   return init(jax.random.key(seed))
 
 
-def make_optimizer(
+def _optimizer(
   config: TrainConfig, objective: objectives.Objective, params: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-  """The optimizer over what the objective trains; everything else never changes.
-
-  Args:
-    config: schedule and optimizer.
-    objective: says which parameters it trains.
-    params: the tree.
-  """
+  """The optimizer over what the objective trains; everything else never changes."""
   transform = config.optimizer(config.schedule(config.num_steps))
   labels = traverse_util.path_aware_map(
     lambda path, _: "train" if objective.trains(tuple(map(str, path))) else "freeze",
@@ -147,14 +117,8 @@ def make_optimizer(
 def init_state(
   params: Mapping[str, Any], config: TrainConfig, objective: objectives.Objective
 ) -> TrainState:
-  """Step 0 of a run from `params`.
-
-  Args:
-    params: the tree.
-    config: schedule and optimizer.
-    objective: says which parameters it trains.
-  """
-  optimizer = make_optimizer(config, objective, params)
+  """Step 0 of a run from `params`."""
+  optimizer = _optimizer(config, objective, params)
   return TrainState(jnp.array(0, jnp.int32), params, optimizer.init(params))
 
 
@@ -164,18 +128,12 @@ def make_train_step(
   objective: objectives.Objective,
   params: Mapping[str, Any],
 ) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
-  """The jitted update; the gradient is that of the mean loss over real tokens.
+  """The jitted update, (state, batch) -> (state, sums over the batch's real tokens).
 
-  Args:
-    module: the network.
-    config: schedule, optimizer, and the seed of dropout and sampled layers.
-    objective: what is minimised.
-    params: a tree of the model's structure.
-
-  Returns:
-    (state, batch) -> (state, sums over the batch's real tokens); the state is donated.
+  The gradient is that of the mean loss over real tokens. `params` is a tree of the model's
+  structure; the state is donated.
   """
-  optimizer = make_optimizer(config, objective, params)
+  optimizer = _optimizer(config, objective, params)
 
   @functools.partial(jax.jit, donate_argnums=(0,))
   def train_step(state, batch):
@@ -221,13 +179,8 @@ def _in_parts(gradient, batch: training_batches.Batch, rng: jax.Array, count: in
 def make_eval_fn(
   module: network.Transformer, objective: objectives.Objective, eval_batches: Sequence[Any]
 ) -> Callable[[Params], dict[str, float]]:
-  """Validation scalars of a parameter tree, without dropout and over every layer.
-
-  Args:
-    module: the network.
-    objective: what is measured.
-    eval_batches: validation batches; none gives no scalars.
-  """
+  """Validation scalars of a parameter tree, without dropout and over every layer; none of no
+  batches."""
   one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
 
   def evaluate(params):

@@ -72,10 +72,13 @@ def teacher_forced(config, params):
   hidden = model.apply(
     variables, PROMPTS, TOKENS, jnp.ones_like(TOKENS), method="hidden_states"
   )
-  heads = lambda model, states: (
-    jnp.stack([model.decoder.logits(x, i) for i, x in enumerate(states, start=1)]),
-    jnp.stack([model.decoder.exit_logits(x, i) for i, x in enumerate(states, start=1)]),
-  )
+  part = params["decoder"]["exit_classifier"]
+
+  def heads(model, states):
+    read, decoder = model.decoder.read(states).astype(jnp.float32), model.decoder
+    logits = jnp.stack([decoder.logits(x, i) for i, x in enumerate(states, start=1)])
+    return logits, (read @ part["kernel"])[..., 0] + part["bias"][0]
+
   return hidden, *model.apply(variables, hidden, method=heads)
 
 

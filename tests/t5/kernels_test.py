@@ -1,7 +1,6 @@
 """Kernels, functions of this process that XLA calls: the numbers of XLA's, in every engine."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
-from calm.t5 import caches, eight_bits, kernels, layers, network, platforms
+from calm.t5 import caches, decoder, eight_bits, kernels, layers, network, platforms
 from calm.t5.kernels import attention_kernel, codes_kernel, llvm
 from calm.t5x import loops
 from tests import engine, toys
@@ -50,7 +49,7 @@ def calls(function, *arguments) -> int:
 
 
 def attention_of(batch, heads, head_dim, length, bias_rows=1) -> attention_lib.Attention:
-  """Attention whose last keys are masked, as those that are not decoded yet."""
+  """Attention, by XLA, whose last keys are masked, as those that are not decoded yet."""
   draws = np.random.default_rng(batch)
   normal = lambda *shape: jnp.asarray(draws.standard_normal(shape), jnp.float32)
   past, cross = (
@@ -74,23 +73,13 @@ def asked(batch, heads, head_dim):
   return query, KeyValue(key, value)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def both(kind, whole, query, row):
-  """(of the past, of the prompt), by XLA or natively."""
-  attends = (
-    whole
-    if kind == "xla"
-    else attention_lib.KernelAttention(whole, rows=jnp.arange(len(query)))
-  )
-  return attends.to_past(query, row), attends.to_prompt(query)
+def mixed(whole, query, row):
+  """(of the past, of the prompt)."""
+  return jax.jit(lambda: (whole.to_past(query, row), whole.to_prompt(query)))()
 
 
-for node in (attention_lib.Attention,):
-  jax.tree_util.register_dataclass(
-    node,
-    [field.name for field in dataclasses.fields(node) if field.name != "float32"],
-    ["float32"],
-  )
+def native(whole, **options) -> attention_lib.Attention:
+  return dataclasses.replace(whole, native=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +88,12 @@ for node in (attention_lib.Attention,):
 )
 @pytest.mark.parametrize("bias", ["one for all rows", "one a row"])
 def test_the_numbers_of_xla(batch, heads, head_dim, length, bias):
-  whole = attention_of(batch, heads, head_dim, length, batch if bias == "one a row" else 1)
+  """Of rows in order, and of rows that are named."""
+  by_row = bias == "one a row"
+  whole = attention_of(batch, heads, head_dim, length, batch if by_row else 1)
   query, row = asked(batch, heads, head_dim)
-  for ours, theirs in zip(
-    both("native", whole, query, row), both("xla", whole, query, row), strict=True
-  ):
+  made = mixed(native(whole, rows=jnp.arange(batch) if by_row else None), query, row)
+  for ours, theirs in zip(made, mixed(whole, query, row), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
@@ -115,31 +105,24 @@ def test_windows_have_the_numbers_of_xla(small, batch):
   # Each position of each row sees one key more than the one before.
   seen = np.arange(10) <= np.arange(positions)[:, None] + np.arange(batch)[:, None, None, None]
   bias = jnp.asarray(np.where(seen, draws, layers.MASK_BIAS), jnp.float32)
-  attends = [
-    attention_lib.WindowAttention(
-      whole.cache, bias, whole.cross, whole.cross_bias, False, allowed
-    )
-    for allowed in (True, False)
-  ]
-  for method in ("to_past", "to_prompt"):
-    given = (query, row) if method == "to_past" else (query,)
-    ours, theirs = (getattr(each, method)(*given) for each in attends)
+  window = attention_lib.WindowAttention(
+    whole.cache, bias, whole.cross, whole.cross_bias, False, True
+  )
+  assert calls(window.to_past, query, row) and calls(window.to_prompt, query)
+  plain = mixed(dataclasses.replace(window, native=False), query, row)
+  for ours, theirs in zip(mixed(window, query, row), plain, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
-    assert calls(getattr(attends[0], method), *given)
 
 
 def test_queries_read_the_rows_that_they_name():
   whole = attention_of(6, 2, 8, 10)
   query, row = asked(4, 2, 8)
-  rows = [5, 0, 3]
-  named = attention_lib.KernelAttention(whole, rows=jnp.array([*rows, -1], jnp.int32))
-  taken = jax.tree.map(lambda x: x[jnp.array([*rows, 0])], (whole.cache, whole.cross))
-  bias = whole.cross_bias[jnp.array([*rows, 0])]
-  alone = dataclasses.replace(whole, cache=taken[0], cross=taken[1], cross_bias=bias)
-  for ours, theirs in [
-    (named.to_past(query, row), alone.to_past(query, row)),
-    (named.to_prompt(query), alone.to_prompt(query)),
-  ]:
+  named = native(whole, rows=jnp.array([5, 0, 3, -1], jnp.int32))
+  cache, cross, bias = jax.tree.map(
+    lambda x: x[jnp.array([5, 0, 3, 0])], (whole.cache, whole.cross, whole.cross_bias)
+  )
+  alone = dataclasses.replace(whole, cache=cache, cross=cross, cross_bias=bias)
+  for ours, theirs in zip(mixed(named, query, row), mixed(alone, query, row), strict=True):
     np.testing.assert_allclose(ours[:3], theirs[:3], rtol=2e-5, atol=1e-5)
     assert not ours[3].any() and theirs[3].any()
 
@@ -149,22 +132,18 @@ def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
   hidden = whole.cross_bias.at[1].set(layers.MASK_BIAS)
   keys = whole.cross.keys.at[2, 1, 0, 0].set(jnp.nan)
   cross = caches.Cache(keys, whole.cross.values)
-  whole = dataclasses.replace(whole, cross=cross, cross_bias=hidden)
   query, _ = asked(3, 2, 8)
-  made = attention_lib.KernelAttention(whole).to_prompt(query).reshape(3, 2, 8)
+  made = native(whole, cross=cross, cross_bias=hidden).to_prompt(query).reshape(3, 2, 8)
   assert not made[1].any()
   assert jnp.isnan(made[2, 1]).all() and not jnp.isnan(made[:2]).any()
   assert not jnp.isnan(made[2, 0]).any()
 
 
 def test_keys_that_nobody_may_see_are_not_read():
-  whole = attention_of(2, 2, 8, 10)
-  spoiled = dataclasses.replace(
-    whole, cache=jax.tree.map(lambda x: x.at[:, :, -3:].set(jnp.nan), whole.cache)
-  )
-  query, row = asked(2, 2, 8)
-  attends = [attention_lib.KernelAttention(each) for each in (whole, spoiled)]
-  np.testing.assert_array_equal(*(each.to_past(query, row) for each in attends))
+  whole = native(attention_of(2, 2, 8, 10))
+  cache = jax.tree.map(lambda x: x.at[:, :, -3:].set(jnp.nan), whole.cache)
+  attends = whole, dataclasses.replace(whole, cache=cache)
+  np.testing.assert_array_equal(*(each.to_past(*asked(2, 2, 8)) for each in attends))
 
 
 def test_the_exponential_is_that_of_numpy():
@@ -173,7 +152,7 @@ def test_the_exponential_is_that_of_numpy():
     x, out = frame.numbers(given), frame.numbers(made)
     zero = llvm.number(0)
     for place, part, mask in w.parts(x, zero, frame.size(given, 0), []):
-      w.store(w.exp(part), w.item(out, place), mask)
+      w.write(w.exp(part), w.item(out, place), mask)
 
   name = llvm.target("calm_test_exp", write)
   small = np.geomspace(1e-6, 87, 5003)
@@ -186,15 +165,21 @@ def test_the_exponential_is_that_of_numpy():
 
 
 def test_it_is_taken_where_a_function_may_be_called(monkeypatch):
-  whole, taken = attention_of(8, 2, 8, 4), lambda whole: attention_lib.by_kernel(whole, False)
-  assert taken(whole) == attention_lib.KernelAttention(whole)
-  for name in ("cross", "cache"):
-    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), getattr(whole, name))
-    assert taken(dataclasses.replace(whole, **{name: halves})) is None
+  toy = engine.toy()
+  table = attention_lib.bias_table(toy.weights.decoder, toy.config, engine.LENGTH)
+  step = decoder.DecoderStep(
+    toy.weights.decoder, toy.config, engine.encode(toy), table.at(0), table.current, True
+  )
+  hidden = jnp.ones((len(engine.PROMPTS), toy.config.emb_dim))
+  cache, *_ = caches.empty_caches(toy.config, len(engine.PROMPTS), engine.LENGTH)
+  taken = lambda step, cache: step.attention(1, hidden, cache).native
+  assert taken(step, cache)
+  assert not taken(step, jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache))
+  assert not taken(dataclasses.replace(step, native=False), cache)
   with platforms.laid_out_for("tpu"):
-    assert taken(whole) is None
+    assert not taken(step, cache)
   monkeypatch.setattr(kernels, "_has_llvmlite", lambda: False)
-  assert taken(whole) is None
+  assert not taken(step, cache)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +196,7 @@ def test_threads_share_what_is_worth_it(monkeypatch, length, alone, cores, piece
   """More of it where they have to be woken."""
   monkeypatch.setattr(llvm, "num_cores", lambda: cores)
   whole, (query, _) = attention_of(8, 4, 64, length), asked(8, 4, 64)
-  made = attention_lib.by_kernel(whole, alone).to_prompt
-  assert calls(made, query) == pieces
+  assert calls(native(whole, single_threaded=alone).to_prompt, query) == pieces
 
 
 def quick(function):
@@ -256,11 +240,10 @@ def test_loops_of_others_do_not_call_it(small):
   """They may be exported, or split over devices by the compiler."""
   toy, prefix = engine.toy(), jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
   rows = loops.make_rows(engine.encode(toy), prefix, 0.4)
-  loop = loops.Loop(toy.config, CLASSIFIER, engine.LENGTH, None)
 
   def run(weights):
-    empty = loop.empty_cache(weights, rows, len(prefix))
-    return loops.greedy_decode(prefix, empty, loop.bind(weights, rows, 1), 1)
+    loop = loops.Loop(toy.config, CLASSIFIER, weights, rows, 1)
+    return loops.greedy_decode(prefix, {}, loop, 1)
 
   assert "calm_attention" not in jax.jit(run).lower(toy.weights.decoder).as_text()
 
@@ -290,23 +273,18 @@ def test_nan_stays_in_its_row_and_column():
   assert np.isfinite(others).all()
 
 
-def test_one_thread_multiplies_few_rows_and_small_layers(monkeypatch, small):
-  matrix = drawn(64, 64)
-  assert kernels.single_threaded(matrix, 1) and kernels.single_threaded(
-    matrix, kernels.MOST_ROWS
-  )
-  assert not kernels.single_threaded(matrix, kernels.MOST_ROWS + 1)
-  assert not kernels.single_threaded(drawn(1024, 1024), 8)
-  assert not kernels.single_threaded(matrix.astype(jnp.bfloat16), 8)
+@pytest.mark.usefixtures("small")
+def test_one_thread_multiplies_few_rows_and_small_layers(monkeypatch):
+  matrix, most = drawn(64, 64), kernels.MOST_ROWS
+  single = lambda matrix, *counts: [kernels.single_threaded(matrix, rows) for rows in counts]
+  assert single(matrix, 1, most, most + 1) == [True, True, False]
+  assert single(drawn(1024, 1024), 8) == single(matrix.astype(jnp.bfloat16), 8) == [False]
   with platforms.laid_out_for("tpu"):
-    assert not kernels.single_threaded(matrix, 8)
-  for owner, name, value in (
-    (platforms, "has_wide_vectors", False),
-    (kernels, "_has_llvmlite", False),
-  ):
+    assert single(matrix, 8) == [False]
+  for owner, name in ((platforms, "has_wide_vectors"), (kernels, "_has_llvmlite")):
     with monkeypatch.context() as patch:
-      patch.setattr(owner, name, lambda value=value: value)
-      assert not kernels.single_threaded(matrix, 8)
+      patch.setattr(owner, name, lambda: False)
+      assert single(matrix, 8) == [False]
 
 
 needs_bytes = pytest.mark.skipif(

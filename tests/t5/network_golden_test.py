@@ -99,22 +99,16 @@ def test_exit_parts_are_the_only_additions(changes, added_axes):
   assert added == {path.removesuffix("_axes") for path in added_axes}
 
 
-@pytest.mark.parametrize("one_hot", [True, False])
+@pytest.mark.parametrize(
+  ("kind", "changes"),
+  [("padded", {"one_hot_embedding": False}), ("padded", {}), ("packed", {})],
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_padded_logits_are_those_of_t5x(name, one_hot):
-  batch = batch_of(f"{name}/padded/")
-  ours = apply(name, batch, one_hot_embedding=one_hot)
-  real = batch["decoder_target_tokens"] > 0
+def test_logits_are_those_of_t5x(name, kind, changes):
+  batch = batch_of(f"{name}/{kind}/")
+  ours, real = apply(name, batch, **changes), batch["decoder_target_tokens"] > 0
   assert ours.dtype == np.float32
-  np.testing.assert_allclose(ours[real], ARRAYS[f"{name}/padded/logits"][real], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_logits_are_those_of_t5x(name):
-  batch = batch_of(f"{name}/packed/")
-  ours = apply(name, batch)
-  real = batch["decoder_target_tokens"] > 0
-  np.testing.assert_allclose(ours[real], ARRAYS[f"{name}/packed/logits"][real], atol=1e-5)
+  np.testing.assert_allclose(ours[real], ARRAYS[f"{name}/{kind}/logits"][real], atol=1e-5)
 
 
 def test_packing_matters_to_the_golden_logits():
@@ -139,7 +133,7 @@ def test_bfloat16_activations_give_the_logits_of_t5x(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_encoder_states_are_those_of_t5x_also_beyond_the_last_position_bucket(name):
+def test_encoder_states_and_logits_are_those_of_t5x_beyond_the_last_position_bucket(name):
   model = network.Transformer(config_of(name))
   for kind in ("padded", "long"):
     tokens = jnp.asarray(ARRAYS[f"{name}/{kind}/encoder_input_tokens"])
@@ -147,17 +141,10 @@ def test_encoder_states_are_those_of_t5x_also_beyond_the_last_position_bucket(na
     real = tokens > 0
     theirs = ARRAYS[f"{name}/{kind}/encoded"]
     np.testing.assert_allclose(np.asarray(ours)[real], theirs[real], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_far_into_a_long_target_are_those_of_t5x(name):
-  tokens = jnp.asarray(ARRAYS[f"{name}/long/encoder_input_tokens"])
-  batch = {
-    field: tokens
-    for field in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-  }
+  fields = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
   theirs = ARRAYS[f"{name}/long/logits_last"]
-  np.testing.assert_allclose(apply(name, batch)[:, -2:], theirs, atol=1e-5)
+  ours = apply(name, dict.fromkeys(fields, tokens))[:, -2:]
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

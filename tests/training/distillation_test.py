@@ -11,7 +11,7 @@ from flax import traverse_util
 from calm import training
 from calm.t5 import parameters
 from calm.training import distillation
-from tests.training.samples import TOY, batch_of, model_of
+from tests.training.samples import TOY, batch_of, model_of, trained
 
 
 def log_probabilities(module, params, batch):
@@ -50,21 +50,24 @@ def test_loss_and_gradients_are_those_of_the_equation(options):
   )
 
 
-def test_metrics_are_of_targets_layer_by_layer():
+def test_metrics_are_of_targets_layer_by_layer_and_the_penalty_of_the_last():
   module, params = model_of()
   batch = batch_of()
   found = log_probabilities(module, params, batch)
   weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
   right = (jnp.argmax(found, axis=-1) == targets[None]).astype(jnp.float32)
-  hits = jnp.sum(right * weights[None], axis=(1, 2))
-  objective = distillation.SelfDistilled()
-  metrics = jax.jit(lambda p: objective.loss(module, p, batch, None)[1])(params)
   label = jnp.take_along_axis(found, jnp.asarray(targets)[None, ..., None], axis=-1)[..., 0]
-  np.testing.assert_allclose(metrics.correct, hits)
-  np.testing.assert_allclose(
-    metrics.cross_entropy, -jnp.sum(label * weights[None], axis=(1, 2)), rtol=1e-4
+  over_tokens = lambda x: jnp.sum(x * weights[None], axis=(1, 2))
+  of = lambda z_loss: distillation.SelfDistilled(z_loss=z_loss).loss(
+    module, params, batch, None
   )
+  (without, none), (loss, metrics) = of(0.0), of(0.1)
+  np.testing.assert_allclose(metrics.correct, over_tokens(right))
+  np.testing.assert_allclose(metrics.cross_entropy, -over_tokens(label), rtol=1e-4)
   np.testing.assert_allclose(metrics.layer_weight, [float(weights.sum())] * 3)
+  assert float(metrics.z_loss) > 0.01 * float(loss)
+  np.testing.assert_allclose(metrics.z_loss, loss - without, rtol=1e-4)
+  np.testing.assert_allclose(none.z_loss, 0.0, atol=1e-4)
 
 
 def test_layers_drawn_give_the_loss_of_all_of_them_on_average():
@@ -84,14 +87,8 @@ def test_early_layers_come_to_write_what_the_last_one_writes():
   batch = batch_of()
   apart = lambda p: plain_loss(module, p, batch, 1.0) - plain_loss(module, p, batch, 0.0)
   objective = distillation.SelfDistilled(sampled_layers=1)
-  options = training.TrainConfig(num_steps=80, schedule=training.Schedule(3e-2, 4))
-  step = training.make_train_step(module, options, objective, params)
-  before = float(apart(params))
-  state = training.init_state(jax.tree.map(jnp.copy, params), options, objective)
-  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
-    for _ in range(80):
-      state, _ = step(state, batch)
-  assert float(apart(state.params)) < 0.5 * before
+  state, _ = trained(objective, module, params, [batch] * 80)
+  assert float(apart(state.params)) < 0.5 * float(apart(params))
 
 
 def test_a_model_of_one_layer_has_no_early_ones():
@@ -99,15 +96,6 @@ def test_a_model_of_one_layer_has_no_early_ones():
   loss, metrics = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
   np.testing.assert_allclose(loss, metrics.cross_entropy[0], rtol=1e-6)
   assert not distillation.SelfDistilled().teaches_layers(1)
-
-
-def test_the_penalty_is_that_of_the_last_layer():
-  module, params = model_of(TOY)
-  without, none = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
-  loss, metrics = distillation.SelfDistilled(z_loss=0.1).loss(module, params, batch_of(), None)
-  assert float(metrics.z_loss) > 0.01 * float(loss)
-  np.testing.assert_allclose(metrics.z_loss, loss - without, rtol=1e-4)
-  np.testing.assert_allclose(none.z_loss, 0.0, atol=1e-4)
 
 
 MAPPED = dataclasses.replace(
@@ -176,14 +164,9 @@ def test_maps_learn_from_fresh_parameters_beside_a_base_that_stays():
   params = parameters.add_exit_parts(base, module.config)
   params, batch = jax.tree.map(jnp.asarray, params), batch_of()
   before = plain_maps_losses(module, params, batch)
-  objective = distillation.ExitMaps()
-  schedule = training.Schedule(3e-2, 4)
-  options = training.TrainConfig(num_steps=100, schedule=schedule, optimizer=training.adam)
-  step = training.make_train_step(module, options, objective, params)
-  state = training.init_state(jax.tree.map(jnp.copy, params), options, objective)
-  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
-    for _ in range(100):
-      state, metrics = step(state, batch)
+  state, metrics = trained(
+    distillation.ExitMaps(), module, params, [batch] * 100, optimizer=training.adam
+  )
   after = plain_maps_losses(module, state.params, batch)
   falls = [float(a) / float(b) for a, b in zip(after, before, strict=True)]
   assert max(falls[:2]) < 0.5 and falls[2] < 1.0

@@ -19,7 +19,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import training
 from calm.data import training_batches
 from calm.t5 import network
-from calm.training import loop, objectives
+from calm.training import loop, objectives, updates
 
 
 @pytest.fixture(autouse=True)
@@ -55,16 +55,16 @@ class Toy:
         num_encoder_layers=1, num_decoder_layers=2, one_hot_embedding=False,
       )
     )  # fmt: skip
-    self.objective = objectives.LayerWeighted(sampled_layers=1)
     self.losses = {}
 
   def fit(self, output_dir, listener=None, evaluate=None):
-    params = training.init_params(self.module.config, seed=0)
-    step, default = compiled(self.module, self.config, self.objective, self.source.batch)
-    evaluate = evaluate or default
-    state = training.init_state(params, self.config, self.objective)
+    objective = objectives.LayerWeighted(sampled_layers=1)
+    params = updates.init_params(self.module.config, seed=0)
+    step, default = compiled(self.module, self.config, objective, self.source.batch)
+    state = updates.init_state(params, self.config, objective)
     listener = listener or training.Listener(on_step=self.note)
-    return training.fit(
+    evaluate = evaluate or default
+    return loop.fit(
       state, self.source, step, evaluate, self.config, output_dir=output_dir, listener=listener
     )
 
@@ -78,12 +78,11 @@ _compiled = {}
 def compiled(module, config, objective, batch):
   """Update and validation, traced once for all runs of one configuration."""
   # Of a configuration, the update knows no more than this.
-  parts = config.num_microbatches
-  key = module, config.num_steps, config.schedule, config.optimizer, config.seed, parts
+  key = module, config.num_steps, config.schedule, config.optimizer, config.seed
   if key not in _compiled:
-    params = training.init_params(module.config, seed=0)
-    step = training.make_train_step(module, config, objective, params)
-    _compiled[key] = step, training.make_eval_fn(module, objective, [batch(0)])
+    params = updates.init_params(module.config, seed=0)
+    step = updates.make_train_step(module, config, objective, params)
+    _compiled[key] = step, updates.make_eval_fn(module, objective, [batch(0)])
   return _compiled[key]
 
 
@@ -97,7 +96,7 @@ from tests.training import loop_test as t
 
 def note(step, scalars):
   print(f"{step} {scalars['loss'].hex()}", flush=True)
-  if step == int(sys.argv[2]):
+  if step == 9:
     os.kill(os.getpid(), signal.SIGKILL)
 
 t.Toy(t.CONFIG).fit(pathlib.Path(sys.argv[1]), training.Listener(on_step=note))
@@ -113,49 +112,42 @@ def whole(tmp_path_factory):
     return folder, toy, leaves(toy.fit(folder))
 
 
-def run_until_killed(output_dir, step):
-  environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-  environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
-  # As `calm train` does: what was compiled before the kill is not compiled again.
-  environment["JAX_COMPILATION_CACHE_DIR"] = str(output_dir.parent / "xla")
-  environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  return subprocess.run(
-    [sys.executable, "-c", SCRIPT, str(output_dir), str(step)],
-    env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY,
-  )  # fmt: skip
-
-
-def windows(output):
-  pairs = [line.split() for line in output.splitlines()]
-  return {int(step): float.fromhex(loss) for step, loss in pairs}
-
-
 def leaves(state):
   return jax.tree.leaves(jax.tree.map(np.asarray, state.params))
 
 
-def test_a_run_killed_twice_ends_as_if_it_never_was(whole, tmp_path):
-  folder, uninterrupted, expected = whole
-  first = run_until_killed(tmp_path / "killed", 3)
-  assert first.returncode == -signal.SIGKILL, first.stderr
-  second = run_until_killed(tmp_path / "killed", 9)
-  assert second.returncode == -signal.SIGKILL, second.stderr
-  resumed = Toy(CONFIG)
-  state = resumed.fit(tmp_path / "killed")
-
-  assert list(windows(first.stdout)) == [3]  # nothing saved yet: begins again
-  assert list(windows(second.stdout)) == [3, 5, 6, 9]
-  assert list(resumed.losses) == [6, 9, 10, 12]  # from the checkpoint of step 5
-  seen = {**windows(first.stdout), **windows(second.stdout), **resumed.losses}
-  assert seen == uninterrupted.losses  # to the bit
+def same(state, expected):
   for left, right in zip(leaves(state), expected, strict=True):
     np.testing.assert_array_equal(left, right)
+
+
+def test_a_run_killed_twice_ends_as_if_it_never_was(whole, tmp_path):
+  folder, uninterrupted, expected = whole
+
+  def stop(step, scalars):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    Toy(CONFIG).fit(tmp_path, training.Listener(on_step=stop))
+  environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+  environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
+  killed = subprocess.run(
+    [sys.executable, "-c", SCRIPT, str(tmp_path)],
+    env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY,
+  )  # fmt: skip
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  pairs = map(str.split, killed.stdout.splitlines())
+  seen = {int(step): float.fromhex(loss) for step, loss in pairs}
+  assert list(seen) == [3, 5, 6, 9]  # nothing was saved before: it begins again
+  resumed = Toy(CONFIG)
+  same(resumed.fit(tmp_path), expected)
+  assert list(resumed.losses) == [6, 9, 10, 12]  # from the checkpoint of step 5
+  assert seen | resumed.losses == uninterrupted.losses  # to the bit
   read = lambda run: json.loads((run / "validation.json").read_text())
-  assert read(tmp_path / "killed") == read(folder)
+  assert read(tmp_path) == read(folder)
 
 
 def test_killed_between_the_best_and_the_newest_checkpoint(whole, tmp_path, monkeypatch):
-  *_, expected = whole
   save = loop._save
 
   def save_and_die(manager, step, tree):
@@ -163,22 +155,20 @@ def test_killed_between_the_best_and_the_newest_checkpoint(whole, tmp_path, monk
       raise KeyboardInterrupt
     save(manager, step, tree)
 
-  monkeypatch.setattr(loop, "_save", save_and_die)
-  with pytest.raises(KeyboardInterrupt):
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, "_save", save_and_die)
     Toy(CONFIG).fit(tmp_path / "killed")
-  monkeypatch.undo()
-  state = Toy(CONFIG).fit(tmp_path / "killed")
-  for left, right in zip(leaves(state), expected, strict=True):
-    np.testing.assert_array_equal(left, right)
+  same(Toy(CONFIG).fit(tmp_path / "killed"), whole[2])
 
 
-def test_a_finished_run_runs_no_further(whole):
+def test_a_finished_run_runs_no_further_and_another_models_is_refused(whole):
   folder, _, expected = whole
-  again = Toy(CONFIG)
-  state = again.fit(folder)
+  again, other = Toy(CONFIG), Toy(CONFIG)
+  same(again.fit(folder), expected)
   assert again.losses == {}
-  for left, right in zip(leaves(state), expected, strict=True):
-    np.testing.assert_array_equal(left, right)
+  other.module = network.Transformer(dataclasses.replace(other.module.config, mlp_dim=12))
+  with pytest.raises(ValueError, match="give another `output_dir`"):
+    other.fit(folder)
 
 
 def test_early_stopping_returns_the_best_parameters(tmp_path):
@@ -192,8 +182,7 @@ def test_early_stopping_returns_the_best_parameters(tmp_path):
 
   state = Toy(config).fit(tmp_path, evaluate=evaluate)
   assert len(kept) == 4 and int(state.step) == 8  # two validations without improvement
-  for left, right in zip(leaves(state), jax.tree.leaves(kept[1]), strict=True):
-    np.testing.assert_array_equal(left, right)
+  same(state, jax.tree.leaves(kept[1]))
 
 
 @pytest.mark.parametrize(
@@ -201,15 +190,12 @@ def test_early_stopping_returns_the_best_parameters(tmp_path):
   [("qa/loss", [2.0, 1.0, 3.0], 1), ("accuracy/layer_2", [0.1, 0.2, 0.3], 2)],
 )
 def test_losses_are_better_low_and_accuracies_high(tmp_path, metric, values, best):
-  history = training.History(tmp_path / "validation.json", metric, None)
+  history = loop.History(tmp_path / "validation.json", metric, None)
   improved = [history.update(step, {metric: value}) for step, value in enumerate(values)]
   assert max(step for step, is_best in enumerate(improved) if is_best) == best
-
-
-def test_an_unknown_stop_metric_lists_the_known_ones(tmp_path):
-  history = training.History(tmp_path / "validation.json", "bleu", 1)
-  with pytest.raises(ValueError, match=r"`stop_metric`.*'loss'.*'bleu'"):
-    history.update(1, {"loss": 1.0})
+  history = loop.History(tmp_path / "other.json", "bleu", 1)
+  with pytest.raises(ValueError, match=rf"`stop_metric`.*'{metric}'.*'bleu'"):
+    history.update(1, {metric: 1.0})
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
@@ -224,16 +210,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(OSError, match=r"`output_dir` to be a folder that can be written, got .*"):
-    training.check_writable(tmp_path / "file" / "run")
-
-
-def test_another_model_in_the_folder_is_refused(whole):
-  folder, *_ = whole
-  other = Toy(CONFIG)
-  wider = dataclasses.replace(other.module.config, mlp_dim=12)
-  other.module = network.Transformer(wider)
-  with pytest.raises(ValueError, match="give another `output_dir`"):
-    other.fit(folder)
+    loop.check_writable(tmp_path / "file" / "run")
 
 
 def test_schedule_warms_up_and_decays():
@@ -243,15 +220,15 @@ def test_schedule_warms_up_and_decays():
   assert np.isfinite(float(short(0)))
 
 
-CONSTANT = training.Schedule(peak=0.01, warmup_steps=1, final_fraction=1.0)
-IDENTIFIED = training.TrainConfig(num_steps=20, schedule=CONSTANT)
+IDENTIFIED = training.TrainConfig(20, training.Schedule(0.01, 1, final_fraction=1.0))
 
 
-def counting(seed=0, first=3):
+def identity(rows=None, **change):
+  first, seed = {"first": 3, "seed": 0, **(rows or {})}.values()
   sequences = training_batches.Ragged([[first, n, 1] for n in range(3, 20)])
-  return training_batches.Supervised(
-    sequences, sequences, (training_batches.Bucket(4, 4),), 4, seed
-  )
+  bucket = (training_batches.Bucket(4, 4),)
+  source = training_batches.Supervised(sequences, sequences, bucket, 4, seed)
+  return loop.identity_of(dataclasses.replace(IDENTIFIED, **change), source)
 
 
 @pytest.mark.parametrize(
@@ -267,30 +244,30 @@ def counting(seed=0, first=3):
 )
 def test_another_rate_seed_or_data_is_refused(tmp_path, change, rows, words):
   path = tmp_path / "run.json"
-  loop.check_identity(path, loop.identity_of(IDENTIFIED, counting()), 0)
+  loop.check_identity(path, identity(), 0)
   before = path.read_text()
-  other = loop.identity_of(dataclasses.replace(IDENTIFIED, **change), counting(**rows))
   with pytest.raises(ValueError, match=words):
-    loop.check_identity(path, other, 10)
+    loop.check_identity(path, identity(rows, **change), 10)
   assert path.read_text() == before
-  loop.check_identity(path, other, 0)  # nothing was made yet: it begins
+  loop.check_identity(path, identity(rows, **change), 0)  # nothing was made yet: it begins
 
 
 def test_the_same_run_and_a_longer_one_at_a_constant_rate_go_on(tmp_path):
   path = tmp_path / "run.json"
-  for config in (IDENTIFIED, IDENTIFIED, dataclasses.replace(IDENTIFIED, num_steps=64)):
-    loop.check_identity(path, loop.identity_of(config, counting()), 10)
+  for change in ({}, {}, {"num_steps": 64}):
+    loop.check_identity(path, identity(**change), 10)
   path.unlink()  # a run of an earlier version
-  loop.check_identity(path, loop.identity_of(IDENTIFIED, counting(seed=3)), 10)
-  path.write_text("{}")
-  with pytest.raises(ValueError, match="to say what a run was made with"):
-    loop.check_identity(path, loop.identity_of(IDENTIFIED, counting()), 10)
+  loop.check_identity(path, identity({"seed": 3}), 10)
+  known = json.loads(path.read_text())
+  for stored in ({}, [], {**known, "batches": known["batches"][:2]}, {**known, "batches": 3}):
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="to say what a run was made with"):
+      loop.check_identity(path, identity({"seed": 3}), 10)
 
 
 @pytest.mark.parametrize(
   ("name", "value"),
   [
-    ("num_steps", -3),
     ("num_steps", 0),
     ("patience", -1),
     ("eval_every", 0),

@@ -15,7 +15,7 @@ from calm.exits import evidence
 from calm.t5 import caches, decoder, decoder_weights
 from calm.training import losses, objectives
 from tests import toys
-from tests.training.samples import batch_of, model_of
+from tests.training.samples import batch_of, model_of, trained
 
 
 def loss_of(objective, module, params, batch, key=None):
@@ -23,21 +23,21 @@ def loss_of(objective, module, params, batch, key=None):
   return jax.jit(lambda p, b, k: objective.loss(module, p, b, k))(params, batch, key)
 
 
+def hidden_states(module, params, batch):
+  """(the network at these parameters, every layer's states)."""
+  bound = module.bind({"params": params})
+  names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+  return bound, bound.hidden_states(*(batch[name] for name in names))
+
+
 def layer_losses(module, params, batch):
   """Mean NLL of each layer by the network's own logits, one layer at a time."""
-  bound = module.bind({"params": params})
-  hidden = bound.hidden_states(
-    batch["encoder_input_tokens"],
-    batch["decoder_input_tokens"],
-    batch["decoder_target_tokens"],
-  )
-  weights = np.asarray(batch["decoder_loss_weights"])
+  bound, hidden = hidden_states(module, params, batch)
+  weights, targets = np.asarray(batch["decoder_loss_weights"]), batch["decoder_target_tokens"]
   values = []
-  for layer in range(1, hidden.shape[0] + 1):
-    logits = jax.nn.log_softmax(bound.decoder.logits(hidden[layer - 1], layer))
-    picked = np.take_along_axis(
-      np.asarray(logits), np.asarray(batch["decoder_target_tokens"])[..., None], -1
-    )
+  for layer, state in enumerate(hidden, start=1):
+    logits = jax.nn.log_softmax(bound.decoder.logits(state, layer))
+    picked = np.take_along_axis(np.asarray(logits), np.asarray(targets)[..., None], -1)
     values.append(-float((picked[..., 0] * weights).sum()))
   return np.array(values)
 
@@ -86,38 +86,33 @@ def test_layers_are_drawn_with_the_weights_of_equation_6():
   np.testing.assert_allclose(counts / counts.sum(), losses.layer_weights(3), atol=0.08)
 
 
-def gradients_by_path(objective, module, params, batch):
-  loss = lambda p: objective.loss(module, p, batch, jax.random.key(0))[0]
-  return traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params))
-
-
-@pytest.mark.parametrize("loss", [losses.classifier_loss, losses.geometric_classifier_loss])
-def test_gradients_of_stage_two_are_exactly_zero_outside_the_classifier(loss):
-  module, params = model_of(dropout_rate=0.5)
-  objective = objectives.ExitClassifier(loss)
-  for path, gradient in gradients_by_path(objective, module, params, batch_of()).items():
-    assert bool(jnp.any(gradient != 0)) == ("exit_classifier" in path), path
-
-
 PROBED = toys.Config(
   num_decoder_layers=3, num_encoder_layers=1, exit_probes=True, exit_translators=(1, 2)
 )
 PROBES = objectives.ExitProbes(shortlist=toys.shortlist(PROBED))
 
 
-def test_gradients_of_probes_are_exactly_zero_outside_them():
+@pytest.mark.parametrize(
+  "objective",
+  [
+    objectives.ExitClassifier(losses.classifier_loss),
+    objectives.ExitClassifier(losses.geometric_classifier_loss),
+    PROBES,
+  ],
+)
+def test_gradients_of_stage_two_are_exactly_zero_outside_its_part(objective):
   module, params = model_of(PROBED, dropout_rate=0.5)
-  for path, gradient in gradients_by_path(PROBES, module, params, batch_of()).items():
-    assert bool(jnp.any(gradient != 0)) == ("exit_probes" in path), path
+  loss = lambda p: objective.loss(module, p, batch_of(), jax.random.key(0))[0]
+  gradients = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params))
+  for path, gradient in gradients.items():
+    assert bool(jnp.any(gradient != 0)) == (objective.parts[0] in path), path
 
 
 def test_probes_read_what_inference_reads():
   module, params = model_of(PROBED)
   batch = batch_of()
   _, metrics = loss_of(PROBES, module, params, batch)
-  inputs = [batch[f"{name}_tokens"] for name in ("encoder_input", "decoder_input")]
-  targets = batch["decoder_target_tokens"]
-  hidden = module.bind({"params": params}).hidden_states(*inputs, targets)
+  _, hidden = hidden_states(module, params, batch)
   weights = decoder_weights.decoder_weights(params, module.config, None, PROBES.shortlist)
   no_prompt = caches.Encoded((), jnp.zeros((1, 1, 1)))
   step = decoder.DecoderStep(weights, module.config, no_prompt, (), ())
@@ -141,31 +136,21 @@ def test_probes_read_what_inference_reads():
   )
 
 
-def train(objective, module, params, steps=3):
-  optimizer = lambda rate: optax.adamw(rate, weight_decay=0.1)
-  config = training.TrainConfig(
-    num_steps=steps, schedule=training.Schedule(0.05, 1), optimizer=optimizer
-  )
-  step = training.make_train_step(module, config, objective, params)
-  state = training.init_state(jax.tree.map(jnp.copy, params), config, objective)
-  for seed in range(steps):
-    state, _ = step(state, batch_of(seed))
-  return traverse_util.flatten_dict(state.params)
-
-
 @pytest.mark.parametrize(
   ("objective", "classifier_moves"),
   [(objectives.ExitClassifier(), True), (objectives.LayerWeighted(), False)],
 )
 def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_moves):
   module, params = model_of()
-  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
-    trained = train(objective, module, params)
+  optimizer = lambda rate: optax.adamw(rate, weight_decay=0.1)
+  batches, schedule = [batch_of(seed) for seed in range(3)], training.Schedule(0.05, 1)
+  state, _ = trained(objective, module, params, batches, schedule, optimizer=optimizer)
+  after = traverse_util.flatten_dict(state.params)
   for path, before in traverse_util.flatten_dict(params).items():
     if ("exit_classifier" in path) != classifier_moves:
-      np.testing.assert_array_equal(trained[path], before, err_msg=str(path))
+      np.testing.assert_array_equal(after[path], before, err_msg=str(path))
     else:
-      assert np.any(np.asarray(trained[path]) != np.asarray(before)), path
+      assert np.any(np.asarray(after[path]) != np.asarray(before)), path
 
 
 def test_a_batch_in_parts_makes_the_step_of_the_whole():
@@ -175,13 +160,9 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole():
   assert rows % 2 == 0 and np.ptp(np.asarray(batch["decoder_loss_weights"]).sum(1)) > 0
   objective = objectives.LayerWeighted()
 
-  def stepped(count):
-    config = training.TrainConfig(3, training.Schedule(0.5, 0), num_microbatches=count)
-    with jax.numpy_dtype_promotion("standard"):
-      step = training.make_train_step(module, config, objective, params)
-      state = training.init_state(jax.tree.map(jnp.copy, params), config, objective)
-      return step(state, batch)
-
+  stepped = lambda count: trained(
+    objective, module, params, [batch], training.Schedule(0.5, 0), num_microbatches=count
+  )
   (one, whole), (two, parted) = stepped(1), stepped(2)
   # The penalty is what is left of the loss: as exact as the loss's own rounding.
   np.testing.assert_allclose(whole.z_loss, parted.z_loss, atol=1e-6 * float(whole.loss))
@@ -200,16 +181,11 @@ def test_stage_two_reads_what_inference_reads():
   module, params = model_of()
   batch = batch_of()
   _, metrics = loss_of(objectives.ExitClassifier(), module, params, batch)
-  bound = module.bind({"params": params})
-  hidden = bound.hidden_states(
-    batch["encoder_input_tokens"],
-    batch["decoder_input_tokens"],
-    batch["decoder_target_tokens"],
-  )
+  bound, hidden = hidden_states(module, params, batch)
   logits = [np.asarray(bound.decoder.logits(h, i + 1)).argmax(-1) for i, h in enumerate(hidden)]
   real = np.asarray(batch["decoder_loss_weights"])
-  layers = enumerate(hidden, start=1)
-  exits = np.stack([np.asarray(bound.decoder.exit_logits(h, i)) for i, h in layers]) > 0
+  part, read = params["decoder"]["exit_classifier"], np.asarray(bound.decoder.read(hidden))
+  exits = (read @ np.asarray(part["kernel"]))[..., 0] + np.asarray(part["bias"]) > 0
   hits = (exits == (np.stack(logits) == logits[-1])) * real
   np.testing.assert_array_equal(metrics.correct, hits.sum((1, 2)))
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pathlib
 import shlex
 import shutil
@@ -17,11 +16,11 @@ from rich import console as rich_console
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
 
-from calm import checkpoints, inference, training
+from calm import checkpoints, inference
 from calm.commands import cli, train
 from calm.data import vocabulary
 from calm.t5 import network, parameters
-from calm.training import objectives, run, sources
+from calm.training import objectives, run, sources, updates
 from tests import toy_vocabulary
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "train"
@@ -91,20 +90,18 @@ def test_the_command_trains_and_exports_a_model_that_loads(stage_one, files):
   assert "num_steps = 12" in (stage_one / "config.gin").read_text()
 
 
-def test_the_last_line_is_a_command_that_works(stage_one, files, capsys):
-  train.run(arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files)))
-  last = capsys.readouterr().out.splitlines()[-1]
-  words = shlex.split(last)
-  assert words[0] == "calm" and cli.main(words[1:]) == 0
-  assert checkpoints.load(stage_one / "model").exits_trained
-
-
-def test_a_finished_run_is_only_exported_again(stage_one, files, capsys):
+def test_a_finished_run_is_only_exported_again_and_says_what_decodes_it(
+  stage_one, files, capsys
+):
   before = (stage_one / "model" / "params.safetensors").read_bytes()
   args = arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files))
   assert train.run(args) == 0
-  assert "resumed at step 12" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "resumed at step 12" in out
   assert (stage_one / "model" / "params.safetensors").read_bytes() == before
+  words = shlex.split(out.splitlines()[-1])
+  assert words[0] == "calm" and cli.main(words[1:]) == 0
+  assert checkpoints.load(stage_one / "model").exits_trained
 
 
 def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
@@ -164,31 +161,29 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
 def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
   (tmp_path / "validation.json").write_text("[]")
   with pytest.raises(FileNotFoundError, match="`initial` to be a finished run"):
-    run.find_checkpoint(str(tmp_path))
+    sources.find_checkpoint(str(tmp_path))
   with pytest.raises(FileNotFoundError, match=r"`initial`.*nowhere.*missing"):
-    run.find_checkpoint(str(tmp_path / "nowhere"))
+    sources.find_checkpoint(str(tmp_path / "nowhere"))
 
 
-def test_bindings_may_name_every_choice(files, tmp_path):
+def test_bindings_may_name_every_choice():
   # In a process of its own: here, other tests' gin files have made the names known.
-  code = (
-    "import sys; from calm.commands import cli; sys.exit(cli.main(['train', *sys.argv[1:]]))"
-  )
-  given = [
-    *bindings(files, num_steps=1),
-    "run.train.objective = @objectives.ExitClassifier()",
-    "objectives.ExitClassifier.objective = @losses.geometric_classifier_loss",
-    "training.TrainConfig.optimizer = @training.adam",
-  ]
-  words = [f"--gin_file={CONFIGS / 'local_tiny.gin'}", f"--output_dir={tmp_path}"]
-  words += [f"--gin_bindings={binding}" for binding in given]
-  environment = {**os.environ, "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+  code = """if True:
+    import gin
+    from calm.commands import train
+    gin.parse_config(train.CHOICES)
+    gin.clear_config()
+    gin.parse_config([
+      "OBJECTIVE = @objectives.ExitClassifier()",
+      "objectives.ExitClassifier.objective = @losses.geometric_classifier_loss",
+      "OPTIMIZER = @training.adam",
+    ])
+    print(gin.query_parameter("%OPTIMIZER"))"""
   done = subprocess.run(
-    [sys.executable, "-c", code, *words],
-    capture_output=True, text=True, check=False, env=environment, cwd=CONFIGS.parents[1],
+    [sys.executable, "-c", code],
+    capture_output=True, text=True, check=False, cwd=CONFIGS.parents[1],
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  assert (tmp_path / "model" / "config.json").exists()
+  assert "training.adam" in done.stdout, done.stderr
 
 
 def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
@@ -196,10 +191,9 @@ def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
     vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
     num_decoder_layers=2, exit_classifier=False,
   )  # fmt: skip
-  params = jax.tree.map(np.asarray, training.init_params(config, 0))
+  params = jax.tree.map(np.asarray, updates.init_params(config, 0))
   checkpoints.save(tmp_path, params, config)
-  start = run.starting_point(None, str(tmp_path), 0)
-  made, params = start.model, start.params
+  made, params, _ = run.starting_point(None, str(tmp_path), 0)
   assert made.exit_classifier and params["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
 
 
@@ -213,12 +207,12 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
   )
   trained = stage_one / "with_classifier"
   checkpoints.save(trained, params, stored.config)
-  made = run.starting_point(None, str(trained), 0, ("exit_classifier",)).params
+  made = run.starting_point(None, str(trained), 0, ("exit_classifier",))[1]
   for path, leaf in parameters.flatten(made).items():
     same = bool(np.all(leaf == parameters.flatten(params)[path]))
     assert same == ("exit_classifier" not in path), path
   assert not np.any(made["decoder"]["exit_classifier"]["kernel"])
-  again = run.starting_point(None, str(trained), 0, "decoder/exit_classifier").params
+  again = run.starting_point(None, str(trained), 0, "decoder/exit_classifier")[1]
   assert parameters.digest(again) == parameters.digest(made)
   with pytest.raises(ValueError, match=r"`fresh`.*exit_classifier.*got 'classifier'"):
     run.starting_point(None, str(stage_one), 0, ("classifier",))
@@ -228,14 +222,14 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
 
 def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_path):
   vocab = vocabulary.SentencePieceVocabulary(files[1])
-  texts = ["pack my box with five dozen jugs", "the quick brown fox jumps", "the lazy dog"]
+  texts = ["pack my box with five dozen jugs", "the quick brown fox jumps"]
+  texts = [*(" ".join([text] * 4) for text in texts), "dog"]
   rows = [{"input": f"question: what? context: {text}"} for text in [*texts[:2], texts[0]]]
   (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
   (tmp_path / "plain.jsonl").write_text(json.dumps({"input": texts[0]}) + "\n")
   source = sources.denoising(
-    [("plain.jsonl", ""), ("qa.jsonl", " context: ")], vocab, 20, 1,
-    root=str(tmp_path), min_tokens=5,
-  )  # fmt: skip
+    [("plain.jsonl", ""), ("qa.jsonl", " context: ")], vocab, 20, 1, root=str(tmp_path)
+  )
   assert [vocab.decode(source.texts[i]) for i in range(len(source.texts))] == texts[:2]
   assert source.first_sentinel == vocab.vocab_size - 1
 
@@ -267,10 +261,8 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
     t for t in by_share if t not in dog
   ]
   assert sources.frequent_tokens(names, words, 2, root=str(tmp_path)) == found[:2]
-  model = network.T5Config(vocab_size=64, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
-  export = run.Export(words, shortlist=found)
-  export.write(tmp_path / "model", training.init_params(model, 0), model)
-  stored = json.loads((tmp_path / "model" / "inference.json").read_text("utf-8"))
+  run.Export(words, shortlist=found).write(tmp_path)
+  stored = json.loads((tmp_path / "inference.json").read_text("utf-8"))
   assert stored["shortlist"] == list(found)
 
 

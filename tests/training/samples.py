@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from calm import training
 from calm.t5 import network
+from calm.training import updates
 from tests import toys
 
 TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)
@@ -28,3 +30,15 @@ def batch_of(seed=2, batch=4):
     "decoder_target_tokens": targets,
     "decoder_loss_weights": (targets > 0).astype(jnp.float32),
   }
+
+
+def trained(objective, module, params, batches, schedule=None, **options):
+  """(the state after a step on every batch, the last step's metrics)."""
+  schedule = schedule or training.Schedule(3e-2, 4)
+  config = training.TrainConfig(len(batches), schedule, **options)
+  step = updates.make_train_step(module, config, objective, params)
+  state, metrics = updates.init_state(jax.tree.map(jnp.copy, params), config, objective), None
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    for batch in batches:
+      state, metrics = step(state, batch)
+  return state, metrics

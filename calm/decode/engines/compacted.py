@@ -211,9 +211,8 @@ class Compacted(deferred.Deferred):
     for layer, cache in steps.items():
       row = decoder.project(layer, walk.layer_input(layer, state))
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
-      whole = decoder.attention(layer, cache)
-      by_kernel = decoder.kernel_attention(whole, part.hidden, rows.present(count))
-      attention = by_kernel or self._attention(whole, rows, count)
+      whole = decoder.attention(layer, part.hidden, cache, rows.present(count))
+      attention = whole if whole.native else self._attention(whole, rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
@@ -226,7 +225,7 @@ class Compacted(deferred.Deferred):
     self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
   ) -> attention_lib.Attends:
     part = len(rows.order) / len(rows.rank)
-    if platforms.attends_by_row() and part <= PART_BY_ROW:
+    if platforms.is_cpu() and part <= PART_BY_ROW:
       return _ByRow(whole, rows, count)
     return _Spread(whole, rows)
 

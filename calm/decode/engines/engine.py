@@ -49,7 +49,7 @@ class Task:
     table = self.weights.embedding
     # XLA:CPU gives half of a gather from a large matrix to another thread, and to wake it takes
     # longer than to copy a few rows.
-    if self.native and platforms.wakes_threads() and len(tokens) <= _FEW_ROWS:
+    if self.native and platforms.is_cpu() and len(tokens) <= _FEW_ROWS:
       rows = [lax.dynamic_slice_in_dim(table, token, 1) for token in tokens]
       return jnp.concatenate(rows).astype(self.config.dtype)
     return table[tokens].astype(self.config.dtype)
@@ -138,6 +138,6 @@ def after_each(
   they wait for what the last layer's state led to: a mesh would send one number more a layer.
   """
   end = after(position, last)
-  if not platforms.wakes_threads():
+  if not platforms.is_cpu():
     return [end] * len(rows)
   return [*(after(position, row.key) for row in rows[1:]), end]

@@ -15,27 +15,23 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 
 from calm.t5 import platforms
 
-__all__ = [
-  "attend",
-  "available",
-  "is_small",
-  "pack",
-  "product",
-  "product_in_8_bits",
-  "reads",
-  "single_threaded",
-]
+__all__ = ["attend", "available", "is_small", "pack", "product", "reads", "single_threaded"]
 
 # Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
 # wakes a second thread for less.
 MOST_ROWS, MOST_NUMBERS = 16, 2**17
 # Numbers of any matrix beside such layers: a head.
-MOST_NUMBERS_OF_HEADS = 2**20
+_MOST_NUMBERS_OF_HEADS = 2**20
 
 
 def available() -> bool:
   """Whether XLA can be given functions that LLVM compiles."""
-  return platforms.runs_in_this_process() and _has_llvmlite()
+  return platforms.is_cpu() and _has_llvmlite()
+
+
+@functools.cache
+def _has_llvmlite() -> bool:
+  return importlib.util.find_spec("llvmlite") is not None
 
 
 def reads(keys: jax.Array, values: jax.Array) -> bool:
@@ -57,8 +53,7 @@ def attend(
   Args:
     rows: the row of the batch that each query reads; of queries with a negative one the result
       is 0. None: as many read each row, in the batch's order.
-    query: the queries.
-    keys, values: the batch's, which it `reads`.
+    query, keys, values: the batch's, which it `reads`.
     bias: of the keys: for each query, for each row of the batch, or for all. Keys at
       `layers.MASK_BIAS` before the first or behind the last that is not are not read; a query
       that sees none gets 0.
@@ -71,12 +66,8 @@ def attend(
 
 
 def single_threaded(matrix: Any, rows: int) -> bool:
-  """Whether so few rows meet layers so small that one thread is as fast as two.
-
-  Args:
-    matrix: the largest of a layer.
-    rows: of the products.
-  """
+  """Whether so few rows meet layers so small, by their largest matrix, that one thread is as
+  fast as two."""
   can = platforms.has_wide_vectors() and available()
   return can and is_small(matrix) and rows <= MOST_ROWS
 
@@ -93,7 +84,7 @@ def product(
   """`x @ matrix` in one thread, beside layers that are `single_threaded`; None where XLA is as
   fast, as for a single row, whose code XLA:CPU compiles itself."""
   float32 = x.dtype == matrix.dtype == jnp.float32
-  if len(x) == 1 or matrix.size > MOST_NUMBERS_OF_HEADS or not float32:
+  if len(x) == 1 or matrix.size > _MOST_NUMBERS_OF_HEADS or not float32:
     return None
   from calm.t5.kernels import product_kernel
 
@@ -116,18 +107,7 @@ def product_in_8_bits(
   sums: Int32[Array, " outputs"],
   scales: Float[Array, " outputs"],
 ) -> Float[Array, "*rows outputs"]:
-  """`EightBits.product` of a packed matrix, bit for bit.
-
-  Args:
-    x: the rows.
-    packed: from `pack`.
-    sums, scales: see `EightBits`.
-  """
+  """`EightBits.product` of a packed matrix, bit for bit."""
   from calm.t5.kernels import codes_kernel
 
   return codes_kernel.product_in_8_bits(x, packed, sums, scales)
-
-
-@functools.cache
-def _has_llvmlite() -> bool:
-  return importlib.util.find_spec("llvmlite") is not None

@@ -10,10 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from llvmlite import ir
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import INT, LANES, LEAST, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import FLOAT, INT, LANES, LEAST, Frame, Writer, constant, number
 
+# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
+_PIECES = 12
 # Keys and values of so many numbers are worth a second thread: one that is awake, or one that
 # has to be woken for them.
 AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
@@ -22,9 +25,10 @@ _MASKED = -1e9  # biases of keys that nobody sees are lower
 
 def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.Array:
   """See `kernels.attend`."""
-  _, heads, head_dim = query.shape
+  queries, heads, head_dim = query.shape
   enough = ASLEEP_NUMBERS if single_threaded else AWAKE_NUMBERS
-  pieces = llvm.pieces(keys[0].size * len(query) >= enough)
+  shared = keys[0].size * queries >= enough and llvm.num_cores() > 1
+  pieces = min(_PIECES, queries * heads) if shared else 1
   # Their numbers, written out, are one operation more of every layer of a step.
   rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
   given = rows, *(x.astype(jnp.float32) for x in (query, keys, values, bias, *(now or ())))
@@ -33,13 +37,14 @@ def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.A
     f"calm_attention_{head_dim}{'_now' if has_now else ''}",
     lambda w, frame: _Piece(w, frame, head_dim, has_now).write(),
   )
+  ends = [i * queries * heads // pieces for i in range(pieces + 1)]
   made = [
     jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((end - begin, head_dim), "float32"))(
       jnp.full((), begin, jnp.int32), *given
     )
-    for begin, end in itertools.pairwise(llvm.split(len(query) * heads, pieces))
+    for begin, end in itertools.pairwise(ends)
   ]
-  return jnp.concatenate(made).reshape(len(query), -1)
+  return jnp.concatenate(made).reshape(queries, -1)
 
 
 class _Piece:
@@ -55,14 +60,14 @@ class _Piece:
     begin, self._rows, self._queries, self._keys, self._values, self._biases, *now = map(
       frame.numbers, arrays
     )
-    self._first, self._begin, self._now = begin, w.load_index(begin), now
+    self._first, self._begin, self._now = begin, w.sext(w.read(begin, INT), llvm.INDEX), now
     self._num_queries = frame.size(arrays[2], 0)
-    self._in_order = w.b.icmp_signed("==", frame.size(arrays[1], 0), number(0))
+    self._in_order = w.icmp_signed("==", frame.size(arrays[1], 0), number(0))
     self._batch = frame.size(arrays[3], 0)
     self._heads, self._length = frame.size(arrays[3], 1), frame.size(arrays[3], 2)
     self._bias_rows, self._bias_heads = frame.size(arrays[5], 0), frame.size(arrays[5], 1)
     self._count, self._out = frame.size(frame.result(0), 0), frame.numbers(frame.result(0))
-    self._weights = w.room(self._length)
+    self._weights = w.ptrtoint(w.alloca(FLOAT, self._length), llvm.INDEX)
     full, left = divmod(head_dim, LANES)
     masks = [None] * full + ([w.first_lanes(number(left))] if left else [])
     self._parts = [(number(LANES * i), mask) for i, mask in enumerate(masks)]
@@ -70,110 +75,105 @@ class _Piece:
   def write(self) -> None:
     w, zero = self._w, number(0)
     for i, _ in w.loop(zero, self._count, 1):
-      place = w.b.add(self._begin, i)
-      query, head = w.b.udiv(place, self._heads), w.b.urem(place, self._heads)
+      place = w.add(self._begin, i)
+      query, head = w.udiv(place, self._heads), w.urem(place, self._heads)
       row = self._row(query)
       out = self._at(self._out, i)
-      with w.b.if_else(w.b.icmp_signed("<", row, zero)) as (absent, present):
+      with w.if_else(w.icmp_signed("<", row, zero)) as (absent, present):
         with absent:
           for part, mask in self._parts:
-            w.store(constant(0.0), w.item(out, part), mask)
+            w.write(constant(0.0), w.item(out, part), mask)
         with present:
           self._attend(query, head, row, out)
 
   def _row(self, query: Any) -> Any:
     """The row of the batch that a query reads."""
-    w, b = self._w, self._w.b
+    w = self._w
     # Where no row is named, something else that may be read.
-    named = b.select(self._in_order, self._first, w.item(self._rows, query))
-    own = b.udiv(b.mul(query, self._batch), self._num_queries)
-    return b.select(self._in_order, own, w.load_index(named))
+    named = w.select(self._in_order, self._first, w.item(self._rows, query))
+    own = w.udiv(w.mul(query, self._batch), self._num_queries)
+    return w.select(self._in_order, own, w.sext(w.read(named, INT), llvm.INDEX))
 
   def _attend(self, query: Any, head: Any, row: Any, out: Any) -> None:
-    w, b = self._w, self._w.b
-    of_query = b.add(b.mul(query, self._heads), head)
-    cached = b.mul(b.add(b.mul(row, self._heads), head), self._length)
+    w = self._w
+    of_query = w.add(w.mul(query, self._heads), head)
+    cached = w.mul(w.add(w.mul(row, self._heads), head), self._length)
     keys, values = self._at(self._keys, cached), self._at(self._values, cached)
     bias = self._bias(query, head, row)
     asked = self._vectors(self._at(self._queries, of_query))
-    seen = first, last = self._seen(bias)
+    first, last = self._seen(bias)
     now, own_value = self._own(asked, of_query, head)
-    peak = self._scores(asked, keys, bias, seen, now)
-    totals = [constant(0.0)]
+    peaks = [now]
+    for key, carried in w.loop(first, last, 1, peaks):
+      score = w.fadd(
+        self._product(asked, self._at(keys, key)), w.read(w.item(bias, key), FLOAT)
+      )
+      w.write(score, w.item(self._weights, key))
+      carried[0] = w.larger(score, carried[0])
+    (peak,), totals = peaks, [constant(0.0)]
     for place, part, mask in w.parts(self._weights, first, last, totals):
-      weight = w.exp(b.fsub(part, w.spread(peak)))
+      weight = w.exp(w.fsub(part, w.spread(peak)))
       if mask is not None:
-        weight = b.select(mask, weight, constant(0.0))
-      w.store(weight, w.item(self._weights, place), mask)
-      totals[0] = b.fadd(totals[0], weight)
-    own = w.exp(b.fsub(w.spread(now), w.spread(peak)))
-    own = b.select(w.spread(b.fcmp_ordered(">", now, w.float(LEAST))), own, constant(0.0))
-    total = b.fadd(w.spread(w.folded(totals[0], b.fadd)), own)
-    mixed = [b.fmul(own, part) for part in own_value]
+        weight = w.select(mask, weight, constant(0.0))
+      w.write(weight, w.item(self._weights, place), mask)
+      totals[0] = w.fadd(totals[0], weight)
+    own = w.exp(w.fsub(w.spread(now), w.spread(peak)))
+    least = ir.Constant(FLOAT, LEAST)
+    own = w.select(w.spread(w.fcmp_ordered(">", now, least)), own, constant(0.0))
+    total = w.fadd(w.spread(w.folded(totals[0], w.fadd)), own)
+    mixed = [w.fmul(own, part) for part in own_value]
     for key, sums in w.loop(first, last, 1, mixed):
-      weight = w.spread(w.load_one(w.item(self._weights, key)))
+      weight = w.spread(w.read(w.item(self._weights, key), FLOAT))
       parts = self._vectors(self._at(values, key))
       sums[:] = [w.fused(weight, part, sum_) for part, sum_ in zip(parts, sums, strict=True)]
     # 0 where no key is seen; NaN stays.
-    nothing = b.fcmp_ordered("==", total, constant(0.0))
-    scale = b.select(nothing, constant(0.0), b.fdiv(constant(1.0), total))
+    nothing = w.fcmp_ordered("==", total, constant(0.0))
+    scale = w.select(nothing, constant(0.0), w.fdiv(constant(1.0), total))
     for (part, mask), sum_ in zip(self._parts, mixed, strict=True):
-      w.store(b.fmul(sum_, scale), w.item(out, part), mask)
+      w.write(w.fmul(sum_, scale), w.item(out, part), mask)
 
   def _bias(self, query: Any, head: Any, row: Any) -> Any:
     """Where the biases of a query's keys begin: its own, its row's, or everybody's."""
-    b, one = self._w.b, number(1)
-    by_query = b.icmp_signed("==", self._bias_rows, self._num_queries)
-    own = b.select(by_query, query, self._w.least(row, b.sub(self._bias_rows, one)))
-    head = self._w.least(head, b.sub(self._bias_heads, one))
-    return self._w.at(
-      self._biases, self._length, b.add(b.mul(own, self._bias_heads), head), number(0)
-    )
+    w, one = self._w, number(1)
+    by_query = w.icmp_signed("==", self._bias_rows, self._num_queries)
+    own = w.select(by_query, query, w.least(row, w.sub(self._bias_rows, one)))
+    head = w.least(head, w.sub(self._bias_heads, one))
+    place = w.add(w.mul(own, self._bias_heads), head)
+    return w.at(self._biases, self._length, place, number(0))
 
   def _seen(self, bias: Any) -> tuple[Any, Any]:
     """The first key that is not masked, and the one behind the last such; equal if none."""
-    w, b = self._w, self._w.b
-    count = w.spread(b.trunc(self._length, INT))
-    ends = [count, constant(0, INT)]
+    w = self._w
+    ends = [w.spread(w.trunc(self._length, INT)), constant(0, INT)]
     for place, part, _ in w.parts(bias, number(0), self._length, ends, LEAST):
-      open_, here = b.fcmp_ordered(">=", part, constant(_MASKED)), w.lanes(place)
-      behind = b.add(here, constant(1, INT))
-      first = b.select(open_, w.least(here, ends[0]), ends[0])
-      ends[:] = first, b.select(open_, w.most(behind, ends[1]), ends[1])
+      open_, here = w.fcmp_ordered(">=", part, constant(_MASKED)), w.lanes(place)
+      behind = w.add(here, constant(1, INT))
+      first = w.select(open_, w.least(here, ends[0]), ends[0])
+      ends[:] = first, w.select(open_, w.most(behind, ends[1]), ends[1])
     first, last = w.folded(ends[0], w.least), w.folded(ends[1], w.most)
-    return w.index(w.least(first, last)), w.index(last)
+    return w.sext(w.least(first, last), llvm.INDEX), w.sext(last, llvm.INDEX)
 
   def _own(self, asked: list[Any], of_query: Any, head: Any) -> tuple[Any, list[Any]]:
     """The score of the key that a query has besides, `LEAST` if none, and its value."""
     w = self._w
     if not self._now:
-      return w.float(LEAST), [constant(0.0)] * len(self._parts)
+      return ir.Constant(FLOAT, LEAST), [constant(0.0)] * len(self._parts)
     keys, values, bias = self._now
     score = self._product(asked, self._at(keys, of_query))
-    score = w.b.fadd(score, w.load_one(w.item(bias, head)))
+    score = w.fadd(score, w.read(w.item(bias, head), FLOAT))
     return score, self._vectors(self._at(values, of_query))
-
-  def _scores(self, asked: list[Any], keys: Any, bias: Any, seen: tuple[Any, Any], now) -> Any:
-    """The largest score; scores are written to the weights."""
-    w, peak = self._w, [now]
-    for key, values in w.loop(*seen, 1, peak):
-      score = self._product(asked, self._at(keys, key))
-      score = w.b.fadd(score, w.load_one(w.item(bias, key)))
-      w.store(score, w.item(self._weights, key))
-      values[0] = w.larger(score, values[0])
-    return peak[0]
 
   def _product(self, asked: list[Any], key: Any) -> Any:
     """query . key"""
     sum_ = constant(0.0)
     for one, other in zip(asked, self._vectors(key), strict=True):
       sum_ = self._w.fused(one, other, sum_)
-    return self._w.folded(sum_, self._w.b.fadd)
+    return self._w.folded(sum_, self._w.fadd)
 
   def _vectors(self, begin: Any) -> list[Any]:
     """A head's numbers."""
     w = self._w
-    return [w.load(w.item(begin, part), mask) for part, mask in self._parts]
+    return [w.read_some(w.item(begin, part), mask) for part, mask in self._parts]
 
   def _at(self, array: Any, place: Any) -> Any:
     """Where the head of this number begins in an array of heads."""

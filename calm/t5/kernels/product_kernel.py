@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import LANES, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import FLOAT, LANES, Frame, Writer, constant, number
 
 # Rows of the matrix that are multiplied at a time.
 _BLOCK = 16
@@ -31,9 +31,9 @@ def _write(w: Writer, frame: Frame) -> None:
   rows, inputs, columns = frame.size(x, 0), frame.size(x, 1), frame.size(matrix, 1)
   x, matrix, out = map(frame.numbers, (x, matrix, out))
   for i, _ in w.loop(number(0), inputs, _BLOCK):
-    left = w.b.sub(inputs, i)
+    left = w.sub(inputs, i)
     count = w.least(number(_BLOCK), left)
-    to_come = w.least(number(_BLOCK), w.b.sub(left, count))
+    to_come = w.least(number(_BLOCK), w.sub(left, count))
     begin = number(0)
     for height, width in _TILES:
       end = w.below(rows, height)
@@ -43,16 +43,16 @@ def _write(w: Writer, frame: Frame) -> None:
           x=w.at(x, inputs, row, i),
           matrix=w.at(matrix, columns, i, number(0)),
           out=w.at(out, columns, row, number(0)),
-          first=w.b.icmp_signed("==", i, number(0)),
-          to_come=w.b.select(w.b.icmp_signed("==", row, number(0)), to_come, number(0)),
+          first=w.icmp_signed("==", i, number(0)),
+          to_come=w.select(w.icmp_signed("==", row, number(0)), to_come, number(0)),
         )  # fmt: skip
         wide, whole = w.below(columns, LANES * width), w.below(columns, LANES)
         for column, _ in w.loop(number(0), wide, LANES * width):
           tile(column, width)
         for column, _ in w.loop(wide, whole, LANES):
           tile(column, 1)
-        rest = w.b.sub(columns, whole)
-        with w.b.if_then(w.b.icmp_signed(">", rest, number(0))):
+        rest = w.sub(columns, whole)
+        with w.if_then(w.icmp_signed(">", rest, number(0))):
           tile(whole, 1, w.first_lanes(rest))
       begin = end
 
@@ -67,25 +67,25 @@ def _tile(
   Sums begin here if `first`, or go on from what is in `out`; `to_come` rows of the matrix
   behind these are prefetched.
   """
-  places = [w.b.add(column, number(LANES * vector)) for vector in range(vectors)]
+  places = [w.add(column, number(LANES * vector)) for vector in range(vectors)]
   outs = [w.at(out, columns, number(r), place) for r in range(rows) for place in places]
-  before, zero = w.b.block, constant(0.0)
-  with w.b.if_then(w.b.not_(first)):
-    old, read = [w.load(address, mask) for address in outs], w.b.block
+  before, zero = w.block, constant(0.0)
+  with w.if_then(w.not_(first)):
+    old, read = [w.read_some(address, mask) for address in outs], w.block
   sums: list[Any] = []
   for part in old:
-    sums.append(w.b.phi(part.type))
+    sums.append(w.phi(part.type))
     sums[-1].add_incoming(zero, before)
     sums[-1].add_incoming(part, read)
   for i, values in w.loop(number(0), count, 1, sums):
-    row = [w.load(w.at(matrix, columns, i, place), mask) for place in places]
+    row = [w.read_some(w.at(matrix, columns, i, place), mask) for place in places]
     for r in range(rows):
-      factor = w.spread(w.load_one(w.at(x, inputs, number(r), i)))
+      factor = w.spread(w.read(w.at(x, inputs, number(r), i), FLOAT))
       for v, vector in enumerate(row):
         values[r * vectors + v] = w.fused(factor, vector, values[r * vectors + v])
   for value, address in zip(sums, outs, strict=True):
-    w.store(value, address, mask)
+    w.write(value, address, mask)
   if mask is None:
-    for row, _ in w.loop(count, w.b.add(count, to_come), 1):
+    for row, _ in w.loop(count, w.add(count, to_come), 1):
       for place in places:
         w.prefetch(w.at(matrix, columns, row, place))
