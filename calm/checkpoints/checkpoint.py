@@ -51,13 +51,19 @@ parameters_digest = arguments.checked()(parameters.digest)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A model as it was stored."""
+  """A model as it was stored.
+
+  Attributes:
+    config: sizes and choices.
+    params: its tree, of float32 numpy arrays.
+    vocabulary: what is stored beside it, or None.
+    exits_trained: whether layers before the last have learned to write: False in Hugging
+      Face's models and T5X's own; None where it is not known.
+  """
 
   config: network.T5Config
-  params: dict[str, Any] = dataclasses.field(repr=False)  # its tree, of float32 numpy arrays
+  params: dict[str, Any] = dataclasses.field(repr=False)
   vocabulary: Vocabulary | None = None
-  # Whether layers before the last have learned to write: False in Hugging Face's models and
-  # T5X's own; None where it is not known.
   exits_trained: bool | None = None
 
 
@@ -155,7 +161,11 @@ def save_exits(
 
 @arguments.checked()
 def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
-  """Copies the files of a base model byte for byte; ValueError for a T5X checkpoint."""
+  """Copies the files of a base model byte for byte.
+
+  Raises:
+    ValueError: `source` is a T5X checkpoint.
+  """
   source, target = pathlib.Path(source), pathlib.Path(target)
   if not (source / "config.json").is_file():
     raise ValueError(
@@ -177,7 +187,14 @@ def with_exits(
 ) -> tuple[network.T5Config, dict[str, Any]]:
   """(configuration, parameters) of a base model with the exits of a file, or of its folder.
 
-  Exit parts in `params` are replaced. ValueError where the exits are of other weights.
+  Args:
+    config: of the base model.
+    params: its tree; exit parts in it are replaced.
+    exits: a file that `calm fit` wrote, or its folder.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: the exits are of other weights, or the file is of something else.
   """
   config, flat = _with_exits(config, parameters.flatten(params), pathlib.Path(exits))
   made = parameters.unflatten(flat)

@@ -40,6 +40,8 @@ from calm.console import Progress, print_text, rate, sanitize
 from calm.data import prompt_batches
 from calm.inference import exact_rule, outputs, timing
 
+# With so many prompts, seconds that the calibration does not name are measured.
+MEASURED_PROMPTS = 64
 # Batches a chunk, at first and at most; and most seconds a chunk.
 FIRST_BATCHES, MOST_BATCHES, CHUNK_SECONDS = 4, 16, 10.0
 
@@ -192,6 +194,7 @@ class Serving:
     self._timing = outputs.Timing(0.0, 0.0, 0)
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
+    self._sample: tuple[str, ...] = ()  # texts that are timed
     self._parts: Callable[[int, outputs.Output], None] | None = None
 
   @property
@@ -240,6 +243,7 @@ class Serving:
         warnings.simplefilter("always")
         made = self._generate(chunk)
       self._add(made, caught)
+      self._sample = (*self._sample, *(prompt.input for prompt in chunk))[: 2 * batch]
       yield chunk, made
       progress.count("prompts")(done + self._sums["prompts"], self._count)
       affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
@@ -313,10 +317,7 @@ class Serving:
     if self._exact:
       return "These are the full model's own texts: every token was verified at full depth."
     if self._guarantee:
-      calibration = self.predictor.calibration
-      noted = calibration and calibration.certified and timing.noted(calibration)
-      seconds = f"Decoder beside full depth, as measured with the calibration: {noted}.\n"
-      return f"{seconds if noted else ''}{self._guarantee}"
+      return f"{self._seconds()}{self._guarantee}"
     if self.threshold == NEVER_EXIT:
       return "The full model was used; no guarantee is needed."
     why = "the calibration is for another threshold than --threshold"
@@ -325,6 +326,24 @@ class Serving:
     elif self._arguments.calibration is None:
       why = "nothing was calibrated for these options and this threshold"
     return f"No guarantee: {self.predictor.platform_mismatch or why}."
+
+  def _seconds(self) -> str:
+    """Lines on the decoder beside full depth; none where nothing is known of it."""
+    calibration = self.predictor.calibration
+    if calibration is None or not calibration.certified:
+      return ""
+    if noted := timing.noted(calibration):  # whose warning came with `load`
+      return f"Decoder beside full depth, as measured with the calibration: {noted}.\n"
+    if self._sums["prompts"] < MEASURED_PROMPTS:
+      return ""
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # reported above
+      found = timing.beside_full_depth(
+        self.predictor, self._sample, self.threshold, prompts=4, rounds=3
+      )
+    slow = timing.warning(timing.note(calibration, found))
+    warned = f"Warning: {slow}\n" if slow else ""
+    return f"Decoder beside full depth, measured on some of these prompts: {found}.\n{warned}"
 
 
 def _count(number: int, thing: str) -> str:

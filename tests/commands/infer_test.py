@@ -194,6 +194,28 @@ def test_the_models_own_calibration_is_served(prompts, calm, tmp_path):
   assert "as measured with the calibration: x2.00 one at a time (x1.50" in printed
 
 
+def test_the_speed_beside_full_depth_is_measured(prompts, tmp_path, calm, monkeypatch):
+  """Of a calibration that names no seconds; that some prompts are cut is said once, of all."""
+  model = toy.save_model(tmp_path / "fitted")
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  procedure = inference.load(model, max_input_length=6, batch_size=2).procedure
+  dataclasses.replace(made, procedure=procedure).save(path := tmp_path / "calibration.json")
+  monkeypatch.setattr(infer, "MEASURED_PROMPTS", 7)
+  measure = timing.beside_full_depth
+
+  def measured(*given, **options):
+    found = measure(*given, **options)
+    single = dataclasses.replace(found.single, speedup=0.9, end_to_end=1.25)
+    return dataclasses.replace(found, single=single, batched=None)
+
+  monkeypatch.setattr(timing, "beside_full_depth", measured)
+  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--output=-"]
+  printed = calm("infer", *named, f"--calibration={path}")
+  assert "x0.90 one at a time (x1.25 with the encoder)" in printed
+  assert "not faster than full depth" in printed
+  assert printed.count("have more than `max_input_length`") == 1
+
+
 def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path, monkeypatch):
   output = tmp_path / "exact.jsonl"
   # Batches of a model so small have no drafts.
