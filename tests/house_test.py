@@ -58,23 +58,23 @@ def test_no_function_is_long(folder):
 BUDGETS = {
   "arguments.py": (178, 1),
   "calibrate": (5140, 22),
-  "checkpoints": (1076, 5),
-  "commands": (2632, 14),
+  "checkpoints": (1093, 5),
+  "commands": (2651, 14),
   "console.py": (271, 1),
   "data": (1865, 8),
-  "decode": (2238, 10),
+  "decode": (2229, 10),
   "exits": (1148, 8),
   "fitting": (2133, 7),
   "inference": (2447, 10),
-  "paper": (1881, 11),
+  "paper": (1880, 11),
   "serve": (727, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3280, 17),
-  "t5x": (1295, 4),
+  "t5x": (1290, 4),
   "training": (1516, 9),
 }
-WHOLE = {"calm": (29_239, 135), "tests": (27_686, 159), "scripts": (4_499, 25)}
+WHOLE = {"calm": (28_586, 135), "tests": (27_568, 159), "scripts": (4_499, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
