@@ -313,7 +313,8 @@ def greedy_decode(
     max_decode_length=inputs.shape[1],
     eos_id=eos_id,
   ).generation
-  return made.tokens[:, None], made.scores[:, None], made
+  tokens, scores = jnp.asarray(made.tokens), jnp.asarray(made.scores)
+  return tokens[:, None], scores[:, None], made
 
 
 def fits(weights: Any) -> bool:

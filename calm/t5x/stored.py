@@ -134,7 +134,7 @@ def refuse_missing_parts(
 
 def config_of(
   module: Any,
-  parts: Sequence[str] = ("exit_classifier",),
+  parts: Sequence[str | None] = ("exit_classifier",),
   exit_maps: tuple[Sequence[int], int] | None = None,
 ) -> network.T5Config:
   """The sizes of T5X's own T5 network, or of ours, as our configuration.
@@ -251,7 +251,7 @@ def procedure_of(
       f" exits.DynamicExits, got {model.decode_fn} and {rule}; outputs of"
       " others have no calibration here."
     )
-  options = inference.DecodeOptions(
+  decoding = inference.DecodeOptions(
     measure=rule.measure.name,
     schedule=rule.schedule,
     exit_layers=rule.allowed,
@@ -260,7 +260,7 @@ def procedure_of(
     matmul_precision=model.matmul_precision,
     **options,
   )
-  return inference.Predictor(model.config, params, words, options).procedure
+  return inference.Predictor(model.config, params, words, decoding).procedure
 
 
 def refuse_batch(

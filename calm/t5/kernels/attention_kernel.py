@@ -110,7 +110,7 @@ class _Piece:
       )
       w.write(score, w.item(self._weights, key))
       carried[0] = w.larger(score, carried[0])
-    (peak,), totals = peaks, [constant(0.0)]
+    (peak,), totals = peaks, list[Any]([constant(0.0)])
     for place, part, mask in w.parts(self._weights, first, last, totals):
       weight = w.exp(w.fsub(part, w.spread(peak)))
       if mask is not None:
