@@ -71,10 +71,10 @@ BUDGETS = {
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3280, 17),
-  "t5x": (1290, 4),
+  "t5x": (1291, 4),
   "training": (1516, 9),
 }
-WHOLE = {"calm": (28_586, 135), "tests": (27_568, 159), "scripts": (4_499, 25)}
+WHOLE = {"calm": (28_587, 135), "tests": (27_568, 159), "scripts": (4_499, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
