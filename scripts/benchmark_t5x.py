@@ -11,7 +11,6 @@ Medians of repeats that take turns, in one process. Needs T5X.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
@@ -40,30 +39,18 @@ from calm.t5 import network
 from calm.t5x import models
 
 PER_DEVICE = (1, 2)  # rows
-# Every token leaves after its first layer there: as fast as exits can be.
-AT_ONCE = 0.0
 LAYERS = (2, 4)
 SOFTMAX = f"ours, softmax after {' and '.join(map(str, LAYERS))}, as certified"
 ENCODER = "encoder alone"
 
 
-@dataclasses.dataclass(frozen=True)
-class Texts:
-  """A task of the model in the box."""
-
-  path: str | None  # prompts, under the folder of the data sets; None: those in the box
-  prefix: str  # before every prompt
-  input_length: int  # tokens that are read
-  length: int  # most tokens that are written
-  # Of the softmax measure after `LAYERS`; about what is certified for delta = 0.1.
-  threshold: float
-
-
-TEXTS = {
-  "synopses": Texts(None, "summarize: ", 192, 24, 0.2),
-  "translations": Texts(
-    "debian_enfr/validation.jsonl.gz", "translate English to French: ", 96, 96, 0.28
-  ),
+# Task of the model in the box -> prompts under the folder of the data sets (None: those in the
+# box), prefix, tokens read and written, and a threshold of the softmax measure after `LAYERS`,
+# about what is certified for delta = 0.1.
+ENFR = "debian_enfr/validation.jsonl.gz"
+TEXTS: dict[str, tuple[str | None, str, int, int, float]] = {
+  "synopses": (None, "summarize: ", 192, 24, 0.2),
+  "translations": (ENFR, "translate English to French: ", 96, 96, 0.28),
 }
 T5X = "cc342d4"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "seqio")
@@ -76,6 +63,7 @@ SIZES: dict[str, Any] = {
 INPUT_LENGTH, STEPS = 128, 64
 NO_EOS = 2**30  # an id that is never emitted: every step runs
 THEIRS = "T5X's network, T5X's loop"
+GREEDILY = functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
 
 
 def parts_of(**sizes: Any) -> tuple[Any, ...]:
@@ -83,11 +71,6 @@ def parts_of(**sizes: Any) -> tuple[Any, ...]:
   words = seqio.PassThroughVocabulary(sizes["vocab_size"], 1)
   module = t5x_network.Transformer(t5x_network.T5Config(dtype=jnp.float32, **sizes))
   return module, words, words, adafactor.Adafactor(learning_rate=1e-3)
-
-
-def greedily() -> Any:
-  """T5X's loop."""
-  return functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
 
 
 def without_exits(params: Any) -> Any:
@@ -99,8 +82,8 @@ def runners(batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
   """Name -> one timed call."""
   parts = parts_of(**SIZES, dropout_rate=0.0)
   kinds: dict[str, Any] = {
-    THEIRS: t5x_models.EncoderDecoderModel(*parts, greedily()),
-    "our model, T5X's loop": models.EncoderDecoderModel(*parts, greedily()),
+    THEIRS: t5x_models.EncoderDecoderModel(*parts, GREEDILY),
+    "our model, T5X's loop": models.EncoderDecoderModel(*parts, GREEDILY),
     "our model, greedy_decode": models.EncoderDecoderModel(*parts, models.greedy_decode),
   }
   shapes = {name: array.shape for name, array in batch.items()}
@@ -113,16 +96,15 @@ def runners(batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
 def packed_batch(rows: int, kind: str, data: pathlib.Path) -> dict[str, np.ndarray]:
   """The first prompts of a task, as T5X's feature converter has them."""
-  task = TEXTS[kind]
+  task, prefix, input_length, length, _ = TEXTS[kind]
   words: Any = checkpoints.load(inference.PACKED).vocabulary
-  path = inference.PACKED / "prompts_calibration.jsonl" if not task.path else data / task.path
+  path = data / task if task else inference.PACKED / "prompts_calibration.jsonl"
   prompts = itertools.islice(prompt_files.open_prompts(path), rows)
-  tokens = np.zeros((rows, task.input_length), np.int32)
+  tokens = np.zeros((rows, input_length), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
-    ids = [*words.encode(task.prefix + prompt.input)[: len(row) - 1], 1]
+    ids = [*words.encode(prefix + prompt.input)[: len(row) - 1], 1]
     row[: len(ids)] = ids
-  decoder = np.zeros((rows, task.length), np.int32)
-  return {INPUTS: tokens, "decoder_input_tokens": decoder}
+  return {INPUTS: tokens, "decoder_input_tokens": np.zeros((rows, length), np.int32)}
 
 
 def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
@@ -138,10 +120,11 @@ def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
   )
   softmax = ours(confidence.Softmax(), *LAYERS)
   return {
-    THEIRS: (t5x_models.EncoderDecoderModel(*parts, greedily()), None),
+    THEIRS: (t5x_models.EncoderDecoderModel(*parts, GREEDILY), None),
     "ours, full depth": (softmax, None),
-    SOFTMAX: (softmax, TEXTS[kind].threshold),
-    "ours, classifier, at once": (ours(confidence.Classifier()), AT_ONCE),
+    SOFTMAX: (softmax, TEXTS[kind][-1]),
+    # Every token leaves after its first layer: as fast as exits can be.
+    "ours, classifier, at once": (ours(confidence.Classifier()), 0.0),
   }
 
 

@@ -3,12 +3,10 @@
   python scripts/from_t5x.py --checkpoint=runs/two/checkpoint_400 --like=packed \
       --output=runs/model
 
-Sizes are those of the checkpoint's arrays. T5X stores no vocabulary and no options of decoding:
-those come from `--like`, any checkpoint that this package reads, or give the SentencePiece
-model (or `bytes`) with `--vocabulary`; learned propagation is read where the checkpoint has it.
+Sizes are those of the checkpoint's arrays; vocabulary and options of decoding, which T5X does
+not store, are those of `--like`, any checkpoint that this package reads (or `--vocabulary`).
 With --fit, exits are learned beside the weights as `calm fit` does, from what the full model
-wrote in a sweep (scripts/t5x_sweep.py, or `calm infer`); scripts/to_t5x.py takes the folder
-back to T5X, the same weights with these exits:
+wrote in a sweep (scripts/t5x_sweep.py, `calm infer`); scripts/to_t5x.py takes them to T5X:
 
   python scripts/from_t5x.py --checkpoint=runs/one/checkpoint_400 --like=packed \
       --fit=runs/cache --output=runs/model

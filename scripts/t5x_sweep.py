@@ -64,9 +64,8 @@ def sweep(
     about: dict[str, Any] = {"procedure": procedure, "provenance": known}
     writer = open_writer(output_dir, prompts=prompts, thresholds=levels, **about)
   size, depths = dataset_cfg.batch_size, (schedules.NEVER_EXIT, *levels)
-  starts = range(0, len(examples), size)
   missing = missing_ids(writer, depths, [p.id for p in prompts], size)
-  for i, start in enumerate(starts):
+  for i, start in enumerate(range(0, len(examples), size)):
     ids = [prompt.id for prompt in prompts[start : start + size]]
     batch = batch_of([row for _, row, _ in examples[start : start + size]], size)
     for j, threshold in enumerate(depths):

@@ -15,9 +15,8 @@ from calm.t5x import stored as stored_lib
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  shape = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
   parser.add_argument("--checkpoint", default="packed", help="a checkpoint's folder, or packed")
   parser.add_argument("--output", required=True, help="folder to write checkpoint_<step> into")
   parser.add_argument("--step", type=int, default=0, help="the step that T5X counts on from")

@@ -9,11 +9,9 @@ Compiled for the TPU that is named, estimated by its compiler: nothing runs, non
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
+import importlib.util
 import os
 import pathlib
-import platform
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,13 +63,8 @@ class Compiled:
 
 def available() -> str:
   """Why nothing can be compiled for a TPU here, or '' where it can."""
-  if sys.platform != "linux" or platform.machine() != "x86_64":
-    return f"libtpu is made for x86 Linux, this is {platform.machine()} {sys.platform}"
-  try:
-    importlib.metadata.version("libtpu")
-  except importlib.metadata.PackageNotFoundError:
-    return "libtpu is missing: pip install '.[tpu]'"
-  return ""
+  missing = importlib.util.find_spec("libtpu") is None
+  return "libtpu is missing: pip install '.[tpu]' on x86 Linux" if missing else ""
 
 
 def configuration(shape: str, dtype: str = "float32", **changes: Any) -> network.T5Config:

@@ -4,14 +4,10 @@ Compiled for the TPU that is named, estimated by its compiler: nothing runs, non
 
   pip install '.[tpu]'   (x86 Linux)
   python scripts/tpu_steps.py --steps=squad_small_train,large_train
-
-Parameters and activations lie along the mesh by T5X's standard rules (one axis of activations
-and one of parameters).
 """
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -102,11 +98,12 @@ class Step:
     shape = jax.ShapeDtypeStruct((self.batch, *dimensions), dtype)
     return self.along(shape, sharding.PartitionSpec("data"))
 
-  def lower(self) -> Any:
-    """The step, lowered."""
+  def compiled(self) -> Any:
+    """The step for the TPU."""
     rules, layout = partitioning.axis_rules(RULES), platforms.laid_out_for("tpu")
     with sharding.use_abstract_mesh(self.mesh.abstract_mesh), rules, layout:
-      return self._decode() if self.kind == "decode" else self._train()
+      made = self._decode() if self.kind == "decode" else self._train()
+    return made.compile()
 
   def _train(self) -> Any:
     objective, optimizer = STAGES[self.kind]
@@ -163,14 +160,10 @@ class Memory:
   cycles: tuple[float, ...]  # thousands of a token that leaves after layer 1, L/3, 2 L/3, L
 
 
-def compiled(step: Step) -> Any:
-  return step.lower().compile()
-
-
 def memory(step: Step) -> Memory:
   """Compiles a step."""
   try:
-    made = compiled(step)
+    made = step.compiled()
   except jax.errors.JaxRuntimeError as error:
     raise RuntimeError(f"{step} does not fit: {str(error)[:300]}") from error
   found: Any = made.memory_analysis()
@@ -220,7 +213,7 @@ STEPS: Mapping[str, Step] = {
 
 def row(name: str, one: Memory) -> list[Any]:
   step = one.step
-  cores = math.prod(step.mesh.devices.shape)
+  cores = step.mesh.size
   where = f"{step.topology}, {cores // step.model} x {step.model}"
   lengths = f"{step.batch}, {step.inputs} / {step.targets}"
   kept = [f"{x:.1f}" for x in (one.arguments, one.temporaries, one.peak)]

@@ -25,7 +25,7 @@ CORE = 16.0  # GB of a TPU v3 core
 def compiled(step: tpu_steps.Step):
   # Optax promotes types and ranks.
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    return tpu_steps.compiled(step)
+    return step.compiled()
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
