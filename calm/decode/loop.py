@@ -91,7 +91,8 @@ class DecodingState:
 Step = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[exits.TokenExit, Any]]
 
 
-def empty_generation(batch_size: int, max_decode_length: int) -> Generation:
+def empty_generation(batch_size: Any, max_decode_length: int) -> Generation:
+  # `jax.export` has batch sizes that are no number.
   ints = jnp.zeros((batch_size, max_decode_length), jnp.int32)
   floats = jnp.zeros((batch_size, max_decode_length), jnp.float32)
   return Generation(ints, ints, floats, floats, jnp.zeros((batch_size,), jnp.float32))
