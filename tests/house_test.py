@@ -62,7 +62,7 @@ BUDGETS = {
   "commands": (2651, 14),
   "console.py": (271, 1),
   "data": (1865, 8),
-  "decode": (2229, 10),
+  "decode": (2230, 10),
   "exits": (1148, 8),
   "fitting": (2133, 7),
   "inference": (2447, 10),
@@ -74,7 +74,7 @@ BUDGETS = {
   "t5x": (1291, 4),
   "training": (1516, 9),
 }
-WHOLE = {"calm": (28_587, 135), "tests": (27_572, 159), "scripts": (4_464, 25)}
+WHOLE = {"calm": (28_588, 135), "tests": (27_570, 159), "scripts": (4_464, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
