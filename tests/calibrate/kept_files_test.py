@@ -36,7 +36,12 @@ def test_a_stored_calibration_is_read_and_promises_the_same(name, tmp_path):
 def test_a_stored_calibration_is_verified_by_making_it_again(name):
   stored = Calibration.from_json(STORED[name]["calibration"])
   again = golden.KINDS[name]()
-  assert command._differences(stored, again) == []
+  told = ("digest", "provenance", "guarantee", "reason")  # follow from the others
+  ours, theirs = (
+    {name: value for name, value in made.to_json().items() if name not in told}
+    for made in (again, stored)
+  )
+  assert command._same(ours, theirs)
   assert again.guarantee == stored.guarantee and again.reason == stored.reason
 
 
