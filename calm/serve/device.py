@@ -24,6 +24,7 @@ from calm.inference import certified, outputs
 from calm.inference import options as options_lib
 
 STEPS = 4  # tokens of a part of a streamed text, after its first token
+LEAST_SERVED = 4  # batches of a kind whose mean seconds are believed
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
 MOST_POINTS = 1000  # of the page's history
 FULL_DEPTH = "The full model is used; no guarantee is needed."
@@ -107,6 +108,10 @@ class Device(threading.Thread):
     self._unchecked = collections.deque[str](maxlen=MOST_UNCHECKED)
     self._stopping, self._condition = False, threading.Condition()
     self._seconds: dict[tuple[int, int], float] = {}  # of the first tokens, by shape
+    # Seconds of the last batches, by their shape and whether they were at full depth.
+    self._spent = collections.defaultdict[tuple[int, int, bool], collections.deque[float]](
+      lambda: collections.deque(maxlen=20)
+    )
     # Whether a batch's shape is part of the procedure.
     self._whole = options_lib.batch_size_affects_output(model.config, model.options)
     self._size, most = model.options.batch_size, model.options.max_input_length
@@ -202,11 +207,26 @@ class Device(threading.Thread):
       lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
       near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
       batch = [job for job in self.waiting if near(job)][: self._size]
-      # So few may take less time one after another.
-      one = self._seconds.get((1, length), math.inf)
-      batch = batch if len(batch) * one > self._seconds[self._size, length] else batch[:1]
+      one, whole = self._costs(length, self._level(first))
+      batch = batch if len(batch) * one > whole else batch[:1]
       self.waiting = [job for job in self.waiting if job not in batch]
       return batch
+
+  def _costs(self, length: int, level: float) -> tuple[float, float]:
+    """Seconds of a prompt alone and of a batch: few may take less one after another.
+
+    Those of the first tokens until enough of both were served. A batch lasts as long as its
+    longest text and its rows leave after different layers, so that only served ones tell.
+    """
+    shapes = [(size, length) for size in (1, self._size)]
+    served = [self._spent[*shape, level == NEVER_EXIT] for shape in shapes]
+    if min(map(len, served)) >= LEAST_SERVED:
+      one, whole = (sum(seconds) / len(seconds) for seconds in served)
+      return one, whole
+    return self._seconds.get(shapes[0], math.inf), self._seconds[shapes[1]]
+
+  def _level(self, job: Job) -> float:
+    return self.threshold if job.threshold is None else job.threshold
 
   def _length(self, job: Job) -> int:
     return next(length for length in self._lengths if length >= len(job.tokens))
@@ -225,9 +245,9 @@ class Device(threading.Thread):
     return (full, self.model.exact or full) if level == NEVER_EXIT else (None, None)
 
   def _serve(self, batch: Sequence[Job]) -> None:
-    start, level = time.perf_counter(), batch[0].threshold
-    level = self.threshold if level is None else level
+    start, level = time.perf_counter(), self._level(batch[0])
     guarantee, layers = self.guarantee(level), []
+    size = 1 if len(batch) == 1 else self._size
     try:
       for job, output, text, reason in self._decode(batch, level):
         spent = time.perf_counter() - start
@@ -238,6 +258,8 @@ class Device(threading.Thread):
       for job in batch:
         job.deliver(Part(error="The server failed to decode this prompt."))
       return
+    shape = size, self._length(batch[0]), level == NEVER_EXIT
+    self._spent[shape].append(time.perf_counter() - start)
     if self.online is not None and batch[0].threshold is None:
       served = len(batch) + (self.history[-1][0] if self.history else 0)
       self.history.append((served, level, sum(layers) / max(1, len(layers))))

@@ -347,6 +347,18 @@ def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
   assert taken() == "cde"  # 1.0 for 2.1, all as long as the longest
 
 
+def test_served_batches_tell_whether_the_next_one_pays(model):
+  made = serve.Device(model.with_options(max_input_length=32))
+  made._seconds = {(1, 32): 1.0, (4, 32): 1.5}
+  job = lambda name: device.Job(name, [3] * 9, 0.5, 8, ())
+  made.submit([job("a"), job("b"), job("c")])
+  made._spent[1, 32, False].extend([1.0] * 4)
+  made._spent[4, 32, False].extend([2.5] * 3)
+  assert [len(made._next()), made.submit([job("d"), job("e")])] == [3, None]
+  made._spent[4, 32, False].append(2.5)  # two take 2.0 one after another
+  assert len(made._next()) == 1
+
+
 def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
   monkeypatch.setattr(served.device, "_decode", lambda *_: iter([None, 1 / 0]))
   assert served.post(prompt="a", status=500)["error"]["type"] == "server_error"
