@@ -67,14 +67,14 @@ BUDGETS = {
   "fitting": (2133, 7),
   "inference": (2447, 10),
   "paper": (1880, 11),
-  "serve": (727, 4),
+  "serve": (749, 4),
   "signals.py": (98, 1),
   "storage.py": (529, 1),
   "t5": (3280, 17),
   "t5x": (1291, 4),
   "training": (1516, 9),
 }
-WHOLE = {"calm": (28_588, 135), "tests": (27_575, 159), "scripts": (4_464, 25)}
+WHOLE = {"calm": (28_610, 135), "tests": (27_587, 159), "scripts": (4_464, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
