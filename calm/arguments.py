@@ -40,10 +40,8 @@ class _Mismatch(Exception):
 def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
   """A decorator of functions and dataclasses that compares arguments with annotations.
 
-  Annotations that it does not know (arrays, `Any`, `Iterable`) allow everything.
-
-  Args:
-    **by_name: name of an argument -> a function that finds the object of a name.
+  Annotations that it does not know (arrays, `Any`, `Iterable`) allow everything. `by_name` maps
+  an argument to a function that finds the object of a name.
   """
 
   def decorate(target: Any) -> Any:

@@ -10,7 +10,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
-from rich import box as rich_box
 from rich import console as rich_console
 from rich import measure as rich_measure
 from rich import progress as rich_progress
@@ -40,11 +39,7 @@ def print_text(
 ) -> None:
   """Prints a sanitized text, without reading markup or emoji codes in it.
 
-  Args:
-    console: the console.
-    text: anything; see `sanitize`.
-    style: rich's style of the whole text.
-    soft_wrap: whether the terminal folds long lines, so that they can be copied.
+  With `soft_wrap` the terminal folds long lines, so that they can be copied.
   """
   console.print(rich_text.Text(sanitize(text), style), soft_wrap=soft_wrap)
 
@@ -55,66 +50,28 @@ def print_table(
   rows: Sequence[Sequence[str]],
   *,
   title: str = "",
-  words: int = 1,
   bold: int | None = None,
 ) -> None:
-  """Prints a table of sanitized texts; on a narrow console every row becomes a paragraph.
-
-  Args:
-    console: the console.
-    heads: names of the columns.
-    rows: cells, as many as heads in each.
-    title: title above the table.
-    words: number of first columns that hold words, aligned left; where one but the last of
-      them changes, a new section begins.
-    bold: index of a row in bold.
-  """
-  stacked = [re.sub(r" (?!/)", "\n", head) for head in heads]
-  for names, box in (
-    (heads, rich_box.HEAVY_HEAD),
-    (stacked, rich_box.HEAVY_HEAD),
-    (stacked, rich_box.SIMPLE_HEAD),
-  ):
-    table = _table(names, rows, title, words, bold, box)
-    anywhere = console.options.update(width=10_000)
+  """Prints a table of sanitized texts; on a narrow console every row becomes a paragraph."""
+  heads, rows = [*map(sanitize, heads)], [[*map(sanitize, row)] for row in rows]
+  anywhere, style = console.options.update(width=10_000), lambda row: "bold" * (row == bold)
+  for names in (heads, [re.sub(r" (?!/)", "\n", head) for head in heads]):
+    table = rich_table.Table(
+      title=rich_text.Text(sanitize(title)) if title else None, title_justify="left"
+    )
+    for number, head in enumerate(names):
+      table.add_column(rich_text.Text(head), justify="right" if number else "left")
+    for number, row in enumerate(rows):
+      table.add_row(*map(rich_text.Text, row), style=style(number))
     if rich_measure.Measurement.get(console, anywhere, table).maximum <= console.width:
       console.print(table)
       return
   if title:
-    console.print(rich_text.Text(sanitize(title), "italic"))
-  for number, row in enumerate(rows):
-    console.print(_paragraph(heads, row, words, console.width, number == bold))
-
-
-def _table(heads, rows, title: str, words: int, bold: int | None, box) -> rich_table.Table:
-  table = rich_table.Table(
-    title=rich_text.Text(sanitize(title)) if title else None,
-    title_justify="left",
-    box=box,
-    show_edge=box is rich_box.HEAVY_HEAD,
-    padding=(0, 1) if box is rich_box.HEAVY_HEAD else (0, 1, 0, 0),
-  )
-  for index, head in enumerate(heads):
-    table.add_column(
-      rich_text.Text(sanitize(head)), justify="left" if index < words else "right"
-    )
-  previous = None
-  for number, row in enumerate(rows):
-    if previous is not None and row[: words - 1] != previous:
-      table.add_section()
-    previous = row[: words - 1] if words > 1 else None
-    cells = [rich_text.Text(sanitize(cell)) for cell in row]
-    table.add_row(*cells, style="bold" if number == bold else None)
-  return table
-
-
-def _paragraph(heads, row, words: int, width: int, bold: bool) -> rich_text.Text:
-  """`0.12: mean loss 0.05, ...`, folded."""
-  name = " ".join(sanitize(cell) for cell in row[: max(1, words)] if cell)
-  pairs = zip(heads[max(1, words) :], row[max(1, words) :], strict=True)
-  values = ", ".join(f"{sanitize(head)} {sanitize(cell)}" for head, cell in pairs if cell)
-  lines = textwrap.wrap(f"{name}: {values}", width, subsequent_indent="  ")
-  return rich_text.Text("\n".join(lines), "bold" if bold else "")
+    print_text(console, title, "italic")
+  for number, (name, *cells) in enumerate(rows):
+    values = (f"{head} {cell}" for head, cell in zip(heads[1:], cells, strict=True) if cell)
+    text = textwrap.fill(f"{name}: {', '.join(values)}", console.width, subsequent_indent="  ")
+    console.print(rich_text.Text(text, style(number)))
 
 
 def rate(count: int, seconds: float) -> str:
@@ -207,7 +164,7 @@ class Progress:
     if self._bar is not None:
       self._bar.update(self._task, completed=share, description=sanitize(text), left=left)
     elif now - self._last >= LINE_SECONDS and share < 1.0:
-      text = f"  {100 * share:.0f} %, {f'{left}, ' if left else ''}{sanitize(text)}"
+      text = f"  {100 * share:.0f} %, {f'{left}, ' if left else ''}{text}"
       print_text(self._console, text, soft_wrap=True)
       self._last = now
 

@@ -21,11 +21,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def check() -> None:
-  """Ends a loop, between two of its steps, where a signal came in `deferred`.
-
-  Raises:
-    KeyboardInterrupt: SIGINT came; `Terminated` for SIGTERM. Each later call raises it again.
-  """
+  """KeyboardInterrupt or `Terminated` where a signal came in `deferred`, at each call again."""
   if _first is not None:
     raise Terminated if _first == signal.SIGTERM else KeyboardInterrupt
 
@@ -34,12 +30,9 @@ def check() -> None:
 def deferred() -> Iterator[None]:
   """SIGINT and SIGTERM set the flag of `check` in the block; the second one ends the process.
 
-  The exit status is then 130 or 143. Signals that the process ignores stay ignored. Nothing
-  changes in a block within such a block, nor in another thread than the main one, which alone
-  can handle signals.
-
-  Raises:
-    KeyboardInterrupt: as of `check`, at the end of a block that did not call it.
+  The exit status is then 130 or 143. Ignored signals stay ignored. Nothing changes in a block
+  within such a block, nor in another thread than the main one, which alone can handle signals.
+  At its end the block calls `check`.
   """
   global _first
   handled = (signal.SIGINT, signal.SIGTERM)

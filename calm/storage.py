@@ -57,9 +57,9 @@ class LockedError(OSError):
 class Lock:
   """A held lock; let go of by `release`, at the end of a block, or with the last reference."""
 
-  def __init__(self, path: pathlib.Path, descriptor: int):
+  def __init__(self, path: pathlib.Path, target: pathlib.Path):
     self.path = path
-    self.release = weakref.finalize(self, _release, path, descriptor, os.getpid())
+    self.release = weakref.finalize(self, _release, path, _acquire(path, target), os.getpid())
 
   def __enter__(self) -> "Lock":
     return self
@@ -69,22 +69,14 @@ class Lock:
 
 
 # A process may take its own locks again: a notebook cell is run twice, an object lingers.
-_locks: weakref.WeakValueDictionary[tuple[int, pathlib.Path], Lock]
-_locks = weakref.WeakValueDictionary()
+_locks = weakref.WeakValueDictionary[tuple[int, pathlib.Path], Lock]()
 
 
 def lock(target: str | pathlib.Path) -> Lock:
   """Takes a folder (its `.lock`) or a file (`.NAME.lock` beside it) for this process.
 
   The lock is `flock`'s, which the system lets go of when its holder dies, on a file that names
-  the holder. Where a file system has none, nothing is locked.
-
-  Args:
-    target: a folder, or a file that need not exist yet.
-
-  Raises:
-    LockedError: a living process has it; the message names it.
-    OSError: the lock cannot be written.
+  the holder; LockedError names it. Where a file system has none, nothing is locked.
   """
   target = pathlib.Path(os.path.realpath(target))
   path = target / ".lock" if target.is_dir() else target.with_name(f".{target.name}.lock")
@@ -92,7 +84,7 @@ def lock(target: str | pathlib.Path) -> Lock:
   if made is not None and made.release.alive:
     return made
   try:
-    made = Lock(path, _acquire(path, target))
+    made = Lock(path, target)
   except LockedError:
     raise
   except OSError as error:
@@ -106,8 +98,7 @@ def lock(target: str | pathlib.Path) -> Lock:
 
 def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
   """The descriptor of a locked file."""
-  about = {"process": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)[:200]}
-  about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+  about = f"process {os.getpid()} on {platform.node()}: {' '.join(sys.argv)[:200]}"
   while True:
     # A planted link is not followed: the file at its end would be overwritten.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
@@ -117,7 +108,11 @@ def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
         if fcntl is not None:
           fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
-        raise LockedError(_refusal(target, os.read(descriptor, 4096))) from None
+        holder = os.read(descriptor, 300).decode("utf-8", "replace")
+        raise LockedError(
+          f"Expected {str(target)!r} to have one writer at a time, got {holder!r} at work on"
+          " it; wait for it to end, stop it, or choose another place."
+        ) from None
       except OSError as error:
         if error.errno not in _NO_FLOCK:
           raise
@@ -125,7 +120,7 @@ def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
       if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
         stack.callback(os.unlink, path)  # where the disk is full
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(about).encode())
+        os.write(descriptor, about.encode("utf-8", "replace"))
         stack.pop_all()
         return descriptor
 
@@ -139,31 +134,11 @@ def _release(path: pathlib.Path, descriptor: int, pid: int) -> None:
     os.close(descriptor)
 
 
-def _refusal(target: pathlib.Path, holder: bytes) -> str:
-  named = parse_line(holder)[0] or {}
-  who = "a process that gives no name"
-  if "process" in named:
-    words = (str(named.get(name, "?")) for name in ("process", "host", "command", "since"))
-    who = "process {} on {} ({!r}, since {})".format(*words)
-  return (
-    f"Expected {str(target)!r} to have one writer at a time, got {who} at work on it; wait for"
-    " it to end, stop it, or choose another place."
-  )
-
-
 # ---- Writing
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
-  """Writes a file that is never seen half written.
-
-  Args:
-    path: the file, a link to one, a device or a pipe, or `-` for standard output.
-    content: a text is written in UTF-8.
-
-  Raises:
-    OSError: it cannot be written; the old content is kept.
-  """
+  """Writes a file (a text in UTF-8) that is never seen half written; see `replacing`."""
   with replacing(path) as file:
     file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -172,22 +147,17 @@ def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
 def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
   """A binary file to write to, piece by piece; it takes its place when the block ends well.
 
-  Args:
-    path: as for `write_atomically`. Where it is no regular file, pieces go there at once.
-
-  Raises:
-    OSError: it cannot be written; the old content is kept.
+  `path` may be a link to it. To a device, a pipe or `-` (standard output) pieces go at once.
+  OSError where it cannot be written; the old content is kept.
   """
   with contextlib.ExitStack() as stack:
     with _explaining(path):
       target = destination(path)
       partial = None if target is None else stack.enter_context(temporary(target))
       sys.stdout.flush()
-      if target is None and str(path) == "-":
-        file = sys.stdout.buffer
-      else:
-        file = stack.enter_context(_quiet(partial or _stream(path)))
-    with _explaining(path, _FULL):
+      place = partial or (None if str(path) == "-" else _stream(path))
+      file = sys.stdout.buffer if place is None else open(place, "wb")  # noqa: SIM115
+    with _explaining(path, _FULL), contextlib.nullcontext() if place is None else file:
       yield file
       file.flush()
     if partial is not None and target is not None:
@@ -196,11 +166,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def append(path: str | pathlib.Path, content: bytes) -> None:
-  """Appends whole lines, or nothing: a write that fails half way is taken back.
-
-  Raises:
-    OSError: it cannot be written; the message says how much is kept.
-  """
+  """Appends whole lines, or nothing: a write that fails half way is taken back."""
   flags = os.O_WRONLY | os.O_APPEND | _BINARY | _NO_WAIT
   with _explaining(path):
     try:
@@ -246,11 +212,7 @@ def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def put(partial: pathlib.Path, target: pathlib.Path) -> None:
-  """Renames a whole file to its place, once it is on the disk.
-
-  Raises:
-    OSError: `target` may not be written, or is no regular file.
-  """
+  """Renames a whole file to its place, once it is on the disk; OSError where it may not."""
   with contextlib.suppress(FileNotFoundError):
     old = os.stat(target)
     if not stat.S_ISREG(old.st_mode) or not os.access(target, os.W_OK):
@@ -271,11 +233,7 @@ def _sync(path: pathlib.Path, flags: int) -> None:
 
 
 def destination(path: str | pathlib.Path) -> pathlib.Path | None:
-  """The regular file, present or new, that a path names; None for anything else.
-
-  Raises:
-    OSError: it is a folder, or links lead in a circle.
-  """
+  """The regular file, present or new, that a path names; None for a device, pipe or stream."""
   if _DESCRIPTOR.fullmatch(str(path)):
     return None
   end = pathlib.Path(os.path.realpath(path) if os.path.islink(path) else path)
@@ -294,17 +252,6 @@ def _stream(path: str | pathlib.Path) -> int:
     # A descriptor's position in a file is shared with everything else that prints there.
     return os.dup(int(named[2] or (2 if named[1] else 1)))
   return os.open(path, os.O_WRONLY | os.O_APPEND)
-
-
-@contextlib.contextmanager
-def _quiet(path: pathlib.Path | int) -> Iterator[BinaryIO]:
-  """An opened file whose `close` does not repeat the error of `flush`."""
-  file = open(path, "wb")  # noqa: SIM115
-  try:
-    yield file
-  finally:
-    with contextlib.suppress(OSError):
-      file.close()
 
 
 @contextlib.contextmanager
@@ -329,11 +276,7 @@ def _explaining(
 
 
 def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
-  """Refuses links to files that do not exist, which only an intruder puts there.
-
-  Raises:
-    OSError: names the link; writing would make a file where it leads.
-  """
+  """OSError for links to files that do not exist: writing would make one where they lead."""
   for path in paths:
     if os.path.islink(path) and not os.path.exists(path):
       raise FileNotFoundError(
@@ -347,12 +290,7 @@ def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str | pathlib.Path) -> Iterator[io.BufferedReader]:
-  """A regular file to read from: pipes may be waited for, and devices need not end.
-
-  Raises:
-    ValueError: it is of another kind.
-    OSError: it cannot be read.
-  """
+  """A regular file to read from; ValueError for pipes and devices, which may never end."""
   with open(os.open(path, os.O_RDONLY | _BINARY | _NO_WAIT), "rb") as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
       raise ValueError(
@@ -363,12 +301,7 @@ def opened(path: str | pathlib.Path) -> Iterator[io.BufferedReader]:
 
 
 def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
-  """The bytes of a regular file.
-
-  Raises:
-    ValueError: it has more than `most` bytes, or is no regular file.
-    OSError: it cannot be read.
-  """
+  """The bytes of a regular file; ValueError where it has more than `most`."""
   with opened(path) as file:
     size = os.fstat(file.fileno()).st_size
     read = file.read() if size <= most else b""  # `read(most)` would allocate as much
@@ -392,12 +325,7 @@ def most_unpacked(size: int) -> int:
 
 
 def parse_json(content: str | bytes) -> Any:
-  """A JSON value, of UTF-8 where bytes are given.
-
-  Raises:
-    ValueError: no UTF-8, no JSON (NaN and infinities are none), a number beyond float64, or
-      nested too deep.
-  """
+  """A JSON value; ValueError: no UTF-8, NaN, a number beyond float64, nested too deep."""
   text = content.decode("utf-8") if isinstance(content, bytes) else content
   try:
     return _DECODER.decode(text)
@@ -444,11 +372,7 @@ class Line:
 
 
 def lines(file: BinaryIO, name: str | pathlib.Path) -> Iterator[bytes]:
-  """Lines of a binary file, with their ends; `name` is for messages.
-
-  Raises:
-    FormatError: a line has more than `LONGEST_LINE` bytes.
-  """
+  """Lines of a binary file, with their ends; FormatError beyond `LONGEST_LINE` bytes."""
   number = 0
   while line := file.readline(LONGEST_LINE + 1):
     signals.check()
@@ -464,13 +388,8 @@ def lines(file: BinaryIO, name: str | pathlib.Path) -> Iterator[bytes]:
 def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Line]:
   """Reads a JSON Lines file of objects; blank lines are skipped.
 
-  Args:
-    path: the file.
-    pipes: whether it may be a pipe or a device, whose lines are waited for.
-
-  Raises:
-    FormatError: the file is missing or unreadable, a line is too long, no UTF-8 or no JSON
-      object, or the last line is cut off.
+  FormatError where the file is unreadable, a line is too long or no JSON object, or the last
+  one is cut off. Lines of a pipe or a device are waited for only with `pipes`.
   """
   path = pathlib.Path(path)
   offset = following = 0

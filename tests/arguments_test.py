@@ -37,10 +37,6 @@ def losses() -> SequenceLosses:
   return SequenceLosses(np.array(LOSSES), np.array(GRID))
 
 
-def once(values):
-  return (value for value in values)
-
-
 @arguments.checked(found=len)
 def every(
   flag: bool = False,
@@ -66,20 +62,15 @@ def every(
   ("given", "taken"),
   [
     ({"flag": np.bool_(True)}, {"flag": True}),
-    ({"count": np.int64(3)}, {"count": 3}),
     ({"count": np.array(3)}, {"count": 3}),
-    ({"rate": 1}, {"rate": 1}),
     ({"rate": np.float32(0.5)}, {"rate": 0.5}),
     ({"rate": fractions.Fraction(1, 2)}, {"rate": 0.5}),
-    ({"rate": math.nan}, {"rate": math.nan}),  # a number, for whoever bounds it
     ({"text": np.str_("x")}, {"text": "x"}),
-    ({"counts": [1, 2]}, {"counts": [1, 2]}),
-    ({"counts": once([1, 2])}, {"counts": (1, 2)}),
+    ({"counts": (value for value in [1, 2])}, {"counts": (1, 2)}),
     ({"counts": np.array([1, 2])}, {"counts": [1, 2]}),
-    ({"counts": range(2)}, {"counts": (0, 1)}),
     ({"pair": [0.5, 1]}, {"pair": (0.5, 1)}),
     ({"pair": None}, {"pair": None}),
-    ({"tables": {"a": once(["x"])}}, {"tables": {"a": ("x",)}}),
+    ({"tables": {"a": iter(["x"])}}, {"tables": {"a": ("x",)}}),
     ({"path": pathlib.Path("x")}, {"path": pathlib.Path("x")}),
     ({"found": "four"}, {"found": 4}),
     ({"array": {1}}, {"array": {1}}),  # whoever reads an array checks it
@@ -89,7 +80,7 @@ def every(
 def test_what_stands_for_a_value_passes_in_the_form_of_the_annotation(given, taken):
   made = every(**given)
   for name, value in taken.items():
-    assert repr(made[name]) == repr(value)  # the type too, and NaN
+    assert repr(made[name]) == repr(value)  # the type too
 
 
 @pytest.mark.parametrize(
@@ -97,27 +88,15 @@ def test_what_stands_for_a_value_passes_in_the_form_of_the_annotation(given, tak
   [
     ({"flag": 1}, "`flag` to be True or False, got 1 (int)."),
     ({"count": True}, "`count` to be a whole number, got True (bool)."),
-    ({"count": 2.0}, "`count` to be a whole number, got 2.0 (float)."),
-    ({"rate": "0.5"}, "`rate` to be a number, got '0.5' (str)."),
     ({"rate": np.array([0.5])}, "`rate` to be a number, got array([0.5]) (ndarray)."),
-    ({"text": b"x"}, "`text` to be a text, got b'x' (bytes)."),
     ({"kind": "c"}, "`kind` to be one of 'a', 'b', got 'c' (str)."),
-    ({"kind": []}, "`kind` to be one of 'a', 'b', got [] (list)."),
     ({"counts": "12"}, "`counts` to be a list of whole numbers, got '12' (str)."),
     ({"counts": {1, 2}}, "`counts` to be a list of whole numbers, got {1, 2} (set)."),
-    (
-      {"counts": np.array(1)},
-      "`counts` to be a list of whole numbers, got array(1)",
-    ),
     ({"counts": [1, "2"]}, "`counts` to be a list of whole numbers, got '2' (str) at 1."),
     ({"pair": [None]}, "`pair` to be a list of numbers or None, got None (NoneType) at 0."),
-    (
-      {"tables": {"a": "x"}},
-      "`tables` to be a mapping to a list of texts or None, got 'x'",
-    ),
+    ({"tables": {"a": "x"}}, "`tables` to be a mapping to a list of texts or None, got 'x'"),
     ({"call": 1}, "`call` to be a function, got 1 (int)."),
     ({"path": int}, "`path` to be a text or a `Path`, got the class int."),
-    ({"found": 0.5}, "`found` to be a whole number, got 0.5 (float)."),
   ],
 )
 def test_the_rest_is_refused_by_name(given, message):
@@ -134,62 +113,8 @@ def test_places_names_and_what_python_says_itself_stay():
   assert every.__name__ == "every"
 
 
-def shared_words(prediction, references):
-  return max(len({*prediction} & {*text}) / len({*text} | {*prediction}) for text in references)
-
-
-def test_a_function_is_a_metric():
-  named = metrics.get_metric(f"{__name__}:shared_words")
-  assert metrics.get_metric(shared_words) == named
-  assert metrics.get_metric(metrics.exact_match) is metrics.METRICS["exact_match"]
-  early = {"slow": once(FULL), "fast": CHEAP}
-  found = calibrate.from_texts(once(FULL), early, metric=lambda text, others: 0.25)
-  assert found.metric.endswith("<lambda>") and ":" not in found.metric
-  np.testing.assert_array_equal(found.values.sum(axis=0), [0.0, 0.75 * 20])
-
-
-def test_a_prompt_holds_texts():
-  assert Prompt("a", "b", "c") == Prompt("a", "b", ["c"]) == Prompt("a", "b", once(["c"]))
-  assert Prompt("a", "b", group=np.int64(3)).group == "3"
-  for odd in (
-    {"id": None},
-    {"input": None},
-    {"targets": None},
-    {"targets": [None]},
-    {"targets": {"c"}},
-    {"targets": "\ud800"},
-    {"group": 1.5},
-    {"group": True},
-  ):
-    with pytest.raises(ValueError, match=f"Expected `{next(iter(odd))}`"):
-      Prompt(**{"id": "a", "input": "b", **odd})
-
-
 def certify(promise: Any = None, **options) -> calibrate.Calibration:
   return calibrate.calibrate(LOSSES, GRID, promise=promise, **RATES, **options)
-
-
-@pytest.mark.parametrize(
-  ("call", "message"),
-  [
-    (lambda: certify("quantile"), "`promise` to be a `Promise` or None, got 'quantile'"),
-    (lambda: certify(risks.Mean), "`promise` to be a `Promise` or None, got the class Mean"),
-    (lambda: certify(support=0), "`support`"),
-    (lambda: certify(groups={"a": 1}), "`groups`"),
-    (lambda: calibrate.from_texts(FULL, {math.nan: CHEAP}), "`knobs` to be finite"),
-    (lambda: calibrate.from_texts(FULL, {math.inf: FULL, 0.5: CHEAP}), "`knobs` to be finite"),
-    (lambda: losses().rows([0.5]), "`index`"),
-    (lambda: each_group(losses(), LABELS, error_rate=1.5), "`error_rate`"),
-    (lambda: planning.min_calibration_size(0.1, 0.05, upper=math.inf), "`upper`"),
-    (lambda: planning.method_size("auto", **RATES, share=1.5), "`share`"),
-    (lambda: planning.method_size("auto", **RATES, share=math.nan), "`share`"),
-    (lambda: planning.refusal(9, **RATES, share=-0.5), "`share`"),
-    (lambda: planning.refusal(9, **RATES, share=2.0), "`share`"),
-  ],
-)
-def test_what_is_wrong_is_named_at_once(call, message):
-  with pytest.raises(ValueError, match=f"Expected .*{message}"):
-    call()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
@@ -241,7 +166,7 @@ BORDER = {
     },
   ),
   "texts": (calibrate.from_texts, {**TEXTS, "ids": None, "groups": None}),
-  "metric": (metrics.Metric, {"name": "a", "function": shared_words, "binary": False}),
+  "metric": (metrics.Metric, {"name": "a", "function": metrics.chrf, "binary": False}),
   "size": (planning.min_calibration_size, {**RATES, "lower": 0.0, "upper": 1.0}),
   "method_size": (planning.method_size, {**PLANNED, "share": 1.0}),
   "promise_size": (planning.promise_size, {**PLANNED, "promise": risks.Mean()}),
@@ -259,10 +184,7 @@ BORDER = {
     {"losses": losses(), "labels": LABELS, "tolerance": 0.1, "error_rate": 0.05},
   ),
   **{
-    kind.__name__: (
-      lambda kind=kind, **given: certify(kind(**given)),
-      given,
-    )
+    kind.__name__: (lambda kind=kind, **given: certify(kind(**given)), given)
     for kind, given in {
       risks.Quantile: {"share": 0.9},
       risks.TailMean: {"beta": 0.9, "start": 0.0},

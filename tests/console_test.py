@@ -8,13 +8,7 @@ import pytest
 from rich import console as rich_console
 
 from calm import console as console_module
-from calm.console import (
-  Progress,
-  print_table,
-  print_text,
-  quiet,
-  sanitize,
-)
+from calm.console import Progress, print_table, print_text, quiet, sanitize
 
 HEADS = ("threshold", "mean loss", "upper bound", "p-value", "certified", "layers / token")
 ROWS = (
@@ -34,11 +28,9 @@ def pipe(width=80):
 @pytest.mark.parametrize(
   ("text", "shown"),
   [
-    ("\x1b[31mred\x1b]0;title\x07", r"\x1b[31mred\x1b]0;title\x07"),
+    ("\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J", r"\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J"),
     ("a\u202eb\u2066c\u200bd\ufeff", r"a\u202eb\u2066c\u200bd\ufeff"),
-    ("\r\x08\x9b2J", r"\r\x08\x9b2J"),
-    ("a\nb\tc é 漢 [/b] <script>", "a\nb\tc é 漢 [/b] <script>"),
-    ("می\u200cخواهم", "می\u200cخواهم"),
+    ("a\nb\tc é 漢 [/b] <script> می\u200cخواهم", "a\nb\tc é 漢 [/b] <script> می\u200cخواهم"),
   ],
 )
 def test_control_characters_are_escaped(text, shown):
@@ -53,31 +45,26 @@ def test_printed_text_is_no_markup():
   assert console.file.getvalue().endswith("m\na path of more than twenty letters\n")
 
 
-@pytest.mark.parametrize("width", [120, 80, 60, 40, 20])
+@pytest.mark.parametrize("width", [120, 80, 40, 20])
 def test_a_table_fits_any_width(width):
   console = pipe(width)
-  print_table(console, HEADS, ROWS, title="textual loss", words=0)
+  print_table(console, HEADS, ROWS, title="textual loss")
   text = console.file.getvalue()
   lines = text.splitlines()
   assert max(map(len, lines)) <= width and "…" not in text
   assert all(cell in text for row in ROWS for cell in row)
-  if width >= 60:  # a row is a line
+  if width >= 80:  # a row is a line
     assert any(all(cell in line for cell in ROWS[0]) for line in lines)
   else:
     assert any(line.startswith("0.95: mean loss") for line in lines)
 
 
-def test_a_table_has_sections_a_bold_row_and_sanitized_cells():
+def test_a_table_has_a_bold_row_and_sanitized_cells():
   console = terminal()
   print_table(console, ("a", "b"), (("[/b]", ":smile:"), ("\x1b[2J", "x")), bold=0)
   text = console.file.getvalue()
   assert "[/b]" in text and ":smile:" in text and r"\x1b[2J" in text
   assert text.count("\x1b[1m") >= 2
-  console = pipe()
-  rows = (("a", "1", "x"), ("a", "2", "x"), ("b", "1", "x"))
-  print_table(console, ("task", "n"), [], words=1)
-  print_table(console, ("task", "n", "x"), rows, words=2)
-  assert console.file.getvalue().count("├") == 1
 
 
 @pytest.fixture
@@ -101,16 +88,19 @@ def begin(report, share=0.0):
       thread.join(10.0)
 
 
-@pytest.mark.parametrize("width", [80, 60])
-def test_a_terminal_has_a_bar_with_the_remaining_time(now, at_once, width):
-  console = terminal(width)
+def test_a_terminal_has_a_bar_with_the_remaining_time(now, at_once, capsys):
+  console = terminal(60)
   with Progress(console) as report:
     begin(report, 0.1)
     now[0] = 40.0
     report(0.5, "[b] 5 of 10 prompts, \x1b[2J and a long text that has no room")
-  shown = console.file.getvalue()
-  assert "about 0:50 left" in shown and "[b] 5 of 10 prompts" in shown
-  assert shown.endswith("\x1b[2K") and "\x1b[2J" not in shown  # nothing of the bar stays
+    print("to standard output")
+    with report.hidden():
+      console.print("a text")
+  before, _, after = console.file.getvalue().partition("a text\n")
+  assert "about 0:50 left" in before and "[b] 5 of 10 prompts" in after
+  assert before.endswith("\x1b[2K") and after.endswith("\x1b[2K")  # nothing of the bar stays
+  assert "\x1b[2J" not in before and capsys.readouterr().out == "to standard output\n"
 
 
 def test_short_work_shows_nothing():
@@ -135,7 +125,6 @@ def test_without_a_console_only_somebody_who_looks_on_sees_progress(
     begin(report)
   assert console.file.getvalue() == ""
   with Progress() as report:
-    report.count("prompts")(0, 0)
     report.count("prompts")(3, 12)
     begin(lambda share, text: None)
   assert "3 of 12 prompts" in console.file.getvalue()
@@ -182,16 +171,3 @@ def test_steps_of_an_earlier_run_take_no_time(now):
     "[4/6] quick",
     "  48 %, about 1:02 left, [4/6] quick: x",  # two steps and a tenth are left
   ]
-
-
-def test_text_is_printed_beside_the_bar_and_to_standard_output(at_once, capsys):
-  console = terminal()
-  with Progress(console) as report:
-    begin(report)
-    report(0.4, "20 of 50 prompts")
-    print("to standard output")
-    with report.hidden():
-      console.print("a text")
-  before, _, after = console.file.getvalue().partition("a text\n")
-  assert before.endswith("\x1b[2K") and "50 prompts" in after and after.endswith("\x1b[2K")
-  assert capsys.readouterr().out == "to standard output\n"

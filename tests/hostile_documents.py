@@ -18,24 +18,19 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from calm import checkpoints, exits
-from calm.calibrate import Calibration, Online, Prompt, generations
+from calm.calibrate import Calibration, Online, generations
 from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign, records
-from calm.commands import calibrate, infer, shards
+from calm.commands import calibrate, shards
 from calm.data import datasets, vocabulary
-from calm.fitting import result as fit_result
-from calm.inference import loading, options, result_cache
+from calm.inference import loading, options
 from calm.t5 import network
-from calm.training import loop, sources
+from calm.training import sources
 from tests import toys
 from tests.calibrate import small_cache
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 GONE = "@gone@"
-# Marks of `hostile_test` for what JSON has no value for, and for what was done to a whole text.
-NONE = ("@deep@", "@huge@", "@nan@")
-NUMBERS = ("@huge@", "@nan@")
-WHOLE = "empty null list halved twice deep"
 
 CONFIG = network.T5Config(vocab_size=300, **toys.SMALLEST)
 
@@ -69,19 +64,7 @@ _BATCH = {
   "error": None,
 }
 _VLLM = {"request_id": "a", "prompt": "text", "outputs": [{"text": "word"}]}
-_REQUEST = {"model": "0123", "rows": "4567", "options": {"tolerance": 0.1, "stages": "none"}}
-_RUN = {"seed": 0, "learning_rates": [[0, 0.1], [1, 0.2]], "batches": [[0, "a"], [1, "b"]]}
 _EXACT = dataclasses.asdict(exits.Speculative(1, 4, "full"))
-_OUTPUT = {"id": "a", "prediction": "text", "tokens": [5, 1]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """A result as experiments store theirs."""
-
-  seconds: float
-  rounds: int
-  names: tuple[str, ...]
 
 
 def _tokenizer(path: pathlib.Path) -> None:
@@ -95,16 +78,6 @@ def _tokenizer(path: pathlib.Path) -> None:
 def _read_tokenizer(path: pathlib.Path):
   made = vocabulary.TokenizerVocabulary(path)
   return made.decode(made.encode("a b")), made.unk_id, made.extra_ids, made.piece(3)
-
-
-def _stage(path: pathlib.Path):
-  history = loop.History(path, "loss", patience=1)
-  return history.should_stop(), history.update(7, {"loss": 0.5})
-
-
-def _unfinished(base: pathlib.Path):
-  made = infer.ResumableFile(base / "out.jsonl", {"threshold": "0.5"})
-  return made, list(made.pending([Prompt("a", "text"), Prompt("b", "text")]))
 
 
 def _theirs(folder: pathlib.Path):
@@ -129,22 +102,14 @@ def _files(base: pathlib.Path) -> None:
   mark |= {"about": {"x": 1}, "checksums": {"a": "b"}}
   (base / "shard" / shards.MARK).write_text(json.dumps(mark))
   _tokenizer(base / "tokenizer.json")
-  cache = result_cache.ResultCache(base / "results")
-  cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))
-  (base / "fit" / "fit").mkdir(parents=True)
   for name, value in (
     ("rows.jsonl", row),
     ("records.jsonl", small_cache.record("id-000").to_json()),
     ("references.jsonl", {"id": "a", "targets": ["x", "y"]}),
-    ("labels.jsonl", {"id": "a", "label": "x"}),
     ("t5x.jsonl", _T5X),
     ("batch.jsonl", _BATCH),
     ("vllm.jsonl", _VLLM),
     ("outputs.jsonl", {"id": "a", "tokens": [5, 1]}),
-    ("run.json", _RUN),
-    ("validation.json", [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 2.0}]),
-    ("fit/fit/request.json", _REQUEST),
-    (_unfinished(base)[0]._partial, _OUTPUT),
     ("full_depth.json", {"reason": "x", "exact": _EXACT}),
   ):
     (base / name).write_text(json.dumps(value) + "\n")
@@ -156,8 +121,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
   at = lambda name: base / name
   ours, theirs, whole, codet5 = map(at, ("ours", "sharded", "cache", "codet5"))
   rows, lines, watch = (base / f"{n}.jsonl" for n in ("rows", "records", "watch"))
-  told, cache = base / "calibration.json", result_cache.ResultCache(base / "results")
-  kept = lambda: cache.get(Timing, "timing", {}, lambda: Timing(0.0, 0, ()))
+  told = base / "calibration.json"
   return {
     "our configuration": (ours / "config.json", lambda: checkpoints.load(ours)),
     "our vocabulary": (ours / "vocabulary.json", lambda: checkpoints.load(ours)),
@@ -179,27 +143,20 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "shard": (at("shard") / shards.MARK, lambda: shards.read_mark(at("shard"))),
     "references": (
       at("references.jsonl"),
-      lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),
+      lambda: calibrate.read_text(at("references.jsonl"), "targets", several=True),
     ),
-    "labels": (at("labels.jsonl"), lambda: calibrate.read_texts(at("labels.jsonl"), "label")),
-    "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
-    "outputs of a batch": (
-      at("batch.jsonl"),
-      lambda: foreign.read_predictions(at("batch.jsonl")),
-    ),
-    "outputs of vLLM": (at("vllm.jsonl"), lambda: foreign.read_predictions(at("vllm.jsonl"))),
+    **{
+      f"outputs of {name}": (at(file), lambda file=file: foreign.read_predictions(at(file)))
+      for name, file in (
+        ("T5X", "t5x.jsonl"),
+        ("a batch", "batch.jsonl"),
+        ("vLLM", "vllm.jsonl"),
+      )
+    },
     "outputs to train on": (
       at("outputs.jsonl"),
       lambda: sources._tokens_of(at("outputs.jsonl")),
     ),
-    "run": (at("run.json"), lambda: loop.check_identity(at("run.json"), _RUN, 2)),
-    "validations": (at("validation.json"), lambda: _stage(at("validation.json"))),
-    "fit": (
-      at("fit/fit/request.json"),
-      lambda: fit_result.open_folder(at("fit"), _REQUEST),
-    ),
-    "result": (cache.path("timing", {}), kept),
-    "unfinished outputs": (_unfinished(base)[0]._partial, lambda: _unfinished(base)),
     "full depth": (at("full_depth.json"), lambda: loading.stored_rule(at("full_depth.json"))),
   }
 
@@ -217,9 +174,6 @@ _number = lambda value: isinstance(value, int | float) and not isinstance(value,
 _story = lambda value: value is None or isinstance(value, str)
 _text = lambda value: isinstance(value, str) and value != GONE
 _anything = lambda value: True
-_texts = lambda value: isinstance(value, str) and value != GONE
-_whole = lambda value: type(value) is int
-_dropped = lambda value: value in ([], GONE)
 # Document -> fields, parted by blanks -> what they may hold. Whatever is not here takes nothing
 # but what it had.
 FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
@@ -301,9 +255,9 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   "tokenizer": {
     "version truncation padding normalizer post_processor decoder model.type": _of(GONE),
     "pre_tokenizer": _absent,
-    "added_tokens": _dropped,
+    "added_tokens": lambda value: value in ([], GONE),
     "added_tokens.0 added_tokens.1": _of(GONE),
-    "added_tokens.0.content added_tokens.1.content model.unk_token": _texts,
+    "added_tokens.0.content added_tokens.1.content model.unk_token": _text,
     **{
       f"added_tokens.{i}.{name}": _of(True)
       for i in range(2)
@@ -324,19 +278,18 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "checksums": _of({}),
   },
   "references": {
-    "id": _texts,
-    "targets": lambda value: _texts(value) or value == [],
+    "id": _text,
+    "targets": lambda value: _text(value) or value == [],
     "targets.0 targets.1": lambda value: isinstance(value, str),
     "empty": _anything,
   },
-  "labels": {"id label": _texts, "empty": _anything},  # every prompt is to have one
   "outputs of T5X": {
     "inputs": lambda value: isinstance(value, dict),
     "inputs.inputs_pretokenized": lambda value: isinstance(value, str),
     # Beside `targets`; only those are references, and there need be none.
     "inputs.targets_pretokenized": _anything,
-    "inputs.id": lambda value: _whole(value) or isinstance(value, str),
-    "prediction": _texts,
+    "inputs.id": lambda value: type(value) is int or isinstance(value, str),
+    "prediction": _text,
     "prediction_tokens": lambda value: _absent(value) or isinstance(value, list),
     # Tokens that are not as many as exits are those of the padding too.
     "prediction_tokens.0 prediction_tokens.1": _of(0, 10**9, GONE),
@@ -348,44 +301,19 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "aux.scores": lambda value: _absent(value) or type(value) in (int, float),
   },
   "outputs of a batch": {
-    "custom_id response.body.choices.0.message.content": _texts,
+    "custom_id response.body.choices.0.message.content": _text,
     "response.status_code": _of(GONE),
     "error": _of(0, "", [], {}, GONE),
   },
   "outputs of vLLM": {
-    "request_id outputs.0.text": _texts,
+    "request_id outputs.0.text": _text,
     "prompt": _anything,  # tokens, where there was no text
   },
   "outputs to train on": {
-    "id": _texts,
+    "id": _text,
     "tokens": _of([]),
     "tokens.0 tokens.1": _of(0, 10**9, GONE),
     "empty": _anything,
-  },
-  "run": {
-    "learning_rates.0.1 learning_rates.1.1": _of(None),  # NaN
-    "learning_rates.1 batches.1": _of(GONE),
-  },
-  "validations": {
-    "0 1": _of(GONE),
-    "0.step": _of(-1, 0),
-    "1.step": _of(10**9, 10**30),
-    "0.loss 1.loss": lambda value: type(value) in (int, float) or value in (*NUMBERS, GONE),
-    "list": _anything,  # a run that was not validated yet
-  },
-  "fit": {},
-  "result": {
-    # The file's name is the digest of what it depends on.
-    "experiment key": lambda value: value not in NONE,
-    "result.seconds": lambda value: _absent(value) or type(value) in (int, float),
-    "result.rounds": _whole,
-    "result.names": _of([]),
-    "result.names.0": lambda value: isinstance(value, str),
-  },
-  # A last line that is none was cut off by a kill, and is written anew.
-  "unfinished outputs": {
-    f"prediction tokens tokens.0 tokens.1 {WHOLE} bytes": _anything,
-    "id": _of(*NONE),
   },
   "full depth": {
     "reason": _anything,

@@ -190,7 +190,7 @@ HUGE = 5 * 2**30
 # A model may have no vocabulary beside it.
 ENDLESS = {"our vocabulary": ("pipe", "endless")}
 # What a user may well give through a pipe is waited for, as by any program.
-PIPED = ("references", "labels", "outputs of T5X", "outputs of a batch", "outputs of vLLM")
+PIPED = ("references", "outputs of T5X", "outputs of a batch", "outputs of vLLM")
 CASES = [
   (n, k) for n in ALLOWED for k in ("huge", "pipe", "endless") if k != "pipe" or n not in PIPED
 ]
@@ -235,13 +235,13 @@ BINARY = (
 def damaged(content: bytes) -> Iterator[tuple[str, bytes, bool]]:
   """(what was done, the bytes, whether they may be read)."""
   size = len(content)
-  for keep in (0, 1, 7, 8, 9, size // 4, size // 2, size - 9, size - 1):
+  for keep in (0, 7, 9, size // 2, size - 9, size - 1):
     yield f"first {keep}", content[: max(keep, 0)], False
   yield "zeros", bytes(size), False
   yield "ones", b"\xff" * size, False
   yield "text", b"no such thing\n" * 99, False
   yield "page", b"<!doctype html><html>" + content, False
-  for number in (0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1):  # a length, where one stands first
+  for number in (1, 2**40, 2**64 - 1):  # a length, where one stands first
     yield f"length {number}", struct.pack("<Q", number) + content[8:], False
   for at in {*range(0, min(size, FLIPS // 2)), *range(0, size, max(1, size // FLIPS))}:
     turned = bytearray(content)

@@ -123,19 +123,16 @@ with signals.deferred():
 """
 
 
-@pytest.mark.parametrize(
-  ("one", "two"),
-  [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM)],
-)
-def test_the_second_signal_ends_the_process_at_once(one, two):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_the_process_at_once(number):
   with subprocess.Popen([sys.executable, "-c", BUSY], stdout=-1, stderr=-1, text=True) as child:
     try:
       assert child.stdout is not None and child.stdout.readline() == "ready\n"
-      child.send_signal(one)
+      child.send_signal(number)
       with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.5)
-      child.send_signal(two)
-      assert child.wait(20) == 128 + two
+      child.send_signal(number)
+      assert child.wait(20) == 128 + number
       assert child.stderr is not None and child.stderr.read() == "calm: stopped at once.\n"
     finally:
       child.kill()

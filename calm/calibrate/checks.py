@@ -1,5 +1,6 @@
 """Checks of tables of losses: numbers, names, clusters, texts, copies."""
 
+import collections
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,8 @@ from scipy import special
 
 # Losses that are looked at at once.
 _CELLS = 2**18
-# How often a prompt may have been copied: all primes that are likely; an odd multiplier.
-_COPIES, _ODD = (2, 3, 5, 7, 11, 13), np.uint64(0x9E3779B97F4A7C15)
+# How often a prompt may have been copied: all primes that are likely.
+_COPIES = (2, 3, 5, 7, 11, 13)
 # Characters of a name (a knob, a label, a metric, a risk) in a calibration's file.
 LONGEST_NAME = 500
 LONGEST_KIND = 200
@@ -112,66 +113,28 @@ def check_seed(seed: str | None, name: str = "seed") -> None:
     raise ValueError(f"Expected `{name}` of at most 64 hexadecimal digits, got {seed!r:.200}.")
 
 
-def looks_copied(values: np.ndarray) -> bool:
-  """Whether rows occur as copies of prompts do, and independent draws hardly ever.
+def warn_of_copies(values: np.ndarray) -> None:
+  """Warns where rows [num_examples, num_thresholds] without NaN occur as copies of prompts do.
 
-  `values` are [num_examples, num_thresholds] finite losses. Either nearly all kinds of equal
-  rows, or nearly all stretches of equal rows (in the stored order, or of rows that stand n / k
-  apart), have a size that is a multiple of one k >= 2:
+  Nearly all kinds of equal rows then have a size that is a multiple of one k >= 2; so many do
+  once in 10^6 tables of independent draws at most:
 
       P(size of a kind = 0 mod k) < max(1 / k, 1 / 5) for independent draws
-
-  Or one row with three different losses besides -1, 0 and 1 is more than a tenth of a table of
-  more than eight kinds. Shuffled copies of few kinds look like draws. A table that repeats one
-  pattern of few rows throughout was made by hand, and is judged by its kinds alone.
   """
-  _, first, kinds, sizes = np.unique(
-    _row_hashes(values), return_index=True, return_inverse=True, return_counts=True
-  )
-  count, longest = len(kinds), min(64, len(kinds) // 2)
-  pattern = any(np.array_equal(kinds[n:], kinds[:-n]) for n in range(1, longest + 1))
-  for times in _COPIES:
-    period = count // times
-    apart = kinds[: times * period].reshape(times, period).T.ravel()
-    tables = [sizes] if pattern else [sizes, _stretches(kinds), _stretches(apart)]
-    for lengths in tables:
-      # So many sizes are multiples as happens once in 10^6 draws at most.
-      hits, chance = int((lengths % times == 0).sum()), max(1.0 / times, 0.2)
-      if hits and special.bdtrc(hits - 1, len(lengths), chance) < 1e-6:
-        return True
-  often = values[first[sizes > max(1, count // 10)]]
-  several = (len(set(row.tolist()) - {-1.0, 0.0, 1.0}) >= 3 for row in often)
-  return len(sizes) > 8 and any(several)
-
-
-def warn_of_copies(values: np.ndarray) -> None:
-  """Warns where `looks_copied`, of the rows without NaN."""
-  kept = np.concatenate([np.isfinite(block).all(axis=1) for block in row_blocks(values)])
-  finite = values if kept.all() else values[kept]
-  if len(finite) and looks_copied(finite):
-    warnings.warn(
-      "rows of losses repeat as copies of a prompt do, and copies count once: give those of one"
-      " prompt one of the `groups`.",
-      stacklevel=5,
-    )
-
-
-def _row_hashes(values: np.ndarray) -> np.ndarray:
-  """[num_examples] uint64, equal for equal rows and, but for 1 in 2^64 pairs, for no others."""
-  hashes = []
+  kinds = collections.Counter()
   for block in row_blocks(values):
-    mixed = np.zeros(len(block), np.uint64)
-    for column in (block + 0.0).T:  # -0 is 0
-      mixed = (mixed ^ np.ascontiguousarray(column).view(np.uint64)) * _ODD
-      mixed ^= mixed >> np.uint64(32)
-    hashes.append(mixed)
-  return np.concatenate(hashes)
-
-
-def _stretches(kinds: np.ndarray) -> np.ndarray:
-  """Lengths of the stretches of equal entries."""
-  ends = np.flatnonzero(np.diff(kinds)) + 1
-  return np.diff(ends, prepend=0, append=len(kinds))
+    finite = block[np.isfinite(block).all(axis=1)] + 0.0  # -0 is 0
+    kinds.update(hash(row.tobytes()) for row in finite)
+  sizes = np.array([*kinds.values()])
+  for times in _COPIES:
+    hits = int((sizes % times == 0).sum())
+    if hits and special.bdtrc(hits - 1, len(sizes), max(1.0 / times, 0.2)) < 1e-6:
+      warnings.warn(
+        "rows of losses repeat as copies of a prompt do, and copies count once: give those of"
+        " one prompt one of the `groups`.",
+        stacklevel=5,
+      )
+      return
 
 
 def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -54,18 +54,9 @@ def record(
 ) -> str:
   """Writes a line to the ledger of a folder; returns what earlier ones do to the promise.
 
-  Args:
-    folder: of the cached generations, or of whatever else the rows are kept in.
-    question: what was asked, in JSON; of equal ones the last error rate counts. Of a fit it has
-      the key 'fit', which is read as its folder.
-    rows: texts of the rows used, equal if their letters and digits are.
-    error_rate: epsilon, in (0, 1).
-    around: folders beside, above and below which ledgers are read too; by default `folder`.
-    only_look: adds no line.
-
-  Raises:
-    ValueError: the folder's own ledger is no regular file, or a line of it is none.
-    OSError: the ledger cannot be written.
+  Of equal questions the last error rate counts; that of a fit has the key 'fit', read as its
+  folder. Rows are equal if their letters and digits are. Ledgers beside, above and below the
+  folders `around` (by default `folder`) are read too. ValueError where the own one is damaged.
   """
   path = pathlib.Path(folder).resolve() / LEDGER
   texts = [order.letters(row).encode("utf-8", "surrogatepass") for row in rows]

@@ -183,7 +183,10 @@ def prefix_losses(
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     some = prompts[first : first + PROMPTS]
     known = [(text,) for text in full] if kind == "textual" else [p.targets for p in some]
-    differ = [_differing(texts, full) for texts in early]
+    differ = [
+      [row for row, (a, b) in enumerate(zip(texts, full, strict=False)) if a != b]
+      for texts in early
+    ]
     bare += [some[row].id for row in sorted({*itertools.chain(*differ)}) if not known[row]]
     if not bare:
       found = _losses(full, early, known, differ, metric)
@@ -197,11 +200,6 @@ def prefix_losses(
       f" {bare[:100]}; a textual loss needs none."
     )
   return tuple(map(np.concatenate, zip(*pieces, strict=True)))
-
-
-def _differing(texts: list[str], full: list[str]) -> list[int]:
-  """Rows at which texts differ from the full model's."""
-  return [row for row, (a, b) in enumerate(zip(texts, full, strict=False)) if a != b]
 
 
 def _losses(full: list[str], early: list[list[str]], known, differ, metric) -> list[np.ndarray]:

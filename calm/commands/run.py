@@ -300,7 +300,7 @@ def print_calibration(
     for cells, row in zip(rows, result.rows, strict=True):
       cells.append(f"{layers[row.threshold]:.2f}")
   title = f"{display.title(result)}; p-values: {result.method}"
-  print_table(console, heads, rows, title=title, words=0, bold=chosen)
+  print_table(console, heads, rows, title=title, bold=chosen)
   found = thresholds.NEVER_EXIT_TEXT if chosen is None else display.names(result)[chosen]
   console.print(
     f"Calibrated {display.unit(result)}: [bold]{rich_markup.escape(sanitize(found))}[/bold]"

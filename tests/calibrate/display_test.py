@@ -24,50 +24,36 @@ def test_a_plot_shows_the_grid_the_bounds_and_what_is_certified():
   lines = lines_of(axes)
   np.testing.assert_array_equal(lines["mean loss"].get_ydata(), found.column("mean"))
   assert lines["certified"].get_xdata().tolist() == [0.9]
-  assert lines["tolerance 0.1"].get_ydata()[0] == 0.1
   assert lines["chosen: 0.9"].get_xdata().tolist() == [0.9]
   title = "Certified down to threshold 0.9: at most 0.1, with probability 0.95"
-  assert axes.get_title() == title and axes.get_ylabel() == "loss"
-  assert axes.figure._repr_png_().startswith(b"\x89PNG\r\n") and axes._repr_png_()
+  assert axes.get_title() == title and axes._repr_png_().startswith(b"\x89PNG\r\n")
   nothing = made((0.4, 0.4)).plot(axes.figure.add_subplot())
   assert nothing.get_title().startswith("Nothing is certified at a tolerance of 0.1")
   assert not any("chosen" in name for name in lines_of(nothing))
-
-
-def test_a_plot_against_layers_has_them():
-  pytest.importorskip("matplotlib")
   axes = made().plot(layers=[7.5, 3.25])
-  lines = lines_of(axes)
-  assert lines["mean loss"].get_xdata().tolist() == [7.5, 3.25]
-  assert lines["chosen: 0.9"].get_xdata().tolist() == [7.5]
-  assert axes.get_xlabel() == "mean decoder layers a token"
+  assert lines_of(axes)["chosen: 0.9"].get_xdata().tolist() == [7.5]
   assert axes.get_title().startswith("Certified down to 7.50 layers a token")
   rows = [
     tuple(laws.record(p.id, exit_layers=layers) for p in laws.prompts(2))
     for layers in ((4, 2, 0), (1, 1, 0))
   ]
   bare = laws.generations(2, grid=(0.9, 0.5))
-  decoded = dataclasses.replace(bare, records=tuple(rows))
-  lines = lines_of(made().plot(layers=decoded))
+  lines = lines_of(made().plot(layers=dataclasses.replace(bare, records=tuple(rows))))
   assert lines["mean loss"].get_xdata().tolist() == [3.0, 1.0]  # of the tokens that are there
-  for layers, shape in (([1, 2, 3], 3), (bare, 0)):
-    with pytest.raises(ValueError, match=rf"Expected `layers` of \[2\].* shape \({shape},\)"):
-      made().plot(layers=layers)
+  with pytest.raises(ValueError, match=r"Expected `layers` of \[2\].* shape \(0,\)"):
+    made().plot(layers=bare)
 
 
 def test_a_calibration_is_a_table_and_a_promise_of_one_line():
   found = made()
-  assert "\n" not in repr(found) and len(repr(found)) < 160
   assert "threshold=0.9" in repr(found) and "1 of 2 thresholds certified" in repr(found)
   title, head, *table, promise = str(found).splitlines()
   assert title == "loss"  # of what, nobody said
   assert head.split() == ["threshold", "mean", "loss", "upper", "bound", "p-value", "certified"]
   assert [line[0] for line in table] == [">", " "]
   assert promise.startswith("With probability at least 0.95 ")
-  assert promise.endswith("at most 0.1.")
   page = found._repr_html_()
   assert page.count("<tr") == 3 and page.count("<th ") == 5 and f">{promise}</p>" in page
-  assert page.count("font-weight:bold") == 1
   never = str(made((0.4, 0.4)))
   assert ">" not in never and "the full model is used (never)" in never
 
@@ -82,8 +68,6 @@ def test_knobs_are_called_by_their_names_and_frames_have_a_column_of_them(monkey
   pytest.importorskip("matplotlib")
   axes = found.plot()
   assert [text.get_text() for text in axes.get_xticklabels()] == ["base", "tiny"]
-  assert axes.get_xlabel() == "the best first" and axes.get_ylabel() == "textual loss"
-  assert axes.get_title().startswith("Certified down to knob base:")
   library = type("pandas", (), {"DataFrame": dict})
   monkeypatch.setattr(display.importlib, "import_module", lambda name: library)
   assert found.to_frame()["knob"] == ["base", "tiny"]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 
 import numpy as np
 import pytest
@@ -55,10 +54,8 @@ def forged(path, new, honest=HONEST):
 @pytest.mark.parametrize(
   ("path", "new"),
   [
-    *(("threshold", 0.02), ("tolerance", 0.0001), ("num_examples", 30), ("metric", "f1")),
-    *(("guarantee", "Nothing is ever lost."), ("rows.0.mean", 0.2), ("procedure.eos_id", 2)),
-    *(("losses_digest", "00"), ("digest", "0" * 64), ("rows.0.mean", math.nan)),
-    *(("schema_version", 3), ("schema_version", True), ("more", 1)),
+    *(("tolerance", 0.0001), ("guarantee", "Nothing is ever lost."), ("procedure.eos_id", 2)),
+    *(("digest", "0" * 64), ("schema_version", 3), ("schema_version", True), ("more", 1)),
   ],
 )
 def test_every_forgery_is_refused_with_a_named_error(path, new, tmp_path):
@@ -69,23 +66,21 @@ def test_every_forgery_is_refused_with_a_named_error(path, new, tmp_path):
     Calibration.load(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize(
-  ("content", "message"),
-  [
+def test_files_that_are_no_calibration_are_refused(tmp_path, monkeypatch):
+  path = tmp_path / "c.json"
+  for content, message in (
     (None, "got none: No such file"),
     ("{", "expected a calibration, got none"),
     ("[]", "`schema_version` 2 or 1, got .list."),
-    (
-      json.dumps({k: v for k, v in HONEST.items() if k != "rows"}),
-      r"got \['rows'\] that are in",
-    ),
-  ],
-)
-def test_files_that_are_no_calibration_are_refused(content, message, tmp_path):
-  if content is not None:
-    (tmp_path / "c.json").write_text(content)
-  with pytest.raises(ValueError, match=rf"c.json: .*{message}"):
-    Calibration.load(tmp_path / "c.json")
+    (json.dumps({**HONEST, "rows": None})[:-1], "expected a calibration, got none"),
+  ):
+    if content is not None:
+      path.write_text(content)
+    with pytest.raises(ValueError, match=rf"c.json: .*{message}"):
+      Calibration.load(path)
+  monkeypatch.setattr(calibration, "_MOST_BYTES", 1)
+  with pytest.raises(ValueError, match="to have at most 1 bytes, got"):
+    Calibration.load(path)
 
 
 # Refused although the digest was written anew: they contradict the other fields.
@@ -123,12 +118,9 @@ def test_methods_of_sums_are_computed_again(path, new):
 def test_a_digest_can_be_expected(tmp_path):
   found = made()
   found.save(tmp_path / "c.json")
-  digest = found.digest
-  assert Calibration.load(tmp_path / "c.json", expect_digest=digest.upper()) == found
+  assert Calibration.load(tmp_path / "c.json", expect_digest=found.digest.upper()) == found
   with pytest.raises(ValueError, match="it is another one, or was edited"):
     Calibration.load(tmp_path / "c.json", expect_digest="0" * 64)
-  assert json.loads((tmp_path / "c.json").read_text())["digest"] == digest
-  assert made(error_rate=0.04).digest != digest
   # The sentence is made of the numbers, and never read.
   value = forged("guarantee", "Nothing is ever lost.")
   assert Calibration.from_json(value).guarantee == found.guarantee
@@ -137,14 +129,10 @@ def test_a_digest_can_be_expected(tmp_path):
 @pytest.mark.parametrize(
   ("path", "new"),
   [
-    *(("rows", [3]), ("rows", 3), ("rows.0", {}), ("rows.0.mean", "x"), ("rows.0.mean", True)),
-    *(("tolerance", 10**400), ("support", 3), ("support.lower", None), ("visited", ["0"])),
-    *(("visited", 3), ("num_examples", 2.5), ("clusters", 1), ("parts", [3]), ("parts", [{}])),
-    *(("seed", 7), ("kind", None), ("procedure", 3), ("provenance", 3), ("promise", 3)),
-    *(("rows.0.log_p_value", 1.0), ("rows.0.p_value", -1.0), ("rows.0.threshold", 2.0)),
-    *(("rows", []), ("parts", [{}]), ("promise", {"name": "nothing"}), ("method", "magic")),
-    *(("metric", "f\x1b[31m"), ("metric", "\u202egnihton"), ("seed", "not hexadecimal")),
-    *(("tolerance", 1.5), ("tolerance", "0.1"), ("error_rate", 0.0), ("order", "sorted")),
+    *(("rows", [3]), ("rows.0", {}), ("rows.0.mean", "x"), ("rows", []), ("parts", [{}])),
+    *(("tolerance", 10**400), ("support.lower", None), ("visited", 3), ("procedure", 3)),
+    *(("promise", 3), ("rows.0.log_p_value", 1.0), ("promise", {"name": "nothing"})),
+    *(("method", "magic"), ("metric", "\u202egnihton"), ("seed", "not hexadecimal")),
   ],
 )
 def test_fields_of_other_types_are_refused_whatever_the_digest_says(path, new, tmp_path):
@@ -153,13 +141,6 @@ def test_fields_of_other_types_are_refused_whatever_the_digest_says(path, new, t
     Calibration.load(tmp_path / "c.json")
   text = str(caught.value)
   assert text.isprintable() and len(text) < 1500  # no escape of the file's reaches the terminal
-
-
-def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(calibration, "_MOST_BYTES", 10)
-  (tmp_path / "c.json").write_text(json.dumps(HONEST))
-  with pytest.raises(ValueError, match="to have at most 10 bytes, got"):
-    Calibration.load(tmp_path / "c.json")
 
 
 def test_p_equal_to_the_error_rate_goes_either_way():
@@ -174,11 +155,8 @@ def test_p_equal_to_the_error_rate_goes_either_way():
   ("path", "new", "message"),
   [
     ("parts.1.means", [0.1, 0.2], "of as many"),
-    ("parts.1.means", [0.1, 0.2, 0.3, 0.4], "of as many"),
     ("parts.1.num_examples", [300, 300, 0.5], "whole numbers, got 0.5"),
     ("parts.1.log_p_values", [-1.0, -1.0, 1.0], "`mean` .* in row 0"),
-    ("parts.1.upper_bounds", "0.1", "a list of numbers"),
-    ("rows.0.mean", 0.05, "`mean` .* in row 0"),
     ("rows.0.upper_bound", 0.05, "`upper_bound` .* in row 0"),
   ],
 )

@@ -14,9 +14,10 @@ from calm.calibrate import (
   calibrate,
   calibration,
   from_texts,
+  metrics,
 )
 from calm.calibrate.generations.records import Prompt
-from calm.calibrate.losses import compute, prefix_losses
+from calm.calibrate.losses import compute
 from calm.calibrate.metrics import Metric
 from tests.calibrate import laws
 
@@ -24,21 +25,19 @@ RATES = {"tolerance": 0.1, "error_rate": 0.05}
 TEXTS = [["word0 same", "word1 other"], ["x y", "word1 same"]]
 
 
-def test_equal_texts_lose_nothing_before_any_metric_is_called():
-  def never(prediction, references):
-    raise AssertionError("the metric was called")
-
-  losses = compute(laws.generations(3), "textual", metric=Metric("never", never))
-  np.testing.assert_array_equal(losses.values, np.zeros((3, 2)))
-
-
 def test_textual_losses_by_hand():
-  losses = compute(laws.generations(2, texts=TEXTS), "textual")
+  asked = []
+
+  def rouge(prediction, references):
+    asked.append(prediction)
+    return metrics.rouge_l(prediction, references)
+
+  losses = compute(laws.generations(2, texts=TEXTS), "textual", metric=Metric("r", rouge))
   np.testing.assert_allclose(losses.values, [[0.0, 1.0], [0.5, 0.0]])
+  assert sorted(asked) == ["word1 other", "x y"]  # of equal texts no metric is asked
   assert losses.support == Support() and losses.kind == "textual"
   assert losses.ids == ("id-000", "id-001") and losses.groups == ("group-0", "group-0")
-  assert losses.thresholds.tolist() == [0.9, 0.5]
-  assert "textual, rouge_l, 2 prompts x 2 thresholds" in repr(losses)
+  assert "textual, r, 2 prompts x 2 thresholds" in repr(losses)
 
 
 @pytest.mark.parametrize(
@@ -59,21 +58,16 @@ def test_a_full_model_that_is_wrong_where_early_exit_is_right(kind, values, lowe
   assert compute(made, kind, metric="exact_match").support == Support(lower, binary=binary)
 
 
-def test_prefixes_of_a_sequential_run():
-  made = laws.generations(2, texts=[["word0 same", "word1 other"], ["x y"]])
-  for kind in ("textual", "risk_signed"):
-    assert [column.tolist() for column in prefix_losses(made, kind)] == [[0.0, 0.5], [1.0]]
-  with pytest.raises(ValueError, match=r"got incomplete ones at \[0.5\]; generate the rest"):
-    compute(made, "textual")
-
-
 def test_errors():
   made = laws.generations(2, texts=[["else", "word1 same"]] * 2)
   bare = dataclasses.replace(made, prompts=(Prompt("id-000", "i"), made.prompts[1]))
   for given, kind, metric, message in (
     (bare, "risk_signed", "rouge_l", r"got 1 that have none, first \['id-000'\]; a"),
     (made, "other", "rouge_l", r"`kind` to be one of .* got 'other'"),
-    (made, "textual", "bleu", "whole corpus"),
+    (
+      laws.generations(2, texts=[["word0 same", "word1 other"], ["x y"]]),
+      *("textual", "rouge_l", r"got incomplete ones at \[0.5\]; generate the rest"),
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       compute(given, kind, metric=metric)
@@ -88,8 +82,8 @@ FULL = [f"answer {row}" for row in range(100)]
 CHEAP = ["another" if row % 3 == 0 else text for row, text in enumerate(FULL)]
 
 
-@pytest.mark.parametrize("knobs", [(12, 2), ("large", "base"), (8.0, 1.0)])
-def test_any_ordered_knob_is_calibrated_best_first(knobs, tmp_path):
+@pytest.mark.parametrize("knobs", [(12, 2), ("large", "base")])
+def test_any_ordered_knob_is_calibrated_best_first(knobs):
   losses = from_texts(FULL, dict(zip(knobs, (FULL, CHEAP), strict=True)), metric="exact_match")
   assert losses.knobs == tuple(map(str, knobs)) and losses.kind == "textual"
   np.testing.assert_allclose(losses.values.mean(axis=0), [0.0, 0.34])
@@ -97,18 +91,14 @@ def test_any_ordered_knob_is_calibrated_best_first(knobs, tmp_path):
   first, second = map(str, knobs)
   assert found.knob == first and found.knobs == (first, second)
   assert f"decoding with {first!r} has" in found.guarantee
-  assert (
-    found.reason == f"{first} is the lowest certified threshold; {second} is not certified."
-  )
-  found.save(tmp_path / "c.json")
-  assert Calibration.load(tmp_path / "c.json", expect_digest=found.digest) == found
-  value = json.loads((tmp_path / "c.json").read_text())
-  for odd in (["a"], [1, 2], ["a", "b\n"], "ab"):
+  said = f"{first} is the lowest certified threshold; {second} is not certified."
+  assert found.reason == said
+  value = json.loads(json.dumps(found.to_json()))
+  assert Calibration.from_json(value, expect_digest=found.digest) == found
+  for odd in (["a"], [1, 2]):
     changed = {**value, "knobs": odd}
     with pytest.raises(ValueError, match="`knobs`"):
       Calibration.from_json({**changed, "digest": calibration.digest(changed)})
-  with pytest.raises(ValueError, match="digest"):
-    Calibration.from_json({**value, "knobs": ["other", "names"]})
 
 
 def test_thresholds_stay_thresholds_and_nothing_certified_is_the_full_model():
@@ -136,11 +126,8 @@ def test_references_are_read_where_texts_differ():
   [
     ({}, {}, "`knobs` to be .*, at least one, all different"),
     ({"a": CHEAP[:-1]}, {}, r"early\['a'\].* of 100 texts"),
-    ({"a": "text"}, {}, r"`early` to be a mapping .*, got 'text' \(str\) at 'a'"),
     ({1: CHEAP, "1": CHEAP}, {}, "all different"),
     ({0.5: CHEAP, 0.9: FULL}, {}, "descend strictly"),
-    ({"a": CHEAP}, {"references": ["x"]}, "`references` of 100"),
-    ({"a": CHEAP}, {"ids": ["x"] * 100}, "unique"),
   ],
 )
 def test_what_does_not_fit_is_refused(early, options, message):
@@ -187,10 +174,10 @@ def test_a_frame_of_losses_is_calibrated(make):
   expected = calibrate(losses, **RATES)
   found = calibrate(make(columns()), **RATES)
   assert found == expected and found.threshold == 0.9
-  told = calibrate(make(columns()), support=Support(), **RATES)
-  assert told.method == "betting_fixed_level"
   grouped = calibrate(make(columns(group=[f"g{row // 2}" for row in range(200)])), **RATES)
   assert grouped.clusters and grouped.num_examples == 100
+  with pytest.raises(ValueError, match=r"name the cluster of every row, .* 100 rows without"):
+    calibrate(make(columns(group=[*IDS[:100], *[None] * 100])), **RATES)
 
 
 def test_columns_that_are_no_thresholds_are_refused(make):
@@ -202,31 +189,14 @@ def test_columns_that_are_no_thresholds_are_refused(make):
     calibrate(make({"id": IDS}), **RATES)
   with pytest.raises(ValueError, match=r"column '0.9'` to be real numbers"):
     calibrate(make({"0.9": IDS}), **RATES)
-  with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-    calibrate(make({"9": [0.0] * 40}), **RATES)
 
 
-def test_rows_without_a_group_are_refused_and_not_one_cluster(make):
-  groups = [*(f"g{row}" for row in range(100)), *[None] * 100]
-  with pytest.raises(
-    ValueError, match=r"name the cluster of every row, got .* 100 rows without"
-  ):
-    calibrate(make(columns(group=groups)), **RATES)
-
-
-def peak(method: str) -> float:
-  """Most bytes held while a table is calibrated, itself included, in tables."""
+def test_a_table_is_calibrated_in_at_most_four_times_its_memory():
   generator = np.random.default_rng(0)
   losses = generator.random((30_000, 100)) * (generator.random((30_000, 100)) < 0.1)
-  grid = np.linspace(0.99, 0.0, 100)
   tracemalloc.start()
   try:
-    calibrate(losses, grid, tolerance=0.1, error_rate=0.05, method=method)
-    return 1.0 + tracemalloc.get_traced_memory()[1] / losses.nbytes
+    calibrate(losses, np.linspace(0.99, 0.0, 100), **RATES)
+    assert 1.0 + tracemalloc.get_traced_memory()[1] / losses.nbytes <= 4.0
   finally:
     tracemalloc.stop()
-
-
-@pytest.mark.parametrize("method", ["auto", "paper"])
-def test_a_table_is_calibrated_in_at_most_four_times_its_memory(method):
-  assert peak(method) <= 4.0

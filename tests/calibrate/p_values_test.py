@@ -70,16 +70,10 @@ def test_p_does_not_fall_as_the_sum_grows(size, first, second, tolerance):
   low, high = sorted([first * size, second * size])
   for p_value in SUM_BASED:
     assert p_value(low, size, tolerance) <= p_value(high, size, tolerance) * (1 + 1e-9)
+  ordered = [p_value(low, size, tolerance) for p_value in SUM_BASED]
+  assert ordered[2] <= ordered[1] * (1 + 1e-9) and ordered[1] <= ordered[0] * (1 + 1e-9)
   low, high = math.floor(low), math.floor(high)
   assert p_values.binomial(low, size, tolerance) <= p_values.binomial(high, size, tolerance)
-
-
-@given(st.integers(1, 300), st.floats(0, 1), TOLERANCES)
-def test_convex_order_is_never_above_hoeffding_bentkus(size, share, tolerance):
-  ours = p_values.convex_order(share * size, size, tolerance)
-  assert ours <= p_values.hoeffding_bentkus(share * size, size, tolerance) * (1 + 1e-9)
-  theirs = p_values.hoeffding(share * size, size, tolerance)
-  assert p_values.hoeffding_bentkus(share * size, size, tolerance) <= theirs * (1 + 1e-9)
 
 
 @given(st.integers(1, 30), st.fractions(0, 1, max_denominator=8), st.integers(1, 15))
@@ -140,23 +134,12 @@ def test_tails_beyond_float64_join_the_rest():
 
 
 def test_means_that_are_not_quite_whole_do_not_move_the_ceiling():
-  for count in (7, 14, 28, 29, 55, 56, 57, 58):
-    mean = count / 100
-    performance = 1 - mean
-    for total in (
-      100 * mean,
-      100 * (1 - performance),
-      math.fsum([mean] * 100),
-      np.sum(np.full(100, mean)),
-    ):
-      found = p_values.hoeffding_bentkus(total, 100, 0.7)
-      assert found == pytest.approx(
-        float(p_values.hoeffding_bentkus(count, 100, 0.7)), rel=1e-9
-      )
+  for count in (7, 29, 57):
+    for total in (100 * (count / 100), 100 * (1 - (1 - count / 100)), count * (1 + 1e-10)):
       exact = p_values.binomial(total, 100, 0.7)
       assert exact == pytest.approx(stats.binom.cdf(count, 100, 0.7), rel=1e-9)
-  above = p_values.hoeffding_bentkus(29.001, 100, 0.7)
-  assert above >= p_values.hoeffding_bentkus(29, 100, 0.7)
+  at = lambda total: p_values.hoeffding_bentkus(total, 100, 0.7)
+  assert at(29.001) >= at(29)
 
 
 def test_bentkus_rounds_sums_up_also_in_its_bound():

@@ -1,13 +1,12 @@
-"""The package as a whole: what importing it loads, and that its map is right."""
+"""What importing the package loads."""
 
-import importlib
 import pkgutil
 import subprocess
 import sys
 
 from calm import calibrate
 
-HEAVY = (
+HEAVY = [
   "jax",
   "flax",
   "tensorflow",
@@ -17,15 +16,13 @@ HEAVY = (
   "sacrebleu",
   "nltk",
   "absl",
-)
+]
 
 
 def loaded_by(code):
   check = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
-  found = subprocess.run(
-    [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True
-  )
-  return found.stdout.strip()
+  run = [sys.executable, "-c", f"{code}\n{check}"]
+  return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_importing_it_loads_numpy_and_scipy_alone():
@@ -33,14 +30,5 @@ def test_importing_it_loads_numpy_and_scipy_alone():
   modules = [module.name for module in found]
   assert len(modules) > 10
   assert loaded_by("import " + ", ".join(modules)) == "[]"
-
-
-def test_the_check_can_fail():
   code = "from calm.calibrate import metrics; metrics.chrf('a', ['b'])"
-  assert loaded_by(code) == "['sacrebleu']"
-
-
-def test_its_names_are_there():
-  assert len(set(calibrate.__all__)) == len(calibrate.__all__) > 10
-  for name in calibrate.__all__:
-    assert hasattr(calibrate, name) or importlib.import_module(f"calm.calibrate.{name}")
+  assert loaded_by(code) == "['sacrebleu']"  # the check can fail

@@ -144,14 +144,10 @@ def two(**changes):
   return lambda: calibrate(risks=[Risk(LOSSES, 0.25), Risk(other, 0.5, "x")], error_rate=0.1)
 
 
-MORE = dict(values=np.zeros((2, 2)), ids=("a", "b"))
-
-
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    *((lambda s=s: risks.Quantile(s), "`share` to be in") for s in (0.0, 1.0, True, "x", None)),
-    (lambda: risks.EveryGroup(labels=["a", None]), "`labels` to be a list of texts"),
+    *((lambda s=s: risks.Quantile(s), "`share` to be in") for s in (0.0, True)),
     (lambda: risks.EveryGroup(labels=["a", ""]), "`labels` to name a group of every prompt"),
     (lambda: risks.EveryGroup(), "`labels` to name a group"),
     (lambda: risks.EveryGroup(labels=["a"]).parts(LOSSES, 0.1), r"`labels` of shape \(3,\)"),
@@ -160,7 +156,7 @@ MORE = dict(values=np.zeros((2, 2)), ids=("a", "b"))
       for t in ((), (0.0, 1.0), (1.0, np.inf), (1.0, 1.0), (2.0, 1.0), (np.nan,))
     ),
     (lambda: risks.EarlyExits((1.0,), depths=[1.0]).parts(LOSSES, 0.1), r"`depths` of shape"),
-    *((lambda b=b: risks.TailMean(b), "`beta` to be in") for b in (0.0, 1.0)),
+    (lambda: risks.TailMean(0.0), "`beta` to be in"),
     *((lambda x=x: risks.TailMean(0.5, x), r"`start` to be in \(-2, 1\)") for x in (-2.0, 1)),
     (lambda: risks.TailMean(0.5, 0.2).tests(0.2, Support()), "`start` below the tolerance"),
     *((lambda m=m: risks.KnownMixture(m), "`most` of at least 1") for m in (0.99, np.inf)),
@@ -175,19 +171,16 @@ MORE = dict(values=np.zeros((2, 2)), ids=("a", "b"))
     (lambda: risks.SeveralRisks(("a",), (0.1, 0.2)), "at least one `Risk`"),
     (two(ids=("a", "b", "x")), "same prompts, got .*'x'"),
     (two(thresholds=[0.8, 0.1]), "one grid and procedure, got another of 'x': the"),
-    (two(**MORE), "same prompts"),
-    (lambda: calibrate(risks=[LOSSES], error_rate=0.1), "`risks` to be a list of `Risk`"),
+    (two(values=np.zeros((2, 2)), ids=("a", "b")), "same prompts"),
     (lambda: calibrate(LOSSES, risks=[Risk(LOSSES, 0.1)], error_rate=0.1), "`risks` alone"),
     (lambda: calibrate(error_rate=0.1), "`losses` and `tolerance`, or `risks`"),
     (lambda: calibrate(risks=[Risk(LOSSES, 0.1)] * 2, error_rate=0.1), "of different names"),
     (lambda: chosen(costs=(1.0, 2.0)), "finite cost each, .*got 3, 2 costs"),
     (lambda: chosen(costs=(1.0, np.nan, 2.0)), "a finite cost each"),
-    (lambda: chosen(configurations=("a", 2, "c")), "`configurations` to be a list of texts"),
     (lambda: risks.from_json({"name": "luck"}), "`promise` to name one of"),
     (lambda: risks.from_json(["mean"]), "`promise` to name one of"),
     (lambda: risks.from_json({"name": "quantile", "share": "x"}), "`share`"),
     (lambda: risks.from_json({"name": "quantile"}), "with the fields"),
-    (lambda: risks.from_json({"name": "early_exits", "limits_of_depth": 3}), "of numbers|list"),
   ],
 )
 def test_what_cannot_be_promised_is_refused(make, message):
@@ -229,9 +222,8 @@ def early(generator, size):
 
 def tail(generator, size):
   """A mean of 0.1 over all is 0.2 over the worst half."""
-  values = np.where(
-    generator.random(size) < 0.5, 0.0, 0.2001 + generator.uniform(-0.1, 0.1, size)
-  )
+  values = 0.2001 + generator.uniform(-0.1, 0.1, size)
+  values *= generator.random(size) >= 0.5
   return table(values), risks.TailMean(beta=0.5, start=0.02)
 
 
@@ -264,12 +256,11 @@ def test_at_the_boundary_the_promise_is_broken_no_more_often_than_it_says(law):
   assert found.certified and back == found and type(back.promise) is type(promise)
 
 
-@pytest.mark.parametrize(("share", "size"), [(0.9, 29), (0.95, 59), (0.99, 299)])
-def test_quantiles_need_as_many_prompts_as_planned(share, size):
-  promise, rates = risks.Quantile(share), dict(tolerance=0.3, error_rate=0.05)
-  assert planning.promise_size(promise, **rates) == {"": size}
-  few = calibrate(np.zeros((size - 1, 1)), [0.5], **rates, promise=promise)
-  assert not few.certified and f"at least {size}" in few.reason
+def test_quantiles_need_as_many_prompts_as_planned():
+  promise, rates = risks.Quantile(0.9), dict(tolerance=0.3, error_rate=0.05)
+  assert planning.promise_size(promise, **rates) == {"": 29}
+  few = calibrate(np.zeros((28, 1)), [0.5], **rates, promise=promise)
+  assert not few.certified and "at least 29" in few.reason
 
 
 def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own():
@@ -286,21 +277,9 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
   assert every["en"] == calibrate(rows, tolerance=0.2, error_rate=ERROR_RATE / 2)
 
 
-def test_some_rows_are_tested_in_the_order_of_all():
-  values, ids = np.random.default_rng(0).beta(1.0, 20.0, (90, 2)), map(str, range(90))
-  losses = SequenceLosses(values, GRID, ids=tuple(ids))
-  groups = risks.EveryGroup(labels=["a" if row % 3 else "b" for row in range(90)])
-  together = calibrated(losses, groups, seed="ab").parts[1]
-  alone = calibrated(losses.rows(np.arange(0, 90, 3)), seed="ab")
-  assert together.log_p_values == tuple(alone.column("log_p_value"))
-
-
-def test_texts_that_never_leave_do_not_count_for_those_that_do():
-  depth = np.where(np.arange(400) % 4 == 0, 2.0, 8.0)[:, None]
-  losses = table(np.where(depth[:, 0] < 4, np.arange(400) % 8 == 0, 0.0))
-  assert calibrated(losses).certified  # an eighth of all, half of those that left
-  assert not calibrated(losses, risks.EarlyExits((4.0, 8.0), depths=depth)).certified
-  nobody = risks.EarlyExits((1.0,), depths=depth)
+def test_where_no_text_leaves_nothing_is_certified():
+  depths = np.full((400, 1), 8.0)
+  nobody = risks.EarlyExits((1.0,), depths=depths)
   assert not calibrated(table(np.zeros(400)), nobody).certified
 
 
@@ -338,16 +317,3 @@ def test_every_cluster_counts_once_with_the_mean_of_its_prompts(
       for values in np.array(tested, np.float64)
     ]
   np.testing.assert_allclose(means, expected, rtol=1e-12)
-
-
-def test_unequal_clusters_keep_the_promise_over_clusters_at_its_boundary():
-  """One cluster in four is bad and large; counted one by one 91 % of prompts lose 1."""
-  generator = np.random.default_rng(0)
-  wrong = 0
-  for _ in range(120):
-    bad = generator.random(60) < 0.2501
-    groups = np.repeat(np.arange(60), np.where(bad, 30, 1))
-    values = bad[groups].astype(np.float64)[:, None]
-    rates = dict(tolerance=0.25, error_rate=0.1)
-    wrong += calibrate(values, GRID[:1], groups=groups.tolist(), **rates).certified
-  assert wrong <= 24  # 10 % of 120; more has probability 0.0003

@@ -28,13 +28,8 @@ def read_predictions(
   {...}, "prediction": ..., "aux": {...}}) gives the prompt too; its id is `inputs.id` where the
   task kept one, else the line number.
 
-  Args:
-    path: JSON Lines file.
-    threshold: lambda that the file is given as, in [0, 1]; infinity is the full model's. None:
-      lines are not asked.
-
-  Raises:
-    GenerationsError: a line is no output, or several, or an id occurs twice.
+  `threshold` is what the file is given as (infinity: the full model's); None asks no line.
+  GenerationsError where a line is no output, or several, or an id occurs twice.
   """
   prompts: list[Prompt] = []
 
@@ -157,15 +152,9 @@ def gather(
 ) -> Generations:
   """Cached generations from one file a threshold, in any form `read_predictions` knows.
 
-  Args:
-    full: outputs of the full model.
-    by_threshold: {threshold: file}, thresholds in [0, 1]; or {knob: file} of any other knob,
-      as texts, the best first.
-    prompts: JSON Lines of {id, input, targets, group}; None takes what `full` says.
-
-  Raises:
-    GenerationsError: a file is damaged, or its prompts or threshold are others.
-    ValueError: some knobs are thresholds in [0, 1] and others are not.
+  `by_threshold` has thresholds in [0, 1], or any other knob as texts, the best first; `prompts`
+  are lines of {id, input, targets, group}, or what `full` says. GenerationsError where a file
+  is damaged, or its prompts or threshold are others.
   """
   order: list[Any] = list(by_threshold)
   if not any(isinstance(knob, str) for knob in order):

@@ -19,6 +19,10 @@ def t5x(text, prediction, **fields):
   return {"inputs": inputs, "prediction": prediction, **fields}
 
 
+def plain(*names, **fields):
+  return [{"id": name, "prediction": name, **fields} for name in names]
+
+
 def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
   aux = {
     "exit_layers": [2, 3, 0, 0],
@@ -27,58 +31,43 @@ def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
     "scores": -1.5,
   }
   rows = [t5x("a", "x", aux=aux, prediction_tokens=[7, 1])]
-  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
-  assert record == Record("line 1", "x", [7, 1], [2, 3], [0.5, 0.0], [0.25, 0.5], -1.5)
-  rows[0]["prediction_tokens"] = [7]  # T5X cuts tokens at the first 0, even a real one
-  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
-  assert record.tokens is None and record.exit_layers == (2, 3)
-  del aux["confidences"]  # a model that does not report them
-  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
-  assert record.confidences is None and record.exit_layers == (2, 3)
-
-
-def test_t5x_features_may_hold_an_id_a_group_and_token_targets(tmp_path):
-  row = t5x("a", "x")
-  row["inputs"] |= {"id": 7, "source": "s", "targets": [5, 6]}
-  ((prompt,), _) = foreign.read_predictions(write(tmp_path / "f.jsonl", [row]))
+  rows[0]["inputs"] |= {"id": 7, "source": "s", "targets": [5, 6]}
+  (prompt,), (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
+  assert record == Record("7", "x", [7, 1], [2, 3], [0.5, 0.0], [0.25, 0.5], -1.5)
   assert (prompt.id, prompt.group, prompt.targets) == ("7", "s", ("target of a",))
-  del row["inputs"]["targets_pretokenized"]
-  ((prompt,), _) = foreign.read_predictions(write(tmp_path / "f.jsonl", [row]))
-  assert prompt.targets == ()
+  rows[0]["prediction_tokens"] = [7]  # T5X cuts tokens at the first 0, even a real one
+  del aux["confidences"], rows[0]["inputs"]["id"]  # a model that does not report them
+  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
+  assert (record.id, record.tokens, record.confidences) == ("line 1", None, None)
+  assert record.exit_layers == (2, 3)
 
 
 def test_plain_files_need_id_and_prediction_only(tmp_path):
-  full = write(tmp_path / "full.jsonl", [{"id": n, "prediction": n} for n in "ab"])
-  early = write(tmp_path / "early.jsonl", [{"id": n, "prediction": n} for n in "ba"])
+  full = write(tmp_path / "full.jsonl", plain("a", "b"))
+  early = write(tmp_path / "early.jsonl", plain("b", "a"))
   prompts = write(tmp_path / "p.jsonl", [{"id": n, "input": n, "target": n} for n in "ba"])
   loaded = foreign.gather(full, {0.5: early, 0.7: full}, prompts=prompts)
   assert loaded.ids == ("b", "a") and loaded.thresholds.tolist() == [0.7, 0.5]
   assert [r.prediction for r in loaded.records[1]] == ["b", "a"]
   assert [prompt.targets for prompt in loaded.prompts] == [("b",), ("a",)]
+  knobs = foreign.gather(full, {"12": full, "2": early})
+  assert knobs.knobs == ("12", "2") and knobs.thresholds.tolist() == [1.0, 0.5]
+  with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+    foreign.gather(full, {9.0: full, 0.5: early})
 
 
 @pytest.mark.parametrize(
   ("rows", "message"),
   [
     ([], "early.jsonl: expected outputs, one a line, got none"),
-    ([{"id": "b", "prediction": "x"}], r"missing \['a'\], unknown \['b'\]"),
-    (
-      [{"id": "a", "input": "other", "prediction": "x"}],
-      "output 1 .* to be of the input .*, got 'other'",
-    ),
+    (plain("b"), r"missing \['a'\], unknown \['b'\]"),
+    (plain("a", input="other"), "output 1 .* to be of the input .*, got 'other'.* not aligned"),
   ],
 )
 def test_errors_name_the_file(tmp_path, rows, message):
-  full = write(tmp_path / "full.jsonl", [{"id": "a", "input": "a", "prediction": "x"}])
+  full = write(tmp_path / "full.jsonl", plain("a", input="a"))
   early = write(tmp_path / "early.jsonl", rows)
   with pytest.raises(GenerationsError, match=message):
-    foreign.gather(full, {0.5: early})
-
-
-def test_shuffled_t5x_files_are_found_by_their_inputs(tmp_path):
-  full = write(tmp_path / "full.jsonl", [t5x("a", "x"), t5x("b", "y")])
-  early = write(tmp_path / "early.jsonl", [t5x("b", "y"), t5x("a", "x")])
-  with pytest.raises(GenerationsError, match="not aligned"):
     foreign.gather(full, {0.5: early})
 
 
@@ -99,8 +88,8 @@ def gathered(tmp_path, full, early, knob):
   )
 
 
-@pytest.mark.parametrize("knob", [0.2, 1 / 3, 0.0])
-@pytest.mark.parametrize("said", [0.2, 1 / 3, 0.0, None])
+@pytest.mark.parametrize("knob", [1 / 3, 0.0])
+@pytest.mark.parametrize("said", [1 / 3, 0.0, None])
 def test_a_t5x_file_is_taken_for_the_threshold_alone_that_its_lines_say(tmp_path, knob, said):
   # As T5X writes it: 0.2 is 0.20000000298023224.
   written = None if said is None else float(np.float32(said))
@@ -118,30 +107,25 @@ def test_a_t5x_file_is_taken_for_the_threshold_alone_that_its_lines_say(tmp_path
   assert gathered(tmp_path, FULL, line, f"lambda={knob}").knobs == (f"lambda={knob}",)
 
 
-HUGE = pytest.param(10**400, id="huge")
-
-
-@pytest.mark.parametrize("said", ["0.5", True, [0.5], -0.1, 1.5, HUGE])
+@pytest.mark.parametrize("said", ["0.5", -0.1, pytest.param(10**400, id="huge")])
 def test_a_threshold_that_is_none_is_refused(tmp_path, said):
   with pytest.raises(GenerationsError, match=r"`aux.threshold` to be a number in \[0, 1\]"):
     gathered(tmp_path, FULL, decoded_at(said), 0.5)
 
 
-def chat(row, text, **body):
-  message = {"index": 0, "message": {"role": "assistant", "content": text}}
-  return {
-    "id": f"batch_{row}",
-    "custom_id": f"p{row}",
-    "response": {"status_code": 200, "body": {"choices": [message], **body}},
-    "error": None,
-  }
+def batch(**response):
+  return {"custom_id": "p0", "response": response}
 
 
 def message(text):
   return {"type": "message", "content": [{"type": "output_text", "text": text}]}
 
 
-DECODES = "expected one decode of a prompt in `(prediction|outputs|choices|output)`, got .*"
+def chat(*texts):
+  return batch(body={"choices": [{"message": {"content": text}} for text in texts]})
+
+
+ONE = "expected one decode of a prompt in `(prediction|outputs|choices|output)`, got .*"
 FAILED = "`response` of a request that succeeded, got one that failed: .*"
 
 
@@ -149,31 +133,18 @@ FAILED = "`response` of a request that succeeded, got one that failed: .*"
   ("line", "message"),
   [
     ({"id": "a"}, "got none: Expected `prediction` to be a text"),
-    ({"inputs": {}, "score": 1.0}, "vLLM, got none"),
-    (t5x("a", "x") | {"inputs": {"id": True}}, "`id` to be a text, got True"),
     (t5x("a", "x", aux=[1]), r"`aux` to be an object .*, got \[1\]"),
-    (
-      t5x("a", "x", prediction_tokens="7"),
-      "`prediction_tokens` to be a list, got None and '7'",
-    ),
     (t5x("a", "x", aux={"exit_layers": [1, -1]}), "`exit_layers` of at least 0"),
-    ({**chat(0, "x"), "error": {"code": "batch_expired"}}, f"{FAILED}batch_expired"),
-    ({"custom_id": "p0", "response": {"status_code": 500}}, f"{FAILED}500"),
-    ({"custom_id": "p0", "response": {"body": {"choices": []}}}, "`choices`"),
-    ({"custom_id": "p0", "response": {"body": {}}}, "`output`"),
-    ({"custom_id": "p0"}, "`output`"),
-    ({"custom_id": "p0", "response": "x"}, "vLLM, got none"),
-    (chat(0, None), "`prediction` to be a text"),
-    ({"request_id": "p0", "outputs": []}, "`outputs`"),
+    ({**chat("x"), "error": {"code": "batch_expired"}}, f"{FAILED}batch_expired"),
+    (batch(status_code=500), f"{FAILED}500"),
+    (chat(), "`choices`"),
+    (batch(body={}), "`output`"),
+    (chat(None), "`prediction` to be a text"),
     ({"request_id": 3, "outputs": [{"text": "x"}]}, "`id` to be a text"),
-    (t5x("b", ["x", "y"]), f"{DECODES}return_all_decodes = False"),
-    (t5x("b", ["x", "y"], aux={"exit_layers": [[2, 3], [2, 0]]}), f"{DECODES}return_all"),
-    ({"request_id": "p0", "outputs": [{"text": "x"}, {"text": "y"}]}, f"{DECODES}`n = 1`"),
-    (chat(0, "x", choices=[{"message": {"content": t}} for t in "xy"]), f"{DECODES}`n = 1`"),
-    (
-      {"custom_id": "p0", "response": {"body": {"output": [message("x"), message("y")]}}},
-      f"{DECODES}`n = 1`",
-    ),
+    (t5x("b", ["x", "y"]), f"{ONE}return_all_decodes = False"),
+    ({"request_id": "p0", "outputs": [{"text": "x"}, {"text": "y"}]}, f"{ONE}`n = 1`"),
+    (chat("x", "y"), f"{ONE}`n = 1`"),
+    (batch(body={"output": [message("x"), message("y")]}), f"{ONE}`n = 1`"),
     ({"id": "first", "prediction": "x"}, "expected every id once, got 'first' twice"),
   ],
 )
@@ -181,15 +152,3 @@ def test_a_line_that_is_no_output_is_refused_with_its_number(line, message, tmp_
   path = write(tmp_path / "out.jsonl", [{"id": "first", "prediction": "a text"}, line])
   with pytest.raises(GenerationsError, match=rf"out.jsonl:2: .*{message}"):
     foreign.read_predictions(path)
-
-
-def test_files_at_any_knob_are_gathered(tmp_path):
-  full = write(tmp_path / "full.jsonl", [chat(row, f"answer {row}") for row in range(9)])
-  cheap = write(tmp_path / "cheap.jsonl", [chat(row, "another") for row in range(9)])
-  found = foreign.gather(full, {"12": full, "2": cheap})
-  assert found.knobs == ("12", "2") and found.thresholds.tolist() == [1.0, 0.5]
-  plain = foreign.gather(full, {0.5: cheap, 0.9: full})
-  assert plain.knobs == () and plain.thresholds.tolist() == [0.9, 0.5]
-  assert plain.records[0] == plain.full
-  with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-    foreign.gather(full, {9.0: full, 0.5: cheap})

@@ -6,18 +6,15 @@ import pytest
 from calm.calibrate.generations import records
 
 
-def test_float32_confidences_keep_their_short_digits_and_their_value():
-  row = records.Record("a", "x", confidences=np.array([0.9, 0.1], np.float32))
-  assert row.to_json()["confidences"] == [0.9, 0.1]
-  assert np.float32(row.confidences[0]) == np.float32(0.9)
-
-
 def test_records_round_trip():
   full = records.Record("a", "x", [5, 1], [1, 8], [0.5, 0.0], [0.0, 0.25], -1.5)
   assert records.Record.from_json(full.to_json()) == full
   bare = records.Record("a", "x")
   assert bare.to_json() == {"id": "a", "prediction": "x"}
   assert records.Record.from_json({"id": "a", "prediction": "x", "other": 1}) == bare
+  row = records.Record("a", "x", confidences=np.array([0.9, 0.1], np.float32))
+  assert row.to_json()["confidences"] == [0.9, 0.1]  # short digits are kept, and the value
+  assert np.float32(row.confidences[0]) == np.float32(0.9)
 
 
 def test_prompts_read_data_set_rows_too():
@@ -33,19 +30,12 @@ def test_prompts_read_data_set_rows_too():
   ("change", "message"),
   [
     ({"id": None}, "`id` to be a text"),
-    ({"prediction": 3}, "`prediction` to be a text"),
     ({"tokens": [1], "exit_layers": [1, 2]}, "one length"),
     ({"tokens": "12"}, "`tokens` to be a list of whole .* got '12'"),
-    ({"tokens": 3}, "`tokens` to be a list of whole .* got 3"),
-    ({"tokens": [0.5]}, r"a list of whole .* got 0\.5"),
-    ({"tokens": [True]}, "a list of whole .* got True"),
-    ({"tokens": [-1]}, "a list of whole .* got -1"),
+    ({"tokens": [np.bool_(True)]}, "a list of whole .* got "),
     ({"exit_layers": [1025]}, r"whole numbers in 0 \.\.\. 1024, got 1025"),
-    ({"confidences": ["1"]}, r"a list of numbers in \[0, 1\], got '1'"),
-    ({"confidences": [True]}, r"a list of numbers in \[0, 1\], got True"),
     ({"confidences": [0.5, float("nan")]}, r"a list of numbers in \[0, 1\], got nan"),
     ({"score": float("inf")}, "`score` to be a finite number"),
-    ({"score": True}, "`score` to be a finite number"),
     ({"prediction": "half \ud83d"}, "`prediction` to be Unicode, got half of a surrogate pair"),
   ],
 )
@@ -62,11 +52,8 @@ def test_bad_records_are_refused(change, message):
       r":2: expected every id once, got 'a' twice",
     ),
     (b'{"id": "a", "input": "i"}\n\n[1]\n', r":3: expected a JSON object, got list"),
-    (b'{"id": "a", "input": "\\ud83d"}\n', r":1: .*`input` to be Unicode, got half of a surr"),
     (b'{"id": "a"}\n', r":1: expected a prompt, .*, got none: Expected `input` to be a text"),
     (b'{"id": "a", "input": "i", "target": [1]}\n', r":1: .*`targets` to be a list of texts"),
-    (b'{"id": "a", "input": "i", "target": 1}\n', r":1: expected a prompt, .*, got none"),
-    (b'{"id": "a", "input": "i", "group": 1.5}\n', r":1: .*`group` to be a text"),
     (b'{"id": "a", "input": "i", "group": true}\n', r":1: .*`group` to be a text"),
     (b"\n", "expected a prompt a line, got none; write at least one"),
   ],
