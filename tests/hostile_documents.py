@@ -58,12 +58,6 @@ _T5X = {
   "prediction_tokens": [5, 1],
   "aux": {"exit_layers": [1, 2], "confidences": [0.5, 0.25], "scores": -1.0},
 }
-_BATCH = {
-  "custom_id": "a",
-  "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "text"}}]}},
-  "error": None,
-}
-_VLLM = {"request_id": "a", "prompt": "text", "outputs": [{"text": "word"}]}
 _EXACT = dataclasses.asdict(exits.Speculative(1, 4, "full"))
 
 
@@ -107,8 +101,6 @@ def _files(base: pathlib.Path) -> None:
     ("records.jsonl", small_cache.record("id-000").to_json()),
     ("references.jsonl", {"id": "a", "targets": ["x", "y"]}),
     ("t5x.jsonl", _T5X),
-    ("batch.jsonl", _BATCH),
-    ("vllm.jsonl", _VLLM),
     ("outputs.jsonl", {"id": "a", "tokens": [5, 1]}),
     ("full_depth.json", {"reason": "x", "exact": _EXACT}),
   ):
@@ -143,16 +135,9 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "shard": (at("shard") / shards.MARK, lambda: shards.read_mark(at("shard"))),
     "references": (
       at("references.jsonl"),
-      lambda: calibrate.read_text(at("references.jsonl"), "targets", several=True),
+      lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),
     ),
-    **{
-      f"outputs of {name}": (at(file), lambda file=file: foreign.read_predictions(at(file)))
-      for name, file in (
-        ("T5X", "t5x.jsonl"),
-        ("a batch", "batch.jsonl"),
-        ("vLLM", "vllm.jsonl"),
-      )
-    },
+    "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
     "outputs to train on": (
       at("outputs.jsonl"),
       lambda: sources._tokens_of(at("outputs.jsonl")),
@@ -299,15 +284,6 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "aux.confidences": _of(GONE),
     "aux.confidences.0 aux.confidences.1": _of(0),
     "aux.scores": lambda value: _absent(value) or type(value) in (int, float),
-  },
-  "outputs of a batch": {
-    "custom_id response.body.choices.0.message.content": _text,
-    "response.status_code": _of(GONE),
-    "error": _of(0, "", [], {}, GONE),
-  },
-  "outputs of vLLM": {
-    "request_id outputs.0.text": _text,
-    "prompt": _anything,  # tokens, where there was no text
   },
   "outputs to train on": {
     "id": _text,

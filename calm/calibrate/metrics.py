@@ -190,7 +190,6 @@ METRICS: Mapping[str, Metric] = {
 
 # What names a metric: a name or import path, a function, or the metric itself.
 MetricLike = str | Metric | MetricFn
-_CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
 def _module(name: str) -> Any:
@@ -217,17 +216,12 @@ def get_metric(name: MetricLike) -> Metric:
   A name is one of `METRICS`, 'folder/file.py:function' or 'package.module:function' of what is
   installed. Both are imported (trust them as any program), with `function(prediction,
   references) -> [0, 1]`. A function with a true attribute `binary` declares values 0 and 1
-  only. ValueError where the name is unknown, cannot be imported, or names a corpus metric.
+  only. ValueError where the name is unknown or cannot be imported.
   """
   if not isinstance(name, str):
     return _of_function(name)
   if name in METRICS:
     return METRICS[name]
-  if name.lower() in _CORPUS_METRICS:
-    raise ValueError(
-      f"Expected `metric` to be a mean over prompts, got {name!r}, a number of a whole"
-      " corpus; use 'chrf' or 'rouge_l'."
-    )
   module, _, attribute = name.partition(":")
   if not attribute:
     raise ValueError(

@@ -160,8 +160,7 @@ def test_losses_that_cannot_be_tested_stop_the_grid_there(bad):
 
 
 def test_groups_are_cluster_means():
-  generator = np.random.default_rng(0)
-  values = laws.bernoulli(generator, 0.01, (180, 4))
+  values = laws.bernoulli(np.random.default_rng(0), 0.01, (180, 4))
   groups = [f"g{i // 3}" for i in range(180)]
   losses = SequenceLosses(values, GRID, support=Support(binary=True))
   found = calibrate(losses, **RATES, groups=groups)
