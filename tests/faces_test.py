@@ -1,4 +1,4 @@
-"""The package's faces: lazy names, documented, exampled; and what is in none stays private."""
+"""The package's faces: lazy names that are documented, with examples that run."""
 
 import ast
 import doctest

@@ -139,24 +139,3 @@ def test_no_files_import_one_another_in_a_circle():
   assert len(imports) > 80 and any(imports.values())
   assert circles(imports) == set()
   assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b", "c"}
-
-
-def too_wide(text: str, most: int = 100) -> list[str]:
-  """Lines of Markdown beyond some columns, outside of tables, code and what a script writes."""
-  inside, found = False, []
-  for line in text.splitlines():
-    inside ^= line.lstrip().startswith("```")
-    if len(line) > most and not inside and not line.startswith(("|", "<")):
-      found.append(line)
-  return found
-
-
-def test_prose_is_a_hundred_columns_wide():
-  rooms = ("calm", "configs", "scripts", "tests", ".github")
-  pages = [
-    REPOSITORY / "README.md",
-    *(p for r in rooms for p in (REPOSITORY / r).rglob("*.md")),
-  ]
-  assert len(pages) > 8
-  assert {str(p): wide for p in pages if (wide := too_wide(p.read_text("utf-8")))} == {}
-  assert too_wide("a" * 101 + "\n```\n" + "b" * 101 + "\n```\n| " + "c" * 101) == ["a" * 101]

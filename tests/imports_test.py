@@ -1,6 +1,7 @@
 """The direction of dependence: what importing loads, and which file may import what."""
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -27,6 +28,7 @@ WITH_FLAX = {"optax", "orbax", "tensorstore"}  # what flax requires itself
 DECODE = ("checkpoints", "decode", "exits", "inference", "t5")
 
 
+@functools.cache
 def loaded(statement: str) -> set[str]:
   """Top-level modules that a fresh interpreter has after `statement`."""
   code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
