@@ -48,11 +48,11 @@ def test_no_file_and_no_function_is_long():
 # Lines and files of each room of calm, and of the other folders. A number goes up only with a
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
-  "arguments.py": (178, 1),
-  "calibrate": (5140, 22),
+  "arguments.py": (176, 1),
+  "calibrate": (5075, 22),
   "checkpoints": (1093, 5),
   "commands": (2651, 14),
-  "console.py": (271, 1),
+  "console.py": (228, 1),
   "data": (1865, 8),
   "decode": (2230, 10),
   "exits": (1148, 8),
@@ -60,13 +60,13 @@ BUDGETS = {
   "inference": (2447, 10),
   "paper": (1880, 11),
   "serve": (749, 4),
-  "signals.py": (98, 1),
-  "storage.py": (529, 1),
+  "signals.py": (91, 1),
+  "storage.py": (448, 1),
   "t5": (3280, 17),
   "t5x": (1291, 4),
   "training": (1516, 9),
 }
-WHOLE = {"calm": (28_610, 135), "tests": (27_587, 159), "scripts": (4_464, 25)}
+WHOLE = {"calm": (28_412, 135), "tests": (26_399, 159), "scripts": (4_464, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
