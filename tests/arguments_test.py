@@ -1,6 +1,7 @@
 """Arguments of `calm.calibrate`: what stands for a value passes, the rest is named."""
 
 import fractions
+import inspect
 import math
 import pathlib
 import re
@@ -104,15 +105,6 @@ def test_the_rest_is_refused_by_name(given, message):
     every(**given)
 
 
-def test_places_names_and_what_python_says_itself_stay():
-  assert every(True, 2)["count"] == 2
-  with pytest.raises(ValueError, match="`count`"):
-    every(True, "2")
-  with pytest.raises(TypeError, match="positional"):
-    every(*every().values(), None)
-  assert every.__name__ == "every"
-
-
 def certify(promise: Any = None, **options) -> calibrate.Calibration:
   return calibrate.calibrate(LOSSES, GRID, promise=promise, **RATES, **options)
 
@@ -134,74 +126,60 @@ def test_costs_and_depths_are_finite_and_not_negative(name, value):
     calls[name]()
 
 
-TEXTS = {"full": FULL, "early": {"a": FULL, "b": CHEAP}, "references": None, "kind": None}
-PLANNED = {"method": "auto", **RATES, "support": None}
-BORDER = {
-  "calibrate": (
-    calibrate.calibrate,
-    {
-      **{"losses": LOSSES, "thresholds": GRID, **RATES, "method": "auto", "groups": None},
-      **{"testing_procedure": "fixed_sequence", "support": None, "promise": None, "seed": None},
-    },
-  ),
-  "risks": (calibrate.calibrate, {"risks": [risks.Risk(losses(), 0.1)], "error_rate": 0.05}),
-  "risk": (
+PLANNED = {"tolerance": 0.1, "error_rate": 0.05}
+ONE = {"losses": losses(), "tolerance": 0.1, "name": "a"}
+FAMILIES = {"risks": {"a": [risks.Risk(**ONE)]}, "costs": {"a": TABLE}, "error_rate": 0.05}
+PROMISES = (
+  (risks.Quantile, {}),
+  (risks.TailMean, {}),
+  (risks.EveryGroup, {"labels": LABELS}),
+  (risks.EarlyExits, {"limits_of_depth": (2.0,), "depths": TABLE}),
+  (risks.KnownMixture, {"most": 2.0, "weights": [1.0] * COUNT}),
+  (risks.Cost, {"costs": TABLE}),
+)
+# What is called with exchanged arguments, and whose they are; those that are needed.
+BORDER = [
+  (calibrate.calibrate, calibrate.calibrate, {"losses": LOSSES, "thresholds": GRID, **RATES}),
+  (
     lambda **given: calibrate.calibrate(risks=[risks.Risk(**given)], error_rate=0.05),
-    {"losses": losses(), "tolerance": 0.1, "name": "a"},
+    risks.Risk,
+    ONE,
   ),
-  "losses": (
-    SequenceLosses,
-    {
-      **{"values": LOSSES, "thresholds": GRID, "support": Support(), "kind": "a"},
-      **{"metric": "b", "ids": None, "groups": None, "procedure": None},
-      **{"contents": "", "knobs": ()},
-    },
+  (
+    calibrate.from_texts,
+    calibrate.from_texts,
+    {"full": FULL, "early": {"a": FULL, "b": CHEAP}},
   ),
-  "support": (Support, {"lower": 0.0, "upper": 1.0, "binary": False}),
-  "configurations": (
-    calibrate.calibrate_configurations,
-    {
-      **{"risks": {"a": [risks.Risk(losses(), 0.1)]}, "costs": {"a": TABLE}},
-      **{"error_rate": 0.05, "method": "auto", "seed": None},
-    },
+  *(
+    (lambda kind=kind, **given: certify(kind(**given)), kind, needed)
+    for kind, needed in PROMISES
   ),
-  "texts": (calibrate.from_texts, {**TEXTS, "ids": None, "groups": None}),
-  "metric": (metrics.Metric, {"name": "a", "function": metrics.chrf, "binary": False}),
-  "size": (planning.min_calibration_size, {**RATES, "lower": 0.0, "upper": 1.0}),
-  "method_size": (planning.method_size, {**PLANNED, "share": 1.0}),
-  "promise_size": (planning.promise_size, {**PLANNED, "promise": risks.Mean()}),
-  "refusal": (planning.refusal, {**PLANNED, "num_examples": 9, "share": 1.0}),
-  "online": (
-    Online,
-    {
-      **{"path": None, "thresholds": GRID, **RATES, "support": None, "share": 1.0, "seed": "0"},
-      **{"least_share": 0.05, "alarm_level": 0.05, "patience": 9, "about": {"metric": "f1"}},
-    },
+  *(
+    (call, call, needed)
+    for call, needed in (
+      (SequenceLosses, {"values": LOSSES, "thresholds": GRID, "support": Support()}),
+      (Support, {}),
+      (calibrate.calibrate_configurations, FAMILIES),
+      (metrics.Metric, {"name": "a", "function": metrics.chrf}),
+      (planning.min_calibration_size, PLANNED),
+      (planning.method_size, {"method": "auto", **PLANNED}),
+      (planning.promise_size, {"promise": risks.Mean(), **PLANNED}),
+      (planning.refusal, {"num_examples": 9, **PLANNED}),
+      (Online, {"path": None, "thresholds": GRID, "tolerance": 0.1}),
+      (Prompt, {"id": "a", "input": "b"}),
+      (each_group, {"losses": losses(), "labels": LABELS, "error_rate": 0.05}),
+    )
   ),
-  "prompt": (Prompt, {"id": "a", "input": "b", "targets": (), "group": None}),
-  "each_group": (
-    each_group,
-    {"losses": losses(), "labels": LABELS, "tolerance": 0.1, "error_rate": 0.05},
-  ),
-  **{
-    kind.__name__: (lambda kind=kind, **given: certify(kind(**given)), given)
-    for kind, given in {
-      risks.Quantile: {"share": 0.9},
-      risks.TailMean: {"beta": 0.9, "start": 0.0},
-      risks.EveryGroup: {"labels": LABELS},
-      risks.EarlyExits: {"limits_of_depth": (2.0,), "depths": TABLE},
-      risks.KnownMixture: {"most": 2.0, "weights": [1.0] * COUNT},
-      risks.Cost: {"at_most": 0.5, "share": 0.5, "unit": "layers", "costs": TABLE},
-    }.items()
-  },
-}  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("name", BORDER)
-@pytest.mark.filterwarnings("ignore:every row of losses")
-def test_every_argument_is_taken_or_refused_by_name(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("call", "of", "needed"), BORDER, ids=[b[1].__name__ for b in BORDER])
+def test_every_argument_is_taken_or_refused_by_name(call, of, needed, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)  # a path among the odd values is written to
-  call, given = BORDER[name]
+  parameters = inspect.signature(of).parameters.values()
+  given = {p.name: p.default for p in parameters if p.default is not p.empty} | needed
+  given.pop("metric", None)  # a user's function may do what it likes
+  given |= {"tolerance": 0.1} if of is each_group else {}
   call(**given)
   assert list(odd_arguments.unclear(call, given)) == []
 

@@ -258,13 +258,3 @@ def test_a_disk_that_fails_is_no_lock_of_another(tmp_path, monkeypatch, module, 
       storage.lock(tmp_path)
   storage.lock(tmp_path).release()
   assert not list(tmp_path.iterdir())
-
-
-def test_sizes_are_bounded(tmp_path, monkeypatch):
-  (tmp_path / "file").write_bytes(b'{"a": "longer than eight"}\n')
-  assert len(storage.content(tmp_path / "file", most=27)) == 27
-  with pytest.raises(ValueError, match="at most 26 bytes, got more"):
-    storage.content(tmp_path / "file", most=26)
-  monkeypatch.setattr(storage, "LONGEST_LINE", 8)
-  with pytest.raises(storage.FormatError, match=r"file:1: expected lines of at most 8"):
-    list(storage.read_lines(tmp_path / "file"))

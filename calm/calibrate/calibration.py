@@ -203,7 +203,7 @@ class Calibration:
       "support": Support(**value["support"]),
       "rows": [_of_json(Row, row) for row in value["rows"]],
       "procedure": None if procedure is None else Procedure.from_json(procedure),
-      "provenance": Provenance.from_json(value["provenance"]),
+      "provenance": Provenance(**value["provenance"]),
       "promise": risks.from_json(value.get("promise", Mean().to_json())),
       "parts": [_of_json(Evidence, part) for part in value.get("parts", ())],
     }

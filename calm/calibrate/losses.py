@@ -93,10 +93,8 @@ class SequenceLosses:
     return dataclasses.replace(self, groups=None, groups_ignored=ignored)
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
-    """The losses of some prompts, by row number; ValueError where these are not whole."""
+    """The losses of some prompts, by row number."""
     index = np.asarray(index)
-    if index.dtype.kind not in "iub":
-      raise ValueError(f"Expected `index` to be a list of row numbers, got {index!r:.60}.")
     some = lambda names: None if names is None else tuple(np.array(names, object)[index])
     rows = {"values": self.values[index], "ids": some(self.ids), "groups": some(self.groups)}
     return dataclasses.replace(self, **rows)

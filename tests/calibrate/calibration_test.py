@@ -101,12 +101,12 @@ def unequal_clusters(generator, count=150, bad=0.61):
 def test_a_declared_largest_cluster_makes_the_promise_one_about_prompts():
   """More than half of all prompts are in large clusters: mean 0.33 a prompt, 0.08 a cluster."""
   rates, wrong, named = dict(tolerance=0.2, error_rate=0.05), 0, 0
-  for seed in range(20):
+  for seed in range(12):
     losses, groups = unequal_clusters(np.random.default_rng(seed))
     by_cluster = calibrate(losses, [0.9, 0.5], **rates, groups=groups)
     found = calibrate(losses, [0.9, 0.5], **rates, groups=groups, largest_cluster=8)
     named, wrong = named + by_cluster.certified, wrong + found.certified
-  assert named == 20 and wrong == 0
+  assert named == 12 and wrong == 0
   assert found.largest_cluster == 8 and Calibration.from_json(found.to_json()) == found
   assert "largest_cluster" not in by_cluster.to_json()
   mild, groups = unequal_clusters(np.random.default_rng(0), bad=0.05)
@@ -205,19 +205,10 @@ def test_another_procedure_is_refused_by_field():
     ({"support": Support(0.0, 0.05)}, r"`tolerance` to be in \(-inf, 0.05\), got 0.1"),
     ({"method": "best"}, "`method` to be one of .* got 'best'"),
     ({"method": "binomial"}, "got 'binomial'; declare losses binary"),
-    (
-      {"method": "paper", "support": Support(0.0, 2.0)},
-      "got 'paper'; divide losses and tolerance",
-    ),
-    (
-      {"method": "convex_order", "support": Support(-1.0)},
-      "got 'convex_order'; signed losses go",
-    ),
+    ({"method": "paper", "support": Support(0.0, 2.0)}, "got 'paper'; divide losses and"),
+    ({"method": "convex_order", "support": Support(-1.0)}, "'convex_order'; signed losses go"),
     ({"testing_procedure": "bh"}, "`testing_procedure` to be one of .* got 'bh'"),
-    (
-      {"method": "betting_fixed_level", "testing_procedure": "holm"},
-      "`method` for the testing procedure .* got 'betting_fixed_level'; .* use 'betting'",
-    ),
+    ({"method": "betting_fixed_level", "testing_procedure": "holm"}, ".* use 'betting'"),
     ({"thresholds": None}, "`thresholds` beside `losses` .*, got none"),
     ({"thresholds": GRID[:3]}, r"\[n, 3\] with n at least 1, got shape \(30, 4\)"),
     ({"losses": sample(), "thresholds": GRID - 0.1}, "no `support` or `thresholds` beside"),

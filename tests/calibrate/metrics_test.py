@@ -134,10 +134,3 @@ def test_what_is_no_number_in_range_is_refused_by_the_metrics_name(made):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
   with pytest.raises(ValueError, match="`references` to hold one text"):
     HALF("a", [])
-
-
-def test_equal_pairs_are_computed_once():
-  asked, pairs = [], [(f"a b {i % 7}", (f"a c {i % 5}",)) for i in range(600)]
-  counting = metrics.Metric("counting", lambda *pair: asked.append(pair) or 0.5)
-  metrics.compute(counting, pairs)
-  assert len(asked) == len(set(asked)) == 35

@@ -149,7 +149,6 @@ def two(**changes):
   [
     *((lambda s=s: risks.Quantile(s), "`share` to be in") for s in (0.0, True)),
     (lambda: risks.EveryGroup(labels=["a", ""]), "`labels` to name a group of every prompt"),
-    (lambda: risks.EveryGroup(), "`labels` to name a group"),
     (lambda: risks.EveryGroup(labels=["a"]).parts(LOSSES, 0.1), r"`labels` of shape \(3,\)"),
     *(
       (lambda t=t: risks.EarlyExits(t), "finite, above 0 and to rise strictly")
@@ -160,13 +159,8 @@ def two(**changes):
     *((lambda x=x: risks.TailMean(0.5, x), r"`start` to be in \(-2, 1\)") for x in (-2.0, 1)),
     (lambda: risks.TailMean(0.5, 0.2).tests(0.2, Support()), "`start` below the tolerance"),
     *((lambda m=m: risks.KnownMixture(m), "`most` of at least 1") for m in (0.99, np.inf)),
-    (
-      lambda: risks.KnownMixture(2.0, weights=[2.1]),
-      r"`weights` in \[0, `most`\] .* up to 2.1",
-    ),
-    (lambda: risks.KnownMixture(2.0, weights=[np.nan]), "`weights` in .* up to nan"),
+    *((lambda w=w: risks.KnownMixture(2.0, weights=[w]), f"up to {w}") for w in (2.1, np.nan)),
     (lambda: risks.Cost(0.0), "`at_most`"),
-    (lambda: risks.Cost(0.5, 1.0), "`share`"),
     (lambda: risks.SeveralRisks(), "at least one `Risk`"),
     (lambda: risks.SeveralRisks(("a",), (0.1, 0.2)), "at least one `Risk`"),
     (two(ids=("a", "b", "x")), "same prompts, got .*'x'"),
@@ -177,9 +171,7 @@ def two(**changes):
     (lambda: calibrate(risks=[Risk(LOSSES, 0.1)] * 2, error_rate=0.1), "of different names"),
     (lambda: chosen(costs=(1.0, 2.0)), "finite cost each, .*got 3, 2 costs"),
     (lambda: chosen(costs=(1.0, np.nan, 2.0)), "a finite cost each"),
-    (lambda: risks.from_json({"name": "luck"}), "`promise` to name one of"),
-    (lambda: risks.from_json(["mean"]), "`promise` to name one of"),
-    (lambda: risks.from_json({"name": "quantile", "share": "x"}), "`share`"),
+    *((lambda j=j: risks.from_json(j), "name one of") for j in ({"name": "luck"}, ["mean"])),
     (lambda: risks.from_json({"name": "quantile"}), "with the fields"),
   ],
 )
@@ -245,7 +237,7 @@ LAWS = [quantile, every_group, early, tail, mixture, cost]
 
 @pytest.mark.parametrize("law", LAWS)
 def test_at_the_boundary_the_promise_is_broken_no_more_often_than_it_says(law):
-  generator, draws = np.random.default_rng(0), 80
+  generator, draws = np.random.default_rng(0), 60
   wrong = sum(calibrated(*law(generator, 160)).certified for _ in range(draws))
   assert stats.binomtest(wrong, draws, ERROR_RATE, alternative="greater").pvalue > 1e-3
   losses, promise = law(np.random.default_rng(0), 800)  # kept with room

@@ -171,7 +171,7 @@ def _check_manifest(
 ) -> None:
   names = file_names(thresholds_lib.validate_grid(thresholds).tolist())
   manifest_procedure({"procedure": procedure})
-  Provenance.from_json(provenance or {})
+  Provenance(**provenance or {})
   if odd := set(checksums) - set(names):
     raise ValueError(f"Expected `checksums` of {names}, got one of {min(odd)!r:.100}")
   if twice := checks.repeated(prompt_ids):
@@ -241,7 +241,7 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
   checksums, ids = manifest.get("checksums", {}), manifest["prompt_ids"]
   check_checksums(directory, checksums)
   by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
-  provenance = Provenance.from_json(manifest.get("provenance") or {})
+  provenance = Provenance(**manifest.get("provenance") or {})
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
   for name, told, got in (
     ("prompt_ids", sorted(by_id), sorted(ids)),

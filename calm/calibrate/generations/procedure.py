@@ -150,10 +150,5 @@ class Provenance:
       vars(self)[name] = _plain(getattr(self, name), name)
 
   def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values."""
+    """All fields as JSON values; `Provenance(**value)` is the inverse."""
     return _plain(dataclasses.asdict(self), "provenance")
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> "Provenance":
-    """The inverse of `to_json`; missing fields are None, unknown ones a TypeError."""
-    return cls(**value)

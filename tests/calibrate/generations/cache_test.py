@@ -60,19 +60,6 @@ def edit_manifest(directory, change, seal=True):
 # ---- Reading
 
 
-def test_what_is_written_is_read_in_the_recorded_order(tmp_path):
-  writer = start(tmp_path)
-  for threshold in (NEVER_EXIT, *GRID):
-    for name in (IDS[2], IDS[0], IDS[1]):
-      writer.append(threshold, [Record(name, f"{name} {threshold}", exit_layers=[2, 1])])
-  writer.finish()
-  loaded = generations.load(tmp_path)
-  assert loaded.prompts == laws.prompts(3) and loaded.ids == IDS
-  assert loaded.thresholds.tolist() == GRID and loaded.procedure == laws.procedure()
-  for column, level in ((loaded.records[1], 0.5), (loaded.full, "inf")):
-    assert [record.prediction for record in column] == [f"{name} {level}" for name in IDS]
-
-
 @pytest.mark.parametrize(
   ("name", "change", "message"),
   [
@@ -152,11 +139,12 @@ def test_they_are_the_same_records_and_losses(tmp_path, monkeypatch):
   rows = laws.prompts(60)
   writer = start(tmp_path, prompts=rows)
   for threshold in (NEVER_EXIT, *GRID):
-    texts = [f"{prompt.input} at {threshold}" for prompt in rows]
-    pairs = zip(rows, texts, strict=True)
-    writer.append(threshold, [laws.record(p.id, t, exit_layers=(2, 3, 0)) for p, t in pairs])
+    made = [laws.record(p.id, f"{p.id} at {threshold}", exit_layers=(2, 3, 0)) for p in rows]
+    writer.append(threshold, made[::-1])
   writer.finish()
   there = generations.load(tmp_path, in_memory=True)
+  assert there.prompts == rows and there.procedure == laws.procedure()
+  assert there.records[1] == tuple(made)  # in the recorded order
   expected = losses.compute(there, "textual").values
   monkeypatch.setattr(generations, "LONG_FILE", 0)
   monkeypatch.setattr(losses, "PROMPTS", 7)
