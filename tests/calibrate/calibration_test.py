@@ -103,8 +103,9 @@ def test_a_declared_largest_cluster_makes_the_promise_one_about_prompts():
   rates, wrong, named = dict(tolerance=0.2, error_rate=0.05), 0, 0
   for seed in range(12):
     losses, groups = unequal_clusters(np.random.default_rng(seed))
-    by_cluster = calibrate(losses, [0.9, 0.5], **rates, groups=groups)
-    found = calibrate(losses, [0.9, 0.5], **rates, groups=groups, largest_cluster=8)
+    options = dict(groups=groups, seed=f"{seed:04x}", randomized=False, **rates)
+    by_cluster = calibrate(losses, [0.9, 0.5], **options)
+    found = calibrate(losses, [0.9, 0.5], **options, largest_cluster=8)
     named, wrong = named + by_cluster.certified, wrong + found.certified
   assert named == 12 and wrong == 0
   assert found.largest_cluster == 8 and Calibration.from_json(found.to_json()) == found

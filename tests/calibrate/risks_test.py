@@ -237,8 +237,12 @@ LAWS = [quantile, every_group, early, tail, mixture, cost]
 
 @pytest.mark.parametrize("law", LAWS)
 def test_at_the_boundary_the_promise_is_broken_no_more_often_than_it_says(law):
-  generator, draws = np.random.default_rng(0), 60
-  wrong = sum(calibrated(*law(generator, 160)).certified for _ in range(draws))
+  generator, draws, wrong = np.random.default_rng(0), 80, 0
+  for draw in range(draws):
+    losses, promise = law(generator, 160)
+    # Known texts of prompts need one order; rows of few kinds alone would be tested in 16.
+    losses = dataclasses.replace(losses, contents=f"{draw:x}")
+    wrong += calibrated(losses, promise).certified
   assert stats.binomtest(wrong, draws, ERROR_RATE, alternative="greater").pvalue > 1e-3
   losses, promise = law(np.random.default_rng(0), 800)  # kept with room
   if isinstance(promise, risks.Cost):
