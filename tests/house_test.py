@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (5075, 22),
+  "calibrate": (5068, 22),
   "checkpoints": (1093, 5),
   "commands": (2651, 14),
   "console.py": (228, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1291, 4),
   "training": (1516, 9),
 }
-WHOLE = {"calm": (28_412, 135), "tests": (26_399, 159), "scripts": (4_464, 25)}
+WHOLE = {"calm": (28_405, 135), "tests": (26_336, 159), "scripts": (4_464, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
