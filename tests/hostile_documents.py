@@ -25,7 +25,6 @@ from calm.commands import calibrate, shards
 from calm.data import datasets, vocabulary
 from calm.inference import loading, options
 from calm.t5 import network
-from calm.training import sources
 from tests import toys
 from tests.calibrate import small_cache
 
@@ -101,7 +100,6 @@ def _files(base: pathlib.Path) -> None:
     ("records.jsonl", small_cache.record("id-000").to_json()),
     ("references.jsonl", {"id": "a", "targets": ["x", "y"]}),
     ("t5x.jsonl", _T5X),
-    ("outputs.jsonl", {"id": "a", "tokens": [5, 1]}),
     ("full_depth.json", {"reason": "x", "exact": _EXACT}),
   ):
     (base / name).write_text(json.dumps(value) + "\n")
@@ -138,10 +136,6 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
       lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),
     ),
     "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
-    "outputs to train on": (
-      at("outputs.jsonl"),
-      lambda: sources._tokens_of(at("outputs.jsonl")),
-    ),
     "full depth": (at("full_depth.json"), lambda: loading.stored_rule(at("full_depth.json"))),
   }
 
@@ -284,12 +278,6 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "aux.confidences": _of(GONE),
     "aux.confidences.0 aux.confidences.1": _of(0),
     "aux.scores": lambda value: _absent(value) or type(value) in (int, float),
-  },
-  "outputs to train on": {
-    "id": _text,
-    "tokens": _of([]),
-    "tokens.0 tokens.1": _of(0, 10**9, GONE),
-    "empty": _anything,
   },
   "full depth": {
     "reason": _anything,

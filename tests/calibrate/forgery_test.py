@@ -11,6 +11,7 @@ from calm.calibrate import (
   SequenceLosses,
   Support,
   calibrate,
+  calibrate_configurations,
   calibration,
   risks,
 )
@@ -141,6 +142,33 @@ def test_fields_of_other_types_are_refused_whatever_the_digest_says(path, new, t
     Calibration.load(tmp_path / "c.json")
   text = str(caught.value)
   assert text.isprintable() and len(text) < 1500  # no escape of the file's reaches the terminal
+
+
+def family(name, risk):
+  table = {name: np.zeros((200, 3))}
+  losses = SequenceLosses(table[name], GRID)
+  return calibrate_configurations(
+    {name: [risks.Risk(losses, 0.1, name=risk)]}, table, error_rate=0.05
+  )
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda text: SequenceLosses(np.zeros((9, 3)), GRID, knobs=(text, "b", "c")),
+    lambda text: SequenceLosses(np.zeros((9, 3)), GRID, metric=text),
+    lambda text: SequenceLosses(np.zeros((9, 3)), GRID, kind=text),
+    lambda text: risks.EveryGroup(labels=[text, "other"]),
+    lambda text: family("a", text),
+    lambda text: family(text, "a"),
+  ],
+)
+def test_texts_that_would_not_be_loaded_are_not_taken(make):
+  make("日本 b")
+  for text in ("a\nb", "\x1b[31m", "\ud800", "x" * 5000):
+    with pytest.raises(ValueError, match=r"Expected .* printable characters, got ") as caught:
+      make(text)
+    assert len(str(caught.value)) < 600
 
 
 def test_p_equal_to_the_error_rate_goes_either_way():

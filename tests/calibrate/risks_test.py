@@ -155,6 +155,10 @@ def two(**changes):
       for t in ((), (0.0, 1.0), (1.0, np.inf), (1.0, 1.0), (2.0, 1.0), (np.nan,))
     ),
     (lambda: risks.EarlyExits((1.0,), depths=[1.0]).parts(LOSSES, 0.1), r"`depths` of shape"),
+    *(
+      (lambda d=d: risks.EarlyExits((1.0,), depths=d).parts(LOSSES, 0.1), "`depths` to be fin")
+      for d in (DEPTHS - 3.0, DEPTHS * np.nan, DEPTHS * np.inf)
+    ),
     (lambda: risks.TailMean(0.0), "`beta` to be in"),
     *((lambda x=x: risks.TailMean(0.5, x), r"`start` to be in \(-2, 1\)") for x in (-2.0, 1)),
     (lambda: risks.TailMean(0.5, 0.2).tests(0.2, Support()), "`start` below the tolerance"),
