@@ -19,7 +19,7 @@ import tables
 
 from calm import exits, inference
 from calm.inference import timing
-from calm.paper import tasks
+from calm.paper import bench
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def rules(flags: argparse.Namespace) -> dict[str, exits.Speculative]:
 
 def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   """The packed model on prompts of a task, one at a time: seconds, and whether texts agree."""
-  task = tasks.task(name)
+  task = bench.task(name)
   model = inference.load(
     "packed",
     task_prefix=task.prefix,
@@ -61,11 +61,11 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     max_decode_length=task.max_decode_length,
     batch_size=1,
   )
-  prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
+  prompts = bench.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
   settings = [timing.Setting(name, rule, 1.0) for name, rule in rules(flags).items()]
   timed = timing.measure(model, prompts, settings, rounds=flags.repeats)
   compared = flags.compare or len(prompts)
-  texts = [p.input for p in tasks.read_prompts(flags.data, task, "test", limit=compared)]
+  texts = [p.input for p in bench.read_prompts(flags.data, task, "test", limit=compared)]
   full = model.generate(texts, rule=exits.StaticExit())
   tokens = sum(len(output.tokens) for output in full)
   timed_tokens = sum(len(output.tokens) for output in full[: len(prompts)])

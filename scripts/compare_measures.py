@@ -14,7 +14,7 @@ import pathlib
 import tables
 
 from calm import exits, inference
-from calm.paper import bench, experiments, scores, tasks
+from calm.paper import bench, experiments
 
 MEASURES = ("softmax@2,4", "softmax@2,3,4", "shortlist@2,4", "classifier", "probe@2,4")
 TARGETS = [("textual", delta) for delta in (0.02, 0.1, 0.25)]
@@ -23,7 +23,7 @@ METHODS = {"auto": "risk_signed"}
 
 def opened(arguments: argparse.Namespace, name: str) -> experiments.Task:
   """One task's prompts under the model."""
-  task = tasks.task(name)
+  task = bench.task(name)
   predictor = inference.load(arguments.model, batch_size=arguments.batch_size).with_options(
     task_prefix=task.prefix,
     max_input_length=task.max_input_length,
@@ -31,7 +31,7 @@ def opened(arguments: argparse.Namespace, name: str) -> experiments.Task:
   )
   options = bench.Options(timed=arguments.timed, measures=tuple(arguments.measures))
   validation, test = (
-    tasks.read_prompts(arguments.data, task, split, limit=arguments.limit, seed=arguments.seed)
+    bench.read_prompts(arguments.data, task, split, limit=arguments.limit, seed=arguments.seed)
     for split in ("validation", "test")
   )
   cache = pathlib.Path(arguments.cache)
@@ -58,7 +58,7 @@ def rows(of: experiments.Task) -> list[list[str]]:
   title = of.settings.title
   full = of.records(f"static {of.num_layers} test", exits.StaticExit(of.num_layers), of.test)
   early = of.records("oracle test", exits.OracleExit(), of.test)
-  oracle = scores.point("oracle", early, full, of.test, of.settings.metric)
+  oracle = experiments.point("oracle", early, full, of.test, of.settings.metric)
   gains = experiments.gains(of, targets=TARGETS, methods=METHODS)
   calibrated = [
     [title, titled(measure), *(cell(gain) for gain in gains if gain.measure == measure)]

@@ -23,7 +23,7 @@ from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign, records
 from calm.commands import calibrate, shards
 from calm.data import datasets, vocabulary
-from calm.inference import loading, options
+from calm.inference import options, predictor
 from calm.t5 import network
 from tests import toys
 from tests.calibrate import small_cache
@@ -136,7 +136,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
       lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),
     ),
     "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
-    "full depth": (at("full_depth.json"), lambda: loading.stored_rule(at("full_depth.json"))),
+    "full depth": (at("full_depth.json"), lambda: predictor.stored_rule(at("full_depth.json"))),
   }
 
 

@@ -23,7 +23,7 @@ from calm.console import print_table, print_text, sanitize
 from calm.fitting import FitOptions, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import outputs, timing
-from calm.paper import figures, page
+from calm.paper import page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
 
@@ -224,7 +224,7 @@ def dangerous(text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_figures_are_drawn_whatever_their_titles_say(kind):
-  made = figures.draw("f", TEXTS[kind], "", ("x", "y"), ())
+  made = page.draw("f", TEXTS[kind], "", ("x", "y"), ())
   ElementTree.fromstring(made.svg)
   assert made.png.startswith(b"\x89PNG")
 

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     f" over the grid of the measure '{options.measure}', exits after layers {allowed}."
   )
   with Progress(console) as progress:
-    calibration, cached = inference.certified.certify(
+    calibration, cached = inference.grid.certify(
       predictor,
       calibration_prompts,
       tolerance=arguments.tolerance,

@@ -78,11 +78,9 @@ def _decode(arguments, console, predictor, prompts, levels, folder) -> generatio
   for report in writer.reports:
     print_text(console, report, "yellow")
   with Progress(console) as progress:
-    reused = grid.generate(predictor, prompts, levels, writer, progress=progress)
+    grid.generate(predictor, prompts, levels, writer, progress=progress)
   writer.finish()
-  share = reused["reused_tokens"] / max(1, reused["tokens"])
-  count = f"{len(prompts)} prompts, {len(levels)} thresholds and full depth"
-  console.print(f"{count}: {share:.1%} of {reused['tokens']} tokens were not decoded again.")
+  console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth.")
   return writer
 
 
@@ -105,5 +103,5 @@ def _parse_grid(arguments: argparse.Namespace, options) -> list[float]:
   elif arguments.thresholds is not None:
     values = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
   else:
-    return list(inference.certified.default_grid(options))
+    return list(inference.grid.default_grid(options))
   return [float(t) for t in thresholds.validate_grid(values)]

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
   """Runs the experiments of every task and writes the report."""
   run_lib.use_compilation_cache()
   # A missing package is reported before an hour of decoding.
-  from calm.paper import findings, page
+  from calm.paper import page
   from calm.paper import sections as sections_lib
 
   console = rich_console.Console()
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
   with storage.lock(output), Progress(console) as progress:
     tasks = _tasks(arguments, {"folder": output / "cache", "announce": progress.step})
     progress.expect(sum(task.num_steps for task in tasks))
-    sections, headlines = sections_lib.sections(tasks), tuple(map(findings.headline, tasks))
+    sections, headlines = sections_lib.sections(tasks), tuple(map(sections_lib.headline, tasks))
   facts = _facts(arguments, tasks[0].predictor, time.monotonic() - start)
   about = f"calm report: {arguments.model}", facts, sections, tasks[0].num_layers, headlines
   written = page.write(output, page.Page(*about))
@@ -103,9 +103,8 @@ def _tasks(arguments: argparse.Namespace, places):
   """The tasks with their models and prompts."""
   from calm import inference
   from calm.paper import bench, experiments
-  from calm.paper import tasks as tasks_lib
 
-  known = [tasks_lib.task(name) for name in arguments.tasks]
+  known = [bench.task(name) for name in arguments.tasks]
   names = ("timed", "rounds", "examples", "ablated", "step", "error_rate")
   options = {name: getattr(arguments, name) for name in names}
   options = bench.Options(measures=tuple(arguments.measures), **options)
@@ -117,7 +116,7 @@ def _tasks(arguments: argparse.Namespace, places):
   if arguments.train:
     given = [_own_task(arguments, models["predictor"])]
   else:
-    read = lambda task, split: tasks_lib.read_prompts(arguments.data, task, split)
+    read = lambda task, split: bench.read_prompts(arguments.data, task, split)
     given = [(task, read(task, "validation"), read(task, "test")) for task in known]
   made = []
   for settings, validation, test in given:
@@ -134,7 +133,7 @@ def _tasks(arguments: argparse.Namespace, places):
 def _own_task(arguments: argparse.Namespace, predictor):
   """(settings, validation prompts, test prompts) of a user's own rows."""
   from calm import fitting
-  from calm.paper import tasks as tasks_lib
+  from calm.paper import bench
 
   options = fitting.FitOptions(
     error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
@@ -142,7 +141,7 @@ def _own_task(arguments: argparse.Namespace, predictor):
   with run_lib.naming_flag("--train"):
     splits, limits = fitting.held_out(predictor, arguments.train, options)
   title = pathlib.Path(arguments.train).name.split(".")[0] or "rows"
-  settings = tasks_lib.TaskSettings(
+  settings = bench.TaskSettings(
     name=re.sub(r"[^A-Za-z0-9_-]+", "_", title),
     title=title,
     prefix=limits.pop("task_prefix"),

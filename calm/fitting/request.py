@@ -18,7 +18,7 @@ from calm.calibrate import Prompt, losses, metrics, planning
 from calm.calibrate.generations import order
 from calm.console import Report
 from calm.data import prompt_files
-from calm.inference import certified, result_cache
+from calm.inference import grid, result_cache
 
 # Rows in memory; or a DataFrame, which has no type that could be named here.
 Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
@@ -91,13 +91,13 @@ class FitOptions:
       )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
-    certified.kind_of(self.consistency)
+    grid.kind_of(self.consistency)
     metrics.get_metric(self.metric)
 
   @property
   def kind(self) -> str:
     """The loss that is controlled."""
-    return certified.kind_of(self.consistency)
+    return grid.kind_of(self.consistency)
 
   @property
   def learns_exits(self) -> bool:

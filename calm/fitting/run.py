@@ -27,7 +27,7 @@ from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
 from calm.fitting.choose import part
 from calm.fitting.request import Fit, FitOptions, Listener
-from calm.inference import certified, grid, panel, result_cache, timing
+from calm.inference import grid, panel, result_cache, timing
 from calm.inference import options as options_lib
 from calm.t5 import parameters
 
@@ -229,7 +229,8 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   # The file is written first: a report without it was never stored.
   learned = fit.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)
   fit.listener.say(str(learned))
-  return source.with_exits(file), learned
+  config, params = checkpoints.with_exits(source.config, source.params, file)
+  return dataclasses.replace(source, config=config, params=params), learned
 
 
 def certify(
@@ -240,7 +241,7 @@ def certify(
   rows, full, options = fit.splits.calibration, None, fit.options
   if options.train_all:
     full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
-  calibration, cached = certified.certify(
+  calibration, cached = grid.certify(
     grid.in_bulk(predictor),  # of the procedure that is served
     rows,
     tolerance=options.tolerance,
@@ -306,7 +307,7 @@ def look(
   full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
   levels, columns = (), (full,)
   if promised:
-    levels, model = tuple(certified.default_grid(predictor.options)), grid.in_bulk(predictor)
+    levels, model = tuple(grid.default_grid(predictor.options)), grid.in_bulk(predictor)
     told, folder = part(progress, 0.8, 1.0), fit.work / "last"
     columns += grid.on_grid(model, prompts, levels, folder, full=full, progress=told).records
   early = columns[0 if served is None else 1 + levels.index(level)]

@@ -1,10 +1,18 @@
 """A model that decodes under a threshold: one prompt, or a grid."""
 
 from calm.checkpoints import PACKED
-from calm.inference import certified, grid, options, outputs, result_cache, timing
-from calm.inference.loading import CALIBRATION, FULL_DEPTH, UntrainedExits, load
+from calm.inference import grid, options, outputs, result_cache, timing
 from calm.inference.options import DecodeOptions, options_of
-from calm.inference.predictor import Predictor, SlowerThanFullDepth, can_be_exact, exact_rule
+from calm.inference.predictor import (
+  CALIBRATION,
+  FULL_DEPTH,
+  Predictor,
+  SlowerThanFullDepth,
+  UntrainedExits,
+  can_be_exact,
+  exact_rule,
+  load,
+)
 
 __all__ = [
   "CALIBRATION",
@@ -15,7 +23,6 @@ __all__ = [
   "SlowerThanFullDepth",
   "UntrainedExits",
   "can_be_exact",
-  "certified",
   "exact_rule",
   "grid",
   "load",

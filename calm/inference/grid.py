@@ -1,12 +1,15 @@
-"""Prompts x thresholds -> records: whole grids and single rules.
+"""Prompts x thresholds -> records, and the threshold that is certified on them (paper, section
+4) before serving, or while serving.
 
 Prompts are encoded once for all thresholds. A sequence whose refused confidences all stay below
 the next threshold is the same there and is not decoded again, any other from the first token
 on where they do not (`reusable_tokens`).
 """
 
-import collections
+import contextlib
+import dataclasses
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +19,25 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import exits
-from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  Online,
+  Prompt,
+  Provenance,
+  Record,
+  calibrate,
+  generations,
+  metrics,
+  planning,
+)
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import order
+from calm.data import prompt_files
 from calm.decode import loop
 from calm.inference import options as options_lib
-from calm.inference import result_cache
+from calm.inference import outputs, result_cache
 from calm.t5 import caches
 
 if TYPE_CHECKING:
@@ -51,35 +68,27 @@ class _Batch:
 
   def decode(
     self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
-  ) -> tuple[list[Record], collections.Counter[str]]:
-    """The missing records at one threshold, and what they reuse of `previous`."""
-    values, same = schedule_values(self._model, threshold), {}
+  ) -> list[Record]:
+    """The missing records at one threshold, some of them those of the threshold before."""
+    values, made = schedule_values(self._model, threshold), {}
     for i in missing:
       tokens = previous[i].tokens if i in previous else None
       if tokens is not None and reusable_tokens(previous[i], values) == len(tokens):
-        same[i] = len(tokens)
-    made = {i: previous[i] for i in same}
+        made[i] = previous[i]
     if fresh := [i for i in missing if i not in made]:
-      generation, begins = self._run(fresh, threshold, values)
+      generation = self._run(fresh, threshold, values)
       made |= {i: self._record(generation, i) for i in fresh}
-      same |= begins
-    records = [made[i] for i in missing]
-    lengths = [len(record.tokens or ()) for record in records]
-    kept = sum(min(same.get(i, 0), most) for i, most in zip(missing, lengths, strict=True))
-    counts = {"sequences": len(records), "tokens": sum(lengths), "reused_tokens": kept}
-    return records, collections.Counter(counts)
+    return [made[i] for i in missing]
 
-  def _run(
-    self, fresh: Sequence[str], threshold: float, values: np.ndarray
-  ) -> tuple[loop.Generation, dict[str, int]]:
-    """The rows' generation, and how many of its tokens were not decoded again."""
+  def _run(self, fresh: Sequence[str], threshold: float, values: np.ndarray) -> loop.Generation:
+    """Decodes these rows, each from where it changes."""
     if self.encoded is None:
       self.encoded = self._model.encode(self._batch)
     places = {i: self._ids.index(i) for i in fresh}
     active = np.zeros(len(self._batch.active), bool)
     active[[*places.values()]] = True
     if not self._resumes:
-      return self._model.decode(self.encoded, active, threshold), {}
+      return self._model.decode(self.encoded, active, threshold)
     resume_at = np.zeros(len(active), np.int32)
     if self._state is not None:
       before = jax.device_get(self._state.generation)
@@ -89,8 +98,7 @@ class _Batch:
         # The last token is decoded again whatever the records say: there is a row to run.
         resume_at[place] = max(0, min(same, len(record.tokens or ()) - 1))
     self._state = self._model.resume(self.encoded, self._state, active, threshold, resume_at)
-    begins = {i: int(resume_at[place]) for i, place in places.items()}
-    return jax.device_get(self._state.generation), begins
+    return jax.device_get(self._state.generation)
 
   def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
     return record(self._model, generation, self._ids.index(prompt_id), prompt_id)
@@ -101,13 +109,9 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
 
       the sequence is the same  iff  rejected_confidences[t] < new threshold, for all t
 
-  since then no earlier layer would exit now. Up to the first t where this fails everything is
-  the same, caches included. Comparisons are in float32, as in the decoder. A refusal of 0 may
-  also mean that nothing was refused, so at threshold 0 less is kept than could be.
-
-  Args:
-    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included.
-    thresholds: [length] the schedule's value at every generated token of the new setting.
+  since then no earlier layer would exit now; up to the first t where this fails everything is
+  the same, caches included. Comparisons are in float32, as in the decoder. `thresholds` are the
+  schedule's values [length] at every generated token of the new setting.
   """
   refused = np.asarray(record.rejected_confidences or (), np.float32)
   exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
@@ -137,13 +141,12 @@ def generate(
   full: Sequence[Record] | None = None,
   encodings: dict[int, caches.Encoded] | None = None,
   progress: Progress = silent,
-) -> collections.Counter[str]:
+) -> None:
   """Decodes every prompt at full depth and at every threshold into `writer`.
 
-  What the writer already has is not decoded again, so that a killed run goes on.
+  What the writer already has is left, so that a killed run goes on.
 
   Args:
-    model, prompts: what decodes what; the prompts' ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `generations.open_writer` with the same prompts and thresholds; or a dictionary
       of {threshold: {id: record}}, which keeps them in memory.
@@ -151,10 +154,6 @@ def generate(
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
       for the same prompts in the same batches by the same encoder.
-    progress: told of the share done after every batch and threshold.
-
-  Returns:
-    Sequences, tokens and reused tokens of the grid.
 
   Raises:
     ValueError: the full-depth texts are another model's (`reference_digest`), not in `full`.
@@ -166,10 +165,9 @@ def generate(
       " promise about this model's own full depth."
     )
   known = None if full is None else {record.id: record for record in full}
-  # Full depth is then a program of its own, which refuses nothing: no record follows from it.
+  # Full depth is then a program that refuses nothing: no record follows from it.
   apart = known is not None or model.reference is not model
-  levels = (NEVER_EXIT, *thresholds)
-  summary = collections.Counter[str]()
+  levels, in_memory = (NEVER_EXIT, *thresholds), isinstance(writer, dict)
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
@@ -177,7 +175,6 @@ def generate(
     work.encoded = None if encodings is None else encodings.get(number)
     previous: dict[str, Record] = {}
     for place, threshold in enumerate(levels):
-      in_memory = isinstance(writer, dict)
       records = {} if in_memory else writer.completed_records(threshold, ids)
       if missing := [i for i in ids if i not in records]:
         if place == 0 and known is not None:
@@ -188,8 +185,7 @@ def generate(
           generation = reference.decode(*given)
           made = [record(reference, generation, ids.index(i), i) for i in missing]
         else:
-          made, reused = work.decode(missing, threshold, previous)
-          summary = summary + reused if place else summary
+          made = work.decode(missing, threshold, previous)
         records.update({record.id: record for record in made})
         if in_memory:
           writer.setdefault(threshold, {}).update(records)
@@ -201,7 +197,6 @@ def generate(
       progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")
     if encodings is not None and work.encoded is not None:
       encodings[number] = work.encoded
-  return summary
 
 
 def on_grid(
@@ -276,3 +271,122 @@ def in_bulk(model: "Predictor") -> "Predictor":
 def one_shape(model: "Predictor") -> "Predictor":
   """The same model with every batch padded to one shape: one compiled program a rule."""
   return model.changed(one_shape=True)
+
+
+# ---- Certified on a grid
+
+# The paper's word for a consistency, or our own, and the kind of loss that it means.
+_KINDS = {"risk": "risk_signed", **{k: k for k in ("textual", "risk_signed", "risk_clipped")}}
+
+
+def kind_of(consistency: str) -> str:
+  """The kind of loss by the paper's word for it."""
+  if consistency in _KINDS:
+    return _KINDS[consistency]
+  raise ValueError(f"Expected `consistency` to be 'textual' or 'risk', got {consistency!r}.")
+
+
+def default_grid(options: options_lib.DecodeOptions) -> Sequence[float]:
+  return options.grid or thresholds_lib.default_grid(options.measure).tolist()
+
+
+def certify(
+  model: "Predictor",
+  prompts: Sequence[Prompt | str | Mapping[str, Any]] | Any,
+  *,
+  tolerance: float,
+  error_rate: float = 0.05,
+  consistency: str = "textual",
+  metric: metrics.MetricLike = "rouge_l",
+  thresholds: Sequence[float] | None = None,
+  folder: str | pathlib.Path | None = None,
+  full: Sequence[Record] | None = None,
+  progress: Progress = silent,
+) -> tuple[Calibration, generations.Generations]:
+  """Decodes prompts at full depth and over a grid, and calibrates the threshold on them.
+
+  Arguments are those of `Predictor.calibrate`, and `full`: [num_prompts] full-depth records, if
+  they are known. Returns the calibration, and the generations that it was made from.
+
+  Raises:
+    ValueError: too few prompts for any threshold (says how many are needed), or prompts without
+      references for 'risk'. Nothing is decoded then.
+  """
+  prompts, kind = prompt_files.prompts_of(prompts), kind_of(consistency)
+  support = sequence_losses.kind_support(kind, metric)
+  count = len(set(order.prompt_clusters(prompts)))
+  unit = "prompts" if count == len(prompts) else "clusters of prompts"
+  if count < len(prompts):  # means of several losses of 0 or 1 are neither
+    support = dataclasses.replace(support, binary=False)
+  refusal = planning.refusal(
+    count, tolerance, error_rate, support=support, method="auto", unit=unit
+  )
+  if refusal:
+    raise ValueError(refusal)
+  bare = [prompt.id for prompt in prompts if not prompt.targets]
+  if kind != "textual" and bare:
+    raise ValueError(
+      "Expected prompts with references (`targets`) for `consistency` 'risk', got"
+      f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
+    )
+  levels, temporary = thresholds or default_grid(model.options), folder is None
+  with contextlib.ExitStack() as stack:
+    if folder is None:
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+    writer = generations.open_writer(
+      folder,
+      prompts=prompts,
+      thresholds=levels,
+      procedure=model.procedure,
+      provenance=Provenance(grid=tuple(map(float, levels)), num_examples=len(prompts)),
+    )
+    generate(model, prompts, levels, writer, full=full, progress=progress)
+    writer.finish()
+    # A temporary folder is gone by the time that its records are read.
+    cached = generations.load(folder, in_memory=temporary)
+  losses = sequence_losses.compute(cached, kind, metric=metric)
+  return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached
+
+
+def serve_online(
+  model: Any,
+  online: Online,
+  texts: Sequence[str],
+  ids: Sequence[str] | None,
+  progress: Any,
+  parts: Any = None,
+) -> outputs.Outputs:
+  """Texts at the threshold of a state, which learns from those of them that it draws."""
+  if online.about.get("procedure") != model.procedure.digest():
+    raise ValueError(
+      "Expected `online` to be a state of this model under these options, got another's;"
+      " open it with `Predictor.online`."
+    )
+  names = [order.fold_text(text) for text in texts] if ids is None else ids
+  if len(names) != len(texts):
+    raise ValueError(f"Expected `ids` of {len(texts)} texts, got {len(names)}.")
+  served = online.threshold
+  made = model.generate(texts, threshold=served, progress=progress, parts=parts)
+  drawn: dict[str, int] = {}
+  for row, name in enumerate(names):
+    if online.should_check(name):
+      drawn.setdefault(name, row)
+  if drawn:
+    observe(model, online, {name: texts[row] for name, row in drawn.items()})
+  held = served != NEVER_EXIT and online.threshold <= served
+  return dataclasses.replace(made, guarantee=online.guarantee if held else None)
+
+
+def observe(model: "Predictor", online: Online, texts: Mapping[str, str]) -> None:
+  """Decodes drawn prompts at full depth and at open thresholds, for their textual losses."""
+  levels = max((online.wanted(name) for name in texts), key=len)
+  prompts = tuple(Prompt(f"{row}", text) for row, text in enumerate(texts.values()))
+  columns: dict[float, dict[str, Record]] = {}
+  generate(model, prompts, levels, columns)
+  full, *early = (
+    tuple(columns[level][prompt.id] for prompt in prompts) for level in (NEVER_EXIT, *levels)
+  )
+  made = generations.Generations(prompts, np.array(levels), tuple(early), full)
+  losses = sequence_losses.prefix_losses(made, "textual", metric=online.about["metric"])
+  for name, row in zip(texts, np.stack(losses, axis=1).tolist(), strict=True):
+    online.observe(name, dict(zip(levels, row, strict=True)))

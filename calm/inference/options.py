@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "reference_dtype": ("float32",),
   "head_dtype": ("int8",),
 }
+_NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
 # Of `weights_dtype`: products of layers, not weights alone.
 IN_8_BITS = "int8"
 # The measure that is no confidence of a layer but the full model's own, of drafts.
@@ -52,15 +53,13 @@ class DecodeOptions:
     max_input_length, max_decode_length: most tokens read and generated, EOS included.
     matmul_precision: of products of float32 matrices, as in `jax.default_matmul_precision`;
       None takes JAX's configuration. A CPU has one only.
-    weights_dtype: 'float32' or 'bfloat16': the type in which matrices and output heads are
-      stored; products, logits and confidences keep their width. 'int8' multiplies the layers of
-      encoder and decoder in 8 bits. None stores matrices in the activation dtype and heads in
-      float32.
+    weights_dtype: type of stored matrices and output heads, 'float32' or 'bfloat16' (products,
+      logits and confidences keep their width); 'int8' multiplies the layers of encoder and
+      decoder in 8 bits. None: matrices in the activation dtype, heads in float32.
     encoder_dtype: 'int8' multiplies the encoder's layers and the decoder's cross-attention keys
       and values in 8 bits. None: as `weights_dtype` has it.
-    reference_dtype: 'float32': the full model, which a promise compares with and which
-      `NEVER_EXIT` decodes with, has states and weights in float32 (`Predictor.reference`), so
-      that the effect of 8 bits or bfloat16 counts as loss. None: these options' own.
+    reference_dtype: 'float32': full depth, which a promise compares with, has states and
+      weights in float32 (`Predictor.reference`): the effect of fewer bits counts as loss.
     reference_digest: `Predictor.parameters_digest` of another model, with whose full-depth
       texts a promise compares: the model that `calm fit --train_all` started from.
     head_dtype: 'int8' reads output heads in 8 bits first, and the likely pieces again in full:
@@ -92,14 +91,7 @@ class DecodeOptions:
   num_drafts: int = 7
 
   def __post_init__(self):
-    numbers = (
-      "max_input_length",
-      "max_decode_length",
-      "batch_size",
-      "num_devices",
-      "num_drafts",
-    )
-    for name in numbers:
+    for name in _NUMBERS:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
     most_layers = limits.SIZES["num_decoder_layers"][1]
     for layer in self.exit_layers or ():
@@ -130,15 +122,11 @@ class DecodeOptions:
         propagation.propagation(self.propagation),
       )
     layers = self.exit_layers or ()
-    if len(layers) != 1:
+    if len(layers) != 1 or self.schedule != schedules.Constant():
       raise ValueError(
-        "Expected one exit layer for the measure 'verified', the layer that drafts, got"
-        f" {list(layers) or 'none'}; give `exit_layers` like (2,)."
-      )
-    if self.schedule != schedules.Constant():
-      raise ValueError(
-        "Expected a constant threshold for the measure 'verified', whose slack is one for all"
-        f" tokens, got {self.schedule}; leave the schedule out."
+        "Expected one exit layer, that drafts, and a constant threshold for the measure"
+        f" 'verified', got {list(layers) or 'none'} and {self.schedule}; give `exit_layers`"
+        " like (2,), and no schedule."
       )
     head = "full" if self.shortlist is None else "shortlist"
     return exits.Speculative(layers[0], self.num_drafts, head, measures=True)
@@ -151,9 +139,9 @@ _OF_THE_MEASURE = ("exit_layers", "schedule", "propagation")
 def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> DecodeOptions:
   """The options with some of them given, for a model of these sizes.
 
-  Layers, schedule and grid belong together, as a model folder brings them: a named measure
-  brings that measure's own defaults, and a grid goes with the fields it was chosen for.
-  'verified' loses a shortlist that is not given where the whole head drafts better.
+  A named measure brings its own layers and schedule, and a grid goes with the fields that it
+  was chosen for. 'verified' loses a shortlist that is not given where the whole head drafts
+  better.
   """
   own = {name: getattr(DecodeOptions, name) for name in _OF_THE_MEASURE}
   base: dict[str, Any] = own if "measure" in given else {}
@@ -177,7 +165,7 @@ def draft_head(config: network.T5Config, options: DecodeOptions, layer: int) -> 
 
 def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
   """Whether a text depends on the rows that are decoded together with it: where states are
-  rounded to few bits, a sum's last bit may decide which of two likely tokens follows."""
+  rounded to few bits, a sum's last bit may decide which token follows."""
   return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
 
 
@@ -227,9 +215,8 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
     value = getattr(options, field.name)
     differs = value != field.default and field.name != "num_devices"
     if field.name in _ALWAYS_STORED or differs:
-      stored[field.name] = list(value) if isinstance(value, tuple) else value
-  if "schedule" in stored:
-    stored["schedule"] = _schedule_record(options.schedule)
+      is_schedule = field.name == "schedule"
+      stored[field.name] = _schedule_record(value) if is_schedule else value
   return stored
 
 
@@ -292,7 +279,7 @@ def _precision_name(options: DecodeOptions) -> str:
 
 
 def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
-  """The options under which a calibration's outputs were decoded; `shortlist` is the list of
+  """The options that a calibration's outputs were decoded under; `shortlist` is the list of
   likely tokens of the checkpoint, of which the procedure says how many."""
   size = procedure.shortlist["size"] if procedure.shortlist else None
   if procedure.measure == VERIFIED and size is None:  # it drafts with the full head

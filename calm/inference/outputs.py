@@ -1,8 +1,7 @@
-"""Generated texts with the exits of their tokens, and their display in terminals and notebooks.
+"""Generated texts with the exits of their tokens, shown in terminals and notebooks.
 
 Tokens are coloured by exit layer on Cividis (Nunez, Anderton and Renslow 2018), whose lightness
-alone orders the layers. Colour is never the only sign: HTML has tooltips, and a terminal
-without colour gets numbers in brackets.
+alone orders the layers; HTML has tooltips besides, a terminal without colour has numbers.
 """
 
 import dataclasses
@@ -13,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from rich import color as rich_color
 from rich import console as rich_console
 from rich import style as rich_style
 
@@ -22,10 +20,6 @@ from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
 Mode = Literal["plain", "256", "truecolor"]
-_SYSTEMS = {
-  "256": rich_color.ColorSystem.EIGHT_BIT,
-  "truecolor": rich_color.ColorSystem.TRUECOLOR,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +79,8 @@ class Output:
     )
 
   def _repr_html_(self, legend: bool = True) -> str:
-    given = {"confidences": self.confidences, "legend": legend}
-    return to_html(*self.visible, self.num_layers, **given)
+    shown = *self.visible, self.num_layers
+    return to_html(*shown, confidences=self.confidences, legend=legend)
 
 
 def _mean(numbers: Sequence[int]) -> float:
@@ -138,19 +132,12 @@ class Outputs(Sequence[Output]):
     return _mean([layer for output in self.items for layer in output.exit_layers])
 
   def plot(self, axes: Any = None) -> Any:
-    """Draws the share of tokens by exit layer, in the colours of layers; needs matplotlib.
-
-    Args:
-      axes: of matplotlib, drawn on; None makes new ones.
-
-    Returns:
-      The axes.
-    """
+    """Draws the share of tokens by exit layer on axes of matplotlib, new ones if None."""
     axes = display.new_axes() if axes is None else axes
     layers = [layer for output in self.items for layer in output.exit_layers]
-    counts = np.bincount(layers, minlength=self.num_layers + 1)[1:]
     places = range(1, self.num_layers + 1)
-    axes.bar(places, 100 * counts / max(1, len(layers)), color=scale(self.num_layers))
+    shares = [100 * layers.count(layer) / max(1, len(layers)) for layer in places]
+    axes.bar(places, shares, color=scale(self.num_layers))
     axes.set(xlabel="decoder layers", ylabel="tokens, %", title=self._heading(", "))
     axes.set_xticks(places)
     return axes
@@ -208,11 +195,9 @@ def text_colour(background: str) -> str:
   return "#000000" if luminance > math.sqrt(0.0525) - 0.05 else "#ffffff"
 
 
-def _printable(piece: str) -> str:
-  """A token's text without marks that could steer a terminal or a page."""
-  kept = "\n\t\u200c\u200d"  # joiners are letters of Persian, Hindi and others
-  text = piece.replace("\u2581", " ")  # SentencePiece's space
-  return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in text)
+def printable(piece: str) -> str:
+  """A token's text, sanitized; SentencePiece's mark is a space."""
+  return sanitize(piece).replace("\u2581", " ")
 
 
 def to_html(
@@ -225,15 +210,10 @@ def to_html(
 ) -> str:
   """A `<div>` of a coloured `<span>` a token, with titles like `layer 3 of 8, confidence 0.97`.
 
-  Args:
-    pieces: text of each token; SentencePiece's U+2581 becomes a space. Escaped here.
-    exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
-    num_layers: decoder layers of the model.
-    confidences: confidence at each token's exit, in [0, 1].
-    legend: append the legend.
+  `exit_layers` are 1-based; 0 (padding) is left out. Texts are escaped here.
   """
   more = [f", confidence {c:.2f}" for c in confidences] or [""] * len(pieces)
-  body = _spans(zip(map(_printable, pieces), exit_layers, more, strict=True), num_layers)
+  body = _spans(zip(map(printable, pieces), exit_layers, more, strict=True), num_layers)
   body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
   return f"<div>{body}{legend_html(num_layers)}</div>" if legend else body
 
@@ -280,13 +260,15 @@ def to_terminal(
   for piece, layer in zip(pieces, exit_layers, strict=True):
     if not layer:
       continue
-    text = _printable(piece)
+    text = printable(piece)
     if mode != "plain":
-      style = rich_style.Style(
-        color=text_colour(colours[layer - 1]), bgcolor=colours[layer - 1]
-      )
+      colour = colours[layer - 1]
+      style = rich_style.Style(color=text_colour(colour), bgcolor=colour)
       # Colour ends before a line does, or the rest of the line would be painted too.
-      lines = (style.render(line, color_system=_SYSTEMS[mode]) for line in text.split("\n"))
+      lines = (
+        style.render(line, color_system=rich_console.COLOR_SYSTEMS[mode])
+        for line in text.split("\n")
+      )
       text = "\n".join(lines)
     elif layer != previous:
       # Between words as a word of its own; within one where a word's pieces differ.
@@ -304,5 +286,5 @@ def legend_terminal(num_layers: int, mode: Mode | None = None) -> str:
   if mode == "plain":
     return f"[n]: the text that follows took n of {num_layers} decoder layers a token"
   layers = range(1, num_layers + 1)
-  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, mode=mode)
+  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, mode)
   return f"decoder layers per token: {swatches}"

@@ -1,7 +1,6 @@
 """Texts of a few prompts at every threshold, on a page where a tolerance is dragged."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from calm.calibrate import (
   thresholds,
 )
 from calm.console import sanitize
-from calm.inference import outputs, result_cache
+from calm.inference import outputs
 
 # Tolerances that a reader may ask about.
 TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -105,7 +104,6 @@ def environment(package: str, num_layers: int) -> Any:
   Text of others is shown with its control and direction marks visible.
   """
   import jinja2  # of the extras 'train' and 'report'
-  import markupsafe
 
   loaders = [jinja2.PackageLoader(name, "templates") for name in (package, "calm.inference")]
   made = jinja2.Environment(
@@ -117,7 +115,6 @@ def environment(package: str, num_layers: int) -> Any:
     finalize=lambda value: sanitize(value) if type(value) is str else value,
   )
   scale = enumerate(outputs.scale(num_layers), start=1)
-  made.filters["data"] = lambda value: markupsafe.Markup(script_data(value))
   made.filters["number"] = number
   made.filters["threshold"] = threshold
   made.globals |= {
@@ -140,13 +137,14 @@ def threshold(value: float) -> str:
 
 def panel_data(panels: Sequence[Panel]) -> list[dict[str, Any]]:
   """The sliders' numbers, without the prompts, which stand on the page already."""
+  known = lambda value: None if math.isnan(value) else round(value, 3)
   shown = lambda level: {
-    "p": visible(level.pieces),
+    "p": [outputs.printable(p).lstrip(" " * (not i)) for i, p in enumerate(level.pieces)],
     "l": level.exit_layers,
-    "c": level.confidences,
-    "m": round(level.layers, 3),
-    "d": round(level.distance, 3),
-    "r": round(level.risk_difference, 3),
+    "c": list(map(known, level.confidences)),
+    "m": known(level.layers),
+    "d": known(level.distance),
+    "r": known(level.risk_difference),
   }
   return [
     {
@@ -167,15 +165,3 @@ def promise_text(panel: Panel, tolerance: float, at: int) -> str:
     f"δ = {tolerance:g}: at threshold {threshold(panel.thresholds[at])} the {panel.loss} is"
     f" at most {tolerance:g}, with probability {1.0 - panel.error_rate:.10g}"
   )
-
-
-def visible(pieces: Sequence[str]) -> list[str]:
-  """Pieces as text: SentencePiece's mark is a space, the first of a text is dropped."""
-  text = [sanitize(piece).replace("\u2581", " ") for piece in pieces]
-  return [text[0].lstrip(" "), *text[1:]] if text else []
-
-
-def script_data(value: Any) -> str:
-  """JSON that is safe inside a script element."""
-  text = json.dumps(result_cache.to_json(value), ensure_ascii=False, separators=(",", ":"))
-  return text.replace("<", "\\u003c").replace("\u2028", "\\u2028")

@@ -1,10 +1,4 @@
-"""A model that decodes prompts under its promise.
-
-    model = inference.load("packed", calibration="calibration.json")
-    outputs = model.generate(["A long description of a package ..."])
-
-Needs no TensorFlow, seqio or T5X.
-"""
+"""A model that decodes prompts under its promise, and how its folder is opened."""
 
 import contextlib
 import dataclasses
@@ -16,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from calm import arguments, checkpoints, exits, signals
 from calm.calibrate import (
@@ -30,14 +25,19 @@ from calm.calibrate import (
 )
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
+from calm.checkpoints import files
 from calm.console import Progress
 from calm.data import prompt_batches, prompt_files
 from calm.decode import compiled, loop, sharded, speculative
 from calm.decode.program import ModelWeights, Program, model_weights
 from calm.exits import schedules
-from calm.inference import certified, grid, outputs, timing
+from calm.inference import grid, outputs, timing
 from calm.inference import options as options_lib
-from calm.t5 import caches, costs, network, parameters
+from calm.t5 import caches, costs, limits, network, parameters
+
+# Beside a model with a promise, or beside one that full depth serves best.
+CALIBRATION, FULL_DEPTH = "calibration.json", "full_depth.json"
+
 
 # Options that the layout of the weights depends on.
 _LAYOUT = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype", "shortlist")
@@ -45,6 +45,10 @@ _LAYOUT = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype", "short
 
 class SlowerThanFullDepth(UserWarning):
   """A threshold is served that was measured not to be faster than the full model."""
+
+
+class UntrainedExits(UserWarning):
+  """No decoder layer but the last has learned to write tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,8 +63,7 @@ class Predictor:
     calibration: carries the promise, or None.
     threshold: what `generate` decodes with where it is given none; a calibration's.
     exact: how full depth is decoded where that was measured to be faster; None: static.
-    one_shape: whether every batch is padded to one shape, so that a rule is one compiled
-      program: many rules over few prompts are compiled for longer than they run.
+    one_shape: whether every batch is padded to one shape: one compiled program a rule.
   """
 
   config: network.T5Config
@@ -84,15 +87,9 @@ class Predictor:
   def under(self, calibration: Calibration, *, allow_platform: bool = False) -> "Predictor":
     """The same model under a calibration: its threshold is the default, its promise goes along.
 
-    Args:
-      calibration: for this procedure.
-      allow_platform: take one that was made on another platform or with another matmul
-        precision too; outputs then carry no promise (`platform_mismatch` says why).
-
-    Warns (`SlowerThanFullDepth`) where its threshold was measured not to be faster.
-
-    Raises:
-      ValueError: the calibration is for another procedure; the message names the fields.
+    With `allow_platform` it may be of another platform or matmul precision; outputs then carry
+    no promise (`platform_mismatch` says why). Warns (`SlowerThanFullDepth`) where its threshold
+    was measured not to be faster; ValueError names the fields of another procedure.
     """
     calibration.refuse_other(self.procedure, allow_platform=allow_platform)
     if slow := timing.warning(calibration):
@@ -134,14 +131,13 @@ class Predictor:
       progress: told of the share that is done, and what is being done; None shows it where
         someone looks on.
 
-    Returns:
-      A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
-      seconds that were measured beside full depth in its notes (`timing.noted`).
+    Returns a predictor whose `generate` needs no threshold; the promise is in `calibration`,
+    and the seconds beside full depth in its notes (`timing.noted`).
     """
     prompts = prompt_files.prompts_of(prompts)
     with contextlib.ExitStack() as stack:
       shown = progress or stack.enter_context(Progress())
-      calibration, _ = certified.certify(
+      calibration, _ = grid.certify(
         self,
         prompts,
         tolerance=tolerance,
@@ -193,7 +189,7 @@ class Predictor:
     losses.kind_support("textual", metric)  # refuses a metric that has none
     return Online(
       path,
-      thresholds or certified.default_grid(self.options),
+      thresholds or grid.default_grid(self.options),
       tolerance=tolerance,
       error_rate=error_rate,
       about={"metric": metrics.get_metric(metric).name, "procedure": self.procedure.digest()},
@@ -241,7 +237,7 @@ class Predictor:
     if online is not None:
       if threshold is not None or rule is not None:
         raise ValueError("`online` needs neither `threshold` nor `rule`; leave these out.")
-      return certified.serve_online(self, online, texts, ids, progress, parts)
+      return grid.serve_online(self, online, texts, ids, progress, parts)
     if threshold is None and rule is None:
       threshold = self.threshold
       if threshold is None:
@@ -330,35 +326,21 @@ class Predictor:
     made = options_lib.change(self.config, self.options, **options)
     return self.changed(options=made, calibration=None, threshold=None, exact=None)
 
-  def with_exits(self, file: str | pathlib.Path) -> "Predictor":
-    """The same model with the exits of a file that `calm fit` learned beside its weights.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: they were learned beside other weights.
-    """
-    config, params = checkpoints.with_exits(self.config, self.params, file)
-    return dataclasses.replace(self, config=config, params=params)
-
-  @property
+  @functools.cached_property
   def reference(self) -> "Predictor":
     """The model that writes the texts of full depth which a promise compares with.
 
     Under a `reference_dtype` it is the same parameters with states and weights in float32, laid
     out a second time where these options have others; else the model itself.
     """
-    options = self.options
+    options, dtype = self.options, self.options.reference_dtype
     approximates = options_lib.batch_size_affects_output(self.config, options) or (
-      options.weights_dtype not in (None, options.reference_dtype)
+      options.weights_dtype not in (None, dtype)
     )
-    apart = options.reference_dtype is not None and approximates
-    return self._reference if apart else self
-
-  @functools.cached_property
-  def _reference(self) -> "Predictor":
-    config = dataclasses.replace(self.config, dtype=self.options.reference_dtype)
+    if dtype is None or not approximates:
+      return self
     plain = self.with_options(weights_dtype=None, encoder_dtype=None, reference_dtype=None)
-    return plain.changed(config=config)
+    return plain.changed(config=dataclasses.replace(self.config, dtype=dtype))
 
   # ---- What it is
 
@@ -406,19 +388,15 @@ class Predictor:
     """The procedure for which a calibration of this model's outputs is valid."""
     return options_lib.procedure(self)
 
-  def step_costs(
-    self, input_length: int, rule: exits.Rule | None = None
-  ) -> costs.DecodingCosts:
-    """FLOPs and bytes of a decode step, by the layer at which tokens leave.
-
-    `input_length` is of the padded prompt.
-    """
+  def step_costs(self, input_length: int) -> costs.DecodingCosts:
+    """FLOPs and bytes of a decode step, by the layer at which tokens leave, of prompts that are
+    padded to `input_length`."""
     options = self.options
     return costs.decoding_costs(
       self.config,
       input_length=input_length,
       cache_length=options.max_decode_length,
-      rule=rule or options.rule,
+      rule=options.rule,
       num_pieces=self.vocabulary.vocab_size,
       shortlist=len(options.shortlist or ()),
       weights_dtype=options.weights_dtype,
@@ -449,7 +427,7 @@ class Predictor:
     options = self.options
     size, length = options.batch_size * options.num_devices, options.max_input_length
     tokens = prompt_batches.tokenize(
-      prompt_files.check_texts(texts),
+      texts,
       self.vocabulary,
       prefix=options.task_prefix,
       max_input_length=length,
@@ -529,12 +507,9 @@ class Predictor:
     steps: int,
     limit: int | None = None,
   ) -> Iterator[loop.Generation]:
-    """`decode` in parts: the generation after the first token and every `steps` more of them,
-    at last the whole, or its first `limit` positions. Passes over drafts come in one part, and
-    a limit of 0 compiles what any other needs.
-
-    On one device.
-    """
+    """`decode` in parts on one device: the generation after the first token and every `steps`
+    more of them, at last the whole, or its first `limit` positions. Passes over drafts come in
+    one part, and a limit of 0 compiles what any other needs."""
     program = self.program(rule)
     if program.rule.speculates:
       yield self.decode(encoded, active, threshold, rule)
@@ -566,10 +541,8 @@ class Predictor:
     threshold: float,
     resume_at: np.ndarray,
   ) -> loop.DecodingState:
-    """Decodes the active rows from some token of each on; see `program.Program.resume`.
-
-    On one device; `state` is what an earlier call returned for the same prompts, None at first.
-    """
+    """`program.Program.regenerate` on one device; `state` is what an earlier call returned for
+    the same prompts, None at first."""
     signals.check()
     level, resume_at = np.asarray(threshold, np.float32), resume_at.astype(np.int32)
     with self._precision():
@@ -590,32 +563,133 @@ def can_be_exact(model: Predictor) -> bool:
   return not options_lib.batch_size_affects_output(model.config, model.options)
 
 
-def exact_rule(model: Predictor, draft_layer: int | None = None) -> exits.Speculative:
+def exact_rule(model: Predictor) -> exits.Speculative:
   """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
 
-  Drafts come from the shortlist of the model's options where the head has more weights than
-  the layers below the draft layer, else from the whole head (`options.draft_head`).
-
-  Args:
-    model: the model.
-    draft_layer: k; None: a quarter of the layers.
+  A quarter of the layers drafts, by the shortlist of the model's options where the head has
+  more weights than these layers, else by the whole head (`options.draft_head`).
 
   Raises:
-    ValueError: the draft layer is not below the last, or there is one layer only; or it would
-      not be exact (`can_be_exact`).
+    ValueError: there is one layer only, or it would not be exact (`can_be_exact`).
   """
   config, options = model.config, model.options
   if not can_be_exact(model):
-    names = ("weights_dtype", "encoder_dtype")
-    narrow = [name for name in names if getattr(options, name) == options_lib.IN_8_BITS]
-    got = f"`{narrow[0]}` 'int8'" if narrow else f"`dtype` {config.dtype!r}"
-    way_out = "leave one of the two out" if narrow else "give `dtype` 'float32'"
+    names = [n for n in ("weights_dtype", "encoder_dtype") if getattr(options, n) == "int8"]
+    got = f"`{names[0]}` 'int8'" if names else f"`dtype` {config.dtype!r}"
+    way_out = "leave one of the two out" if names else "give `dtype` 'float32'"
     raise ValueError(
-      f"Expected states in float32 for exact decoding, got {got}: passes over drafts would be"
-      f" rounded otherwise than full depth's tokens; {way_out}."
+      f"Expected states in float32 for exact decoding, got {got}, with which passes over drafts"
+      f" are rounded otherwise than full depth's tokens; {way_out}."
     )
-  layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
+  layer = max(1, config.num_decoder_layers // 4)
   head = options_lib.draft_head(config, options, layer)
   rule = exits.Speculative(layer, options.num_drafts, head)
   rule.depth(config.num_decoder_layers)
   return rule
+
+
+@arguments.checked()
+def load(
+  path: str | pathlib.Path = "packed",
+  *,
+  calibration: Calibration | str | pathlib.Path | None = None,
+  void_guarantee: bool = False,
+  allow_platform: bool = False,
+  dtype: npt.DTypeLike | None = None,
+  exits: str | pathlib.Path | None = None,
+  **options: Any,
+) -> Predictor:
+  """Opens a model for decoding.
+
+  Args:
+    path: a checkpoint directory of any format that `checkpoints.load` knows, or 'packed' for
+      the small model inside this package.
+    calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
+      given; a model or an option that differs from it is refused. None takes the
+      `calibration.json` of the model's own folder, where there is one and no option that is
+      given differs from it.
+    void_guarantee: decode under another procedure all the same: the calibrated threshold
+      stays, the promise goes.
+    allow_platform: decode all the same where the calibration differs in nothing but the
+      platform that it was made on and its matmul precision. Outputs carry no promise; with
+      `generate(online=...)` this platform earns one of its own.
+    dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
+    exits: a file of exits that `calm fit` learned beside this model's weights, or the folder
+      that it wrote; None takes the model folder's own, where there is one.
+    **options: fields of `DecodeOptions`.
+
+  Raises:
+    ValueError: the calibration is for another procedure (the message names the fields), or the
+      checkpoint has no vocabulary.
+  """
+  sharded.make_cpu_devices(options.get("num_devices"))
+  directory = checkpoints.PACKED if str(path) == "packed" else pathlib.Path(path)
+  checkpoint = checkpoints.load(directory, exits=exits)
+  if checkpoint.vocabulary is None:
+    raise ValueError(
+      f"Expected a vocabulary beside the checkpoint in {directory}, got none; save the model"
+      " with one (`checkpoints.save(..., vocabulary=...)`)."
+    )
+  if isinstance(calibration, str | pathlib.Path):
+    calibration = Calibration.load(calibration)
+  stored = options_lib.stored_options(directory)
+  procedure = None if calibration is None else calibration.procedure
+  base, given = options_lib.DecodeOptions(**stored), bool(options) or dtype is not None
+  if procedure is not None:
+    base = options_lib.options_of(procedure, base.shortlist)
+    dtype = dtype or procedure.activation_dtype
+  config = dataclasses.replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype)
+  changed = options_lib.change(config, base, **options)
+  predictor = Predictor(config, checkpoint.params, checkpoint.vocabulary, changed)
+  if calibration is not None and void_guarantee:
+    return dataclasses.replace(predictor, threshold=calibration.threshold)
+  if calibration is not None:
+    return predictor.under(calibration, allow_platform=allow_platform)
+  own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
+  if own.exists() and not void_guarantee:
+    return _under_own(predictor, own, given, allow_platform)
+  if full_depth.exists():
+    exact = None if given or not can_be_exact(predictor) else stored_rule(full_depth)
+    return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
+  if checkpoint.exits_trained is False and not config.exit_translators and not own.exists():
+    warnings.warn(
+      UntrainedExits(
+        f"the exits of {directory} were never trained: tokens that leave before its last"
+        " decoder layer are often wrong. Train them (`calm fit`, or `calm train`), or decode at"
+        " full depth (the threshold 'never')."
+      ),
+      stacklevel=3,
+    )
+  return predictor
+
+
+def _under_own(
+  predictor: Predictor, path: pathlib.Path, options_given: bool, allow_platform: bool
+) -> Predictor:
+  """The model under the calibration of its own folder, or bare under options of a user's."""
+  calibration = Calibration.load(path)
+  compare = functools.partial(describe_differences, calibration.procedure, predictor.procedure)
+  difference = compare(allow_platform=allow_platform)
+  if not difference:
+    return predictor.under(calibration, allow_platform=allow_platform)
+  if not compare(allow_platform=True):  # the same options, at another place
+    calibration.refuse_other(predictor.procedure)
+  if not options_given:  # the folder disagrees with itself
+    raise ValueError(
+      f"Expected {str(path)!r} to be for the model beside it, got one for another procedure:"
+      f" {difference}; calibrate again, or take the file away to decode without a promise."
+    )
+  return predictor
+
+
+def stored_rule(path: pathlib.Path) -> exits.Speculative | None:
+  """The rule that a folder's `full_depth.json` names, where it was measured to be faster."""
+  stored = files.read_json(path).get("exact")
+  if stored is None:
+    return None
+  known = {field.name for field in dataclasses.fields(exits.Speculative)}
+  with files.naming(path):
+    if not isinstance(stored, dict) or set(stored) != known:
+      raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
+    limits.whole("draft_layer", stored["draft_layer"], 1, limits.SIZES["num_decoder_layers"][1])
+    return exits.Speculative(**stored)

@@ -1,6 +1,6 @@
 """Results as JSON files, whose names hold a digest of everything that they depend on.
 
-A result is a frozen dataclass of numbers, texts, tuples and other such dataclasses.
+A result is a dataclass of numbers, texts, tuples and other such dataclasses.
 """
 
 import dataclasses
@@ -38,11 +38,8 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: Any, value: Any) -> Any:
-  """The inverse of `to_json` for a result of the annotated type `kind`.
-
-  Raises:
-    TypeError: a field is missing, unknown or of another type.
-  """
+  """The inverse of `to_json` for a result of the annotated type `kind`; TypeError for a field
+  that is missing, unknown or of another type."""
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     some = next(each for each in inner if each is not type(None))
@@ -85,10 +82,8 @@ class ResultCache:
     return self.folder / f"{name}-{digest(marked)}.json"
 
   def get(self, kind: type[T], name: str, key: Mapping[str, Any], make: Callable[[], T]) -> T:
-    """The stored result of type `kind`, or the one that `make` computes, stored.
-
-    `name` begins the file's name; `key` holds all JSON values that the result depends on.
-    """
+    """The stored result of type `kind`, or the one that `make` computes, stored; `key` holds
+    all JSON values that it depends on."""
     path = self.path(name, key)
     if path.exists():
       try:

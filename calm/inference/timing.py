@@ -1,8 +1,5 @@
-"""The timer of decoding: full depth and other settings, in turn, on the same prompts.
-
-Every batch is decoded under every setting before the next batch, in rounds, so that other work
-of the machine falls on all settings alike. Compiling is not counted.
-"""
+"""The timer of decoding: every batch under full depth and all settings in turn, in rounds, so
+that other work of the machine falls on all alike. Compiling is not counted."""
 
 import contextlib
 import dataclasses
@@ -94,12 +91,13 @@ class Seconds:
   @property
   def slower(self) -> str:
     """Where calibrated exits are no faster than full depth, in words; '' where they are."""
-    pairs = filter(None, (self.single, self.batched))
-    return " and ".join(str(pair) for pair in pairs if not pair.speedup > 1.0)
+    return " and ".join(str(pair) for pair in self._pairs() if not pair.speedup > 1.0)
+
+  def _pairs(self) -> list[Pair]:
+    return [pair for pair in (self.single, self.batched) if pair]
 
   def __str__(self) -> str:
-    pairs = filter(None, (self.single, self.batched))
-    return ", ".join(f"{pair} (x{pair.end_to_end:.2f} with the encoder)" for pair in pairs)
+    return ", ".join(f"{p} (x{p.end_to_end:.2f} with the encoder)" for p in self._pairs())
 
 
 def note(calibration: Calibration, seconds: Seconds | None) -> Calibration:
@@ -124,13 +122,12 @@ def noted(calibration: Calibration) -> Seconds | None:
 def warning(calibration: Calibration) -> str:
   """What to say of a served threshold that was measured not to be faster, or ''."""
   seconds = noted(calibration) if calibration.certified else None
-  slow = seconds and seconds.slower
-  if not slow:
+  if seconds is None or not seconds.slower:
     return ""
   return (
-    f"the calibrated threshold {format_threshold(calibration.threshold)} keeps its promise but"
-    f" is not faster than full depth, as measured: {slow}; decode at full depth (the threshold"
-    " 'never'), or fit other layers or another measure (`calm fit`)."
+    f"the calibrated threshold {format_threshold(calibration.threshold)} is not faster than"
+    f" full depth, as measured: {seconds.slower}; decode at full depth (the threshold 'never'),"
+    " or fit other layers or another measure (`calm fit`)."
   )
 
 
@@ -145,15 +142,13 @@ def measure(
   of_rounds: Callable[..., np.ndarray] = np.median,
   progress: grid.Progress = grid.silent,
 ) -> Timings:
-  """Times settings against the static full-depth program.
+  """Times settings against the static full-depth program, which is added.
 
   Args:
     model: a model whose weights serve every setting (a shortlist's measure included).
     prompts: best of one padded length (`of_one_length`), or more is compiled.
-    settings: full depth is added.
     full: the model that decodes at full depth; None: `model`.
     of_rounds: what counts of the rounds: `np.median`, or `np.min` where they are few.
-    progress: told of the share done.
   """
   settings = [Setting(FULL, exits.StaticExit(), model=full), *settings]
   models = {id(each): each for each in (model, *(s.model or model for s in settings))}
@@ -206,15 +201,13 @@ def beside_full_depth(
 ) -> Seconds:
   """Times a rule at a threshold against full depth, one prompt at a time and in batches.
 
-  The fastest round of each batch counts: other work of the machine only ever adds.
+  The fastest round of each batch counts: other work of the machine only ever adds. Texts of the
+  commonest padded length are timed: at most `prompts` one at a time, and four batches.
 
   Args:
-    texts: prompts; those of the commonest padded length are timed.
-    prompts: most prompts that are timed one at a time; batches take four batches of them.
     rounds: times that each is decoded, after one uncounted.
     rule: how tokens go through the layers; None is the model's own.
     base: the model that decodes at full depth; None: the `reference` of `model`.
-    progress: told of the share done.
   """
   setting = Setting("", rule or model.options.rule, threshold)
   chosen = of_one_length(model, [Prompt(str(i), text) for i, text in enumerate(texts)])
@@ -247,8 +240,8 @@ def beside_full_depth(
 def _rounds(
   ways: Sequence[tuple["Predictor", exits.Rule, float]], batches, rounds: int, progress
 ) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-  """Decode and encode seconds [rounds, ways, batches] of ways of decoding, and the exit layers
-  of every way's tokens. Ways whose encoders compute alike share the seconds of one."""
+  """Decode and encode seconds [rounds, ways, batches], and the exit layers of every way's
+  tokens. Ways whose encoders compute alike share the seconds of one."""
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
   encode = np.zeros_like(seconds)
   layers: list[list[int]] = [[] for _ in ways]

@@ -1,4 +1,4 @@
-"""One task's prompts, decoded and timed step by step; every step is cached and resumes."""
+"""The tasks on Debian texts, and one task's prompts decoded and timed by cached steps."""
 
 import dataclasses
 import functools
@@ -11,10 +11,71 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, SequenceLosses, generations, losses, thresholds
+from calm.data import datasets
 from calm.exits import confidence, schedules
 from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
-from calm.paper import tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+  """How one task is decoded and scored."""
+
+  name: str  # its folder in the data
+  title: str  # its name on the page
+  prefix: str  # text put before every prompt
+  max_input_length: int  # tokens of a prompt that are read, EOS included
+  max_decode_length: int  # most tokens generated, EOS included; N of Eq. 5
+  metric: str  # bounded metric of losses and of quality
+  metric_title: str  # the metric's name on the page
+  stands_for: str = ""  # the corresponding task of the paper
+  paper_length: str = ""  # the paper's Table 1 for that task
+  bleu: bool = False  # whether corpus BLEU is reported too
+
+
+_SYNOPSIS = ("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)")
+_QUESTIONS = ("token_f1", "token F1", "SQuAD", "5 (1 - 13)")
+_TRANSLATION = ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True)
+TASKS: Mapping[str, TaskSettings] = {
+  name: TaskSettings(name, title, datasets.DEBIAN[name].prefix, *lengths, *scored)
+  for name, title, lengths, scored in (
+    ("debian_synopsis", "summaries", (256, 24), _SYNOPSIS),
+    ("debian_qa", "questions", (256, 24), _QUESTIONS),
+    ("debian_enfr", "translation", (96, 96), _TRANSLATION),
+  )
+}
+
+
+def task(name: str) -> TaskSettings:
+  """A task by its name or the end of it ('qa'); ValueError for another."""
+  for known, settings in TASKS.items():
+    if name == known or known.endswith(f"_{name}"):
+      return settings
+  raise ValueError(
+    f"Expected `name` to be a task of {sorted(TASKS)} (or the end of one), got {name!r}."
+  )
+
+
+def read_prompts(
+  data: str | pathlib.Path,
+  settings: TaskSettings,
+  split: str,
+  *,
+  limit: int | None = None,
+  seed: int = 0,
+) -> tuple[Prompt, ...]:
+  """At most `limit` prompts of a split, one of every source, in a random order of the seed.
+
+  Rows of one source resemble each other, and files are sorted: so prompts are exchangeable, as
+  a calibration needs.
+  """
+  examples = datasets.read_examples(datasets.DEBIAN[settings.name].path(data, split))
+  by_source: dict[str, Prompt] = {}
+  for index in np.random.default_rng(seed).permutation(len(examples)):
+    example = examples[int(index)]
+    by_source.setdefault(example.group or example.id, example)
+  return tuple(by_source.values())[:limit]
+
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
 _NAMED = re.compile(rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?(/\d+)?|{VERIFIED}@\d+")
@@ -83,11 +144,10 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
 
 
 def grid_of(records: Sequence[Record], measure: str, *, points: int = 10) -> tuple[float, ...]:
-  """The measure's default grid, and points in between where its confidences really lie.
+  """The measure's default grid, and points in between where its confidences really lie: over
+  tokens, quantiles of the highest refused confidence of records decoded with `NEVER_EXIT`.
 
-  `records` are validation prompts decoded with `NEVER_EXIT` through the exit rule. The added
-  points are quantiles, over their tokens, of each token's highest refused confidence. A
-  classifier's confidences may crowd above 0.9, where a grid with steps of 0.05 has one point.
+  A classifier's confidences may crowd above 0.9, where a grid with steps of 0.05 has one point.
   """
   refused = np.array([c for record in records for c in record.rejected_confidences or ()])
   quantiles = np.quantile(refused, np.linspace(1.0, 0.0, points + 2)[1:-1])
@@ -105,7 +165,7 @@ class Bench:
   """One task's prompts, decoded and measured step by step."""
 
   predictor: inference.Predictor  # the model under the task's prefix and lengths
-  settings: tasks.TaskSettings  # the task
+  settings: TaskSettings  # the task
   validation: tuple[Prompt, ...]  # prompts on which grids are chosen and trade-offs shown
   test: tuple[Prompt, ...]  # prompts to calibrate on and, after those, unseen ones
   folder: pathlib.Path  # where generations and results are kept

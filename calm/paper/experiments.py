@@ -6,15 +6,27 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from calm import exits
-from calm.calibrate import calibrate, losses
-from calm.data import prompt_batches
+from calm.calibrate import (
+  Prompt,
+  Record,
+  SequenceLosses,
+  betting,
+  calibrate,
+  generations,
+  losses,
+  methods,
+  metrics,
+)
+from calm.data import datasets, prompt_batches
 from calm.exits import propagation, schedules
-from calm.inference import panel, timing
-from calm.paper import bench, perturbations, scores, trials
-from calm.paper.scores import Curves
+from calm.inference import grid, panel, timing
+from calm.paper import bench
 
 FULL, STATIC, ORACLE = "full model", "static", "oracle"
 SHOWN_THRESHOLD = 0.8  # lambda of Fig. 2b
@@ -30,6 +42,147 @@ METHODS = {"paper": "risk_clipped", "auto": "risk_signed"}
 TOLERANCES = panel.TOLERANCES
 SPLITS, DRAWS = 50, 200
 MAX_TOKENS = 60  # of an output that is shown
+
+
+# Quality, similarity to the full model and layers of records, with 95 % intervals.
+
+LEVEL = 0.95  # of every interval
+Interval = tuple[float, float]
+UNKNOWN: Interval = (float("nan"), float("nan"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One setting of a curve, scored on some prompts; seconds are NaN where it was not timed."""
+
+  name: str  # of its curve: a measure, schedule or training
+  threshold: float  # lambda; `NEVER_EXIT` where the setting has none
+  num_prompts: int
+  layers: float  # mean decoder layers a token over all real tokens, EOS included
+  quality: float  # mean metric against the references, in [0, 1]
+  quality_error: float  # its standard error over prompts
+  similarity: float  # mean metric against the full model's text, in [0, 1]
+  similarity_error: float  # its standard error over prompts
+  identical: float  # share of texts equal to the full model's, in [0, 1]
+  bleu: float = float("nan")  # corpus BLEU in [0, 100]; NaN where not computed
+  seconds: float = float("nan")  # measured decode seconds a prompt, on the timed prompts
+  speedup: float = float("nan")  # full depth's decode seconds over these
+  speedup_interval: Interval = UNKNOWN  # its 95 % interval, over prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+  """Curves of one experiment on the same validation prompts, each from deep to shallow."""
+
+  num_prompts: int
+  points: tuple[Point, ...]  # curve after curve
+  num_timed: int = 0  # of the prompts, decoded alone for the seconds
+
+  @property
+  def curves(self) -> dict[str, list[Point]]:
+    """Name -> points."""
+    names = dict.fromkeys(point.name for point in self.points)
+    return {name: [p for p in self.points if p.name == name] for name in names}
+
+
+def point(
+  name: str,
+  records: Sequence[Record],
+  full: Sequence[Record],
+  prompts: Sequence[Prompt],
+  metric: metrics.MetricLike,
+  threshold: float = schedules.NEVER_EXIT,
+  *,
+  bleu: bool = False,
+  timings: timing.Timings | None = None,
+  timed_as: str = "",
+) -> Point:
+  """A point of the curve `name`: records beside the full model's of the same prompts.
+
+  Its seconds are those of the setting `timed_as`, or `name`, at that threshold.
+  """
+  texts, references = [r.prediction for r in records], [prompt.targets for prompt in prompts]
+  quality = _similarities(texts, references, metric)
+  similarity = _similarities(texts, [(r.prediction,) for r in full], metric)
+  same = [text == record.prediction for text, record in zip(texts, full, strict=True)]
+  more: dict[str, Any] = {}
+  if bleu:
+    more["bleu"] = datasets.corpus_scores(texts, references)["bleu"]
+  if timings and (timed := timings.find(timed_as or name, threshold)):
+    more |= {"seconds": timed.decode_seconds, "speedup": timed.speedup}
+    more["speedup_interval"] = speedup_interval(timings, timed)
+  return Point(
+    name,
+    threshold,
+    len(texts),
+    grid.mean_layers(records),
+    *(*_mean(quality), *_mean(similarity)),
+    identical=sum(same) / len(same),
+    **more,
+  )
+
+
+def curve(
+  name: str,
+  cached: generations.Generations,
+  full: Sequence[Record],
+  metric: metrics.MetricLike,
+  **more: Any,
+) -> list[Point]:
+  """One point a threshold."""
+  return [
+    point(name, records, full, cached.prompts, metric, float(level), **more)
+    for level, records in zip(cached.thresholds, cached.records, strict=True)
+  ]
+
+
+def _similarities(texts, references, metric: metrics.MetricLike) -> np.ndarray:
+  """The metric of each text against its references, [num_examples] in [0, 1]."""
+  pairs = [(text, tuple(theirs)) for text, theirs in zip(texts, references, strict=True)]
+  return metrics.compute(metrics.get_metric(metric), pairs)
+
+
+def _mean(values: np.ndarray) -> Interval:
+  """Mean of values [num_prompts] and its standard error, NaN below two."""
+  error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+  return float(values.mean()), error
+
+
+def mean_interval(losses: np.ndarray, lower: float = 0.0) -> Interval:
+  """Interval of the expected loss of a prompt, by inverting a betting test on both sides.
+
+  It covers at any number of prompts, however few of their losses differ from 0. Losses
+  [num_prompts] lie in [`lower`, 1]; each end is missed with a probability of at most
+  (1 - LEVEL) / 2; unknown without prompts.
+  """
+  if not losses.size:
+    return UNKNOWN
+  values = np.random.default_rng(0).permutation(losses)
+  design = betting.Design((lower + 1.0) / 2.0, (1.0 - LEVEL) / 2.0, len(values))
+  bound = lambda losses: float(betting.upper_bound(losses[:, None], design, lower)[0])
+  # The same test of 1 + lower - loss, which has the same range.
+  return max(lower, 1.0 + lower - bound(1.0 + lower - values)), bound(values)
+
+
+def speedup_interval(timings: timing.Timings, timed: timing.Timed) -> Interval:
+  """Interval of a setting's speed-up over full depth, the first of the timings, prompts drawn
+  with replacement; unknown below two prompts."""
+  count = len(timed.prompt_seconds)
+  if count < 2:
+    return UNKNOWN
+  drawn = np.random.default_rng(0).integers(0, count, size=(2000, count))
+  sums = [np.asarray(r.prompt_seconds)[drawn].sum(axis=1) for r in (timings.rows[0], timed)]
+  miss = 50.0 * (1.0 - LEVEL)
+  low, high = np.percentile(sums[0] / sums[1], [miss, 100.0 - miss])
+  return float(low), float(high)
+
+
+def normal_interval(value: float, error: float) -> Interval:
+  """Interval of a mean by its standard error."""
+  return value - 1.96 * error, value + 1.96 * error
+
+
+# ---- The results of a task, each computed when it is asked for
 
 
 def lengths(of: bench.Bench) -> tuple[str, ...]:
@@ -61,14 +214,14 @@ def tradeoff(of: bench.Bench) -> Curves:
   timed = timing.of_one_length(of.timed_model, of.validation, of.options.timed)
   timings, full = of.time("tradeoff", timed, settings), of.full
   more: dict[str, Any] = {"bleu": of.settings.bleu, "timings": timings}
-  point = functools.partial(
-    scores.point, full=full, prompts=of.validation, metric=of.settings.metric, **more
+  scored = functools.partial(
+    point, full=full, prompts=of.validation, metric=of.settings.metric, **more
   )
   points = []
   for measure, cached in grids.items():
-    points += scores.curve(measure, cached, full, of.settings.metric, **more)
-  points += [point(STATIC, of.static[k], timed_as=f"{STATIC} {k}") for k in reversed(depths)]
-  points += [point(ORACLE, oracle), point(FULL, full, timed_as=timing.FULL)]
+    points += curve(measure, cached, full, of.settings.metric, **more)
+  points += [scored(STATIC, of.static[k], timed_as=f"{STATIC} {k}") for k in reversed(depths)]
+  points += [scored(ORACLE, oracle), scored(FULL, full, timed_as=timing.FULL)]
   return Curves(len(of.validation), tuple(points), timings.num_prompts)
 
 
@@ -98,7 +251,7 @@ def decay(of: bench.Bench) -> Curves:
   for name, schedule in schedule_kinds(of.predictor.options.max_decode_length).items():
     model = of.model(of.measures[0], schedule=schedule)
     cached = of.over(model, prompts, levels, f"schedule {name}")
-    points += scores.curve(name, cached, of.full[: len(prompts)], of.settings.metric)
+    points += curve(name, cached, of.full[: len(prompts)], of.settings.metric)
   return Curves(len(prompts), tuple(points))
 
 
@@ -110,7 +263,7 @@ def propagations(of: bench.Bench) -> Curves:
     step = "oracle" if name == PROPAGATIONS[0] else f"oracle {name}"
     records[name] = of.records(step, rule, of.validation)
   given = of.full, of.validation, of.settings.metric
-  points = tuple(scores.point(name, made, *given) for name, made in records.items())
+  points = tuple(point(name, made, *given) for name, made in records.items())
   return Curves(len(of.validation), points)
 
 
@@ -124,7 +277,7 @@ def classifiers(of: bench.Bench) -> Curves | None:
   points = []
   for name, model in (("per layer", of.predictor), ("geometric-like", of.geometric)):
     cached = dataclasses.replace(of, predictor=model).decoded("classifier", of.validation)
-    points += scores.curve(name, cached, cached.full, of.settings.metric)
+    points += curve(name, cached, cached.full, of.settings.metric)
   return Curves(len(of.validation), tuple(points))
 
 
@@ -132,15 +285,109 @@ def objectives(of: bench.Bench) -> Curves | None:
   """Eq. 6 against a loss on the last layer only: quality at every static depth, or None."""
   if of.last_layer is None:
     return None
-  models, points = (
-    {"Eq. 6": of.all_layers or of.predictor, "last layer only": of.last_layer},
-    [],
-  )
+  models, points = {"Eq. 6": of.all_layers or of.predictor}, []
+  models["last layer only"] = of.last_layer
   for name, model in models.items():
     static = dataclasses.replace(of, predictor=model).static
     given = static[max(static)], of.validation, of.settings.metric
-    points += [scores.point(name, static[k], *given) for k in sorted(static, reverse=True)]
+    points += [point(name, static[k], *given) for k in sorted(static, reverse=True)]
   return Curves(len(of.validation), tuple(points))
+
+
+# Fig. 2a: one wrong token at each position, and its effect on the whole output.
+
+
+@dataclasses.dataclass(frozen=True)
+class PerturbedRule(exits.StepRule):
+  """Full depth but for one token: an `exits.StepRule` whose threshold is the token's index."""
+
+  # Emits this layer's own prediction there (layer-based); None: the token of `rank`.
+  layer: int | None = None
+  rank: int = 10  # of the last layer's tokens, 1 = the most likely (sampling-based)
+
+  def depth(self, num_layers: int) -> int:
+    return num_layers
+
+  def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
+    rows, other = [], None
+    for layer in range(1, layers.num_layers + 1):
+      hidden, row = layers.run(layer, hidden)
+      rows.append(row)
+      if layer == self.layer:
+        other = layers.logits(layers.read(layer, hidden))
+    logits = layers.logits(layers.read(layers.num_layers, hidden))
+    other = self._ranked(logits) if other is None else other
+    here = jnp.asarray(generated, jnp.float32) == jnp.asarray(threshold, jnp.float32)
+    here = jnp.broadcast_to(here, active.shape)
+    zeros = jnp.zeros(active.shape, jnp.float32)
+    return exits.TokenExit(
+      jnp.where(here[:, None], other, logits),
+      jnp.where(active, layers.num_layers, 0).astype(jnp.int32),
+      zeros,
+      zeros,
+      tuple(rows),
+    )
+
+  def _ranked(self, logits: jax.Array) -> jax.Array:
+    rank = min(self.rank, logits.shape[-1])
+    token = jax.lax.top_k(logits, rank)[1][:, rank - 1]
+    chosen = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
+    return jnp.where(chosen, jnp.max(logits, axis=-1, keepdims=True) + 1.0, logits)
+
+
+# Curve -> rule.
+RULES = {"layer-based": PerturbedRule(layer=1), "sampling-based": PerturbedRule()}
+UNPERTURBED = "unperturbed"
+
+
+def positions(full: Sequence[Record], most: int = 16) -> tuple[int, ...]:
+  """Positions to perturb: evenly spaced, as far as a quarter of the outputs reach."""
+  reach = int(np.percentile([len(record.tokens or ()) for record in full], 75))
+  return tuple(sorted({int(p) for p in np.linspace(0, max(0, reach - 1), min(most, reach))}))
+
+
+def perturbations(of: bench.Bench) -> Curves:
+  """Perturbs every output of the validation prompts of Fig. 2 at `positions`, in both ways.
+
+  The curves of `RULES` and of the unperturbed texts have a point a position, their threshold,
+  over the prompts whose output has a token there.
+  """
+  prompts = of.validation[: of.options.ablated]
+  make = lambda: _perturb(of, prompts, of.full[: len(prompts)])
+  key = {"rules": repr(RULES), "intervals": LEVEL}
+  return of.result(Curves, "wrong_tokens", make, prompts=prompts, **key)
+
+
+def _perturb(of: bench.Bench, prompts, full: Sequence[Record]) -> Curves:
+  predictor, progress, at = of.whole, of.step("perturbed tokens"), positions(full)
+  lengths = np.array([len(record.tokens or ()) for record in full])
+  records: dict[tuple[str, int], dict[int, Record]] = {
+    (kind, position): {} for kind in (UNPERTURBED, *RULES) for position in at
+  }
+  batches = predictor.plan([prompt.input for prompt in prompts])
+  for number, batch in enumerate(batches):
+    encoded = predictor.encode(batch)
+    for kind, position in itertools.product(RULES, at):
+      active = np.zeros(len(batch.active), bool)
+      active[: len(batch.rows)] = lengths[batch.rows] > position
+      if not active.any():
+        continue
+      decoded = predictor.decode(encoded, active, float(position), RULES[kind])
+      for i in np.flatnonzero(active):
+        row = int(batch.rows[i])
+        made = grid.record(predictor, decoded, int(i), prompts[row].id)
+        records[kind, position][row] = made
+        records[UNPERTURBED, position][row] = full[row]
+    progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
+  points = []
+  for (kind, position), made in records.items():
+    rows = sorted(made)
+    given = ([each[row] for row in rows] for each in (made, full, prompts))
+    points.append(point(kind, *given, of.settings.metric, float(position)))
+  return Curves(len(prompts), tuple(points))
+
+
+# Table 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +402,11 @@ class Gain:
   layers: float  # mean decoder layers a token on unseen prompts
   risk: float = 0.0  # mean loss of unseen prompts at that threshold
   # 95 % interval of the expected loss, from the unseen prompts alone.
-  risk_interval: scores.Interval = (0.0, 0.0)
+  risk_interval: Interval = (0.0, 0.0)
   flops_reduction: float = 1.0  # decoder FLOPs of the full model over these; NaN: no formula
   speedup: float = 1.0  # measured decode seconds of the full model over these
   end_to_end: float = 1.0  # the same with the encoder's seconds on both sides
-  speedup_interval: scores.Interval = (1.0, 1.0)  # 95 % interval of `speedup`, over prompts
+  speedup_interval: Interval = (1.0, 1.0)  # 95 % interval of `speedup`, over prompts
 
   @property
   def exits(self) -> bool:
@@ -219,18 +466,122 @@ def gains(
     return dataclasses.replace(
       cell,
       risk=float(unseen.mean()),
-      risk_interval=scores.mean_interval(unseen, found.support.lower),
+      risk_interval=mean_interval(unseen, found.support.lower),
       layers=sum(map(sum, layers)) / sum(map(len, layers)),
       flops_reduction=model.step_costs(padded).savings(layers).flops,
       speedup=timed.speedup,
       end_to_end=timed.end_to_end,
-      speedup_interval=scores.speedup_interval(timings, timed),
+      speedup_interval=speedup_interval(timings, timed),
     )
 
   return tuple(measured(cell) if cell.exits else cell for cell in cells)
 
 
-def validity(of: bench.Bench) -> tuple[trials.Trial, ...]:
+# App. B: repeated calibration on cached losses, and a test of the promise.
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """Figures (a) and (b) at one tolerance; spreads are standard deviations over splits."""
+
+  measure: str
+  method: str
+  tolerance: float  # delta
+  risk_mean: float  # mean over splits of the mean test loss at the chosen threshold
+  risk_spread: float
+  layers_mean: float  # mean of decoder layers a token on the test part; NaN without layers
+  layers_spread: float
+  certified_share: float  # share of splits with any threshold certified
+  draws: int  # calibration sets drawn
+  violations: int  # of those, with a pool risk above delta at the chosen threshold
+  interval: tuple[float, float]  # 95 % Clopper-Pearson interval of their share
+
+  @property
+  def share(self) -> float:
+    """Of the drawn sets whose threshold breaks the promise."""
+    return self.violations / self.draws
+
+
+def repeat(
+  losses: SequenceLosses,
+  method: str,
+  tolerances: Sequence[float],
+  error_rate: float,
+  size: int,
+  *,
+  measure: str = "",
+  layers: tuple[np.ndarray, np.ndarray, int] | None = None,
+  splits: int = 50,
+  draws: int = 200,
+  seed: int = 0,
+) -> tuple[Trial, ...]:
+  """Calibrates again and again, for every tolerance, each of which has its own test.
+
+  Figure (a), the paper's protocol: random splits, 80 % calibrate and 20 % test. Figure (b):
+  sets of `size` prompts drawn with replacement; the pool's mean is their true expectation.
+  `layers` are decoder layers summed over a prompt's tokens, and tokens, both [num_prompts,
+  num_thresholds], and layers of the full model.
+  """
+  test = methods.get_method(method, losses.support)
+  values, support = test.prepare(losses.values, losses.support)
+  count, generator = len(values), np.random.default_rng(seed)
+  cut = min(count - 1, max(1, round(0.8 * count)))
+  orders = np.stack([generator.permutation(count) for _ in range(splits)])
+  asked = test, values, support.upper, tolerances, error_rate
+  chosen = choose(*asked, orders[:, :cut], generator.random(splits))
+  generator = np.random.default_rng(seed)
+  sets = np.stack([generator.integers(count, size=size) for _ in range(draws)])
+  of_draws = choose(*asked, sets, generator.random(draws))
+  # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
+  true_risk, found = np.append(values.mean(axis=0), 0.0), []
+
+  def depth(column: int, rows: np.ndarray) -> float:
+    if layers is None or column < 0:
+      return np.nan if layers is None else float(layers[2])
+    return layers[0][rows, column].sum() / layers[1][rows, column].sum()
+
+  for place, tolerance in enumerate(tolerances):
+    columns = chosen[:, place].tolist()
+    pairs = list(zip(columns, orders[:, cut:], strict=True))
+    risks = np.array([0.0 if c < 0 else values[rows, c].mean() for c, rows in pairs])
+    depths = np.array([depth(c, rows) for c, rows in pairs])
+    certified = sum(column >= 0 for column in columns) / splits
+    column = of_draws[:, place]
+    broken = int(np.sum((column >= 0) & (true_risk[column] > tolerance)))
+    low, high = stats.binomtest(broken, draws).proportion_ci(0.95)
+    spreads = (float(f(values)) for values in (risks, depths) for f in (np.mean, np.std))
+    named = measure, method, float(tolerance), *spreads, certified
+    found.append(Trial(*named, draws, broken, (float(low), float(high))))
+  return tuple(found)
+
+
+def choose(
+  method: methods.Method,
+  values: np.ndarray,
+  upper: float,
+  tolerances: Sequence[float],
+  error_rate: float,
+  draws: np.ndarray,
+  uniforms: np.ndarray,
+) -> np.ndarray:
+  """[num_sets, num_tolerances] lowest columns that fixed sequence testing certifies, or -1.
+
+  `draws` [num_sets, set_size] are rows of `values` in the tested order, one `uniforms` a set.
+  All sets and tolerances walk down the grid in lockstep, and those that failed drop out.
+  """
+  levels = np.asarray(tolerances)
+  chosen = np.full((len(draws), len(levels)), -1)
+  for column in range(values.shape[1]):
+    # Who has certified everything so far goes on.
+    sets, places = np.nonzero(chosen == column - 1)
+    losses = values[:, column][draws[sets].T]
+    tested = (levels[places], error_rate, len(losses), upper, uniforms[sets])
+    passed = np.exp(method.log_p_values(losses, method.design(*tested))) <= error_rate
+    chosen[sets[passed], places[passed]] = column
+  return chosen
+
+
+def validity(of: bench.Bench) -> tuple[Trial, ...]:
   """App. B: calibrates again and again on the cached outputs of the test prompts."""
   count, found, progress = len(of.test), [], of.step("repeated calibration")
   rows = sorted(range(count), key=str)  # the order that splits were always drawn from
@@ -238,7 +589,7 @@ def validity(of: bench.Bench) -> tuple[trials.Trial, ...]:
     counts = cached.layer_counts()
     for turn, method in enumerate(METHODS):
       progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
-      found += trials.repeat(
+      found += repeat(
         of.textual[measure].rows(rows),
         method,
         TOLERANCES,
@@ -291,7 +642,7 @@ class Task(bench.Bench):
   tradeoff = functools.cached_property(tradeoff)
   lengths = functools.cached_property(lengths)
   gains = functools.cached_property(gains)
-  perturbations = functools.cached_property(perturbations.perturbations)
+  perturbations = functools.cached_property(perturbations)
   decay = functools.cached_property(decay)
   propagations = functools.cached_property(propagations)
   validity = functools.cached_property(validity)

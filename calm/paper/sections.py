@@ -1,40 +1,169 @@
-"""The page as data: one table of sections, each with its words, figures and tables."""
+"""The page as data: one table of sections, each with its words, figures and tables; titles and
+headlines are sentences made from their numbers."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from calm.inference.panel import number, threshold
-from calm.paper import experiments, figures, findings, perturbations, scores
-from calm.paper.experiments import FULL, ORACLE, Task
-from calm.paper.figures import INK, Figure, Series
-from calm.paper.page import Column, Section, Table, interval, percent, tabulate, times
+from calm.paper import experiments, page
+from calm.paper.experiments import FULL, ORACLE, STATIC, Curves, Task
+from calm.paper.page import Column, Figure, Table, interval, percent, series_title, times
 
 Tasks = Sequence[Task]
-Kind = TypeVar("Kind")
+_PARTS: Any = (Figure, Table, Task)
 _MEAN_LAYERS = "mean decoder layers a token"
 
 
-def sections(tasks: Tasks, names: Sequence[str] = ()) -> list[Section]:
+def sections(tasks: Tasks, names: Sequence[str] = ()) -> list[page.Section]:
   """The sections of some names in `SECTIONS`, or all that have something to show."""
   found = []
   for name in names or SECTIONS:
     title, text, make = SECTIONS[name]
-    drawn = list(make(tasks))
-    if drawn:
-      parts = _only(drawn, Figure), _only(drawn, Table), _only(drawn, Task)
-      found.append(Section(name, title, text, *parts))
+    if drawn := list(make(tasks)):
+      parts = ([part for part in drawn if isinstance(part, kind)] for kind in _PARTS)
+      found.append(page.Section(name, title, text, *parts))
   return found
-
-
-def _only(parts: Sequence[Any], kind: type[Kind]) -> list[Kind]:
-  return [part for part in parts if isinstance(part, kind)]
 
 
 def _table(task: Task, name: str, title: str, columns, entries, **options) -> Table:
   """A table of one task."""
   full_title = f"{task.settings.title}: {title}"
-  return tabulate(f"{name}_{task.settings.name}", full_title, columns, entries, **options)
+  return page.tabulate(f"{name}_{task.settings.name}", full_title, columns, entries, **options)
+
+
+# Share of the full model's quality that counts as kept.
+KEPT = 0.98
+
+
+def headline(task: Task) -> tuple[str, str]:
+  """The speed-up of a task in a word, like `×1.90`, and its result in a sentence or two."""
+  title, best = task.settings.title.capitalize(), best_gain(task.gains)
+  pace = "" if best is None else f"{times(best.speedup)} as fast{ends(best.speedup_interval)}"
+  if best is None or not best.speedup > 1.0:
+    slower = pace and f"; the fastest that is certified runs {pace}"
+    return "×1", f"{title}: full depth serves best here, nothing faster was certified{slower}."
+  remark = ""
+  if best.risk_interval[0] > best.tolerance:
+    remark = " That is above the promise, with its whole interval: do not rely on it."
+  elif best.above:
+    remark = " That is above the promise, by less than so few prompts can tell."
+  return times(best.speedup), (
+    f"{title}: decodes {pace}; drift {best.risk:.2f}{ends(best.risk_interval)} where"
+    f" {best.tolerance:g} was promised ({series_title(best.measure)}, threshold"
+    f" {threshold(best.threshold)}, {len(task.unseen)} unseen prompts).{remark}"
+  )
+
+
+def ends(bounds: experiments.Interval, digits: int = 2) -> str:
+  """Like ` (0.02 to 0.12)`, or nothing where it is unknown."""
+  text = interval(bounds, digits, "")
+  return f" ({text})" if text else ""
+
+
+def best_gain(table: Sequence[experiments.Gain]) -> experiments.Gain | None:
+  """The cell for textual consistency at the tightest tolerance that is faster than full depth.
+
+  Where none is faster, the fastest that was certified; None where nothing was.
+  """
+  cells = [cell for cell in table if cell.consistency == "textual" and cell.exits]
+  faster = [cell for cell in cells if cell.speedup > 1.0]
+  tightest = min((cell.tolerance for cell in faster), default=None)
+  among = [cell for cell in faster if cell.tolerance == tightest] or cells
+  speed = lambda cell: -math.inf if math.isnan(cell.speedup) else cell.speedup
+  return max(among, key=speed, default=None)
+
+
+def quality_and_layers(task: Task) -> str:
+  kept, settings = _kept(task.tradeoff), task.settings
+  title, metric = settings.title, settings.metric_title
+  if not kept:
+    return f"{title}: no measure keeps {KEPT:.0%} of the full model's {metric}"
+  layers, name = min((point.layers, point.name) for point in kept)
+  return (
+    f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} with {layers:.1f} of"
+    f" {task.num_layers} layers"
+  )
+
+
+def quality_and_seconds(task: Task) -> str:
+  timed = [point for point in _kept(task.tradeoff) if point.speedup > 1.0]
+  title, metric = task.settings.title, task.settings.metric_title
+  if not timed:
+    return f"{title}: nothing that keeps {KEPT:.0%} of the {metric} is faster than full depth"
+  best = max(timed, key=lambda point: (point.speedup, point.name))
+  return (
+    f"{title}: {series_title(best.name)} keeps {KEPT:.0%} of the {metric} up to"
+    f" {times(best.speedup)} as fast{ends(best.speedup_interval, 1)}"
+  )
+
+
+def _kept(found: Curves) -> list[experiments.Point]:
+  """Points of measures that keep the quality."""
+  least = KEPT * found.curves[FULL][0].quality
+  others = (STATIC, ORACLE, FULL)
+  return [p for p in found.points if p.name not in others and p.quality >= least]
+
+
+def risks(entries: Sequence[experiments.Trial], title: str) -> str:
+  excess, name, tolerance = max(
+    (e.risk_mean - e.tolerance, e.measure, e.tolerance) for e in entries
+  )
+  if not excess > 0.0:
+    return f"{title}: the mean risk stays below what was promised, at every δ"
+  return (
+    f"{title}: the mean risk passes what was promised by up to {excess:.3f}"
+    f" ({series_title(name)}, δ = {tolerance:g})"
+  )
+
+
+def violations(entries: Sequence[experiments.Trial], title: str, error_rate: float) -> str:
+  worst = 100 * max(entry.share for entry in entries)
+  allowed = f"{100 * error_rate:g} % are allowed"
+  if any(entry.interval[0] > error_rate for entry in entries):
+    return f"{title}: the promise breaks too often, in up to {worst:.1f} % ({allowed})"
+  return f"{title}: the promise breaks in at most {worst:.1f} % of the draws ({allowed})"
+
+
+def perturbed(points: Sequence[experiments.Point], title: str) -> str:
+  """Title of Fig. 2a."""
+  first, last = points[0], points[-1]
+  fell = last.similarity - first.similarity
+  spread = 1.96 * math.hypot(first.similarity_error, last.similarity_error)
+  shares = f"{100 * first.similarity:.0f} against {100 * last.similarity:.0f} of 100 stay"
+  if not abs(fell) > spread:  # also where there is no error to go by
+    return f"{title}: a wrong token costs about as much wherever it stands ({shares})"
+  return f"{title}: an early wrong token costs {'more' if fell > 0 else 'less'} ({shares})"
+
+
+def _layers_for(found: Curves, title: str, field: str, least: float, what: str) -> str:
+  layers = []
+  for name, points in found.curves.items():
+    kept = [point.layers for point in points if getattr(point, field) >= least]
+    layers.append(f"{name} {min(kept):.1f}" if kept else f"{name} never")
+  return f"{title}: layers for {what}: {', '.join(layers)}"
+
+
+def schedules_compared(found: Curves, title: str) -> str:
+  """Title of Fig. 2c."""
+  return _layers_for(found, title, "similarity", 0.95, "95% of the full model's text")
+
+
+def classifiers(found: Curves, title: str) -> str:
+  """Title of App. D's figure."""
+  least = KEPT * max(point.quality for point in found.points)
+  return _layers_for(found, title, "quality", least, f"{KEPT:.0%} of the best quality")
+
+
+def objectives(found: Curves, title: str) -> str:
+  """Title of the figure about Eq. 6."""
+  pairs = zip(*found.curves.values(), strict=True)
+  gained = [(100 * (a.quality - b.quality), a.layers) for a, b in pairs]
+  full, (most, layer) = gained[0][0], max(gained)  # points descend from full depth
+  return (
+    f"{title}: Eq. 6 is worth {most:+.0f} points after layer {layer:.0f}, and {full:+.1f} at"
+    " full depth"
+  )
 
 
 # Fig. 3
@@ -51,7 +180,7 @@ def _tradeoff(tasks: Tasks) -> Iterator[Figure | Table]:
   for task in tasks:
     measured = lambda p, names=task.measures: p.name in names
     columns: list[Column] = [
-      ("curve", lambda p: figures.series_title(p.name)),
+      ("curve", lambda p: series_title(p.name)),
       ("threshold", lambda p, m=measured: threshold(p.threshold) if m(p) else "–"),
       ("layers", lambda p: number(p.layers)),
       (task.settings.metric_title, lambda p: percent(p.quality)),
@@ -71,22 +200,22 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
   (full,), label = curves.pop(FULL), f"{settings.metric_title} against references"
 
   def over_layers(axes) -> None:
-    figures.full_depth(axes, full)
+    page.full_depth(axes, full)
     axes.set_xlim(0.8, task.num_layers + 0.2)
 
   def over_seconds(axes) -> None:
-    figures.full_depth(axes, full)
-    axes.axvline(1e3 * full.seconds, color=INK, linewidth=0.8, linestyle=":")
+    page.full_depth(axes, full)
+    axes.axvline(1e3 * full.seconds, color=page.INK, linewidth=0.8, linestyle=":")
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=6)
 
-  yield figures.draw(
+  yield page.draw(
     f"fig3_layers_{settings.name}",
-    findings.quality_and_layers(task),
+    quality_and_layers(task),
     f"{found.num_prompts} validation prompts. One point a threshold; up and left is better."
     f" {_BAND}",
     (_MEAN_LAYERS, label),
-    figures.curve_series(curves, "layers", "quality"),
+    page.curve_series(curves, "layers", "quality"),
     over_layers,
   )
   if not found.num_timed:
@@ -95,15 +224,15 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
   timed = {
     name: [p for p in made if not math.isnan(p.seconds)] for name, made in curves.items()
   }
-  yield figures.draw(
+  yield page.draw(
     f"fig3_seconds_{settings.name}",
-    findings.quality_and_seconds(task),
+    quality_and_seconds(task),
     f"The same points against time: {found.num_timed} of the prompts, each decoded alone, all"
     f" settings in turn; median of the rounds. Left of the upright line is faster than the full"
     f" model (static, no confidence). {_BAND} The oracle, which runs every layer to know where"
     " it may leave, is not shown.",
     ("measured decode time a prompt, ms", label),
-    figures.curve_series(timed, "seconds", "quality"),
+    page.curve_series(timed, "seconds", "quality"),
     over_seconds,
   )
 
@@ -127,6 +256,7 @@ def _gains(tasks: Tasks) -> Iterator[Table]:
   ]
   for task, method in ((task, method) for task in tasks for method in ("auto", "paper")):
     cells, unseen = [gain for gain in task.gains if gain.method == method], len(task.unseen)
+    above = sum(gain.above for gain in cells)
     note = (
       f"{task.num_calibration} calibration prompts, {unseen} unseen ones; ε ="
       f" {task.options.error_rate:g} in every cell by itself; losses from"
@@ -136,26 +266,12 @@ def _gains(tasks: Tasks) -> Iterator[Table]:
       " full model's seconds over these, without and with the encoder, measured on at most"
       f" {2 * task.options.timed} unseen prompts, each decoded alone. 95 %: intervals from"
       " these prompts alone (risk: a betting test on both sides; decode: prompts drawn with"
-      f" replacement).{_above_note(cells, unseen)}"
+      f" replacement). ▲: {above} of {len(cells)} measured risks are above their δ; the promise"
+      f" is of the expected loss, and a mean over {unseen} prompts may lie above it."
     )
     name = "table2" if method == "auto" else f"table2_{method}"
     options = {"note": note, "text_columns": 3}
     yield _table(task, name, f"Table 2, method {method}", columns, cells, **options)
-
-
-def _above_note(cells: Sequence[experiments.Gain], num_unseen: int) -> str:
-  """How many measured risks are above what was promised, and what that means."""
-  over = [gain for gain in cells if gain.above]
-  if not over:
-    return " No measured risk is above its δ."
-  clear = sum(gain.risk_interval[0] > gain.tolerance for gain in over)
-  where = f"in {clear} of them the whole interval is"
-  if not clear:
-    where = "the intervals of all of them reach below it"
-  return (
-    f" ▲: {len(over)} of {len(cells)} measured risks are above their δ; {where}. The promise is"
-    f" of the expected loss, and a mean over {num_unseen} prompts may lie above it."
-  )
 
 
 # App. B
@@ -185,43 +301,40 @@ def _validity(tasks: Tasks) -> Iterator[Figure | Table]:
 
 def _validity_figures(task: Task) -> Iterator[Figure]:
   """Figure (a): mean and spread of the risk on the test part; (b): share of violations."""
-  settings, rate, styles = (
-    task.settings,
-    task.options.error_rate,
-    figures.styles_of(task.measures),
-  )
-  shown, risks, shares = [t for t in task.validity if t.method == "auto"], [], []
+  settings, rate = task.settings, task.options.error_rate
+  styles = page.styles_of(task.measures)
+  shown, drawn, broken_shares = [t for t in task.validity if t.method == "auto"], [], []
   for turn, name in enumerate(task.measures):
     trials = [trial for trial in shown if trial.measure == name]
     deltas, means = [t.tolerance for t in trials], [t.risk_mean for t in trials]
-    ends = [(t.risk_mean - t.risk_spread, t.risk_mean + t.risk_spread) for t in trials]
-    risks.append(Series(styles[name], deltas, means, ends))
+    bars = [(t.risk_mean - t.risk_spread, t.risk_mean + t.risk_spread) for t in trials]
+    drawn.append(page.Series(styles[name], deltas, means, bars))
     shift = 0.004 * (turn - (len(task.measures) - 1) / 2)  # or bars would cover each other
     moved, broken = [delta + shift for delta in deltas], [100 * t.share for t in trials]
-    ends = [(100 * t.interval[0], 100 * t.interval[1]) for t in trials]
-    shares.append(Series(styles[name], moved, broken, ends, {"linestyle": "none"}))
+    bars = [(100 * t.interval[0], 100 * t.interval[1]) for t in trials]
+    broken_shares.append(page.Series(styles[name], moved, broken, bars, {"linestyle": "none"}))
   line = [0, max(trial.tolerance for trial in shown)]
 
   def allowed(axes) -> None:
-    axes.axhline(100 * rate, color=INK, linewidth=0.8, linestyle=":")
+    axes.axhline(100 * rate, color=page.INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(bottom=0)
 
-  yield figures.draw(
+  yield page.draw(
     f"validity_risk_{settings.name}",
-    findings.risks(shown, settings.title),
+    risks(shown, settings.title),
     f"{len(task.test)} prompts, textual consistency, method auto. Bars: standard deviation over"
     " 50 splits, which is partly the test part's own noise.",
     ("tolerance δ", "risk on the test part"),
-    risks,
-    lambda axes: axes.plot(line, line, color=INK, linewidth=0.8, linestyle=":"),
+    drawn,
+    lambda axes: axes.plot(line, line, color=page.INK, linewidth=0.8, linestyle=":"),
   )
-  yield figures.draw(
+  yield page.draw(
     f"validity_share_{settings.name}",
-    findings.violations(shown, settings.title, rate),
+    violations(shown, settings.title, rate),
     f"{shown[0].draws} calibration sets of {min(300, len(task.test))} prompts, method auto."
     " Dotted: ε. The promise fails by chance in at most that share.",
     ("tolerance δ", "violations, % of the draws"),
-    shares,
+    broken_shares,
     allowed,
   )
 
@@ -248,7 +361,7 @@ def _oracles(tasks: Tasks) -> Iterator[Table]:
     ("same text, %", lambda e: percent(e[1].identical)),
     ("paper", lambda e: _PROPAGATIONS[e[1].name][1]),
   ]
-  yield tabulate(
+  yield page.tabulate(
     "propagation",
     "What skipped layers store",
     columns,
@@ -278,17 +391,17 @@ def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
   ]
   for task in tasks:
     settings, series, kinds = task.settings, [], dict(task.perturbations.curves)
-    before = kinds.pop(perturbations.UNPERTURBED)
-    for turn, (name, style) in enumerate(figures.styles_of(kinds).items()):
+    before = kinds.pop(experiments.UNPERTURBED)
+    for turn, (name, style) in enumerate(page.styles_of(kinds).items()):
       values = [100 * point.similarity for point in kinds[name]]
       errors = [100 * point.similarity_error for point in kinds[name]]
       # Shifted, or bars would hide bars.
       positions = [point.threshold + 1 + 0.08 * turn for point in kinds[name]]
-      ends = list(map(scores.normal_interval, values, errors))
-      series.append(Series(style, positions, values, ends))
-    yield figures.draw(
+      ends = list(map(experiments.normal_interval, values, errors))
+      series.append(page.Series(style, positions, values, ends))
+    yield page.draw(
       f"fig2a_{settings.name}",
-      findings.perturbed(kinds["sampling-based"], settings.title),
+      perturbed(kinds["sampling-based"], settings.title),
       f"{task.perturbations.num_prompts} validation prompts; fewer at later positions (see the"
       " table). Bars are 95 % intervals.",
       ("position of the replaced token", f"{settings.metric_title}, to the unperturbed text"),
@@ -306,14 +419,14 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
   length = tasks[0].settings.max_decode_length
   values, every = experiments.schedule_values(length), {"markevery": max(1, length // 8)}
   name, last = list(values.items())[-1]
-  styles = figures.styles_of(values)
-  yield figures.draw(
+  styles = page.styles_of(values)
+  yield page.draw(
     "fig2b",
     f"λ = {experiments.SHOWN_THRESHOLD:g} asks {last[0]:.2f} of the first token and"
     f" {last[-1]:.2f} of the last ({name})",
     f"Eq. 5 over N = {length} tokens.",
     ("token", "its threshold"),
-    [Series(styles[n], range(length), values[n].tolist(), None, every) for n in values],
+    [page.Series(styles[n], range(length), values[n].tolist(), None, every) for n in values],
     lambda axes: axes.set_ylim(0.6, 1.0),
   )
   columns: list[Column] = [
@@ -327,13 +440,13 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
   ]
   for task in tasks:
     found, settings = task.decay, task.settings
-    yield figures.draw(
+    yield page.draw(
       f"fig2c_{settings.name}",
-      findings.schedules_compared(found, settings.title),
+      schedules_compared(found, settings.title),
       f"{found.num_prompts} validation prompts, measure {task.measures[0]}, λ in steps of"
       f" {task.options.step:g}.",
       (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),
-      figures.curve_series(found.curves, "layers", "similarity", markersize=3),
+      page.curve_series(found.curves, "layers", "similarity", markersize=3),
     )
     yield _table(task, "fig2c", "the numbers of Fig. 2c", columns, found.points)
 
@@ -343,18 +456,18 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
 
 def _trainings(tasks: Tasks) -> Iterator[Figure]:
   for task in tasks:
-    for kind in ("classifiers", "objectives"):
+    for kind, title in (("classifiers", classifiers), ("objectives", objectives)):
       found, settings = getattr(task, kind), task.settings
       if found is None:
         continue
       error = max(point.quality_error for point in found.points)
-      yield figures.draw(
+      yield page.draw(
         f"{kind}_{settings.name}",
-        getattr(findings, kind)(found, settings.title),
+        title(found, settings.title),
         f"{found.num_prompts} validation prompts, the same for both; a point's standard error"
         f" is at most {100 * error:.1f}.",
         (_MEAN_LAYERS, f"{settings.metric_title} against references"),
-        figures.curve_series(found.curves, "layers", "quality"),
+        page.curve_series(found.curves, "layers", "quality"),
       )
 
 

@@ -20,7 +20,7 @@ from calm.calibrate.generations import order
 from calm.console import Progress, print_text
 from calm.data import prompt_batches
 from calm.decode import program
-from calm.inference import certified, outputs
+from calm.inference import grid, outputs
 from calm.inference import options as options_lib
 
 STEPS = 4  # tokens of a part of a streamed text, after its first token
@@ -300,6 +300,6 @@ class Device(threading.Thread):
     assert self.online is not None
     try:
       if self.online.should_check(name := order.fold_text(prompt)):
-        certified.observe(self.model, self.online, {name: prompt})
+        grid.observe(self.model, self.online, {name: prompt})
     except Exception as error:  # no reason to stop serving
       self.say(f"A check failed: {type(error).__name__}: {error}")

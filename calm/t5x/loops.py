@@ -14,17 +14,12 @@
 
 """Early exit inside decode loops of somebody else, on a mesh too.
 
-Those loops know a function "tokens to logits" and a cache. They tile, flatten
-and gather every leaf of the cache along axis 0, except the scalar
-`cache_index`; so every leaf here has its row axis first, and constants
-(cross-attention keys and values, the prefix) are bound into the function. They
-return tokens and scores only; their exits come from `Loop.replay`, one
-teacher-forced pass over the returned sequences, and are the loop's up to ties.
-
-Under `over_rows` each device of a mesh ends a loop of its own, with the whole
-decoder and some of the rows, split along the model axis too: loops of different
-lengths with collectives inside would wait for each other for ever.
-This module does not import T5X.
+Those loops know a function "tokens to logits" and a cache, of which they tile,
+flatten and gather every leaf along axis 0, except the scalar `cache_index`; so
+constants (cross-attention keys and values, the prefix) are bound into the
+function. They return tokens and scores only; their exits come from
+`Loop.replay`, one teacher-forced pass over the returned sequences, and are the
+loop's up to ties. This module does not import T5X.
 """
 
 import dataclasses
@@ -75,11 +70,8 @@ def make_rows(
   threshold: Float[Array, "..."],
   num_decodes: int = 1,
 ) -> Rows:
-  """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's are.
-
-  `prefix` is BOS (0), then tokens to be forced (no EOS), 0 where the model is
-  free.
-  """
+  """Rows of a batch, each prompt `num_decodes` times in a row; `prefix` is BOS
+  (0), then tokens to be forced (no EOS), 0 where the model is free."""
   following = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1)))
   free = (following == 0).astype(jnp.int32)
   threshold = jnp.asarray(threshold, jnp.float32)
@@ -92,10 +84,7 @@ def make_rows(
 
 @dataclasses.dataclass(frozen=True)
 class AfterPrefix:
-  """A schedule of free tokens: t starts after the prefix, which never exits.
-
-  A forced token is context, not output: what it stores is of full depth.
-  """
+  """A schedule of free tokens: t starts after the prefix, which never exits."""
 
   inner: schedules.Schedule
   rows: Rows
@@ -116,8 +105,8 @@ def _at(array: jax.Array, position: jax.Array) -> jax.Array:
 class Loop:
   """The early-exit step at work, as T5X's loops call it: "tokens to logits".
 
-  Logits are as wide as the embedding, as T5X's are, so that one key draws the
-  same; ids beyond the vocabulary have no probability.
+  Logits are as wide as T5X's, so that one key draws the same; ids beyond the
+  vocabulary have no probability.
   """
 
   config: network.T5Config  # the model's sizes
@@ -186,11 +175,8 @@ class Loop:
     decodes: Int[Array, "batch decodes length"],
     made: loop.Generation | None = None,
   ) -> dict[str, jax.Array]:
-    """Exits of decodes, each of their shape: 0 of prefixes and padding.
-
-    `made` is of the pass that decoded, where the loop returned it. A rule that
-    measures nothing has 'exit_layers' alone.
-    """
+    """Exits of decodes, each of their shape: 0 of prefixes and padding; `made`
+    is of the pass that decoded, where the loop returned it."""
     found = self.replay(decodes) if made is None else vars(made)
     static = isinstance(self.rule, exits.StaticExit)
     names = ("exit_layers", *(() if static else MEASURED))
@@ -199,14 +185,8 @@ class Loop:
   def replay(
     self, decodes: Int[Array, "batch decodes length"]
   ) -> dict[str, jax.Array]:
-    """Exits of what some loop returned, in one teacher-forced pass.
-
-    What a layer reads of earlier tokens is known when the layer below has run,
-    so that all positions of a sequence go up the layers together.
-
-    Raises:
-      ValueError: the rule knows an exit only after the last layer.
-    """
+    """Exits of what some loop returned, in one teacher-forced pass: all
+    positions of a sequence go up the layers together."""
     length = decodes.shape[-1]  # beam search may be told to stop earlier
     tokens = decodes.reshape(-1, length)
     tokens = jnp.pad(tokens, ((0, 0), (0, self.length - length)))
@@ -291,10 +271,8 @@ def greedy_decode(
   decode_rng: Any = None,
   cache_offset: int = 0,
 ) -> tuple[jax.Array, jax.Array, loop.Generation]:
-  """Greedy decoding with its exits from the same pass: a T5X `decode_fn`.
-
-  It is the loop of `calm infer`. `tokens_to_logits` knows the prefix, which
-  `inputs` is; `num_decodes` is 1, and cache, key and offset are not used.
+  """Greedy decoding with its exits from the same pass: a T5X `decode_fn`, the
+  loop of `calm infer`. `tokens_to_logits` knows the prefix.
 
   Returns:
     Tokens [batch, 1, length], scores [batch, 1] (log-probabilities under the
@@ -324,11 +302,8 @@ def fits(weights: Any) -> bool:
 
 
 def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
-  """The axes of a mesh that rows are split along: all, its data axes, or none.
-
-  The axes' sizes must divide `num_rows`; a symbolic number (`jax.export`) is
-  never split.
-  """
+  """The axes of a mesh that rows are split along: all, its data axes, or none;
+  a symbolic `num_rows` (`jax.export`) is never split."""
   every = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)
   for axes in (every, tuple(name for name in every if name in DATA_AXES)):
     size = math.prod(mesh.shape[name] for name in axes)
@@ -338,11 +313,8 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
 
 
 def refuse_mesh(shapes: Any, axes: Any, mesh: Any) -> None:
-  """Raises where arrays along these axes do not divide over a mesh.
-
-  Raises:
-    ValueError: naming an array, and the model axes that fit.
-  """
+  """Raises ValueError where arrays along these axes do not divide over a mesh,
+  naming one, and the model axes that fit."""
   is_spec = lambda x: isinstance(x, sharding.PartitionSpec)
   specs = jax.tree.leaves(axes, is_leaf=is_spec)
   pairs = zip(jax.tree.leaves_with_path(shapes), specs, strict=True)
@@ -367,12 +339,9 @@ def refuse_mesh(shapes: Any, axes: Any, mesh: Any) -> None:
 
 
 def kept_whole(variables: Any) -> Any:
-  """Variables of a model whose decoder every device is to keep whole.
-
-  Axes of the decoder and the embedding in 'params_axes' are renamed to "kv",
-  which T5X's rules lay along no mesh axis, and which its Adafactor factors as
-  those that it replaces.
-  """
+  """Variables of a model whose decoder every device is to keep whole: its axes
+  in 'params_axes' are renamed to "kv", which T5X's rules lay along no mesh
+  axis, and which its Adafactor factors as those that it replaces."""
   renamed = lambda names: ("kv" if n in _ALONG_MODEL else n for n in names)
   rename = lambda axes: axes.replace(
     names=sharding.PartitionSpec(*renamed(axes.names))
@@ -386,10 +355,8 @@ def kept_whole(variables: Any) -> Any:
 
 
 def whole(weights: Any, mesh: Any, at_rest: bool = False) -> Any:
-  """The decoder's weights, whole on every device, as `over_rows` shares them.
-
-  `at_rest`: they are whole already along the model axis (`kept_whole`).
-  """
+  """The decoder's weights, whole on every device, as `over_rows` shares them;
+  `at_rest`: they are so already along the model axis (`kept_whole`)."""
   if dict(mesh.shape).get(MODEL_AXIS, 1) > 1 and not at_rest:
     logging.getLogger(__name__).warning(
       "Every batch gathers the decoder's weights, which lie along the model"
@@ -404,11 +371,11 @@ def whole(weights: Any, mesh: Any, at_rest: bool = False) -> Any:
 def over_rows(
   function: Callable[[Any, Any, Any], Any], mesh: Any, axes: tuple[str, ...]
 ) -> Callable[[Any, Any, Any], Any]:
-  """`function`(shared, rows, rng), each device with its own rows.
+  """`function`(shared, rows, rng), each device with its own rows and key.
 
   `rows` and what it returns are trees of arrays [rows, ...], split along `axes`
-  (from `row_axes`); every device sees the tree `shared` whole. Each draws by a
-  key of its own, and so otherwise than one device would.
+  (from `row_axes`); every device sees the tree `shared` whole, and ends a loop
+  of its own: loops with collectives inside would wait for each other.
   """
   if not axes:
     return function

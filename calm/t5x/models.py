@@ -88,8 +88,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     Of T5X's arguments those that are None or left out are what gin binds for
     T5X's own class, or its defaults. `module` is the Transformer of T5X's
     examples/t5 or examples/scalable_t5, built anew from its sizes; parameters
-    of the latter stay stacked as they are. `label_smoothing` is 0
-    only, and rows of the embedding beyond the vocabulary are never emitted.
+    of the latter stay stacked. `label_smoothing` is 0 only.
 
     Args:
       rule: how a token goes through the layers; None is the paper's softmax
@@ -98,10 +97,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         nothing is measured: the program is the full model's.
       shortlist: likely tokens, for the measures 'shortlist' and 'probe'.
       objective: the training stage; None is Eq. 6 with T5X's `z_loss`.
-      whole_decoder: for inference: where rows are split, whether the decoder
-        stays whole on every device, so that no batch gathers it.
-      matmul_precision: of products of float32 matrices in decoding: 'default',
-        'high' or 'highest'; None takes what JAX is configured to.
+      whole_decoder: for inference: the decoder stays whole on every device
+        where rows are split, so that no batch gathers it.
+      matmul_precision: of `inference.DecodeOptions`.
       exit_maps: (1-based layers, rank): layers that have a translator and,
         unless the rank is 0, learned propagation; None: as the module says.
       calibration: decode at its threshold, and refuse what it was not made for.
@@ -187,11 +185,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def loss_fn(
     self, params: Params, batch: Batch, dropout_rng: jax.Array | None
   ):
-    """The objective's loss, and T5X's metrics of the last layer.
-
-    `accuracy/layer_i`, `loss/layer_i` and `agreement/layer_i` (the share of
-    tokens of which the layer and the last one say the same) are each layer's.
-    """
+    """The objective's loss, T5X's metrics of the last layer, and each layer's
+    `accuracy/layer_i`, `loss/layer_i` and `agreement/layer_i` (share of tokens
+    of which it and the last layer say the same)."""
     factor, weights = t5x_losses.get_loss_normalizing_factor_and_weights(
       self._loss_normalizing_factor, batch
     )
@@ -206,11 +202,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     penalty = sums.z_loss
     if factor is not None:
       loss, penalty = loss / factor, penalty / factor
-    end, kinds = (
-      "_segment_ids",
-      ("encoder_input_tokens", "decoder_target_tokens"),
-    )
+    end, kinds = "_segment_ids", ("encoder_input", "decoder_target")
     ids = {k.removesuffix(end): x for k, x in batch.items() if k.endswith(end)}
+    names = (f"{kind}_tokens" for kind in kinds)
     found = self._compute_metrics(
       # No logits are kept: a stand-in of one class, whose accuracy is replaced.
       logits=jnp.zeros((*targets.shape, 1), jnp.float32),
@@ -218,7 +212,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       mask=weights,
       loss=loss,
       z_loss=penalty,
-      segment_ids=ids or {name: batch[name] != 0 for name in kinds},
+      segment_ids=ids or {name: batch[name] != 0 for name in names},
     )
     layers = self.objective.measured_layers(self.config)
     return loss, found | _layer_metrics(sums, layers, targets.size)
@@ -311,11 +305,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def predict_batch_with_exits(
     self, params: Params, batch: Batch, **options: Any
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens, scores and exit layers, for exports.
-
-    They take it by `CustomInferenceMode.model_fn_name`, or `jax.export`; the
-    batch size may be symbolic.
-    """
+    """Tokens, scores and exit layers, for `CustomInferenceMode.model_fn_name`
+    or `jax.export`; the batch size may be symbolic."""
     tokens, aux = self.predict_batch_with_aux(params, batch, **options)
     return tokens, aux["scores"], aux["exit_layers"]
 
@@ -348,8 +339,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     (prefix, threshold), (rule, num_decodes, options) = rows, how
     mesh, num_rows = _context_mesh(), prefix.shape[0]
     # The plain engine takes a symbolic number of rows, and exchanges least
-    # where steps are the whole mesh's. With T5X's loops exits are replayed, a
-    # second program: what is compiled soonest. None: the fastest for the rows.
+    # where steps are the whole mesh's; with T5X's loops, whose exits are a
+    # second program, what is compiled soonest. None: the fastest.
     engine = None if self.is_greedy else engines.default_engine(rule, rows=1)
     if not isinstance(num_rows, int) or (mesh.size > 1 and not axes):
       engine = engines.Eager
@@ -449,11 +440,9 @@ def _layer_metrics(
 def exit_metrics(
   targets: Any, predictions: Any, aux_values: Mapping[str, Any]
 ) -> dict[str, float]:
-  """A seqio metric function: what the tokens of a task cost.
-
-  `exits/mean_layer`; `exits/share_layer_<i>` of tokens that leave after layer
-  i; `exits/speedup`, the decoder's FLOPs at full depth over those spent.
-  """
+  """A seqio metric function: `exits/mean_layer`, `exits/share_layer_<i>` of
+  tokens that leave after layer i, and `exits/speedup`, the decoder's FLOPs at
+  full depth over those spent."""
   del targets, predictions
   if "relative_cost" not in aux_values:
     return {}
@@ -471,10 +460,7 @@ def exit_metrics(
 
 
 class Evaluator(seqio.Evaluator):
-  """seqio's evaluator, with `exit_metrics` beside each task's own metrics.
-
-  What gin binds for `seqio.Evaluator` holds.
-  """
+  """seqio's evaluator, as gin binds it, with `exit_metrics` in each task."""
 
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **stored.given_or_bound(seqio.Evaluator, kwargs))

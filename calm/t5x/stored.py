@@ -68,11 +68,8 @@ def stored_config(checkpoint: str = "packed") -> network.T5Config:
 
 @arguments.checked()
 def stored_vocabulary(checkpoint: str = "packed") -> Any:
-  """The vocabulary of a checkpoint as seqio's, for tasks and models.
-
-  Raises:
-    ValueError: the checkpoint holds none that seqio has.
-  """
+  """The vocabulary of a checkpoint as seqio's, for tasks and models; ValueError
+  where seqio has none."""
   import seqio
 
   words = stored_checkpoint(checkpoint).vocabulary
@@ -88,11 +85,7 @@ def stored_vocabulary(checkpoint: str = "packed") -> Any:
 
 
 def our_vocabulary(words: Any) -> Any:
-  """A seqio vocabulary as ours, for its digest.
-
-  Raises:
-    ValueError: ours would give other ids.
-  """
+  """A seqio vocabulary as ours; ValueError where that would give other ids."""
   import seqio
   import tensorflow as tf
 
@@ -110,12 +103,8 @@ def our_vocabulary(words: Any) -> Any:
 def refuse_missing_parts(
   checkpoint: Any, state: Any, *, is_resuming: bool = False
 ) -> Any:
-  """A `state_transformation_fns` of T5X's that compares state dictionaries.
-
-  Raises:
-    ValueError: the model's decoder has an exit part, or maps of a layer, that
-      the checkpoint's has not.
-  """
+  """A `state_transformation_fns` of T5X's: ValueError where the model's decoder
+  has an exit part, or maps of a layer, that the checkpoint's has not."""
   del is_resuming
   parts_of = lambda tree: [
     f"decoder/{part}/{name}"
@@ -137,16 +126,11 @@ def config_of(
   parts: Sequence[str | None] = ("exit_classifier",),
   exit_maps: tuple[Sequence[int], int] | None = None,
 ) -> network.T5Config:
-  """The sizes of T5X's own T5 network, or of ours, as our configuration.
+  """The sizes of T5X's own T5 network, with exit parts of these names.
 
-  Args:
-    parts: exit parts that a network of T5X's gets.
-    exit_maps: layers with a translator and learned propagation, and the rank of
-      that (0: without it); None: as the sizes say.
-
-  Raises:
-    ValueError: another architecture, or sizes that ask for what this network
-      does not have (`scale_attn_logits` of T5X's contrib/gpu).
+  `exit_maps` are layers with a translator and learned propagation, and the rank
+  of that (0: without it); None: as the sizes say. ValueError for another
+  architecture, or sizes that ask for what this network does not have.
   """
   theirs: Any = getattr(module, "config", None)
   scans = getattr(theirs, "scan_layers", None)
@@ -170,10 +154,9 @@ def config_of(
         " does not have; leave it out."
       )
   if exit_maps is not None:
-    layers, rank = exit_maps
+    layers, sizes["exit_propagation_rank"] = exit_maps
     sizes["exit_translators"] = layers
-    sizes["exit_propagation"] = layers if rank else ()
-    sizes["exit_propagation_rank"] = rank
+    sizes["exit_propagation"] = layers if exit_maps[1] else ()
   return network.T5Config(**sizes)
 
 
@@ -197,14 +180,9 @@ class Calibrated:
   task_prefix: str = ""  # what the task puts before every input
 
   def load(self, model: Any) -> Calibration:
-    """The calibration, for a model whose outputs are those that it is about.
-
-    Reads the checkpoint's parameters once, for their digest. The rest is known
-    with a batch alone: see `refuse_batch`.
-
-    Raises:
-      ValueError: the model decodes otherwise: every differing field is named.
-    """
+    """The calibration, for a model whose outputs are those that it is about;
+    ValueError names every field that differs. Reads the checkpoint's parameters
+    once, for their digest; the rest is known with a batch (`refuse_batch`)."""
     found = Calibration.load(self.path)
     theirs = found.procedure
     if theirs is None or found.knobs:
@@ -237,13 +215,8 @@ class Calibrated:
 def procedure_of(
   model: Any, params: Any, words: Any, **options: Any
 ) -> Procedure:
-  """What outputs of `calm.t5x.models` hold for, as `calm infer` records it.
-
-  `options` are lengths, rows and prefix of `inference.DecodeOptions`.
-
-  Raises:
-    ValueError: no calibration is about outputs of this model.
-  """
+  """What outputs of `calm.t5x.models` hold for, as `calm infer` records it;
+  `options` are lengths, rows and prefix of `inference.DecodeOptions`."""
   rule = model.rule
   if not model.is_greedy or not isinstance(rule, exits.DynamicExits):
     raise ValueError(
@@ -266,13 +239,8 @@ def procedure_of(
 def refuse_batch(
   calibration: Calibration, params: Any, batch: Mapping[str, Any], num_rows: int
 ) -> None:
-  """Refuses a batch that is decoded otherwise than those of the calibration.
-
-  `batch` is as `predict_batch_with_aux` has it, with `num_rows` a device.
-
-  Raises:
-    ValueError: another length, number of rows or dtype of parameters.
-  """
+  """ValueError for a batch of another length, number of rows a device or dtype
+  of parameters than those of the calibration."""
   theirs: Any = calibration.procedure
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
   rows, names = theirs.batch_bucket, ("encoder_input", "decoder_input")

@@ -30,55 +30,38 @@ HERE = pathlib.Path(__file__).parent
 SIZES = dict(vocab_size=48, d_model=16, d_kv=6, d_ff=20, num_layers=2, num_heads=2)
 # What published configurations of T5 1.1 and its kin have in common.
 GATED = dict(feed_forward_proj="gated-gelu", num_decoder_layers=2, tie_word_embeddings=False)
-# Kind -> published-style configuration, and whether the file holds a head of its own.
+
+
+def published(own_head: bool = True, gated: bool = True, **changes) -> tuple[dict, bool]:
+  """A published-style configuration, and whether the file holds a head of its own."""
+  return dict(model_type="t5", **SIZES, **(GATED if gated else {})) | changes, own_head
+
+
 KINDS = {
   # google-t5/t5-small: ReLU, tied and scaled by default, no decoder depth of its own.
-  "t5_1_0": (dict(model_type="t5", **SIZES), False),
-  "t5_1_1": (dict(model_type="t5", **SIZES, **GATED), True),
+  "t5_1_0": published(False, gated=False),
+  "t5_1_1": published(),
   # Stored as two shards in bfloat16.
-  "flan_t5": (dict(model_type="t5", **SIZES, **GATED), True),
-  "mt5": (dict(model_type="mt5", **(SIZES | dict(vocab_size=80)), **GATED), True),
+  "flan_t5": published(),
+  "mt5": published(model_type="mt5", vocab_size=80),
   # More encoder than decoder layers, 384 rows.
-  "byt5": (
-    dict(
-      model_type="t5",
-      **(SIZES | dict(vocab_size=384, d_model=12, num_layers=3)),
-      **(GATED | dict(num_decoder_layers=1)),
-    ),
-    True,
-  ),
+  "byt5": published(vocab_size=384, d_model=12, num_layers=3, num_decoder_layers=1),
   # As transformers 5 saves a T5 1.1 that it made: tied, and yet not scaled.
-  "t5_1_1_resaved": (
-    dict(
-      model_type="t5",
-      **SIZES,
-      **(GATED | dict(tie_word_embeddings=True)),
-      scale_decoder_outputs=False,
-    ),
-    False,
-  ),
+  "t5_1_1_resaved": published(False, tie_word_embeddings=True, scale_decoder_outputs=False),
   # google/t5-v1_1-*-lm-adapt: T5 1.1, saved by transformers 5 in half precision and in shards.
-  "t5_lm_adapt": (dict(model_type="t5", **SIZES, **GATED), True),
+  "t5_lm_adapt": published(),
   # google/madlad400: 0 is <unk> and starts, 1 is padding, 2 ends.
-  "madlad": (dict(model_type="t5", **SIZES, **GATED, pad_token_id=1, eos_token_id=2), True),
+  "madlad": published(pad_token_id=1, eos_token_id=2),
   # google/umt5: a relative bias in every layer.
-  "umt5": (dict(model_type="umt5", **(SIZES | dict(vocab_size=80)), **GATED), True),
+  "umt5": published(model_type="umt5", vocab_size=80),
   # EleutherAI/pile-t5: umT5's code, Llama's tokenizer.
-  "pile_t5": (
-    dict(model_type="umt5", **(SIZES | dict(vocab_size=320)), **GATED, eos_token_id=2),
-    True,
-  ),
+  "pile_t5": published(model_type="umt5", vocab_size=320, eos_token_id=2),
   # Salesforce/codet5: T5 1.0 with RoBERTa's tokenizer, which begins a text with a token, too.
-  "codet5": (dict(model_type="t5", **(SIZES | dict(vocab_size=320)), eos_token_id=2), False),
+  "codet5": published(False, gated=False, vocab_size=320, eos_token_id=2),
 }
 
 # Kinds that are saved by transformers as they are, and in which precision.
-SAVED = {
-  "t5_lm_adapt": "float16",
-  "umt5": "bfloat16",
-  "pile_t5": "bfloat16",
-  "codet5": "float16",
-}
+SAVED = dict(t5_lm_adapt="float16", umt5="bfloat16", pile_t5="bfloat16", codet5="float16")
 TEXTS = [
   "the cat sat on the mat, then the cat ran",
   "a cat is not the mat that it sat on",

@@ -1,33 +1,25 @@
 """Makes `t5x_network.npz` and `t5x_network.json` from the real T5X network.
 
 Needs T5X (https://github.com/google-research/t5x) with airio and jestimator on the import path;
-the tests that read the two files need none of them. Run from the repository root:
-
-  JAX_PLATFORMS=cpu python tests/golden/make_t5x_network.py
+the tests that read the two files need none of them. From the repository root:
+`JAX_PLATFORMS=cpu python tests/golden/make_t5x_network.py`
 
 Two small models, `gated` (gated GELU, a head of its own, as T5 1.1) and `tied` (ReLU, logits
-through the embedding, as T5 1.0). Keys of the JSON, for each of them:
-
-  config        fields of `T5Config`, dtype left out (float32)
-  params        {path: shape} of T5X's own `init`, paths joined by "/"
-  params_axes   {path: axis names}, the raw `AxisMetadata` of the collection
-  cache         {path: [shape, dtype]} after the cache-making call with `decode=True`
-and `versions`: those of jax, flax and t5x.
-
-Keys of the npz, each under "gated/" or "tied/":
+through the embedding, as T5 1.0). The JSON has for each of them `config` (fields of `T5Config`
+without dtype), `params` {path: shape} of T5X's own `init`, `params_axes` {path: axis names} and
+`cache` {path: [shape, dtype]} after the cache-making call; and `versions`. The npz has, under
+"gated/" or "tied/":
 
   params/PATH                                      drawn here; norm scales and biases are not 1
-  padded/{encoder_input_tokens, decoder_input_tokens, decoder_target_tokens}
-  padded/encoded [batch, input, emb_dim], padded/logits [batch, target, vocab] float32
-  padded/logits_bfloat16                           activations bfloat16, same parameters
-  packed/ the same tokens, plus {encoder,decoder}_{segment_ids,positions}, and logits
+  padded/ encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, and
+      encoded [batch, input, emb_dim], logits [batch, target, vocab], logits_bfloat16
+  packed/ two rows of packed examples, with {encoder,decoder}_{segment_ids,positions}, logits
   long/encoder_input_tokens, long/encoded          1 x 160: beyond `relpos_max_distance`
   long/logits_last [1, 2, vocab]                   the last two of 160 decoder positions
   decode/tokens [batch, steps], decode/logits [steps, batch, vocab]: one cached token a step,
-      over the encoder input of `padded`
-  decode/cache/PATH                                the cache after those steps
-Dropout is off throughout. Rows of padded targets end in 0; T5X masks those positions as queries
-too, so logits there are stored but mean nothing.
+      over the encoder input of `padded`; decode/cache/PATH after those steps
+Rows of padded targets end in 0; T5X masks those positions as queries too, so logits there are
+stored but mean nothing.
 """
 
 import dataclasses
@@ -44,16 +36,8 @@ from flax import traverse_util
 from t5x.examples.t5 import network
 
 HERE = pathlib.Path(__file__).parent
-SIZES = dict(
-  vocab_size=64,
-  emb_dim=16,
-  num_heads=2,
-  num_encoder_layers=2,
-  num_decoder_layers=3,
-  head_dim=8,
-  mlp_dim=24,
-  dropout_rate=0.1,
-)
+SIZES = dict(vocab_size=64, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=24, dropout_rate=0.1)
+SIZES |= dict(num_encoder_layers=2, num_decoder_layers=3)
 CONFIGS = {
   "gated": network.T5Config(**SIZES, mlp_activations=("gelu", "linear")),
   "tied": network.T5Config(**SIZES, mlp_activations=("relu",), logits_via_embedding=True),

@@ -27,38 +27,29 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(
   ("odd", "plain"),
   [
-    (lambda: DecodeOptions(schedule="constant"), lambda: DecodeOptions()),
-    (lambda: DecodeOptions(exit_layers=[1]), lambda: DecodeOptions(exit_layers=(1,))),
-    (lambda: DecodeOptions(exit_layers=np.array([1])), lambda: DecodeOptions(exit_layers=(1,))),
-    (lambda: DecodeOptions(grid=[0.9, 0.5]), lambda: DecodeOptions(grid=(0.9, 0.5))),
+    (DecodeOptions(schedule="constant"), DecodeOptions()),
+    (DecodeOptions(exit_layers=np.array([1])), DecodeOptions(exit_layers=(1,))),
+    (DecodeOptions(grid=[0.9, 0.5]), DecodeOptions(grid=(0.9, 0.5))),
+    (DecodeOptions(shortlist=(i for i in (1, 2))), DecodeOptions(shortlist=(1, 2))),
     (
-      lambda: DecodeOptions(shortlist=(token for token in (1, 2))),
-      lambda: DecodeOptions(shortlist=(1, 2)),
-    ),
-    (
-      lambda: exits.DynamicExits("state", "constant", [1], "copy_projections"),
-      lambda: exits.DynamicExits(
+      exits.DynamicExits("state", "constant", [1], "copy_projections"),
+      exits.DynamicExits(
         confidence.State(), schedules.Constant(), (1,), propagation.CopyProjections()
       ),
     ),
-    (
-      lambda: exits.OracleExit([1], "first_state"),
-      lambda: exits.OracleExit((1,), propagation.FirstState()),
-    ),
-    (lambda: exits.StaticExit(np.int64(2)), lambda: exits.StaticExit(2)),
+    (exits.OracleExit([1], "first_state"), exits.OracleExit((1,), propagation.FirstState())),
+    (exits.StaticExit(np.int64(2)), exits.StaticExit(2)),
   ],
 )
 def test_options_and_rules_take_names_and_lists(odd, plain):
-  made = odd()
-  assert made == plain() and hash(made) == hash(plain())  # programs are compiled by it
+  assert odd == plain and hash(odd) == hash(plain)  # programs are compiled by it
 
 
 def test_generate_takes_what_stands_for_texts_and_thresholds(model):
   plain = model.generate(TEXTS, threshold=0.5)
   for texts, threshold in (
-    ((text for text in TEXTS), 0.5),
-    (np.array(TEXTS), np.array(0.5)),
-    (tuple(TEXTS), jnp.float32(0.5)),
+    ((text for text in TEXTS), np.array(0.5)),
+    (np.array(TEXTS), jnp.float32(0.5)),
     (TEXTS, "0.5"),
   ):
     made = model.generate(texts, threshold=threshold)
@@ -66,55 +57,14 @@ def test_generate_takes_what_stands_for_texts_and_thresholds(model):
   assert model.generate(TEXTS, threshold="never").threshold == math.inf
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"threshold": np.array([0.5])}, "Expected `threshold` to be a number or None, got array"),
-    ({"threshold": math.nan}, "Expected `threshold` in [0, 1]"),
-    ({"threshold": -0.1}, "Expected `threshold` in [0, 1]"),
+def test_generate_needs_a_threshold_and_layers_that_there_are(model):
+  for options, message in (
     ({}, "Expected `threshold`, or a model loaded with a"),
-    ({"threshold": "most"}, "Expected `threshold` to be a number in [0, 1] or 'never'"),
-    ({"rule": "static"}, "Expected `rule` to be a `StepRule` or a `Speculative` or None, got"),
     ({"rule": exits.StaticExit(0)}, "Expected `layer` in 1 ... 3, got 0"),
     ({"rule": exits.Speculative(99)}, "Expected `draft_layer` in 1 ... 2"),
-  ],
-)
-def test_generate_refuses_by_name(model, options, message):
-  with pytest.raises(ValueError, match=re.escape(message)):
-    model.generate(TEXTS, **options)
-
-
-@pytest.mark.parametrize(
-  ("texts", "message"),
-  [
-    (None, "got None"),
-    (b"a", "got b'a'"),
-    ({"a": 1}, "got {'a': 1}"),
-    ({"a"}, "got {'a'}"),
-    ([b"a"], "got b'a'"),
-  ],
-)
-def test_texts_are_a_list(model, texts, message):
-  with pytest.raises(TypeError, match=re.escape(f"list of texts, {message}")):
-    model.generate(texts, threshold=0.5)
-  with pytest.raises(TypeError, match=r"Expected `?prompts`? to be"):
-    model.calibrate(texts, tolerance=0.1)
-
-
-@pytest.mark.parametrize(
-  ("call", "message"),
-  [
-    (lambda: exits.Speculative(1, 10**6), "Expected `num_drafts` in 1 ... 31, got 1000000"),
-    (lambda: DecodeOptions(schedule="decaying"), "Expected `schedule` to be a name and its"),
-    (lambda: DecodeOptions(grid=[0.5, 0.9]), "Expected `thresholds` to descend strictly"),
-    (lambda: inference.load(None), "Expected `path` to be a text or a `Path`, got None"),
-    (lambda: inference.load(calibration=1), "Expected `calibration` to be a `Calibration` or"),
-    (lambda: fitting.fit(None, [], output="x"), "Expected `model` to be a text or a `Path`"),
-  ],
-)
-def test_the_rest_is_refused_before_any_work(call, message):
-  with pytest.raises(ValueError, match=re.escape(message)):
-    call()
+  ):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      model.generate(TEXTS, **options)
 
 
 def first_letter(prediction, references):
@@ -128,13 +78,10 @@ def test_a_fit_goes_on_by_the_name_of_a_metric(tmp_path):
   )
   begin(asked)
   begin(asked)
-  with pytest.raises(ValueError, match=r"other options: `metric` \('.*:first_letter' there"):
-    begin(fitting.FitOptions(metric="chrf"))
   # A name that the file alone has is compared, and not imported.
   (tmp_path / "harmful.py").write_text("raise SystemExit('imported')\n")
   request = tmp_path / "fit" / "fit" / "request.json"
-  harmful = f"{tmp_path}/harmful.py:run"
-  request.write_text(request.read_text().replace(asked.metric, harmful))
+  request.write_text(request.read_text().replace(asked.metric, f"{tmp_path}/harmful.py:run"))
   with pytest.raises(ValueError, match=r"`metric` \('.*harmful.py:run' there"):
     begin(asked)
 

@@ -1,7 +1,6 @@
 """Grids decoded and certified before serving (`Predictor.calibrate`) or while serving
 (`Predictor.online`), and the seconds that are measured beside full depth."""
 
-import collections
 import contextlib
 import dataclasses
 
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 
 from calm import calibrate, exits, inference
-from calm.calibrate import NEVER_EXIT, Prompt, Provenance, Record, generations, ledger
+from calm.calibrate import NEVER_EXIT, Prompt, Record
 from calm.calibrate import losses as sequence_losses
 from calm.decode import compiled
-from calm.inference import certified, grid, predictor, timing
+from calm.exits import schedules
+from calm.inference import grid, timing
 from tests.inference import predictor_test
 
 # A toy's seconds are noise.
@@ -39,7 +39,8 @@ def model(directory):
 
 
 def test_a_model_calibrates_itself_on_texts(model):
-  served = model.calibrate(TEXTS, **RATES)
+  told = []
+  served = model.calibrate(TEXTS, **RATES, progress=lambda *where: told.append(where))
   calibration = served.calibration
   assert calibration.procedure == model.procedure and calibration.certified
   measured = timing.noted(calibration)
@@ -49,6 +50,9 @@ def test_a_model_calibrates_itself_on_texts(model):
   outputs = served.generate(TEXTS[:4])
   assert outputs.threshold == calibration.threshold
   assert outputs.guarantee == calibration.guarantee
+  shares = [share for share, _ in told]
+  assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] == pytest.approx(1.0)
+  assert any("batch 2 of 6, threshold 0.9" in text for _, text in told)
 
 
 def test_a_folder_has_a_ledger_that_warns_of_a_second_question(model, tmp_path):
@@ -57,47 +61,35 @@ def test_a_folder_has_a_ledger_that_warns_of_a_second_question(model, tmp_path):
     model.calibrate(TEXTS, **RATES, folder=folder)
   with pytest.warns(UserWarning, match="textual, rouge_l.* within 0.9 at 0.05 on 24 rows"):
     model.calibrate(TEXTS, **RATES, folder=folder, metric="chrf")
-  assert len((folder / ledger.LEDGER).read_text().splitlines()) == 2
 
 
-def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypatch):
+@pytest.mark.parametrize(
+  ("texts", "options", "message"),
+  [
+    (TEXTS[:5], {"tolerance": 0.1}, "Expected at least 22 prompts"),
+    (
+      [text + " " * i for text in TEXTS[:20] for i in range(5)],
+      {"tolerance": 0.1},
+      "at least 22 clusters of prompts .*got 20",
+    ),
+    (TEXTS, {"tolerance": 0.9, "consistency": "risk"}, "references .*24 without"),
+    (TEXTS, {"tolerance": 0.9, "consistency": "textul"}, "`consistency` to be 'textual' or"),
+  ],
+)
+def test_what_cannot_be_certified_is_refused_before_any_decoding(
+  model, monkeypatch, texts, options, message
+):
   monkeypatch.setattr(inference.Predictor, "encode", None)
-  with pytest.raises(ValueError, match="Expected at least 22 prompts"):
-    model.calibrate(TEXTS[:5], tolerance=0.1)
-  with pytest.raises(ValueError, match=r"at least 22 clusters of prompts .*got 20"):
-    model.calibrate([text + " " * i for text in TEXTS[:20] for i in range(5)], tolerance=0.1)
-  with pytest.raises(ValueError, match=r"references .*24 without"):
-    model.calibrate(TEXTS, tolerance=0.9, consistency="risk")
-  with pytest.raises(ValueError, match="`consistency` to be 'textual' or"):
-    model.calibrate(TEXTS, tolerance=0.9, consistency="textul")
-  with pytest.raises(TypeError, match="put it in a list"):
-    model.calibrate("one text", tolerance=0.9)
-
-
-def test_who_looks_on_sees_all_of_it_and_who_asks_is_told(model, monkeypatch):
-  seen = []
-
-  @contextlib.contextmanager
-  def looking_on():
-    yield lambda share, text: seen.append((share, text))
-
-  monkeypatch.setattr(predictor, "Progress", looking_on)
-  model.calibrate(TEXTS, **RATES)
-  shares = [share for share, _ in seen]
-  assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] == pytest.approx(1.0)
-  assert any("batch 2 of 6, threshold 0.9" in text for _, text in seen)
-  assert any(text.startswith("timing ") for _, text in seen)
-  told, before = [], len(seen)
-  model.calibrate(TEXTS, **RATES, progress=lambda *where: told.append(where))
-  assert len(seen) == before and [share for share, _ in told] == shares
+  with pytest.raises(ValueError, match=message):
+    model.calibrate(texts, **options)
 
 
 # ---- Grids from where each sequence changes
 
 
-def decode(model, directory, monkeypatch, **options):
-  """(what was reused, records by threshold, steps that the loops began at)."""
-  begun = []
+def decode(model, monkeypatch, **options):
+  """(records by threshold, steps that the loops began at)."""
+  begun, records = [], {}
   resume = inference.Predictor.resume
 
   def counted(self, encoded, state, active, threshold, resume_at):
@@ -105,127 +97,50 @@ def decode(model, directory, monkeypatch, **options):
     return resume(self, encoded, state, active, threshold, resume_at)
 
   monkeypatch.setattr(inference.Predictor, "resume", counted)
-  provenance = Provenance(grid=tuple(GRID), num_examples=len(PROMPTS))
-  writer = generations.open_writer(
-    directory,
-    prompts=PROMPTS,
-    thresholds=GRID,
-    procedure=model.procedure,
-    provenance=provenance,
-  )
-  summary = grid.generate(model, PROMPTS, GRID, writer, **options)
-  levels = [NEVER_EXIT, *GRID]
-  return summary, [writer.completed_records(x) for x in levels], begun
+  grid.generate(model, PROMPTS, GRID, records, **options)
+  return records, begun
 
 
-def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, tmp_path, monkeypatch):
-  _, records, _ = decode(model, tmp_path / "whole", monkeypatch)
-  static = grid.with_rule(model, PROMPTS, exits.StaticExit())
-  encodings = {}
+def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, monkeypatch):
+  records, _ = decode(model, monkeypatch)
+  static, encodings = grid.with_rule(model, PROMPTS, exits.StaticExit()), {}
   options = {"full": static, "encodings": encodings}
-  summary, made, _ = decode(model, tmp_path / "given", monkeypatch, **options)
-  assert made[1:] == records[1:] and made[0] == {record.id: record for record in static}
-  assert summary["sequences"] == len(PROMPTS) * len(GRID) and len(encodings) == 2
+  made, _ = decode(model, monkeypatch, **options)
+  known = {NEVER_EXIT: {record.id: record for record in static}}
+  assert made == records | known and len(encodings) == 2
   # A second grid of the same batches encodes nothing.
   monkeypatch.setattr(inference.Predictor, "encode", None)
-  _, again, _ = decode(model, tmp_path / "again", monkeypatch, **options)
-  assert again == made
+  assert decode(model, monkeypatch, **options)[0] == made
 
 
-def test_beginnings_are_taken_over_and_the_records_are_the_same(model, tmp_path, monkeypatch):
-  made = compiled.num_made("Program.resume")
-  summary, records, begun = decode(model, tmp_path / "reused", monkeypatch)
+@pytest.mark.parametrize("schedule", [schedules.Constant(), schedules.Decaying(4.0, 6)])
+def test_beginnings_are_taken_over_and_the_records_are_the_same(model, monkeypatch, schedule):
+  model, made = model.with_options(schedule=schedule), compiled.num_made("Program.resume")
+  records, begun = decode(model, monkeypatch)
   # A batch of 4 and one of 2, over the whole grid.
   assert compiled.num_made("Program.resume") - made <= 2
-  # Meta: some sequence was decoded on from its middle, and some token was saved by that.
-  middles = sum(at for batch in begun for at in batch)
-  assert middles > 0 and summary["reused_tokens"] >= middles
-  for threshold, made in zip((NEVER_EXIT, *GRID), records, strict=True):
+  # Meta: some sequence was decoded on from its middle.
+  assert sum(at for batch in begun for at in batch) > 0
+  for threshold, made in records.items():
     for plain in grid.with_rule(model, PROMPTS, threshold=threshold):
       reused = made[plain.id]
       assert (reused.tokens, reused.exit_layers) == (plain.tokens, plain.exit_layers)
-      np.testing.assert_allclose(reused.confidences, plain.confidences, atol=1e-5)
-      np.testing.assert_allclose(
-        reused.rejected_confidences, plain.rejected_confidences, atol=1e-5
-      )
-
-
-LAYERS, LENGTH, ALLOWED = 5, 12, (1, 3, 4)
-
-
-def schedule(threshold, decaying):
-  """Constant, or Eq. 5 with `NEVER_EXIT` mapped to itself."""
-  steps = np.arange(LENGTH)
-  if not decaying or threshold == NEVER_EXIT:
-    return np.full(LENGTH, threshold, np.float32)
-  values = 0.9 * threshold + 0.1 * np.exp(-4.0 * steps / LENGTH)
-  return np.clip(values, 0, 1).astype(np.float32)
-
-
-def decode_by_hand(prompt, thresholds, prefix=()):
-  """(token, exit layer, confidence, refused) per step; `prefix` is taken over, not decoded."""
-  steps = list(prefix)
-  while len(steps) < LENGTH and not (steps and steps[-1][0] == 1):
-    position, refused = len(steps), 0.0
-    history = [token * 7 + layer for token, layer, _, _ in steps]
-    for layer in range(1, LAYERS + 1):
-      generator = np.random.default_rng([prompt, position, layer, *history])
-      confidence = np.float32(generator.random())
-      token = int(generator.integers(1, 12))
-      if layer == LAYERS or (layer in ALLOWED and confidence >= thresholds[position]):
-        steps.append((token, layer, 0.0 if layer == LAYERS else confidence, refused))
-        break
-      if layer in ALLOWED:
-        refused = max(refused, confidence)
-  return steps
-
-
-def record_of(prompt, steps):
-  tokens, layers, confidences, refused = zip(*steps, strict=True)
-  return Record(str(prompt), "text", tokens, layers, confidences, refused)
-
-
-@pytest.mark.parametrize("decaying", [False, True])
-def test_reuse_down_a_grid_equals_plain_decoding(decaying):
-  summary = collections.Counter()
-  for prompt in range(40):
-    previous = None
-    for threshold in (NEVER_EXIT, *np.linspace(0.99, 0.0, 12)):
-      values = schedule(threshold, decaying)
-      plain = decode_by_hand(prompt, values)
-      if previous is not None:
-        kept = grid.reusable_tokens(record_of(prompt, previous), values)
-        assert previous[:kept] == plain[:kept]
-        # A refusal of 0 may mean none: at threshold 0 the rule keeps less than it could.
-        if kept < len(previous) and threshold > 0.0:
-          assert previous[kept] != plain[kept]  # exact: not one token more could be kept
-        whole = kept == len(previous)
-        assert whole == (previous == plain) or threshold == 0.0
-        resumed = previous if whole else decode_by_hand(prompt, values, previous[:kept])
-        assert record_of(prompt, resumed) == record_of(prompt, plain)
-        summary += collections.Counter(
-          tokens=len(plain), reused=min(kept, len(plain)), sequences=1, whole=whole
-        )
-      previous = plain
-  assert 0 < summary["reused"] < summary["tokens"]
-  assert 0 < summary["whole"] < summary["sequences"]
+      for name in ("confidences", "rejected_confidences"):
+        got, expected = getattr(reused, name), getattr(plain, name)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_reuse_by_hand():
   row = Record("a", "x", [5, 6, 1], [2, 8, 8], [0.8, 0.0, 0.0], [0.1, 0.5, 0.2])
   for thresholds, kept in (
-    ([0.6, 0.6, 0.6], 3),
     ([0.6, 0.6, 0.6, 0.0], 3),  # later values belong to no token
     ([0.5, 0.5, 0.5], 1),  # reaching it is exiting
-    ([0.0, 0.0, 0.0], 0),
     ([0.6, 0.6, 0.2], 2),
   ):
     assert grid.reusable_tokens(row, thresholds) == kept
-  assert grid.reusable_tokens(Record("a", "x", [1]), [1.0]) == 0
   # Comparisons are in float32, as in the decoder.
-  confidence = float(np.float32(0.7))
-  row = Record("a", "x", rejected_confidences=[confidence])
-  assert confidence < 0.7 and grid.reusable_tokens(row, [0.7]) == 0
+  row = Record("a", "x", rejected_confidences=[float(np.float32(0.7))])
+  assert grid.reusable_tokens(row, [0.7]) == 0
 
 
 # ---- While serving
@@ -250,7 +165,7 @@ def test_it_learns_what_a_batch_of_the_same_prompts_would(model, tmp_path):
   assert "at least 0.7 over the whole life" in made.guarantee and online.served == 24
   # The losses are those of a calibration of these prompts.
   prompts = [Prompt(text, text) for text in LIVES[:12]]
-  _, cached = certified.certify(model, prompts, **ONLINE)
+  _, cached = grid.certify(model, prompts, **ONLINE)
   expected = sequence_losses.compute(cached, "textual").values
   again = model.online(None, **ONLINE)
   for text, row in zip(LIVES[:12], expected.tolist(), strict=True):
@@ -268,13 +183,13 @@ def test_it_learns_what_a_batch_of_the_same_prompts_would(model, tmp_path):
 
 def test_what_does_not_fit_is_refused(model):
   online = model.online(None, **ONLINE)
-  for other in ({"threshold": 0.5}, {"rule": exits.StaticExit()}):
-    with pytest.raises(ValueError, match="`online` needs neither"):
-      model.generate(LIVES[:1], online=online, **other)
-  with pytest.raises(ValueError, match="`ids` of 1 texts, got 2"):
-    model.generate(LIVES[:1], online=online, ids=["a", "b"])
-  with pytest.raises(ValueError, match="a state of this model under these options"):
-    model.with_options(max_decode_length=3).generate(LIVES[:1], online=online)
+  for served, other, message in (
+    (model, {"threshold": 0.5}, "`online` needs neither"),
+    (model, {"ids": ["a", "b"]}, "`ids` of 1 texts, got 2"),
+    (model.with_options(max_decode_length=3), {}, "a state of this model under these options"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      served.generate(LIVES[:1], online=online, **other)
   assert online.served == 0
 
 
@@ -304,58 +219,43 @@ def test_prompts_are_timed_alone_and_in_whole_batches(model):
     assert pair.full > 0 and pair.speedup == pytest.approx(pair.full / pair.early)
     assert min(pair.speedup, 1) <= pair.end_to_end <= max(pair.speedup, 1)
   assert told == sorted(told) and told[-1] == 1.0
-
-
-def test_there_are_no_batches_of_too_few_prompts(model):
   assert timing.beside_full_depth(model, TEXTS[:3], 0.6, rounds=1).batched is None
-
-
-def test_a_threshold_that_is_not_faster_warns_wherever_it_is_served(model, directory, tmp_path):
-  made = calibrate.calibrate(np.zeros((200, 2)), [0.9, 0.3], tolerance=0.1, error_rate=0.05)
-  made = dataclasses.replace(made, procedure=model.procedure)
-  pair = timing.Pair(1, 8, full=1.0, early=1.25, speedup=0.8, end_to_end=0.9)
-  timing.note(made, timing.Seconds(pair)).save(tmp_path / "calibration.json")
-  with pytest.warns(inference.SlowerThanFullDepth, match=r"x0\.80 one at a time; decode at"):
-    inference.load(directory, calibration=tmp_path / "calibration.json")
-  faster = dataclasses.replace(pair, early=0.5, speedup=2.0)
-  model.under(timing.note(made, timing.Seconds(faster)))  # warns of nothing
 
 
 FAST = timing.Pair(1, 8, full=4.0, early=2.0, speedup=2.0, end_to_end=1.5)
 SLOW = dataclasses.replace(FAST, batch_size=8, early=5.0, speedup=0.8)
 
 
-def calibrated(losses=0.0):
-  table = np.full((100, 2), losses)
-  return calibrate.calibrate(table, [0.9, 0.5], tolerance=0.1, error_rate=0.05)
+def calibrated(losses=0.0, **fields):
+  table = np.full((200, 2), losses)
+  made = calibrate.calibrate(table, [0.9, 0.5], tolerance=0.1, error_rate=0.05)
+  return dataclasses.replace(made, **fields)
 
 
 @pytest.mark.parametrize(
   ("measured", "words"),
   [
     (timing.Seconds(FAST), ""),
-    (timing.Seconds(FAST, dataclasses.replace(FAST, batch_size=8)), ""),
     (timing.Seconds(FAST, SLOW), "x0.80 in batches of 8"),
     (timing.Seconds(dataclasses.replace(FAST, speedup=1.0), SLOW), "x1.00 one at a time and"),
   ],
 )
-def test_what_was_measured_is_kept_in_the_file_and_told(measured, words, tmp_path):
-  timing.note(calibrated(), measured).save(tmp_path / "calibration.json")
-  read = calibrate.Calibration.load(tmp_path / "calibration.json")
-  assert timing.noted(read) == measured and read.threshold == 0.5
-  told = timing.warning(read)
-  assert words in told and bool(told) == bool(words)
+def test_what_was_measured_is_kept_and_a_slow_threshold_warns_where_it_is_served(
+  model, directory, tmp_path, measured, words
+):
+  path = tmp_path / "calibration.json"
+  timing.note(calibrated(procedure=model.procedure), measured).save(path)
+  read = calibrate.Calibration.load(path)
+  assert timing.noted(read) == measured and bool(timing.warning(read)) == bool(words)
+  slow = pytest.warns(inference.SlowerThanFullDepth, match=words)
+  with slow if words else contextlib.nullcontext():
+    assert inference.load(directory, calibration=path).threshold == 0.5
 
 
 def test_nothing_is_said_where_nothing_was_measured_or_certified():
   assert timing.noted(calibrated()) is None and timing.warning(calibrated()) == ""
-  assert timing.note(calibrated(), None) == calibrated()
   assert timing.warning(timing.note(calibrated(1.0), timing.Seconds(SLOW))) == ""
   # A note of that name that somebody else wrote.
-  for note in (
-    {"single": {"speedup": 0.5}, "batched": None},
-    "slow",
-    {"single": dict.fromkeys(vars(FAST), "x"), "batched": None},
-  ):
+  for note in ({"single": {"speedup": 0.5}, "batched": None}, "slow"):
     provenance = dataclasses.replace(calibrated().provenance, notes={"seconds": note})
-    assert timing.noted(dataclasses.replace(calibrated(), provenance=provenance)) is None
+    assert timing.noted(calibrated(provenance=provenance)) is None

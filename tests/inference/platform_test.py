@@ -11,7 +11,6 @@ import pytest
 from flax import linen as nn
 
 from calm import calibrate, checkpoints, exits, inference
-from calm.commands import cli
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
@@ -55,20 +54,6 @@ def test_a_procedure_says_where_it_decodes(directory, model):
     model.with_options(matmul_precision="great")
 
 
-def test_an_older_calibration_is_read_and_one_line_says_what_it_lacks(
-  directory, model, elsewhere, tmp_path, capsys
-):
-  old = dataclasses.replace(model.procedure, platform=None, matmul_precision=None)
-  path = tmp_path / "calibration.json"
-  dataclasses.replace(elsewhere, procedure=old).save(path)
-  assert inference.load(directory, calibration=path, **OPTIONS).generate(["a"]).guarantee
-  (tmp_path / "prompts.txt").write_text("a\n")
-  named = [f"--model={directory}", f"--calibration={path}", "--max_decode_length=6"]
-  assert cli.main(["infer", *named, f"--prompts={tmp_path / 'prompts.txt'}"]) == 0
-  said = " ".join(capsys.readouterr().err.split())
-  assert said.count("did not record `platform` and `matmul_precision`") == 1
-
-
 def test_a_calibration_from_another_platform_is_refused_with_both_named(
   directory, elsewhere, tmp_path
 ):
@@ -84,19 +69,6 @@ def test_a_calibration_from_another_platform_is_refused_with_both_named(
   assert served.options.matmul_precision == "high"
   with pytest.raises(ValueError, match="`measure`: expected 'softmax', got 'state'"):
     inference.load(directory, allow_platform=True, measure="state", **given)
-
-
-def test_elsewhere_it_is_served_without_its_guarantee(directory, elsewhere, tmp_path, capsys):
-  path, prompts = tmp_path / "calibration.json", tmp_path / "prompts.txt"
-  elsewhere.save(path)
-  prompts.write_text("\n".join(text or "-" for text in TEXTS))
-  named = ["infer", f"--model={directory}", f"--calibration={path}", f"--prompts={prompts}"]
-  assert cli.main(named) == 2
-  said = capsys.readouterr().err
-  assert "'tpu', got 'cpu'" in said
-  assert cli.main([*named, "--allow_platform"]) == 0
-  said = " ".join(capsys.readouterr().err.split())
-  assert "No guarantee: `platform`: expected 'tpu', got 'cpu'" in said
 
 
 def test_the_precision_reaches_every_program(directory, monkeypatch):
@@ -116,12 +88,9 @@ def test_the_precision_reaches_every_program(directory, monkeypatch):
 def test_narrow_weights_are_a_model_of_rounded_weights(directory):
   """Activations stay as they are: the texts are those of the rounded tree."""
   narrow = inference.load(directory, weights_dtype="bfloat16", **OPTIONS)
-  rounded = jax.tree.map(
-    lambda leaf: (
-      np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32) if leaf.ndim > 1 else leaf
-    ),
-    checkpoints.load(directory).params,
-  )
+  half = lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32)
+  params = checkpoints.load(directory).params
+  rounded = jax.tree.map(lambda leaf: half(leaf) if leaf.ndim > 1 else leaf, params)
   # The classifier and the position biases are few numbers, and are kept.
   plain = inference.load(directory, **OPTIONS)
   for part in ("exit_classifier", "relpos_bias"):
@@ -190,24 +159,16 @@ def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory, p
 
 
 @pytest.mark.parametrize(
-  ("option", "value", "way_out"),
-  [
-    ("weights_dtype", "int8", "leave one of the two out"),
-    ("encoder_dtype", "int8", "leave one of the two out"),
-    ("dtype", "bfloat16", "give `dtype` 'float32'"),
-  ],
+  ("option", "value"),
+  [("weights_dtype", "int8"), ("encoder_dtype", "int8"), ("dtype", "bfloat16")],
 )
 def test_nothing_is_decoded_exactly_from_drafts_where_states_are_rounded(
-  directory, capsys, tmp_path, option, value, way_out
+  directory, option, value
 ):
   coded = inference.load(directory, **{option: value}, **OPTIONS)
   assert not inference.can_be_exact(coded)
   with pytest.raises(ValueError, match=f"for exact decoding, got `{option}` '{value}'"):
     inference.exact_rule(coded)
-  (tmp_path / "prompts.txt").write_text("a\n")
-  given = [f"--{option}={value}", f"--prompts={tmp_path / 'prompts.txt'}", "--exact"]
-  assert cli.main(["infer", f"--model={directory}", *given]) == 2
-  assert way_out in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(directory, tmp_path):
@@ -222,9 +183,8 @@ def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(direc
   assert opened.config.dtype == "bfloat16" and opened.exact is None
 
 
-@pytest.mark.parametrize("given", [{"measure": "softmax"}, {"measure": "classifier"}])
-def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory, given):
-  coded = inference.load(directory, weights_dtype="int8", **{**OPTIONS, **given})
+def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory):
+  coded = inference.load(directory, weights_dtype="int8", **OPTIONS)
   full = coded.generate(TEXTS, threshold=schedules.NEVER_EXIT)
   for threshold in (1.0, 0.3):
     made = coded.generate(TEXTS, threshold=threshold)
@@ -233,9 +193,8 @@ def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory
       assert item.tokens[:deep] == whole.tokens[:deep]
 
 
-@pytest.mark.parametrize(("measure", "batch_size"), [("softmax", 1), ("classifier", 4)])
-def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
-  given = {**OPTIONS, "measure": measure, "batch_size": batch_size}
+def test_heads_in_8_bits_emit_the_same_tokens(directory):
+  given = {**OPTIONS, "measure": "classifier"}
   plain = inference.load(directory, **given)
   quantized = inference.load(directory, head_dtype="int8", **given)
   head = quantized.weights.decoder.head
@@ -256,10 +215,8 @@ def test_files_of_before_are_read_and_what_is_no_option_is_refused(tmp_path):
     assert options_lib.stored_options(tmp_path) == {"measure": "state"}
   for stored, message in (
     ({"weights_layout": "rows"}, "weights_layout.*by another program"),
-    ({"weights_dtype": ["bfloat16"]}, "`weights_dtype` to be a text or None"),
     ({"head_dtype": "int4"}, "`head_dtype` to be one of int8, or None, got 'int4'"),
     ({"shortlist": [10**30]}, "`shortlist` to be in 0"),
-    ({"engine": "eager"}, "engine.*by another program"),
     ({"schedule": {"name": "constant", "x": 1}}, "json: Expected `schedule`"),
   ):
     file.write_text(json.dumps(stored))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import time
 import types
@@ -65,9 +64,12 @@ def rows(outputs):
 
 
 def test_outputs_come_in_the_order_of_the_prompts(model, generated):
-  backwards = model.generate(TEXTS[::-1], threshold=0.6)
-  assert rows(backwards)[::-1] == rows(generated)
-  assert len(set(rows(generated))) > 3
+  told = []
+  tell = lambda *counts: told.append(counts)
+  pairs = model.with_options(batch_size=2)
+  backwards = pairs.generate(TEXTS[::-1], threshold=0.6, progress=tell)
+  assert rows(backwards)[::-1] == rows(generated) and len(set(rows(generated))) > 3
+  assert told == [(0, 6), (2, 6), (4, 6), (6, 6)]
   assert model.generate([], threshold=0.6).texts == []
 
 
@@ -82,12 +84,9 @@ def test_maps_beside_a_model_change_no_full_text_and_are_recorded(directory, mod
   )
   # Of translated exits nobody is warned that they were never trained.
   mapped = inference.load(tmp_path, measure="classifier", propagation="learned", **OPTIONS)
-  full = rows(model.generate(TEXTS, threshold=NEVER))
-  assert rows(mapped.generate(TEXTS, threshold=NEVER)) == full
-  assert [
-    tokens
-    for tokens, _ in rows(mapped.generate(TEXTS, rule=exits.Speculative(1, draft_head="full")))
-  ] == [tokens for tokens, _ in full]
+  full = model.generate(TEXTS, threshold=NEVER)
+  for given in ({"threshold": NEVER}, {"rule": exits.Speculative(1, draft_head="full")}):
+    assert mapped.generate(TEXTS, **given).texts == full.texts
   early = mapped.generate(TEXTS, threshold=0.5)
   assert 1 < early.mean_layers < 3
   other = mapped.with_options(propagation="exit_state").generate(TEXTS, threshold=0.5)
@@ -100,18 +99,15 @@ def test_maps_beside_a_model_change_no_full_text_and_are_recorded(directory, mod
 
 
 def test_an_output_is_whole(model, generated):
-  layers = set()
   for output in generated:
     count = len(output.tokens)
     lengths = {len(getattr(output, name)) for name in ("pieces", "exit_layers", "confidences")}
     assert lengths == {count} and 1 <= count <= 6
     assert 1 not in output.tokens[:-1] and (count == 6 or output.tokens[-1] == 1)
-    assert max(output.tokens) < SIZES.num_pieces
     assert output.text == model.vocabulary.decode(output.tokens)
     assert all(0 <= c <= 1 for c in output.confidences + output.rejected_confidences)
-    assert output.score < 0 and output.num_layers == 3
-    layers |= set(output.exit_layers)
-  assert layers <= {1, 2, 3} and len(layers) > 1
+    assert output.score < 0 and set(output.exit_layers) <= {1, 2, 3}
+  assert 1 < generated.mean_layers < 3
 
 
 def test_never_exit_is_full_depth(model):
@@ -136,8 +132,7 @@ def test_seconds_leave_compiling_out(model):
   again = first.generate(TEXTS, threshold=0.6).timing
   assert again.compilations == again.compile_seconds == 0
   assert again.encode_seconds > 0 and again.decode_seconds > 0
-  both = timing + again
-  assert both.seconds > timing.seconds and both.compilations == timing.compilations
+  assert (timing + again).seconds == pytest.approx(timing.seconds + again.seconds)
 
 
 CHANGES = (
@@ -179,9 +174,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model, tmp_pat
     stored = calibrate.Procedure.from_json(json.loads(json.dumps(other.procedure.to_json())))
     same = dataclasses.replace(model, options=inference.options_of(stored))
     assert same.procedure == other.procedure
-  narrow = dataclasses.replace(
-    model, config=dataclasses.replace(model.config, dtype="bfloat16")
-  )
+  narrow = model.changed(config=dataclasses.replace(model.config, dtype="bfloat16"))
   assert narrow.procedure.activation_dtype == "bfloat16" and sizes(narrow) == {4}
   assert inference.options_of(narrow.procedure).batch_size == narrow.procedure.batch_bucket == 4
   assert model.with_options(batch_size=1).procedure == model.procedure
@@ -209,33 +202,28 @@ def test_a_calibrated_model_serves_its_threshold_and_its_promise(
   assert served.with_options(measure="state").calibration is None
 
 
-def another_model(directory, folder):
-  return save(folder / "other", seed=2), {}
-
-
 def another_architecture(directory, folder):
   other = shutil.copytree(directory, folder / "other")
   config = json.loads((other / "config.json").read_text())
   (other / "config.json").write_text(json.dumps({**config, "relpos_max_distance": 20}))
-  return other, {}
+  return other
 
 
 @pytest.mark.parametrize(
-  ("change", "message"),
+  ("other", "options", "message"),
   [
-    (lambda directory, _: (directory, {"measure": "state"}), "`measure`: expected .*, got"),
-    (lambda directory, _: (directory, {"task_prefix": "say: "}), "`task_prefix`: expected"),
-    (another_model, "`parameters_digest`"),
-    (another_architecture, r"`configuration`: expected \{'relpos_max_distance': 1"),
+    (None, {"measure": "state"}, "`measure`: expected .*, got"),
+    (lambda _, folder: save(folder / "other", seed=2), {}, "`parameters_digest`"),
+    (another_architecture, {}, r"`configuration`: expected \{'relpos_max_distance': 1"),
   ],
 )
 def test_a_calibration_of_another_procedure_is_refused_by_field(
-  directory, calibration, tmp_path, change, message
+  directory, calibration, tmp_path, other, options, message
 ):
-  other, options = change(directory, tmp_path)
+  path = other(directory, tmp_path) if other else directory
   with pytest.raises(ValueError, match=rf"another procedure: {message}"):
-    inference.load(other, calibration=calibration, **options)
-  void = inference.load(other, calibration=calibration, void_guarantee=True, **options)
+    inference.load(path, calibration=calibration, **options)
+  void = inference.load(path, calibration=calibration, void_guarantee=True, **options)
   assert void.calibration is None
   outputs = void.generate(TEXTS[:1])
   assert outputs.threshold == calibration.threshold and outputs.guarantee is None
@@ -251,14 +239,6 @@ def test_calibrations_of_unknown_origin_and_models_without_vocabulary_are_refuse
   bare = save(tmp_path / "bare", with_vocabulary=False)
   with pytest.raises(ValueError, match="Expected a vocabulary beside the checkpoint"):
     inference.load(bare)
-
-
-def test_prompts_that_are_too_long_are_cut_with_a_warning(model):
-  short = ["ok"] * 4
-  with pytest.warns(UserWarning, match=re.escape("2 of 6 prompts have more than")):
-    got = model.generate(["x" * 64, *short, "y" * 99], threshold=0.6)
-  # 63 bytes and EOS are what is read.
-  assert rows(got) == rows(model.generate(["x" * 63, *short, "y" * 63], threshold=0.6))
 
 
 def test_defaults_that_belong_together_stay_together(tmp_path):
@@ -324,34 +304,10 @@ def test_the_whole_network_belongs_to_the_procedure(model):
   assert names == set(OTHER_NETWORK) | set(options_lib._NOT_DECODED)
 
 
-def test_who_calls_is_told_how_far_a_list_is(model):
-  told = []
-  tell = lambda *counts: told.append(counts)
-  model.with_options(batch_size=2).generate(TEXTS, threshold=0.6, progress=tell)
-  assert told == [(0, 6), (2, 6), (4, 6), (6, 6)]
-
-
-# ---- Long limits, in stages where sums' last bits decide nothing
-
-
-def test_a_long_limit_is_reached_in_stages_and_changes_no_text(directory, monkeypatch):
-  long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
-  monkeypatch.setattr(program_lib, "FIRST", 5)
-  assert program_lib.stage_lengths(40) == (5, 20, 40)
-  before = compiled.num_made("Program.begin")
-  in_stages = long.generate(TEXTS, threshold=0.6)
-  assert compiled.num_made("Program.begin") > before
-  assert max(len(output.tokens) for output in in_stages) > 5
-  monkeypatch.setattr(program_lib, "FIRST", 40)
-  whole = long.generate(TEXTS, threshold=0.6)
-  assert in_stages.texts == whole.texts
-  assert [o.exit_layers for o in in_stages] == [o.exit_layers for o in whole]
-
-
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
   monkeypatch.setattr(program_lib, "FIRST", 2)
-  before = compiled.num_made("Program.begin"), compiled.num_made("Program.decode_packed")
+  made = lambda: [compiled.num_made(f"Program.{x}") for x in ("begin", "decode_packed")]
+  begun, packed = made()
   narrow = inference.load(directory, **OPTIONS, dtype="bfloat16")
   narrow.generate(TEXTS[:1], threshold=0.6)
-  after = compiled.num_made("Program.begin"), compiled.num_made("Program.decode_packed")
-  assert after == (before[0], before[1] + 1)
+  assert made() == [begun, packed + 1]

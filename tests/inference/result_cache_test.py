@@ -50,14 +50,13 @@ def test_a_result_reads_back():
 def test_what_is_no_result_is_refused():
   with pytest.raises(TypeError, match="numbers, texts, tuples and dataclasses"):
     result_cache.to_json({"x": object()})
-  for kind, stored in ((tuple[str, ...], [3]), (float, "much"), (int, True), (bool, 1)):
+  for kind, stored in ((tuple[str, ...], [3]), (float, "much"), (int, True)):
     with pytest.raises(TypeError, match=r"Expected .* in a stored result, got"):
       result_cache.from_json(kind, stored)
 
 
-def test_a_result_is_computed_once_per_key_and_version(tmp_path, monkeypatch):
-  cache = result_cache.ResultCache(tmp_path / "new" / "folder")
-  calls = []
+def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(tmp_path):
+  cache, calls = result_cache.ResultCache(tmp_path / "new" / "folder"), []
 
   def make():
     calls.append(1)
@@ -67,24 +66,13 @@ def test_a_result_is_computed_once_per_key_and_version(tmp_path, monkeypatch):
   assert cache.get(Outer, "thing", {"n": 1}, make) == first and len(calls) == 1
   others = [("thing", {"n": 2}), ("other", {"n": 1})]
   assert [cache.get(Outer, name, key, make).inner.value for name, key in others] == [2, 3]
-  assert len(list((tmp_path / "new" / "folder").iterdir())) == 3
-  monkeypatch.setattr(result_cache, "VERSION", result_cache.VERSION + 1)
-  assert cache.get(Outer, "thing", {"n": 1}, make).inner.value == 4
-
-
-def test_a_damaged_file_is_named(tmp_path):
-  cache = result_cache.ResultCache(tmp_path)
-  cache.get(Outer, "thing", {}, outer)
-  path = cache.path("thing", {})
+  path = cache.path("thing", {"n": 1})
   path.write_text(path.read_text("utf-8")[:-40], "utf-8")
   with pytest.raises(ValueError, match=rf"stored result of thing in {path}.*delete"):
-    cache.get(Outer, "thing", {}, outer)
+    cache.get(Outer, "thing", {"n": 1}, make)
 
 
 def test_prompts_differ_by_text_reference_and_order():
   one, two = Prompt("a", "x", ("r",)), Prompt("b", "y", ("r",))
-  digests = {
-    result_cache.prompts_digest(prompts)
-    for prompts in ([one, two], [two, one], [one], [Prompt("a", "x", ("s",)), two])
-  }
-  assert len(digests) == 4
+  lists = ([one, two], [two, one], [one], [Prompt("a", "x", ("s",)), two])
+  assert len(set(map(result_cache.prompts_digest, lists))) == 4

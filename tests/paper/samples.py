@@ -13,7 +13,7 @@ from calm.calibrate import Prompt, Record, generations
 from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.inference import grid, timing
-from calm.paper import bench, experiments, perturbations, scores, tasks
+from calm.paper import bench, experiments
 
 NUM_LAYERS = 4
 GRID = (0.9, 0.6, 0.3)
@@ -108,12 +108,10 @@ class Task(experiments.Task):
     lambda self: dict.fromkeys(MEASURES, cached(len(self.test)))
   )
   timed_model = property(lambda self: self.predictor)
-  static = property(
-    lambda self: {
-      k: tuple(record(i, k, wrong=i % 4 >= k) for i in range(len(self.test)))
-      for k in range(1, 5)
-    }
-  )
+  static = property(lambda self: {k: self._static(k) for k in range(1, 5)})
+
+  def _static(self, depth):
+    return tuple(record(i, depth, wrong=i % 4 >= depth) for i in range(len(self.test)))
 
   def records(self, name, rule, examples, measure=""):
     return self.full
@@ -137,7 +135,7 @@ class Task(experiments.Task):
 def sample(count: int = 60, **results: Any) -> Task:
   """A task, some of whose results are given."""
   model: Any = Model()
-  settings = dataclasses.replace(tasks.task("synopsis"), max_decode_length=8, bleu=True)
+  settings = dataclasses.replace(bench.task("synopsis"), max_decode_length=8, bleu=True)
   other = {"geometric": model, "last_layer": model}
   options, given = bench.Options(step=0.3, examples=3), prompts(count)
   made = Task(model, settings, given, given, pathlib.Path(), options, **other)
@@ -145,15 +143,15 @@ def sample(count: int = 60, **results: Any) -> Task:
   return made
 
 
-def wrong_tokens(first: float, last: float, error: float) -> scores.Curves:
+def wrong_tokens(first: float, last: float, error: float) -> experiments.Curves:
   """Similarities after wrong tokens at two positions, of every kind."""
-  names = (perturbations.UNPERTURBED, *perturbations.RULES)
+  names = (experiments.UNPERTURBED, *experiments.RULES)
   points = tuple(
-    scores.Point(name, at, 60, 4.0, 0.5, 0.0, value, error, 0.5)
+    experiments.Point(name, at, 60, 4.0, 0.5, 0.0, value, error, 0.5)
     for name in names
     for at, value in ((0.0, first), (9.0, last))
   )
-  return scores.Curves(60, points)
+  return experiments.Curves(60, points)
 
 
 @functools.cache

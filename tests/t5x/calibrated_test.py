@@ -86,10 +86,8 @@ def test_its_threshold_is_served_and_batches_of_other_kinds_are_refused(box, fil
   ("named", "changes"),
   [
     ("`measure`", {"rule": dataclasses.replace(RULE, measure=confidence.State())}),
-    ("`exit_layers`", {"rule": dataclasses.replace(RULE, allowed=(2,))}),
     ("`schedule`", {"rule": dataclasses.replace(RULE, schedule=schedules.Decaying(4.0, 24))}),
     ("`task_prefix`", {"prefix": ""}),
-    ("`matmul_precision`", {"matmul_precision": "highest"}),
     ("`parameters_digest`", {"checkpoint": "other"}),
     ("got both", {"threshold": 0.5}),
     ("outputs from elsewhere", {"path": "elsewhere"}),

@@ -43,11 +43,8 @@ SYNOPSIS = "configs/tasks/debian_synopsis.gin"
 
 
 def forget(module: str) -> None:
-  """Takes a module's configurables out of gin's registry, as in a process that is new.
-
-  T5X's small.gin says `network.T5Config` without an import, and tests bind that name: gin must
-  know but one of it.
-  """
+  """Takes a module's configurables out of gin's registry, as in a process that is new: T5X's
+  small.gin says `network.T5Config` without an import, of which gin must know but one."""
   from gin import config
 
   for selector, known in list(config._REGISTRY.items()):
@@ -152,26 +149,15 @@ def test_every_network_of_t5x_is_taken_as_it_is(size):
     assert sum(int(np.prod(shape)) for shape in shapes) == NUM_PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("size", "layers"), [("small", 8), ("base", 12)])
-def test_the_papers_runs_are_the_papers(size, layers):
-  network_file = f"t5x/examples/t5/t5_1_1/{size}.gin"
+def test_the_papers_runs_are_the_papers():
   for task, temperature in (("cnn_dailymail", 4.0), ("wmt15_enfr", 4.0), ("squad", 0.0)):
     gin.clear_config()
-    model = built(CONFIGS / "runs" / f"paper_{task}.gin", size=network_file)
-    assert model.config.num_decoder_layers == layers and model.config.dtype == "bfloat16"
+    model = built(CONFIGS / "runs" / f"paper_{task}.gin")
+    assert model.config.num_decoder_layers == 8 and model.config.dtype == "bfloat16"
     assert model.config.dropout_rate == 0.1
     assert model.rule.schedule.temperature == temperature
     assert model._loss_normalizing_factor == 2048 * 114
     assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
-
-
-def test_the_papers_second_stage_keeps_what_its_first_was_set_to():
-  model = built(CONFIGS / "runs" / "paper_squad.gin", "exit_classifier")
-  assert isinstance(model.objective, objectives.ExitClassifier)
-  assert model.config.exit_classifier and model.config.dtype == "bfloat16"
-  assert model._loss_normalizing_factor == 2048 * 114
-  assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
-  assert not model.optimizer_def.hyper_params.multiply_by_parameter_scale
 
 
 def test_exits_beside_frozen_weights_are_trained_and_read_from_one_pair_of_lines():
@@ -191,15 +177,14 @@ def test_exits_beside_frozen_weights_are_trained_and_read_from_one_pair_of_lines
   assert plain.exit_translators == (1, 3) and plain.exit_propagation == ()
 
 
-@pytest.mark.parametrize("run", ["infer", "eval", "sweep"])
-def test_decoding_takes_the_papers_schedule(run):
+def test_decoding_takes_the_papers_schedule():
   numbers = {"schedules.Decaying.temperature": 4.0, "schedules.Decaying.max_length": 512}
-  model = built(CONFIGS / "runs" / f"{run}.gin", "decaying", **numbers)
+  model = built(CONFIGS / "runs" / "infer.gin", "decaying", **numbers)
   assert model.rule.schedule == schedules.Decaying(4.0, 512)
   assert model.is_greedy and model.whole_decoder
 
 
-@pytest.mark.parametrize("run", ["finetune", "infer", "eval", "sweep", "early_exit"])
+@pytest.mark.parametrize("run", ["infer", "early_exit"])
 def test_a_network_after_the_run_is_refused(run):
   """T5X's file sets MODEL again, to a model without exits."""
   path = CONFIGS / "runs" / f"{run}.gin"
@@ -207,11 +192,6 @@ def test_a_network_after_the_run_is_refused(run):
   given |= {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}, "TRAIN_STEPS": 3}
   with pytest.raises(ValueError, match="T5X's network file before the run"):
     parse(str(path.relative_to(REPOSITORY)), SMALL, SYNOPSIS, **given)
-
-
-def test_a_run_that_goes_on_reads_other_batches():
-  parse_run(CONFIGS / "runs" / "local_debian.gin")
-  assert gin.query_parameter("train/utils.DatasetConfig.seed") is None
 
 
 def test_private_names_are_those_of_the_tested_versions():
@@ -312,7 +292,6 @@ MEASURED = (
 @pytest.mark.parametrize(
   ("lines", "said"),
   [
-    (["THRESHOLD = 0.5"], "exits: threshold 0.5, DynamicExits(measure=Softmax()"),
     (["TRESHOLD = 0.5"], "no exits, unless a call gives a threshold"),
     ([*MEASURED, "THRESHOLD = 0"], "exits: threshold 0, DynamicExits(measure=Classifier()"),
   ],
@@ -324,30 +303,10 @@ def test_one_line_says_what_decodes(caplog, lines, said):
   assert model.config.exit_classifier == ("Classifier" in said), "where it is needed"
 
 
-@pytest.mark.parametrize("value", ["[0.5, 0.9]", "'0.5'", "(0.5,)", "None", "True"])
+@pytest.mark.parametrize("value", ["[0.5, 0.9]", "'0.5'"])
 def test_a_threshold_that_is_no_number_is_refused(value):
   with pytest.raises(ValueError, match="Expected `threshold` to be a number, got "):
     model_of(NETWORK_FILE, INFER_FILE, ONE_LINE, f"THRESHOLD = {value}", NETWORK_SIZES)
-
-
-def precisions(model) -> set[str | None]:
-  """Of every product of a prediction; None is JAX's own."""
-  text = str(jax.make_jaxpr(model.predict_batch_with_aux)(*shapes_of(model)))
-  found = re.findall(r"dot_general\[.*?\]\n", text, re.DOTALL)
-  assert len(found) > 20
-  named = [re.search(r"precision=\((\S+), \1\)", product) for product in found]
-  return {name and name[1] for name in named}
-
-
-def test_precision_of_products_is_an_option_of_decoding():
-  made = lambda *lines: model_of(
-    NETWORK_FILE, INFER_FILE, ONE_LINE, IMPORTED, "THRESHOLD = 0.4", *lines, NETWORK_SIZES
-  )
-  line = 'calm_models.EncoderDecoderModel.matmul_precision = "highest"'
-  assert precisions(made(line)) == {"Precision.HIGHEST"}
-  assert precisions(made()) == {None}
-  with pytest.raises(ValueError, match="`matmul_precision` to be one of default, high"):
-    made(line.replace("highest", "most"))
 
 
 def test_what_would_be_ignored_is_refused():
@@ -355,7 +314,5 @@ def test_what_would_be_ignored_is_refused():
   other = ("models.DecoderOnlyModel.module = @network.Transformer()", THEIRS)
   with pytest.raises(TypeError, match="Expected `module`, `input_vocabulary`"):
     model_of(INFER_FILE, ONE_LINE, *other, NETWORK_SIZES)
-  with pytest.raises(TypeError, match="Expected `module`, `input_vocabulary`"):
-    models.EncoderDecoderModel(optimizer_def=1, output_vocabulary=setup.vocabulary(40))
   with pytest.raises(ValueError, match="label_smoothing"):
     model_of(NETWORK_FILE, "LABEL_SMOOTHING = 0.1", ONE_LINE, NETWORK_SIZES)

@@ -5,7 +5,6 @@ import sys
 
 import jax
 import numpy as np
-import pytest
 from jax import export
 
 from calm import exits
@@ -41,16 +40,10 @@ np.savez(folder + "/made.npz", *made)
 """
 
 
-@pytest.mark.parametrize("decode", ["ours", "beam", "learned"])
-def test_an_artefact_is_served_by_a_fresh_process_for_any_batch_size(decode, tmp_path):
-  from t5x import decoding
-
-  decode_fn = decoding.beam_search if decode == "beam" else models.greedy_decode
-  toy, more = engine.toy(), {}
-  if decode == "learned":
-    toy = engine.toy_for(LEARNED)
-    more = {"rule": LEARNED, "module": models.network.Transformer(toy.config)}
-  model = setup.model(toy, decode_fn=decode_fn, threshold=0.4, **more)
+def test_an_artefact_is_served_by_a_fresh_process_for_any_batch_size(tmp_path):
+  toy = engine.toy_for(LEARNED)
+  given = {"rule": LEARNED, "module": models.network.Transformer(toy.config)}
+  model = setup.model(toy, decode_fn=models.greedy_decode, threshold=0.4, **given)
   params, batch = setup.params(toy), setup.batch()
   predict = jax.jit(model.predict_batch_with_exits)
   (rows,) = export.symbolic_shape("rows")

@@ -34,20 +34,16 @@ def interactive(tmp_path):
     models.greedy_decode, threshold=THRESHOLD,
     rule=exits.DynamicExits(confidence.Softmax(), allowed=(2, 4)),
   )  # fmt: skip
-  shapes = {"encoder_input_tokens": (2, LENGTHS["inputs"])}
-  for name in ("decoder_input_tokens", "decoder_target_tokens"):
-    shapes[name] = (2, LENGTHS["targets"])
+  sides = {"encoder_input": "inputs", "decoder_input": "targets", "decoder_target": "targets"}
+  shapes = {f"{name}_tokens": (2, LENGTHS[side]) for name, side in sides.items()}
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
   initializer = utils.TrainStateInitializer(
     model.optimizer_def, model.get_initial_variables, shapes, partitioner
   )
   state = initializer.from_scratch(jax.random.PRNGKey(0))
   state = state.replace_params(flax_core.freeze(jax.tree.map(jnp.asarray, dict(box.params))))
-  folder = str(tmp_path / "box")
-  checkpointer = t5x_checkpoints.Checkpointer(
-    initializer.global_train_state_shape, partitioner, folder
-  )
-  checkpointer.save(state)
+  folder, whole = str(tmp_path / "box"), initializer.global_train_state_shape
+  t5x_checkpoints.Checkpointer(whole, partitioner, folder).save(state)
   return interactive_model.InteractiveModel(
     batch_size=2,
     task_feature_lengths=LENGTHS,

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from calm import exits
-from calm.exits import confidence, propagation
+from calm.exits import confidence
 from tests import engine
 from tests.t5x import setup
 
@@ -20,23 +19,17 @@ pytestmark = setup.MARKS
 
 THRESHOLDS = (0.4, float("inf"))
 RULE = exits.DynamicExits(confidence.Softmax())
-LEARNED = exits.DynamicExits(confidence.Softmax(), propagation=propagation.Learned())
 # name -> partitions of the model, decode function, arguments of the model and of decoding.
 GREEDY = {
   "data": (1, "ours", {}, {}),
   "data_model": (2, "ours", {}, {}),
   "kept_whole": (2, "ours", {"whole_decoder": True}, {}),
   "whole_mesh": (4, "ours", {}, {}),
-  "maps": (2, "ours", {"rule": LEARNED}, {}),
-  "maps_whole_mesh": (2, "ours", {"rule": LEARNED}, {}),
 }
 OTHERS = {
   "sample": (2, "sample", {}, {"num_decodes": 2, "return_all_decodes": True}),
   "beam": (1, "beam", {}, {"num_decodes": 2, "return_all_decodes": True}),
 }
-# Options of T5X's sampling with a number for every row.
-ROWS = np.arange(len(engine.PROMPTS))
-BY_ROW = {"temperature": jnp.asarray(ROWS / 4), "max_decode_steps": jnp.asarray(2 + ROWS)}
 # Weights, which are asked to be whole.
 WEIGHTS_GATHERED = r"(?m) all-gather\(.*op_name=\"[^\"]*sharding_constraint"
 
@@ -47,15 +40,11 @@ def model(decode: str, **arguments: Any) -> Any:
   sample = functools.partial(decoding.temperature_sample, temperature=0.7, topk=5)
   known = {"ours": models.greedy_decode, "sample": sample, "beam": decoding.beam_search}
   given = {"rule": RULE, "decode_fn": known[decode], **arguments}
-  toy = toy_of(given["rule"])
-  if given["rule"] == LEARNED:
-    maps = (toy.config.exit_translators, toy.config.exit_propagation_rank)
-    given["exit_maps"] = maps
-  return setup.model(toy, **given)
+  return setup.model(toy(), **given)
 
 
-def toy_of(rule: exits.DynamicExits) -> engine.Toy:
-  return engine.toy_for(rule, num_heads=4)
+def toy() -> engine.Toy:
+  return engine.toy_for(RULE, num_heads=4)
 
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
@@ -75,9 +64,7 @@ try:
   utils.TrainStateInitializer(None, init, shapes, models.Partitioner(num_partitions=2))
 except ValueError as error:
   found["refused"] = str(error)
-by_row = {"by_row": (2, "sample", {}, {})}
-runs = {**here.GREEDY, **here.OTHERS, **by_row}
-for name, (partitions, decode, arguments, options) in runs.items():
+for name, (partitions, decode, arguments, options) in (here.GREEDY | here.OTHERS).items():
   # On a CPU T5X puts every device on its model axis, whatever num_partitions says.
   grid = np.array(jax.devices()).reshape(-1, partitions)
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
@@ -85,9 +72,7 @@ for name, (partitions, decode, arguments, options) in runs.items():
   model = here.model(decode, **arguments)
   # A decoder that is too large for one device.
   loops.APART_BYTES = 0 if name.endswith("whole_mesh") else 2**33
-  toy = here.toy_of(model.rule)
-  kept = [f"exit_{maps}" for maps in ("translators", "propagation")]
-  params = setup.t5x_params(toy, kept if model.rule == here.LEARNED else ())
+  params = setup.t5x_params(here.toy())
   batch = {name: np.asarray(x) for name, x in setup.batch().items()}
   shapes = {name: x.shape for name, x in batch.items()}
   shapes["decoder_target_tokens"] = shapes["decoder_input_tokens"]
@@ -97,7 +82,7 @@ for name, (partitions, decode, arguments, options) in runs.items():
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
   params = place(flax.core.freeze(jax.tree.map(np.asarray, params)))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
-  given = lambda t: {"threshold": np.float32(t), **(here.BY_ROW if name in by_row else {})}
+  given = lambda t: {"threshold": np.float32(t)}
   predict = lambda p, b, d: model.predict_batch_with_aux(p, b, decoder_params=d, **options)
   step = partitioner.partition(
     predict,
@@ -120,7 +105,7 @@ for name, (partitions, decode, arguments, options) in runs.items():
     made = jax.device_get(step(params, batch, given(threshold)))
     found[name][str(threshold)] = of(made)
   if name not in here.GREEDY:
-    one = jax.jit(predict)(setup.t5x_params(toy), batch, given(0.4))
+    one = jax.jit(predict)(setup.t5x_params(here.toy()), batch, given(0.4))
     found[name]["one"] = of(jax.device_get(one))
 print("FOUND" + json.dumps([jax.device_count(), found]))
 """
@@ -144,15 +129,13 @@ def found():
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_generations_are_those_of_one_device_up_to_ties(found, name):
-  rule = GREEDY[name][2].get("rule", RULE)
-  toy = toy_of(rule)
-  width = toy.config.num_heads * toy.config.head_dim
-  parts = 1 if name == "kept_whole" else GREEDY[name][0]
-  assert found[name]["shard"] == [toy.config.emb_dim, width // parts]
+  config, parts = toy().config, 1 if name == "kept_whole" else GREEDY[name][0]
+  width = config.num_heads * config.head_dim
+  assert found[name]["shard"] == [config.emb_dim, width // parts]
   for threshold in THRESHOLDS:
     tokens, layers = map(np.array, found[name][str(threshold)])
-    state = engine.run(toy, rule, threshold)
-    rows = engine.reference_rows(toy, rule, threshold)
+    state = engine.run(toy(), RULE, threshold)
+    rows = engine.reference_rows(toy(), RULE, threshold)
     for i in engine.agreeing_rows(rows, state.generation):
       at = rows[i].first_difference(tokens[i].tolist(), layers[i].tolist())
       assert at is None or rows[i].is_tie(at)
@@ -167,29 +150,17 @@ def test_t5x_own_loops_search_as_on_one_device_and_draw_apart(found, name):
   assert 1 < layers[layers > 0].mean() < 4
 
 
-def test_options_of_rows_are_those_of_their_rows(found):
-  assert found["by_row"]["0.4"] == found["by_row"]["one"]
-  lengths = np.sum(np.array(found["by_row"]["0.4"][1]) > 0, axis=1)
-  assert np.all(lengths <= 2 + ROWS) and np.sum(lengths == 2 + ROWS) > 3
-
-
-@pytest.mark.parametrize("name", [*GREEDY, *OTHERS])
-def test_nothing_is_exchanged_while_rows_are_decoded(found, name):
+def test_nothing_is_exchanged_while_rows_are_decoded_nor_whole_weights_gathered(found):
   """But where the whole mesh decodes as one, which shows that the law can fail."""
-  assert bool(found[name]["collectives"]) == name.endswith("whole_mesh")
-
-
-def test_weights_that_stay_whole_are_not_gathered(found):
+  for name in (*GREEDY, *OTHERS):
+    assert bool(found[name]["collectives"]) == name.endswith("whole_mesh")
   assert found["kept_whole"]["weights_gathered"] == 0
   assert found["data_model"]["weights_gathered"] > 8
+  (line,) = found["data_model"]["said"]
+  assert "whole_decoder = True" in line
+  assert not found["kept_whole"]["said"] and not found["data"]["said"]
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_named_with_those_that_do(found):
   """On a CPU T5X puts all eight devices along the model axis, whatever it is asked for."""
   assert "(4, 32), got 8 of 8 devices; axes of 1, 2, 4 fit: set num_part" in found["refused"]
-
-
-def test_a_line_says_how_to_keep_weights_whole(found):
-  (line,) = found["data_model"]["said"]
-  assert "whole_decoder = True" in line
-  assert not found["kept_whole"]["said"] and not found["data"]["said"]

@@ -23,14 +23,11 @@ import gin
 
 TOY = dict(num_encoder_layers=1, num_decoder_layers=2)
 CLASSIFIER = {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
-FORMATS = ("legacy", "orbax")
 # T5X's own run and the one line, or ours, which has both.
 THEIRS = ("t5x/configs/runs/finetune.gin", "configs/runs/early_exit.gin")
 OURS = ("configs/runs/finetune.gin",)
 INFER = ("t5x/configs/runs/infer.gin", "configs/runs/early_exit.gin")
-STAGE_TWO, LEARN_MAPS, READ_MAPS = (
-  f"configs/runs/{name}.gin" for name in ("exit_classifier", "exit_translators", "exit_maps")
-)
+STAGE_TWO, READ_MAPS = (f"configs/runs/{x}.gin" for x in ("exit_classifier", "exit_maps"))
 MEASURED = {"exits.DynamicExits.measure": "@confidence.Classifier()"}
 MAPS = {"EXIT_LAYERS": "(1,)", "EXIT_RANK": "3"}
 
@@ -87,29 +84,11 @@ def saved(model, state, folder, layout: str) -> str:
   return str(folder / f"checkpoint_{int(state.step)}")
 
 
-def restored(model, config, path: str, optimizer: bool = True) -> Any:
-  from t5x import utils
-
-  initializer = initializer_of(model, optimizer)
-  state, _ = utils.create_checkpoint_manager_and_restore(
-    initializer,
-    initializer._partitioner,
-    config,
-    path,
-    jax.random.PRNGKey(0) if optimizer else None,
-    use_orbax=True,
-  )
-  return state
-
-
 def started(
-  files, path: str, lines=None, dtype: str | None = None, resumes=None, size=configs_test.SMALL
+  files, path: str, lines=None, resumes=None, size=configs_test.SMALL
 ) -> tuple[Any, Any]:
-  """Model and first state of T5X's small.gin in a toy's sizes, and a run's files after it.
-
-  `size` is another network file of T5X's;
-  `resumes` is a MODEL_DIR that has checkpoints, from which `t5x/train.py` goes on.
-  """
+  """Model and first state of T5X's network file in a toy's sizes, and a run's files after it;
+  `resumes` is a MODEL_DIR that has checkpoints, from which `t5x/train.py` goes on."""
   from t5x import utils
 
   gin.clear_config()
@@ -135,7 +114,6 @@ def started(
   config = gin.get_configurable(utils.RestoreCheckpointConfig)()
   if is_infer:  # as infer.py does
     config.strict = False
-    config.dtype = dtype or config.dtype
   if resumes is not None:
     functions = config.state_transformation_fns
     resuming = [functools.partial(function, is_resuming=True) for function in functions]
@@ -143,7 +121,10 @@ def started(
       str(resumes), mode="latest", dtype="float32", state_transformation_fns=resuming
     )
     config, (path,) = utils.get_first_valid_restore_config_and_paths([config])
-  return model, restored(model, config, path, not is_infer)
+  initializer = initializer_of(model, not is_infer)
+  given = initializer, initializer._partitioner, config, path
+  key = None if is_infer else jax.random.PRNGKey(0)
+  return model, utils.create_checkpoint_manager_and_restore(*given, key, use_orbax=True)[0]
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
@@ -179,8 +160,11 @@ def after_stage_one() -> tuple[Any, Any]:
   return two_steps(setup.model(toy, module=models.network.Transformer(toy.config)))
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("files", [OURS, THEIRS, INFER], ids=["ours", "theirs", "infer"])
+@pytest.mark.parametrize(
+  ("files", "layout"),
+  [(OURS, "orbax"), (THEIRS, "legacy"), (INFER, "orbax")],
+  ids=["ours", "theirs", "infer"],
+)
 def test_checkpoints_restore_as_they_are(tmp_path, files, layout):
   """T5X's own, and ours, whose classifier stays where it is if nothing reads it."""
   for name, (model, expected) in {"theirs": of_t5x(), "ours": after_stage_one()}.items():
@@ -197,66 +181,39 @@ def test_checkpoints_restore_as_they_are(tmp_path, files, layout):
       assert any(np.any(leaf) for leaf in kept.values())
 
 
-@pytest.mark.parametrize("files", [THEIRS, INFER], ids=["finetune", "infer"])
-def test_parts_that_the_checkpoint_lacks_are_named(tmp_path, files):
+def test_parts_that_the_checkpoint_lacks_are_named(tmp_path):
   path = saved(*of_t5x(), tmp_path, "orbax")
   with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier/.* got none; train"):
-    started(files, path, MEASURED)
+    started(THEIRS, path, MEASURED)
   with pytest.raises(ValueError, match=r"hold decoder/exit_translators/layers_0 and .* train"):
-    started((*files, READ_MAPS), path, MAPS)
+    started((*INFER, READ_MAPS), path, MAPS)
 
 
-LAYER_1 = "decoder/exit_translators/layers_0"
-TRANSLATOR = {f"{LAYER_1}/kernel", f"{LAYER_1}/bias"}
-MAP = {
-  f"decoder/exit_propagation/layers_0/{x}" for x in ("down/kernel", "down/bias", "up/kernel")
-}
-# Format, what came before, files and lines of the stage, and what the stage moves: from layer 1
-# of 2 no input is skipped that is to be predicted.
-STAGES = {
-  "two": ("legacy", of_t5x, (*THEIRS, STAGE_TWO), {}, CLASSIFIER),
-  "two_again": ("orbax", after_stage_one, (*OURS, STAGE_TWO), {}, CLASSIFIER),
-  "maps": ("orbax", of_t5x, (*THEIRS, LEARN_MAPS), MAPS, CLASSIFIER | TRANSLATOR),
-}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_moves_its_parts_alone_stops_and_goes_on_as_if_it_had_not(tmp_path, stage):
-  """Bit for bit, of T5X's own checkpoints too; inference reads what was learned."""
-  layout, begun, files, lines, parts = STAGES[stage]
-  before_model, expected = begun()
-  path = saved(before_model, expected, tmp_path / "one", layout)
-  model, state = started(files, path, lines)
+def test_stage_two_moves_the_classifier_alone_stops_and_goes_on_as_if_it_had_not(tmp_path):
+  """Bit for bit."""
+  files, (before_model, expected) = (*OURS, STAGE_TWO), after_stage_one()
+  path = saved(before_model, expected, tmp_path / "one", "legacy")
+  model, state = started(files, path)
   before, theirs = leaves(state.params), leaves(expected.params)
-  assert before.keys() == theirs.keys() | parts | (MAP if lines else set())
   assert_equal_leaves({name: before[name] for name in theirs}, theirs)
   assert any(np.any(leaf) for leaf in state_leaves(expected).values())
   assert not any(np.any(leaf) for leaf in state_leaves(state).values()), "it starts fresh"
   middle = trained(model, state, 3)
   after = leaves(middle.params)
-  assert {name for name in before if np.any(before[name] != after[name])} == parts
-  stopped, whole = saved(model, middle, tmp_path / "two", layout), trained(model, middle, 2)
-  assert any(np.any(leaf) for leaf in state_leaves(middle).values())
-  _, again = started(files, path, lines, resumes=tmp_path / "two")
+  assert {name for name in before if np.any(before[name] != after[name])} == CLASSIFIER
+  saved(model, middle, tmp_path / "two", "legacy")
+  whole = trained(model, middle, 2)
+  _, again = started(files, path, resumes=tmp_path / "two")
   for got, same in ((again, middle), (trained(model, again, 2), whole)):
     assert int(got.step) == int(same.step)
     assert_equal_leaves(leaves(got.params), leaves(same.params))
     assert_equal_leaves(state_leaves(got), state_leaves(same))
-  # In a MODEL_DIR of its own that starts from there, the optimizer alone starts fresh.
-  _, elsewhere = started(files, stopped, lines)
-  assert int(elsewhere.step) == 5
-  assert_equal_leaves(leaves(elsewhere.params), after)
-  assert not any(np.any(leaf) for leaf in state_leaves(elsewhere).values())
-  if lines:
-    reads, read = started((*INFER, READ_MAPS), stopped, MAPS | MEASURED, dtype="float32")
-    assert_equal_leaves(leaves(read.params), after)
-    assert reads.rule.propagation.name == "learned" and reads.rule.allowed == (1,)
 
 
 SCANNED = "t5x/examples/scalable_t5/t5_1_1/base.gin"
 
 
-def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path, layout="orbax"):
+def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path):
   """Of T5X's scalable_t5, its tree as it is; and the same checkpoint without T5X."""
   from t5x import adafactor
   from t5x.examples.scalable_t5 import network
@@ -269,7 +226,7 @@ def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path, layout="
   theirs.module = network.Transformer(network.T5Config(**sizes | {"dtype": jnp.float32}))
   theirs.optimizer_def = adafactor.Adafactor(1e-3, logical_factor_rules=rules)
   theirs, expected = two_steps(theirs)
-  path = saved(theirs, expected, tmp_path, layout)
+  path = saved(theirs, expected, tmp_path, "orbax")
   lines = MEASURED | {"models.EncoderDecoderModel.decode_fn": "@greedy.greedy_decode"}
   model, state = started((*THEIRS, STAGE_TWO), path, lines, size=SCANNED)
   after = leaves(state.params)
@@ -294,7 +251,7 @@ def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path, layout="
   threshold = jnp.median(never[2][never[1] > 0])
   found = decode(model, learned.params, threshold)
   assert set(np.unique(found[1])) >= {1, 2}, "some leave after each layer"
-  opened = checkpoints.load(saved(model, learned, tmp_path / "ours", layout))
+  opened = checkpoints.load(saved(model, learned, tmp_path / "ours", "orbax"))
   plain = setup.model(toy, module=models.network.Transformer(opened.config), rule=model.rule)
   plain = functools.partial(decode, plain, jax.tree.map(jnp.asarray, opened.params))
   for got, same in zip(plain(threshold), found, strict=True):

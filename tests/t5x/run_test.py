@@ -4,16 +4,15 @@ import json
 import os
 import pathlib
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from calm import calibrate, checkpoints, inference
-from calm.calibrate import losses
 from calm.calibrate import metrics as text_metrics
 from calm.calibrate.generations import foreign
 from calm.t5 import parameters
@@ -67,41 +66,50 @@ TASK = "configs/tasks/debian_synopsis.gin"
 BOX = "configs/runs/t5x_stored_model.gin"
 
 
+TRAINING = {"EVAL_STEPS": 1, "EVAL_PERIOD": 2, "utils.SaveCheckpointConfig.period": 2}
+# The same every time, where a user's run takes another order at each start.
+TRAINING["train/utils.DatasetConfig.seed"] = 0
+
+
 def train(work, name, initial, steps, after=(), **more):
-  run(
-    "-m t5x.train",
-    "configs/runs/local_debian.gin",
-    TASK,
-    *after,
-    DATA=str(work / "data"),
-    MODEL_DIR=str(work / name),
-    INITIAL_CHECKPOINT_PATH=str(initial),
-    TRAIN_STEPS=steps,
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    BATCH_SIZE=8,
-    EVAL_STEPS=1,
-    EVAL_PERIOD=2,
-    **{"utils.SaveCheckpointConfig.period": 2},
-    # The same every time, where a user's run takes another order at each start.
-    **{"train/utils.DatasetConfig.seed": 0},
-    **more,
-  )
+  given: dict[str, Any] = {"DATA": str(work / "data"), "MODEL_DIR": str(work / name)}
+  given |= {"INITIAL_CHECKPOINT_PATH": str(initial), "TASK_FEATURE_LENGTHS": LENGTHS}
+  given |= {"TRAIN_STEPS": steps, "BATCH_SIZE": 8, **TRAINING, **more}
+  run("-m t5x.train", "configs/runs/local_debian.gin", TASK, *after, **given)
   return work / name / f"checkpoint_{steps}"
 
 
 @pytest.fixture(scope="module")
-def start(work):
-  """The model in the box as a T5X checkpoint."""
-  run("scripts/to_t5x.py --output=" + str(work / "packed"))
-  return work / "packed" / "checkpoint_0"
+def life(work) -> pathlib.Path:
+  """The folder that the commands of configs/README.md fill, with few steps and short texts."""
+  page = (REPOSITORY / "configs" / "README.md").read_text("utf-8")
+  block = page.split("<!-- life -->")[1].split("```")[1].replace("\\\n", "")
+  block = block.replace("runs/", f"{work}/life/")
+  block = block.replace(f"configs/{work}/life/", "configs/runs/")
+  block = block.replace("'data'", f"'{work}/data'").replace("400", "2")
+  short = [f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}", "--gin.BATCH_SIZE=8"]
+  for line in block.strip().splitlines():
+    first, *words = shlex.split(line)
+    more = short * ("--gin_search_paths=." in words)
+    if "t5x.train" in words:
+      more += [f"--gin.{name}={value}" for name, value in TRAINING.items()]
+    if "scripts/t5x_sweep.py" in words:
+      more += [f"--gin.THRESHOLDS={GRID}"]
+    if first == "calm":
+      words, more = ["-m", "calm", *words], ["--tolerance=0.95", "--error_rate=0.5"]
+    log = run(shlex.join([*words, *more]))
+    if "scripts/t5x_sweep.py" in words:
+      compiled = log.count("Finished XLA compilation of jit(predict)")
+      assert compiled == 1, "a grid compiles once"
+  return work / "life"
 
 
 @pytest.fixture(scope="module")
-def trained(work, start):
+def trained(work, life):
   """Checkpoints of the model in the box, of stage one and of stage two."""
-  one = train(work, "one", start, 2)
+  one = life / "one" / "checkpoint_2"
   # Three steps: Adafactor clips a scalar's to one learning rate, and two of those can cancel.
-  return start, one, train(work, "two", one, 5, STAGE_TWO)
+  return life / "start" / "checkpoint_0", one, train(work, "two", one, 5, STAGE_TWO)
 
 
 def leaves(path):
@@ -117,72 +125,32 @@ def test_two_stages_train_what_they_should_and_open_without_t5x(trained):
   assert len(first - classifier) == len(one) - 2, "stage one trains everything else"
 
 
-def test_a_stopped_run_goes_on_where_it_was(trained, work):
-  """What it was started from is not looked at again."""
-  before = leaves(trained[2])
-  # A copy goes on: T5X keeps one checkpoint, and other tests start from this one.
-  shutil.copytree(work / "two", work / "goes_on")
-  ended = leaves(train(work, "goes_on", work / "none", 7, STAGE_TWO))
-  moved = {path for path in before if not np.array_equal(before[path], ended[path])}
-  assert moved == {path for path in before if "exit_classifier" in path}
+def of_decoding(work, name: str, *after: str, **bindings: Any):
+  """(files, bindings) of a run that decodes the test split, by stage one unless it is said."""
+  known = {"DATA": work / "data", "CHECKPOINT_PATH": work / "life" / "one" / "checkpoint_2"}
+  bindings = {name: str(path) for name, path in known.items()} | bindings
+  bindings |= {"TASK_FEATURE_LENGTHS": LENGTHS, "utils.DatasetConfig.batch_size": 8}
+  return [BOX, f"configs/runs/{name}.gin", TASK, *after], bindings
 
 
-def infer(work, checkpoint, threshold, devices=1, after=(), **more):
-  name = f"infer_{checkpoint.parent.name}_{threshold}_{devices}"
-  given = more if threshold is None else {"THRESHOLD": threshold, **more}
-  log = run(
-    "-m t5x.infer",
-    BOX,
-    "configs/runs/infer.gin",
-    TASK,
-    *after,
-    devices=devices,
-    DATA=str(work / "data"),
-    CHECKPOINT_PATH=str(checkpoint),
-    INFER_OUTPUT_DIR=str(work / name),
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    **{"utils.DatasetConfig.batch_size": 8},
-    **given,
-  )
+def infer(work, threshold, devices=1, after=(), **more):
+  folder = work / f"infer_{len(after)}_{threshold}_{devices}"
+  more |= {} if threshold is None else {"THRESHOLD": threshold}
+  files, bindings = of_decoding(work, "infer", *after, INFER_OUTPUT_DIR=str(folder), **more)
+  log = run("-m t5x.infer", *files, devices=devices, **bindings)
   assert "Every batch gathers" not in log
-  (file,) = (work / name).glob("*predict_with_aux.jsonl*-of-00001")
+  (file,) = folder.glob("*predict_with_aux.jsonl*-of-00001")
   return file
 
 
-@pytest.fixture(scope="module")
-def swept(work, trained) -> pathlib.Path:
-  log = run(
-    "scripts/t5x_sweep.py",
-    BOX,
-    "configs/runs/sweep.gin",
-    TASK,
-    DATA=str(work / "data"),
-    CHECKPOINT_PATH=str(trained[2]),
-    OUTPUT_DIR=str(work / "cache"),
-    TASK_PREFIX="summarize: ",
-    THRESHOLDS=GRID,
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    BATCH_SIZE=8,
-  )
-  assert log.count("Finished XLA compilation of jit(predict)") == 1, "a grid compiles once"
-  return work / "cache"
-
-
-def test_two_processes_sweep_as_one_and_the_first_writes(work, trained, swept):
+def test_two_processes_sweep_as_one_and_the_first_writes(work, life):
   """Each holds half of every batch."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  files = [BOX, "configs/runs/sweep.gin", TASK]
-  bindings = dict(
-    DATA=str(work / "data"),
-    CHECKPOINT_PATH=str(trained[2]),
-    OUTPUT_DIR=str(work / "cache_of_two"),
-    TASK_PREFIX="summarize: ",
-    THRESHOLDS=GRID[1:],
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    BATCH_SIZE=8,
-  )
+  given = {"TASK_PREFIX": "summarize: ", "THRESHOLDS": GRID}
+  given["OUTPUT_DIR"] = str(work / "cache_of_two")
+  files, bindings = of_decoding(work, "sweep", **given)
   command = command_of("scripts/t5x_sweep.py", *files, **bindings)
   command += [f"--coordinator_address={address}", "--process_count=2"]
   env = setup.environment(XLA_FLAGS="--xla_force_host_platform_device_count=1")
@@ -197,16 +165,17 @@ def test_two_processes_sweep_as_one_and_the_first_writes(work, trained, swept):
   logs = [log.read_text() for log in logs]
   assert codes == [0, 0], logs[0][-4000:] + logs[1][-4000:]
   assert "Written to" in logs[0] and "Written to" not in logs[1]
-  one, two = calibrate.load(swept), calibrate.load(work / "cache_of_two")
+  one, two = calibrate.load(life / "cache"), calibrate.load(work / "cache_of_two")
   assert two.procedure == one.procedure and two.prompts == one.prompts
-  for a, b in ((one.records[1], two.records[0]), (one.full, two.full)):
+  for a, b in ((one.records[1], two.records[1]), (one.full, two.full)):
     for x, y in zip(a, b, strict=True):
       assert (x.id, x.prediction, x.exit_layers) == (y.id, y.prediction, y.exit_layers)
 
 
-def test_infer_writes_what_calibrate_reads_and_the_sweep_says_the_same(work, trained, swept):
-  files = {t: infer(work, trained[2], t) for t in (None, GRID[1])}
-  cached = calibrate.load(swept)
+def test_infer_writes_what_calibrate_reads_and_the_sweep_says_the_same(work, life):
+  """On four devices too, a CPU's model axis, where the decoder is restored whole."""
+  files = {t: infer(work, t, n) for t, n in ((None, 1), (GRID[1], 4))}
+  cached = calibrate.load(life / "cache")
   got = foreign.gather(files[None], {GRID[1]: files[GRID[1]]})
   assert got.ids == cached.ids and len(got.ids) == 12
   assert [p.targets for p in got.prompts] == [p.targets for p in cached.prompts]
@@ -218,38 +187,9 @@ def test_infer_writes_what_calibrate_reads_and_the_sweep_says_the_same(work, tra
   assert got.procedure is None and cached.procedure is not None
 
 
-def test_infer_serves_under_a_calibration_of_the_sweep(work, trained, swept):
-  """The outputs are the sweep's at the certified threshold; the promise lies beside them."""
-  cached = calibrate.load(swept)
-  path = work / "calibration.json"
-  found = losses.compute(cached, "textual", metric="rouge_l")
-  made = calibrate.calibrate(found, tolerance=0.95, error_rate=0.5)
-  made.save(path)
-  assert made.threshold in cached.thresholds
-  after = ["configs/runs/calibrated.gin"]
-  given = {"CALIBRATION": str(path), "TASK_PREFIX": "summarize: "}
-  file = infer(work, trained[2], None, devices=2, after=after, **given)
-  beside = json.loads((file.parent / "calibration.json").read_text("utf-8"))
-  assert beside["digest"] == made.digest and beside["guarantee"] == made.guarantee
-  got = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-  column = cached.records[cached.thresholds.tolist().index(made.threshold)]
-  assert [row["prediction"] for row in got] == [record.prediction for record in column]
-
-
-def test_infer_on_a_model_axis_restores_a_whole_decoder_and_writes_the_same(
-  work, trained, swept
-):
-  """On a CPU T5X puts every device on its model axis; no batch gathers weights."""
-  lines = infer(work, trained[2], GRID[1], devices=4).read_text("utf-8").splitlines()
-  column = calibrate.load(swept).records[1]
-  for row, record in zip(map(json.loads, lines), column, strict=True):
-    assert row["prediction"] == record.prediction
-    assert [x for x in row["aux"]["exit_layers"] if x] == list(record.exit_layers)
-
-
-def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, trained, swept):
-  cached = calibrate.load(swept)
-  checkpoint = checkpoints.load(trained[2])
+def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(life):
+  cached = calibrate.load(life / "cache")
+  checkpoint = checkpoints.load(life / "one" / "checkpoint_2")
   predictor = inference.Predictor(
     checkpoint.config,
     checkpoint.params,
@@ -266,20 +206,11 @@ def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, traine
   assert 1 == means[2] <= means[1] <= means[0] <= 8
 
 
-def test_eval_measures_the_outputs_of_its_threshold(work, trained, swept):
-  run(
-    "-m t5x.eval",
-    BOX,
-    "configs/runs/eval.gin",
-    TASK,
-    DATA=str(work / "data"),
-    CHECKPOINT_PATH=str(trained[2]),
-    EVAL_OUTPUT_DIR=str(work / "eval"),
-    THRESHOLD=GRID[1],
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    **{"utils.DatasetConfig.batch_size": 8},
-  )
-  cached, folder = calibrate.load(swept), work / "eval" / "inference_eval"
+def test_eval_measures_the_outputs_of_its_threshold(work, life):
+  folder = {"EVAL_OUTPUT_DIR": str(work / "eval"), "THRESHOLD": GRID[1]}
+  files, bindings = of_decoding(work, "eval", **folder)
+  run("-m t5x.eval", *files, **bindings)
+  cached, folder = calibrate.load(life / "cache"), work / "eval" / "inference_eval"
   (metrics,) = (folder / "debian_synopsis-metrics.jsonl").read_text("utf-8").splitlines()
   pairs = list(zip(cached.records[1], cached.prompts, strict=True))
   rouge = text_metrics.get_metric("rouge_l")
@@ -298,10 +229,11 @@ def test_eval_measures_the_outputs_of_its_threshold(work, trained, swept):
   assert [line["prediction"] for line in lines] == [record.prediction for record, _ in pairs]
 
 
-def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x(work, start):
+def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x(work, life):
   """On two devices, the model axis of T5X's CPU mesh; no other parameter moves."""
   lines = {"EXIT_LAYERS": (2, 4), "EXIT_RANK": 4}
   after = ["configs/runs/exit_translators.gin"]
+  start = life / "start" / "checkpoint_0"
   maps = train(work, "maps", start, 3, after=after, **lines)
   before, stored = map(checkpoints.load, (start, maps))
   assert parameters.base_digest(stored.params) == parameters.base_digest(before.params)
@@ -311,7 +243,8 @@ def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x
   ]
   assert all(map(np.any, ups)), "skipped layers' inputs were learned"
   after = ["configs/runs/exit_maps.gin"]
-  file = infer(work, maps, 0.8, devices=2, after=after, **lines)
+  lines["CHECKPOINT_PATH"] = str(maps)
+  file = infer(work, 0.8, devices=2, after=after, **lines)
   prompts, records = foreign.read_predictions(file, 0.8)
   rows = (work / "data" / "debian_synopsis" / "test.jsonl").read_text("utf-8").splitlines()
   texts = {row["id"]: row["input"] for row in map(json.loads, rows)}
@@ -328,27 +261,17 @@ def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x
     assert (output.text, output.exit_layers) == (record.prediction, record.exit_layers)
 
 
-def test_the_page_of_one_life_runs_line_by_line(work):
-  """The commands of configs/README.md, with few steps and short texts."""
-  page = (REPOSITORY / "configs" / "README.md").read_text("utf-8")
-  block = page.split("<!-- life -->")[1].split("```")[1].replace("\\\n", "")
-  block = block.replace("runs/", f"{work}/life/")
-  block = block.replace(f"configs/{work}/life/", "configs/runs/")
-  block = block.replace("'data'", f"'{work}/data'").replace("400", "2")
-  short = [f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}", "--gin.BATCH_SIZE=8"]
-  for line in block.strip().splitlines():
-    first, *words = shlex.split(line)
-    more = short * ("--gin_search_paths=." in words)
-    if "t5x.train" in words:
-      more += ["--gin.EVAL_STEPS=1", "--gin.EVAL_PERIOD=2"]
-      more += ["--gin.utils.SaveCheckpointConfig.period=2"]
-    if first == "calm":
-      words, more = ["-m", "calm", *words], ["--tolerance=0.95", "--error_rate=0.5"]
-    run(shlex.join([*words, *more]))
-  served = work / "life" / "served"
+def test_the_page_of_one_life_serves_what_was_certified(life):
+  """The sweep's texts at the certified threshold, and the promise beside them."""
+  cached, served = calibrate.load(life / "cache"), life / "served"
+  made = calibrate.Calibration.load(life / "cache" / "calibration.json")
   beside = json.loads((served / "calibration.json").read_text("utf-8"))
+  assert beside["digest"] == made.digest and beside["guarantee"] == made.guarantee
   (file,) = served.glob("*predict_with_aux.jsonl*-of-00001")
-  assert "guarantee" in beside and len(file.read_text("utf-8").splitlines()) == 12
+  column = cached.records[cached.thresholds.tolist().index(made.threshold)]
+  rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+  assert [row["prediction"] for row in rows] == [record.prediction for record in column]
+  assert len(rows) == 12
 
 
 def test_the_tiny_run_trains_from_random_parameters_on_two_partitions(work):

@@ -1,8 +1,9 @@
-"""To a T5X checkpoint and back: nothing is lost on the way."""
+"""To a T5X checkpoint and back: nothing is lost on the way; and how T5X is installed."""
 
 import dataclasses
 import importlib
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -67,3 +68,10 @@ def test_a_classifier_that_was_added_comes_back(there_and_back):
   for path, leaf in kept.items():
     np.testing.assert_array_equal(found.pop(path), leaf, err_msg=path)
   assert found.keys() == {f"decoder/exit_classifier/{name}" for name in ("kernel", "bias")}
+
+
+def test_the_installer_parses_and_says_how_it_is_used():
+  script = str(setup.REPOSITORY / "scripts" / "install_t5x.sh")
+  assert subprocess.run(["bash", "-n", script]).returncode == 0
+  done = subprocess.run(["bash", script], capture_output=True, text=True)
+  assert done.returncode == 2 and "FOLDER/env/bin/activate" in done.stderr

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -109,11 +108,10 @@ def params(toy: engine.Toy) -> dict[str, Any]:
   return jax.tree.map(jnp.asarray, toy.params)
 
 
-def t5x_params(toy: engine.Toy, kept: Sequence[str] = ()) -> dict[str, Any]:
-  """The toy's parameters without the parts that T5X's network does not have, but for `kept`."""
+def t5x_params(toy: engine.Toy) -> dict[str, Any]:
+  """The toy's parameters without the parts that T5X's network does not have."""
   tree = params(toy)
-  has = lambda part: part in kept or not part.startswith("exit_")
-  decoder = {part: tree for part, tree in tree["decoder"].items() if has(part)}
+  decoder = {part: x for part, x in tree["decoder"].items() if not part.startswith("exit_")}
   return {**tree, "decoder": decoder}
 
 
