@@ -39,37 +39,6 @@ def test_a_decaying_threshold_falls_with_the_position(tokens):
   assert depths.tolist() == [[1, 2, 2, 3]]
 
 
-def test_layer_sets_are_of_real_layers_and_few():
-  for count in (2, 3, 8, 24):
-    sets = choose.layer_sets(count)
-    assert tuple(range(1, count)) in sets and len(sets) == len(set(sets)) < 60
-    assert all(1 <= layer < count for layers in sets for layer in layers)
-    assert all(list(layers) == sorted(set(layers)) for layers in sets)
-  assert {(3, 4), (2, 3, 4, 5), (2, 4), (3,)} <= set(choose.layer_sets(8))
-
-
-def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
-  ranked = [
-    choose.Tried(Candidate(measure, layers, tau), threshold=0.5)
-    for measure, layers, tau in (
-      ("softmax", (2,), None),
-      ("softmax", (2,), 8.0),
-      ("softmax", (2,), 4.0),
-      ("softmax", (3,), None),
-      ("state", (3,), 4.0),
-      ("classifier", (1,), None),
-    )
-  ]
-  got = choose.finalists(ranked, 4)
-  # The best of each measure; of the first one the cheaper of those that decay.
-  assert got == [ranked[0], ranked[4], ranked[5], ranked[1]]
-  falling_first = choose.finalists([ranked[1], ranked[2], ranked[0]], 2)
-  assert falling_first == [ranked[1], ranked[0]]
-  # Room for one more goes to layers that none has yet.
-  more = choose.Tried(Candidate("softmax", (1, 2)), threshold=0.5)
-  assert choose.finalists([*ranked, more], 5) == [*got, more]
-
-
 def test_the_forecast_is_where_the_bound_crosses_the_tolerance():
   losses = np.tile([[0.0, 0.0, 0.0], [0.0, 0.2, 0.4]], (100, 1))
   thresholds = (0.9, 0.5, 0.1)
@@ -117,37 +86,6 @@ PROMPTS = [Prompt(text, text) for text in ("some words", "other words", "more of
 
 def silent(share, text):
   del share, text
-
-
-@pytest.mark.parametrize(("speedup", "pays"), [(1.2, True), (1.01, False), (0.8, False)])
-def test_a_head_in_8_bits_is_taken_where_it_is_clearly_faster(
-  model, monkeypatch, speedup, pays
-):
-  """Both heads are timed on the same prompts."""
-  decoded, real, measured = [], inference.Predictor.decode, inference.timing.measure
-
-  def note(self, *arguments):
-    decoded.append(self.options.head_dtype)
-    return real(self, *arguments)
-
-  def measure(*arguments, **options):
-    found = measured(*arguments, **options, rounds=1)
-    row = dataclasses.replace(found.rows[1], speedup=speedup)
-    return dataclasses.replace(found, rows=(found.rows[0], row))
-
-  monkeypatch.setattr(inference.Predictor, "decode", note)
-  monkeypatch.setattr(inference.timing, "measure", measure)
-  found, said = choose.fastest_head(model, PROMPTS, silent)
-  assert found.options.head_dtype == ("int8" if pays else None)
-  assert f"x{speedup:.2f}" in said and ("read in 8 bits;" in said) == pays
-  assert decoded.count(None) == decoded.count("int8") == len(decoded) / 2 > 0
-
-
-def test_a_small_head_is_not_timed(model, monkeypatch):
-  assert not choose.has_large_head(model)
-  monkeypatch.setattr(choose, "LEAST_NUMBERS", 1)
-  assert choose.has_large_head(model)
-  assert not choose.has_large_head(model.with_options(head_dtype="int8"))
 
 
 @pytest.mark.parametrize(
