@@ -42,7 +42,7 @@ LONGEST = (
   *("fitting/run_test.py", "decode/program_test.py", "paper/bench_test.py"),
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
-  *("decode/engines_test.py", "fitting/train_test.py"),
+  "decode/engines_test.py",
   *("decode/speculative_test.py", "decode/sharded_test.py"),
 )
 
@@ -59,7 +59,7 @@ QUICK = re.compile(
   r"|decode/(engines|layout|loop|program|resume|speculative|staged)_test"
   r"|exits/(confidence|rules)_test"
   r"|inference/(arguments|calibrating|drafts|platform|predictor|reference)_test"
-  r"|t5/(costs|decoder|growing|layers|network|network_golden)_test|t5x/loops_test"
+  r"|t5/(costs|decoder|layers|network|network_golden)_test|t5x/loops_test"
   r"|training/(distillation|loop|losses|objectives|run)_test)"
 )
 # LLVM need not try hard, and XLA's older code generator takes two thirds of the newer's time.

@@ -19,13 +19,6 @@ from tests import reference, toys
 LENGTH = 8
 PROMPTS = toys.prompts(2, batch=8, length=12, num_pieces=toys.Config().num_pieces)
 DECAYING = schedules.Decaying(temperature=4.0, max_length=LENGTH)
-PROPAGATIONS = {
-  "exit_state": "hidden_state",
-  "first_state": "first_state",
-  "learned": "learned",
-  "copy_projections": "copied_projections",
-}
-
 # Fields of a toy whose exits are translated and which predicts skipped layers' inputs.
 TRANSLATED: dict[str, Any] = {"exit_translators": (1, 2, 3)}
 MAPS: dict[str, Any] = TRANSLATED | {
@@ -120,9 +113,7 @@ def reference_rows(toy: Toy, rule, threshold=0.0, prompts=PROMPTS) -> list[refer
     measure = rule.measure.name
     if isinstance(rule.schedule, schedules.Decaying):
       schedule = reference.decaying(rule.schedule.temperature, rule.schedule.max_length)
-  same = reference.ExitRule(
-    measure, threshold, schedule, rule.allowed, PROPAGATIONS[rule.propagation.name]
-  )
+  same = reference.ExitRule(measure, threshold, schedule, rule.allowed, rule.propagation.name)
   return [
     reference.decode_dynamic(toy.reference, prompt, same, max_decode_length=LENGTH)
     for prompt in prompts
@@ -136,7 +127,7 @@ def agreeing_rows(rows: list[reference.Decoded], generation: loop.Generation) ->
     at = row.first_difference(
       np.asarray(generation.tokens[i]).tolist(), np.asarray(generation.exit_layers[i]).tolist()
     )
-    assert at is None or row.is_tie(at), f"row {i} differs from token {at} on, and no tie"
+    assert at is None or row.ties[at], f"row {i} differs from token {at} on, and no tie"
     if at is None:
       agreeing.append(i)
   assert len(rows) - len(agreeing) <= int(0.005 * len(rows))
@@ -204,10 +195,3 @@ def compare_memory(caches, row, i: int, length: int) -> None:
     values = np.moveaxis(np.asarray(cache.values[i]), -2, 0)[:length]
     np.testing.assert_allclose(keys, np.stack(row.memory.keys[layer]), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(values, np.stack(row.memory.values[layer]), rtol=1e-4, atol=1e-4)
-
-
-def decode_loop(bound: engines.Eager, active) -> loop.DecodingState:
-  """The loop without the engine's `flush`."""
-  return loop.decode(
-    bound.take_step, bound.empty, active=active, max_decode_length=LENGTH, eos_id=toys.EOS_ID
-  )

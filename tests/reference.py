@@ -10,7 +10,7 @@ sentence of the definition names. The network itself is in `reference_network.py
     rule = reference.ExitRule("softmax", threshold=0.6)
     early = reference.decode_dynamic(model, prompt, rule, max_decode_length=16)
 
-Rounding can flip a comparison that is nearly a tie. `Decoded.is_tie` says whether a first
+Rounding can flip a comparison that is nearly a tie. `Decoded.ties` says whether a first
 difference at some token is excused, and `Decoded.first_difference` finds that token.
 """
 
@@ -41,15 +41,8 @@ def constant(threshold: float, step: int) -> float:
 
 
 def decaying(temperature: float, length: int) -> Callable[[float, int], float]:
-  """Eq. 5: clip(0.9 threshold + 0.1 exp(-temperature step / length)); inf stays inf.
-
-  Args:
-    temperature: the paper's tau.
-    length: the paper's N, maximum output length that the schedule was made for.
-
-  Returns:
-    Function of the threshold and of the number of tokens generated so far.
-  """
+  """Eq. 5, of the threshold and the number of tokens so far: clip(0.9 threshold + 0.1
+  exp(-temperature step / length)); inf stays inf."""
 
   def schedule(threshold: float, step: int) -> float:
     if math.isinf(threshold):
@@ -60,98 +53,36 @@ def decaying(temperature: float, length: int) -> Callable[[float, int], float]:
   return schedule
 
 
-# ----------------------------------------------------------------------------------------------
-# Filling the layers that a token skipped.
-# ----------------------------------------------------------------------------------------------
-
-# Fills one skipped layer: (model, layer, states, exit layer, memory) -> key and value.
-Propagation = Callable[
-  [network.Model, int, Sequence[np.ndarray], int, network.Memory], tuple[np.ndarray, np.ndarray]
-]
-
-
-def hidden_state(
-  model: network.Model,
-  layer: int,
-  states: Sequence[np.ndarray],
-  exit_layer: int,
-  memory: network.Memory,
-) -> tuple[np.ndarray, np.ndarray]:
-  """d^exit, through the skipped layer's own norm and projections (section 3.2)."""
-  del memory
-  return network.self_projections(model, layer, states[exit_layer])
-
-
-def first_state(
-  model: network.Model,
-  layer: int,
-  states: Sequence[np.ndarray],
-  exit_layer: int,
-  memory: network.Memory,
-) -> tuple[np.ndarray, np.ndarray]:
-  """d^1 whatever the exit, through the skipped layer's own norm and projections."""
-  del exit_layer, memory
-  return network.self_projections(model, layer, states[1])
-
-
-def learned(
-  model: network.Model,
-  layer: int,
-  states: Sequence[np.ndarray],
-  exit_layer: int,
-  memory: network.Memory,
-) -> tuple[np.ndarray, np.ndarray]:
-  """The layer's input as the exit layer's own maps predict it, projected as above."""
-  del memory
-  predicted = network.predicted_input(model, layer, states[exit_layer], exit_layer)
-  return network.self_projections(model, layer, predicted)
-
-
-def copied_projections(
-  model: network.Model,
-  layer: int,
-  states: Sequence[np.ndarray],
-  exit_layer: int,
-  memory: network.Memory,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Key and value of the exit layer itself, copied (the ablation of section 3.3.1)."""
-  del model, layer, states
-  return memory.keys[exit_layer - 1][-1], memory.values[exit_layer - 1][-1]
-
-
-PROPAGATIONS: Mapping[str, Propagation] = {
-  "hidden_state": hidden_state,
-  "first_state": first_state,
-  "learned": learned,
-  "copied_projections": copied_projections,
+# Fills one skipped layer: (model, layer, states, exit layer, memory) -> key and value. From
+# d^exit through the layer's own norm and projections (section 3.2), from d^1, from the input
+# that the exit layer's maps predict; and key and value of the exit layer itself (3.3.1).
+PROPAGATIONS: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+  "exit_state": lambda model, layer, states, at, memory: network.self_projections(
+    model, layer, states[at]
+  ),
+  "first_state": lambda model, layer, states, at, memory: network.self_projections(
+    model, layer, states[1]
+  ),
+  "learned": lambda model, layer, states, at, memory: network.self_projections(
+    model, layer, network.predicted_input(model, layer, states[at], at)
+  ),
+  "copy_projections": lambda model, layer, states, at, memory: (
+    memory.keys[at - 1][-1],
+    memory.values[at - 1][-1],
+  ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ExitRule:
-  """When a token stops, and what the layers that it skipped remember of it.
+  """When a token stops, and what the layers that it skipped remember of it."""
 
-  Attributes:
-    measure: a key of `MEASURES`, or `oracle` (exit where the layer's argmax is the last's).
-    threshold: in [0, 1], or `NEVER_EXIT`. The oracle has none.
-    schedule: `constant`, or what `decaying` returns.
-    allowed_layers: 1-based layers where a token may stop; None: all. The last always may.
-    propagation: a key of `PROPAGATIONS`.
-  """
-
-  measure: str
-  threshold: float = NEVER_EXIT
-  schedule: Callable[[float, int], float] = constant
+  measure: str  # a key of `MEASURES`, or `oracle` (where the layer's argmax is the last's)
+  threshold: float = NEVER_EXIT  # in [0, 1], or `NEVER_EXIT`; the oracle has none
+  schedule: Callable[[float, int], float] = constant  # or what `decaying` returns
+  # 1-based layers where a token may stop; None: all. The last always may.
   allowed_layers: Sequence[int] | None = None
-  propagation: str = "hidden_state"
-
-  def __post_init__(self):
-    if self.measure != "oracle" and self.measure not in MEASURES:
-      raise ValueError(f"`measure` is {self.measure!r}; expected oracle or {list(MEASURES)}.")
-    if self.propagation not in PROPAGATIONS:
-      raise ValueError(f"`propagation` is {self.propagation!r}; expected {list(PROPAGATIONS)}.")
-    if not (0 <= self.threshold <= 1 or self.threshold == NEVER_EXIT):
-      raise ValueError(f"`threshold` is {self.threshold}; expected [0, 1] or NEVER_EXIT.")
+  propagation: str = "exit_state"  # a key of `PROPAGATIONS`
 
   def allows(self, layer: int) -> bool:
     return self.allowed_layers is None or layer in self.allowed_layers
@@ -159,83 +90,49 @@ class ExitRule:
 
 @dataclasses.dataclass(frozen=True)
 class Exit:
-  """Where one token stopped.
+  """Where one token stopped."""
 
-  Attributes:
-    layer: decoder layers run, 1-based.
-    confidence: the measure at `layer`; 1 for the oracle, 0 for a static model.
-    rejected: the highest confidence that was evaluated and refused, 0 if none.
-    threshold_gap: the least |confidence - threshold| of the comparisons made; inf if none.
-    logit_gap: the least top-two gap of further argmaxes that the exit hung on; inf if none.
-  """
-
-  layer: int
-  confidence: float = 0.0
-  rejected: float = 0.0
-  threshold_gap: float = math.inf
-  logit_gap: float = math.inf
+  layer: int  # decoder layers run, 1-based
+  confidence: float = 0.0  # the measure at `layer`; 1 for the oracle, 0 for a static model
+  rejected: float = 0.0  # the highest confidence that was evaluated and refused, 0 if none
+  threshold_gap: float = math.inf  # least |confidence - threshold| of the comparisons made
+  logit_gap: float = math.inf  # least top-two gap of further argmaxes that the exit hung on
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-  """One row; per-token lists end with the end-of-text token or at the maximum length.
+  """One row; lists are of tokens, with the end-of-text token or up to the maximum length."""
 
-  Attributes:
-    tokens: emitted ids.
-    exit_layers: 1-based, per token.
-    confidences: see `Exit.confidence`; at the last layer the measure's own value.
-    rejected_confidences: see `Exit.rejected`.
-    scores: log-probability of each emitted token under the head at its exit layer, nats.
-    logit_gaps: top-two logit gap at the exit (for the oracle the least of those it used).
-    threshold_gaps: see `Exit.threshold_gap`.
-    logits: [vocab_size] at the exit, per token.
-    states: d^0 (the embedding) ... d^k of the layers that were computed, per token.
-    encoded: [len(prompt), emb_dim] encoder states.
-    memory: self-attention keys and values by layer and position. A static model of k layers
-      leaves the lists above layer k empty.
-    cross: cross-attention keys and values by layer and real prompt position.
-  """
+  memory: network.Memory  # a static model of k layers leaves the lists above layer k empty
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  exits: list[Exit] = dataclasses.field(default_factory=list)
+  scores: list[float] = dataclasses.field(default_factory=list)  # log-probabilities, nats
+  ties: list[bool] = dataclasses.field(default_factory=list)  # rounding may have decided it
 
-  tokens: list[int]
-  exit_layers: list[int]
-  confidences: list[float]
-  rejected_confidences: list[float]
-  scores: list[float]
-  logit_gaps: list[float]
-  threshold_gaps: list[float]
-  logits: list[np.ndarray]
-  states: list[list[np.ndarray]]
-  encoded: np.ndarray
-  memory: network.Memory
-  cross: network.Memory
+  @property
+  def exit_layers(self) -> list[int]:
+    return [exit_.layer for exit_ in self.exits]
+
+  @property
+  def confidences(self) -> list[float]:
+    return [exit_.confidence for exit_ in self.exits]
+
+  @property
+  def rejected_confidences(self) -> list[float]:
+    return [exit_.rejected for exit_ in self.exits]
 
   @property
   def score(self) -> float:
     """Sum of the emitted tokens' log-probabilities, end of text included, nats."""
     return float(sum(self.scores))
 
-  def is_tie(self, step: int) -> bool:
-    """Whether rounding may have decided token `step` (0-based)."""
-    return self.logit_gaps[step] < TIE or self.threshold_gaps[step] < TIE
-
   def first_difference(self, tokens: Sequence[int], exit_layers: Sequence[int]) -> int | None:
-    """First step where another decoder's row differs; None where it agrees.
-
-    Args:
-      tokens: the other decoder's ids, padded with 0 after the end or not.
-      exit_layers: its exit layers, padded with 0 likewise.
-    """
-    longest = max(len(tokens), len(exit_layers), len(self.tokens))
-    ours = _padded(self.tokens, longest), _padded(self.exit_layers, longest)
-    theirs = _padded(tokens, longest), _padded(exit_layers, longest)
-    for step in range(longest):
-      if ours[0][step] != theirs[0][step] or ours[1][step] != theirs[1][step]:
-        return step
-    return None
-
-
-def _padded(row: Sequence[int], length: int) -> list[int]:
-  return [int(x) for x in row] + [0] * (length - len(row))
+    """First step where another decoder's row, padded with 0, differs; None where it agrees."""
+    ours = [*zip(self.tokens, self.exit_layers, strict=True)]
+    theirs = [*zip(tokens, exit_layers, strict=True)]
+    ours += [(0, 0)] * (len(theirs) - len(ours))
+    differing = (step for step, pair in enumerate(ours) if pair != theirs[step])
+    return next(differing, None)
 
 
 # Runs one token: appends d^1, d^2, ... to the states and fills the memory of every layer.
@@ -248,24 +145,9 @@ def decode_static(
   num_layers: int,
   *,
   max_decode_length: int,
-  eos_id: int = EOS_ID,
 ) -> Decoded:
-  """Greedy decoding with the first `num_layers` decoder layers, then norm and head.
-
-  Args:
-    model: parameters and sizes.
-    prompt: token ids; 0 is padding.
-    num_layers: 1 ... num_decoder_layers; the latter is the full model.
-    max_decode_length: most tokens to emit, end of text included.
-    eos_id: the id that ends a row.
-
-  Raises:
-    ValueError: if `num_layers` is out of range.
-  """
-  if not 1 <= num_layers <= model.config.num_decoder_layers:
-    raise ValueError(
-      f"`num_layers` is {num_layers}; expected 1 to {model.config.num_decoder_layers}."
-    )
+  """Greedy decoding of a prompt, in which 0 is padding, with the first `num_layers` decoder
+  layers, then norm and head; at most `max_decode_length` tokens, end of text included."""
 
   def run_token(step, states, memory, cross):
     del step
@@ -273,7 +155,7 @@ def decode_static(
       states.append(network.decoder_layer(model, layer, states[-1], memory, cross))
     return Exit(num_layers)
 
-  return _decode(model, prompt, run_token, max_decode_length, eos_id)
+  return _decode(model, prompt, run_token, max_decode_length)
 
 
 def decode_dynamic(
@@ -282,12 +164,9 @@ def decode_dynamic(
   rule: ExitRule,
   *,
   max_decode_length: int,
-  eos_id: int = EOS_ID,
 ) -> Decoded:
   """Greedy decoding where each token stops by `rule` (Eq. 4). Arguments: `decode_static`."""
   last = model.config.num_decoder_layers
-  if rule.allowed_layers is not None and not all(1 <= i <= last for i in rule.allowed_layers):
-    raise ValueError(f"`allowed_layers` is {rule.allowed_layers}; expected 1 to {last}.")
   run_layers = _run_oracle if rule.measure == "oracle" else _run_measured
   propagate = PROPAGATIONS[rule.propagation]
 
@@ -299,7 +178,7 @@ def decode_dynamic(
       memory.values[layer - 1].append(value)
     return exit_
 
-  return _decode(model, prompt, run_token, max_decode_length, eos_id)
+  return _decode(model, prompt, run_token, max_decode_length)
 
 
 def _run_measured(model: Model, rule: ExitRule, step, states, memory, cross) -> Exit:
@@ -344,31 +223,23 @@ def _run_oracle(model: Model, rule: ExitRule, step, states, memory, cross) -> Ex
 
 
 def _decode(
-  model: Model, prompt: Sequence[int], run_token: RunToken, max_decode_length: int, eos_id: int
+  model: Model, prompt: Sequence[int], run_token: RunToken, max_decode_length: int
 ) -> Decoded:
   """The loop over tokens; the first input is id 0, then each token emitted."""
-  if max_decode_length < 1:
-    raise ValueError(f"`max_decode_length` is {max_decode_length}; expected at least 1.")
   num_layers = model.config.num_decoder_layers
-  encoded = encode(model, prompt)
-  cross = network.cross_memory(model, prompt, encoded)
-  memory = network.Memory([[] for _ in range(num_layers)], [[] for _ in range(num_layers)])
-  out = Decoded([], [], [], [], [], [], [], [], [], encoded, memory, cross)
+  cross = network.cross_memory(model, prompt, encode(model, prompt))
+  out = Decoded(network.Memory(*([[] for _ in range(num_layers)] for _ in range(2))))
   token = START_ID
   for step in range(max_decode_length):
     states = [network.embed(model, token)]
-    exit_ = run_token(step, states, memory, cross)
+    exit_ = run_token(step, states, out.memory, cross)
     logits = network.head_logits(model, exit_.layer, states[exit_.layer])
     token = int(logits.argmax())
+    gaps = network.top_two_gap(logits), exit_.logit_gap, exit_.threshold_gap
     out.tokens.append(token)
-    out.exit_layers.append(exit_.layer)
-    out.confidences.append(exit_.confidence)
-    out.rejected_confidences.append(exit_.rejected)
+    out.exits.append(exit_)
     out.scores.append(float(network.log_softmax(logits)[token]))
-    out.logit_gaps.append(min(network.top_two_gap(logits), exit_.logit_gap))
-    out.threshold_gaps.append(exit_.threshold_gap)
-    out.logits.append(logits)
-    out.states.append(states)
-    if token == eos_id:
+    out.ties.append(min(gaps) < TIE)
+    if token == EOS_ID:
       break
   return out

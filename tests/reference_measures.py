@@ -36,9 +36,7 @@ def classifier_confidence(
   model: network.Model, states: Sequence[np.ndarray], layer: int
 ) -> float:
   """Sigmoid of one linear map, the same at every layer."""
-  x = states[layer]
-  if not model.raw_classifier:
-    x = network.head_input(model, layer, x)
+  x = network.head_input(model, layer, states[layer])
   path = ("decoder", "exit_classifier")
   logit = float(x @ model.leaf(*path, "kernel")[:, 0] + model.leaf(*path, "bias")[0])
   return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))

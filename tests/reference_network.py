@@ -31,7 +31,6 @@ class Model:
     config: the sizes, see the module's docstring.
     num_pieces: valid vocabulary; ids from here on have logit -inf. None: all rows are valid.
     dtype: numpy type that everything is computed in.
-    raw_classifier: the exit classifier reads d^i itself, not decoder_norm(d^i).
     shortlist: ids of likely tokens, for measures that look at those only.
   """
 
@@ -39,7 +38,6 @@ class Model:
   config: Any
   num_pieces: int | None = None
   dtype: Any = np.float32
-  raw_classifier: bool = False
   shortlist: Sequence[int] = ()
 
   def __post_init__(self):
@@ -60,18 +58,12 @@ def cast(node: Any, dtype: Any) -> Any:
 
 
 def relative_bucket(distance: int, bidirectional: bool, num_buckets: int, limit: int) -> int:
-  """Bucket of one relative position; exact integer arithmetic in place of logarithms.
+  """Bucket, in [0, num_buckets), of key position minus query position, `distance`; exact
+  integer arithmetic in place of logarithms.
 
-  Args:
-    distance: key position minus query position.
-    bidirectional: half of the buckets are for keys after the query; otherwise such keys count
-      as distance 0.
-    num_buckets: number of rows of the bias table.
-    limit: distance from which on everything shares the last bucket (`relpos_max_distance`).
-
-  Returns:
-    Integer in [0, num_buckets). The first half of the buckets (of each direction) are exact
-    distances, bucket `exact + k` starts at exact * (limit / exact) ** (k / num_large).
+  Where `bidirectional`, half of them are for keys after the query, which else count as distance
+  0. The first half (of each direction) are exact distances, bucket `exact + k` starts at
+  exact * (limit / exact) ** (k / num_large); from `limit` on all share the last.
   """
   offset = 0
   if bidirectional:
@@ -125,13 +117,8 @@ def project(model: Model, x: np.ndarray, *path: str) -> np.ndarray:
 def attend(
   query: np.ndarray, keys: Sequence[np.ndarray], values: Sequence[np.ndarray], bias: np.ndarray
 ) -> np.ndarray:
-  """softmax(q k + bias) v for each head, no 1/sqrt(head_dim). [num_heads, head_dim].
-
-  Args:
-    query: [num_heads, head_dim].
-    keys: one [num_heads, head_dim] per attended position; likewise `values`.
-    bias: [num_heads, number of positions]; zeros for cross-attention.
-  """
+  """softmax(q k + bias) v for each head, no 1/sqrt(head_dim). [num_heads, head_dim] each, keys
+  and values one a position; `bias` [num_heads, positions]."""
   out = np.zeros_like(query)
   for head in range(query.shape[0]):
     logits = np.array([query[head] @ key[head] for key in keys], query.dtype) + bias[head]
@@ -168,21 +155,9 @@ def embed(model: Model, token: int) -> np.ndarray:
 
 
 def encode(model: Model, prompt: Sequence[int]) -> np.ndarray:
-  """Encoder states of one prompt.
-
-  Args:
-    model: parameters and sizes.
-    prompt: token ids; 0 is padding, which nothing attends to.
-
-  Returns:
-    [len(prompt), emb_dim]; rows of padding are zero and mean nothing.
-
-  Raises:
-    ValueError: if the prompt has no token.
-  """
+  """Encoder states of one prompt, [len(prompt), emb_dim]; nothing attends to padding, 0, whose
+  rows are zero."""
   real = [i for i, token in enumerate(prompt) if token != PAD_ID]
-  if not real:
-    raise ValueError("`prompt` has only padding; expected at least one token (end of text).")
   states = {i: embed(model, int(prompt[i])) for i in real}
   for layer in range(model.config.num_encoder_layers):
     path = ("encoder", f"layers_{layer}")
@@ -200,11 +175,6 @@ def encode(model: Model, prompt: Sequence[int]) -> np.ndarray:
   for i in real:
     out[i] = rms_norm(model, states[i], "encoder", "encoder_norm")
   return out
-
-
-# ----------------------------------------------------------------------------------------------
-# One decoder layer, the head, the caches.
-# ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass

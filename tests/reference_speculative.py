@@ -37,9 +37,9 @@ class Text:
   scores: list[float]
   gaps: list[float]
 
-  def passes(self, num_drafts: int, exact: bool, eos_id: int = reference.EOS_ID) -> Passes:
+  def passes(self, num_drafts: int, exact: bool) -> Passes:
     """Passes of `num_drafts` drafts at most, which end at a draft of EOS or the limit."""
-    at, passes, drafted, inside = 0, 0, [False] * len(self.tokens), False
+    at, passes, drafted = 0, 0, [False] * len(self.tokens)
     while at < len(self.tokens):
       passes += 1
       for i in range(num_drafts + 1):
@@ -47,27 +47,17 @@ class Text:
         last = i == num_drafts and exact
         drafted[at] = self.agrees[at] and not last
         at += 1
-        if at == len(self.tokens):
-          inside = 0 < i < num_drafts
+        if at == len(self.tokens) or not drafted[at - 1]:
           break
-        if not drafted[at - 1]:
-          break
-    return Passes(passes, drafted, inside)
+    return Passes(passes, drafted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """How a text came about.
+  """How a text came about."""
 
-  Attributes:
-    count: of passes.
-    drafted: whether each token is an accepted draft.
-    ends_inside: whether the text ended inside of its last pass, after a draft of it.
-  """
-
-  count: int
-  drafted: list[bool]
-  ends_inside: bool
+  count: int  # of passes
+  drafted: list[bool]  # whether each token is an accepted draft
 
 
 def decode(
@@ -78,19 +68,9 @@ def decode(
   shortlist: Sequence[int] | None = None,
   threshold: float = 1.0,
   max_decode_length: int,
-  eos_id: int = reference.EOS_ID,
 ) -> Text:
-  """Emits the draft where it is the argmax or, below a threshold of 1, likely enough.
-
-  Args:
-    model: parameters and sizes.
-    prompt: token ids; 0 is padding.
-    draft_layer: k.
-    shortlist: ids that are drafted from; None: all.
-    threshold: 1 - lambda.
-    max_decode_length: most tokens to emit, end of text included.
-    eos_id: the id that ends a row.
-  """
+  """Emits the draft of layer k where it is the argmax or, below a threshold of 1 (1 - lambda),
+  likely enough; `shortlist` are the ids that are drafted from, None: all."""
   layers = model.config.num_decoder_layers
   encoded = network.encode(model, prompt)
   cross = network.cross_memory(model, prompt, encoded)
@@ -118,6 +98,6 @@ def decode(
     out.agrees.append(bool(agrees))
     out.ratios.append(ratio)
     out.scores.append(float(probabilities[token]))
-    if token == eos_id:
+    if token == reference.EOS_ID:
       break
   return out

@@ -117,16 +117,11 @@ class _Draw:
 
 
 def params(config: Any, seed: int, *, sharpness: float = 4.0) -> dict[str, Any]:
-  """A random parameter tree of T5X's T5 1.1 shape, float32.
+  """A random parameter tree of T5X's T5 1.1 shape, float32; `config` is a `Config`, or any
+  object with its attributes other than `num_pieces`.
 
-  Args:
-    config: a `Config`, or any object with its attributes other than `num_pieces`.
-    seed: seed of the generator.
-    sharpness: standard deviation of the logits; 4 spreads softmax margins over [0, 1], 1000
-      saturates them (margin exactly 1 in float32).
-
-  Returns:
-    Nested dictionary: `token_embedder`, `encoder`, `decoder` with its exit parts.
+  `sharpness` is the standard deviation of the logits: 4 spreads softmax margins over [0, 1],
+  1000 saturates them (margin exactly 1 in float32).
   """
   draw = _Draw(config, seed)
   tied = config.logits_via_embedding
@@ -212,18 +207,8 @@ def shortlist(config: Any) -> tuple[int, ...]:
 def prompts(
   seed: int, *, batch: int, length: int, num_pieces: int, min_length: int = 2
 ) -> np.ndarray:
-  """Random prompts, padded at the end with 0.
-
-  Args:
-    seed: seed of the generator.
-    batch: number of rows.
-    length: padded length; with two rows or more, one row at least is full and one is short.
-    num_pieces: ids are below this.
-    min_length: real tokens of the shortest row, end of text included.
-
-  Returns:
-    [batch, length] int32; each row ends with the end-of-text id, then padding.
-  """
+  """Random prompts of ids below `num_pieces`, [batch, length] int32; each row ends with the
+  end-of-text id, then 0. The first row is full, the second has `min_length` tokens."""
   rng = np.random.default_rng(seed)
   lengths = rng.integers(min_length, length + 1, size=batch)
   lengths[0] = length

@@ -1,18 +1,14 @@
 """Every engine against the plain numpy decoder, which shares no function with it, caches
 included; and what each engine does of its own."""
 
-import types
-
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from calm import exits
 from calm.decode import engines
-from calm.decode import program as program_lib
-from calm.decode.engines import compacted, deferred
+from calm.decode.engines import deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
@@ -38,18 +34,15 @@ DYNAMIC = [
   (SOFTMAX, CONSTANT, None, EXIT, {}, EAGER),
   (SOFTMAX, DECAYING, (1, 3), COPY, RELU, EAGER),
   (STATE, CONSTANT, None, COPY, TIED, EAGER),
-  (CLASSIFIER, CONSTANT, (1, 3), FIRST, RELU, EAGER),
   (PROBE, DECAYING, None, FIRST, TIED, EAGER),
   (SOFTMAX, DECAYING, None, EXIT, {}, BY_FOUR),
   (STATE, CONSTANT, (2, 3), EXIT, TIED, WHOLE),
   (SOFTMAX, CONSTANT, (1, 3), LEARNED, {}, BY_ONE),
   (CLASSIFIER, DECAYING, None, LEARNED, {}, BY_FOUR),
-  (PROBE, CONSTANT, (2, 3), EXIT, {}, BY_FOUR),
   (CLASSIFIER, CONSTANT, None, EXIT, TIED, COMPACTED),
   (SOFTMAX, DECAYING, (2, 3), EXIT, RELU, FITTED),
   (STATE, DECAYING, (1, 3), FIRST, {}, SPREAD),
   (CLASSIFIER, CONSTANT, None, LEARNED, {}, FITTED),
-  (SOFTMAX, CONSTANT, (1, 3), LEARNED, {}, COMPACTED),
 ]
 
 
@@ -106,44 +99,6 @@ def test_the_comparison_can_fail():
 # ---- Deferred
 
 
-def test_one_row_alone_leaves_layers_pending():
-  """With one row nothing fills a layer but that row's own need of it."""
-  toy, rule = engine.toy(), exits.DynamicExits(CLASSIFIER)
-  changes = 0
-  for i in range(len(engine.PROMPTS)):
-    layers = engine.compare(toy, rule, 0.6, engine.PROMPTS[i : i + 1], engine=BY_ONE)
-    changes += (np.diff(layers) > 0).sum()
-  assert changes > 3
-
-
-def loop_state(rule, threshold, made):
-  """What the loop carries at its end, before `flush`."""
-  toy = engine.toy()
-
-  def decode(weights, encoded):
-    program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
-    bound = program.bind(weights, encoded, jnp.float32(threshold))
-    active = jnp.ones(len(engine.PROMPTS), bool)
-    return engine.decode_loop(bound, active)
-
-  return jax.jit(decode)(toy.weights.decoder, engine.encode(toy))
-
-
-def test_layers_that_nobody_needs_stay_empty_until_flush():
-  rule = exits.DynamicExits(CLASSIFIER)
-  state = loop_state(rule, 0.0, BY_FOUR)
-  first, *others = state.cache.layers
-  assert first.filled == state.position > 1
-  for fill in others:
-    assert fill.filled == 0 and not fill.cache.keys.any() and not fill.cache.values.any()
-  flushed = engine.run(engine.toy(), rule, 0.0, engine=BY_FOUR)
-  eager = engine.run(engine.toy(), rule, 0.0, engine=EAGER)
-  assert all(cache.keys[..., 0, :].any() for cache in flushed.cache)
-  for i in range(len(engine.PROMPTS)):
-    engine.assert_same_row(flushed, eager, i, i)
-    engine.assert_same_confidences(flushed.generation, eager.generation, i, i)
-
-
 def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
   toy = engine.toy()
   copies = exits.DynamicExits(SOFTMAX, propagation=COPY)
@@ -153,44 +108,7 @@ def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
       engine.run(toy, rule, engine=BY_FOUR)
 
 
-def test_segments_end_where_rows_may_leave():
-  assert deferred.segments((1, 2, 3), 4) == [(1,), (2,), (3,), (4,)]
-  assert deferred.segments((2,), 4) == [(1, 2), (3, 4)]
-  assert deferred.segments((), 4) == [(1, 2, 3, 4)]
-
-
 # ---- Compacted
-
-
-def test_each_row_keeps_its_own_threshold():
-  toy, rule = engine.toy(), exits.DynamicExits(CLASSIFIER)
-  thresholds = np.linspace(0.2, 0.9, len(engine.PROMPTS)).astype(np.float32)
-  together = engine.run(toy, rule, thresholds, engine=COMPACTED)
-  for i, threshold in enumerate(thresholds):
-    engine.assert_same_row(together, engine.run(toy, rule, threshold), i, i)
-
-
-def test_a_bucket_begins_with_the_rows_that_stay():
-  stays = jnp.array([False, True, False, True, True, False])
-  assert compacted.compact(stays).order.tolist() == [1, 3, 4, 0, 2, 5]
-  rows = compacted.compact(stays).first(4)
-  assert rows.order.tolist() == [1, 3, 4, 0]
-  assert rows.rank.tolist() == [3, 0, 4, 1, 2, 5]
-  tens = 10 * jnp.arange(6)
-  assert rows.take(tens).tolist() == [10, 30, 40, 0]
-  assert [rows.row(i, tens).tolist() for i in range(4)] == [[10], [30], [40], [0]]
-  assert rows.spread(jnp.array([1, 2, 3, 4]))[jnp.array([1, 3, 4, 0])].tolist() == [1, 2, 3, 4]
-
-
-def test_bucket_sizes():
-  def sizes(rows: int, **values):
-    of_rows = {"__init__": lambda self: None, "task": types.SimpleNamespace(batch_size=rows)}
-    return engine.sized(COMPACTED, **of_rows, **values)().sizes
-
-  of_rows = {32: (0, 4, 16, 32), 8: (0, 4, 8), 6: (0, 3, 6), 2: (0, 2), 1: (0, 1)}
-  assert {rows: sizes(rows) for rows in of_rows} == of_rows
-  assert sizes(16, ratio=2) == (0, 2, 4, 8, 16)
-  assert sizes(8, buckets=(16, 4)) == (0, 4, 8)
 
 
 # ---- Which engine is taken where none is named

@@ -6,34 +6,19 @@ import re
 import numpy as np
 
 # No computation of their own, or in place by definition of the loop.
-FREE = {
-  "parameter",
-  "get-tuple-element",
-  "tuple",
-  "while",
-  "conditional",
-  "bitcast",
-  "constant",
-}
+FREE = {"parameter", "get-tuple-element", "tuple", "while", "conditional"}
+FREE |= {"bitcast", "constant"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """One instruction.
+  """One instruction."""
 
-  Attributes:
-    opcode: `copy`, `fusion`, ...
-    elements: numbers in its result; 0 for tuples.
-    calls: computations that it runs.
-    is_root: whether it is its computation's result.
-    text: the line.
-  """
-
-  opcode: str
-  elements: int
-  calls: tuple[str, ...]
-  is_root: bool
-  text: str
+  opcode: str  # `copy`, `fusion`, ...
+  elements: int  # numbers in its result; 0 for tuples
+  calls: tuple[str, ...]  # computations that it runs
+  is_root: bool  # whether it is its computation's result
+  text: str  # the line
 
 
 def computations(text: str) -> dict[str, list[Operation]]:

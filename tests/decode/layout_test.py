@@ -11,12 +11,9 @@ from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence
-from calm.exits.layers import KeyValue
 from calm.t5 import caches as caches_lib
 from calm.t5 import platforms
 from tests import engine
-
-HEADS = jnp.arange(2 * 3 * 4 * 5, dtype=jnp.float32).reshape(2, 3, 4, 5)
 
 
 def decoded(name: str, platform: str):
@@ -65,19 +62,6 @@ def test_heads_side_by_side_change_nothing(name):
     engine.assert_same_confidences(state.generation, plain().generation, i, i)
 
 
-def test_rows_that_stay_are_kept_in_either_layout():
-  row = KeyValue(HEADS[:, :, 0] + 1, HEADS[:, :, 1] + 1)
-  keeps = jnp.array([True, False])
-  write = lambda x: caches_lib.write_rows(
-    (caches_lib.Cache(x, x),), (row,), [jnp.int32(3)], keeps
-  )[0]
-  apart, beside = write(HEADS), write(_beside(HEADS))
-  np.testing.assert_array_equal(apart.keys[0], HEADS[0])
-  np.testing.assert_array_equal(apart.keys[1, :, 3], row.key[1])
-  np.testing.assert_array_equal(_apart(beside.keys, 3), apart.keys)
-  np.testing.assert_array_equal(_apart(beside.values, 3), apart.values)
-
-
 def test_a_prompts_keys_and_values_are_the_same_numbers_in_either_layout():
   toy = engine.toy()
   states = jnp.sin(jnp.arange(2.0 * 5 * toy.config.emb_dim)).reshape(2, 5, -1)
@@ -90,14 +74,3 @@ def test_a_prompts_keys_and_values_are_the_same_numbers_in_either_layout():
   for apart, beside in zip(made["cpu"], made["tpu"], strict=True):
     np.testing.assert_array_equal(_beside(apart.keys), beside.keys)
     np.testing.assert_array_equal(_beside(apart.values), beside.values)
-
-
-def test_the_layout_is_the_platforms():
-  toy = engine.toy()
-  shapes = {}
-  for platform in ("cpu", "tpu"):
-    with platforms.laid_out_for(platform):
-      shapes[platform] = caches_lib.empty_caches(toy.config, 2, 7, 1)[0].keys.shape
-  heads, dim = toy.config.num_heads, toy.config.head_dim
-  assert shapes == {"cpu": (2, heads, 7, dim), "tpu": (2, 7, heads * dim)}
-  assert not platforms.merged_heads() or jax.default_backend() == "tpu"

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from calm import exits
 from calm.decode import loop
@@ -56,11 +55,6 @@ def test_rows_end_at_eos_or_at_the_limit_and_are_empty_after():
   np.testing.assert_allclose(got.confidences, got.exit_layers / 10, rtol=1e-6)
   np.testing.assert_allclose(got.rejected_confidences, got.exit_layers / 20, rtol=1e-6)
   assert got.num_tokens.tolist() == [3, 4, 1]
-
-
-def test_means_count_real_tokens_eos_included():
-  assert decoded().generation.mean_layers == pytest.approx((2 + 1 + 3 + 1 + 1 + 1 + 2 + 3) / 8)
-  assert decode(active=(False, False, False)).generation.mean_layers == 0
 
 
 def test_scores_sum_log_probabilities_of_the_real_tokens():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import loop, speculative
 from calm.decode import program as program_lib
+from calm.decode import speculative
 from calm.exits import schedules
 from calm.t5 import platforms
 from tests import engine, reference_speculative, toys
@@ -193,29 +193,6 @@ def speculation(rule=RULE, prompts=engine.PROMPTS, threshold=1.0):
   return program.speculation(made.weights, encoded, jnp.float32(threshold))
 
 
-def test_caches_are_the_full_models_after_every_pass():
-  made, prompts = toy(), engine.PROMPTS[:3]
-  full = engine.run(made, STATIC, prompts=prompts)
-  bound = speculation(prompts=prompts)
-  quick = {"xla_backend_optimization_level": 0}
-  advance, verify = (
-    jax.jit(x, compiler_options=quick) for x in (bound._advance, bound._verify)
-  )
-  state, positions = bound.begin(jnp.ones(3, bool)), []
-  while np.any(state.active):
-    state = advance(state)
-    state = verify(state) if state.pending.ended else state
-    if state.pending.count > 0:
-      continue
-    positions.append(np.asarray(state.positions).tolist())
-    for row, length in enumerate(positions[-1]):
-      compare_caches(state.cache, full.cache, row, length)
-  lengths = np.asarray(full.generation.num_tokens).tolist()
-  assert positions[-1] == lengths and len(positions) >= 3
-  # Rows do accept different numbers.
-  assert any(len(set(each)) > 1 for each in positions)
-
-
 def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   """It drafts EOS: such a pass went on for ever."""
   rule, prompts = dataclasses.replace(RULE, stop_below=0.0), engine.PROMPTS[:1]
@@ -261,17 +238,6 @@ def test_bad_drafts_are_not_made():
   assert np.all(got[True].numbers[:, 2] < speculative.CHANCE)
 
 
-def test_with_slack_every_token_is_drafted_whatever_passes_cost():
-  bound = speculation(ADAPTS, threshold=0.5)
-  costly = dataclasses.replace(bound.plan, costs=tuple(map(float, range(1, 7))))
-  assert not costly.worth_drafting
-  run = dataclasses.replace(bound, plan=costly).decode
-  run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
-  got, fixed = run(jnp.ones(BATCH, bool)).generation, engine.run(toy(), RULE, 0.5).generation
-  np.testing.assert_array_equal(got.tokens, fixed.tokens)
-  np.testing.assert_array_equal(got.verification.drafted, fixed.verification.drafted)
-
-
 @pytest.mark.parametrize("wide", [True, False])
 def test_a_pass_asks_the_full_head_once_for_all_of_its_positions(monkeypatch, wide):
   """Read off what is compiled: one product with the head for every size of a pass."""
@@ -290,14 +256,6 @@ def test_a_pass_asks_the_full_head_once_for_all_of_its_positions(monkeypatch, wi
   assert sorted(map(int, found)) == [rows * size for size in (1, 5)]
 
 
-def test_a_missing_shortlist_is_named():
-  made = toy()
-  none = dataclasses.replace(made.weights.decoder, shortlist=None, shortlist_ids=None)
-  made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=none))
-  with pytest.raises(ValueError, match="shortlist"):
-    engine.run(made, exits.Speculative(2))
-
-
 def test_bad_rules_and_slacks_are_named():
   for named, options in {
     "`draft_layer` in 1 ... 3": {"draft_layer": 4},
@@ -311,24 +269,6 @@ def test_bad_rules_and_slacks_are_named():
   for slack in (-0.1, 1.0, float("nan")):
     with pytest.raises(ValueError, match="`slack`"):
       exits.threshold_of(slack)
-
-
-def planned(made: engine.Toy, **read: str | None) -> np.ndarray:
-  """Costs of passes of a prompt, its weights read so."""
-  encoded = engine.encode(made, engine.PROMPTS[:1])
-  program = program_lib.Program(made.config, exits.Speculative(2), engine.LENGTH, 1)
-  weights = program_lib.model_weights(made.params, made.config, None, SHORTLIST, **read)
-  return np.array(program.speculation(weights, encoded, jnp.ones(())).plan.costs)
-
-
-@pytest.mark.parametrize("unsigned", [False, True])
-def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeypatch):
-  """XLA:CPU takes at most half a float32 row's time for two rows in 8 bits, one for eight."""
-  monkeypatch.setattr(platforms, "multiplies_unsigned", lambda: unsigned)
-  sizes = toys.Config(vocab_size=16384, num_pieces=16384)
-  made = engine.of_params(toys.params(sizes, seed=1), sizes)
-  ratio = planned(made, head_dtype="int8") / planned(made)
-  assert 0.2 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
 
 
 # ---- How many tokens are drafted: the laws of the plan, on costs like those of a small model
@@ -350,16 +290,6 @@ def after(*trials: tuple[bool, float], prior=speculative.UNKNOWN):
   return estimate
 
 
-def later(prior: speculative.Prior, estimate) -> speculative.Prior:
-  known = [[0.0, 0.0, float(estimate.chance[0]), float(estimate.calibration[0]), 0.0]]
-  layers, floats = np.ones((1, 1), np.int32), np.ones((1, 1), np.float32)
-  verification = loop.Verification(layers > 0, np.array(known))
-  text = loop.Generation(layers, layers, floats, floats, floats[0], verification)
-  history = speculative.History(False, False, prior, plans={1: PLAN}, last=(text, [True]))
-  history.update()
-  return history.prior
-
-
 def count(estimate, confidence: float, plan: speculative.Plan = PLAN) -> int:
   """Positions of a pass whose every draft has this confidence."""
   return int(_count(plan, estimate, jnp.float32(confidence)))
@@ -374,12 +304,6 @@ def _count(plan, estimate, confidence) -> jax.Array:
     goes_on &= plan.goes_on(jnp.int32(at), chances, tokens, mean)
     tokens, positions = tokens + jnp.sum(chances), positions + goes_on.astype(jnp.int32)
   return positions
-
-
-def backoffs(estimate, plan=PLAN) -> list[int]:
-  """After so many drafting passes for nothing: 0, 1 ..."""
-  mean = estimate.mean_chance(ONE)
-  return [int(plan.backoff(jnp.int32(streak), mean)) for streak in range(10)]
 
 
 def test_a_text_begins_with_one_draft_and_goes_on_once_it_was_right():
@@ -400,56 +324,6 @@ def test_a_text_begins_with_one_draft_and_goes_on_once_it_was_right():
 )
 def test_drafts_are_worth_what_earlier_ones_were(trials, confidence, pays):
   assert (count(after(*trials, prior=HOPEFUL), confidence) > 1) == pays
-
-
-def test_calibration_becomes_the_ratio_of_the_odds_whatever_confidences_are():
-  random = np.random.default_rng(1)
-  said = random.uniform(0.1, 0.85, size=(1, 4000)).astype(np.float32)
-  odds = 3.0 * said / (1 - said)
-  right = random.random(said.shape) < odds / (1 + odds)
-  whole = after(prior=HOPEFUL).update(np.ones_like(right), right, said)
-  assert float(whole.calibration[0]) == pytest.approx(3.0, rel=0.15)
-  assert float(whole.chances(jnp.array([0.5]))[0]) == pytest.approx(0.75, abs=0.04)
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_many_texts_do_not_outweigh_what_a_text_says_itself(right):
-  prior = speculative.UNKNOWN
-  for _ in range(300):
-    text = after(*((right, 0.9),) * 8, prior=prior)
-    prior = later(prior, text)
-  assert (count(after(prior=prior), 0.9) > 1) == right
-  otherwise = after(*((not right, 0.9),) * (4 if right else 12), prior=prior)
-  assert (count(otherwise, 0.9) > 1) != right
-
-
-def test_rows_that_have_ended_do_not_vote():
-  right = np.stack([np.zeros(30), np.ones(30)]).astype(bool)
-  estimate = speculative.AcceptanceEstimate.of(HOPEFUL, 2)
-  estimate = estimate.update(np.ones_like(right), right, np.full(right.shape, 0.9))
-  means = [float(estimate.mean_chance(jnp.array(rows))) for rows in ([0, 1], [1, 0], [1, 1])]
-  assert means[1] < means[2] < means[0]
-
-
-def test_a_fixed_plan_always_drafts():
-  fixed = speculative.Plan(PLAN.costs, adapts=False)
-  assert count(after((False, 1.0)), 0.0, fixed) == len(PLAN.costs)
-  assert not any(backoffs(after((False, 1.0)), fixed))
-  assert not fixed.goes_on(jnp.int32(0), jnp.zeros(1), jnp.float32(1), jnp.float32(1))
-
-
-def test_backoff_grows_and_is_longer_where_drafts_are_refused_more_often_than_not():
-  assert backoffs(after(*((True, 0.9),) * 4)) == [0, 0, 1, 2, 4, 8, 16, 32, 32, 32]
-  assert backoffs(after(*((False, 0.9),) * 2)) == [0, 4, 8, 16, 32, 32, 32, 32, 32, 32]
-
-
-def test_drafts_are_doubtful_that_would_not_be_read_on_from_however_sure_they_are():
-  """By what passes cost: of cheap ones only where most are wrong."""
-  dear = speculative.Plan((1.0, 3.2, 3.5, 3.8, 4.1, 4.4, 4.7, 5.0))
-  assert PLAN.least_chance == speculative.DOUBTFUL < dear.least_chance < 1.0
-  for chance, reads_on in ((dear.least_chance, True), (dear.least_chance - 0.01, False)):
-    goes_on = dear.goes_on(jnp.int32(0), jnp.ones(1), jnp.float32(1), jnp.float32(chance))
-    assert bool(goes_on) == reads_on
 
 
 def test_passes_that_cost_as_many_steps_are_not_worth_drafting():

@@ -189,15 +189,6 @@ def test_never_runs_every_layer(name):
   assert decaying(NEVER).exit_layer.tolist() == [L] * 3
 
 
-def test_inactive_rows_report_nothing():
-  rules = exits.DynamicExits(Given(TABLE)), exits.StaticExit(2), exits.OracleExit()
-  for rule in rules:
-    got = take(rule, active=(True, False, True))
-    assert got.exit_layer[1] == 0 and got.confidence[1] == 0
-    assert got.rejected_confidence[1] == 0
-    assert (got.exit_layer[jnp.array([0, 2])] > 0).all()
-
-
 @pytest.mark.parametrize(
   ("active", "deepest"), [((True, False, False), 1), ((True, True, False), 3)]
 )
@@ -234,15 +225,6 @@ def test_a_cheaper_bound_is_cleared_first(threshold):
     fields = got.exit_layer[row], got.confidence[row], got.rejected_confidence[row]
     np.testing.assert_array_equal(fields, expected)
     assert tokens(got)[row] == expected[0]
-
-
-def test_where_the_bound_fails_in_every_row_no_head_runs():
-  bounds = np.array([[0.1] * 3, [0.6, 0.1, 0.1], [0.1] * 3, [0.1] * 3], np.float32)
-  calls = []
-  with jax.disable_jit():
-    take(exits.DynamicExits(Given(TABLE, True, bounds)), layers=toy_layers(calls))
-  # For its shape at layer 1, at layer 2 and at the last.
-  assert [name for name, _ in calls].count("logits") == 3
 
 
 @pytest.mark.parametrize("depth", [1, 3, L, None])
@@ -306,9 +288,3 @@ def test_propagations_are_found_by_name():
     assert propagation.propagation(name) is made and made.name == name
   with pytest.raises(ValueError, match=r"`propagation`.*'copy_projections'.*got 'none'"):
     propagation.propagation("none")
-
-
-def test_rules_are_hashable_statics():
-  rule = exits.DynamicExits(Given(()))
-  assert hash(rule) == hash(exits.DynamicExits(Given(())))
-  assert exits.StaticExit(1) != exits.StaticExit(2)

@@ -1,6 +1,5 @@
 """Threshold schedules: Eq. 5 by hand, and what never may drift."""
 
-import inspect
 import math
 
 import jax
@@ -33,13 +32,6 @@ def test_eq_5_by_hand(threshold, temperature, generated, expected):
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_no_temperature_is_another_schedule_than_constant():
-  thresholds = jnp.linspace(0, 1, 11)
-  got = schedules.Decaying(0.0, 10)(thresholds, jnp.int32(7))
-  np.testing.assert_allclose(got, 0.9 * thresholds + 0.1, rtol=1e-6)
-  assert schedules.Constant()(thresholds, jnp.int32(7)) is thresholds
-
-
 @pytest.mark.parametrize(
   "schedule", [schedules.Constant(), schedules.Decaying(0.0, 8), schedules.Decaying(4.0, 8)]
 )
@@ -49,16 +41,6 @@ def test_never_stays_infinite_and_only_never(schedule):
     got = jax.jit(schedule)(thresholds, jnp.int32(generated))
     assert jnp.isinf(got).tolist() == [False, True, False]
     assert jnp.delete(got, 1, assume_unique_indices=True).max() <= 1
-
-
-def test_length_is_a_number_of_the_schedule():
-  """N belongs to the calibrated procedure: nothing at the call can change it."""
-  assert list(inspect.signature(schedules.Decaying.__call__).parameters) == [
-    *("self", "threshold", "generated")
-  ]
-  short, long = schedules.Decaying(4.0, 8), schedules.Decaying(4.0, 16)
-  assert short(jnp.float32(0.5), jnp.int32(4)) == long(jnp.float32(0.5), jnp.int32(8))
-  assert short != long and hash(short) == hash(schedules.Decaying(4.0, 8))
 
 
 def test_schedules_by_name():

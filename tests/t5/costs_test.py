@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, inference
+from calm import exits
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
 from calm.t5 import attention as attention_lib
@@ -88,22 +88,6 @@ def test_the_static_step_is_xlas(batch):
     assert three.bytes - two.bytes == pytest.approx(COSTS.layer.bytes, rel=0.05)
 
 
-PIECES = {
-  "head": lambda layers, hidden: layers.logits(layers.read(3, hidden)),
-  "propagation": lambda layers, hidden: layers.project(2, hidden),
-  "measured": lambda layers, hidden: layers.shortlist_logits(layers.read(1, hidden)),
-}
-
-
-@pytest.mark.parametrize("name", PIECES)
-def test_pieces_are_xlas(name):
-  got = xla_step(PIECES[name], 1)
-  expected = getattr(by_hand(confidence.Shortlist(), shortlist=64), name)
-  assert got.flops == pytest.approx(expected.flops, rel=0.1)
-  if name != "propagation":  # which XLA copies out of the fused matrix when it stands alone
-    assert got.bytes == pytest.approx(expected.bytes, rel=0.15)
-
-
 def by_hand(measure, shortlist=0, allowed=None):
   rule = exits.DynamicExits(measure, allowed=allowed)
   return costs_of(rule=rule, shortlist=shortlist)
@@ -143,12 +127,6 @@ def test_maps_cost_what_is_read_through_them():
   assert codes == [rank * (1 + 2), rank * (2 + 1), rank * 2]
   assert of(config, exits.StaticExit(2)).static(2).flops == COSTS.static(2).flops + square
   assert of(config, None).full == COSTS.full
-
-
-def test_bfloat16_halves_everything_but_the_head():
-  half = costs_of(dataclasses.replace(CONFIG, dtype="bfloat16"))
-  assert half.layer.bytes * 2 == COSTS.layer.bytes and half.head == COSTS.head
-  assert half.layer.flops == COSTS.layer.flops
 
 
 # Numbers of the matrices of a layer that a step reads.
@@ -198,9 +176,3 @@ def test_savings_compose_with_recorded_exits_and_skip_padding():
 def test_an_exit_beyond_the_model_is_refused(layer):
   with pytest.raises(ValueError, match=r"Expected `exit_layer` in 1 \.\.\. 3, got"):
     COSTS.early(layer)
-
-
-def test_narrow_weights_are_fewer_bytes_of_a_models_step():
-  model = inference.load("packed", measure="classifier", max_decode_length=8)
-  narrow = model.with_options(weights_dtype="bfloat16").step_costs(32)
-  assert 0.5 < narrow.full.bytes / model.step_costs(32).full.bytes < 0.6

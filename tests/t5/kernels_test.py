@@ -15,7 +15,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
-from calm.t5 import caches, decoder, eight_bits, kernels, layers, network, platforms
+from calm.t5 import caches, eight_bits, kernels, layers, network, platforms
 from calm.t5.kernels import attention_kernel, codes_kernel, llvm
 from calm.t5x import loops
 from tests import engine, toys
@@ -23,10 +23,8 @@ from tests import engine, toys
 CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 ENGINES = {
   "static": (exits.StaticExit(), engines.Eager),
-  "eager": (CLASSIFIER, engines.Eager),
   "deferred": (CLASSIFIER, engine.sized(engines.Deferred, chunk_rows=8)),
   "compacted by row": (CLASSIFIER, engine.sized(engines.Compacted, buckets=(2, 4))),
-  "compacted": (CLASSIFIER, engine.sized(engines.Compacted, buckets=(5,))),
   "drafts": (exits.Speculative(1, 3, "full"), None),
 }
 
@@ -114,19 +112,6 @@ def test_windows_have_the_numbers_of_xla(small, batch):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
-def test_queries_read_the_rows_that_they_name():
-  whole = attention_of(6, 2, 8, 10)
-  query, row = asked(4, 2, 8)
-  named = native(whole, rows=jnp.array([5, 0, 3, -1], jnp.int32))
-  cache, cross, bias = jax.tree.map(
-    lambda x: x[jnp.array([5, 0, 3, 0])], (whole.cache, whole.cross, whole.cross_bias)
-  )
-  alone = dataclasses.replace(whole, cache=cache, cross=cross, cross_bias=bias)
-  for ours, theirs in zip(mixed(named, query, row), mixed(alone, query, row), strict=True):
-    np.testing.assert_allclose(ours[:3], theirs[:3], rtol=2e-5, atol=1e-5)
-    assert not ours[3].any() and theirs[3].any()
-
-
 def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
   whole = attention_of(3, 2, 8, 10)
   hidden = whole.cross_bias.at[1].set(layers.MASK_BIAS)
@@ -137,66 +122,6 @@ def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
   assert not made[1].any()
   assert jnp.isnan(made[2, 1]).all() and not jnp.isnan(made[:2]).any()
   assert not jnp.isnan(made[2, 0]).any()
-
-
-def test_keys_that_nobody_may_see_are_not_read():
-  whole = native(attention_of(2, 2, 8, 10))
-  cache = jax.tree.map(lambda x: x.at[:, :, -3:].set(jnp.nan), whole.cache)
-  attends = whole, dataclasses.replace(whole, cache=cache)
-  np.testing.assert_array_equal(*(each.to_past(*asked(2, 2, 8)) for each in attends))
-
-
-def test_the_exponential_is_that_of_numpy():
-  def write(w, frame):
-    given, made = frame.argument(0), frame.result(0)
-    x, out = frame.numbers(given), frame.numbers(made)
-    zero = llvm.number(0)
-    for place, part, mask in w.parts(x, zero, frame.size(given, 0), []):
-      w.write(w.exp(part), w.item(out, place), mask)
-
-  name = llvm.target("calm_test_exp", write)
-  small = np.geomspace(1e-6, 87, 5003)
-  x = np.concatenate([-small, [0.0], small]).astype(np.float32)
-  exp = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, "float32"))
-  np.testing.assert_allclose(exp(x), np.exp(x.astype(np.float64)), rtol=3e-7)
-  edges = jnp.array([-1e30, -jnp.inf, jnp.nan], jnp.float32)
-  made = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((3,), "float32"))(edges)
-  assert (made[:2] < 1e-37).all() and (made[:2] > 0).all() and jnp.isnan(made[2])
-
-
-def test_it_is_taken_where_a_function_may_be_called(monkeypatch):
-  toy = engine.toy()
-  table = attention_lib.bias_table(toy.weights.decoder, toy.config, engine.LENGTH)
-  step = decoder.DecoderStep(
-    toy.weights.decoder, toy.config, engine.encode(toy), table.at(0), table.current, True
-  )
-  hidden = jnp.ones((len(engine.PROMPTS), toy.config.emb_dim))
-  cache, *_ = caches.empty_caches(toy.config, len(engine.PROMPTS), engine.LENGTH)
-  taken = lambda step, cache: step.attention(1, hidden, cache).native
-  assert taken(step, cache)
-  assert not taken(step, jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache))
-  assert not taken(dataclasses.replace(step, native=False), cache)
-  with platforms.laid_out_for("tpu"):
-    assert not taken(step, cache)
-  monkeypatch.setattr(kernels, "_has_llvmlite", lambda: False)
-  assert not taken(step, cache)
-
-
-@pytest.mark.parametrize(
-  ("length", "alone", "cores", "pieces"),
-  [
-    (31, False, 2, 1),
-    (32, False, 2, 12),
-    (127, True, 2, 1),
-    (128, True, 2, 12),
-    (128, False, 1, 1),
-  ],
-)
-def test_threads_share_what_is_worth_it(monkeypatch, length, alone, cores, pieces):
-  """More of it where they have to be woken."""
-  monkeypatch.setattr(llvm, "num_cores", lambda: cores)
-  whole, (query, _) = attention_of(8, 4, 64, length), asked(8, 4, 64)
-  assert calls(native(whole, single_threaded=alone).to_prompt, query) == pieces
 
 
 def quick(function):
@@ -265,28 +190,6 @@ def test_a_row_is_the_same_whoever_stands_beside_it():
     np.testing.assert_array_equal(kernels.product(x[:rows], matrix), whole[:rows])
 
 
-def test_nan_stays_in_its_row_and_column():
-  x, matrix = drawn(9, 20).at[4, 3].set(jnp.nan), drawn(20, 40).at[7, 33].set(jnp.inf)
-  made = kernels.product(x, matrix)
-  assert jnp.isnan(made[4]).all() and jnp.isinf(made[:, 33][jnp.arange(9) != 4]).all()
-  others = np.delete(np.delete(np.asarray(made), 4, axis=0), 33, axis=1)
-  assert np.isfinite(others).all()
-
-
-@pytest.mark.usefixtures("small")
-def test_one_thread_multiplies_few_rows_and_small_layers(monkeypatch):
-  matrix, most = drawn(64, 64), kernels.MOST_ROWS
-  single = lambda matrix, *counts: [kernels.single_threaded(matrix, rows) for rows in counts]
-  assert single(matrix, 1, most, most + 1) == [True, True, False]
-  assert single(drawn(1024, 1024), 8) == single(matrix.astype(jnp.bfloat16), 8) == [False]
-  with platforms.laid_out_for("tpu"):
-    assert single(matrix, 8) == [False]
-  for owner, name in ((platforms, "has_wide_vectors"), (kernels, "_has_llvmlite")):
-    with monkeypatch.context() as patch:
-      patch.setattr(owner, name, lambda: False)
-      assert single(matrix, 8) == [False]
-
-
 needs_bytes = pytest.mark.skipif(
   not platforms.multiplies_bytes(), reason="needs a CPU with AVX512-VNNI"
 )
@@ -348,16 +251,6 @@ def test_rows_of_zeros_and_what_is_no_number_stay_in_their_rows():
   assert not made[::4].any() and np.isnan(made[5:7]).all()
   same = np.setdiff1d(np.arange(40), [*range(0, 40, 4), 5, 6])
   np.testing.assert_array_equal(made[same], expected[same])
-
-
-@needs_bytes
-def test_axes_of_rows_stay_and_other_dtypes_and_sizes_are_xlas():
-  x, matrix = matrix_and_rows(12, 32, 16)
-  packed = eight_bits.quantize(jnp.asarray(matrix)).for_many_rows()
-  made = packed.product(jnp.asarray(x).reshape(3, 4, 32))
-  np.testing.assert_array_equal(made.reshape(12, 16), by_hand(x, matrix))
-  assert packed.product(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
-  assert eight_bits.quantize(jnp.ones((24, 16))).for_many_rows().packed is None
 
 
 @needs_bytes

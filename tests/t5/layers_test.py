@@ -37,19 +37,6 @@ def test_biases_are_the_tables_numbers_to_the_bit(lengths, bidirectional, dtype)
   np.testing.assert_array_equal(got[0], expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_a_buckets_gradient_is_the_sum_over_its_pairs(lengths, bidirectional, dtype):
-  """Terms are added in float32 where the dtype is bfloat16 too."""
-  pull = np.random.default_rng(1).normal(size=(1, HEADS, *lengths)).astype(dtype)
-  run = lambda table: biases(table, *lengths, bidirectional, dtype=dtype)
-  (got,) = jax.vjp(run, jnp.asarray(TABLE))[1](jnp.asarray(pull))
-  buckets, terms = pair_buckets(lengths, bidirectional), pull[0].astype(np.float64)
-  sums = [terms[:, buckets == bucket].sum(axis=-1) for bucket in range(BUCKETS)]
-  np.testing.assert_allclose(got, np.stack(sums, axis=-1), rtol=1e-4, atol=1e-3)
-
-
 def test_biases_and_their_gradient_neither_gather_nor_scatter():
   """TPUs and partitioned programs are slow at both."""
   loss = lambda table: biases(table, 5, 9, True).sum()

@@ -20,14 +20,6 @@ def test_a_product_is_the_same_with_rows_added(rows):
   np.testing.assert_allclose(made, np.asarray(x) @ np.asarray(MATRIX), rtol=1e-5, atol=1e-6)
 
 
-def test_a_product_of_symbolic_rows_has_none_added():
-  (rows,) = jax.export.symbolic_shape("b")
-  shape = jax.ShapeDtypeStruct((rows, 3), jnp.float32)
-  with platforms.laid_out_for("tpu"):
-    made = jax.eval_shape(lambda x: platforms.product(x, MATRIX), shape)
-  assert made.shape == (rows, 5)
-
-
 def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
   positions = lambda: [platforms.least_positions(rows) for rows in (1, 2, 8, 32, 128, 256)]
   with platforms.laid_out_for("tpu"):

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from calm import training
-from calm.t5 import parameters
 from calm.training import distillation
-from tests.training.samples import TOY, batch_of, model_of, trained
+from tests.training.samples import TOY, batch_of, model_of
 
 
 def log_probabilities(module, params, batch):
@@ -48,54 +46,6 @@ def test_loss_and_gradients_are_those_of_the_equation(options):
     gradient,
     wanted,
   )
-
-
-def test_metrics_are_of_targets_layer_by_layer_and_the_penalty_of_the_last():
-  module, params = model_of()
-  batch = batch_of()
-  found = log_probabilities(module, params, batch)
-  weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
-  right = (jnp.argmax(found, axis=-1) == targets[None]).astype(jnp.float32)
-  label = jnp.take_along_axis(found, jnp.asarray(targets)[None, ..., None], axis=-1)[..., 0]
-  over_tokens = lambda x: jnp.sum(x * weights[None], axis=(1, 2))
-  of = lambda z_loss: distillation.SelfDistilled(z_loss=z_loss).loss(
-    module, params, batch, None
-  )
-  (without, none), (loss, metrics) = of(0.0), of(0.1)
-  np.testing.assert_allclose(metrics.correct, over_tokens(right))
-  np.testing.assert_allclose(metrics.cross_entropy, -over_tokens(label), rtol=1e-4)
-  np.testing.assert_allclose(metrics.layer_weight, [float(weights.sum())] * 3)
-  assert float(metrics.z_loss) > 0.01 * float(loss)
-  np.testing.assert_allclose(metrics.z_loss, loss - without, rtol=1e-4)
-  np.testing.assert_allclose(none.z_loss, 0.0, atol=1e-4)
-
-
-def test_layers_drawn_give_the_loss_of_all_of_them_on_average():
-  module, params = model_of()
-  batch = batch_of()
-  whole = distillation.SelfDistilled().loss(module, params, batch, None)[0]
-  drawn = distillation.SelfDistilled(sampled_layers=1)
-  one = jax.jit(lambda key: drawn.loss(module, params, batch, key)[0])
-  losses = [float(one(jax.random.key(i))) for i in range(60)]
-  assert len({round(loss, 3) for loss in losses}) == 2  # one of two early layers
-  spread = np.std(losses) / np.sqrt(len(losses))
-  assert abs(np.mean(losses) - float(whole)) < 4 * spread
-
-
-def test_early_layers_come_to_write_what_the_last_one_writes():
-  module, params = model_of()
-  batch = batch_of()
-  apart = lambda p: plain_loss(module, p, batch, 1.0) - plain_loss(module, p, batch, 0.0)
-  objective = distillation.SelfDistilled(sampled_layers=1)
-  state, _ = trained(objective, module, params, [batch] * 80)
-  assert float(apart(state.params)) < 0.5 * float(apart(params))
-
-
-def test_a_model_of_one_layer_has_no_early_ones():
-  module, params = model_of(dataclasses.replace(TOY, num_decoder_layers=1))
-  loss, metrics = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
-  np.testing.assert_allclose(loss, metrics.cross_entropy[0], rtol=1e-6)
-  assert not distillation.SelfDistilled().teaches_layers(1)
 
 
 MAPPED = dataclasses.replace(
@@ -155,24 +105,6 @@ def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base():
   names = ("exit_translators", "layers_0"), ("exit_translators", "layers_1")
   classifier = {("exit_classifier", name) for name in ("kernel", "bias")}
   assert trained == {*names, ("exit_propagation", "layers_0"), *classifier}
-
-
-def test_maps_learn_from_fresh_parameters_beside_a_base_that_stays():
-  """Skipped layers' inputs too: one factor of learned propagation is drawn."""
-  module, params = model_of(MAPPED)
-  base, _ = parameters.split(params)
-  params = parameters.add_exit_parts(base, module.config)
-  params, batch = jax.tree.map(jnp.asarray, params), batch_of()
-  before = plain_maps_losses(module, params, batch)
-  state, metrics = trained(
-    distillation.ExitMaps(), module, params, [batch] * 100, optimizer=training.adam
-  )
-  after = plain_maps_losses(module, state.params, batch)
-  falls = [float(a) / float(b) for a, b in zip(after, before, strict=True)]
-  assert max(falls[:2]) < 0.5 and falls[2] < 1.0
-  assert np.all(np.asarray(metrics.correct)[:2] > 0.8 * float(metrics.weight))
-  assert np.any(state.params["decoder"]["exit_classifier"]["kernel"])
-  assert parameters.base_digest(state.params) == parameters.digest(base)
 
 
 def test_maps_of_no_layer_are_refused_by_name():

@@ -1,6 +1,5 @@
 """What each training stage minimises and touches."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -76,16 +75,6 @@ def test_sampled_layers_are_an_unbiased_estimate(monkeypatch):
   np.testing.assert_allclose(expectation, everything, rtol=1e-5)
 
 
-def test_layers_are_drawn_with_the_weights_of_equation_6():
-  module, params = model_of()
-  batch = batch_of(batch=2)
-  sampled = objectives.LayerWeighted(sampled_layers=64)
-  one = jax.jit(lambda key: sampled.loss(module, params, batch, key)[1].layer_weight)
-  counts = sum(np.asarray(one(jax.random.key(seed))) for seed in range(8))
-  # 512 draws: standard deviations of at most 0.022.
-  np.testing.assert_allclose(counts / counts.sum(), losses.layer_weights(3), atol=0.08)
-
-
 PROBED = toys.Config(
   num_decoder_layers=3, num_encoder_layers=1, exit_probes=True, exit_translators=(1, 2)
 )
@@ -153,30 +142,6 @@ def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_m
       assert np.any(np.asarray(after[path]) != np.asarray(before)), path
 
 
-def test_a_batch_in_parts_makes_the_step_of_the_whole():
-  module, params = model_of()
-  batch = batch_of()
-  rows = len(batch["decoder_loss_weights"])
-  assert rows % 2 == 0 and np.ptp(np.asarray(batch["decoder_loss_weights"]).sum(1)) > 0
-  objective = objectives.LayerWeighted()
-
-  stepped = lambda count: trained(
-    objective, module, params, [batch], training.Schedule(0.5, 0), num_microbatches=count
-  )
-  (one, whole), (two, parted) = stepped(1), stepped(2)
-  # The penalty is what is left of the loss: as exact as the loss's own rounding.
-  np.testing.assert_allclose(whole.z_loss, parted.z_loss, atol=1e-6 * float(whole.loss))
-  sums = [dataclasses.replace(metrics, z_loss=jnp.zeros(())) for metrics in (whole, parted)]
-  for a, b in zip(*map(jax.tree.leaves, sums), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5)
-  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one.params, params)
-  assert max(jax.tree.leaves(moved)) > 1e-3
-  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
-  with pytest.raises(ValueError, match=f"divide the {rows} rows of a batch, got {rows + 1}"):
-    stepped(rows + 1)
-
-
 def test_stage_two_reads_what_inference_reads():
   module, params = model_of()
   batch = batch_of()
@@ -188,31 +153,3 @@ def test_stage_two_reads_what_inference_reads():
   exits = (read @ np.asarray(part["kernel"]))[..., 0] + np.asarray(part["bias"]) > 0
   hits = (exits == (np.stack(logits) == logits[-1])) * real
   np.testing.assert_array_equal(metrics.correct, hits.sum((1, 2)))
-
-
-def test_dropout_needs_a_key_and_is_off_without():
-  module, params = model_of(dropout_rate=0.5)
-  objective = objectives.LayerWeighted()
-  batch = batch_of()
-  jitted = jax.jit(lambda key: objective.loss(module, params, batch, key)[0])
-  value = lambda key: float(jitted(key))
-  assert value(None) == value(None)
-  assert value(jax.random.key(0)) != value(jax.random.key(1))
-
-
-def test_metrics_add_up_to_means_and_leave_out_layers_never_seen():
-  make = lambda loss, weight, seen: objectives.BatchMetrics(
-    *map(jnp.asarray, (loss, weight)),
-    cross_entropy=jnp.array([seen, 0.0]),
-    correct=jnp.array([1.0, 0.0]),
-    agreement=jnp.array([jnp.nan, 0.0]),
-    layer_weight=jnp.array([weight, 0.0]),
-    z_loss=jnp.array(0.5),
-  )
-  scalars = (make(6.0, 2.0, 4.0) + make(2.0, 2.0, 0.0)).scalars()
-  assert scalars == {
-    "loss": 2.0,
-    "target_tokens": 4.0,
-    "loss/layer_1": 1.0,
-    "accuracy/layer_1": 0.5,
-  }
