@@ -1,8 +1,5 @@
-"""The compiled programs that this process keeps: the one place that makes them, and drops them.
-
-Every compiled program holds memory maps (about 250 on a CPU), of which Linux allows a process
-65,530; beyond them XLA ends with "Failed to materialize symbols". The least recently used go.
-"""
+"""The compiled programs that this process keeps. Each holds memory maps (about 250 on a CPU),
+of which Linux allows a process 65,530; the least recently used are dropped before XLA fails."""
 
 import collections
 import contextlib

@@ -20,17 +20,14 @@ AnyArray = Array | np.ndarray
 
 @struct.dataclass
 class Verification:
-  """How a text of `exits.Speculative` came about.
+  """How a text of `exits.Speculative` came about."""
 
-  Attributes:
-    drafted: tokens that were drafted and accepted; the others are the full model's own.
-    numbers: of each row: passes of the full model; tokens drafted, refused ones too (as many as
-      for the row that goes on longest); `speculative.AcceptanceEstimate`'s chance and
-      calibration at the end; and what the batch took, in steps of the full model. One array,
-      for every one that comes back costs a short text some microseconds.
-  """
-
+  # Tokens that were drafted and accepted; the others are the full model's own.
   drafted: Bool[AnyArray, "batch length"]
+  # Of each row: passes of the full model; tokens drafted, refused ones too (as many as for
+  # the row that goes on longest); `speculative.AcceptanceEstimate`'s chance and calibration
+  # at the end; and what the batch took, in steps of the full model. One array, for every
+  # one that comes back costs a short text some microseconds.
   numbers: Float[AnyArray, "batch 5"]
 
   @property
@@ -148,14 +145,9 @@ def resume(
 ) -> DecodingState:
   """Decodes again from some token of each row on; what lies before it stays as it is.
 
-  Args:
-    step: runs one position; it must leave the cache of a row alone before its `resume_at`.
-    state: of an earlier run.
-    cache: what the step starts from at the least `resume_at` of the active rows.
-    active: rows to decode; the others stay as they are.
-    resume_at: the first position to decode of each row, below its length (0: all of it).
-    step_limit, eos_id: as for `decode`.
-  """
+  `step` must leave the cache of a row alone before its `resume_at`, the first position to
+  decode, below its length; `cache` is from the least of these. `active` rows are decoded, the
+  others stay. The rest is as for `decode`."""
   length = state.generation.tokens.shape[1]
   columns = jnp.arange(length)[None, :]
   kept = ~active[:, None] | (columns < resume_at[:, None])

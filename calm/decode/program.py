@@ -1,12 +1,6 @@
-"""The compiled programs of inference: encode a batch once, decode it at any threshold.
-
-Static things (sizes, rule, lengths) live in the frozen `Program`; the threshold is traced, so
-that a whole grid compiles once.
-
-Long limits are reached in stages: a step's attention reads every position of the caches, filled
-or not, so that a first program has 64 positions, and where some row goes on, the next one has
-four times as many, up to the limit.
-"""
+"""The compiled programs of inference: encode a batch once, decode it at any threshold, which is
+traced. Long limits are reached in stages, since a step's attention reads every position of the
+caches: of 64 positions, then of four times as many, up to the limit."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -220,14 +214,9 @@ class Program:
     threshold: Float[Array, "..."],
     resume_at: Int[Array, " batch"],
   ) -> loop.DecodingState:
-    """Decodes again from some token of each row on (`grid.reusable_tokens` says from which).
-
-    Args:
-      state: from `resume` or `nothing_yet`, of the same prompts; its generation may have room
-        for more tokens than its caches and this program.
-      active: rows to decode; the others stay as they are in `state`.
-      resume_at: the first token of each row that may differ from `state`.
-    """
+    """Decodes again from `resume_at`, the first token of each row that may differ from `state`
+    (`grid.reusable_tokens`). That is from `resume` or `nothing_yet`, of the same prompts, with
+    room for as many tokens or more; rows that are not `active` stay as they are in it."""
     kept = jnp.where(active, resume_at, self.length)
     bound = self.bind(weights.decoder, encoded, threshold, kept)
     made = loop.resume(
@@ -306,11 +295,8 @@ class Program:
     return loop.nothing_yet(active, self.max_decode_length, cache)
 
   def speculation(self, weights, encoded, threshold, prior=None) -> speculative.Speculation:
-    """The loop of `exits.Speculative` at work on these prompts.
-
-    Raises:
-      ValueError: the rule does not fit the model, or wants a shortlist that it has not.
-    """
+    """The loop of `exits.Speculative` at work on these prompts; ValueError where the rule does
+    not fit the model, or wants a shortlist that it has not."""
     rule, config, decoder = self.rule, self.config, weights.decoder
     assert isinstance(rule, exits.Speculative)
     rule.depth(config.num_decoder_layers)

@@ -1,8 +1,6 @@
-"""Prompts over several devices: every device runs a decode loop of its own.
-
-Under plain `jit` every device would run as deep and as long as the deepest row anywhere. Under
-`shard_map` a device knows its own rows only, and nothing is exchanged.
-"""
+"""Prompts over several devices: every device runs a decode loop of its own on its rows, by
+`shard_map`, and nothing is exchanged. Under plain `jit` all would run as long as the
+longest."""
 
 import contextlib
 import dataclasses
@@ -39,11 +37,7 @@ def make_cpu_devices(count: Any) -> None:
 
 @functools.cache
 def mesh(num_devices: int) -> sharding.Mesh:
-  """The first devices of this process as a mesh of one axis.
-
-  Raises:
-    ValueError: there are not that many.
-  """
+  """The first devices of this process as a mesh of one axis; ValueError if there are fewer."""
   devices = jax.local_devices()
   if not 1 <= num_devices <= len(devices):
     raise ValueError(

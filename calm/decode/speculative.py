@@ -1,10 +1,6 @@
-"""Speculative decoding: the first layers draft tokens, one pass of the others verifies them.
-
-A pass reads token after token with layers 1 ... k and drafts the next one, runs the other
-layers and the head over all of these positions at once, and emits the accepted drafts and then
-the full model's own token. Rows have positions of their own; refused drafts are overwritten.
-How many drafts are made depends on how likely they are to be accepted and on what passes cost.
-"""
+"""Speculative decoding: layers 1 ... k read token after token and draft the next one, one pass
+of the others and the head verifies them all and adds the full model's own token. How many
+drafts are made depends on how likely they are to be accepted and on what passes cost."""
 
 import dataclasses
 import functools
@@ -151,11 +147,9 @@ class Plan:
     return functools.reduce(jnp.minimum if isinstance(chance, jax.Array) else min, openings)
 
   def goes_on(self, at, chances: Float[Array, " batch"], tokens, chance) -> jax.Array:
-    """Whether a pass of `at` + 1 positions should have one more, [] bool.
-
-    `chances` are that all drafts of a row so far are accepted, 0 of rows that do not count;
-    `tokens` are expected of the positions so far; `chance` is the estimate's mean.
-    """
+    """Whether a pass of `at` + 1 positions should have one more, [] bool; `chances` are that
+    all drafts of a row so far are accepted, `tokens` are expected of the positions so far,
+    `chance` is the estimate's mean."""
     if not self.adapts:
       return jnp.sum(chances) > 0.0
     more = [LEAST_GAIN * (new - old) / old for old, new in itertools.pairwise(self.costs[1:])]
@@ -267,12 +261,9 @@ def plan(
 
 
 def _head(head: jax.Array | eight_bits.QuantizedHead, rows: int) -> float:
-  """Cost of the head over so many rows, in float32 numbers that are read for one.
-
-  On two CPU cores, T5 1.1 small: 8 bits take 0.3, 0.3, 0.5, 0.8 and 1.4 of a float32 row for
-  2, 4, 8, 16 and 32 rows, and more where both sides have a sign. A float32 head writes the
-  logits of several positions, which are read again.
-  """
+  """Cost of the head over so many rows, in float32 numbers that are read for one. On two CPU
+  cores 8 bits take 0.3, 0.3, 0.5, 0.8 and 1.4 of a float32 row for 2, 4, 8, 16 and 32 rows of
+  T5 1.1 small, more where both sides have a sign; float32 logits are read again."""
   if not isinstance(head, eight_bits.QuantizedHead):
     return _rows(rows) * (1.0 if rows <= platforms.least_rows() else 1.3) * head.size
   if platforms.least_rows() > 1:  # a TPU: what the bytes take
@@ -366,22 +357,16 @@ class SpeculativeState:
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-  """Greedy decoding in passes, until EOS or the length limit.
+  """Greedy decoding in passes, until EOS or the length limit."""
 
-  Attributes:
-    task: the prompts, with room for passes that rows wait through once theirs has ended.
-    table: biases by position.
-    length: most tokens of a text.
-    prior: what is expected of a text's drafts before it has any.
-  """
-
+  # The prompts, with room for passes that rows wait through once theirs has ended.
   task: engines.Task
-  table: attention_lib.BiasTable
+  table: attention_lib.BiasTable  # biases by position
   rule: exits.Speculative
   plan: Plan
-  length: int
+  length: int  # most tokens of a text
   eos_id: Any
-  prior: Prior = UNKNOWN
+  prior: Prior = UNKNOWN  # what is expected of a text's drafts before it has any
 
   def decode(self, active: Bool[Array, " batch"]) -> SpeculativeState:
     """The final state, of every active row; the others stay empty and never vote."""

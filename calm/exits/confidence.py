@@ -1,8 +1,5 @@
-"""Per-token confidence measures: how sure a layer is of its prediction, in [0, 1].
-
-A measure is a small frozen class that reads a `LayerView`. What the view offers beyond the
-residuals is lazy: a measure that never asks for logits costs no vocabulary head.
-"""
+"""Per-token confidence measures: how sure a layer is of its prediction, in [0, 1]. What a
+`LayerView` offers is lazy: a measure that never asks for logits costs no vocabulary head."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -17,11 +14,9 @@ from calm import arguments
 
 @dataclasses.dataclass(frozen=True)
 class LayerView:
-  """What a measure may look at after decoder layer `layer`.
-
-  Logits are float32: of the full head, of the shortlist only, and pre-sigmoid ones of the exit
-  classifier and of this layer's own probe.
-  """
+  """What a measure may look at after decoder layer `layer`; logits, computed when asked for,
+  are float32: full, of the shortlist, pre-sigmoid of the classifier and of this layer's
+  probe."""
 
   layer: int  # 1-based
   hidden: jax.Array  # the raw residual d^i, [batch, emb_dim]

@@ -1,8 +1,5 @@
-"""What a layer's probe reads: its normed state, and a few numbers that are at hand with it.
-
-A probe is a logistic regression of one layer's own (Alain and Bengio, 2016), where the paper's
-classifier is one for all layers.
-"""
+"""What a layer's probe reads: its normed state, and a few numbers that are at hand with it. A
+probe is one layer's own logistic regression (Alain and Bengio, 2016)."""
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +17,11 @@ CERTAIN = 30.0
 
 @struct.dataclass
 class Probes:
-  """Logistic regressions of "this layer's token is the last layer's", one a layer but the last.
+  """Logistic regressions, one a layer below the last: is its token the last layer's?"""
 
-  Attributes:
-    kernel: of decoder_norm(d^i), [emb_dim, layers - 1].
-    features: of `evidence`, [NUM_FEATURES, layers - 1].
-    bias: [layers - 1].
-  """
-
-  kernel: jax.Array
-  features: jax.Array
-  bias: jax.Array
+  kernel: jax.Array  # of decoder_norm(d^i), [emb_dim, layers - 1]
+  features: jax.Array  # of `evidence`, [NUM_FEATURES, layers - 1]
+  bias: jax.Array  # [layers - 1]
 
   @property
   def num_layers(self) -> int:

@@ -62,38 +62,31 @@ no_probes = _refusing(
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """What exits need of a decoder at one position; layers are 1-based.
+  """What exits need of a decoder at one position; layers are 1-based."""
 
-  Attributes:
-    num_layers: L.
-    run: (i, d^{i-1}) -> (d^i, this position's `KeyValue` at layer i).
-    project: (i, d) -> `KeyValue` that layer i makes of input state d.
-    logits: x^i -> float32 logits [batch, vocab] of the full head.
-    exit_logit: x^i -> pre-sigmoid exit confidence [batch].
-    read: (i, d^i) -> x^i, what heads and confidences read of it, [batch, emb_dim]: the normed
-      state, through layer i's translator where it has one.
-    translated: layers that have a translator.
-    greedy: x^i -> what the argmax of these logits is, where the head knows without all of
-      them; None: ask the logits.
-    shortlist_logits: x^i -> float32 logits [batch, shortlist] of likely tokens only.
-    probe_logit: (i, x^i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own
-      probe.
-    code: (j, d^j) -> what learned propagation keeps of a token that leaves after layer j
-      besides d^j, [batch, width]; zeros for layers that have no map.
-    predict: (k, [d^j; code]) -> the predicted input of the skipped layer k, [batch, emb_dim].
-  """
-
-  num_layers: int
+  num_layers: int  # L
+  # (i, d^{i-1}) -> (d^i, this position's `KeyValue` at layer i).
   run: Callable[[int, jax.Array], tuple[jax.Array, KeyValue]]
+  # (i, d) -> `KeyValue` that layer i makes of input state d.
   project: Callable[[int, jax.Array], KeyValue]
+  # x^i -> float32 logits [batch, vocab] of the full head.
   logits: Callable[[jax.Array], jax.Array]
-  exit_logit: Callable[[jax.Array], jax.Array]
+  exit_logit: Callable[[jax.Array], jax.Array]  # x^i -> pre-sigmoid exit confidence [batch]
+  # (i, d^i) -> x^i, what heads and confidences read of it, [batch, emb_dim]: the normed
+  # state, through layer i's translator where it has one.
   read: Callable[[int, jax.Array], jax.Array] = lambda layer, hidden: hidden
-  translated: tuple[int, ...] = ()
+  translated: tuple[int, ...] = ()  # layers that have a translator
+  # x^i -> float32 logits [batch, shortlist] of likely tokens only.
   shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
+  # (i, x^i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own probe.
   probe_logit: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array] = no_probes
+  # x^i -> what the argmax of these logits is, where the head knows without all of them;
+  # None: ask the logits.
   greedy: Callable[[jax.Array], Greedy | None] = lambda read: None
+  # (j, d^j) -> what learned propagation keeps of a token that leaves after layer j besides
+  # d^j, [batch, width]; zeros for layers that have no map.
   code: Callable[[int, jax.Array], jax.Array] = no_code
+  # (k, [d^j; code]) -> the predicted input of the skipped layer k, [batch, emb_dim].
   predict: Callable[[int, jax.Array], jax.Array] = no_code
 
 

@@ -1,8 +1,5 @@
-"""What the layers above an exit store for that token (paper section 3.2 and 3.3.1).
-
-Nothing is written here: each of `calm.decode.engines` writes it when it likes, `Deferred`, the
-usual one, when a later token first needs the layer.
-"""
+"""What the layers above an exit store for that token (paper section 3.2 and 3.3.1). Nothing is
+written here: engines write it, `Deferred` when a later token first needs the layer."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,8 +1,5 @@
-"""Rows on their way up the layers: who leaves where. Knows no network and no control flow.
-
-`exits.DynamicExits` walks with nested conditionals over whole tokens, `engines.Deferred` with
-one conditional loop a layer; what happens after a layer is the same, and is here.
-"""
+"""Rows on their way up the layers: who leaves where. Knows no network and no control flow:
+`exits.DynamicExits` walks with nested conditionals, `engines.Deferred` with a loop a layer."""
 
 import dataclasses
 from typing import Any

@@ -1,10 +1,7 @@
-"""Attention of the positions that are decoded now: one of every row, or a window of each row.
+"""Attention of the positions that are decoded now: one of every row, or a window of each.
 
-Biases of relative positions and causality come from one `BiasTable`. One position attends to
-the cache and, beside it, to itself: a cache that is written before one query reads it would be
-copied. A window is some consecutive positions of every row; its keys and values are written
-first, each row's at its own position, and read with the rest of the cache.
-"""
+One position attends to the cache and, beside it, to itself, as a cache that is written before
+it is read would be copied; a window's keys and values are written first."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -191,11 +188,8 @@ def _own_head(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WindowAttention:
-  """What positions of a window attend to, at one layer; the window is in the cache.
-
-  Rows of queries are batch times positions, the positions of a row beside each other. Fields
-  are those of `Attention`, but for `native`: as in `engines.Task`.
-  """
+  """What positions of a window, which is in the cache, attend to; a row's queries lie beside
+  each other. Fields are those of `Attention`, but for `native`: as in `engines.Task`."""
 
   cache: Cache
   bias: jax.Array  # [batch, heads, positions, length]

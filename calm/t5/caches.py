@@ -16,12 +16,9 @@ from calm.t5.eight_bits import EightBits
 
 @struct.dataclass
 class Cache:
-  """Keys and values of one layer, of its self-attention or of a prompt.
-
-  Both are [batch, heads, length, head_dim]; where `platforms.merged_heads`, [batch, length,
-  heads * head_dim]. With the length last, as a dot product of keys might like it, every number
-  of a position would lie in a cache line of its own, and writing one take ten times as long.
-  """
+  """Keys and values of one layer, of its self-attention or of a prompt: [batch, heads, length,
+  head_dim]; where `platforms.merged_heads`, [batch, length, heads * head_dim]. With the length
+  last, writing one position takes ten times as long."""
 
   keys: jax.Array
   values: jax.Array
@@ -84,11 +81,8 @@ def write_rows(
   positions: Sequence[jax.Array],
   keeps: jax.Array | None = None,
 ) -> tuple[Cache, ...]:
-  """Writes one position's keys and values, one update in place a layer.
-
-  `positions` has one entry a layer: the same, each known once its cache may be written. Rows of
-  the batch that `keeps` names, [batch] bool, stay as they are.
-  """
+  """Writes one position's keys and values in place, at `positions`: one a layer, all the same,
+  each known once its cache may be written. Rows that `keeps` names, [batch] bool, stay."""
 
   def put(cache, row, position):
     row, axis = as_positions(row[:, None], cache), cache.ndim - 2

@@ -1,10 +1,6 @@
-"""Analytic FLOPs and bytes of decoding: what a token costs at full depth and at its exit.
-
-Counted are matrix products (a multiplication and an addition are two FLOPs), the weights they
-read and the keys and values they read and write; not norms, softmaxes and gelu, under 3 % of a
-T5 1.1 small step. XLA counts a loop's body once and the larger branch of a conditional, so that
-its own figure for a decode loop is no cost.
-"""
+"""Analytic FLOPs and bytes of decoding: matrix products, the weights that they read, keys and
+values. Norms, softmaxes and gelu, under 3 % of a step, are left out. (XLA counts a loop's body
+once: its own figure is no cost.)"""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -72,12 +68,8 @@ class DecodingCosts:
     return self.layer * exit_layer + skipped + read + last
 
   def savings(self, exit_layers: Iterable[Sequence[int] | np.ndarray]) -> Cost:
-    """FLOPs, and bytes, at full depth over those of the exits taken, one row at a time.
-
-    Args:
-      exit_layers: decoder layers run for each token, one sequence a row; 0 is padding. NaN
-        without any token.
-    """
+    """FLOPs, and bytes, at full depth over those of `exit_layers`, one sequence a row: layers
+    run for each token, 0 is padding. NaN without any token."""
     rows = [np.asarray(row, int).ravel() for row in exit_layers]
     layers = np.concatenate([np.zeros(0, int), *rows])
     counts = np.bincount(layers[layers > 0], minlength=self.num_layers + 1)

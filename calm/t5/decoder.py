@@ -1,9 +1,5 @@
-"""The decoder one position at a time, from weights laid out for decoding.
-
-The same mathematics as `network.Transformer`, as plain functions: matrices that meet the same
-input are fused (`decoder_weights`), cross-attention keys and values are made once a prompt, and
-`caches` has the layout that a step reads without transposing.
-"""
+"""The decoder one position at a time: `network.Transformer` as plain functions of weights and
+caches that are laid out for decoding."""
 
 import dataclasses
 import functools

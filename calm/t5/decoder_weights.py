@@ -98,11 +98,8 @@ class DecoderWeights:
   propagation: LearnedPropagation | None = None
 
   def for_exits(self, rule: exits.Rule, num_layers: int) -> "DecoderWeights":
-    """The weights with learned propagation from the exits that a rule may take alone.
-
-    Raises:
-      ValueError: the rule reads maps that there are not.
-    """
+    """The weights with learned propagation from the exits that a rule may take alone;
+    ValueError where there is none."""
     maps = self.propagation
     layers = exits.mapped_layers(rule, num_layers, () if maps is None else maps.layers)
     if maps is None or not layers or layers == maps.layers:
@@ -119,23 +116,9 @@ def decoder_weights(
   head_dtype: str | None = None,
   encoder_dtype: str | None = None,
 ) -> DecoderWeights:
-  """Lays T5X-shaped parameters out for decoding.
-
-  Args:
-    params: the tree of `network.Transformer`.
-    config: its sizes.
-    num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
-      same as logits of -inf for them, in decoding and in every confidence.
-    shortlist: token ids for measures that ask the head about likely tokens only.
-    weights_dtype: what matrices, embedding and heads are stored in (not what they are
-      multiplied with); None: matrices in `config.dtype`, heads in float32. 'int8': the layers'
-      matrices and their inputs in 8 bits (`eight_bits`), the rest as with None.
-    head_dtype: 'int8' reads the heads in 8 bits first (`eight_bits`).
-    encoder_dtype: 'int8' makes keys and values of the prompt's states in 8 bits.
-
-  Raises:
-    ValueError: `num_pieces` or `shortlist` does not fit the model.
-  """
+  """Lays T5X-shaped `params` out for decoding; the arguments are those of
+  `program.model_weights`. Columns beyond `num_pieces` are cut from the heads, which is the same
+  as logits of -inf for them."""
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
   in_8_bits = weights_dtype == "int8"
   matrices = jnp.dtype(dtype if in_8_bits or weights_dtype is None else weights_dtype)

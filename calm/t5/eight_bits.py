@@ -1,15 +1,11 @@
 """Products in 8 bits, and output heads that are read in 8 bits first.
 
-A matrix is rounded once, each of its columns by a step of its own; rows when they are
-multiplied, each by its own step. Sums of products of codes are whole numbers, so that a row's
-product depends neither on the rows beside it nor on the order of its sums. Steps are chosen as
-CTranslate2 chooses them: the largest number of a row or column is code 127.
+A column of a matrix, and a row when it is multiplied, is rounded by a step of its own, whose
+code 127 is its largest number, as in CTranslate2. Sums of codes are whole numbers: a row's
+product depends on nothing beside it.
 
 Of a head, a bound on what rounding can change says which pieces may be the most likely one, and
-those are scored again in float32. Where more pieces are in question than are scored again, the
-float32 head is asked whole. So the largest logit and its place are those of the float32 head;
-of the others, which only a softmax's sum reads, most are rounded.
-"""
+those are scored again in float32: the largest logit and its place are the float32 head's."""
 
 import dataclasses
 import functools

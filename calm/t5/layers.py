@@ -1,8 +1,5 @@
-"""T5 1.1 building blocks (Flax linen), with the parameter names and axes of T5X's own network.
-
-Every module here is used by `network.Transformer`; nothing here knows of exits. Kernels are
-two-dimensional as in T5X ([emb_dim, heads * head_dim]), so its checkpoints restore unchanged.
-"""
+"""T5 1.1 building blocks (Flax linen) of `network.Transformer`, with the names, axes and
+two-dimensional kernels of T5X's own network, so that its checkpoints restore unchanged."""
 
 import functools
 from collections.abc import Callable

@@ -1,9 +1,5 @@
-"""The configuration of a T5 network, and the bounds of its fields.
-
-Our own `config.json`, Hugging Face's, the shapes of a T5X checkpoint and gin files all become
-a `T5Config`, whose fields are held against this one table. The bounds lie far beyond any T5
-that was published (T5-11B: emb_dim 1024, mlp_dim 65536, 24 layers, 128 heads).
-"""
+"""The configuration of a T5 network, and the bounds of its fields, far beyond any T5 that was
+published. `config.json` files, T5X's shapes and gin files are all held against this table."""
 
 import dataclasses
 import numbers
@@ -94,19 +90,12 @@ class T5Config:
 
 
 def whole(name: str, value: Any, least: int, most: int, way_out: str = _DAMAGED) -> int:
-  """A whole number in bounds.
-
-  Raises:
-    ValueError: another type, or out of bounds.
-  """
-  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+  """A whole number in bounds; ValueError of anything else."""
+  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if not whole or not least <= int(value) <= most:
     raise ValueError(
-      f"Expected `{name}` to be a whole number, got {value!r:.60} ({type(value).__name__});"
-      " write it without quotes or fraction."
-    )
-  if not least <= int(value) <= most:
-    raise ValueError(
-      f"Expected `{name}` to be in {least} ... {most}, got {value!r:.60}; {way_out}."
+      f"Expected `{name}` to be in {least} ... {most}, a whole number, got {value!r:.60};"
+      f" {way_out}."
     )
   return int(value)
 
@@ -146,15 +135,8 @@ def _form(field: str, value: Any) -> Any:
 
 
 def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
-  """Fields of a `T5Config` in their one form; those that are not given are not looked at.
-
-  Args:
-    fields: by their names in `T5Config`.
-    names: what the file calls them, for messages.
-
-  Raises:
-    ValueError: the first field that is of another type or out of its bounds.
-  """
+  """Fields of a `T5Config` that are given, in their one form; `names` are what the file calls
+  them, for the ValueError of the first one of another type or out of its bounds."""
   called, made = {name: name for name in fields} | dict(names or {}), dict(fields)
   for field, value in fields.items():
     if field in SIZES:

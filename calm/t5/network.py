@@ -1,10 +1,6 @@
-"""T5 encoder-decoder whose every decoder layer is an exit (Flax linen).
-
-The parameter tree and the call signatures are those of T5X's own T5 1.1 network; the exit
-parts of the decoder (`parameters.EXIT_PARTS`) are the only additions. As T5X's `network`, this
-module has the configuration and the `Transformer`, for gin. It serves training and T5X;
-`decoder` decodes from the same parameters.
-"""
+"""T5 encoder-decoder whose every decoder layer is an exit (Flax linen), for training and T5X:
+tree and call signatures are those of T5X's own T5 1.1 network, `parameters.EXIT_PARTS` the only
+additions. `decoder` decodes from the same parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -134,11 +130,8 @@ class Transformer(nn.Module):
 def encode(
   params: Params, config: T5Config, encoder_input_tokens: Int[Array, "batch length"]
 ) -> Float[Array, "batch length emb"]:
-  """Encoder states of prompts, for decoding: without dropout, and embedded by a gather.
-
-  Of `params`, the tree of `Transformer`, embedding and encoder are read, whose kernels may be
-  in 8 bits (`eight_bits.EightBits`); prompts have 0 behind their ends.
-  """
+  """Encoder states of prompts, which have 0 behind their ends, for decoding: without dropout,
+  embedded by a gather; kernels of `params` may be in 8 bits (`eight_bits.EightBits`)."""
   network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
   with nn.intercept_methods(_once_a_prompt):
     encoded = network.apply(
@@ -168,11 +161,8 @@ def _mix(
   mask: Array,
   bias: Float[Array, "batch_or_one heads queries keys"],
 ) -> Float[Array, "batch queries heads head_dim"]:
-  """As `layers.Attention.mix`, with heads laid out first and weights divided last.
-
-  XLA:CPU lays arrays out for the products it is told of: otherwise it takes three times as long
-  (T5 1.1 small, 32 prompts of 128 tokens).
-  """
+  """As `layers.Attention.mix`, with heads laid out first and weights divided last: else XLA:CPU
+  takes three times as long (T5 1.1 small, 32 prompts of 128 tokens)."""
   query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
   logits = jnp.einsum("bhqd,bhkd->bhqk", query, key)
   logits = logits + jnp.where(mask.astype(bool), 0.0, layers.MASK_BIAS) + bias

@@ -87,12 +87,8 @@ def by_layer(parts: Mapping[str, Any]) -> dict[int, Any]:
 
 
 def check(params: Mapping[str, Any], config: network.T5Config) -> None:
-  """Refuses parameters that are not the tree of `config`, or not numbers.
-
-  Raises:
-    ValueError: naming the first leaf that is missing, of no use to `config`, of another shape,
-      or holds NaN or infinity.
-  """
+  """ValueError that names the first leaf which is missing, of no use to `config`, of another
+  shape, or not finite."""
   got = flatten(params)
   # Before the shapes of hundreds of layers are computed that a damaged number asks for.
   for side in ("encoder", "decoder"):
@@ -174,12 +170,8 @@ def exit_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
 def renew(
   params: Mapping[str, Any], fresh: Mapping[str, Any], parts: Sequence[str]
 ) -> dict[str, Any]:
-  """`params` with the named parts taken from `fresh`, a tree of the same paths; parts are names
-  of the tree or "/"-joined paths of them: "exit_classifier", "decoder/layers_0/mlp".
-
-  Raises:
-    ValueError: a part that no path of `params` has.
-  """
+  """`params` with some parts taken from `fresh`, a tree of the same paths; parts are names of
+  the tree or paths, "exit_classifier", "decoder/layers_0/mlp". ValueError: no path has one."""
   flat, values = flatten(params), flatten(fresh)
   for part in parts:
     chosen = [path for path in flat if f"/{part}/" in f"/{path}/"]
@@ -196,11 +188,8 @@ def renew(
 def wider(
   params: Mapping[str, Any], config: network.T5Config, mlp_dim: int, seed: int = 0
 ) -> tuple[dict[str, Any], network.T5Config]:
-  """Parameters and sizes with every MLP `mlp_dim` wide, of the same function (Net2Net's aim).
-
-  New units read what random ones would (matrices drawn with the spread of those that are
-  there) and write nothing (rows of zeros), so that the first update decides what they are for.
-  """
+  """Parameters and sizes with every MLP `mlp_dim` wide, of the same function (Net2Net's aim):
+  new units read by random matrices of the same spread and write nothing, rows of zeros."""
   more = mlp_dim - config.mlp_dim
   draw = np.random.default_rng(seed)
   flat = flatten(params)

@@ -29,21 +29,16 @@ def _on(platform: str) -> bool:
 
 
 def merged_heads() -> bool:
-  """Whether caches are [batch, length, heads * head_dim], the heads of a position merged.
-
-  On a TPU the 64 numbers of a head are padded to 128 lanes (compiled for TPU v3, 2.7 times the
-  cycles at 8 rows and length 512). A CPU would transpose whole caches at every step instead.
-  """
+  """Whether caches are [batch, length, heads * head_dim]: a TPU pads the 64 numbers of a head
+  to 128 lanes (v3: 2.7 times the cycles at 8 rows and length 512); a CPU would transpose whole
+  caches at every step."""
   return _on("tpu")
 
 
 def key_value_apart(matrices: Any) -> bool:
-  """Whether a layer's keys and values are projected by two matrices of this dtype, not by one.
-
-  XLA:TPU lays one matrix out anew before the loop: in bfloat16 a second copy for every layer
-  that may be skipped. float32 matrices are copied to that precision anyhow, and two products
-  cost up to 3 % of a step's estimated cycles.
-  """
+  """Whether keys and values are projected by two matrices of this dtype, not by one, which
+  XLA:TPU lays out anew before the loop: in bfloat16 a second copy for every layer that may be
+  skipped. In float32 two products cost up to 3 % of a step's estimated cycles."""
   return _on("tpu") and jnp.dtype(matrices).itemsize < 4
 
 
@@ -53,12 +48,9 @@ def least_rows() -> int:
 
 
 def least_positions(rows: int) -> int:
-  """Positions of `rows` rows that are projected and written in one go at least.
-
-  On a TPU a tile of rows together; and two where the rows fill the lanes of a register, since
-  XLA:TPU lays a cache out with rows last to write one position of them, and copies all of it to
-  be read.
-  """
+  """Positions of `rows` rows that are projected and written in one go at least. On a TPU a tile
+  of rows together; and two where rows fill a register's lanes, as XLA:TPU would lay the cache
+  out with rows last to write one, and copy it to be read."""
   if not _on("tpu"):
     return 1
   return 2 if rows % 128 == 0 else max(1, least_rows() // rows)
@@ -67,11 +59,9 @@ def least_positions(rows: int) -> int:
 def product(
   x: Float[Array, "batch inputs"], matrix: Float[Array, "inputs outputs"]
 ) -> Float[Array, "batch outputs"]:
-  """`x @ matrix`, with rows of zeros added up to `least_rows`.
-
-  XLA:TPU multiplies the vector of a single row element by element, and a tile of rows by the
-  matrix unit (87 for 294 thousand cycles of the head of T5 1.1 small on TPU v3).
-  """
+  """`x @ matrix`, with rows of zeros added up to `least_rows`: XLA:TPU multiplies a single row
+  element by element, a tile by the matrix unit (294 and 87 thousand cycles of T5 1.1 small's
+  head on v3)."""
   rows = x.shape[0]
   if not isinstance(rows, int) or rows >= least_rows():
     return x @ matrix

@@ -1,8 +1,6 @@
-"""Training losses: layer-weighted cross entropy (Eq. 6) and exit-classifier objectives.
-
-Everything here reads decoder_norm(d^i), [layers, batch, length, emb_dim], and the head's
-kernel; one layer's logits live at a time. Padding carries weight 0 in every loss.
-"""
+"""Training losses, Eq. 6 and the exit classifier's, of decoder_norm(d^i), [layers, batch,
+length, emb_dim], and the head's kernel; one layer's logits live at a time, and padding weighs
+0."""
 
 import functools
 from typing import Any, NamedTuple

@@ -138,11 +138,9 @@ def starting_point(
   fresh: str | Sequence[str] = (),
   parts: Sequence[str] = (),
 ) -> tuple[network.T5Config, Any, bool | None]:
-  """Sizes and parameters at step 0, and `exits_trained` as in `checkpoints.Checkpoint`.
-
-  Exit parts that `initial` lacks are added, those in `parts` whatever its sizes say, and the
-  parts in `fresh` begin as they would without `initial`.
-  """
+  """Sizes, parameters at step 0, and `exits_trained` as in `checkpoints.Checkpoint`. Exit parts
+  that `initial` lacks are added, those in `parts` whatever its sizes say; `fresh` begin
+  anew."""
   if model is not None:
     # Gin makes a subclass of what it configures: equality and hashing want the class itself.
     fields: dict[str, Any] = dataclasses.asdict(model) | dict.fromkeys(parts, True)

@@ -93,13 +93,9 @@ def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
 def frequent_tokens(
   paths: Sequence[str], vocabulary: checkpoints.Vocabulary, size: int, *, root: str = ""
 ) -> tuple[int, ...]:
-  """A shortlist from training targets: the `size` tokens seen most often, EOS included.
-
-  Of JSON Lines files below `root` the first target of each example is read; each file weighs
-  the same, however long its texts. Of texts without two kinds of tokens (a model that writes
-  nothing yet) the list has one more, the first piece of the vocabulary: what a list is asked is
-  how far its first two are apart.
-  """
+  """A shortlist from training targets: the `size` tokens seen most often, EOS included, each
+  JSON Lines file below `root` weighing the same. It has two at least, if need be the first
+  piece of the vocabulary: it is asked how far its first two are apart."""
   shares: collections.Counter[int] = collections.Counter()
   for path in paths:
     examples = datasets.read_examples(pathlib.Path(root) / path)

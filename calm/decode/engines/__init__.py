@@ -33,19 +33,9 @@ Engine = type[Eager]
 # From so many rows on, the layers that they save by leaving pay for moving those that stay.
 MANY_ROWS = 8
 
-# By platform, (from this many rows on, engine), ascending.
-#
-# cpu: measured (the tables of the benchmarks).
-# tpu: compiled for TPU v3, estimated by its compiler, T5 1.1 small, float32, 64 positions
-# (scripts/results/tpu.json); every row leaves after layer 1 / 8, over the static model:
-#
-#   rows           1            8            32           128
-#   Eager          1.24 / 1.01  1.23 / 1.04  1.19 / 1.03  1.24 / 1.02
-#   Deferred       0.95 / 1.01  1.03 / 1.05  1.04 / 1.04  1.04 / 1.03
-#   Compacted                   1.56 / 1.18  1.40 / 1.11
-#
-# `Eager` projects keys and values for the layers that are skipped, a seventh of a layer each;
-# `Deferred` does so when one is needed. `Compacted` lays matrices out anew at every token.
+# By platform, (from this many rows on, engine), ascending: cpu as measured (scripts/README.md),
+# tpu as its compiler estimates (scripts/results/tpu.json), where `Compacted` lays matrices out
+# anew at every token. `Eager` projects a seventh of a layer for every one that is skipped.
 _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
   "cpu": ((1, Deferred), (MANY_ROWS, Compacted)),
   "tpu": ((1, Deferred),),
@@ -61,15 +51,9 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
-  """The engine that is fastest for a rule and a number of rows on a platform.
-
-  Args:
-    rule: how a token goes through the layers.
-    rows: of the batch, or of one shard of it; where it is symbolic (`jax.export`), `Eager`,
-      which need not know it.
-    platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is known of are
-      treated like a CPU.
-  """
+  """The engine that is fastest for a rule and a number of rows, of the batch or of one shard of
+  it; where that is symbolic (`jax.export`), `Eager`. `platform` is 'cpu', 'tpu', ...; None:
+  JAX's default. Unknown ones are treated like a CPU."""
   if not deferred.can_defer(rule) or not isinstance(rows, int):
     return Eager
   known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])

@@ -1,9 +1,6 @@
-"""Batches whose rows leave at different layers: the rows that stay are moved together.
-
-A layer runs on the smallest bucket (0, 4, 16, 32 rows, say) that holds those that stay: one
-`lax.switch` a layer. Tokens stay in step, so a layer's caches are filled alike for all rows.
-What a row gets does not depend on its bucket.
-"""
+"""Batches whose rows leave at different layers: a layer runs on the smallest bucket (0, 4, 16,
+32 rows, say) that holds those that stay, by one `lax.switch`. Tokens stay in step, and what a
+row gets does not depend on its bucket."""
 
 import dataclasses
 from collections.abc import Callable

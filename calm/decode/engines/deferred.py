@@ -1,14 +1,9 @@
 """Exits whose skipped layers are filled later, many positions in one matrix product.
 
-A skipped layer's keys and values are a function of the exit state alone (section 3.2), so it is
-enough to keep that state, [batch, length, emb], and to remember per layer how far its cache is
-filled. A layer that some row needs first projects what is pending, then runs for every row;
-one that no row needs does nothing. The numbers are those of `engines.Eager`, and a layer's
-projection matrices are read once instead of once a token, or never.
-
-Each layer is a loop of at most one turn over its own cache: unlike the branches of a
-conditional, a loop's body may update a buffer in place.
-"""
+Their keys and values are a function of the exit state alone (section 3.2), which is kept,
+[batch, length, emb]. A layer that some row needs first projects what is pending, then runs for
+every row; one that no row needs does nothing. Each is a loop of at most one turn, whose body
+may update its cache in place, unlike the branches of a conditional."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar

@@ -119,11 +119,9 @@ def grown_array(array: jax.Array, length: int, axis: int) -> jax.Array:
 def after(position: jax.Array, made: jax.Array) -> jax.Array:
   """`position`, in a form that XLA can know only once it has `made` (any float array).
 
-  XLA:CPU begins what has its inputs. A cache that is written before it is read would be copied
-  whole; tied to what the reads lead to, the write waits for them. And of ten small operations
-  that are ready at once it gives half to another thread, which takes longer to wake than they
-  take. (XLA:CPU drops `lax.optimization_barrier` before it decides on copies.)
-  """
+  XLA:CPU begins what has its inputs: a cache that is written before it is read would be copied
+  whole, and of ten small operations that are ready at once half go to another thread, which
+  takes longer to wake. (It drops `lax.optimization_barrier` before it decides on copies.)"""
   bits = lax.bitcast_convert_type(made.reshape(-1)[0].astype(jnp.float32), jnp.int32)
   # Without its lowest bit and shifted, it is never negative, whatever the float is: adds 0.
   return position + jnp.minimum(lax.shift_right_logical(bits, 1), 0)
@@ -132,11 +130,9 @@ def after(position: jax.Array, made: jax.Array) -> jax.Array:
 def after_each(
   position: jax.Array, rows: Sequence[layers.KeyValue], last: jax.Array
 ) -> list[jax.Array]:
-  """`position` for every layer's cache, in a form that is known once that cache has been read.
-
-  So writes become ready layer by layer, not all of them at the end. Elsewhere than on a CPU
-  they wait for what the last layer's state led to: a mesh would send one number more a layer.
-  """
+  """`position` for every layer's cache, known once that has been read: writes become ready
+  layer by layer. Elsewhere than on a CPU they wait for what the last layer's state led to, as a
+  mesh would send one number more a layer."""
   end = after(position, last)
   if not platforms.is_cpu():
     return [end] * len(rows)

@@ -1,9 +1,6 @@
-"""What XLA:CPU computes slowly, as functions of this process that XLA calls.
-
-Every kernel is one file, written in LLVM's own language (`llvm`); this is the one place that
-asks for them. Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA
-computes all of it; texts are the same but for what a last bit decides.
-"""
+"""What XLA:CPU computes slowly, as functions of this process that XLA calls, a file each.
+Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA computes all of
+it; texts are the same but for what a last bit decides."""
 
 import functools
 import importlib.util

@@ -1,9 +1,5 @@
-"""Attention of one query a row, in pieces that XLA's threads share.
-
-XLA:CPU makes the small products of a query with its keys in one thread. Here one query reads
-the keys and values of its row and head once, in order, and only those from the first to the
-last that it may see: a core then waits for memory only.
-"""
+"""Attention of one query a row, in pieces that XLA's threads share. A query reads its keys and
+values once, in order, and only those from the first to the last that it may see."""
 
 import itertools
 from typing import Any
@@ -48,11 +44,8 @@ def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.A
 
 
 class _Piece:
-  """One call, for heads of one size, whose numbers stay in registers.
-
-  Its arrays: the first query and head of the piece, then those of `attend`. `rows` is empty
-  where as many queries read each row, in order. The result is [heads of the piece, head_dim].
-  """
+  """One call, for heads of one size, whose numbers stay in registers. Its arrays: the first
+  query and head of the piece, then those of `attend`."""
 
   def __init__(self, w: Writer, frame: Frame, head_dim: int, has_now: bool):
     self._w, self._head_dim = w, number(head_dim)

@@ -1,14 +1,8 @@
 """Products of many rows in 8 bits, by the instructions that CPUs have for them (AVX512-VNNI).
 
-One instruction multiplies 64 bytes without a sign by 64 with one and adds them by fours. So
-rows are given as code + 128, and what that adds is taken away behind: 128 times the sum of a
-column's codes. Sums are whole numbers in 32 bits: neither the order of a sum nor the rows
-beside a row change a bit of it, and the products are those of `EightBits`, bit for bit.
-
-A matrix is packed once, 16 columns of four codes each beside one another: [columns / 16,
-inputs / 4, 16, 4]. Sums of 12 rows and 32 columns stay in registers while all inputs pass. The
-rows are shared by threads that live as long as a call: XLA runs a few operations one by one.
-"""
+One multiplies 64 bytes without a sign by 64 with one and adds them by fours: rows are given as
+code + 128, and 128 times the sum of a column's codes is taken away behind. A matrix is packed
+once, 16 columns of four codes each beside one another: [columns / 16, inputs / 4, 16, 4]."""
 
 import functools
 from typing import Any

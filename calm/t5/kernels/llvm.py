@@ -134,11 +134,8 @@ class Writer(ir.IRBuilder):
   def parts(
     self, row: Any, begin: Any, end: Any, carried: list[Any], instead: float = 0.0
   ) -> Iterator[tuple[Any, Any, Any]]:
-    """(its place, a vector, its mask) of every vector of a row from `begin` to `end`.
-
-    `carried` is to be set to the next values, as in `loop`. The last vector, the only one with
-    a mask, has `instead` where that says no.
-    """
+    """(its place, a vector, its mask) of every vector of a row from `begin` to `end`; `carried`
+    is as in `loop`. Only the last has a mask, and has `instead` where that says no."""
     whole = self.add(begin, self.below(self.sub(end, begin), LANES))
     for place, _ in self.loop(begin, whole, LANES, carried):
       yield place, self.read(self.item(row, place)), None

@@ -1,10 +1,6 @@
-"""Products of a few rows and a small matrix in one thread, their sums in registers.
-
-XLA:CPU shares them between threads, the second of which takes longer to wake than to work. The
-matrix is read in its own order, some of its rows at a time, and what comes next is asked for
-while these are multiplied: a product of eight rows then takes little longer than it takes to
-read the matrix.
-"""
+"""Products of a few rows and a small matrix in one thread, their sums in registers: to wake a
+second takes longer than its work. The matrix is read in its own order, what comes next is
+prefetched, and eight rows take little longer than to read it."""
 
 import functools
 from typing import Any
@@ -61,12 +57,9 @@ def _tile(
   w: Writer, rows: int, inputs, columns, count, column, vectors: int, mask=None,
   *, x, matrix, out, first, to_come,
 ) -> None:  # fmt: skip
-  """`rows` rows of x times `count` rows of the matrix, at some vectors of its columns; `x`,
-  `matrix` and `out` are where these begin.
-
-  Sums begin here if `first`, or go on from what is in `out`; `to_come` rows of the matrix
-  behind these are prefetched.
-  """
+  """`rows` rows of x times `count` rows of the matrix, at some vectors of its columns, all from
+  where `x`, `matrix` and `out` begin. Sums begin if `first`, or go on from `out`; the `to_come`
+  rows behind are prefetched."""
   places = [w.add(column, number(LANES * vector)) for vector in range(vectors)]
   outs = [w.at(out, columns, number(r), place) for r in range(rows) for place in places]
   before, zero = w.block, constant(0.0)
