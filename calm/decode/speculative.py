@@ -299,11 +299,9 @@ def _single_threaded(batch: int, positions: int) -> float:
 
 
 def verdict(best: Int[Array, "*rows"], gap, drafted, has_draft, threshold):
-  """What is emitted at positions where the full model's argmax is `best`: (token, whether it is
-  an accepted draft, `gap`, its exp where a draft was refused and 0 elsewhere).
-
-  `gap` is log p_full of the draft less that of the argmax; `threshold` is 1 - lambda.
-  """
+  """What is emitted where the full model's argmax is `best`: (token, whether it is an accepted
+  draft, `gap`, its exp where a draft was refused, else 0). `gap` is log p_full of the draft
+  less that of the argmax; `threshold` is 1 - lambda."""
   ratio = jnp.exp(gap)
   # Of two equal logits the argmax is the first: only with slack may the second be emitted.
   close = (ratio >= threshold) & (threshold < 1.0)

@@ -15,11 +15,8 @@ from calm.exits.layers import KeyValue, Layers, select_rows
 @runtime_checkable
 class Propagation(Protocol):
   """What the layers above an exit store for that token; as `ExitState` does where not said.
-
-  `projects_state` tells that each skipped layer projects its keys and values, with its own
-  norm, W_K and W_V, from an input state, `layer_input` of one `state` of the token, which can
-  wait until a layer is needed.
-  """
+  `projects_state` tells that each skipped layer projects keys and values from `layer_input` of
+  one `state` of the token, which can wait until a layer is needed."""
 
   name: ClassVar[str]
   projects_state: ClassVar[bool] = True

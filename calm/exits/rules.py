@@ -175,12 +175,9 @@ class StaticExit(StepRule):
 @arguments.checked(propagation=propagation_lib.propagation)
 @dataclasses.dataclass(frozen=True)
 class OracleExit(StepRule):
-  """Leave at the first allowed layer whose argmax is the last layer's (section 3.3.1).
-
-  It runs every layer to know the answer and then stores the propagated states, not the
-  computed ones: an upper bound of what a measure could save, not a way to save. `allowed` and
-  `propagation` are as of `DynamicExits`.
-  """
+  """Leave at the first allowed layer whose argmax is the last layer's (section 3.3.1). It runs
+  every layer to know the answer, then stores the propagated states: an upper bound of what a
+  measure could save. `allowed` and `propagation` are as of `DynamicExits`."""
 
   allowed: tuple[int, ...] | None = None
   propagation: propagation_lib.Propagation = propagation_lib.ExitState()

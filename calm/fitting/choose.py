@@ -507,11 +507,9 @@ def timed(
   size: tuple[int, int],
   progress: Report,
 ) -> tuple[list[Tried], float]:
-  """Finalists with their seconds beside full depth's, and its milliseconds a prompt.
-
-  Those that have a threshold and no seconds yet take turns on (prompts, rounds) of `size`. The
-  fastest of the rounds counts, prompt by prompt: other work on the machine only ever adds.
-  """
+  """Finalists with their seconds beside full depth's, and its milliseconds a prompt. Those with
+  a threshold and no seconds yet take turns on (prompts, rounds) of `size`; the fastest of the
+  rounds counts, prompt by prompt: other work only ever adds."""
   length = predictor.options.max_decode_length
   able = [i for i, e in enumerate(tried) if np.isfinite(e.threshold) and np.isnan(e.speedup)]
   # Weights that serve every measure, a shortlist's too.

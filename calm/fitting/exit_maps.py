@@ -94,18 +94,12 @@ def fit(
   seed: int = 0,
   progress: Report,
 ) -> tuple[dict[str, np.ndarray], LearnedExits]:
-  """Fits translators, learned propagation of some `rank`, classifier and probes.
+  """Fits translators, learned propagation of some `rank`, classifier and probes at 1-based exit
+  `layers`; nothing of the model changes.
 
-  Args:
-    predictor: the model, under its prefix and limits; nothing of it changes.
-    texts, tokens: [num_texts] prompts, and what the full model writes for them, EOS included.
-    layers: 1-based exit layers, below the last.
-    listed: tokens of the shortlist that probes read; None: no probes.
-
-  Returns:
-    Leaves of the decoder's parameter tree by path, float32, and the report; ValueError where
-    states are not finite.
-  """
+  `tokens` [num_texts] are what the full model writes for `texts`, EOS included; `listed` is the
+  shortlist that probes read, None: no probes. Returns leaves of the parameter tree by path,
+  float32, and the report; ValueError where states are not finite."""
   start = time.monotonic()
   config, layers = predictor.config, tuple(layers)
   report = lambda done, of: progress(0.3 * done / of, f"states of text {done} of {of}")

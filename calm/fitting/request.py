@@ -160,11 +160,8 @@ class Splits:
 
 
 def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
-  """Splits rows by group; the split depends on rows and seed, not on the order of the rows.
-
-  Where nothing `trains`, that part is empty and the others are larger; ValueError where there
-  are too few groups to certify anything.
-  """
+  """Splits rows by group, by rows and seed and not by their order; where nothing `trains`, that
+  part is empty. ValueError where there are too few groups to certify anything."""
   tolerance, error_rate = options.tolerance, options.error_rate
   lower = losses.kind_support(options.kind, options.metric).lower
   names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]

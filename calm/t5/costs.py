@@ -92,20 +92,12 @@ def decoding_costs(
   weights_dtype: str | None = None,
   head_dtype: str | None = None,
 ) -> DecodingCosts:
-  """The costs of a decode step of this model.
+  """The costs of a decode step of a model of these sizes, its caches in their dtype.
 
-  Args:
-    config: the model's sizes; caches are in its dtype.
-    input_length: positions of the (padded) prompt.
-    cache_length: positions in the caches; a step reads them all.
-    rule: the exit rule; None, or one without a measure, measures nothing, and a static one
-      propagates nothing either.
-    num_pieces: columns of the head that are computed (the vocabulary's pieces).
-    shortlist: tokens on the shortlist, for measures that ask the head about those only.
-    weights_dtype: what weights are stored in, as in `decoder_weights`; None: matrices in
-      `config.dtype`, heads in float32.
-    head_dtype: 'int8' where the head is read in 8 bits; what is scored again is left out.
-  """
+  Prompts have `input_length` positions, caches `cache_length`, all of which a step reads. A
+  static `rule` propagates nothing; None measures nothing. `num_pieces` columns of the head are
+  computed, and `shortlist` of them for measures that ask for those; `weights_dtype` and
+  `head_dtype` are as in `program.model_weights`."""
   size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
   width = config.num_heads * config.head_dim
   stored = size if weights_dtype is None else jnp.dtype(weights_dtype).itemsize

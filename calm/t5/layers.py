@@ -244,12 +244,10 @@ def by_position(
 def relative_position_buckets(
   relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-  """Buckets of `key position - query position`: exact when near, logarithmic when far.
-
-  Half of the buckets (of each direction, where `bidirectional`) hold one distance each; the
-  other half grow geometrically up to `max_distance`, beyond which all share the last one
-  (Raffel et al. 2020, section 2.1). Not bidirectional: keys ahead share bucket 0.
-  """
+  """Buckets of `key position - query position`: half of them (of each direction, where
+  `bidirectional`; else keys ahead share bucket 0) hold one distance each, the others grow
+  geometrically up to `max_distance`, beyond which all share the last (Raffel et al. 2020,
+  2.1)."""
   distance = -relative_position
   offset = np.zeros_like(distance)
   if bidirectional:

@@ -105,24 +105,13 @@ def fit(
   output_dir: pathlib.Path,
   listener: Listener | None = None,
 ) -> TrainState:
-  """Trains to `config.num_steps`, resuming from the newest checkpoint in `output_dir`.
+  """Trains from `state`, which is donated, to `config.num_steps`, resuming from the newest
+  checkpoint in `output_dir`; returns the state with the best validation scalar (the last one if
+  none was measured).
 
-  Args:
-    state: where a run without a checkpoint starts; donated, use what is returned.
-    source: of batches by step.
-    train_step: (state, batch) -> (state, metrics).
-    evaluate: parameters -> validation scalars.
-    config: the run.
-    output_dir: checkpoints and `validation.json`; made if missing.
-    listener: told of scalars.
-
-  Returns:
-    The state with the best validation scalar seen (the last one if none was measured).
-
-  Raises:
-    FloatingPointError: the loss is no longer finite; nothing of that is saved.
-    ValueError: `output_dir` holds another run: model, learning rate, seed or data.
-  """
+  `train_step` is (state, batch) -> (state, metrics), `evaluate` parameters -> validation
+  scalars. FloatingPointError: the loss is no longer finite, and nothing of that is saved;
+  ValueError: `output_dir` holds another run: model, learning rate, seed or data."""
   listener = listener or Listener()
   check_writable(output_dir)
   identity = identity_of(config, source)

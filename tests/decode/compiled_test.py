@@ -21,10 +21,6 @@ class Toy:
     TRACED.append((self.factor, x.shape))
     return jax.lax.fori_loop(0, 3, lambda _, y: y * self.factor + shift, x)
 
-  @compiled.Method
-  def twice(self, x):
-    return self.times(self.times(x))
-
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
@@ -42,18 +38,6 @@ def test_a_shape_is_compiled_once():
   Toy.times(Toy(3.0), np.ones(3, np.float32))
   assert TRACED == [(2.0, (3,)), (2.0, (3,)), (3.0, (3,))] and len(compiled._kept) == 3
   assert Toy.times.__doc__ == "Multiplies."
-
-
-def test_programs_made_are_counted_by_their_outermost_method():
-  every, of = compiled.num_made(), lambda name: compiled.num_made(f"Toy.{name}")
-  times, twice = of("times"), of("twice")
-  for n in (4, 4, 5):
-    Toy(2.0).twice(np.ones(n, np.float32))
-  assert (of("times") - times, of("twice") - twice) == (0, 2)
-  with pytest.raises(TypeError):  # an error in the body ends its turn
-    Toy(None).times(np.ones(6, np.float32))
-  Toy(2.0).times(np.ones(6, np.float32))
-  assert of("times") - times == 2 and compiled.num_made() - every == 4
 
 
 def test_the_oldest_is_dropped_and_made_again(monkeypatch):

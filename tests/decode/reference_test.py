@@ -14,7 +14,6 @@ CONFIG = toys.Config(exit_probes=True)
 MAPPED = dataclasses.replace(
   CONFIG, exit_translators=(1, 3), exit_propagation=(1, 2, 3), exit_propagation_rank=5
 )
-LENGTH = 8
 
 
 def model(config=CONFIG, seed=3, **options) -> reference.Model:

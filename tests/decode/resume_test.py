@@ -12,7 +12,6 @@ from calm.exits import confidence, propagation, schedules
 from tests import engine
 
 GRID = (0.9, 0.7, 0.5, 0.3, 0.1)
-CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 FIRST = propagation.propagation("first_state")
 COPY = propagation.propagation("copy_projections")
 LEARNED = propagation.propagation("learned")

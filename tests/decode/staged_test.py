@@ -15,7 +15,7 @@ from calm.t5 import caches, platforms
 from tests import engine
 from tests.decode import resume_test
 
-STATIC, SOFTMAX = exits.StaticExit(), exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
+STATIC = exits.StaticExit()
 CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 
 

@@ -84,10 +84,6 @@ def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
 PROMPTS = [Prompt(text, text) for text in ("some words", "other words", "more of them")]
 
 
-def silent(share, text):
-  del share, text
-
-
 @pytest.mark.parametrize(
   ("alone", "batched", "served"), [(1.5, 1.1, True), (1.5, 0.9, False), (0.9, 1.1, False)]
 )
