@@ -189,7 +189,10 @@ def test_exit_parts_are_added_and_wider_mlps_are_of_the_same_function(tmp_path, 
 
 def test_named_parts_start_anew_and_the_rest_stays(stage_one):
   before = parameters.flatten(checkpoints.load(stage_one / "model").params)
-  for parts, name in ((("decoder/layers_0/mlp",), "/layers_0/mlp/"), ("encoder", "encoder/")):
+  for parts, name in (
+    (("decoder/layers_0/mlp",), "decoder/layers_0/mlp/"),
+    ("encoder", "encoder/"),
+  ):
     made = run.starting_point(None, str(stage_one), 1, parts)[1]
     for path, leaf in parameters.flatten(made).items():
       assert bool(np.all(leaf == before[path])) == (name not in path), path
