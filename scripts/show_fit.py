@@ -4,9 +4,10 @@
         --models packed plain=runs/plain_packed/model --ways frozen stored
 
 `frozen` learns exits beside the model's weights, `stored` takes the exits that it has
-(`--stages=none`). 'packed' is the model in the box saved as a Hugging Face folder, NAME=FOLDER
-any other model. Rows are drawn from the test split. Every fit is put into the table when it is
-made; stopped, the same command goes on.
+(`--stages=none`), `train_all` trains all weights within `--budget`. 'packed' is the model in
+the box saved as a Hugging Face folder, NAME=FOLDER any other model.
+Rows are drawn from the test split, for `train_all` from the training split. Every fit is put
+into the table when it is made; stopped, the same command goes on.
 """
 
 import argparse
@@ -39,6 +40,7 @@ COLUMNS += ("exact", "s learning")
 WAYS: dict[str, dict[str, Any]] = {
   "frozen": {},
   "stored": {"stages": "none"},
+  "train_all": {"train_all": True},
 }
 
 
@@ -70,7 +72,12 @@ def fit(
 ) -> dict:
   """One fit, and its row of the table."""
   output = arguments.work / f"{model}-{task}-{way}"
-  rows = draw(arguments.data, task, "test", arguments.rows)
+  options = dict(WAYS[way])
+  if way == "train_all":
+    rows = draw(arguments.data, task, "train", 4 * arguments.rows)
+    options["budget"] = fitting.parse_budget(arguments.budget)
+  else:
+    rows = draw(arguments.data, task, "test", arguments.rows)
   start = time.monotonic()
   fitting.fit(
     folder,
@@ -80,7 +87,7 @@ def fit(
     metric=METRICS[task],
     prefix=datasets.DEBIAN[task].prefix,
     listener=fitting.Listener(say=lambda text: print(text, flush=True)),
-    **WAYS[way],
+    **options,
   )
   print(f"{model}, {task}, {way}: {time.monotonic() - start:.0f} s", flush=True)
   result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
@@ -185,6 +192,7 @@ def main() -> None:
   parser.add_argument("--models", nargs="+", default=["packed"], help="or NAME=FOLDER")
   parser.add_argument("--ways", nargs="+", default=["frozen", "stored"], choices=list(WAYS))
   parser.add_argument("--rows", type=int, default=600, help="rows a fit (default 600)")
+  parser.add_argument("--budget", default="3m", help="of `train_all` (default 3m)")
   arguments = parser.parse_args()
   run_lib.use_compilation_cache()
   for model in arguments.models:

@@ -20,7 +20,7 @@ from rich import console as rich_console
 from calm.calibrate import calibrate
 from calm.commands import run as run_lib
 from calm.console import print_table, print_text, sanitize
-from calm.fitting import FitOptions, choose
+from calm.fitting import FitOptions, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import outputs, timing
 from calm.paper import page
@@ -137,6 +137,7 @@ def fit_result(text: str) -> result_lib.Result:
     sizes=text,
     population=text,
     num_layers=4,
+    trained=(train.Trained(text, ((1, 0.5),)),),
     choice=choice,
     threshold=0.5,
     reason=text,

@@ -9,6 +9,8 @@ run goes on with the same command.
   calm fit --model=flan-t5-small/ --train=rows.jsonl --output=mine
   calm fit --model=mt5-small/ --train=inputs.txt --output=mine  # no references
   calm fit --model=packed --train=rows.jsonl --stages=none --output=mine
+  calm fit --model=flan-t5-small/ --train=rows.jsonl --train_all --budget=30m \\
+      --output=mine
   calm infer --model=mine "a long text"
 """
 
@@ -21,7 +23,7 @@ from calm.commands import run as run_lib
 from calm.console import print_text
 
 _OPTIONS = (
-  *("tolerance", "error_rate", "stages", "consistency", "metric", "prefix"),
+  *("tolerance", "error_rate", "train_all", "stages", "consistency", "metric", "prefix"),
   *("input_key", "target_key", "seed", "batch_size"),
 )
 
@@ -38,10 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "textual: distance to the full model's text; risk: to the targets"
   add(parser, "consistency", "NAME", text, "textual")
   flags.add_shared(parser, "metric")
+  add(parser, "train_all", None, "train all weights, not only exits beside them")
   text = "all, or none: the model's exits as they are"
   add(parser, "stages", "NAME", text, "all")
+  text = "time for --train_all, like 30m"
+  add(parser, "budget", "TIME", text, without="the recipe's steps")
   add(more, "prefix", "TEXT", "put this before every input", without="the model's own")
-  add(more, "seed", "K", "of splits and learning", 0)
+  add(more, "seed", "K", "of splits and training", 0)
   add(more, "batch_size", "N", "prompts decoded together", 8)
 
 
@@ -53,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
   console = rich_console.Console(highlight=False)
   options = {name: getattr(arguments, name) for name in _OPTIONS}
+  if arguments.budget is not None:
+    options["budget"] = fitting.parse_budget(arguments.budget)
   output = arguments.output
   with fitting.on_screen(console) as listener:
     served = fitting.fit(

@@ -1,8 +1,10 @@
 """Measure, exit layers, schedule and grid, by measured seconds on the validation part.
 
-Confidences at the full model's texts rank all candidates; a few are timed at the threshold that
-this forecasts; the fastest are decoded over a grid and timed again at the threshold that
-calibration will probably certify."""
+Confidences of every layer at every token of the full model's texts rank all candidates, as if
+states were not propagated. A few finalists are timed at the threshold that the ranking
+forecasts; the fastest are decoded over a grid of their own, which gives loss by threshold, and
+timed again, beside full depth, at the threshold that calibration will probably certify.
+"""
 
 import dataclasses
 import functools
@@ -448,6 +450,9 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
   ranked = rank(predictor, reading, options.tolerance, longest)
   first = finalists(ranked, FINALISTS)
   first, _ = timed(predictor, prompts, first, FIRST, part(progress, 0.35, 0.55))
+  if options.train_all:
+    told = part(progress, 0.55, 0.6)
+    full = full_texts(grid.in_bulk(fit.source), prompts, cache, told)
 
   def decode(entry: Tried, encodings: dict[int, Any], progress: Report) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""

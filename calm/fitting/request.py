@@ -1,9 +1,13 @@
-"""What a fit is asked for: its options, and its rows in parts. Rows of one source, or of inputs
-that differ only in case, punctuation and spaces, stay in one part."""
+"""What a fit is asked for: its options, and its rows in the parts that train and measure.
+
+Rows of one source, or of inputs that differ only in case, punctuation and spaces, form a group
+and stay in one part. The parts that measure take one row of every group, drawn by the seed.
+"""
 
 import dataclasses
 import hashlib
 import pathlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -42,26 +46,31 @@ class FitOptions:
   Attributes:
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
-    stages: 'all' learns exits beside the model's weights, none of which changes; 'none' uses
-      the exits that the model has.
+    train_all: whether all weights are trained, as in the paper. By default exits are learned
+      beside the model's weights, none of which changes.
+    stages: 'all', or 'none' to use the exits that the model has.
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
       against the rows' references).
     metric: name or import path of the text metric.
     prefix: text put before every input; None uses the model's own.
     input_key, target_key: keys of the text and of the references in a row; None: the first
       of `prompt_files.INPUT_KEYS` and of `TARGET_KEYS`.
-    seed: of splits and sampling.
+    budget: seconds after which `train_all` stops training, shared by its stages; None: it makes
+      the recipe's steps.
+    seed: of splits, training and sampling.
     batch_size: prompts that are decoded together.
   """
 
   tolerance: float = 0.1
   error_rate: float = 0.05
+  train_all: bool = False
   stages: str = "all"
   consistency: str = "textual"
   metric: str = "rouge_l"
   prefix: str | None = None
   input_key: str | None = None
   target_key: str | None = None
+  budget: float | None = None
   seed: int = 0
   batch_size: int = 8
 
@@ -71,6 +80,15 @@ class FitOptions:
         raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
     if self.stages not in ("all", "none"):
       raise ValueError(f"Expected `stages` to be all or none, got {self.stages!r}.")
+    if self.train_all and self.stages == "none":
+      raise ValueError(
+        "Expected `train_all` or `stages` 'none', got both; leave out what is not meant."
+      )
+    if self.budget is not None and not (self.train_all and self.budget > 0):
+      raise ValueError(
+        f"Expected `budget` to be seconds above 0, and `train_all` with it, got {self.budget}"
+        f" and {self.train_all}; exits beside frozen weights need none."
+      )
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
     grid.kind_of(self.consistency)
@@ -84,7 +102,21 @@ class FitOptions:
   @property
   def learns_exits(self) -> bool:
     """Whether exits are learned beside frozen weights."""
-    return self.stages != "none"
+    return not self.train_all and self.stages != "none"
+
+
+def parse_budget(text: str) -> float:
+  """Seconds of '90s', '30m', '1.5h', '1h30m'.
+
+  Raises:
+    ValueError: the text is no time.
+  """
+  lower, units = text.strip().lower(), {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+  time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+  seconds = sum(float(number) * units[unit] for number, unit in time.findall(lower))
+  if time.sub("", lower).strip() or not seconds > 0:
+    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
+  return seconds
 
 
 # ---- Rows
@@ -117,9 +149,11 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
 def length_limits(
   predictor: inference.Predictor, rows: Sequence[Prompt], prefix: str | None
 ) -> tuple[dict[str, Any], int]:
-  """`task_prefix`, `max_input_length`, `max_decode_length` for rows, and how many are cut; the
-  model's own prefix where `prefix` is None, its text limit where rows have no references.
-  ValueError where its vocabulary does not know the pieces of these texts."""
+  """`task_prefix`, `max_input_length`, `max_decode_length` for rows, and how many are cut.
+
+  The model gives the prefix where `prefix` is None, and the text limit where rows have no
+  references; ValueError where its vocabulary does not know the pieces of these texts.
+  """
   vocabulary = predictor.vocabulary
   prefix = predictor.options.task_prefix if prefix is None else prefix
   inputs = [vocabulary.encode(prefix + row.input) for row in rows]
@@ -268,7 +302,7 @@ class Fit:
 
   @property
   def work(self) -> pathlib.Path:
-    """Generations and results: a stopped run resumes from them."""
+    """Training runs, generations and results: a stopped run resumes from them."""
     return self.output / WORK
 
   @property
@@ -280,8 +314,14 @@ class Fit:
 def held_out(
   predictor: inference.Predictor, train: str | pathlib.Path | Rows, options: FitOptions
 ) -> tuple[Splits, dict[str, Any]]:
-  """Rows split as `fit` does where it trains, and their `length_limits` in the tokens of
-  `predictor`; ValueError: invalid rows, or too few of them."""
+  """Rows split as `fit` does where it trains, and their `length_limits`.
+
+  Args:
+    predictor: whose tokens are counted; `train` and `options` are those of `fit`.
+
+  Raises:
+    ValueError: invalid rows, or too few of them (says how many are needed).
+  """
   rows = read_rows(train, options)
   limits, _ = length_limits(predictor, rows, options.prefix)
   return split(rows, options, trains=True), limits

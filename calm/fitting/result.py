@@ -5,7 +5,7 @@ inference.json      prefix, lengths, measure, layers, schedule and grid
 calibration.json    the promise; or full_depth.json, with the reason
 summary.html        the numbers, and texts coloured by exit layer
 splits/             the rows of every part
-fit/                generations and results: a stopped run resumes
+fit/                training runs, generations and results: a stopped run resumes
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from calm.calibrate.testing import Row
 from calm.fitting import request
 from calm.fitting.choose import Choice
 from calm.fitting.exit_maps import LearnedExits
+from calm.fitting.train import Trained
 from calm.inference import options as options_lib
 from calm.inference import panel, result_cache, timing
 
@@ -78,6 +79,7 @@ class Result:
   # Seconds of full depth from the model's own verified drafts on the last part, where these are
   # faster; where full depth is served, it is served so.
   exact: timing.Seconds | None
+  trained: tuple[Trained, ...] = ()  # the stages
   learned: LearnedExits | None = None  # beside frozen weights, where exits were learned
   tested: tuple[Row, ...] = ()  # thresholds on the calibration part
 
@@ -95,10 +97,12 @@ class Result:
     assert self.seconds is not None and self.last.risk is not None
     batch, risk = self.seconds.batched, self.last.risk
     more = "" if batch is None else f" (x{batch.speedup:.2f} in batches of {batch.batch_size})"
+    trained = " The weights are trained ones; the promise is about the given model's texts."
     return (
       f"Decodes x{self.seconds.single.speedup:.2f} as fast as full depth{more}, at"
       f" {self.last.layers:.2f} of {self.num_layers} layers a token; measured risk {risk} on"
       f" {risk.count} prompts where {options.tolerance:g} is promised."
+      f"{trained if self.trained else ''}"
     )
 
 
@@ -107,7 +111,11 @@ class Result:
 
 def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
   """Makes the output folder, or resumes in it; `asked` is all that the output depends on.
-  ValueError: it holds another request's fit, or other things; OSError: it cannot be written."""
+
+  Raises:
+    ValueError: it holds the fit of another request (names the difference), or other things.
+    OSError: it cannot be written.
+  """
   file = output / request.WORK / "request.json"
   if file.is_file():
     _check_same(file, json.loads(json.dumps(asked)), output)
@@ -137,8 +145,6 @@ def _check_same(file: pathlib.Path, asked: Mapping[str, Any], output: pathlib.Pa
     for name, value in asked["options"].items()
     if before(name) != value
   ]
-  if before("train_all"):  # of an earlier version
-    differing.append("`train_all`")
   differing += [f"the {key}" for key in ("model", "rows") if there.get(key) != asked[key]]
   if differing:
     raise ValueError(
@@ -160,9 +166,15 @@ def write(
     checkpoints.copy_base(fit.initial, output)
     shutil.copyfile(fit.work / checkpoints.EXITS, output / checkpoints.EXITS)
   else:
-    # The user says that the model's own exits are trained.
-    named = {"vocabulary": predictor.vocabulary, "exits_trained": True}
-    checkpoints.save(output, predictor.params, predictor.config, **named)
+    # Without training the user says that the exits are trained.
+    trained = options.stages == "none" or result.serves_exits or None
+    checkpoints.save(
+      output,
+      predictor.params,
+      predictor.config,
+      vocabulary=predictor.vocabulary,
+      exits_trained=trained,
+    )
 
   def put(name: str, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False)

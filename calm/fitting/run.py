@@ -23,7 +23,7 @@ from calm.calibrate import (
 )
 from calm.console import Progress, Report, print_text, quiet
 from calm.data import prompt_batches
-from calm.fitting import choose, exit_maps, request
+from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
 from calm.fitting.choose import part
 from calm.fitting.request import Fit, FitOptions, Listener
@@ -110,7 +110,7 @@ def begin(
   """Finds everything that may be wrong before any work."""
   prompts = request.read_rows(rows, options)
   metrics.get_metric(options.metric)(prompts[0].input, (prompts[0].input,))
-  splits = request.split(prompts, options, options.learns_exits)
+  splits = request.split(prompts, options, options.train_all or options.learns_exits)
   initial = inference.PACKED if model == "packed" else pathlib.Path(model)
   with warnings.catch_warnings():
     if options.stages != "none":  # exits are about to be learned
@@ -157,9 +157,15 @@ def record_rows(fit: Fit, **more: bool) -> str:
 
 def make(fit: Fit) -> None:
   """All steps; those that an earlier run finished are taken from its folder."""
-  learned, predictor, say = None, fit.source, fit.listener.say
+  learned, trained, predictor, say = None, (), fit.source, fit.listener.say
   if fit.options.learns_exits:
     predictor, learned = learn_exits(fit)
+  elif fit.options.train_all:
+    predictor, trained = train.train_stages(fit)
+    for stage in trained:
+      say(str(stage))
+    # The promise is about the given model.
+    predictor = predictor.with_options(reference_digest=fit.source.parameters_digest)
   if choose.has_large_head(predictor):
     progress = fit.listener.step("Time the output head in 8 bits")
     predictor, found = choose.fastest_head(predictor, fit.splits.validation, progress)
@@ -176,7 +182,7 @@ def make(fit: Fit) -> None:
     predictor = predictor.with_options(**ways, grid=choice.grid)
     calibration, promised = certify(fit, predictor)
   result, served = look(fit, predictor, choice, calibration, promised)
-  result = dataclasses.replace(result, learned=learned)
+  result = dataclasses.replace(result, trained=trained, learned=learned)
   if served is None:
     predictor = untouched(fit, predictor)
   result_lib.write(fit, predictor, result, served)
@@ -187,8 +193,10 @@ def make(fit: Fit) -> None:
 
 def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
   """The given model, with the exits that were learned beside its weights."""
-  kept = {name: getattr(predictor.options, name) for name in ("head_dtype", "shortlist")}
-  given = fit.given.with_options(**kept)
+  options = {"head_dtype": predictor.options.head_dtype}
+  if fit.options.train_all:
+    return fit.given.with_options(**options)
+  given = fit.given.with_options(**options, shortlist=predictor.options.shortlist)
   return dataclasses.replace(given, config=predictor.config, params=predictor.params)
 
 
@@ -230,15 +238,18 @@ def certify(
 ) -> tuple[Calibration, tuple[tuple[float, int], ...]]:
   """The calibration of the chosen candidate, and what other tolerances certify."""
   record_rows(fit)  # before the rows are looked at
-  options = fit.options
+  rows, full, options = fit.splits.calibration, None, fit.options
+  if options.train_all:
+    full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
   calibration, cached = grid.certify(
     grid.in_bulk(predictor),  # of the procedure that is served
-    fit.splits.calibration,
+    rows,
     tolerance=options.tolerance,
     error_rate=options.error_rate,
     consistency=options.consistency,
     metric=options.metric,
     folder=fit.work / "calibration",
+    full=full,
     progress=fit.listener.step("Certify the threshold"),
   )
   lost = losses.compute(cached, options.kind, metric=options.metric)
@@ -291,7 +302,7 @@ def look(
   if calibration is not None and not reason:
     served = timing.note(calibration, measured)
   # The batches that certified: their programs are compiled.
-  reference = grid.in_bulk(predictor.reference)
+  reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)
   told = part(progress, 0.6, 0.8)
   full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
   levels, columns = (), (full,)

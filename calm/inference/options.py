@@ -61,7 +61,7 @@ class DecodeOptions:
     reference_dtype: 'float32': full depth, which a promise compares with, has states and
       weights in float32 (`Predictor.reference`): the effect of fewer bits counts as loss.
     reference_digest: `Predictor.parameters_digest` of another model, with whose full-depth
-      texts a promise compares: the model that a fit that trained it started from.
+      texts a promise compares: the model that `calm fit --train_all` started from.
     head_dtype: 'int8' reads output heads in 8 bits first, and the likely pieces again in full:
       tokens at a layer are the same, confidences nearly so.
     batch_size: prompts that a device decodes together.

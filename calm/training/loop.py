@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -127,12 +128,14 @@ def fit(
       bests.delete(ahead)
     check_identity(output_dir / IDENTITY_FILE, identity, step)
     listener.on_start(step, config.num_steps)
-    while step < config.num_steps and not history.should_stop():
+    begun, late = time.monotonic(), False
+    while step < config.num_steps and not late and not history.should_stop():
       signals.check()
       state, metrics = train_step(state, source.batch(step))
       step += 1
       running = metrics if running is None else running + metrics
-      at_validation = step % config.eval_every == 0 or step == config.num_steps
+      late = config.seconds is not None and time.monotonic() - begun > config.seconds
+      at_validation = step % config.eval_every == 0 or step == config.num_steps or late
       # A window never crosses a checkpoint: a resumed run reports the same windows.
       if step % config.log_every == 0 or at_validation:
         listener.on_step(step, _finite("training", running.scalars(), step, output_dir))
@@ -216,9 +219,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def identity_of(config: TrainConfig, source: training_batches.Source) -> dict[str, Any]:
-  """What the steps of a run depend on, so that another run does not go on from them: learning
-  rates and batches at steps 0, 1, 2, 4, 8, ... A run that is only to become longer goes on
-  where its learning rate does not depend on the length."""
+  """What the steps of a run depend on, so that another run does not go on from them.
+
+  Learning rates and batches are pure functions of the step: they are recorded at steps 0, 1, 2,
+  4, 8, ... and compared at those that the run has made. A run that is only to become longer
+  goes on where its learning rate does not depend on the length.
+  """
   steps = [0, *(2**i for i in range(config.num_steps.bit_length()))]
   steps = [step for step in steps if step < config.num_steps]
   schedule = config.schedule(config.num_steps)
@@ -243,8 +249,12 @@ def _digest(batch: training_batches.Batch) -> str:
 
 
 def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -> None:
-  """Compares a run with the one whose `reached` steps it goes on from, and records it;
-  ValueError where those were made under another learning rate or seed, or on other data."""
+  """Compares a run with the one whose `reached` steps it goes on from, and records it.
+
+  Raises:
+    ValueError: steps were made under another learning rate or seed, or on other data; or the
+      file holds something else.
+  """
   differing = ""
   if reached and path.exists():  # a run of an earlier version recorded none
     try:

@@ -82,11 +82,17 @@ class TrainConfig:
   # higher for others).
   stop_metric: str = "loss"
   patience: int | None = None  # validations without improvement before the run stops
+  # Parts that a batch is computed in, one after the other, so that long rows fit the memory;
+  # the gradient is that of the whole batch.
+  num_microbatches: int = 1
+  seconds: float | None = None  # after which a run, or a resumed one, validates and stops
 
   def __post_init__(self):
-    for name in ("num_steps", "eval_every", "log_every", "patience"):
+    for name in ("num_steps", "eval_every", "log_every", "num_microbatches", "patience"):
       if (value := getattr(self, name)) is not None:
         limits.whole(name, value, 1, _MOST_STEPS, "give a number in that range")
+    if self.seconds is not None and not self.seconds > 0:
+      raise ValueError(f"Expected `seconds` above 0, got {self.seconds}; None is no limit.")
 
 
 def init_params(config: network.T5Config, seed: int) -> Params:
@@ -122,9 +128,11 @@ def make_train_step(
   objective: objectives.Objective,
   params: Mapping[str, Any],
 ) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
-  """The jitted update, (state, batch) -> (state, sums over the batch's real tokens), by the
-  gradient of the mean loss over them; `params` is a tree of the model's structure, the state is
-  donated."""
+  """The jitted update, (state, batch) -> (state, sums over the batch's real tokens).
+
+  The gradient is that of the mean loss over real tokens. `params` is a tree of the model's
+  structure; the state is donated.
+  """
   optimizer = _optimizer(config, objective, params)
 
   @functools.partial(jax.jit, donate_argnums=(0,))
@@ -132,16 +140,40 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     weight = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
 
-    def mean_loss(params):
-      loss, metrics = objective.loss(module, params, batch, rng)
-      return loss / weight, metrics
+    def gradient(part, rng):
+      def mean_loss(params):
+        loss, metrics = objective.loss(module, params, part, rng)
+        return loss / weight, metrics
 
-    grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+      return jax.grad(mean_loss, has_aux=True)(state.params)
+
+    grads, metrics = _in_parts(gradient, batch, rng, config.num_microbatches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def _in_parts(gradient, batch: training_batches.Batch, rng: jax.Array, count: int):
+  """The sum of (gradients, metrics) over `count` parts of a batch, each with its own draws."""
+  if count == 1:
+    return gradient(batch, rng)
+  rows = len(batch["decoder_loss_weights"])
+  if rows % count:
+    raise ValueError(
+      f"Expected `num_microbatches` to divide the {rows} rows of a batch, got {count}; choose"
+      " another number, or another `batch_size`."
+    )
+  parts = jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+
+  def add(number, total):
+    part = jax.tree.map(lambda x: x[number], parts)
+    return jax.tree.map(jnp.add, total, gradient(part, jax.random.fold_in(rng, number)))
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  nothing = jax.tree.map(jnp.zeros_like, gradient(first, rng))  # shapes: nothing computes it
+  return jax.lax.fori_loop(0, count, add, nothing)
 
 
 def make_eval_fn(

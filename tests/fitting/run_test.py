@@ -6,16 +6,18 @@ import json
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("jinja2", reason="jinja2 (the `report` extra) is not installed")
+pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Calibration, calibrate, ledger
+from calm.calibrate import Calibration, calibrate, generations, ledger
 from calm.data import vocabulary
-from calm.fitting import choose, run
-from calm.inference import timing
+from calm.fitting import choose, result, run, train
+from calm.inference import grid, timing
 from tests import toy_vocabulary
 from tests.fitting import conftest
 
@@ -119,6 +121,79 @@ def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   assert written == full_tokens(given)
 
 
+@pytest.fixture(scope="module")
+def trained(directory, rows, always_faster, tmp_path_factory):
+  """A fit that trains all weights: (given folder, output, the call, served, what was said)."""
+  given = shutil.copytree(directory, tmp_path_factory.mktemp("given") / "toy")
+  (given / "inference.json").write_text(json.dumps({"max_input_length": 24}))  # rows have 32
+  output, said = tmp_path_factory.mktemp("trained") / "mine", []
+  real = train.recipe
+  few = lambda *asked: (4, 0.0, dataclasses.replace(real(*asked)[2], num_steps=2))
+  listener = fitting.Listener(say=said.append)
+  options = {**conftest.OPTIONS, "train_all": True, "tolerance": 0.9, "budget": 600.0}
+  fit = lambda: fitting.fit(given, rows, output=output, listener=listener, **options)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "recipe", few)
+    yield given, output, fit, fit(), said
+
+
+def test_stages_train_what_they_should(trained):
+  given, output, _, _, said = trained
+  steps = [line for line in said if line.startswith("Stage ")]
+  assert [line.split(":")[0] for line in steps] == ["Stage one", "Stage own", "Stage two"]
+  stages = (output / "fit" / f"stage_{name}" / "model" for name in ("one", "own", "two"))
+  start, one, own, two = (
+    checkpoints.load(folder).params["decoder"] for folder in (given, *stages)
+  )
+  kernel = lambda tree: np.asarray(tree["layers_0"]["mlp"]["wo"]["kernel"])
+  assert np.any(kernel(start) != kernel(one)) and np.any(kernel(one) != kernel(own))
+  for part in ("exit_classifier", "exit_probes"):
+    assert np.any(two[part]["kernel"])
+  two.pop("exit_probes")
+  two["exit_classifier"] = own["exit_classifier"]
+  jax.tree.map(np.testing.assert_array_equal, two, own)
+  # Stages own and two read the texts that the model wrote after stage one, not references.
+  lines = (output / "fit" / "own_texts" / "train.jsonl").read_text("utf-8").splitlines()
+  written = [json.loads(line) for line in lines]
+  after = inference.load(output / "fit" / "stage_one" / "model", batch_size=4)
+  texts = after.generate([row["input"] for row in written], rule=exits.StaticExit()).texts
+  assert [row["target"] for row in written] == [[text] for text in texts]
+
+
+def test_trained_weights_are_certified_against_the_given_models_texts(trained):
+  given, output, _, served, _ = trained
+  assert served.calibration == Calibration.load(output / "calibration.json")
+  own = inference.load(given, **limits_of(served))
+  assert served.parameters_digest != own.parameters_digest
+  procedure = served.calibration.procedure
+  assert procedure is not None and procedure.reference_digest == own.parameters_digest
+  named = f"that was given (parameters {own.parameters_digest[:12]})"
+  assert named in served.calibration.guarantee
+  cached = generations.load(output / "fit" / "calibration")
+  texts = own.generate([prompt.input for prompt in cached.prompts], rule=exits.StaticExit())
+  assert [record.prediction for record in cached.full] == texts.texts
+  with pytest.raises(ValueError, match="full-depth texts of the model that was given"):
+    served.with_options(grid=(0.5,)).calibrate(cached.prompts, tolerance=0.9)
+  assert "The weights are trained ones" in (output / "summary.html").read_text("utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::calm.data.prompt_batches.CutPrompts")
+def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(
+  trained, monkeypatch
+):
+  given, output, fit, _, said = trained
+  (output / "fit" / "result.json").unlink()
+  monkeypatch.setattr(train, "train_stage", lambda *args, **options: pytest.fail("again"))
+  monkeypatch.setattr(inference.timing, "beside_full_depth", lambda *args, **options: SLOW)
+  served = fit()
+  assert served.calibration is None and not (output / "calibration.json").exists()
+  before, after = (checkpoints.load(folder).params for folder in (given, output))
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  own, texts = inference.load(given), [*WORDS, *(f"{i} is none of the rows" for i in range(9))]
+  assert served.generate(texts).texts == own.generate(texts, rule=exits.StaticExit()).texts
+  assert said[-1].startswith("The given model is served at full depth") and "x0.83" in said[-1]
+
+
 class Begun(Exception):
   """Everything was checked, and work would begin."""
 
@@ -159,6 +234,16 @@ def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(
     assert known in said_before_work(directory, rows, output.parent / "third", tolerance=0.7)
     shutil.rmtree(output.parent / "third")
   shutil.rmtree(beside)
+
+
+def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(directory):
+  plain = inference.load(directory, batch_size=4, max_input_length=64)
+  larger = grid.in_bulk(plain)
+  assert {batch.tokens.shape for batch in larger.plan(WORDS)} == {(8, 64)}
+  assert larger.procedure == plain.procedure
+  narrow = inference.load(directory, dtype="bfloat16")
+  for rounded in (narrow, plain.with_options(weights_dtype="int8")):
+    assert grid.in_bulk(rounded) is rounded
 
 
 def test_why_full_depth_is_served_is_said(made):
@@ -214,6 +299,9 @@ REFUSED = {
   "tolerance": ({"tolerance": 0.0}, "`tolerance`"),
   "consistency": ({"consistency": "text"}, "`consistency`"),
   "metric": ({"metric": "rogue"}, "`metric`"),
+  "budget": ({"stages": "all", "train_all": True, "budget": 0.0}, "`budget`"),
+  "budget of nothing": ({"stages": "all", "budget": 9.0}, "`train_all` with it"),
+  "both": ({"train_all": True}, "got both"),
   "too few": ({"rows": lambda rows: rows[:1]}, r"at least 35 rows .*got 1;"),
   "to calibrate": ({"tolerance": 0.1}, r"at least 59 rows .*29 to calibrate on"),
   "no references": ({"rows": bare, "consistency": "risk"}, r"references .*45 of 45 without"),
@@ -261,6 +349,17 @@ def test_a_folder_with_other_files_is_left_alone(directory, rows, tmp_path):
     with pytest.raises(ValueError, match="`output` to be a new folder"):
       fitting.fit(directory, rows[:45], output=tmp_path / name, **OPTIONS)
   assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_budgets_are_times_and_means_have_intervals():
+  read = [fitting.parse_budget(text) for text in ("90", "90s", "30m", "1.5h", "1h30m")]
+  assert read == [90, 90, 1800, 5400, 5400]
+  for text in ("", "soon", "-3m", "5 apples"):
+    with pytest.raises(ValueError, match="`budget`"):
+      fitting.parse_budget(text)
+  found = result.Mean.of(np.array([0.0, 1.0] * 50))
+  assert found.value == 0.5 and found.count == 100
+  assert found.margin == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
 
 
 # ---- On a screen

@@ -39,7 +39,7 @@ def test_a_row_says_what_was_chosen_and_measured():
 
 def test_fits_are_put_into_one_table_whenever_they_are_made(tmp_path):
   arguments = argparse.Namespace(
-    output=tmp_path / "fit.json", rows=600, models=["packed"], ways=["frozen"]
+    output=tmp_path / "fit.json", rows=600, budget="3m", models=["packed"], ways=["frozen"]
   )
   keys = (("plain", "a", "x"), ("packed", "a", "x"), ("packed", "b", "x"), ("plain", "a", "x"))
   for key in keys:
