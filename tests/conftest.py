@@ -42,7 +42,7 @@ LONGEST = (
   *("fitting/run_test.py", "decode/program_test.py", "paper/bench_test.py"),
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
-  "decode/engines_test.py",
+  *("decode/engines_test.py", "fitting/train_test.py"),
   *("decode/speculative_test.py", "decode/sharded_test.py"),
 )
 

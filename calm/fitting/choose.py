@@ -1,10 +1,8 @@
 """Measure, exit layers, schedule and grid, by measured seconds on the validation part.
 
-Confidences of every layer at every token of the full model's texts rank all candidates, as if
-states were not propagated. A few finalists are timed at the threshold that the ranking
-forecasts; the fastest are decoded over a grid of their own, which gives loss by threshold, and
-timed again, beside full depth, at the threshold that calibration will probably certify.
-"""
+Confidences at the full model's texts rank all candidates; a few are timed at the threshold that
+this forecasts; the fastest are decoded over a grid and timed again at the threshold that
+calibration will probably certify."""
 
 import dataclasses
 import functools

@@ -1,8 +1,5 @@
-"""What a fit is asked for: its options, and its rows in the parts that train and measure.
-
-Rows of one source, or of inputs that differ only in case, punctuation and spaces, form a group
-and stay in one part. The parts that measure take one row of every group, drawn by the seed.
-"""
+"""What a fit is asked for: its options, and its rows in parts. Rows of one source, or of inputs
+that differ only in case, punctuation and spaces, stay in one part."""
 
 import dataclasses
 import hashlib
@@ -149,11 +146,9 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
 def length_limits(
   predictor: inference.Predictor, rows: Sequence[Prompt], prefix: str | None
 ) -> tuple[dict[str, Any], int]:
-  """`task_prefix`, `max_input_length`, `max_decode_length` for rows, and how many are cut.
-
-  The model gives the prefix where `prefix` is None, and the text limit where rows have no
-  references; ValueError where its vocabulary does not know the pieces of these texts.
-  """
+  """`task_prefix`, `max_input_length`, `max_decode_length` for rows, and how many are cut; the
+  model's own prefix where `prefix` is None, its text limit where rows have no references.
+  ValueError where its vocabulary does not know the pieces of these texts."""
   vocabulary = predictor.vocabulary
   prefix = predictor.options.task_prefix if prefix is None else prefix
   inputs = [vocabulary.encode(prefix + row.input) for row in rows]
@@ -314,14 +309,8 @@ class Fit:
 def held_out(
   predictor: inference.Predictor, train: str | pathlib.Path | Rows, options: FitOptions
 ) -> tuple[Splits, dict[str, Any]]:
-  """Rows split as `fit` does where it trains, and their `length_limits`.
-
-  Args:
-    predictor: whose tokens are counted; `train` and `options` are those of `fit`.
-
-  Raises:
-    ValueError: invalid rows, or too few of them (says how many are needed).
-  """
+  """Rows split as `fit` does where it trains, and their `length_limits` in the tokens of
+  `predictor`; ValueError: invalid rows, or too few of them."""
   rows = read_rows(train, options)
   limits, _ = length_limits(predictor, rows, options.prefix)
   return split(rows, options, trains=True), limits

@@ -111,11 +111,7 @@ class Result:
 
 def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
   """Makes the output folder, or resumes in it; `asked` is all that the output depends on.
-
-  Raises:
-    ValueError: it holds the fit of another request (names the difference), or other things.
-    OSError: it cannot be written.
-  """
+  ValueError: it holds another request's fit, or other things; OSError: it cannot be written."""
   file = output / request.WORK / "request.json"
   if file.is_file():
     _check_same(file, json.loads(json.dumps(asked)), output)

@@ -219,12 +219,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def identity_of(config: TrainConfig, source: training_batches.Source) -> dict[str, Any]:
-  """What the steps of a run depend on, so that another run does not go on from them.
-
-  Learning rates and batches are pure functions of the step: they are recorded at steps 0, 1, 2,
-  4, 8, ... and compared at those that the run has made. A run that is only to become longer
-  goes on where its learning rate does not depend on the length.
-  """
+  """What the steps of a run depend on, so that another run does not go on from them: learning
+  rates and batches at steps 0, 1, 2, 4, 8, ... A run that is only to become longer goes on
+  where its learning rate does not depend on the length."""
   steps = [0, *(2**i for i in range(config.num_steps.bit_length()))]
   steps = [step for step in steps if step < config.num_steps]
   schedule = config.schedule(config.num_steps)
@@ -249,12 +246,8 @@ def _digest(batch: training_batches.Batch) -> str:
 
 
 def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -> None:
-  """Compares a run with the one whose `reached` steps it goes on from, and records it.
-
-  Raises:
-    ValueError: steps were made under another learning rate or seed, or on other data; or the
-      file holds something else.
-  """
+  """Compares a run with the one whose `reached` steps it goes on from, and records it;
+  ValueError where those were made under another learning rate or seed, or on other data."""
   differing = ""
   if reached and path.exists():  # a run of an earlier version recorded none
     try:

@@ -128,11 +128,9 @@ def make_train_step(
   objective: objectives.Objective,
   params: Mapping[str, Any],
 ) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
-  """The jitted update, (state, batch) -> (state, sums over the batch's real tokens).
-
-  The gradient is that of the mean loss over real tokens. `params` is a tree of the model's
-  structure; the state is donated.
-  """
+  """The jitted update, (state, batch) -> (state, sums over the batch's real tokens), by the
+  gradient of the mean loss over them; `params` is a tree of the model's structure, the state is
+  donated."""
   optimizer = _optimizer(config, objective, params)
 
   @functools.partial(jax.jit, donate_argnums=(0,))

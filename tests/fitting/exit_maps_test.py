@@ -68,26 +68,6 @@ def test_propagation_of_rank_r_is_exact_where_the_truth_has_rank_r(rank):
   assert np.abs(short - inputs).max() > 0.1
 
 
-def test_logistic_regression_finds_the_chances_that_labels_were_drawn_by():
-  rng = np.random.default_rng(3)
-  x = rng.normal(size=(4000, 3)) * [1.0, 0.01, 100.0] + [0.0, 1.0, -50.0]
-  truth = np.array([1.5, 100.0, 0.0])
-  chance = 1.0 / (1.0 + np.exp(-(x @ truth - 100.0)))
-  weights, bias = exit_maps._logistic(x, rng.random(4000) < chance)
-  found = 1.0 / (1.0 + np.exp(-(x @ weights + bias)))
-  assert np.abs(found - chance).mean() < 0.03
-  for always in (True, False):
-    weights, bias = exit_maps._logistic(x, np.full(4000, always))
-    assert ((x @ weights + bias > 3.0) == always).all()
-
-
-def test_a_shortlist_has_the_tokens_that_are_written_most_often_and_two_at_least():
-  texts = [[5, 3, 3, 1], [3, 5, 1], [7, 1]]
-  assert exit_maps.shortlist(texts, 10) == (1, 3, 5, 7)
-  assert len(exit_maps.shortlist([[1], [1]], 10)) == 2
-  assert 0 not in exit_maps.shortlist([[4, 1, 0, 0, 0]], 10)
-
-
 def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
   rng = np.random.default_rng(2)
   head = rng.normal(size=(300, 8)).astype(np.float32)

@@ -17,7 +17,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, calibrate, generations, ledger
 from calm.data import vocabulary
 from calm.fitting import choose, result, run, train
-from calm.inference import grid, timing
+from calm.inference import timing
 from tests import toy_vocabulary
 from tests.fitting import conftest
 
@@ -234,16 +234,6 @@ def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(
     assert known in said_before_work(directory, rows, output.parent / "third", tolerance=0.7)
     shutil.rmtree(output.parent / "third")
   shutil.rmtree(beside)
-
-
-def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(directory):
-  plain = inference.load(directory, batch_size=4, max_input_length=64)
-  larger = grid.in_bulk(plain)
-  assert {batch.tokens.shape for batch in larger.plan(WORDS)} == {(8, 64)}
-  assert larger.procedure == plain.procedure
-  narrow = inference.load(directory, dtype="bfloat16")
-  for rounded in (narrow, plain.with_options(weights_dtype="int8")):
-    assert grid.in_bulk(rounded) is rounded
 
 
 def test_why_full_depth_is_served_is_said(made):

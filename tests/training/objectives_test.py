@@ -1,5 +1,6 @@
 """What each training stage minimises and touches."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -140,6 +141,30 @@ def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_m
       np.testing.assert_array_equal(after[path], before, err_msg=str(path))
     else:
       assert np.any(np.asarray(after[path]) != np.asarray(before)), path
+
+
+def test_a_batch_in_parts_makes_the_step_of_the_whole():
+  module, params = model_of()
+  batch = batch_of()
+  rows = len(batch["decoder_loss_weights"])
+  assert rows % 2 == 0 and np.ptp(np.asarray(batch["decoder_loss_weights"]).sum(1)) > 0
+  objective = objectives.LayerWeighted()
+
+  stepped = lambda count: trained(
+    objective, module, params, [batch], training.Schedule(0.5, 0), num_microbatches=count
+  )
+  (one, whole), (two, parted) = stepped(1), stepped(2)
+  # The penalty is what is left of the loss: as exact as the loss's own rounding.
+  np.testing.assert_allclose(whole.z_loss, parted.z_loss, atol=1e-6 * float(whole.loss))
+  sums = [dataclasses.replace(metrics, z_loss=jnp.zeros(())) for metrics in (whole, parted)]
+  for a, b in zip(*map(jax.tree.leaves, sums), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one.params, params)
+  assert max(jax.tree.leaves(moved)) > 1e-3
+  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  with pytest.raises(ValueError, match=f"divide the {rows} rows of a batch, got {rows + 1}"):
+    stepped(rows + 1)
 
 
 def test_stage_two_reads_what_inference_reads():
