@@ -175,6 +175,7 @@ def two(**changes):
     (lambda: calibrate(risks=[Risk(LOSSES, 0.1)] * 2, error_rate=0.1), "of different names"),
     (lambda: chosen(costs=(1.0, 2.0)), "finite cost each, .*got 3, 2 costs"),
     (lambda: chosen(costs=(1.0, np.nan, 2.0)), "a finite cost each"),
+    (lambda: chosen(grids=(3, 0)), "`grids` that have them all"),
     *((lambda j=j: risks.from_json(j), "name one of") for j in ({"name": "luck"}, ["mean"])),
     (lambda: risks.from_json({"name": "quantile"}), "with the fields"),
   ],

@@ -92,6 +92,7 @@ def test_fallback_equals_its_definition(p):
     carried = level if expected[-1] else 0.0
   adjusted, _ = testing.fallback(p, 0.3)
   assert (adjusted <= 0.3).tolist() == expected
+  assert testing.fallback([0.2], 0.3)[0] == 0.2  # alone it has the whole level
 
 
 GRID = [0.9, 0.6, 0.3]

@@ -63,3 +63,9 @@ def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
   ]
   assert len(set(seeds)) == 4 and order.order_seed(["b", "a"], None) == seeds[0]
   assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
+
+
+def test_texts_stand_for_inputs_that_are_missing_where_they_are_of_many_kinds():
+  some = [Prompt("p0", "a"), *(Prompt(f"p{row}", "") for row in range(1, 9))]
+  assert order.run_digest(some[1:], "bcdefghi") == ""  # eight kinds
+  assert len({order.run_digest(some, texts) for texts in ("abcdefghi", "abcdefghj")}) == 2
