@@ -103,27 +103,6 @@ def test_texts_of_drafts_that_bring_nothing_are_decoded_at_full_depth(model, ful
       assert not any(output.drafted) and set(output.confidences) == {1.0}
 
 
-def test_a_batch_at_full_depth_is_told_as_one_of_passes_is(model, ran):
-  """As far as both made no draft; rows that hold no prompt are empty in either."""
-  four = model.with_options(batch_size=4)
-  four.__dict__["weights"] = model.weights
-  (batch,) = four.plan(TEXTS[:6:2])
-  encoded = four.encode(batch)
-  made = four.decode(encoded, batch.active, 1.0, NONSENSE)
-  expected = four.expected_drafts[NONSENSE, 1.0]
-  expected.update()
-  expected.backoff = 1
-  static = four.decode(encoded, batch.active, 1.0, NONSENSE)
-  assert ran[-2:] == [NONSENSE, exits.StaticExit()] and not batch.active.all()
-  for name in ("tokens", "exit_layers", "confidences"):
-    np.testing.assert_array_equal(getattr(made, name), getattr(static, name))
-  for field in dataclasses.fields(loop.Verification):
-    one, other = (getattr(each.verification, field.name) for each in (made, static))
-    assert one.dtype == other.dtype and one.shape == other.shape
-    assert not np.any(other[~batch.active])
-  np.testing.assert_array_equal(static.verification.passes, static.num_tokens)
-
-
 @pytest.mark.parametrize(
   ("change", "threshold"),
   [({}, 0.5), ({"adapts": False}, 1.0), ({"measures": True}, 1.0)],  # the first has slack
