@@ -290,7 +290,7 @@ def simulate(
   reading: Reading, candidate: Candidate, thresholds: np.ndarray, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Exit layers [num_thresholds, num_tokens] and loss [num_thresholds], if states were not
-  propagated: the mean over texts of the share of tokens from the first changed one on, times
+  propagated: the mean share of a text's tokens from the first changed one on, times
   `_CHANGED`."""
   layers = np.array([*candidate.exit_layers, reading.agrees.shape[1]])
   sure = reading.of(candidate, layers.tolist())
@@ -384,10 +384,8 @@ def coarse_grid(
 def forecast(
   thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
 ) -> float:
-  """The lowest threshold that `num_calibration` prompts will probably certify; `inf`: none.
-
-  The validation part has `losses` [num_prompts, num_thresholds]; it may lie between two.
-  """
+  """The lowest threshold that `num_calibration` prompts will probably certify, maybe between
+  two, by `losses` [num_prompts, num_thresholds] of the validation part; `inf`: none."""
   error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
   bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
   if bound[0] > tolerance:
@@ -579,10 +577,8 @@ def fastest_head(
 def faster_exact(
   predictor: inference.Predictor, prompts: Sequence[Prompt]
 ) -> timing.Seconds | None:
-  """Seconds of full texts from the model's own verified drafts, beside full depth's.
-
-  None where drafts are not faster, there is one layer only, or states are rounded to few bits.
-  """
+  """Seconds of full texts from the model's own verified drafts, beside full depth's; None where
+  these are not faster, there is one layer, or states are rounded to few bits."""
   if predictor.num_layers == 1 or not inference.can_be_exact(predictor):
     return None
   rule, texts = inference.exact_rule(predictor), [prompt.input for prompt in prompts]

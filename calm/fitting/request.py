@@ -103,11 +103,7 @@ class FitOptions:
 
 
 def parse_budget(text: str) -> float:
-  """Seconds of '90s', '30m', '1.5h', '1h30m'.
-
-  Raises:
-    ValueError: the text is no time.
-  """
+  """Seconds of '90s', '30m', '1.5h', '1h30m'; ValueError of what is no time."""
   lower, units = text.strip().lower(), {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
   time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
   seconds = sum(float(number) * units[unit] for number, unit in time.findall(lower))

@@ -1,9 +1,6 @@
 """`train_all`: stages one (Eq. 6), own and two, one after another, by `calm.training.run`.
-
-Stage own is Eq. 6's sum with equal weights on texts that the model itself writes, since the
-promise is about the full model's text (sequence-level distillation, Kim and Rush 2016); stage
-two trains the exit classifier and the probes only. A stopped stage resumes from its checkpoint.
-"""
+Stage own is Eq. 6's sum with equal weights on the model's own texts, which the promise is about
+(Kim and Rush 2016); stage two trains the exit classifier and the probes only."""
 
 import dataclasses
 import functools
@@ -27,12 +24,9 @@ _VALIDATIONS, _PART_TOKENS, _SHORTLIST = 8, 2**12, 512
 def recipe(
   name: str, num_parameters: int, num_rows: int
 ) -> tuple[int, float, training.TrainConfig]:
-  """Rows a step, dropout and the run of a stage, by the size of the model.
-
-  Pretrained sizes have T5's and T5X's fine-tuning values: Adafactor at a constant 1e-3, dropout
-  0.1. Models below 20 M parameters learn at the packed model's rates: 1e-2 with warm-up and
-  decay, and little dropout. Stage own ends at a low rate.
-  """
+  """Rows a step, dropout and the run of a stage, by the size of the model: T5X's fine-tuning
+  values (Adafactor at a constant 1e-3, dropout 0.1); below 20 M parameters the packed model's
+  rates, 1e-2 with warm-up and decay, and little dropout. Stage own ends at a low rate."""
   batch = 1 << (int(np.clip(num_rows // 4, 4, 64)).bit_length() - 1)
   if name == "two":
     schedule = training.Schedule(peak=1e-2, warmup_steps=20, final_fraction=0.05)
@@ -63,11 +57,8 @@ class Trained:
 
 
 def train_stages(fit: request.Fit) -> tuple[inference.Predictor, tuple[Trained, ...]]:
-  """Trains stage one, where rows have references, own and two.
-
-  Returns:
-    The trained model under its limits, and the reports; finished stages are not trained again.
-  """
+  """Trains stage one, where rows have references, own and two; returns the trained model under
+  its limits, and the reports. Finished stages are not trained again."""
   predictor, initial, rows, folder = fit.source, fit.initial, fit.splits, fit.output / "splits"
   names = ["one"] if all(row.targets for row in rows.train) else []
   names, done = [*names, "own", "two"], []
@@ -96,11 +87,8 @@ def train_stages(fit: request.Fit) -> tuple[inference.Predictor, tuple[Trained, 
 def write_own_texts(
   fit: request.Fit, predictor: inference.Predictor, folder: pathlib.Path
 ) -> request.Splits:
-  """The splits with the full model's texts in the place of references.
-
-  Training reads their tokens (`OUTPUTS`), so that a text which the length limit cut off has no
-  end to learn.
-  """
+  """The splits with the full model's texts in the place of references. Training reads their
+  tokens (`OUTPUTS`): a text which the length limit cut off has no end to learn."""
   rows, count = (*fit.splits.validation, *fit.splits.train), len(fit.splits.validation)
   bulk = predictor.with_options(batch_size=64)
   records = full_texts(bulk, rows, fit.cache, fit.listener.step(DECODE_TEXTS))
@@ -127,11 +115,9 @@ def train_stage(
   seconds: float | None,
   progress: Report,
 ) -> Trained:
-  """Trains or resumes stage 'one', 'own' or 'two', and exports the model to `folder`/model.
-
-  It starts from `model`, whose checkpoint is `initial`, and reads the `splits` that
-  `request.write` wrote to `rows_folder`, for at most `seconds` (None: the recipe's steps).
-  """
+  """Trains or resumes stage 'one', 'own' or 'two' from `model`, whose checkpoint is `initial`,
+  on the `splits` that `request.write` wrote to `rows_folder`, for at most `seconds` (None: the
+  recipe's steps), and exports it to `folder`/model."""
   num_parameters = sum(x.size for x in jax.tree.leaves(model.params))
   batch_size, dropout_rate, config = recipe(name, num_parameters, len(splits.train))
   options, vocabulary, steps = model.options, model.vocabulary, config.num_steps
