@@ -89,6 +89,7 @@ READINGS: Mapping[str, str] = {
   "int8": "head in 8 bits",
   "layers": "layers and head in 8 bits",
   "encoder": "encoder and head in 8 bits",
+  "learned": "translators and learned propagation",  # of every exit layer, rank 16
   "xla": "all by XLA",  # not a reading: programs without functions of this process
 }
 # Those of which the encoder's weights are read otherwise, too.
@@ -103,6 +104,14 @@ def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
 def _read(model: Model, name: str) -> Model:
   if name == "xla":
     return model
+  if name == "learned":
+    below = tuple(range(1, model.config.num_decoder_layers))
+    config = dataclasses.replace(
+      model.config, exit_translators=below, exit_propagation=below, exit_propagation_rank=16
+    )
+    params = random_params(config)
+    weights = program.model_weights(params, config, model.num_pieces, model.shortlist)
+    return dataclasses.replace(model, config=config, params=params, weights=weights)
   if name in ENCODES:
     weights = program.model_weights(
       model.params,
@@ -213,12 +222,16 @@ class ForcedMeasure:
     return (view.layer - 0.25 + 0.5 * jnp.clip(value, 0.0, 1.0)) / (self.num_layers + 1)
 
 
-def forced(measure: str, depths: tuple[int, ...], num_layers: int) -> exits.DynamicExits:
+def forced(
+  measure: str, depths: tuple[int, ...], config: network.T5Config
+) -> exits.DynamicExits:
   """The rule whose tokens leave at `depths` in turn, measuring at every layer."""
-  inner = confidence.measure(measure)
+  inner, num_layers = confidence.measure(measure), config.num_decoder_layers
+  kind: Any = "learned" if config.exit_propagation else "exit_state"
   return exits.DynamicExits(
     ForcedMeasure(inner, num_layers),  # pyright: ignore[reportArgumentType]
     Trace(depths, num_layers),  # pyright: ignore[reportArgumentType]
+    propagation=kind,
   )
 
 

@@ -100,7 +100,7 @@ class Ours:
 
   def forced(self, name: str, measure: str, depths: tuple[int, ...], engine: str) -> System:
     """Exits at known layers; the run checks that they came out."""
-    rule = models.forced(measure, depths, self.model.config.num_decoder_layers)
+    rule = models.forced(measure, depths, self.model.config)
     rows, length = self.setting.batch_size, self.setting.decode_length
     made = self.system(f"{name}, {engine}", rule, None, models.starts(rows), engine)
     if self.model.eos_id != models.NO_EOS:  # rows end where they end
