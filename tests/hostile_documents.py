@@ -21,7 +21,7 @@ from calm import checkpoints, exits
 from calm.calibrate import Calibration, Online, generations
 from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign, records
-from calm.commands import calibrate, shards
+from calm.commands import calibrate, merge
 from calm.data import datasets, vocabulary
 from calm.inference import options, predictor
 from calm.t5 import network
@@ -93,7 +93,7 @@ def _files(base: pathlib.Path) -> None:
   mark |= {"num_prompts": 3, "prompts_digest": "d", "positions": [0, 2]}
   (base / "shard").mkdir()
   mark |= {"about": {"x": 1}, "checksums": {"a": "b"}}
-  (base / "shard" / shards.MARK).write_text(json.dumps(mark))
+  (base / "shard" / merge.MARK).write_text(json.dumps(mark))
   _tokenizer(base / "tokenizer.json")
   for name, value in (
     ("rows.jsonl", row),
@@ -130,7 +130,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "generation options": (codet5 / "generation_config.json", lambda: _theirs(codet5)),
     "tokenizer options": (codet5 / "tokenizer_config.json", lambda: _theirs(codet5)),
     "tokenizer": (at("tokenizer.json"), lambda: _read_tokenizer(at("tokenizer.json"))),
-    "shard": (at("shard") / shards.MARK, lambda: shards.read_mark(at("shard"))),
+    "shard": (at("shard") / merge.MARK, lambda: merge.read_mark(at("shard"))),
     "references": (
       at("references.jsonl"),
       lambda: calibrate.read_texts(at("references.jsonl"), "targets", several=True),

@@ -1,7 +1,7 @@
 """The record of a calibration: a threshold, all that it stands on, and the promise in words.
 
 A digest finds damage and edits, not somebody who writes the digest that fits: hand it around by
-another way (`--expect_digest`), or make the calibration again (`calm calibrate --verify`).
+another way (`--expect_digest`), or make the calibration again (`calm calibrate`).
 """
 
 import dataclasses

@@ -127,16 +127,18 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
   """
   path = pathlib.Path(path)
   if not path.is_dir():
-    raise FileNotFoundError(
-      f"Expected `path` to be a checkpoint directory, got {str(path)!r}, which is"
-      f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json."
+    kind = "a file" if path.exists() else "missing"
+    message = (
+      f"Expected `path` to be a checkpoint directory, got {str(path)!r}, which is {kind}."
     )
+    raise FileNotFoundError(message)
   config, flat, vocabulary, trained = _read(path)
-  if exits is not None or (path / EXITS).is_file():
-    file = pathlib.Path(path if exits is None else exits)
-    config, flat, trained = *_with_exits(config, flat, file), True
   params = parameters.unflatten(flat)
-  parameters.check(params, config)
+  if exits is not None or (path / EXITS).is_file():
+    config, params = with_exits(config, params, path if exits is None else exits)
+    trained = True
+  else:
+    parameters.check(params, config)
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
   return Checkpoint(config, params, vocabulary, trained)
@@ -146,12 +148,10 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
 def save_exits(
   file: str | pathlib.Path, leaves: Mapping[str, np.ndarray], base_digest: str
 ) -> None:
-  """Writes exit parts that were learned beside a frozen model.
+  """Writes exit parts that were learned beside a frozen model, usually as its folder's `EXITS`.
 
-  Args:
-    file: usually `EXITS` in the model's folder.
-    leaves: {path: array}, paths as in the model's tree ("decoder/exit_translators/...").
-    base_digest: `parameters.base_digest` of the model; `load` refuses them beside another.
+  `leaves` are {path in the model's tree: array}; `load` refuses them beside a model of another
+  `parameters.base_digest` than `base_digest`.
   """
   file = pathlib.Path(file)
   metadata = {"format": EXITS_FORMAT, "base": base_digest}
@@ -170,7 +170,7 @@ def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
   if not (source / "config.json").is_file():
     raise ValueError(
       f"Expected a base model with a config.json, got {str(source)!r}; convert a T5X checkpoint"
-      " first (`python scripts/from_t5x.py`)."
+      " by scripts/from_t5x.py."
     )
   found = [file for name in _BASE_FILES for file in sorted(source.glob(name))]
   writers = {
@@ -187,46 +187,33 @@ def with_exits(
 ) -> tuple[network.T5Config, dict[str, Any]]:
   """(configuration, parameters) of a base model with the exits of a file, or of its folder.
 
-  Args:
-    config: of the base model.
-    params: its tree; exit parts in it are replaced.
-    exits: a file that `calm fit` wrote, or its folder.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: the exits are of other weights, or the file is of something else.
+  Exit parts in `params` are replaced. FileNotFoundError where there is no such file, ValueError
+  where the exits are of other weights, or the file is of something else.
   """
-  config, flat = _with_exits(config, parameters.flatten(params), pathlib.Path(exits))
-  made = parameters.unflatten(flat)
-  parameters.check(made, config)
-  return config, made
-
-
-def _with_exits(config: network.T5Config, flat: Mapping[str, np.ndarray], file: pathlib.Path):
-  """(configuration, {path: leaf}) of a base model with the exits of a file or folder."""
+  file = pathlib.Path(exits)
   file = file / EXITS if file.is_dir() else file
   if not file.is_file():
-    raise FileNotFoundError(
-      f"Expected `exits` to be a file of exits, or a folder with {EXITS}, got {str(file)!r};"
-      " `calm fit` writes one."
-    )
+    expected = f"Expected `exits` to be a file of exits, or a folder with {EXITS}"
+    raise FileNotFoundError(f"{expected}, got {str(file)!r}; `calm fit` writes one.")
   leaves, metadata = files.read_safetensors(file)
   stored, base = metadata.get("format"), metadata.get("base")
   if stored != EXITS_FORMAT or not leaves or not all(map(_is_exit_part, leaves)):
     raise ValueError(
       f"Expected {str(file)!r} to be exits of the format {EXITS_FORMAT!r}, got the format"
-      f" {stored!r} with {len(leaves)} leaves, first {sorted(leaves)[:1]}; fit them again."
+      f" {stored!r} with the leaves {sorted(leaves)[:1]}."
     )
-  kept = {path: leaf for path, leaf in flat.items() if not _is_exit_part(path)}
-  digest = parameters.digest(parameters.unflatten(kept))
+  kept, _ = parameters.split(params)
+  digest = parameters.digest(kept)
   if digest != base:
     raise ValueError(
       f"Expected the base model of {str(file)!r}, with the digest {str(base)[:12]}..., got"
-      f" {digest[:12]}...: another model, or one that was edited since; fit again."
+      f" {digest[:12]}..., another; fit again."
     )
   with files.naming(file):
     config = dataclasses.replace(config, **parameters.exit_fields(leaves))
-  return config, {**kept, **leaves}
+  made = parameters.unflatten({**parameters.flatten(kept), **leaves})
+  parameters.check(made, config)
+  return config, made
 
 
 def _is_exit_part(path: str) -> bool:
@@ -244,9 +231,9 @@ def _read(
       return config, flat, huggingface.read_vocabulary(path), False
     trained = fields.pop("exits_trained", None)
     if trained not in (None, True, False):
+      where = str(path / "config.json")
       raise ValueError(
-        f"Expected `exits_trained` in {str(path / 'config.json')!r} to be true or false, got"
-        f" {trained!r}; save the model again."
+        f"Expected `exits_trained` in {where!r} to be true or false, got {trained!r}"
       )
     config = _config_of(fields, path)
     flat, _ = files.read_safetensors(path / "params.safetensors")
@@ -254,10 +241,8 @@ def _read(
   found = t5x.find(path)
   if found is None:
     names = sorted(child.name for child in path.iterdir())
-    raise ValueError(
-      "Expected `path` to be a checkpoint of this project, Hugging Face or T5X, got"
-      f" {str(path)!r} with {names[:6] or 'nothing in it'}; give the folder that holds one."
-    )
+    got = f"got {str(path)!r} with {names[:6] or 'nothing in it'}"
+    raise ValueError(f"Expected `path` to be a checkpoint of calm, Hugging Face or T5X, {got}.")
   flat = t5x.read(found)
   config = t5x.infer_config(flat)
   # T5X's own models have no exit parts: somebody trained those that are there.
@@ -274,8 +259,7 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
   if stored_format != FORMAT or unknown or "vocab_size" not in fields:
     raise ValueError(
       f"Expected a config.json with format {FORMAT!r} and fields of T5Config, got {str(path)!r}"
-      f" with format {stored_format!r}, unknown fields {unknown}; open it with the version of"
-      " calm that wrote it."
+      f" with format {stored_format!r} and unknown fields {unknown}."
     )
   with files.naming(path / "config.json"):
     return network.T5Config(**limits.check(fields))
@@ -301,9 +285,9 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
   record = files.read_json(directory / _RECORD)
   kind = str(record.get("kind"))
   if kind not in _VOCABULARIES:
+    kinds = ", ".join(map(repr, _VOCABULARIES))
     raise ValueError(
-      f"Expected {_RECORD} to be of a kind of {', '.join(map(repr, _VOCABULARIES))}, got"
-      f" {kind!r} in {str(directory)!r}; save the model again."
+      f"Expected {_RECORD} to be of {kinds}, got {kind!r} in {str(directory)!r}."
     )
   made_by, name, numbers = _VOCABULARIES[kind]
   whole = lambda number: limits.whole(number, record.get(number), 0, 2**31)
@@ -320,6 +304,6 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
   if name is not None and made.digest() != digest:
     raise ValueError(
       f"Expected {name} to have the digest {digest[:12]}... that was saved with it, got"
-      f" {made.digest()[:12]}... in {str(directory)!r}; it was exchanged: put it back."
+      f" {made.digest()[:12]}... in {str(directory)!r}; it was exchanged."
     )
   return made

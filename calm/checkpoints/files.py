@@ -26,7 +26,7 @@ def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
   array = np.asarray(array)
   if array.dtype.name not in _FLOATS:
     raise ValueError(
-      f"Expected the leaves of `path` {str(path)!r} to be one of {', '.join(_FLOATS)}, got"
+      f"Expected the leaves of {str(path)!r} to be of {', '.join(_FLOATS)}, got"
       f" {array.dtype.name} for {name!r}; give an unquantised checkpoint."
     )
   return array.astype(np.float32)
@@ -35,10 +35,8 @@ def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """All arrays of a safetensors file, as float32, and the texts in its header.
 
-  Raises:
-    FileNotFoundError: `path` is missing.
-    ValueError: the file is truncated or no safetensors file, names a tensor twice, or holds
-      other than floats.
+  FileNotFoundError or ValueError where it is missing, truncated, names a tensor twice, or holds
+  other than floats.
   """
   _check_file(path)
 
@@ -46,8 +44,7 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     twice = checks.repeated([name for name, _ in pairs])
     if twice:  # the last would be read
       raise ValueError(
-        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} twice; download or"
-        " save the checkpoint again."
+        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} twice."
       )
 
   try:
@@ -58,17 +55,14 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
       arrays = {name: as_float32(name, file.get_tensor(name), path) for name in names}
       return arrays, file.metadata() or {}
   except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"Expected `path` to be a whole safetensors file, got {str(path)!r}, truncated or of"
-      f" another kind ({error}); download or save the checkpoint again."
-    ) from error
+    message = f"Expected `path` to be a whole safetensors file, got {str(path)!r} ({error})."
+    raise ValueError(message) from error
 
 
 def _check_file(path: pathlib.Path) -> None:
   if not path.is_file():
     raise FileNotFoundError(
-      f"Expected `path` to name a checkpoint with {path.name!r}, got {str(path)!r}, which is"
-      " missing; download or save the checkpoint again."
+      f"Expected `path` to hold {path.name!r}, got {str(path)!r}, missing."
     )
 
 
@@ -107,9 +101,7 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
     if not isinstance(value, dict):
       raise ValueError(f"no JSON object, got {type(value).__name__}")
   except ValueError as error:
-    raise ValueError(
-      f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}; copy or download it again."
-    ) from error
+    raise ValueError(f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}.") from error
   return value
 
 

@@ -1,22 +1,19 @@
 """Hugging Face T5 checkpoints <-> T5X's parameter tree, without torch or transformers.
 
-Read: T5 1.0 and 1.1, LM-adapted, Flan-T5, mT5, ByT5, CodeT5, umT5, Pile-T5 and MADLAD-400, from
-safetensors. Linear weights are stored [out, in] there and [in, out] here, relative position
-biases [buckets, heads] there and [heads, buckets] here.
-
-Whether `lm_head` is tied follows from the weights alone (configurations of transformers 5 call
-every T5 tied); whether decoder states are scaled by emb_dim**-0.5 before it, by the
-configuration. T5X ties and scales together; other combinations are folded into an untied head.
+Linear weights are stored [out, in] there and [in, out] here, relative position biases
+[buckets, heads] there and [heads, buckets] here. Whether `lm_head` is tied follows from the
+weights alone (configurations of transformers 5 call every T5 tied); whether decoder states are
+scaled by emb_dim**-0.5 before it, by the configuration. T5X ties and scales together; other
+combinations are folded into an untied head.
 
 The network takes token 0 for padding and for the start of decoding. A model with other ids
-(MADLAD-400: 0 is `<unk>` and starts, 1 is padding) has those rows exchanged, and its vocabulary
-with them (`vocabulary.Renumbered`).
+(MADLAD-400) has those rows exchanged, and its vocabulary with them (`vocabulary.Renumbered`).
 """
 
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -137,20 +134,14 @@ def _check(theirs: Mapping[str, Any]) -> None:
   ):
     value = theirs.get(field, default)
     if not is_good(value) and (value is not None or default is not None):
-      raise ValueError(
-        f"Expected `{field}` in config.json to be {expected}, got {value!r:.60}; give a T5"
-        " model as transformers saves it."
-      )
+      raise ValueError(f"Expected `{field}` in config.json to be {expected}, got {value!r:.60}")
 
 
 def _network_config(theirs: Mapping[str, Any]) -> network.T5Config:
   """Our configuration, without exit parts and with an untied head."""
   missing = [field for field in _SIZES if field not in theirs]
   if missing:
-    raise ValueError(
-      f"Expected config.json to give {', '.join(_SIZES)}, got none of {missing}; copy or"
-      " download it again."
-    )
+    raise ValueError(f"Expected config.json to give {', '.join(_SIZES)}, got none of {missing}")
   options = {"relpos_buckets": 32, "relpos_max_distance": 128}
   options |= {ours: theirs[name] for ours, name in FIELDS.items() if name in theirs}
   if theirs.get("num_decoder_layers") is None:  # as many as the encoder has
@@ -161,10 +152,8 @@ def _network_config(theirs: Mapping[str, Any]) -> network.T5Config:
   # transformers means the tanh approximation by "gated-gelu", and by no other "gelu".
   name = "gelu_new" if kind == "gated-gelu" else str(kind).removeprefix("gated-")
   if not isinstance(kind, str) or name not in _ACTIVATIONS:
-    raise ValueError(
-      "Expected `feed_forward_proj` in config.json to be gated-gelu, relu, silu, gelu_new"
-      f" (or one of these after 'gated-'), got {kind!r}; T5X's network has no other."
-    )
+    known = "gated-gelu, relu, silu, gelu_new, or one of these after 'gated-'"
+    raise ValueError(f"Expected `feed_forward_proj` to be {known}, got {kind!r}")
   activation = _ACTIVATIONS[name]
   return network.T5Config(
     **limits.check(options, FIELDS),
@@ -183,25 +172,20 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     if pickled and not path.is_file():
       raise FileNotFoundError(
         f"Expected `path` to hold {path.name!r}, got {pickled[0].name!r} only, a pickle, which"
-        " is never opened here; save the model as safetensors with transformers first."
+        " is never opened; save the model as safetensors first."
       )
     return files.read_safetensors(path)[0]
   weight_map = files.read_json(index_path).get("weight_map")
   if not (isinstance(weight_map, dict) and weight_map) or not all(
     isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()
   ):
-    raise ValueError(
-      f"Expected {index_path.name!r} to hold a `weight_map` of weights to .safetensors files,"
-      f" got {repr(weight_map)[:60]} in {str(directory)!r}; download the checkpoint again."
-    )
+    expected = f"Expected {str(index_path)!r} to hold a `weight_map` to .safetensors files"
+    raise ValueError(f"{expected}, got {weight_map!r:.60}")
   # The index is not trusted with where to look.
   names = sorted({pathlib.PurePosixPath(name).name for name in weight_map.values()})
   shards = [files.read_safetensors(directory / name)[0] for name in names]
   if sorted(weight for shard in shards for weight in shard) != sorted(weight_map):
-    raise ValueError(
-      f"Expected {', '.join(names)!r:.200} to hold the weights that {index_path.name!r} lists,"
-      f" got others in {str(directory)!r}; download it again."
-    )
+    raise ValueError(f"Expected the weights that {str(index_path)!r} lists, got others")
   return {name: weight for shard in shards for name, weight in shard.items()}
 
 
@@ -216,16 +200,11 @@ def _take_embedding_and_head(
     # Tied weights are stored once, under any of their names.
     embedding = next(iter(copies.values()), head)
   if embedding is None:
-    raise ValueError(
-      f"Expected `path` to hold the token embedding {_EMBEDDING!r}, got none; give a whole T5"
-      " checkpoint."
-    )
+    raise ValueError(f"Expected `path` to hold the token embedding {_EMBEDDING!r}, got none")
   for name, copy in copies.items():
     if not np.array_equal(copy, embedding):
-      raise ValueError(
-        f"Expected `path` to hold one token embedding, got {name!r} that differs from"
-        f" {_EMBEDDING!r}; an encoder and a decoder with embeddings of their own are not T5."
-      )
+      got = f"got {name!r} that differs from {_EMBEDDING!r}"
+      raise ValueError(f"Expected `path` to hold one token embedding, {got}")
   return embedding, None if head is None or np.array_equal(head, embedding) else head
 
 
@@ -294,10 +273,9 @@ def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
     if not path.is_file():
       return None
     if type(ends[0]) is not int or not 0 <= ends[0] < 2**31 or ends[0] == pad:
+      expected = "to be a token id, and not that of padding"
       raise ValueError(
-        f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"
-        f" padding, got {ends[0]!r}; copy the model's config.json and generation_config.json"
-        " again."
+        f"Expected `eos_token_id` of {str(directory)!r} {expected}, got {ends[0]!r}"
       )
     made = vocabulary.TokenizerVocabulary(path, eos_id=ends[0], pad_id=pad)
   return vocabulary.Renumbered(made, pad) if pad else made
@@ -315,10 +293,8 @@ def _read_pieces(
       path, extra_ids=options.get("extra_ids", default), padded=not pad
     )
     if ends != [None] and made.eos_id not in ends:
-      raise ValueError(
-        f"Expected {str(path)!r} to end a text with the model's token {ends[0]}"
-        f" (`eos_token_id`), got {made.eos_id}; it belongs to another model."
-      )
+      expected = f"to end a text with the model's token {ends[0]} (`eos_token_id`)"
+      raise ValueError(f"Expected {str(path)!r} {expected}, got {made.eos_id}")
     return made
   # As transformers looks for it: ByT5's may be named in config.json alone.
   kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
@@ -334,47 +310,29 @@ def _has_added_tokens(directory: pathlib.Path, pieces: Any) -> bool:
   `added_tokens_decoder` of tokenizer_config.json, among padding, EOS and T5's sentinels. A
   listed token at the id of a piece is that piece; a sentinel is its own, wherever it stands.
   """
-  listed = list(_listed_tokens(directory))
-  held = {i: token for name, i, token in listed if name == "tokenizer.json"}
+  read = lambda name: files.read_json(directory / name, missing={})
+  try:
+    held = {t["id"]: t["content"] for t in read("tokenizer.json").get("added_tokens") or ()}
+    listed = held | {i: token for token, i in read("added_tokens.json").items()}
+    decoder = read("tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed |= {int(i): token["content"] for i, token in decoder.items()}
+    if not all(type(i) is int and isinstance(token, str) for i, token in listed.items()):
+      raise TypeError(f"{listed!r:.60}")
+  except (AttributeError, KeyError, TypeError) as error:
+    expected = "to list added tokens, each a text with its id"
+    raise ValueError(f"Expected files of {str(directory)!r} {expected}, got {error}") from error
   first = pieces.vocab_size - pieces.extra_ids
-  added = {i: t for _, i, t in listed if i >= first and not vocabulary.SENTINEL.fullmatch(t)}
+  added = {
+    i: t for i, t in listed.items() if i >= first and not vocabulary.SENTINEL.fullmatch(t)
+  }
   for token_id, token in added.items():
     if held.get(token_id) != token:
       raise ValueError(
         f"Expected {str(directory / 'tokenizer.json')!r} to hold all tokens that were added,"
-        f" got {token!r} ({token_id}) elsewhere only; save it once with a fast tokenizer"
-        " (ByT5 has none: train it without added tokens):"
+        f" got {token!r} ({token_id}) elsewhere only; save it once with a fast tokenizer:"
         " AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
       )
   return bool(added)
-
-
-def _listed_tokens(directory: pathlib.Path) -> Iterator[tuple[str, int, str]]:
-  """(file, id, text) of the tokens that each file of a folder lists."""
-  read = lambda name: files.read_json(directory / name, missing={})
-  held = read("tokenizer.json").get("added_tokens") or []
-  flags = read("tokenizer_config.json").get("added_tokens_decoder") or {}
-  number = lambda text: int(text) if text.isdecimal() and len(text) < 10 else None
-  field = lambda token, name: token.get(name) if isinstance(token, dict) else None
-  tokens = {
-    "tokenizer.json": (
-      (field(token, "id"), field(token, "content"))
-      for token in (held if isinstance(held, list) else [held])
-    ),
-    "added_tokens.json": ((i, token) for token, i in read("added_tokens.json").items()),
-    "tokenizer_config.json": (
-      (number(text), field(token, "content"))
-      for text, token in (flags.items() if isinstance(flags, dict) else [("", flags)])
-    ),
-  }
-  for name, pairs in tokens.items():
-    for token_id, token in pairs:
-      if type(token_id) is not int or not isinstance(token, str):
-        raise ValueError(
-          f"Expected {str(directory / name)!r} to list added tokens, each a text with its id,"
-          f" got {token!r:.60} with {token_id!r:.60}; save the tokenizer again."
-        )
-      yield name, token_id, token
 
 
 def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5Config) -> None:
@@ -386,10 +344,8 @@ def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5
   activation = config.mlp_activations[0]
   known = {"relu": "relu", "silu": "silu", "gelu": "gelu" if gated else "gelu_new"}
   if activation not in known or (gated and config.mlp_activations[1] != "linear"):
-    raise ValueError(
-      f"Expected `config.mlp_activations` to be one of {sorted(known)}, alone or before"
-      f" 'linear', got {config.mlp_activations}; save in this project's own format instead."
-    )
+    expected = f"Expected `config.mlp_activations` of {sorted(known)}, alone or before 'linear'"
+    raise ValueError(f"{expected}, got {config.mlp_activations}")
   parameters.check(params, config)
   flat = parameters.flatten(params)
   weights = {theirs: np.asarray(flat[ours]).T for ours, theirs in _names(config).items()}

@@ -60,10 +60,8 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     mlp_dim = flat["decoder/layers_0/mlp/wo/kernel"].shape[0]
     layers = [_count_layers(flat, side) for side in ("encoder", "decoder")]
   except (KeyError, IndexError, ValueError) as error:
-    raise ValueError(
-      "Expected `path` to hold the parameters of T5X's own T5 network, got"
-      f" {sorted(flat)[:4]}, lacking {error}; no other architecture is read."
-    ) from error
+    message = "Expected `path` to hold the parameters of T5X's own T5 network"
+    raise ValueError(f"{message}, got {sorted(flat)[:4]}, lacking {error}.") from error
   gated = "decoder/layers_0/mlp/wi_0/kernel" in flat
   return network.T5Config(
     vocab_size=vocab_size,
@@ -105,24 +103,20 @@ def _read_legacy(path: pathlib.Path) -> dict[str, Any]:
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(
       f"Expected `path` to be a T5X checkpoint, got {str(path)!r} whose msgpack does not open"
-      f" ({type(error).__name__}: {error}); it is truncated or no checkpoint: copy it again."
+      f" ({type(error).__name__}: {error})."
     ) from error
   is_reference = lambda node: isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
   leaves: dict[str, Any] = traverse_util.flatten_dict(
     target, is_leaf=lambda _, node: is_reference(node), sep="/"
   )
   if not isinstance(target, dict) or not all(isinstance(name, str) for name in leaves):
-    raise ValueError(
-      f"Expected the `target` of {str(path)!r} to be a tree of parameters, got"
-      f" {type(target).__name__}; copy the checkpoint again."
-    )
+    expected = f"Expected the `target` of {str(path)!r} to be a tree of parameters"
+    raise ValueError(f"{expected}, got {type(target).__name__}.")
   large = {name for name, leaf in leaves.items() if is_reference(leaf)}
   arrays = _read_arrays(path) if large else {}
   if missing := sorted(large - set(arrays)):
-    raise ValueError(
-      f"Expected {str(path)!r} to hold the arrays that its msgpack refers to, got none for"
-      f" {missing[:3]}; copy the whole folder again."
-    )
+    expected = f"Expected {str(path)!r} to hold the arrays that its msgpack refers to"
+    raise ValueError(f"{expected}, got none for {missing[:3]}.")
   return leaves | {name: arrays[name] for name in large}
 
 
@@ -134,10 +128,8 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     import tensorstore as ts
   except ImportError as error:
-    raise ImportError(
-      "Expected the package tensorstore to read T5X checkpoints, got none; install the `train`"
-      " extra (`pip install 'calm-t5x[train]'`)."
-    ) from error
+    message = "Expected the package tensorstore to read T5X checkpoints, got none"
+    raise ImportError(f"{message}; `pip install 'calm-t5x[train]'`.") from error
   base: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute()}/"}
   if (folder / "manifest.ocdbt").is_file():
     base = {"driver": "ocdbt", "base": base}
@@ -160,7 +152,7 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
   except (ValueError, OSError) as error:
     raise ValueError(
       f"Expected `path` to be a whole T5X checkpoint, got {str(folder)!r}, which does not open"
-      f" ({type(error).__name__}: {error}); copy the whole folder again."
+      f" ({type(error).__name__}: {error})."
     ) from error
 
 

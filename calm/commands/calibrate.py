@@ -18,9 +18,6 @@ infer.
 import argparse
 import contextlib
 import dataclasses
-import functools
-import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +27,7 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import Support, generations, ledger, methods, metrics, planning, testing
+from calm.calibrate import generations, ledger, methods, metrics, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
@@ -39,13 +36,11 @@ from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 
-METRIC = "rouge_l"  # the default of --metric
 # Promises that flags can describe; the others need tables, from Python.
 PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
   add, more = flags.add, flags.more(parser)
   text = "folder written by `calm generate`"
   parser.add_argument("directory", nargs="?", type=flags.filled, help=text)
@@ -64,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(way, "risks", "KIND:METRIC:DELTA", text, nargs="+")
   text = "folders of the same prompts; certifies the cheapest of all thresholds"
   add(parser, "configurations", "NAME=DIR", text, nargs="+")
-  add(way, "verify", "FILE", "compare a calibration.json with these outputs")
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
   add(more, "method", "NAME", f"p-values: {', '.join(methods.NAMES)}", "auto")
   choices = {"choices": tuple(testing.PROCEDURES)}
@@ -74,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "largest_cluster", "N", text)
   add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
   add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
-  add(more, "depths", "T,T", "early_exits: mean layers a token, rising, as 3,5")
+  add(more, "depths", "X,X", "early_exits: mean layers a token, rising, as 3,5")
   add(more, "beta", "X", "tail_mean: share of texts that are not counted", 0.9)
   add(more, "start", "X", "tail_mean: where the tail begins, from other prompts", 0.0)
   text = "cost: layers a token over all layers"
@@ -83,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Calibrates, prints the table and the guarantee, writes the file."""
   console = rich_console.Console()
   if arguments.output:
     named = (pair.rpartition("=")[2] for pair in arguments.outputs or ())
@@ -94,21 +87,26 @@ def run(arguments: argparse.Namespace) -> int:
     _save(arguments, console, found, cached)
     return 0
   cached = _read(arguments)
-  if arguments.verify:
-    return _verify(arguments, console, cached)
-  _look_at_prompts(arguments, console, cached)
   rates = {
     "error_rate": arguments.error_rate,
     "method": arguments.method,
     "testing_procedure": arguments.testing,
     "largest_cluster": arguments.largest_cluster or 0,
   }
+  groups = order.known_groups(cached.prompts)
+  if groups is not None:
+    counted = "which count once each: the guarantee is about clusters."
+    if arguments.ungrouped:
+      counted = "each prompt is taken for an independent draw all the same (--ungrouped)."
+    text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
+    print_text(console, f"{text} equal input); {counted}", "yellow")
   if arguments.risks:
     found = calibrate_lib.calibrate(risks=_risks(arguments, cached), **rates)
   else:
     promise = _promise(arguments, cached)  # refused before any text is compared
     with Progress(console) as progress:
-      losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
+      report = progress.count(f"{arguments.metric} losses")
+      losses = _losses(arguments, cached, arguments.kind, arguments.metric, report)
     rates["tolerance"] = arguments.tolerance
     found = calibrate_lib.calibrate(losses, promise=promise, **rates)
   _save(arguments, console, found, cached, shown=cached)
@@ -126,9 +124,9 @@ def _save(arguments, console, result, cached, *, shown=None) -> None:
     print_text(console, report, "yellow")
   model = (cached.provenance.notes or {}).get("model")  # as the user named it
   if result.procedure is not None and isinstance(model, str):
-    print_text(console, "Serve it:")
     named = [] if model == "packed" else [f"--model={model}"]
-    print(run_lib.infer_command(*named, f"--calibration={path}"), flush=True)
+    words = ("infer", *named, f"--calibration={path}", "a long text")
+    run_lib.print_next(console, "Serve it:", *words)
 
 
 def _read(arguments: argparse.Namespace) -> generations.Generations:
@@ -141,17 +139,13 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
     knobs: Any = _parse_knobs(names)
     cached = foreign.gather(arguments.full, dict(zip(knobs, paths, strict=True)))
   else:
-    raise ValueError(
-      "Expected the folder of `calm generate`, or both `--full` and `--outputs`."
-    )
+    raise ValueError("Expected a folder of `calm generate`, or both `--full` and `--outputs`.")
   if not arguments.references:
     return cached
   found = read_texts(arguments.references, "targets", several=True)
   if unknown := sorted(set(found) - set(cached.ids)):
-    raise ValueError(
-      f"Expected {arguments.references} to name prompts of these outputs, got {len(unknown)}"
-      f" others, first {unknown[:5]}; leave them out."
-    )
+    expected = f"Expected {arguments.references} to name prompts of these outputs"
+    raise ValueError(f"{expected}, got {len(unknown)} others, first {unknown[:5]}.")
   prompts = tuple(
     prompt if prompt.targets else dataclasses.replace(prompt, targets=found.get(prompt.id, ()))
     for prompt in cached.prompts
@@ -167,85 +161,36 @@ def _parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
       found.append(thresholds_lib.parse_threshold(value))
   if found and len(found) != len(values):
     raise ValueError(
-      f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)}."
+      f"Expected thresholds in [0, 1] or another knob, got both: {list(values)}."
     )
   return found or list(values)
 
 
-def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
-  losses = sequence_losses.compute(
-    cached, arguments.kind, metric=arguments.metric, progress=progress
-  )
+def _losses(arguments, cached, kind, metric, progress=None) -> sequence_losses.SequenceLosses:
+  losses = sequence_losses.compute(cached, kind, metric=metric, progress=progress)
   return losses.ungrouped() if arguments.ungrouped else losses
 
 
-def _look_at_prompts(arguments, console, cached: generations.Generations) -> None:
-  """Says how prompts count; refuses those of which nothing could be certified."""
-  groups, units = order.known_groups(cached.prompts), cached.ids
-  if groups is not None:
-    units = units if arguments.ungrouped else groups
-    counted = "which count once each: the guarantee is about clusters."
-    if arguments.ungrouped:
-      counted = "each prompt is taken for an independent draw all the same (--ungrouped)."
-    text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
-    print_text(console, f"{text} equal input); {counted}", "yellow")
-  if arguments.risks:
-    return
-  support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  count, share = len(set(units)), testing.first_share(arguments.testing, len(cached.thresholds))
-  clustered = count < len(units)
-  if arguments.promise == "mean" and (
-    refusal := planning.refusal(
-      count,
-      arguments.tolerance,
-      arguments.error_rate,
-      support=Support(support.lower, support.upper) if clustered else support,
-      method=arguments.method,
-      share=share,
-      unit="clusters of prompts" if clustered else "prompts",
-    )
-  ):
-    raise ValueError(refusal)
-  # Of signed losses few prompts may certify, if they gain: without change they need as many.
-  rate = arguments.error_rate * share
-  needed = planning.method_size(arguments.method, arguments.tolerance, rate)
-  if support.lower < 0.0 and needed is not None and count < needed:
-    text = f"So few prompts certify outputs that get better; unchanged ones need {needed}."
-    print_text(console, text, "yellow")
-
-
-def _promise(
-  arguments, cached: generations.Generations, stored: risks_lib.Promise | None = None
-) -> risks_lib.Promise:
-  """The promise that the flags name, or the stored one, with what it needs of the outputs.
-
-  Raises:
-    ValueError: a flag is missing, or the outputs lack something.
-  """
-  name = arguments.promise if stored is None else stored.name
-  if name == "every_group":
-    return risks_lib.EveryGroup(labels=_labels(arguments, cached))
-  made = (
-    stored
-    or {
-      "mean": risks_lib.Mean,
-      "quantile": lambda: risks_lib.Quantile(arguments.share),
-      "tail_mean": lambda: risks_lib.TailMean(arguments.beta, arguments.start),
-      "cost": lambda: risks_lib.Cost(arguments.at_most),
-      "early_exits": lambda: risks_lib.EarlyExits(_depths(arguments.depths)),
-    }[name]()
-  )
-  if name not in ("cost", "early_exits"):
-    return made
-  counts = cached.layer_counts()
-  deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
-  if counts is None or deepest < 1:
-    raise ValueError(
-      f"--promise={name} needs outputs with `exit_layers`, as of `calm generate`."
-    )
-  depths = counts[0] / np.maximum(counts[1], 1)
-  table = {"costs": depths / deepest} if name == "cost" else {"depths": depths}
-  return dataclasses.replace(made, **table)
+def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
+  """The promise that the flags name, with what it needs of the outputs."""
+  name, table = arguments.promise, {}
+  if name == "early_exits" and not arguments.depths:
+    raise ValueError("--promise=early_exits needs `--depths`, like 3,5.")
+  if name in ("cost", "early_exits"):
+    counts = cached.layer_counts()
+    deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
+    if counts is None or deepest < 1:
+      raise ValueError(f"--promise={name} needs outputs with `exit_layers`.")
+    depths = counts[0] / np.maximum(counts[1], 1)
+    table = {"costs": depths / deepest} if name == "cost" else {"depths": depths}
+  return {
+    "mean": risks_lib.Mean,
+    "quantile": lambda: risks_lib.Quantile(arguments.share),
+    "every_group": lambda: risks_lib.EveryGroup(labels=_labels(arguments, cached)),
+    "tail_mean": lambda: risks_lib.TailMean(arguments.beta, arguments.start),
+    "cost": lambda: risks_lib.Cost(arguments.at_most, **table),
+    "early_exits": lambda: risks_lib.EarlyExits(arguments.depths, **table),
+  }[name]()
 
 
 def _labels(arguments, cached: generations.Generations) -> list[str]:
@@ -253,21 +198,9 @@ def _labels(arguments, cached: generations.Generations) -> list[str]:
     raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
   found = read_texts(arguments.labels, "label")
   if missing := [name for name in cached.ids if name not in found]:
-    raise ValueError(
-      f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
-      f" {missing[:5]}."
-    )
+    got = f"got none for {len(missing)}, first {missing[:5]}"
+    raise ValueError(f"Expected `--labels` to name every prompt, {got}.")
   return [found[name][0] for name in cached.ids]
-
-
-def _depths(text: str | None) -> tuple[float, ...]:
-  try:
-    return tuple(float(part) for part in (text or "").split(","))
-  except ValueError:
-    raise ValueError(
-      "--promise=early_exits needs `--depths`, numbers above 0 that rise, for example"
-      f" --depths=3,5; got {text!r}."
-    ) from None
 
 
 def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[str, ...]]:
@@ -291,10 +224,7 @@ def _parse_risk(text: str) -> tuple[str, str, float]:
   except ValueError:
     tolerance = -1.0
   if not metric or not 0.0 < tolerance < 1.0:
-    raise ValueError(
-      f"Expected `--risks` as KIND:METRIC:DELTA with DELTA in (0, 1), got {text!r}; write"
-      " textual:rouge_l:0.1."
-    )
+    raise ValueError(f"Expected `--risks` like textual:rouge_l:0.1, got {text!r}.")
   sequence_losses.kind_support(kind, metric)
   return kind, metrics.get_metric(metric).name, tolerance
 
@@ -302,23 +232,19 @@ def _parse_risk(text: str) -> tuple[str, str, float]:
 def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
   """The risks of --risks, or the one of --kind, --metric and --tolerance."""
   own = [f"{arguments.kind}:{arguments.metric}:{arguments.tolerance}"]
-  found = []
-  for kind, metric, tolerance in map(_parse_risk, arguments.risks or own):
-    losses = sequence_losses.compute(cached, kind, metric=metric)
-    found.append(
-      risks_lib.Risk(losses.ungrouped() if arguments.ungrouped else losses, tolerance)
-    )
-  return found
+  return [
+    risks_lib.Risk(_losses(arguments, cached, kind, metric), tolerance)
+    for kind, metric, tolerance in map(_parse_risk, arguments.risks or own)
+  ]
 
 
 def _cheapest_configuration(arguments):
   """(the cheapest certified threshold of all folders, the outputs that it is of, or any)."""
-  others = ("directory", "full", "outputs", "verify")
+  others = ("directory", "full", "outputs")
   odd = any(getattr(arguments, name) for name in others) or arguments.promise != "mean"
   if odd or not arguments.output:
     raise ValueError(
-      "`--configurations` needs `--output`, and neither other outputs nor `--promise` or"
-      " `--verify`."
+      "`--configurations` needs `--output`, and no other outputs or `--promise`."
     )
   risks, costs, runs = {}, {}, []
   for pair in arguments.configurations:
@@ -336,73 +262,3 @@ def _cheapest_configuration(arguments):
     risks, costs, error_rate=arguments.error_rate, method=arguments.method
   )
   return found, next((run for run in runs if run.procedure == found.procedure), runs[0])
-
-
-def _verify(arguments, console, cached: generations.Generations) -> int:
-  """Makes a calibration again, by its own rates and method, and says what differs."""
-  path = arguments.verify
-  stored = calibrate_lib.Calibration.load(path)
-  if stored.promise.name not in PROMISES:
-    raise ValueError(
-      f"Expected one of {list(PROMISES)} to verify, got {stored.promise.name!r}; make it again"
-      " and compare the files."
-    )
-  metric = None if arguments.metric == METRIC else arguments.metric
-  # Whoever writes a file would choose what runs: a name in it is never imported.
-  allowed = (metric, metrics.get_metric(metric).name) if metric else metrics.METRICS
-  if stored.metric not in allowed:
-    raise ValueError(
-      f"Expected `--metric` {stored.metric!r}, as {path} names it, got {metric or 'none'!r}; if"
-      f" you trust that code, add --metric={stored.metric}."
-    )
-  losses = sequence_losses.compute(cached, stored.kind, metric=metric or stored.metric)
-  # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
-  several = len({part.method for part in stored.parts}) > 1
-  certify = functools.partial(
-    calibrate_lib.calibrate,
-    losses if stored.clusters else losses.ungrouped(),
-    promise=_promise(arguments, cached, stored.promise),
-    tolerance=stored.tolerance,
-    error_rate=stored.error_rate,
-    method="auto" if several else stored.method,
-    testing_procedure=stored.testing,
-    randomized="betting_fixed_level" not in stored.methods,
-    largest_cluster=stored.largest_cluster,
-  )
-  again = certify()
-  if drawn := again.seed != stored.seed:
-    again = certify(seed=stored.seed)
-  ours, theirs = again.to_json(), stored.to_json()
-  # Digests, provenance and sentences follow from the others.
-  names = {**ours, **theirs}.keys() - {"digest", "provenance", "guarantee", "reason"}
-  if differ := sorted(name for name in names if not _same(ours.get(name), theirs.get(name))):
-    raise ValueError(
-      f"Expected {path} to be what these outputs give, got other fields {differ}; calibrate"
-      " again."
-    )
-  sentence = json.loads(pathlib.Path(path).read_bytes())["guarantee"]
-  if sentence != stored.guarantee:
-    raise ValueError(
-      f"Expected `guarantee` of {path} to be the sentence of its numbers,"
-      f" {stored.guarantee!r}, got {sentence!r}; calibrate again."
-    )
-  print_text(console, f"{path} is what these outputs give (digest {stored.digest}).")
-  if drawn and stored.order == "permuted":
-    text = (
-      "Its order is not the one that these outputs give: earlier versions drew the order of"
-    )
-    text += " outputs without the texts of prompts. It was checked in the order that it names."
-    print_text(console, text, "yellow")
-  print_text(console, stored.guarantee)
-  return 0
-
-
-def _same(ours, theirs) -> bool:
-  """Equal JSON, numbers to nine digits (libraries differ in the last ones)."""
-  if isinstance(ours, dict) and isinstance(theirs, dict):
-    return set(ours) == set(theirs) and all(_same(ours[key], theirs[key]) for key in ours)
-  if isinstance(ours, list) and isinstance(theirs, list):
-    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-  if isinstance(ours, float) and isinstance(theirs, float):
-    return math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12)
-  return ours == theirs

@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if first in ("-h", "--help", "--version"):
     print(f"calm {calm.__version__}" if first == "--version" else HELP)
     return 0
-  names = f"Expected a command ({', '.join(COMMANDS)}), got {sanitize(first)!r}"
-  print(f"calm: {names}{_suggestion(first, COMMANDS)}; see `calm --help`.", file=sys.stderr)
+  got = f"got {sanitize(first)!r}{_suggestion(first, COMMANDS)}; see `calm --help`."
+  print(f"calm: Expected a command ({', '.join(COMMANDS)}), {got}", file=sys.stderr)
   return 2
 
 

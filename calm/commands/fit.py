@@ -29,7 +29,6 @@ _OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
   add, more = flags.add, flags.more(parser)
   flags.add_shared(parser, "model", default=None, required=True)
   text = "rows of {input, target, source}, or plain texts (.txt)"
@@ -52,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Fits, and prints what was found and what to run next."""
   run_lib.use_compilation_cache()
   from calm import fitting
 
@@ -68,6 +66,5 @@ def run(arguments: argparse.Namespace) -> int:
   if served.calibration is not None:
     print_text(console, served.calibration.guarantee, soft_wrap=True)
   print_text(console, f"Summary: {output}/summary.html", soft_wrap=True)
-  print_text(console, "Serve it:")
-  print(run_lib.infer_command(f"--model={output}"), flush=True)
+  run_lib.print_next(console, "Serve it:", "infer", f"--model={output}", "a long text")
   return 0

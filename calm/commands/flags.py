@@ -11,7 +11,6 @@ MORE = "more options"
 
 
 def _whole(text: str, least: int) -> int:
-  """A whole number."""
   if not text.isascii() or not text.isdigit() or int(text) < least:
     raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
   return int(text)
@@ -20,24 +19,25 @@ def _whole(text: str, least: int) -> int:
 def filled(text: str) -> str:
   """A text with letters: an empty path would be the folder in which the command is run."""
   if not text:
-    raise argparse.ArgumentTypeError(
-      "is empty; leave it out, or check the shell variable that it comes from"
-    )
+    message = "is empty; leave it out, or check the shell variable that it comes from"
+    raise argparse.ArgumentTypeError(message)
   return text
 
 
-def _layers(text: str) -> tuple[int, ...]:
-  """Layers such as 2,4,6."""
-  if not all(part.isascii() and part.isdigit() for part in text.split(",")):
-    raise argparse.ArgumentTypeError(f"expected layers like 2,4,6, from 1 on, got {text!r}")
-  return tuple(map(int, text.split(",")))
+def _numbers(text: str, kind: type = float) -> tuple[Any, ...]:
+  try:
+    return tuple(map(kind, text.split(",")))
+  except ValueError:
+    message = f"expected numbers like 2,4,6, got {text!r}"
+    raise argparse.ArgumentTypeError(message) from None
 
 
 # Types of values by their metavar; all others are `filled` texts.
 _TYPES = dict.fromkeys(("RATE", "LEVEL", "SHARE", "STEP", "TAU", "X"), float) | {
   "N": functools.partial(_whole, least=1),
   "K": functools.partial(_whole, least=0),
-  "LAYERS": _layers,
+  "LAYERS": functools.partial(_numbers, kind=int),
+  "X,X": _numbers,
   **dict.fromkeys(("TEXT", "DIRS", "'A.b = 1'"), str),  # may be empty
 }
 METRICS = "rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
@@ -147,16 +147,12 @@ def add_promise(parser: argparse.ArgumentParser) -> None:
   add(parser, "calibration", "FILE", "file of `calm calibrate`", without=own)
   add(parser, "threshold", "T", "a number in [0, 1], or 'never'; without a guarantee")
   add(parser, "online", "FILE", "calibrate while serving; keeps its state in FILE")
-  for name, metavar, text in (
-    ("tolerance", "RATE", "mean loss that --online allows (delta)"),
-    ("error_rate", "RATE", "probability that its guarantee ever fails (epsilon)"),
-    ("metric", "NAME", METRICS),
-    ("online_share", "SHARE", "share of the prompts that --online checks at first"),
-  ):
-    add(given, name, metavar, text, without=ONLINE[name])
+  for name in ("tolerance", "error_rate", "metric"):
+    add_shared(given, name, default=None, without=f"{ONLINE[name]}, of --online")
+  text = "share of the prompts that --online checks at first"
+  add(given, "online_share", "SHARE", text, without=ONLINE["online_share"])
   add(given, "expect_digest", "HEX", "refuse a calibration of another digest")
-  void = "decode although the calibration is for another procedure"
-  add(given, "void_guarantee", None, void)
+  add(given, "void_guarantee", None, "decode though the calibration is for another procedure")
   add(given, "allow_platform", None, "serve a calibration of another platform, no guarantee")
 
 
@@ -164,38 +160,26 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   """The options that were given, as keyword arguments of `inference.load`."""
   from calm.exits import schedules
 
-  given = {name: getattr(arguments, name) for name, *_ in _DECODING}
-  options: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
+  options: dict[str, Any] = {name: getattr(arguments, name) for name, *_ in _DECODING}
+  options = {name: value for name, value in options.items() if value is not None}
   if "temperature" in options:
     if (length := arguments.max_decode_length) is None:
-      raise ValueError(
-        "`--temperature` needs `--max_decode_length`, over which the threshold decays."
-      )
+      raise ValueError("`--temperature` needs `--max_decode_length`, over which it decays.")
     options["schedule"] = schedules.Decaying(options.pop("temperature"), length)
   return options
 
 
-class Texts(tuple):
-  """Prompts of the command line itself."""
-
-  @property
-  def taken(self) -> str:
-    """As of `prompt_files.PromptFile`."""
-    return "1 text" if len(self) == 1 else f"{len(self)} texts"
-
-
 def open_prompts(arguments: argparse.Namespace):
-  """The `prompt_files.PromptFile` that the options name, or `Texts`, checked and counted."""
+  """The `prompt_files.Prompts` of the options, or of the command line itself."""
   from calm.data import prompt_files  # needs packages that `calm calibrate` does without
 
   texts = getattr(arguments, "texts", None)
   if bool(texts) == bool(arguments.prompts):
-    raise ValueError(
-      f"Expected either texts or `--prompts`, got {'both' if texts else 'none'}; `calm infer"
-      " --help` has examples."
-    )
+    raise ValueError(f"Expected texts or `--prompts`, got {'both' if texts else 'none'}.")
   if texts:
-    return Texts(prompt_files.prompts_of(texts))
+    prompts = prompt_files.Prompts(prompt_files.prompts_of(texts))
+    prompts.taken = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
+    return prompts
   with naming_flag("--prompts"):
     return prompt_files.open_prompts(
       arguments.prompts,

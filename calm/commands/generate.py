@@ -14,13 +14,12 @@ import argparse
 from rich import console as rich_console
 
 from calm.calibrate import Provenance, generations, thresholds
-from calm.commands import flags, shards
+from calm.commands import flags, merge
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
   flags.add_model(parser)
   add, more = flags.add, flags.more(parser)
   add(parser, "output", "DIR", "folder to write (resumed if it exists)", required=True)
@@ -28,39 +27,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "thresholds", "LIST", text, without="the model's own grid, or the measure's")
   flags.add_shared(parser, "num_shards", "shard_id")
   text = "with --measure=verified: ascending in [0, 1), like 0,0.1,0.3"
-  add(more, "slacks", "LIST", text)
+  add(more, "slacks", "X,X", text)
 
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Generates the whole grid."""
-  opened, part = flags.open_prompts(arguments), None
-  if which := shards.parse_shard(arguments):
-    opened = part = shards.ShardRun(opened, which, arguments.output)
-  prompts = list(opened)
+  part = merge.open_shard(flags.open_prompts(arguments), arguments)
   run_lib.use_compilation_cache()
   from calm import inference
 
   console = rich_console.Console()
-  print_text(console, f"{opened.taken}.")
+  print_text(console, f"{part.prompts.taken}.")
   with run_lib.naming_flag("--model"):
     predictor = inference.load(arguments.model, **flags.decode_options(arguments))
-  levels = _parse_grid(arguments, predictor.options)
-  if part is None:
-    _decode(arguments, console, predictor, prompts, levels, arguments.output)
-    print_text(console, f"Written to {arguments.output}. Calibrate on it:", soft_wrap=True)
-    print(run_lib.command("calibrate", arguments.output), flush=True)
-    return 0
-  about, names = {"procedure": predictor.procedure.to_json(), "thresholds": levels}, []
+  levels, names = _parse_grid(arguments, predictor.options), []
+  about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
+  folder = arguments.output if part.folder is None else part.folder
   if part.begin("generate", about, console):
-    if prompts:  # few prompts leave shards empty
-      writer = _decode(arguments, console, predictor, prompts, levels, part.folder)
+    if part.prompts:  # few prompts leave shards empty
+      writer = _decode(arguments, console, predictor, part.prompts, levels, folder)
       names = generations.file_names(levels)
       if writer.procedure is not None:  # as an earlier version wrote it, where that goes on
         about["procedure"] = writer.procedure.to_json()
     part.finish("generate", about, names)
-    merge = run_lib.command("merge", arguments.output)
-    print_text(console, f"{part.folder} is finished; when all are: {merge}", soft_wrap=True)
+  if part.folder is not None:
+    words = (f"{folder} is finished; when all are:", "merge", arguments.output)
+  else:
+    words = (f"Written to {folder}. Calibrate on it:", "calibrate", folder)
+  run_lib.print_next(console, *words)
   return 0
 
 
@@ -90,16 +84,8 @@ def _parse_grid(arguments: argparse.Namespace, options) -> list[float]:
 
   if arguments.slacks is not None:
     if arguments.thresholds is not None or options.measure != "verified":
-      raise ValueError(
-        "`--slacks` needs --measure=verified, and no `--thresholds`; got"
-        f" --measure={options.measure}."
-      )
-    try:
-      values = [exits.threshold_of(float(part)) for part in arguments.slacks.split(",")]
-    except ValueError as error:
-      raise ValueError(
-        f"Expected `--slacks` to be numbers like 0,0.1,0.3, got {arguments.slacks!r} ({error})."
-      ) from error
+      raise ValueError("`--slacks` needs --measure=verified, and no `--thresholds`.")
+    values = [exits.threshold_of(slack) for slack in arguments.slacks]
   elif arguments.thresholds is not None:
     values = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
   else:

@@ -46,7 +46,6 @@ _MODELS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
   add, more = flags.add, flags.more(parser)
   flags.add_shared(parser, "model")
   source = parser.add_mutually_exclusive_group(required=True)
@@ -74,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Runs the experiments of every task and writes the report."""
   run_lib.use_compilation_cache()
   # A missing package is reported before an hour of decoding.
   from calm.paper import page
@@ -119,14 +117,12 @@ def _tasks(arguments: argparse.Namespace, places):
     read = lambda task, split: bench.read_prompts(arguments.data, task, split)
     given = [(task, read(task, "validation"), read(task, "test")) for task in known]
   made = []
-  for settings, validation, test in given:
-    shared = ("max_input_length", "max_decode_length")
-    limits = {name: getattr(settings, name) for name in shared}
+  for settings, *splits in given:
+    limits = {n: getattr(settings, n) for n in ("max_input_length", "max_decode_length")}
     own = {n: m.with_options(task_prefix=settings.prefix, **limits) for n, m in models.items()}
-    prompts = {"validation": validation[: arguments.limit], "test": test[: arguments.limit]}
-    made.append(
-      experiments.Task(settings=settings, options=options, **prompts, **places, **own)
-    )
+    validation, test = (prompts[: arguments.limit] for prompts in splits)
+    places |= {"settings": settings, "options": options, "validation": validation, "test": test}
+    made.append(experiments.Task(**places, **own))
   return made
 
 
@@ -157,22 +153,17 @@ def _facts(arguments: argparse.Namespace, predictor, seconds: float):
   """What the page says about its making."""
   import jax
 
-  config = predictor.config
-  sizes = (
-    f"{config.num_encoder_layers} encoder and {config.num_decoder_layers} decoder layers,"
-    f" emb_dim {config.emb_dim}, mlp_dim {config.mlp_dim}, {config.num_heads} heads,"
-    f" {config.vocab_size} rows of vocabulary, {config.dtype}"
-  )
   limit = "one of every source" if arguments.limit is None else str(arguments.limit)
-  command = ["calm", *sys.argv[1:]] if sys.argv[1:2] == ["report"] else ["calm", "report"]
+  device = jax.devices()[0].device_kind
   return (
     ("model", str(arguments.model)),
-    ("sizes", sizes),
     ("parameters", predictor.procedure.parameters_digest[:16]),
     ("prompts of each split", limit),
-    ("command", shlex.join(command)),
-    ("machine", f"{jax.devices()[0].device_kind}, {platform.machine()}, JAX {jax.__version__}"),
-    ("calm", calm.__version__),
+    ("command", shlex.join(["calm", *sys.argv[1:]])),
+    (
+      "machine",
+      f"{device}, {platform.machine()}, JAX {jax.__version__}, calm {calm.__version__}",
+    ),
     ("this run", f"{seconds:.0f} s; what was cached before is not in it"),
     ("written", time.strftime("%Y-%m-%d")),
   )

@@ -26,8 +26,6 @@ from calm.console import print_table, print_text, sanitize
 
 # Mistakes of a user, shown as one message. Any other error is a bug, with its traceback.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
-_NO_PLATFORM = "Unable to initialize backend"  # JAX, where JAX_PLATFORMS names what is missing
-_NO_MEMORY = "RESOURCE_EXHAUSTED"
 # What a stopped command leaves; those of _RESUMING go on.
 _RESUMING = ("fit", "generate", "report", "train")
 _KEPT = "stopped; what was finished is kept, and the same command goes on from there"
@@ -95,9 +93,9 @@ def _message(error: Exception) -> str | None:
     found = [f"pip install 'calm-t5x[{extra}]'" for extra, ns in _EXTRAS.items() if name in ns]
     hint = found[0] if found else f"install {name!r}"
     return f"This command needs the package {name!r}, which is not installed; {hint}."
-  if isinstance(error, MemoryError) or _NO_MEMORY in text[:200]:
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
     return "The model does not fit the memory; lower --batch_size or --max_decode_length."
-  if _NO_PLATFORM in text[:200]:
+  if "Unable to initialize backend" in text[:200]:
     return f"JAX does not find what JAX_PLATFORMS names ({error}); unset it, or set it to cpu."
   if isinstance(error, RecursionError):
     return "Files or bindings lie too deep in one another; use fewer levels."
@@ -123,25 +121,17 @@ def check_output(path: str, read: Iterable[str | None]) -> None:
     if (target := storage.destination(path)) is None:
       return
     if os.path.realpath(path) in (os.path.realpath(name) for name in read if name):
-      raise ValueError(
-        f"Expected `--output` to be another file than those that are read, got {path!r};"
-        " choose another name."
-      )
+      raise ValueError(f"Expected `--output` not to be a file that is read, got {path!r}.")
     storage.lock(target).release()
     if target.exists() and not os.access(target, os.W_OK):
       raise PermissionError("it may not be written")
   except OSError as error:
-    raise OSError(
-      f"Expected `--output` to be a file that can be written, got {path!r} ({error})."
-    ) from error
+    message = f"Expected `--output` to be a file that can be written, got {path!r} ({error})."
+    raise OSError(message) from error
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs on disk: the second run of a command starts at once.
-
-  Raises:
-    ValueError: others may write the folder, whose files are read back as machine code.
-  """
+  """Keeps compiled programs on disk, in a folder that no others may write."""
   import jax
 
   signals.check()
@@ -168,19 +158,13 @@ def _check_private(cache: pathlib.Path) -> None:
     shared = not ours and mode & stat.S_IWOTH and not mode & stat.S_ISVTX
     if shared or (ours and (status.st_uid != os.geteuid() or mode & 0o022)):
       raise ValueError(
-        f"Expected {str(folder)!r} to be a folder that can be written by you alone, as compiled"
-        f" programs of {str(cache)!r} are run, got mode {mode:o} of user {status.st_uid};"
-        " remove it and run chmod go-w, or set XDG_CACHE_HOME to another folder."
+        f"Expected {str(folder)!r} to be written by you alone, as programs in it are run, got"
+        f" mode {mode:o} of user {status.st_uid}; remove it, or set XDG_CACHE_HOME to another."
       )
 
 
 def parse_gin(arguments: argparse.Namespace) -> None:
-  """Reads the gin files and bindings, in place of all that was bound before.
-
-  Raises:
-    ValueError: a line or a binding cannot be read, in one line with its place.
-    OSError: a file is not there.
-  """
+  """Reads the gin files and bindings, in place of all that was bound before."""
   import gin
   from gin import config
 
@@ -197,11 +181,9 @@ def parse_gin(arguments: argparse.Namespace) -> None:
   try:
     gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
   except OSError as error:
-    raise FileNotFoundError(
-      f"Expected `--gin_file` to name a gin file, got {' '.join(arguments.gin_file)}:"
-      f" {' '.join(str(error).split()).rstrip('.')}; `--gin_search_paths` adds folders to"
-      " look in."
-    ) from error
+    got = f"got {' '.join(arguments.gin_file)}: {' '.join(str(error).split()).rstrip('.')}"
+    message = f"Expected `--gin_file` to name a gin file, {got}; see `--gin_search_paths`."
+    raise FileNotFoundError(message) from error
   except Exception as error:
     known = ("t5x", *itertools.chain(*_EXTRAS.values()))
     if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in known:
@@ -214,15 +196,11 @@ def parse_gin(arguments: argparse.Namespace) -> None:
 
 def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
   """One line: where, and what."""
-  place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
+  place, text = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200], str(error)
   missing = sorted(name for name, value in _macros().items() if value == "%gin.REQUIRED")
-  if "gin.REQUIRED" in str(error) and missing:
+  if "gin.REQUIRED" in text and missing:
     bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
-    return (
-      f"{place} needs a value for {', '.join(missing)}; give {bindings}. The head of the file"
-      " says what each is."
-    )
-  text = str(error)
+    return f"{place} needs a value for {', '.join(missing)}; give {bindings}."
   if isinstance(error, RecursionError):
     text = "files that include themselves, or values too deep in one another"
   elif isinstance(error, SyntaxError) and error.lineno:
@@ -232,10 +210,7 @@ def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
   elif found := _GIN_PLACE.search(text):
     place = f"{found['file'] or '--gin_bindings'}:{found['line']}"
   what = " ".join(text.split("\n  In ")[0].split())[:300]
-  return (
-    f"Expected `--gin_file` and `--gin_bindings` that gin can read, got, in {place}: {what};"
-    " correct that line."
-  )
+  return f"Expected `--gin_file` and `--gin_bindings` that gin reads, got, in {place}: {what}."
 
 
 def _macros() -> dict[str, str]:
@@ -247,11 +222,7 @@ def _macros() -> dict[str, str]:
 
 
 def refuse_unread_macros() -> None:
-  """Refuses macros that nothing reads: a run would not begin where its user thinks.
-
-  Raises:
-    ValueError: names them, and the macros that are read.
-  """
+  """Refuses macros that nothing reads: a run would not begin where its user thinks."""
   from gin import config
 
   read = {
@@ -261,30 +232,19 @@ def refuse_unread_macros() -> None:
   }
   if unread := sorted(_macros().keys() - read):
     raise ValueError(
-      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads"
-      f" (read are: {', '.join(sorted(read)) or 'none'}); name the parameter itself, as in"
-      " run.train.initial = '...'."
+      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads;"
+      f" read are {', '.join(sorted(read)) or 'none'}."
     )
 
 
-def program() -> str:
-  """How this process was called, for the shell: `calm` where the shell finds this one."""
-  called, found = pathlib.Path(sys.argv[0]), shutil.which("calm")
-  if called.parts[-2:] == ("calm", "__main__.py"):
-    return f"{shlex.quote(sys.executable)} -m calm"
-  known = found is not None and os.path.abspath(found) == os.path.abspath(called)
-  # Other stems: a notebook or a test, which has imported the commands.
-  return "calm" if known or called.stem != "calm" else shlex.quote(os.path.abspath(called))
-
-
-def command(*words: object) -> str:
-  """`calm` with these words, as a line for the shell."""
-  return " ".join([program(), *(shlex.quote(sanitize(word)) for word in words)])
-
-
-def infer_command(*words: object, text: str = "a long text") -> str:
-  """A line for the shell that decodes a text by `calm infer` with these words."""
-  return command("infer", *words, text)
+def print_next(console: rich_console.Console, sentence: str, *words: object) -> None:
+  """Prints a sentence, and the command to run next as a line that a shell takes."""
+  called = pathlib.Path(sys.argv[0]).parts[-2:]
+  ours = called == ("calm", "__main__.py") or called[-1:] == ("calm",)
+  found = not ours or shutil.which("calm")
+  program = "calm" if found else f"{shlex.quote(sys.executable)} -m calm"
+  print_text(console, sentence, soft_wrap=True)
+  print(program, *(shlex.quote(sanitize(word)) for word in words), flush=True)
 
 
 def print_calibration(

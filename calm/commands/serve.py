@@ -31,7 +31,6 @@ MOST_CONNECTIONS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
   add = flags.add
   flags.add_shared(parser, "model")
   add(parser, "host", "ADDRESS", "listen here", "127.0.0.1")
@@ -46,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Serves until a signal comes."""
   import uvicorn
 
   from calm import serve
@@ -64,14 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     if model.options.num_devices > 1:
       raise ValueError("`calm serve` decodes on one device; leave `--num_devices` out.")
     served = next((one for one in (level, model.threshold) if one is not None), NEVER_EXIT)
-    device = serve.Device(
-      model,
-      served,
-      infer.open_online(arguments, model),
-      arguments.queue,
-      console,
-      lambda: setattr(server, "should_exit", True),
-    )
+    end = lambda: setattr(server, "should_exit", True)
+    online = infer.open_online(arguments, model)
+    device = serve.Device(model, served, online, arguments.queue, console, end)
     name, timeout = pathlib.Path(arguments.model).resolve().name, arguments.timeout
     api = serve.Api(device, name, key, timeout, loopback)
     config = uvicorn.Config(

@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from rich import console as rich_console
-from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer import record_writer
 
 from calm import storage
@@ -50,7 +50,6 @@ _OUTPUT = "calm.training.run.train.output_dir"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
   text = "gin file (a program: use only what you would run); repeatable"
   flags.add(parser, "gin_file", "FILE", text, [], action="append", required=True)
   flags.add(parser, "gin_bindings", "'A.b = 1'", "gin binding; repeatable", [], action="append")
@@ -61,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Trains."""
   import gin
 
   from calm.training import configs
@@ -95,10 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
     exported = train(listener=listener, output_dir=output_dir)
   storage.write_atomically(f"{output_dir}/config.gin", gin.config_str())
-  print(f"Model with the best validation: {exported}")
-  print("Decode with it:")
-  words = (f"--model={exported}", "--threshold=0.9")
-  print(run_lib.infer_command(*words, text="a text"), flush=True)
+  text = f"Model with the best validation: {exported}\nDecode with it:"
+  run_lib.print_next(console, text, "infer", f"--model={exported}", "--threshold=0.9", "a text")
   return 0
 
 
@@ -112,10 +108,9 @@ class Monitor:
 
   def start(self, step: int, num_steps: int) -> None:
     """The run begins, or goes on, after `step` of `num_steps`."""
-    self._num_steps = num_steps
+    self._num_steps, self._since = num_steps, time.monotonic()
     if step:
       print_text(self._console, f"resumed at step {step}")
-    self._since = time.monotonic()
 
   def step(self, step: int, scalars: dict[str, float]) -> None:
     """Scalars of a training step."""
@@ -131,12 +126,10 @@ class Monitor:
 
   def evaluation(self, step: int, scalars: dict[str, float]) -> None:
     """Scalars of a validation."""
-    layers = [value for key, value in scalars.items() if key.startswith("accuracy/layer_")]
-    shown = " ".join(f"{value:.3f}" for value in layers)
-    text = f"{step} validation loss {scalars.get('loss', float('nan')):.4f}"
-    others = [f"{k} {v:.4f}" for k, v in scalars.items() if k.endswith("/loss")]
-    line = ", ".join([text, *others, f"accuracy by layer {shown}"])
-    print_text(self._console, line, soft_wrap=True)
+    shown = [f"{k} {v:.4f}" for k, v in scalars.items() if k.endswith("loss")]
+    layers = [f"{v:.3f}" for k, v in scalars.items() if k.startswith("accuracy/layer_")]
+    line = ", ".join([*shown, f"accuracy by layer {' '.join(layers)}"])
+    print_text(self._console, f"{step} validation {line}", soft_wrap=True)
     self._write("validation", step, scalars)
     self._since = time.monotonic()
 
@@ -148,9 +141,8 @@ class Monitor:
       name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
       self._files[split] = folder / name
       self._add(split, file_version="brain.Event:2")
-    summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
-    values = [summary.Value(tag=name, simple_value=v) for name, v in scalars.items()]
-    self._add(split, step=step, summary=summary(value=values))
+    values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
+    self._add(split, step=step, summary={"value": values})
 
   def _add(self, split: str, **event: Any) -> None:
     kind: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]

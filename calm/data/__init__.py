@@ -3,14 +3,7 @@
 `seqio_tasks` loads TensorFlow and is imported by its own name only.
 """
 
-from calm.data import (
-  datasets,
-  prompt_batches,
-  prompt_files,
-  rows,
-  training_batches,
-  vocabulary,
-)
+from calm.data import datasets, prompt_batches, prompt_files, rows, training_batches, vocabulary
 
 __all__ = [
   "datasets",

@@ -59,35 +59,27 @@ def corpus_scores(
 
 
 def read_examples(path: str | pathlib.Path, *, require_target: bool = True) -> list[Prompt]:
-  """Reads one JSON Lines file whole.
+  """Reads one JSON Lines file, packed by gzip or not.
 
   Args:
-    path: the file; gzip is detected by its first bytes, whatever the name.
-    require_target: whether a line without `target` (or `targets`) is an error (else it has no
-      targets).
+    path: the file.
+    require_target: whether a line without `target` (or `targets`) is an error.
 
   Returns:
-    Prompts in the order of the file, at least one; `group` is the row's `source`. Blank lines
-    are skipped; a line without `id` is named after the file and its line number.
+    Prompts in the order of the file, at least one; `group` is the row's `source`. A line
+    without `id` is named after the file and its line number.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    IsADirectoryError: it is a folder.
-    ValueError: the file is empty, damaged or not regular, or a line is no UTF-8, no JSON
-      object, lacks a field, has one of another type, or repeats an id. The message names file
-      and line.
+    OSError: there is no such file.
+    ValueError: the file is empty, damaged or not regular, or a line is no JSON object, lacks a
+      field, has one of another type, or repeats an id; names file and line.
   """
   examples: list[Prompt] = []
-  for row, prompt in prompt_files.PromptFile(path, "jsonl", streams=False).read("input"):
-    if require_target and not prompt.targets:
-      raise row.error(
-        "expected a field `target`, a reference for training and scoring, got none, or an"
-        f" empty one, in {sorted(row.value)}"
-      )
-    examples.append(prompt)
+  with prompt_files.opened(path, streams=False) as (file, name):
+    for row, prompt in prompt_files.read(file, "jsonl", name, "input"):
+      if require_target and not prompt.targets:
+        raise row.error(f"expected a field `target`, got none in {sorted(row.value)}")
+      examples.append(prompt)
   if not examples:
-    raise ValueError(
-      f'{path}: expected lines of {{"input": ..., "target": ...}}, got none; write at least'
-      " one."
-    )
+    raise ValueError(f'{path}: expected lines of {{"input": ..., "target": ...}}, got none.')
   return examples

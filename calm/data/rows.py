@@ -44,8 +44,7 @@ class Gzip(gzip.GzipFile):
     if self.tell() + _ROW * self._rows > self._most:
       raise ValueError(
         f"Expected {self._called!r} to unpack to at most {storage.UNPACKED_RATIO} times its"
-        f" size, with {_ROW} bytes more for each line and row, got more; it is made to fill the"
-        " memory."
+        f" size, with {_ROW} bytes more for each line and row, got more."
       )
 
 
@@ -72,9 +71,7 @@ def read(file: BinaryIO, format: str, name: str, stem: str) -> Iterator[Row]:
     if isinstance(file, Gzip):
       file.count()
     if not isinstance(row.value, Mapping | str):
-      raise row.error(
-        f"expected a JSON object or a text, got {type(row.value).__name__}; write one a row"
-      )
+      raise row.error(f"expected a JSON object or a text, got {type(row.value).__name__}")
     yield row
 
 
@@ -87,10 +84,7 @@ def _decode(content: bytes, where: str) -> str:
     at = error.start if at < 0 else at
   if at < 0:
     return text
-  raise ValueError(
-    f"Expected prompts in UTF-8, got the byte 0x{content[at]:02x} in {where}; save the text as"
-    " UTF-8 (a text in UTF-16 has bytes 0x00)."
-  )
+  raise ValueError(f"Expected UTF-8, got the byte 0x{content[at]:02x} in {where}.")
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
@@ -111,8 +105,8 @@ def _json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
         value = storage.parse_json(line)
       except ValueError as error:
         raise ValueError(
-          f"{name}:{number}: expected one JSON object a line, got invalid JSON ({error}); where"
-          " these are plain texts, name the file .txt, or say `--prompts_format=text`."
+          f"{name}:{number}: expected one JSON object a line, got invalid JSON ({error}); of"
+          " plain texts, say `--prompts_format=text`."
         ) from error
       yield Row(value, f"{stem}/{number}", f"{name}:{number}")
 
@@ -121,20 +115,15 @@ def _json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
   """Objects or texts of a JSON array, which is read whole."""
   content = file.read(storage.LONGEST_LINE + 1)
   if len(content) > storage.LONGEST_LINE:
-    raise ValueError(
-      f"{name}: expected a JSON array of at most {storage.LONGEST_LINE} bytes, got more; save"
-      " the rows as JSON Lines, an object a line."
-    )
+    most = f"at most {storage.LONGEST_LINE} bytes"
+    raise ValueError(f"{name}: expected a JSON array of {most}, got more; save JSON Lines.")
   if isinstance(file, Gzip):  # parsed, empty lists and objects take much more than their bytes
     file.count(content.count(b"[") + content.count(b"{"))
   text = _decode(content, name)
   try:
     values = storage.parse_json(text)
   except ValueError as error:
-    raise ValueError(
-      f"{name}: expected a whole JSON array, got JSON that is invalid or cut off ({error});"
-      " copy the file again."
-    ) from error
+    raise ValueError(f"{name}: expected a whole JSON array, got: {error}.") from error
   if not isinstance(values, list):
     raise ValueError(f"{name}: expected a JSON array, got {type(values).__name__}.")
   for number, value in enumerate(values, start=1):
@@ -151,9 +140,7 @@ def _plain_text(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
 
 def _check_columns(names: list[str], name: str) -> None:
   if len(set(names)) < len(names):
-    raise ValueError(
-      f"{name}: expected columns of different names, got {names}; rename those that repeat."
-    )
+    raise ValueError(f"{name}: expected columns of different names, got {names}.")
 
 
 def _table(file: BinaryIO, name: str, stem: str, delimiter: str = ",") -> Iterator[Row]:
@@ -167,15 +154,11 @@ def _table(file: BinaryIO, name: str, stem: str, delimiter: str = ",") -> Iterat
       row = dict(zip(header, cells, strict=False))
       row = Row(row, f"{stem}/{number}", f"{name}:{table.line_num}")
       if len(cells) != len(header):
-        raise row.error(
-          f"expected {len(header)} columns as in the header, got {len(cells)}; quote texts"
-          f" that hold {delimiter!r}"
-        )
+        raise row.error(f"expected {len(header)} columns as in the header, got {len(cells)}")
       yield row
   except csv.Error as error:
-    raise ValueError(
-      f"{name}:{table.line_num}: expected cells that can be read, got: {error}; mend the line."
-    ) from error
+    where = f"{name}:{table.line_num}"
+    raise ValueError(f"{where}: expected cells that can be read, got: {error}.") from error
 
 
 def _parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
@@ -183,10 +166,8 @@ def _parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
   try:
     import pyarrow
   except ImportError as error:
-    raise ImportError(
-      f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`, or save"
-      " the rows as JSON Lines."
-    ) from error
+    message = f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`."
+    raise ImportError(message) from error
   left = storage.most_unpacked(file.seek(0, 2))
   try:
     for number, value in enumerate(_parquet_values(file, name, left), start=1):
@@ -196,9 +177,7 @@ def _parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
         raise _too_much(name)
       yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-    raise ValueError(
-      f"{name}: expected a whole Parquet file, got a damaged one ({error}); copy it again."
-    ) from error
+    raise ValueError(f"{name}: expected a whole Parquet file, got: {error}.") from error
 
 
 def _size(value: Any) -> int:
@@ -212,8 +191,7 @@ def _too_much(name: str) -> ValueError:
   return ValueError(
     f"Expected {name!r} to unpack to at most {storage.UNPACKED >> 20} MiB and"
     f" {storage.UNPACKED_RATIO} times its size, in rows of at most {storage.LONGEST_LINE}"
-    " bytes, got more; it is no file of texts, or made to fill the memory: save the rows as"
-    " JSON Lines, or as several files."
+    " bytes, got more; save as JSON Lines."
   )
 
 
@@ -239,8 +217,7 @@ def _parquet_values(file: BinaryIO, name: str, most: int) -> Iterator[dict[str, 
   # pyarrow makes no dictionary of these, whatever the footer says; one of them shares texts.
   if odd := [encoding for encoding in encodings if encoding.startswith("DELTA_")]:
     raise ValueError(
-      f"Expected {name!r} to hold plain texts or a dictionary of them, got the encoding"
-      f" {odd[0]}; save it without, or as JSON Lines."
+      f"Expected {name!r} to hold plain texts, got the encoding {odd[0]}; save as JSON Lines."
     )
   paths = {chunk.path_in_schema for chunk in texts}
   opened = parquet.ParquetFile(file, read_dictionary=sorted(paths))

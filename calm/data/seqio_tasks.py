@@ -15,7 +15,6 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from calm.calibrate import Prompt
 from calm.calibrate import metrics as text_metrics
 from calm.data import datasets
 
@@ -52,6 +51,9 @@ def references_or_text(text: str, *, example: Tensors, is_target: bool = False, 
   return [tf.compat.as_text(reference) for reference in example["references"]]
 
 
+_read = functools.lru_cache(maxsize=16)(datasets.read_examples)
+
+
 class JsonlSource(seqio.DataSource):
   """Examples of JSON Lines files, {split: file}, read whole on first use."""
 
@@ -59,24 +61,14 @@ class JsonlSource(seqio.DataSource):
     super().__init__(splits=tuple(paths), caching_permitted=True)
     self.paths = {split: os.fspath(path) for split, path in paths.items()}
     self.prefix = prefix
-    self._examples: dict[str, list[Prompt]] = {}  # of splits that were read
 
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
+  supports_arbitrary_sharding = property(lambda self: True)
 
   def list_shards(self, split: str) -> Sequence[str]:
     return [self.paths[split]]
 
-  def examples(self, split: str) -> list[Prompt]:
-    if split not in self._examples:
-      if split not in self.paths:
-        raise ValueError(f"Expected `split` to be one of {list(self.paths)}, got {split!r}.")
-      self._examples[split] = datasets.read_examples(self.paths[split])
-    return self._examples[split]
-
   def num_input_examples(self, split: str) -> int:
-    return len(self.examples(split))
+    return len(_read(self.paths[split]))
 
   def get_dataset(
     self,
@@ -86,8 +78,10 @@ class JsonlSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_,
   ) -> tf.data.Dataset:
+    if split not in self.paths:
+      raise ValueError(f"Expected `split` to be one of {list(self.paths)}, got {split!r}.")
     shard = shard_info or seqio.ShardInfo(0, 1)
-    rows = self.examples(split)[shard.index :: shard.num_shards]
+    rows = _read(self.paths[split])[shard.index :: shard.num_shards]
     columns: Any = {
       "id": [row.id for row in rows],
       "source": [row.group or "" for row in rows],
@@ -116,9 +110,6 @@ def jsonl(
     vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
     prefix: task prefix, put before each input.
     metrics: names for `metric_fn`.
-
-  Raises:
-    ValueError: `name` is taken by something else, or a metric is unknown.
   """
   source = JsonlSource(paths, prefix)
   made_from = (tuple(source.paths.items()), prefix)
@@ -187,55 +178,37 @@ def _example(name: Any, text: Any, references: Any) -> dict[str, Any]:
   return {"id": name, "inputs": text, "targets": references[0], "references": references}
 
 
-def cnn_dailymail(
-  vocabulary: seqio.Vocabulary | str,
-  *,
-  tfds_name: str = "cnn_dailymail:3.4.0",
-  data_dir: str | None = None,
-) -> str:
-  """Registers CNN/DailyMail summarization from TFDS, as `calm_cnn_dailymail`.
-
-  `vocabulary` is one of seqio's, or the path of a SentencePiece model.
-  """
-  return _tfds(
-    "cnn_dailymail", summarization_example, ("rouge_l",), vocabulary, tfds_name, data_dir
-  )
-
-
-def wmt15_enfr(
-  vocabulary: seqio.Vocabulary | str,
-  *,
-  tfds_name: str = "wmt15_translate/fr-en:1.0.0",
-  data_dir: str | None = None,
-) -> str:
-  """Registers WMT15 English to French from TFDS, as `calm_wmt15_enfr`; see `cnn_dailymail`."""
-  return _tfds("wmt15_enfr", translation_example, _CORPUS, vocabulary, tfds_name, data_dir)
-
-
-def squad(
-  vocabulary: seqio.Vocabulary | str,
-  *,
-  tfds_name: str = "squad/v1.1:3.0.0",
-  data_dir: str | None = None,
-) -> str:
-  """Registers open-book SQuAD 1.1 from TFDS, as `calm_squad`; see `cnn_dailymail`."""
-  metrics = ("token_f1", "exact_match")
-  return _tfds("squad", question_example, metrics, vocabulary, tfds_name, data_dir)
-
-
 def _tfds(
   name: str,
   preprocess: Callable[[Tensors], dict[str, Any]],
   metrics: Sequence[str],
-  vocabulary: seqio.Vocabulary | str,
-  *place: str | None,
-) -> str:
-  tfds_name, data_dir = place
-  source = seqio.TfdsDataSource(tfds_name=tfds_name, tfds_data_dir=data_dir)
-  mapped = functools.partial(
-    tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
-  )
-  return _register(f"calm_{name}", source, [mapped], vocabulary, metrics, place)
+  default: str,
+) -> Callable[..., str]:
+  """A function that registers a data set of TFDS, as `calm_NAME`."""
+
+  def register(
+    vocabulary: seqio.Vocabulary | str, *, tfds_name: str = default, data_dir: str | None = None
+  ) -> str:
+    source = seqio.TfdsDataSource(tfds_name=tfds_name, tfds_data_dir=data_dir)
+    mapped = functools.partial(
+      tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
+    )
+    made_from = (tfds_name, data_dir)
+    return _register(f"calm_{name}", source, [mapped], vocabulary, metrics, made_from)
+
+  register.__name__ = register.__qualname__ = name
+  register.__doc__ = f"""Registers {default} of TFDS, as `calm_{name}`.
+
+  `vocabulary` is one of seqio's, or the path of a SentencePiece model.
+  """
+  return register
+
+
+cnn_dailymail = _tfds(
+  "cnn_dailymail", summarization_example, ("rouge_l",), "cnn_dailymail:3.4.0"
+)
+wmt15_enfr = _tfds("wmt15_enfr", translation_example, _CORPUS, "wmt15_translate/fr-en:1.0.0")
+squad = _tfds("squad", question_example, ("token_f1", "exact_match"), "squad/v1.1:3.0.0")
 
 
 def _register(
@@ -276,7 +249,4 @@ def _is_same(name: str, made_from: tuple[Any, ...], registry: Any) -> bool:
     return False
   if _registered.get(name) == made_from:
     return True
-  raise ValueError(
-    f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
-    " task or mixture of other arguments; choose another."
-  )
+  raise ValueError(f"Expected `name` to be new, got {name!r}, a task of other arguments.")

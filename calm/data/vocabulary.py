@@ -71,18 +71,11 @@ class _Vocabulary:
     return self._encode(s)
 
   def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the ids before the first EOS; padding is skipped.
-
-    Raises:
-      ValueError: an id is below 0.
-    """
+    """Text of the ids, all 0 or above, before the first EOS; padding is skipped."""
     eos_id, pad_id = self.eos_id, self.pad_id
     kept = list(itertools.takewhile(lambda i: i != eos_id, map(int, ids)))
     if kept and min(kept) < 0:
-      raise ValueError(
-        f"Expected `ids` to be token ids of 0 or more, got {min(kept)}; mask such positions"
-        f" with the padding id {pad_id}."
-      )
+      raise ValueError(f"Expected `ids` to be token ids of 0 or more, got {min(kept)}.")
     return self._decode([i for i in kept if i != pad_id])
 
   def piece(self, token_id: int, /) -> str:
@@ -99,12 +92,8 @@ class _Vocabulary:
 class SentencePieceVocabulary(_Vocabulary):
   """A SentencePiece model with `extra_ids` sentinels appended, as seqio appends them.
 
-  Ids of no piece decode as unknown. Two are equal when the bytes of their files and their
-  `extra_ids` are.
-
-  Raises:
-    FileNotFoundError: there is no file at `path`.
-    ValueError: it is no SentencePiece model, its padding id is not 0, or it has no EOS piece.
+  Ids of no piece decode as unknown. FileNotFoundError or ValueError where `path` is none, its
+  padding id is not 0, or it has no EOS piece.
   """
 
   path: str | os.PathLike = dataclasses.field(compare=False)
@@ -124,7 +113,7 @@ class SentencePieceVocabulary(_Vocabulary):
     if (self.padded and self.pad_id != 0) or self.eos_id < 0:
       raise ValueError(
         "Expected a SentencePiece model with padding id 0 and an EOS piece, got pad_id"
-        f" {self.pad_id} and eos_id {self.eos_id} in {str(self.path)!r}; train another."
+        f" {self.pad_id} and eos_id {self.eos_id} in {str(self.path)!r}."
       )
 
   @functools.cached_property
@@ -135,11 +124,8 @@ class SentencePieceVocabulary(_Vocabulary):
       processor.LoadFromSerializedProto(self.model)
       processor.LoadFromSerializedProto(_with_extra_pieces(self.model, self.extra_ids))
     except (RuntimeError, OSError) as error:
-      raise ValueError(
-        f"Expected `path` to be a SentencePiece model, got {str(self.path)!r}"
-        f" ({len(self.model)} bytes), which cannot be parsed ({error}); fetch the file again or"
-        " give another."
-      ) from error
+      message = f"Expected `path` to be a SentencePiece model, got {str(self.path)!r}"
+      raise ValueError(f"{message} ({error}).") from error
     return processor
 
   def _encode(self, s: str) -> list[int]:
@@ -201,12 +187,8 @@ class TokenizerVocabulary(_Vocabulary):
   """A `tokenizer.json` of the package tokenizers, which transformers saves for every model.
 
   Texts are encoded as by transformers, the EOS at their end left out; special tokens but
-  sentinels decode to nothing. Two are equal when the bytes of their files and their ids are.
-
-  Raises:
-    FileNotFoundError: there is no file at `path`.
-    ValueError: it is no tokenizer, or has no token `eos_id`, or one that ends no text.
-    ImportError: the package tokenizers is not installed.
+  sentinels decode to nothing. FileNotFoundError or ValueError where `path` is none, or has no
+  token `eos_id`, or one that ends no text; ImportError without the package tokenizers.
   """
 
   path: str | os.PathLike = dataclasses.field(compare=False)
@@ -219,8 +201,8 @@ class TokenizerVocabulary(_Vocabulary):
     token = self._tokenizer.id_to_token(self.eos_id)
     if token is None or (self._special and self.eos_id not in self._special):
       raise ValueError(
-        f"Expected {str(self.path)!r} to have a special token at {self.eos_id}, the model's"
-        f" end-of-text token, got {token!r}; it belongs to another model."
+        f"Expected {str(self.path)!r} to have a special token at {self.eos_id}, where the model"
+        f" ends texts, got {token!r}."
       )
 
   @functools.cached_property
@@ -228,10 +210,8 @@ class TokenizerVocabulary(_Vocabulary):
     try:
       import tokenizers
     except ImportError as error:
-      raise ImportError(
-        f"Expected the package tokenizers to read {str(self.path)!r}, got none; `pip install"
-        " tokenizers`, or put the model's spiece.model beside it."
-      ) from error
+      message = f"Expected the package tokenizers to read {str(self.path)!r}, got none"
+      raise ImportError(f"{message}; `pip install tokenizers`.") from error
     with self._naming("to be a tokenizer.json that the package tokenizers reads"):
       for part in ("normalizer", "decoder"):
         _check_steps(part, self._content.get(part))
@@ -250,10 +230,8 @@ class TokenizerVocabulary(_Vocabulary):
     except BaseException as error:
       if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise
-      raise ValueError(
-        f"Expected {str(self.path)!r} {expected}, got: {error!s:.300}; save the tokenizer"
-        " again."
-      ) from error
+      message = f"Expected {str(self.path)!r} {expected}, got: {error!s:.300}."
+      raise ValueError(message) from error
 
   @functools.cached_property
   def _content(self) -> dict[str, Any]:
@@ -269,13 +247,9 @@ class TokenizerVocabulary(_Vocabulary):
     }
 
   @functools.cached_property
-  def _size(self) -> int:
-    return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-  @property
   def vocab_size(self) -> int:
     """Ids, added tokens included."""
-    return self._size
+    return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   @property
   def extra_ids(self) -> int:
@@ -289,10 +263,9 @@ class TokenizerVocabulary(_Vocabulary):
   def unk_id(self) -> int | None:
     """The token of what has no other, or None."""
     model = self._content["model"]
-    if model.get("unk_id") is not None:
-      return model["unk_id"]
-    token = model.get("unk_token")
-    return None if token is None else self._tokenizer.token_to_id(token)
+    if model.get("unk_id") is None and model.get("unk_token") is not None:
+      return self._tokenizer.token_to_id(model["unk_token"])
+    return model.get("unk_id")
 
   def _encode(self, s: str) -> list[int]:
     with self._naming(f"to have tokens for every text, so for {s[:40]!r}"):
@@ -352,18 +325,13 @@ AnyVocabulary = SentencePieceVocabulary | ByteVocabulary | TokenizerVocabulary |
 
 
 def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
-  """The vocabulary of ours with the same ids as one of seqio's, which adds `digest`, `piece`.
-
-  ValueError for another kind than SentencePiece and bytes, or options that change ids.
-  """
+  """The vocabulary of ours with seqio's ids; ValueError for kinds and options we lack."""
   kind = type(vocabulary).__name__
   if kind == "ByteVocabulary":
     return ByteVocabulary(extra_ids=vocabulary.extra_ids)
   if not hasattr(vocabulary, "sentencepiece_model_file"):
-    raise ValueError(
-      "Expected `vocabulary` to be seqio's SentencePieceVocabulary or ByteVocabulary, got"
-      f" {kind}; give an object of your own with `encode`, `decode` and the ids instead."
-    )
+    kinds = "seqio's SentencePieceVocabulary or ByteVocabulary"
+    raise ValueError(f"Expected `vocabulary` to be {kinds}, got {kind}.")
   ours = SentencePieceVocabulary(
     vocabulary.sentencepiece_model_file, extra_ids=vocabulary.extra_ids
   )
@@ -372,7 +340,7 @@ def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
   if not counts_down or getattr(vocabulary, "_normalizer_spec_overrides", None) is not None:
     raise ValueError(
       "Expected `vocabulary` to use its model file as it is, with extra ids counted downward,"
-      " got normalizer overrides or `reverse_extra_ids=False`; put them into the model file."
+      " got normalizer overrides or `reverse_extra_ids=False`."
     )
   return ours
 
@@ -382,7 +350,7 @@ def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
   if vocabulary.vocab_size > num_rows:
     raise ValueError(
       f"Expected `vocabulary` to have at most {num_rows} ids, the embedding rows of the model,"
-      f" got {vocabulary.vocab_size}; use the model's own vocabulary, or fewer `extra_ids`."
+      f" got {vocabulary.vocab_size}."
     )
 
 
@@ -405,26 +373,20 @@ def check_utf8(text: str) -> bytes:
   try:
     return text.encode("utf-8")
   except UnicodeEncodeError as error:
-    raise ValueError(
-      "Expected a text that UTF-8 can hold, got half of a surrogate pair,"
-      f" {text[error.start]!r}, at character {error.start + 1}; read the text as UTF-8."
-    ) from error
+    half = f"half of a surrogate pair, {text[error.start]!r}, at character {error.start + 1}"
+    raise ValueError(f"Expected a text that UTF-8 can hold, got {half}.") from error
 
 
 def _content(path: str | os.PathLike, expected: str) -> bytes:
   if not os.path.isfile(path):
-    raise FileNotFoundError(
-      f"Expected `path` to name {expected}, got {str(path)!r}, which is missing."
-    )
+    raise FileNotFoundError(f"Expected `path` to name {expected}, got {str(path)!r}, missing.")
   return storage.content(pathlib.Path(path))
 
 
 def _check_extra_ids(extra_ids: Any) -> None:
   if type(extra_ids) is not int or not 0 <= extra_ids <= _MOST_EXTRA_IDS:
-    raise ValueError(
-      f"Expected `extra_ids` to be a whole number in [0, {_MOST_EXTRA_IDS}], got"
-      f" {extra_ids!r}; T5 has 100, ByT5 125, mT5 0."
-    )
+    expected = f"a whole number in [0, {_MOST_EXTRA_IDS}]"
+    raise ValueError(f"Expected `extra_ids` to be {expected}, got {extra_ids!r}.")
 
 
 def _check_steps(part: str, step: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from calm.calibrate import calibrate, generations, ledger, open_writer
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import foreign
-from calm.commands import shards
+from calm.commands import merge
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "caches"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text("utf-8"))
@@ -108,8 +108,8 @@ def of_stopped(folder: pathlib.Path) -> dict:
 def of_merging(copy: pathlib.Path) -> dict:
   """Shards merged again are the merged folder, but for two fields of earlier versions."""
   counts = [
-    shards.merge([copy / "shards"], copy / "again"),
-    shards.merge([copy / "outputs"], copy / "again.jsonl"),
+    merge.merge([copy / "shards"], copy / "again"),
+    merge.merge([copy / "outputs"], copy / "again.jsonl"),
   ]
   old = re.compile(rb' "(sequential|by_group)": false,\n')
   content = lambda path: old.sub(b"", path.read_bytes())

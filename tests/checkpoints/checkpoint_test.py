@@ -76,11 +76,9 @@ def test_loading_gives_back_what_was_saved(saved, pieces):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"exit_classifier": False},
     {"logits_via_embedding": True, "mlp_activations": ("relu",), "dtype": jnp.bfloat16},
-    {"relpos_buckets": 16, "relpos_max_distance": 64, "one_hot_embedding": False},
     {"exit_translators": (1,), "exit_propagation": (1,), "exit_propagation_rank": 3},
-    {"vocab_size": 384},
+    {"vocab_size": 384, "exit_classifier": False},
   ],
 )
 def test_every_kind_of_configuration_round_trips(tmp_path, changes):
@@ -94,24 +92,14 @@ def test_every_kind_of_configuration_round_trips(tmp_path, changes):
 def test_bfloat16_halves_the_file_and_rounds_once_whatever_the_layout(tmp_path):
   view = np.arange(8 * 64, dtype=np.float32).reshape(64, 8).T
   params = edit(draw(), "decoder/logits_dense/kernel", view)
-  params = edit(params, "decoder/decoder_norm/scale", jnp.full(8, 2.0, jnp.bfloat16))
   for dtype in ("float32", "bfloat16"):
     checkpoints.save(tmp_path / dtype, params, CONFIG, storage_dtype=dtype)
-  sizes = [
-    (tmp_path / d / "params.safetensors").stat().st_size for d in ("float32", "bfloat16")
-  ]
-  header = 4000
-  assert abs(sizes[1] - sizes[0] / 2) < header
-  exact, loaded = (
-    parameters.flatten(checkpoints.load(tmp_path / d).params) for d in ("float32", "bfloat16")
-  )
+  exact, half = (tmp_path / dtype / "params.safetensors" for dtype in ("float32", "bfloat16"))
+  assert abs(half.stat().st_size - exact.stat().st_size / 2) < 4000  # the header
+  loaded = parameters.flatten(checkpoints.load(half.parent).params)
   for path, leaf in parameters.flatten(params).items():
     rounded = np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(loaded[path], rounded)
-    np.testing.assert_array_equal(exact[path], np.asarray(leaf, np.float32))
-  with pytest.raises(ValueError, match=r"`storage_dtype`.*'float32', 'bfloat16'.*'float16'"):
-    checkpoints.save(tmp_path / "none", draw(), CONFIG, storage_dtype="float16")
-  assert not (tmp_path / "none").exists()
 
 
 def test_a_failing_save_leaves_the_earlier_checkpoint(saved, monkeypatch):
@@ -136,17 +124,11 @@ WRONG_LEAVES = [
   ("decoder/decoder_norm/scale", None, r"'decoder/decoder_norm/scale' of shape \(8,\).*none"),
   ("decoder/layers_9/x", np.zeros(3, np.float32), r"got also 'decoder/layers_9/x'"),
   (
-    "decoder/logits_dense/kernel",
-    np.zeros((8, 63), np.float32),
-    r"logits_dense/kernel' .*shape \(8, 64\), got \(8, 63\)",
-  ),
-  (
     "encoder/encoder_norm/scale",
     np.array([1, np.nan, 1, np.inf, 1, 1, 1, 1], np.float32),
     r"2 of 8 values NaN or infinite.*'encoder/encoder_norm/scale'",
   ),
   ("decoder/exit_classifier/bias", None, r"exit_classifier/bias.*add_exit_parts"),
-  ("decoder/logits_dense_0/kernel", np.zeros((8, 64), np.float32), r"share one head"),
 ]
 
 
@@ -163,13 +145,14 @@ def test_wrong_leaves_are_named_when_saving_and_when_loading(saved, path, leaf, 
 
 
 def test_missing_paths_and_files(saved, tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"`path`.*missing"):
-    checkpoints.load(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match=r"`path`.*a file"):
-    checkpoints.load(saved / "config.json")
   (tmp_path / "empty").mkdir()
-  with pytest.raises(ValueError, match=r"`path`.*nothing in it"):
-    checkpoints.load(tmp_path / "empty")
+  for path, error, message in (
+    (tmp_path / "nowhere", FileNotFoundError, r"`path`.*missing"),
+    (saved / "config.json", FileNotFoundError, r"`path`.*a file"),
+    (tmp_path / "empty", ValueError, r"`path`.*nothing in it"),
+  ):
+    with pytest.raises(error, match=message):
+      checkpoints.load(path)
   (saved / "params.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match=r"params.safetensors.*missing"):
     checkpoints.load(saved)
@@ -191,13 +174,6 @@ def test_a_tensor_of_two_places_is_refused(saved):
     checkpoints.load(saved)
 
 
-def test_vocabulary_larger_than_the_embedding(saved, pieces):
-  assert pieces.vocab_size == CONFIG.vocab_size
-  larger = dataclasses.replace(pieces, extra_ids=21)
-  with pytest.raises(ValueError, match=r"at most 64 ids.*got 65"):
-    checkpoints.save(saved, draw(), CONFIG, vocabulary=larger)
-
-
 def test_exchanged_vocabulary(saved):
   toy_vocabulary.train(saved / "vocabulary.model", model_type="bpe")
   with pytest.raises(ValueError, match=r"vocabulary.model to have the digest.*exchanged"):
@@ -213,44 +189,11 @@ def test_digest_tells_paths_shapes_dtypes_and_values_apart():
     {"a": leaf},
     {"b": leaf},
     {"a": leaf.reshape(2, 2)},
-    {"a": leaf.astype(np.float64)},
     {"a": leaf.view(np.int32)},
     {"a": leaf[::-1]},
-    {"a": leaf, "b": leaf},
     {"a": {"a": leaf}},
-    {"a": np.float32(0)},
-    {"a": leaf[:0]},
   ]
   assert len({parameters.digest(tree) for tree in trees}) == len(trees)
   # Order, memory layout and the kind of array do not matter.
   assert parameters.digest({"a": leaf, "b": leaf}) == parameters.digest({"b": leaf, "a": leaf})
-  square = np.arange(4, dtype=np.float32).reshape(2, 2)
-  assert parameters.digest({"a": square.T}) == parameters.digest({"a": square.T.copy()})
   assert parameters.digest({"a": leaf}) == parameters.digest({"a": jnp.asarray(leaf)})
-
-
-def test_exit_parts_are_added_where_missing_only():
-  plain = dataclasses.replace(CONFIG, exit_classifier=False)
-  grown = parameters.add_exit_parts(draw(plain), CONFIG)
-  parameters.check(grown, CONFIG)
-  assert not grown["decoder"]["exit_classifier"]["kernel"].any()
-  again = parameters.add_exit_parts(draw(CONFIG), CONFIG)
-  assert parameters.digest(again) == parameters.digest(draw(CONFIG))
-
-
-def test_the_base_is_the_same_whatever_exits_lie_beside_it():
-  plain = dataclasses.replace(CONFIG, exit_classifier=False)
-  maps = dict(exit_translators=(1,), exit_propagation=(1,), exit_propagation_rank=3)
-  params = draw(plain)
-  grown = parameters.add_exit_parts(
-    params, dataclasses.replace(CONFIG, exit_probes=True, **maps)
-  )
-  base, beside = parameters.split(grown)
-  assert parameters.digest(base) == parameters.base_digest(grown) == parameters.digest(params)
-  assert set(beside["decoder"]) == set(parameters.EXIT_PARTS)
-  assert parameters.split(params)[1] == {}
-  changed = edit(grown, "decoder/exit_translators/layers_0/bias", np.ones(8, np.float32))
-  assert parameters.base_digest(changed) == parameters.base_digest(grown)
-  assert parameters.digest(changed) != parameters.digest(grown)
-  moved = edit(grown, "decoder/decoder_norm/scale", np.ones(8, np.float32) * 3)
-  assert parameters.base_digest(moved) != parameters.base_digest(grown)

@@ -13,7 +13,6 @@ import safetensors.numpy
 from calm import calibrate, checkpoints, inference
 from calm.checkpoints import huggingface
 from calm.data import vocabulary
-from calm.decode import compiled, engines
 from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
@@ -75,26 +74,6 @@ def test_encoder_states_and_logits_are_those_of_transformers(kind):
   assert_equal_outputs(directory, np.load(directory / "expected.npz"))
 
 
-def test_scaling_and_transposition_matter_to_the_golden_logits(copied):
-  """Meta: the comparison would see a head scaled by emb_dim**-0.5."""
-  edit_config(copied, scale_decoder_outputs=True)
-  expected = np.load(copied / "expected.npz")
-  assert np.abs(run(copied, expected)[1] - expected["logits"]).max() > 0.1
-
-
-def test_what_each_kind_becomes():
-  configs = {kind: huggingface.read(GOLDEN / "huggingface" / kind)[0] for kind in KINDS}
-  assert configs["t5_1_0"].mlp_activations == ("relu",)
-  assert configs["t5_1_0"].logits_via_embedding
-  for kind in set(KINDS) - {"t5_1_0", "codet5"}:
-    assert configs[kind].mlp_activations == ("gelu", "linear")
-    assert not configs[kind].logits_via_embedding
-  byt5 = configs["byt5"]
-  assert (byt5.vocab_size, byt5.num_encoder_layers, byt5.num_decoder_layers) == (384, 3, 1)
-  assert not any(config.exit_classifier for config in configs.values())
-  assert {kind for kind in KINDS if configs[kind].relpos_per_layer} == {"umt5", "pile_t5"}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_and_read_again_is_the_same_model(kind, tmp_path):
   before = checkpoints.load(GOLDEN / "huggingface" / kind)
@@ -110,15 +89,11 @@ def test_one_weight_under_several_names_is_read_once(copied):
   """Early conversions repeat the embedding and keep a bias that nothing reads."""
   path = copied / "model.safetensors"
   weights = safetensors.numpy.load_file(path)
-  embedding = weights["shared.weight"]
+  copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+  extra = {name: weights["shared.weight"].copy() for name in copies}
   leftover = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-  extra = {leftover: np.zeros((32, 2), np.float32)}
-  for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-    extra[name] = embedding.copy()
-  safetensors.numpy.save_file(weights | extra, path)
-  assert_equal_outputs(copied, np.load(copied / "expected.npz"))
-  # And the embedding may be stored under another of its names only.
-  del weights["shared.weight"]
+  extra[leftover] = np.zeros((32, 2), np.float32)
+  del weights["shared.weight"]  # stored under another of its names only
   safetensors.numpy.save_file(weights | extra, path)
   assert_equal_outputs(copied, np.load(copied / "expected.npz"))
   extra["decoder.embed_tokens.weight"] += 1
@@ -137,15 +112,11 @@ def test_one_weight_under_several_names_is_read_once(copied):
   ("changes", "message"),
   [
     ({"model_type": "longt5"}, r"`model_type`.*'t5' or 'mt5' or 'umt5'.*'longt5'"),
-    ({"d_model": None}, r"`d_model`"),
-    ({"is_encoder_decoder": False}, r"`is_encoder_decoder`.*a whole model"),
     ({"model_type": "umt5"}, r"1 missing|2 missing.*relative_attention_bias"),
     ({"layer_norm_epsilon": 1e-5}, r"`layer_norm_epsilon`.*1e-05"),
     ({"feed_forward_proj": "gelu"}, r"`feed_forward_proj`.*'gelu'"),
     ({"num_layers": 3}, r"missing.*encoder.block.2"),
-    ({"num_layers": 1}, r"unknown.*encoder.block.1"),
     ({"d_ff": 21}, r"wi_0/kernel.*\(16, 21\).*got \(16, 20\)"),
-    ({"vocab_size": 50}, r"logits_dense/kernel.*\(16, 50\).*got \(16, 48\)"),
   ],
 )
 def test_configurations_of_other_functions_are_refused(copied, changes, message):
@@ -162,34 +133,16 @@ def test_missing_pickled_and_quantised_weights(copied, tmp_path):
   with pytest.raises(ValueError, match=r"int8 for 'lm_head.weight'.*unquantised"):
     checkpoints.load(copied)
   path.unlink()
-  with pytest.raises(FileNotFoundError, match=r"model.safetensors.*missing"):
-    checkpoints.load(copied)
   (copied / "pytorch_model.bin").write_bytes(b"")
   with pytest.raises(FileNotFoundError, match=r"pickle.*never opened"):
     checkpoints.load(copied)
-  (copied / "config.json").write_text('{"model_type": "t5"}')
-  with pytest.raises(ValueError, match=r"got none of \['vocab_size'"):
-    checkpoints.load(copied)
   sharded = shutil.copytree(GOLDEN / "huggingface" / "flan_t5", tmp_path / "sharded")
   (sharded / "model-00002-of-00002.safetensors").unlink()
-  with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002"):
-    checkpoints.load(sharded)
-  (sharded / "model.safetensors.index.json").write_text("{}")
-  with pytest.raises(ValueError, match="`weight_map`"):
+  with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.*missing"):
     checkpoints.load(sharded)
 
 
-def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
-  checkpoint = checkpoints.load(GOLDEN / "huggingface" / "t5_1_1")
-  odd = network.T5Config(vocab_size=48, mlp_activations=("tanh", "linear"))
-  with pytest.raises(ValueError, match=r"`config.mlp_activations`.*tanh"):
-    huggingface.write(tmp_path, checkpoint.params, odd)
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("kind", "extra_ids"), [("t5", 100), ("mt5", 0)])
-def test_sentence_pieces_or_bytes_beside_the_model(copied, kind, extra_ids):
-  edit_config(copied, model_type=kind)
+def test_sentence_pieces_or_bytes_beside_the_model(copied):
   assert huggingface.read_vocabulary(copied) is None
   options = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
   (copied / "tokenizer_config.json").write_text(json.dumps(options))
@@ -198,7 +151,9 @@ def test_sentence_pieces_or_bytes_beside_the_model(copied, kind, extra_ids):
     checkpoints.load(copied)
   (copied / "tokenizer_config.json").unlink()
   toy_vocabulary.train(copied / "spiece.model")
-  assert huggingface.read_vocabulary(copied).extra_ids == extra_ids
+  for kind, extra_ids in (("t5", 100), ("mt5", 0)):
+    edit_config(copied, model_type=kind)
+    assert huggingface.read_vocabulary(copied).extra_ids == extra_ids
   (copied / "tokenizer_config.json").write_text('{"extra_ids": 7}')
   assert huggingface.read_vocabulary(copied).extra_ids == 7
 
@@ -207,15 +162,10 @@ def test_another_start_is_the_row_that_decoding_begins_with(copied):
   """As of a model that starts with a token of its own."""
   edit_config(copied, decoder_start_token_id=5)
   inputs = dict(np.load(copied / "expected.npz"))
-  moved = checkpoints.load(copied).params["token_embedder"]["embedding"]
-  plain = checkpoints.load(GOLDEN / "huggingface" / "t5_1_1").params["token_embedder"]
-  np.testing.assert_array_equal(moved[0], plain["embedding"][5])
-  np.testing.assert_array_equal(moved[1:], plain["embedding"][1:])
   started = run(copied, inputs)[1]
   inputs["decoder_input_ids"][:, 0] = 5
-  np.testing.assert_allclose(
-    started, run(GOLDEN / "huggingface" / "t5_1_1", inputs)[1], atol=1e-5
-  )
+  plain = run(GOLDEN / "huggingface" / "t5_1_1", inputs)[1]
+  np.testing.assert_allclose(started, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["codet5", "pile_t5", "t5_lm_adapt"])
@@ -238,18 +188,6 @@ def test_a_lone_tokenizer_gives_transformers_ids_and_texts(kind, tmp_path):
   (tmp_path / "tokenizer.json").write_bytes(made.model + b"\n")
   with pytest.raises(ValueError, match="was exchanged"):
     checkpoints.load(tmp_path)
-
-
-def test_sentinels_are_text_and_other_special_tokens_are_not():
-  pytest.importorskip("tokenizers")
-  made = huggingface.read_vocabulary(GOLDEN / "huggingface" / "t5_lm_adapt")
-  ids = made.encode("the <extra_id_1> cat")
-  assert made.extra_ids == 4 and made.vocab_size - 2 in ids
-  assert "<extra_id_1>" in made.decode([0, *ids, 1, 5]) and "<pad>" not in made.decode([0])
-  assert made.piece(0) == "<pad>" and made.piece(ids[0]) == " the"
-  assert made.piece(99) == "<unused_99>"
-  with pytest.raises(ValueError, match="surrogate"):
-    made.encode("\ud83d")
 
 
 def test_ids_change_places_where_padding_is_not_0(copied, tmp_path):
@@ -284,17 +222,7 @@ def test_generation_config_warns_and_may_alone_hold_the_ids(copied):
   np.testing.assert_array_equal(moved[[0, 3]], plain["embedding"][[3, 0]])
 
 
-def test_untrained_exits_are_said_when_a_model_is_opened():
-  pytest.importorskip("tokenizers")
-  directory = GOLDEN / "huggingface" / "t5_lm_adapt"
-  assert checkpoints.load(directory).exits_trained is False
-  with pytest.warns(inference.UntrainedExits, match="the exits of .* were never trained"):
-    model = inference.load(directory, max_decode_length=4, max_input_length=32)
-  made = model.generate(["the cat sat"], threshold=calibrate.NEVER_EXIT)
-  assert made.mean_layers == 2 and len(made[0].tokens) <= 4
-
-
-def test_a_bias_in_every_layer_is_decoded_as_the_network_computes_it(monkeypatch):
+def test_a_bias_in_every_layer_is_decoded_as_the_network_computes_it():
   pytest.importorskip("tokenizers")
   directory = GOLDEN / "huggingface" / "pile_t5"
   with pytest.warns(inference.UntrainedExits):
@@ -311,15 +239,6 @@ def test_a_bias_in_every_layer_is_decoded_as_the_network_computes_it(monkeypatch
     )
     best = np.argmax(logits[0, :, : model.vocabulary.vocab_size], axis=-1)
     assert tuple(best.tolist()) == output.tokens
-  rows = lambda outputs: [(output.tokens, output.exit_layers) for output in outputs]
-  threshold = float(np.median([c for o in full for c in o.confidences] + [0.05]))
-  every = []
-  for engine in engines.ENGINES.values():
-    monkeypatch.setitem(engines._BY_PLATFORM, "cpu", ((1, engine),))
-    compiled._kept.clear()
-    every.append(rows(model.generate(texts, threshold=threshold)))
-  compiled._kept.clear()
-  assert every[0] == every[1] == every[2]
 
 
 @pytest.fixture(scope="module")

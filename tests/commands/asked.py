@@ -11,7 +11,8 @@ import pathlib
 
 from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
-from calm.commands import cli, shards
+from calm.commands import cli, merge
+from calm.data import prompt_files
 from tests.spent import Spent
 
 # Where the work of each command begins: everything before is a check.
@@ -21,7 +22,7 @@ WORK = {
   "train": "calm.training.loop.fit",
   "generate": "calm.inference.grid.generate",
   "infer": "calm.inference.predictor.Predictor.generate",
-  "merge": "calm.commands.shards.merge",
+  "merge": "calm.commands.merge.merge",
   "report": "calm.paper.sections.sections",
   "serve": "calm.serve.Device",
 }
@@ -67,14 +68,7 @@ def actions(command: str) -> list[argparse.Action]:
 
 
 class Asker:
-  """Calls commands with one thing asked about.
-
-  Args:
-    model: a toy's folder.
-    outputs: cached generations, for `calm calibrate`.
-    calibration: a promise of the toy's, for `calm infer`.
-    folder: for all that is made; each call gets a new folder to write to.
-  """
+  """Calls commands with one thing asked about, each with a new folder to write to."""
 
   def __init__(self, model, outputs, calibration, folder: pathlib.Path, capsys):
     self.model, self.outputs, self.calibration = model, outputs, calibration
@@ -152,15 +146,10 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
   return path
 
 
-class _Prompts(list):
-  taken = "a list"
-
-
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
-  (prompts := _Prompts()).append(Prompt("a", "text"))
-  part = shards.ShardRun(prompts, shards.Shard(0, 1), str(folder))
-  at = part.folder
+  part = merge.Shard(prompt_files.Prompts([Prompt("a", "text")]), 0, 1, str(folder))
+  at, prompts = part.folder, part.prompts
   made = generations.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [Record("a", "text")])

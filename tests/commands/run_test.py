@@ -4,10 +4,7 @@ import argparse
 import os
 import pathlib
 import re
-import shlex
 import stat
-import subprocess
-import sys
 
 import gin
 import pytest
@@ -31,38 +28,6 @@ def gin_arguments(files=(), bindings=(), folders="") -> argparse.Namespace:
   return argparse.Namespace(
     gin_file=list(map(str, files)), gin_bindings=list(bindings), gin_search_paths=str(folders)
   )
-
-
-@pytest.mark.parametrize(
-  ("text", "unread"),
-  [
-    ("A = 1\nB = %A\njson.dumps.indent = %B", ""),
-    ("A = 1\njson.dumps.indent = [{'x': (%A,)}]", ""),
-    ("INITIAL = 'model'\njson.dumps.indent = 2", "INITIAL"),
-    ("A = 1\nB = 2\njson.dumps.indent = %A", "B"),
-  ],
-)
-def test_macros_that_nothing_reads_are_refused(text, unread):
-  gin.parse_config(f"from __gin__ import dynamic_registration\nimport json\n{text}")
-  if not unread:
-    run_lib.refuse_unread_macros()
-    return
-  with pytest.raises(ValueError, match=rf"got {unread}, which nothing reads"):
-    run_lib.refuse_unread_macros()
-
-
-def test_a_command_reads_its_own_gin_files_alone(tmp_path, calm):
-  """Whatever this process has bound before, and locked."""
-  (tmp_path / "mine.gin").write_text("import nothing_of_this_name\n")
-  gin.parse_config("OTHERS = 1")
-  gin.finalize()
-  words = [f"--gin_file={tmp_path / 'mine.gin'}", f"--output_dir={tmp_path / 'run'}"]
-  printed = calm("train", *words, code=2)
-  assert "nothing_of_this_name" in printed and "locked" not in printed
-  gin.parse_config("OTHERS = 1")
-  gin.finalize()
-  run_lib.parse_gin(gin_arguments(bindings=["MINE = 2"]))
-  assert "OTHERS" not in gin.config_str() and gin.query_parameter("MINE/gin.macro.value") == 2
 
 
 @pytest.mark.parametrize(
@@ -94,11 +59,10 @@ GIN_FILES = {
   "syntax.gin": ("a.b = (1,\n", r"syntax\.gin:\d"),
   "unknown.gin": ("\nnot_configurable.x = 3\n", r"unknown\.gin:2: .*not_configurable"),
   "self.gin": ("include 'self.gin'\n", "include themselves"),
-  "passwd.gin": ("include '/etc/passwd'\n", r"/etc/passwd:1"),
   "module.gin": ("import no_such_module_here\n", "no_such_module_here"),
   "missing.gin": ("include 'nowhere.gin'\n", "nowhere.gin"),
 }
-BINDINGS = ("x", "a.b = ", "nobody.knows = 1", "= 3", "a.b = @c(")
+BINDINGS = ("x", "nobody.knows = 1", "a.b = @c(")
 
 
 @pytest.mark.parametrize("case", [*GIN_FILES, *BINDINGS])
@@ -151,8 +115,6 @@ def test_a_new_cache_is_its_users_alone_whatever_the_umask(cache_in_tmp, tmp_pat
   ("place", "mode", "refused"),
   [
     ("xdg/calm/xla", 0o775, True),
-    ("xdg/calm/xla", 0o757, True),
-    ("xdg/calm/xla", 0o1777, True),
     ("xdg/calm", 0o777, True),
     ("xdg", 0o777, True),  # anybody may put another `calm` there
     ("xdg", 0o1777, False),  # as /tmp
@@ -170,56 +132,8 @@ def test_a_cache_that_others_may_write_is_refused(place, mode, refused, cache_in
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders to others")
-@pytest.mark.parametrize("place", ["xdg/calm/xla", "xdg/calm"])
-def test_a_cache_of_another_user_is_refused(place, cache_in_tmp, tmp_path):
+def test_a_cache_of_another_user_is_refused(cache_in_tmp, tmp_path):
   cache_folder()
-  os.chown(tmp_path / place, 12345, -1)
+  os.chown(tmp_path / "xdg" / "calm", 12345, -1)
   with pytest.raises(ValueError, match=r"by you alone, .* user 12345"):
     cache_folder()
-
-
-def test_the_script_that_was_called_is_named(tmp_path, monkeypatch):
-  """Whole where the shell does not find it, or finds another; with a space in its folder."""
-  script, other = tmp_path / "my env" / "calm", tmp_path / "calm"
-  script.parent.mkdir()
-  for path in (script, other):
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o755)
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(sys, "argv", ["my env/calm", "demo"])
-  for folder, expected in (
-    ("/nowhere", [str(script)]),
-    (tmp_path, [str(script)]),
-    (script.parent, ["calm"]),
-  ):
-    monkeypatch.setenv("PATH", str(folder))
-    assert shlex.split(run_lib.program()) == expected
-  monkeypatch.setenv("PATH", "/nowhere")
-  monkeypatch.setattr(sys, "argv", ["/there/calm/__main__.py"])
-  assert shlex.split(run_lib.program()) == [sys.executable, "-m", "calm"]
-  monkeypatch.setattr(sys, "argv", ["a test"])
-  line = run_lib.infer_command("--model=my model", text="it's")
-  assert shlex.split(line) == ["calm", "infer", "--model=my model", "it's"]
-
-
-HOLD = """
-import sys
-from calm import storage
-held = storage.lock(sys.argv[1])
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_second_writer_is_refused_by_name(model, prompts, tmp_path, calm):
-  folder = tmp_path / "held"
-  folder.mkdir()
-  words = ["generate", f"--output={folder}", f"--model={model}"]
-  words += [f"--prompts={prompts}", "--thresholds=0.5"]
-  called = [sys.executable, "-c", HOLD, str(folder)]
-  with subprocess.Popen(called, stdin=-1, stdout=-1) as holder:
-    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    printed = calm(*words, code=2)
-    assert "to have one writer at a time" in printed and f"process {holder.pid}" in printed
-    assert [path.name for path in folder.iterdir()] == [".lock"]
-    holder.communicate()

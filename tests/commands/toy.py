@@ -30,9 +30,3 @@ def generate(model, prompts, output, *more):
   return cli.main(
     ["generate", f"--model={model}", f"--prompts={prompts}", f"--output={output}", *options]
   )
-
-
-def failure(capsys, arguments) -> str:
-  """What a command says that ends as a user's mistake."""
-  assert cli.main(arguments) == 2
-  return capsys.readouterr().err

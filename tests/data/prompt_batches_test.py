@@ -43,8 +43,8 @@ def lengths_of(kind, encode, monkeypatch) -> list[int]:
 @pytest.mark.parametrize(
   ("kind", "text"),
   [
-    *(("bytes", text) for text in ("a few words ", "\u4e00", "\u00e9\n")),
-    *(("pieces", text) for text in ("the lazy dog", "o", "a\n", " " * 999 + "ab ")),
+    *(("bytes", text) for text in ("a few words ", "\u4e00")),
+    *(("pieces", text) for text in ("the lazy dog", " " * 999 + "ab ")),
   ],
 )
 def test_of_a_text_without_end_a_beginning_is_tokenized(text, kind, tmp_path, monkeypatch):
@@ -59,24 +59,6 @@ def test_of_a_text_without_end_a_beginning_is_tokenized(text, kind, tmp_path, mo
   with pytest.warns(prompt_batches.CutPrompts, match=told):
     rows = prompt_batches.tokenize([whole, "b"], made, **options)
   assert rows == expected and max(lengths) < 300_000
-
-
-def test_a_long_text_of_few_tokens_is_read_whole(monkeypatch):
-  words = lambda self, text: [5] * len(text.split())
-  lengths = lengths_of(vocabulary.ByteVocabulary, words, monkeypatch)
-  assert tokenize([" " * 10**6 + "a b"]) == [[5, 5, 1]]
-  assert max(lengths) == 10**6 + 3
-  with pytest.warns(prompt_batches.CutPrompts, match=r"has 1 or more"):
-    assert tokenize([" " * 10**7 + "a b"]) == [[1]]
-  assert max(lengths) < 2**23
-
-
-@pytest.mark.parametrize(
-  ("length", "maximum", "expected"),
-  [(1, 512, 32), (32, 512, 32), (33, 512, 64), (33, 48, 48), (5, 8, 8), (5000, 6000, 6000)],
-)
-def test_bucketed_length(length, maximum, expected):
-  assert prompt_batches.bucket_length(length, maximum) == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -45,24 +44,17 @@ def on_stdin(monkeypatch, content: bytes) -> None:
 TEXTS = [Prompt("texts/1", "one"), Prompt("texts/2", "two")]
 PLAIN = [Prompt("some.txt/1", "[1] one"), Prompt("some.txt/2", "{two\u2028lines")]
 TABLE = [Prompt("7", 'one, "two"\nlines', ("eins",)), Prompt("8", "three", ("",))]
+QUOTED = b'id,text,target\n7,"one, ""two""\nlines",eins\n\n8,three,\n'
+PLAIN_TEXT = "plain text, a prompt a line"
 # File, its content, how it is read, its prompts.
 FILES = [
-  *(
-    (name, b"\n" + lines(ROWS), "JSON Lines, key 'input'", PROMPTS)
-    for name in ("a.ndjson", "a")
-  ),
+  ("a.ndjson", b"\n" + lines(ROWS), "JSON Lines, key 'input'", PROMPTS),
+  ("a", b"\n" + lines(ROWS), "JSON Lines, key 'input'", PROMPTS),
   ("rows.json", lines(ROWS), "JSON Lines, key 'input'", PROMPTS),
-  ("rows.json", json.dumps(ROWS).encode(), "a JSON array, key 'input'", PROMPTS),
   ("rows", json.dumps(ROWS, indent=2).encode(), "a JSON array, key 'input'", PROMPTS),
   ("texts.json", b'["one", "two"]', "a JSON array", TEXTS),
-  (
-    *("some.txt", b"\xef\xbb\xbf[1] one\r\n\n{two\xe2\x80\xa8lines\n"),
-    *("plain text, a prompt a line", PLAIN),
-  ),
-  (
-    *("rows.csv", b'id,text,target\n7,"one, ""two""\nlines",eins\n\n8,three,\n'),
-    *("CSV, column 'text'", TABLE),
-  ),
+  ("some.txt", b"\xef\xbb\xbf[1] one\r\n\n{two\xe2\x80\xa8lines\n", PLAIN_TEXT, PLAIN),
+  ("rows.csv", QUOTED, "CSV, column 'text'", TABLE),
   ("a.tsv", b"n\tinput\n1\tgood, very\n", "TSV, column 'input'", [Prompt("a/1", "good, very")]),
 ]
 
@@ -73,7 +65,7 @@ def test_formats_are_told_by_name_or_content(tmp_path, name, content, taken, pro
   opened = prompt_files.open_prompts(write(tmp_path, name, pack(content)))
   count = "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
   assert opened.taken == f"{tmp_path / name}: {count}, {taken}"
-  assert list(opened) == prompts == list(opened) and len(opened) == len(prompts)
+  assert list(opened) == prompts
 
 
 def test_parquet_leaves_other_columns_alone(tmp_path):
@@ -90,22 +82,20 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
   )
   parquet.write_table(table, tmp_path / "rows.bin")
   opened = prompt_files.open_prompts(tmp_path / "rows.bin")
-  assert opened.format == "parquet" and "column 'prompt'" in opened.taken
+  assert "Parquet, column 'prompt'" in opened.taken
   assert list(opened) == [Prompt("1", "one", ("eins",)), Prompt("2", "two", ("zwei", "zwo"))]
-  with pytest.raises(ValueError, match=r"rows\.bin, row 1: expected a field `image`, got"):
-    prompt_files.open_prompts(tmp_path / "rows.bin", input_key="image")
   cut = write(tmp_path, "cut.parquet", (tmp_path / "rows.bin").read_bytes()[:-9])
-  with pytest.raises(ValueError, match="expected a whole Parquet file, got a damaged one"):
+  with pytest.raises(ValueError, match="expected a whole Parquet file, got"):
     prompt_files.open_prompts(cut)
 
 
 @pytest.mark.parametrize(
   ("content", "format", "texts"),
   [
-    (PACKED, "jsonl", ["one, two", "three\u2028four"]),
-    (b"{not json}\n", "text", ["{not json}"]),
-    (b"[Note] a text\n", "text", ["[Note] a text"]),
-    (lines([{"input": "x" * 2**17}]), "jsonl", ["x" * 2**17]),
+    (PACKED, "JSON Lines", ["one, two", "three\u2028four"]),
+    (b"{not json}\n", "plain text", ["{not json}"]),
+    (b"[Note] a text\n", "plain text", ["[Note] a text"]),
+    (lines([{"input": "x" * 2**17}]), "JSON Lines", ["x" * 2**17]),
   ],
 )
 def test_standard_input_is_told_by_how_it_begins_or_by_name(
@@ -113,13 +103,11 @@ def test_standard_input_is_told_by_how_it_begins_or_by_name(
 ):
   on_stdin(monkeypatch, content)
   opened = prompt_files.open_prompts("-")
-  assert opened.format == format and opened.taken.startswith("standard input: ")
-  # Twice: it is checked whole before the work, and read again for it.
-  assert [prompt.input for prompt in opened] == texts == [prompt.input for prompt in opened]
-  on_stdin(monkeypatch, content)
-  if content is not PACKED:
-    named = prompt_files.open_prompts("-", format="text")
-    assert [prompt.id for prompt in named] == ["stdin/1"]
+  assert opened.taken.startswith("standard input: ") and format in opened.taken
+  assert [prompt.input for prompt in opened] == texts
+  on_stdin(monkeypatch, b"{not json}\n")
+  (named,) = prompt_files.open_prompts("-", format="text")
+  assert named.id == "stdin/1"
   with pytest.raises(ValueError, match=r"one of jsonl, json.*got 'xml'"):
     prompt_files.open_prompts("-", format="xml")
 
@@ -132,7 +120,7 @@ def test_a_named_pipe_is_read_once(tmp_path):
   writer.start()
   opened = prompt_files.open_prompts(pipe)
   writer.join()
-  assert list(opened) == PROMPTS == list(opened)
+  assert list(opened) == PROMPTS
 
 
 def test_the_limit_leaves_the_rest_unread(tmp_path):
@@ -140,33 +128,10 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
   assert list(prompt_files.open_prompts(path, limit=2)) == PROMPTS
   with pytest.raises(ValueError, match=r"rows\.jsonl:3: expected .*, got invalid JSON"):
     prompt_files.open_prompts(path)
-  with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*does not exist"):
+  with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*No such file"):
     prompt_files.open_prompts(tmp_path / "missing.jsonl")
-  with pytest.raises(IsADirectoryError, match=r"a folder; name a file in it .*to_json"):
+  with pytest.raises(IsADirectoryError, match=r"a folder .*to_json"):
     prompt_files.open_prompts(tmp_path)
-
-
-@pytest.mark.parametrize(
-  "change",
-  [
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes() + lines([{"id": "z", "input": "new"}])),
-    lambda path: path.write_bytes(path.read_bytes().replace(b"text 2", b"text 9")),
-    lambda path: path.unlink(),
-  ],
-)
-def test_a_file_that_changes_after_its_first_pass_is_refused(tmp_path, change):
-  """No row is given out but those that were checked."""
-  rows = [{"id": str(i), "input": f"text {i}", "target": f"t{i}"} for i in range(6)]
-  opened = prompt_files.open_prompts(path := write(tmp_path, "rows.jsonl", lines(rows)))
-  assert list(opened) == list(opened) == [Prompt.from_json(row) for row in rows]
-  begun = iter(opened)
-  next(begun)
-  time.sleep(0.01)  # a file system's clock has ticks of some milliseconds
-  change(path)
-  for passing in (begun, iter(opened)):
-    with pytest.raises(ValueError, match=r"Expected .*rows.* 6 rows .*got .*changed while"):
-      next(passing)
 
 
 def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path):
@@ -176,7 +141,7 @@ def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path
   for key in prompt_files.INPUT_KEYS:
     assert [prompt.input for prompt in opened({key: "a", "other": "b"})] == ["a"]
   both = {"text": "a", "input": "b"}
-  assert opened(both).input_key == "input"
+  assert [prompt.input for prompt in opened(both)] == ["b"]
   assert [prompt.input for prompt in opened(both, input_key="text")] == ["a"]
   for key in prompt_files.TARGET_KEYS:
     row = {"question": "a", "label": "c", key: "b"}
@@ -192,58 +157,28 @@ def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path
   [
     ("a.jsonl", b"", r"a\.jsonl to hold prompts"),
     ("a.txt", b" \n", "no line with text"),
-    ("a.csv", b"input\n", "no row, read as CSV"),
-    (
-      "a.csv",
-      b"x,y\n1,2\n",
-      r"a\.csv:2: expected a field `input` or.*, got \['x', 'y'\]; .*--input_key",
-    ),
+    ("a.csv", b"x,y\n1,2\n", r"a\.csv:2: expected a field `input` or.*--input_key"),
     ("a.csv", b"input,y\n1,2\n3\n", r"a\.csv:3: expected 2 columns.*got 1"),
     ("a.csv", b"input,input\n1,2\n", "different names"),
-    ("a.csv", b'input,b\n"1,2\n', r"a\.csv:2: expected .*, got: unexpected end"),
-    (
-      "a.jsonl",
-      lines([{"input": "a"}, {"text": "b"}]),
-      r"a\.jsonl:2: expected a field `input`, got",
-    ),
     ("a.jsonl", lines([{"input": "a"}, "b"]), r"a\.jsonl:2: expected all rows.*got both"),
     ("a.jsonl", lines([{"input": 3}]), r"a\.jsonl:1: expected `input` to be a text, got 3"),
-    ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object or a text, got list"),
-    (
-      "a.jsonl",
-      lines([ROWS[0], ROWS[0]]),
-      r"a\.jsonl:2: expected every `id` once, got 'a' of an earlier row",
-    ),
     (  # the third row has no id and is called rows/3, as the first one is
       "rows.jsonl",
       lines([{"id": "rows/3", "input": "a"}, {"input": "b"}, {"input": "c"}]),
       r"rows\.jsonl:3: expected every `id` once, got 'rows/3' of an earlier row",
     ),
     ("a.jsonl", b'{"input": "\xe9"}\n', "0xe9 in line 1 of"),
-    ("a.txt", "one\ntwo\n".encode("utf-16-le"), r"the byte 0x00 in line 1 of .*UTF-16"),
-    ("a.csv", b"input\na\nb\0c\n", r"the byte 0x00 in line 3 of"),
-    ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
-    ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"a whole JSON array, got .*Extra data"),
-    ("a.json", b'["a", 3]', r"element 2: expected a JSON object or a text, got int"),
-    ("a.jsonl", PACKED[:-12], "to be a whole file that can be read, got"),
-    ("a.jsonl", PACKED[:10] + b"\xff" * 50, "to be a whole file that can be read, got"),
+    ("a.txt", "one\ntwo\n".encode("utf-16-le"), r"the byte 0x00 in line 1 of"),
+    ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"a whole JSON array, got: .*Extra data"),
+    ("a.jsonl", PACKED[:-12], "to be a whole file, got"),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
-    ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: .*NaN"),
-    ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: .*1e400"),
     ("a.jsonl", b'{"input": ' + b"[" * 50_000, r"a\.jsonl:1: .*too deep"),
     ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
     ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
     ("a.json.gz", gzip.compress(b"[" + b"{}," * 2**13, mtime=0), r"unpack to at most"),
-    ("a.txt.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
-    ("a.json.gz", gzip.compress(b"[" + b'"",' * 2**13 + b"1]", mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b'input\n"' + b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.csv", b'input\n"' + b"a\n" * 2**18, r"a\.csv:\d+: .*field larger than field limit"),
-    ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
-    (
-      "a.json",
-      b'["' + b"a" * 600_000,
-      r"a JSON array of at most 262144 bytes, got more; .* JSON Lines",
-    ),
+    ("a.json", b'["' + b"a" * 600_000, r"a JSON array of at most 262144 bytes, got more"),
   ],
 )
 def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):
@@ -253,30 +188,12 @@ def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, mes
     prompt_files.open_prompts(write(tmp_path, name, content))
 
 
-def test_many_short_rows_are_no_fault(tmp_path, monkeypatch):
-  monkeypatch.setattr(storage, "UNPACKED", 2**16)
-  random = np.random.default_rng(0)
-  texts = [random.bytes(6).hex() for _ in range(5000)]
-  for name, content in (
-    ("a.txt.gz", "\n".join(texts)),
-    ("a.csv.gz", "input\n" + "\n".join(texts)),
-    ("a.json.gz", json.dumps(texts)),
-    ("b.csv.gz", "input\n" + "\n".join(f'"{text}\n{text}"' for text in texts)),
-  ):
-    path = write(tmp_path, name, gzip.compress(content.encode()))
-    assert len(prompt_files.open_prompts(path)) == 5000
-
-
 def test_a_device_without_an_end_is_not_kept_on_the_disk(monkeypatch):
-  monkeypatch.setattr(prompt_files, "_pieces", lambda stream: pytest.fail("kept"))
+  monkeypatch.setattr(prompt_files, "_pieces", lambda number: pytest.fail("kept"))
   with pytest.raises(
     ValueError, match=r"Expected .*/dev/zero.* a file or a pipe, got a device"
   ):
     prompt_files.open_prompts("/dev/zero")
-  with open("/dev/zero") as zeros:
-    monkeypatch.setattr(sys, "stdin", zeros)
-    with pytest.raises(ValueError, match=r"Expected standard input to be .*, got a device"):
-      prompt_files.open_prompts("-")
 
 
 COLUMNS = {
@@ -305,18 +222,7 @@ def test_a_table_is_read_as_a_file_is(name):
     frame = Frame(COLUMNS, target=targets, source=np.array([7, 7, 8]))
   else:
     frame = pytest.importorskip(name, reason=f"{name} is not installed").DataFrame(COLUMNS)
-  assert prompt_files.prompts_of(frame) == WANTED
-
-
-def test_lists_of_texts_mappings_and_prompts_are_read():
-  rows = [
-    dict(zip(COLUMNS, values, strict=True)) for values in zip(*COLUMNS.values(), strict=True)
-  ]
-  assert prompt_files.prompts_of(rows) == prompt_files.prompts_of(WANTED) == WANTED
-  texts = prompt_files.prompts_of(np.array(["a", "b"]))
-  assert texts == (Prompt("prompt/1", "a"), Prompt("prompt/2", "b"))
-  (named,) = prompt_files.prompts_of([{"description": "a"}], input_key="description")
-  assert named.input == "a"
+  assert prompt_files.prompts_of(frame) == prompt_files.prompts_of(WANTED) == WANTED
 
 
 def test_what_is_no_prompt_is_named_with_its_number():

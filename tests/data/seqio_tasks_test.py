@@ -121,50 +121,6 @@ def test_questions_are_spaced_as_t5_spaces_them():
   assert row["inputs"] == b"question: Where is St . John ' s ? context: In ( New ) York ."
   assert row["targets"] == b"New York"
   assert row["references"].numpy().tolist() == [b"New York", b"York ."]
-  batched = {key: [value] for key, value in example.items() if key != "answers"}
-  batched["answers"] = {key: [value] for key, value in example["answers"].items()}
-  source = seqio.FunctionDataSource(
-    lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(batched), ["test"]
-  )
-  task = seqio.TaskRegistry.get(seqio_tasks.squad(BYTES)).replace(source=source)
-  (whole,) = examples(task)
-  assert whole["targets"].tolist() == ids("New York")
-  assert whole["id"] == b"q"
-
-
-def test_metrics_are_percentages_of_the_best_reference():
-  scores = lambda name, targets, texts: seqio_tasks.metric_fn(name)(targets, texts)[name]
-  targets = [["the cat sat", "a dog"], ["Un café."]]
-  assert scores("exact_match", targets, ["A dog!", "un café"]) == 100
-  # Longest common subsequence 2 of 2 and 3 words: F = 4 / 5; the other is equal.
-  assert scores("rouge_l", targets, ["cat sat", "Un café."]) == pytest.approx(90)
-  best = [["a b c d e"], ["x", "f g h i j"]], ["a b c d e", "f g h i j"]
-  for name in ("bleu", "chrf"):
-    assert scores(name, *best) == pytest.approx(100)
-  # One wrong word of ten: precisions 9/10, 6/8, 3/6 and 2/4, no brevity penalty.
-  expected = 100 * (9 / 10 * 6 / 8 * 3 / 6 * 2 / 4) ** 0.25
-  bleu = scores("bleu", [["a b c d e"], ["f g h i j"]], ["a b c d e", "f g x i j"])
-  assert bleu == pytest.approx(expected)
-
-
-def test_evaluation_scores_predictions_against_all_references(rows_path):
-  name = seqio_tasks.jsonl(
-    "mine", {"validation": rows_path}, BYTES, metrics=("exact_match", "chrf")
-  )
-  evaluator = seqio.Evaluator(
-    name, feature_converter=seqio.EncDecFeatureConverter(pack=False), eval_split="validation"
-  )
-
-  def predict(dataset):
-    del dataset
-    texts = ["1 2", "trois", "wrong"]
-    padded = [np.array((ids(text) + [0] * 12)[:12]) for text in texts]
-    return list(enumerate(padded))
-
-  metrics, _ = evaluator.evaluate(compute_metrics=True, step=None, predict_fn=predict)
-  scores = metrics.result()[name]
-  assert scores["exact_match"] == pytest.approx(200 / 3)
-  assert 0 < scores["chrf"] < 100
 
 
 def test_debian_mixture_is_proportional_to_training_examples(data_dir):

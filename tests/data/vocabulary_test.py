@@ -32,25 +32,12 @@ def test_bytes_round_trip_any_text(text):
   assert vocab.decode(ids) == text
 
 
-@pytest.mark.parametrize("text", ["", *TEXTS[:3], "the <extra_id_0> dog <extra_id_1>"])
-def test_sentence_pieces_round_trip_text_of_their_alphabet(pieces, text):
-  ids = pieces.encode(text)
-  assert pieces.eos_id not in ids and pieces.pad_id not in ids
-  assert pieces.decode(ids) == text
-
-
 def test_decode_stops_at_eos_and_skips_padding(pieces):
   for vocab in (pieces, vocabulary.ByteVocabulary()):
     a, b = vocab.encode("lazy dog"), vocab.encode(" fox")
     assert vocab.decode([0, *a, 0, 1, *b]) == "lazy dog"
     assert vocab.decode(np.array([*a, 1, 0, 0], np.int32)) == "lazy dog"
     assert vocab.decode([]) == vocab.decode([1]) == vocab.decode([0, 0]) == ""
-
-
-def test_half_a_character_is_no_text(pieces):
-  for vocab in (pieces, vocabulary.ByteVocabulary()):
-    with pytest.raises(ValueError, match=r"surrogate pair, '\\ud83d', at character 3"):
-      vocab.encode("ab\ud83d")
 
 
 def test_extra_ids_stand_at_the_end_and_count_downward(pieces):
@@ -76,12 +63,6 @@ def test_pieces_join_to_the_text(pieces):
   assert [pieces.piece(i) for i in (0, 1, 2, 144)] == ["<pad>", "</s>", "<unk>", "<unused_144>"]
 
 
-def test_ids_beyond_the_pieces_decode_as_unknown(pieces):
-  assert pieces.decode([pieces.vocab_size]) == pieces.decode([pieces.unk_id])
-  with pytest.raises(ValueError, match=r"`ids`.*got -1"):
-    pieces.decode([5, -1])
-
-
 def test_digest_is_of_the_content_not_of_the_path(model, pieces, tmp_path):
   moved = tmp_path / "elsewhere.model"
   moved.write_bytes(model.read_bytes())
@@ -89,37 +70,29 @@ def test_digest_is_of_the_content_not_of_the_path(model, pieces, tmp_path):
   assert same == pieces and same.digest() == pieces.digest() and len(same.digest()) == 64
   others = [
     vocabulary.SentencePieceVocabulary(model, extra_ids=99),
-    vocabulary.SentencePieceVocabulary(
-      toy_vocabulary.train(tmp_path / "bpe.model", model_type="bpe")
-    ),
     vocabulary.ByteVocabulary(),
     vocabulary.ByteVocabulary(extra_ids=0),
   ]
-  assert len({pieces.digest(), *(other.digest() for other in others)}) == 5
+  assert len({pieces.digest(), *(other.digest() for other in others)}) == 4
   # Stored checkpoints and procedures hold these.
   assert vocabulary.ByteVocabulary().digest().startswith("4c3c3f287dff")
-  for vocab in (pieces, others[2]):
+  for vocab in (pieces, others[1]):
     assert isinstance(vocab, vocabulary.Vocabulary)
     assert copy.deepcopy(vocab).encode("dog") == vocab.encode("dog")
 
 
-@pytest.mark.parametrize("content", [b"", b"this is a text", b"\x00" * 64, None])
-def test_a_file_that_is_no_model_of_t5_is_refused(tmp_path, model, content):
+def test_a_file_that_is_no_model_of_t5_is_refused(tmp_path):
   path = tmp_path / "bad.model"
   with pytest.raises(FileNotFoundError, match=r"`path`.*missing"):
     vocabulary.SentencePieceVocabulary(path)
-  path.write_bytes(model.read_bytes()[:-200] if content is None else content)
+  path.write_bytes(b"this is a text")
   with pytest.raises(ValueError, match=r"`path` to be a SentencePiece model.*bad.model"):
     vocabulary.SentencePieceVocabulary(path)
   toy_vocabulary.train(path, pad_id=-1, eos_id=2, unk_id=0, bos_id=1)
   with pytest.raises(ValueError, match=r"padding id 0.*pad_id -1"):
     vocabulary.SentencePieceVocabulary(path)
-  for make in (
-    vocabulary.ByteVocabulary,
-    lambda n: vocabulary.SentencePieceVocabulary(model, n),
-  ):
-    with pytest.raises(ValueError, match="`extra_ids`"):
-      make(-1)
+  with pytest.raises(ValueError, match="`extra_ids`"):
+    vocabulary.ByteVocabulary(-1)
 
 
 @pytest.mark.tf
@@ -139,14 +112,3 @@ def test_ids_and_texts_are_those_of_seqio(model, pieces):
       assert ids == theirs.encode(text)
       assert ours.decode([*ids, 1, 5]) == theirs.decode([*ids, 1, 5])
     assert vocabulary.from_seqio(theirs) == ours
-
-
-@pytest.mark.tf
-@pytest.mark.filterwarnings("ignore")
-def test_seqio_vocabularies_of_other_ids_are_refused(model):
-  seqio = pytest.importorskip("seqio", reason="needs seqio (TensorFlow)")
-  upward = seqio.SentencePieceVocabulary(str(model), extra_ids=100, reverse_extra_ids=False)
-  with pytest.raises(ValueError, match="downward"):
-    vocabulary.from_seqio(upward)
-  with pytest.raises(ValueError, match=r"`vocabulary`.*PassThroughVocabulary"):
-    vocabulary.from_seqio(seqio.PassThroughVocabulary(size=8))
