@@ -59,7 +59,7 @@ QUICK = re.compile(
   r"|decode/(engines|layout|loop|program|resume|speculative|staged)_test"
   r"|exits/(confidence|rules)_test"
   r"|inference/(arguments|calibrating|drafts|platform|predictor|reference)_test"
-  r"|t5/(costs|decoder|growing|layers|network|network_golden)_test|t5x/loops_test"
+  r"|t5/(costs|decoder|layers|network|network_golden)_test|t5x/loops_test"
   r"|training/(distillation|loop|losses|objectives|run)_test)"
 )
 # LLVM need not try hard, and XLA's older code generator takes two thirds of the newer's time.

@@ -10,8 +10,11 @@ import sys
 import jax
 import pytest
 
-from calm import inference
+from calm import checkpoints, inference
+from calm.data import vocabulary
 from calm.decode import sharded
+from calm.t5 import network
+from tests import toys
 
 # Run by a fresh interpreter: the number of devices is fixed when JAX starts.
 CHILD = """
@@ -21,17 +24,17 @@ from calm import exits, inference
 from calm.decode import sharded
 from calm.decode.program import Program
 from calm.exits import confidence, propagation
-from tests import engine
 
-
-texts = ["A library to read ZIP archives.", "A game.", "Fonts, many fonts."] * 2
-options = {"measure": "classifier", "max_decode_length": 10, "batch_size": 2}
-many = inference.load("packed", num_devices=8, **options)
+texts = ["a", "some words", "other words", "more of them"] * 2
+options = {"measure": "classifier", "max_decode_length": 6, "batch_size": 2}
+many = inference.load(sys.argv[2], num_devices=8, **options)
 one = many.with_options(num_devices=1)
 found = {"devices": jax.device_count()}
-made = [model.generate(texts, threshold=0.98) for model in (one, many)]
+made = [model.generate(texts, threshold=0.6) for model in (one, many)]
 found["outputs"] = [[[o.tokens, o.exit_layers] for o in outputs] for outputs in made]
 found["procedures"] = one.procedure == many.procedure
+
+from tests import engine
 
 rule = exits.DynamicExits(confidence.Classifier(), propagation=propagation.Learned())
 toy = engine.toy_for(rule)
@@ -57,11 +60,15 @@ COLLECTIVES = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-sc
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-  path = tmp_path_factory.mktemp("devices") / "found.json"
+  folder = tmp_path_factory.mktemp("devices")
+  path, words = folder / "found.json", vocabulary.ByteVocabulary(extra_ids=0)
+  sizes = toys.Config(vocab_size=words.vocab_size, num_pieces=words.vocab_size)
+  config = network.T5Config(**toys.network_fields(sizes))
+  checkpoints.save(folder / "toy", toys.params(sizes, 1), config, vocabulary=words)
   # Not a number of devices: `load` asks for it.
   flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
   done = subprocess.run(
-    [sys.executable, "-c", CHILD, str(path)],
+    [sys.executable, "-c", CHILD, str(path), str(folder / "toy")],
     cwd=pathlib.Path(__file__).parents[2],
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
@@ -79,7 +86,7 @@ def test_eight_devices_give_the_results_of_one(found):
   one, many = found["outputs"]
   assert one == many
   depths = {layer for _, exit_layers in one for layer in exit_layers}
-  assert len(depths) > 2, "every token left at the same layer: nothing was compared"
+  assert len(depths) > 1, "every token left at the same layer: nothing was compared"
 
 
 def test_eight_devices_take_a_threshold_a_row(found):

@@ -1,6 +1,7 @@
 """Runs from their parts, and `calm train` from gin to an exported checkpoint."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -165,15 +166,25 @@ def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
     sources.find_checkpoint(str(tmp_path / "nowhere"))
 
 
-def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
+def test_exit_parts_are_added_and_wider_mlps_are_of_the_same_function(tmp_path, caplog):
   config = network.T5Config(
     vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
-    num_decoder_layers=2, exit_classifier=False,
+    num_decoder_layers=2, exit_classifier=False, one_hot_embedding=False,
   )  # fmt: skip
   params = jax.tree.map(np.asarray, updates.init_params(config, 0))
   checkpoints.save(tmp_path, params, config)
-  made, params, _ = run.starting_point(None, str(tmp_path), 0)
-  assert made.exit_classifier and params["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
+  made, added, _ = run.starting_point(None, str(tmp_path), 0)
+  assert made.exit_classifier and added["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
+  wider = dataclasses.replace(config, mlp_dim=6)
+  model, grown, _ = run.starting_point(wider, str(tmp_path), 0)
+  assert "4 units each to 6" in caplog.text and model.mlp_dim == 6
+  tokens = np.array([[3, 4, 1]], np.int32)
+  states = lambda config, params: network.Transformer(config).apply(
+    {"params": params}, tokens, tokens, tokens, method="hidden_states"
+  )
+  np.testing.assert_allclose(states(model, grown), states(config, params), rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match="shape"):
+    run.starting_point(dataclasses.replace(config, mlp_dim=3), str(tmp_path), 0)
 
 
 def test_named_parts_start_anew_and_the_rest_stays(stage_one):
