@@ -289,7 +289,7 @@ def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str | pathlib.Path) -> Iterator[io.BufferedReader]:
+def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
   """A regular file to read from; ValueError for pipes and devices, which may never end."""
   with open(os.open(path, os.O_RDONLY | _BINARY | _NO_WAIT), "rb") as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

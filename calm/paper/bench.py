@@ -33,9 +33,9 @@ class TaskSettings:
   bleu: bool = False  # whether corpus BLEU is reported too
 
 
-_SYNOPSIS = ("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)")
-_QUESTIONS = ("token_f1", "token F1", "SQuAD", "5 (1 - 13)")
-_TRANSLATION = ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True)
+_SYNOPSIS: tuple[Any, ...] = ("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)")
+_QUESTIONS: tuple[Any, ...] = ("token_f1", "token F1", "SQuAD", "5 (1 - 13)")
+_TRANSLATION: tuple[Any, ...] = ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True)
 TASKS: Mapping[str, TaskSettings] = {
   name: TaskSettings(name, title, datasets.DEBIAN[name].prefix, *lengths, *scored)
   for name, title, lengths, scored in (

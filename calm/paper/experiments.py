@@ -382,8 +382,9 @@ def _perturb(of: bench.Bench, prompts, full: Sequence[Record]) -> Curves:
   points = []
   for (kind, position), made in records.items():
     rows = sorted(made)
-    given = ([each[row] for row in rows] for each in (made, full, prompts))
-    points.append(point(kind, *given, of.settings.metric, float(position)))
+    early, whole = ([each[row] for row in rows] for each in (made, full))
+    asked = [prompts[row] for row in rows]
+    points.append(point(kind, early, whole, asked, of.settings.metric, float(position)))
   return Curves(len(prompts), tuple(points))
 
 
@@ -549,9 +550,18 @@ def repeat(
     column = of_draws[:, place]
     broken = int(np.sum((column >= 0) & (true_risk[column] > tolerance)))
     low, high = stats.binomtest(broken, draws).proportion_ci(0.95)
-    spreads = (float(f(values)) for values in (risks, depths) for f in (np.mean, np.std))
-    named = measure, method, float(tolerance), *spreads, certified
-    found.append(Trial(*named, draws, broken, (float(low), float(high))))
+    trial = Trial(
+      measure,
+      method,
+      float(tolerance),
+      *(float(risks.mean()), float(risks.std())),
+      *(float(depths.mean()), float(depths.std())),
+      certified,
+      draws,
+      broken,
+      (float(low), float(high)),
+    )
+    found.append(trial)
   return tuple(found)
 
 
