@@ -148,10 +148,12 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
 def save_exits(
   file: str | pathlib.Path, leaves: Mapping[str, np.ndarray], base_digest: str
 ) -> None:
-  """Writes exit parts that were learned beside a frozen model, usually as its folder's `EXITS`.
+  """Writes exit parts that were learned beside a frozen model.
 
-  `leaves` are {path in the model's tree: array}; `load` refuses them beside a model of another
-  `parameters.base_digest` than `base_digest`.
+  Args:
+    file: usually `EXITS` in the model's folder.
+    leaves: {path: array}, paths as in the model's tree ("decoder/exit_translators/...").
+    base_digest: `parameters.base_digest` of the model; `load` refuses them beside another.
   """
   file = pathlib.Path(file)
   metadata = {"format": EXITS_FORMAT, "base": base_digest}
@@ -187,8 +189,14 @@ def with_exits(
 ) -> tuple[network.T5Config, dict[str, Any]]:
   """(configuration, parameters) of a base model with the exits of a file, or of its folder.
 
-  Exit parts in `params` are replaced. FileNotFoundError where there is no such file, ValueError
-  where the exits are of other weights, or the file is of something else.
+  Args:
+    config: of the base model.
+    params: its tree; exit parts in it are replaced.
+    exits: a file that `calm fit` wrote, or its folder.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: the exits are of other weights, or the file is of something else.
   """
   file = pathlib.Path(exits)
   file = file / EXITS if file.is_dir() else file
@@ -207,7 +215,7 @@ def with_exits(
   if digest != base:
     raise ValueError(
       f"Expected the base model of {str(file)!r}, with the digest {str(base)[:12]}..., got"
-      f" {digest[:12]}..., another; fit again."
+      f" {digest[:12]}...: another model, or one that was edited since; fit again."
     )
   with files.naming(file):
     config = dataclasses.replace(config, **parameters.exit_fields(leaves))
@@ -259,7 +267,8 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
   if stored_format != FORMAT or unknown or "vocab_size" not in fields:
     raise ValueError(
       f"Expected a config.json with format {FORMAT!r} and fields of T5Config, got {str(path)!r}"
-      f" with format {stored_format!r} and unknown fields {unknown}."
+      f" with format {stored_format!r}, unknown fields {unknown}; open it with the version of"
+      " calm that wrote it."
     )
   with files.naming(path / "config.json"):
     return network.T5Config(**limits.check(fields))

@@ -249,4 +249,7 @@ def _is_same(name: str, made_from: tuple[Any, ...], registry: Any) -> bool:
     return False
   if _registered.get(name) == made_from:
     return True
-  raise ValueError(f"Expected `name` to be new, got {name!r}, a task of other arguments.")
+  raise ValueError(
+    f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
+    " task or mixture of other arguments; choose another."
+  )

@@ -128,8 +128,13 @@ def token_exit(
   active: jax.Array,
   rows: tuple[layers_lib.KeyValue, ...] = (),
 ) -> TokenExit:
-  """The outcome of a walk that is over, of the rows that took part, `active` [batch] bool;
-  `rows` are keys and values to be written, one a layer, none where the engine wrote them."""
+  """The outcome of a walk that is over.
+
+  Args:
+    walk, state: what decided, and where every row is.
+    active: rows that took part, [batch] bool; the others report nothing.
+    rows: keys and values to be written, one a layer; none where the engine wrote them.
+  """
   return TokenExit(
     walk.logits(state),
     jnp.where(active, state.exit_layer, 0),
@@ -277,7 +282,11 @@ Rule = StepRule | Speculative
 
 @arguments.checked()
 def threshold_of(slack: float) -> float:
-  """The threshold 1 - lambda that stands for a slack; ValueError: it is not in [0, 1)."""
+  """The threshold 1 - lambda that stands for a slack.
+
+  Raises:
+    ValueError: the slack is not in [0, 1).
+  """
   if not 0 <= slack < 1:
     raise ValueError(
       f"Expected `slack` in [0, 1), got {slack}; 0 is exact, and 1 would accept every draft."
@@ -289,7 +298,10 @@ def threshold_of(slack: float) -> float:
 @arguments.checked()
 def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
   """The layers of 1 ... L after which a token may leave, the last excluded; None: all others.
-  ValueError: they are not ascending, or not within 1 ... L."""
+
+  Raises:
+    ValueError: they are not ascending, or not within 1 ... L.
+  """
   if allowed is None:
     return tuple(range(1, num_layers))
   ascending = list(allowed) == sorted(set(allowed))
@@ -302,8 +314,15 @@ def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int,
 
 
 def mapped_layers(rule: Any, num_layers: int, found: Collection[int]) -> tuple[int, ...]:
-  """Exit layers whose learned propagation a rule reads, ascending, () if none; ValueError where
-  the model has it, `found`, for fewer."""
+  """Exit layers whose learned propagation a rule reads, ascending; () if it reads none.
+
+  Args:
+    rule, num_layers: how a token goes through the layers 1 ... L.
+    found: exit layers for which a model has it.
+
+  Raises:
+    ValueError: the rule may leave at a layer for which the model has none.
+  """
   if not isinstance(getattr(rule, "propagation", None), propagation_lib.Learned):
     return ()
   asked = allowed_layers(rule.allowed, num_layers)

@@ -103,7 +103,11 @@ class FitOptions:
 
 
 def parse_budget(text: str) -> float:
-  """Seconds of '90s', '30m', '1.5h', '1h30m'; ValueError of what is no time."""
+  """Seconds of '90s', '30m', '1.5h', '1h30m'.
+
+  Raises:
+    ValueError: the text is no time.
+  """
   lower, units = text.strip().lower(), {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
   time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
   seconds = sum(float(number) * units[unit] for number, unit in time.findall(lower))
@@ -305,8 +309,14 @@ class Fit:
 def held_out(
   predictor: inference.Predictor, train: str | pathlib.Path | Rows, options: FitOptions
 ) -> tuple[Splits, dict[str, Any]]:
-  """Rows split as `fit` does where it trains, and their `length_limits` in the tokens of
-  `predictor`; ValueError: invalid rows, or too few of them."""
+  """Rows split as `fit` does where it trains, and their `length_limits`.
+
+  Args:
+    predictor: whose tokens are counted; `train` and `options` are those of `fit`.
+
+  Raises:
+    ValueError: invalid rows, or too few of them (says how many are needed).
+  """
   rows = read_rows(train, options)
   limits, _ = length_limits(predictor, rows, options.prefix)
   return split(rows, options, trains=True), limits

@@ -140,7 +140,7 @@ def test_scalars_reach_tensorboard(files, tmp_path):
 
 def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
   cases = {
-    "does not exist": ("TRAIN = 'missing.jsonl'", f"VOCABULARY_PATH = '{files[1]}'"),
+    "No such file": ("TRAIN = 'missing.jsonl'", f"VOCABULARY_PATH = '{files[1]}'"),
     "SentencePiece": (f"TRAIN = '{files[0]}'", "VOCABULARY_PATH = 'missing.model'"),
     "TRAIN = '...'": (f"VOCABULARY_PATH = '{files[1]}'", "TRAIN = %gin.REQUIRED"),
     "got INITIAL, which nothing reads": (*bindings(files), "INITIAL = 'model'"),

@@ -51,9 +51,15 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
-  """The engine that is fastest for a rule and a number of rows, of the batch or of one shard of
-  it; where that is symbolic (`jax.export`), `Eager`. `platform` is 'cpu', 'tpu', ...; None:
-  JAX's default. Unknown ones are treated like a CPU."""
+  """The engine that is fastest for a rule and a number of rows on a platform.
+
+  Args:
+    rule: how a token goes through the layers.
+    rows: of the batch, or of one shard of it; where it is symbolic (`jax.export`), `Eager`,
+      which need not know it.
+    platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is known of are
+      treated like a CPU.
+  """
   if not deferred.can_defer(rule) or not isinstance(rows, int):
     return Eager
   known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
