@@ -50,13 +50,13 @@ def test_no_file_and_no_function_is_long():
 BUDGETS = {
   "arguments.py": (176, 1),
   "calibrate": (5068, 22),
-  "checkpoints": (1017, 5),
+  "checkpoints": (1026, 5),
   "commands": (2258, 13),
   "console.py": (228, 1),
-  "data": (1671, 8),
-  "decode": (2154, 10),
-  "exits": (1094, 8),
-  "fitting": (2084, 7),
+  "data": (1674, 8),
+  "decode": (2160, 10),
+  "exits": (1113, 8),
+  "fitting": (2094, 7),
   "inference": (2297, 8),
   "paper": (1788, 5),
   "serve": (749, 4),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1212, 4),
   "training": (1488, 9),
 }
-WHOLE = {"calm": (27_081, 126), "tests": (22_297, 150), "scripts": (4_477, 25)}
+WHOLE = {"calm": (27_128, 126), "tests": (22_297, 150), "scripts": (4_477, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
