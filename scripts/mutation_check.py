@@ -28,10 +28,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = {
   "p_values": ("p_values_test", "betting_test"),
   "testing": ("testing_test", "risks_test", "configurations_test"),
-  "betting": ("betting_test", "order_edges_test"),
+  "betting": ("betting_test", "clusters_test"),
   "online": ("online_test",),
-  "generations/order": ("generations/order_test", "order_edges_test"),
-  "clusters": ("order_edges_test", "calibration_test", "risks_test"),
+  "clusters": ("clusters_test", "calibration_test", "risks_test"),
   "risks": ("risks_test", "configurations_test", "forgery_test"),
 }
 _OPERATORS = {

@@ -154,7 +154,7 @@ def cost(risk: bool):
 def cluster_means(generator, count):
   values = np.repeat(laws.text(generator, TOLERANCE, (count, COLUMNS)), 4, axis=0)
   groups = tuple(f"g{row // 4}" for row in range(len(values)))
-  return tested(generator, clusters.cluster_means(table(values), groups).values)
+  return tested(generator, clusters.means(values, groups)[1])
 
 
 def prompts_of_clusters(generator, count):

@@ -49,24 +49,24 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (5068, 22),
+  "calibrate": (4994, 21),
   "checkpoints": (1026, 5),
-  "commands": (2258, 13),
+  "commands": (2257, 13),
   "console.py": (228, 1),
   "data": (1674, 8),
   "decode": (2160, 10),
   "exits": (1113, 8),
-  "fitting": (2094, 7),
+  "fitting": (2093, 7),
   "inference": (2297, 8),
   "paper": (1788, 5),
-  "serve": (749, 4),
+  "serve": (748, 4),
   "signals.py": (91, 1),
   "storage.py": (448, 1),
   "t5": (3147, 17),
   "t5x": (1212, 4),
   "training": (1488, 9),
 }
-WHOLE = {"calm": (27_128, 126), "tests": (22_297, 150), "scripts": (4_477, 25)}
+WHOLE = {"calm": (27_051, 125), "tests": (22_290, 149), "scripts": (4_476, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -70,13 +70,9 @@ def plug_in_bets(losses: np.ndarray, design: Design) -> np.ndarray:
 
   (Waudby-Smith and Ramdas 2024, with 0 for their prior mean of 1/2: losses are small.)
   """
-  count = np.arange(2.0, len(losses) + 2.0)[:, None]
-  variance = losses - np.cumsum(losses, axis=0) / count
-  np.cumsum(np.square(variance, out=variance), axis=0, out=variance)
+  variance = _squares_before(losses)
   variance += PRIOR_VARIANCE
-  variance /= count
-  variance[1:] = variance[:-1].copy()
-  variance[0] = PRIOR_VARIANCE
+  variance /= np.arange(1.0, len(losses) + 1.0)[:, None]
   return design.pace / np.sqrt(np.maximum(variance, LEAST_VARIANCE, out=variance))
 
 
@@ -104,7 +100,10 @@ def hedge_bets(losses: np.ndarray, design: Design) -> np.ndarray:
     needed = design.target - wealth
     open_ = (highest < design.target) & (needed < 2.0 * design.target)
     aim = np.full(len(needed), design.pace)
-    aim[open_] = _price_ratio(needed[open_]) / math.sqrt(left)
+    z = special.ndtri_exp(-np.maximum(needed[open_], 1e-12))
+    # phi(z) / Phi(z) where log Phi(z) = -needed; without underflow.
+    ratio = math.sqrt(2.0 / math.pi) / special.erfcx(-z / math.sqrt(2.0))
+    aim[open_] = ratio / math.sqrt(left)
     gains, bets = design.tolerance - losses[rows], found[rows]
     counts = np.arange(row, row + len(bets)) + HEDGE_PRIOR_SIZE
     bets += prior
@@ -127,12 +126,6 @@ def _squares_before(losses: np.ndarray) -> np.ndarray:
   found[1:] = found[:-1].copy()
   found[0] = 0.0
   return found
-
-
-def _price_ratio(needed: np.ndarray) -> np.ndarray:
-  """phi(z) / Phi(z) where log Phi(z) = -needed; without underflow."""
-  z = special.ndtri_exp(-np.maximum(needed, 1e-12))
-  return math.sqrt(2.0 / math.pi) / special.erfcx(-z / math.sqrt(2.0))
 
 
 def _follow(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -111,10 +111,8 @@ class Calibration:
   @property
   def knob(self) -> str | float | None:
     """What is to be served: a knob, or a threshold; None is the full model."""
-    if not self.certified:
-      return None
-    place = [row.threshold for row in self.rows].index(self.threshold)
-    return self.knobs[place] if self.knobs else self.threshold
+    place = display.place(self)
+    return None if place is None else self.knobs[place] if self.knobs else self.threshold
 
   @property
   def methods(self) -> tuple[str, ...]:
@@ -135,12 +133,8 @@ class Calibration:
     """One field of `rows` as an array [num_thresholds]."""
     return np.array([getattr(row, name) for row in self.rows])
 
-  def __repr__(self) -> str:
-    return f"Calibration({display.in_short(self)})"
-
-  def __str__(self) -> str:
-    return display.as_text(self)
-
+  __repr__ = display.in_short
+  __str__ = display.as_text
   _repr_html_ = display.as_html
   to_frame = display.to_frame
   plot = display.plot
@@ -202,7 +196,7 @@ class Calibration:
       "threshold": thresholds_lib.parse_threshold(value["threshold"]),
       "support": Support(**value["support"]),
       "rows": [_of_json(Row, row) for row in value["rows"]],
-      "procedure": None if procedure is None else Procedure.from_json(procedure),
+      "procedure": None if procedure is None else Procedure(**procedure),
       "provenance": Provenance(**value["provenance"]),
       "promise": risks.from_json(value.get("promise", Mean().to_json())),
       "parts": [_of_json(Evidence, part) for part in value.get("parts", ())],

@@ -18,7 +18,6 @@ from calm.calibrate import checks, clusters, methods, planning, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate.calibration import Calibration
-from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
 from calm.calibrate.risks import Configurations, Part, Promise, Risk, SeveralRisks
@@ -94,7 +93,8 @@ def calibrate(
   checks.in_range("tolerance", tolerance, 0.0, 1.0)
   tables = [sample, *(risk.losses for risk in risks or ())]
   if groups is None:
-    groups = next(filter(None, map(clusters.declared_groups, tables)), None)
+    known = (clusters.known_groups(table.groups) for table in tables)
+    groups = next(filter(None, known), None)
   ignored = any(table.groups_ignored for table in tables)
   sample = dataclasses.replace(sample, groups=groups, groups_ignored=ignored)
   return _certify(
@@ -174,10 +174,10 @@ def calibrate_configurations(
     )
   several = {name: SeveralRisks(risks=of_family) for name, of_family in risks.items()}
   one, first = next(iter(several.values())), next(iter(risks.values()))[0].losses
-  groups, families = clusters.declared_groups(first), []
+  groups, families = clusters.known_groups(first.groups), []
   amounts, names, thresholds, procedures = [], [], [], []
   for name, of_family in several.items():
-    losses, table = risks[name][0].losses, checks.as_amounts(costs[name], "costs")
+    losses = risks[name][0].losses
     if of_family != one:
       wanted = list(zip(one.names, one.tolerances, strict=True))
       raise ValueError(
@@ -186,13 +186,9 @@ def calibrate_configurations(
     alike = losses.ids == first.ids and losses.groups == first.groups
     if len(losses.values) != len(first.values) or not alike:
       raise ValueError(f"Expected `risks` of the same prompts, got others in {name!r}.")
-    if table.shape != losses.values.shape:
-      raise ValueError(
-        f"Expected `costs` of {name!r} of shape {losses.values.shape}, got {table.shape}."
-      )
-    table = SequenceLosses(table, losses.thresholds, ids=losses.ids)
-    table = table if groups is None else clusters.cluster_means(table, groups)
-    amounts += table.values.mean(axis=0).tolist()
+    table = risks_lib.rows_of(costs[name], losses, f"costs[{name!r}]", table=True)
+    table = table if groups is None else clusters.means(table, groups)[1]
+    amounts += table.mean(axis=0).tolist()
     names += [f"{name} at {level:.10g}" for level in losses.thresholds]
     thresholds += losses.thresholds.tolist()
     procedures += [losses.procedure] * len(losses.thresholds)
@@ -269,44 +265,46 @@ class Run:
   error_rate: float  # epsilon
   randomized: bool = True  # whether a uniform may be drawn beside the losses
   largest_cluster: int = 0  # declared; 0: each cluster counts once
+  groups: Sequence[str] | None = None  # cluster of each row; None: rows are no clusters
   seeds: tuple[str, ...] = ()  # of the tested orders
+  # [num_examples] place of each row in each of these, where rows are no clusters.
+  ranks: tuple[np.ndarray, ...] = ()
 
-  def method_of(self, losses: SequenceLosses, groups: Sequence[str] | None) -> methods.Method:
+  def method_of(self, losses: SequenceLosses) -> methods.Method:
     """The p-value method for such losses."""
     if self.procedure not in testing.PROCEDURES:
       raise ValueError(
         f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
         f" {self.procedure!r}."
       )
-    units, any_level = clusters.unit_support(losses, groups), self.procedure != "fixed_sequence"
+    units, any_level = losses.support, self.procedure != "fixed_sequence"
+    if clusters.known_groups(self.groups):  # means of several losses of 0 or 1 are neither
+      units = dataclasses.replace(units, binary=False)
     options = {"any_level": any_level, "randomized": self.randomized}
     return methods.get_method(self.method, units, **options)
 
-  def test(self, part: Part, groups: Sequence[str] | None, names: Any) -> Evidence:
+  def test(self, part: Part) -> Evidence:
     """Tests one part, column by column where other rows count at each threshold."""
-    test, size = part.test, part.losses.values.shape[1]
-    losses = dataclasses.replace(part.losses, groups=groups, ids=names, knobs=())
-    chosen = self.method_of(losses, groups)
+    test, losses, groups = part.test, part.losses, self.groups
+    chosen, size = self.method_of(losses), losses.values.shape[1]
     if chosen.ordered:
       checks.in_range("tolerance", test.tolerance, -np.inf, losses.support.upper)
     usable = np.array([not _fault(losses, place) for place in range(size)])
     values, declared = chosen.prepare(losses.values, losses.support)
-    uniform = order_lib.seeded_uniform(self.seeds[0]) if self.randomized else 1.0
-    level, seeds, clustered = self.error_rate * test.share, self.seeds, np.array(groups or ())
-    ranks = []
-    if chosen.ordered and groups is None:
-      ranks = [np.argsort(order) for order in clusters.tested_orders(losses, seeds)]
+    uniform = clusters.seeded_uniform(self.seeds[0]) if self.randomized else 1.0
+    level, clustered = self.error_rate * test.share, np.array(groups or ())
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
     for rows, places in _alike(part.rows, size):
-      units, orders = values[:, places][rows], [np.argsort(rank[rows]) for rank in ranks]
+      units, orders = values[:, places][rows], [np.argsort(rank[rows]) for rank in self.ranks]
       if groups is not None:
         fill = float(test.tolerance)
         ids, units = clusters.means(units, clustered[rows], self.largest_cluster, fill)
-        orders = [order_lib.seeded_order(ids, seed) for seed in seeds if chosen.ordered]
+        orders = [clusters.seeded_order(ids, seed) for seed in self.seeds]
       design = chosen.design(test.tolerance, level, len(units), declared.upper, uniform)
       options = (units, declared, design, usable[places])
-      found = [chosen.evidence(*options, order) for order in orders or [None]]
+      orders = orders if chosen.ordered else [None]
+      found = [chosen.evidence(*options, order) for order in orders]
       log_p[places], bounds[places] = np.max(found, axis=0)
       means[places], counts[places] = units.mean(axis=0), len(units)
     binary = declared.binary and groups is None
@@ -349,14 +347,17 @@ def _certify(
   checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
   checks.warn_of_error_rate(run.error_rate)
   checks.check_seed(seed)
-  groups, grid = sample.groups, () if isinstance(promise, Configurations) else thresholds
-  ordered = not grid or any(run.method_of(part.losses, groups).ordered for part in parts)
-  seeds, names, drawn = (seed or clusters.order_seed(sample),), sample.ids, False
+  run, groups = dataclasses.replace(run, groups=sample.groups), sample.groups
+  grid = () if isinstance(promise, Configurations) else thresholds
+  ordered = not grid or any(run.method_of(part.losses).ordered for part in parts)
+  seeds, drawn, ranks = (seed or clusters.order_seed(sample),), False, ()
   if ordered:
     seeds, drawn = clusters.order_seeds(sample, seed)
-    names = clusters.names_of_rows(sample)
-  run = dataclasses.replace(run, randomized=run.randomized and drawn, seeds=seeds)
-  evidence = tuple(run.test(part, groups, names) for part in parts)
+    if groups is None:
+      ranks = tuple(map(np.argsort, clusters.tested_orders(sample, seeds)))
+  randomized = run.randomized and drawn
+  run = dataclasses.replace(run, randomized=randomized, seeds=seeds, ranks=ranks)
+  evidence = tuple(run.test(part) for part in parts)
   numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
   if groups is None and numbers_alone and not sample.groups_ignored:
     checks.warn_of_copies(sample.values)

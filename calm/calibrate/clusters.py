@@ -1,83 +1,86 @@
-"""The tested order of losses, and losses of whole clusters."""
+"""Clusters of prompts, their losses, and the order in which a test sees them.
+
+A betting test is valid if its order has nothing to do with losses: its seed is made of names
+and of what the prompts say, since a permutation of names alone is one fixed permutation.
+"""
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from calm.calibrate import checks
-from calm.calibrate.generations import order as order_lib
-from calm.calibrate.losses import SequenceLosses, Support
+from calm.calibrate.generations.records import Prompt
 
+if TYPE_CHECKING:
+  from calm.calibrate.losses import SequenceLosses
+
+# Unicode's Default_Ignorable_Code_Point: soft hyphens, joiners, marks of direction, ...
+_IGNORABLE = re.compile(
+  "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+  "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+  "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+# Tables (or lists of texts) of at most so many kinds hardly tell one draw from another.
+FEW_KINDS = 8
 _ORDERS = 16  # of which the least favourable counts, where rows are of few kinds
 
 
-def order_seeds(
-  losses: SequenceLosses, seed: str | None = None
-) -> tuple[tuple[str, ...], bool]:
-  """Hexadecimal seeds of the orders in which rows, or clusters, are tested.
+# ---- Which prompts are a cluster
 
-  Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1 fixed
-  orders, with a level of up to 0.26 where 0.05 is promised. There 16 orders are tested and the
-  largest p-value counts. Another `seed` than that of the contents is of one order. Returns
-  seeds, of which the first is kept, and whether it is as good as drawn.
+
+def fold_text(text: str) -> str:
+  """Unicode's NFKC_Casefold of a text, with every run of white space as one space."""
+  if not text.isascii():
+    text = _IGNORABLE.sub("", text)
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+  return " ".join(text.casefold().split())
+
+
+def letters(text: str) -> str:
+  """What twins share: the text in lower case without punctuation, symbols and spaces."""
+  folded = fold_text(text)
+  others = {ord(c): None for c in set(folded) if unicodedata.category(c)[0] not in "LMN"}
+  return folded.translate(others) or text
+
+
+def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+  """[num_rows] cluster of each row: rows of one name, or of equal text, are in one.
+
+  A cluster has the name that is first of its names, sorted. '' is equal to no text.
   """
-  kinds = order_lib.FEW_KINDS + 1
-  if not losses.contents:
-    # A digest of the losses, where no text of a prompt is known.
-    digests = order_lib.content_digests(_units(losses))
-    contents = order_lib.digest_of_digests(digests)
-    kinds = len(np.unique(digests))
-    losses = dataclasses.replace(losses, contents=contents)
-  own = order_seed(losses)
-  if seed not in (None, own):
-    return (seed,), True
-  drawn = kinds > order_lib.FEW_KINDS
-  many = range(1, 1 if drawn or kinds == 1 else _ORDERS)
-  more = (hashlib.sha256(f"{own}/{number}".encode()) for number in many)
-  return (own, *(digest.hexdigest()[:16] for digest in more)), drawn
+  parent: dict[str, str] = {}
+
+  def root(name: str) -> str:
+    while (above := parent.setdefault(name, name)) != name:
+      parent[name] = name = parent[above]
+    return name
+
+  first: dict[str, str] = {}
+  for name, text in zip(names, texts, strict=True):
+    if text:
+      a, b = sorted((root(name), root(first.setdefault(text, name))))
+      parent[b] = a
+  return tuple(map(root, names))
 
 
-def order_seed(losses: SequenceLosses) -> str:
-  """Hexadecimal seed of ids, contents and procedure, for rows or clusters."""
-  names = losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
-  units = names if losses.groups is None else tuple(set(losses.groups))
-  return order_lib.order_seed(units, losses.procedure, losses.contents)
+def prompt_clusters(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+  """[num_prompts] cluster of each prompt: those of one group, or of equal `fold_text`."""
+  names = [f"prompt {p.id}" if p.group is None else p.group for p in prompts]
+  return join_equal(names, [fold_text(prompt.input) for prompt in prompts])
 
 
-def _units(losses: SequenceLosses) -> Iterator[bytes]:
-  """Rows, or cluster means, as bytes; -0 is 0."""
-  units = losses if losses.groups is None else cluster_means(losses, losses.groups)
-  blocks = checks.row_blocks(units.values)
-  return (row.tobytes() for block in blocks for row in block + 0.0)
+def known_groups(names: Sequence[str] | None) -> tuple[str, ...] | None:
+  """Names of clusters, or None where every row is a cluster of its own."""
+  return tuple(names) if names is not None and len(set(names)) < len(names) else None
 
 
-def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:
-  """Ids; without them numbers that rows keep however they are stored."""
-  if losses.ids:
-    return losses.ids
-  digests = order_lib.content_digests(_units(dataclasses.replace(losses, groups=None)))
-  places = np.argsort(np.argsort(digests, kind="stable"), kind="stable")
-  return tuple(f"{place:09d}" for place in places.tolist())
-
-
-def tested_orders(losses: SequenceLosses, seeds: Sequence[str]) -> list[np.ndarray]:
-  """Row numbers of `losses` (units by now) in each of the tested orders."""
-  names = names_of_rows(losses)
-  return [order_lib.seeded_order(names, seed) for seed in seeds]
-
-
-def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:
-  """The groups that `losses` carry, or None where each prompt is a cluster of its own."""
-  groups = losses.groups
-  return None if groups is None or len(set(groups)) == len(groups) else groups
-
-
-def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
-  """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1."""
-  binary = losses.support.binary and (groups is None or len(set(groups)) == len(groups))
-  return dataclasses.replace(losses.support, binary=binary)
+# ---- Their losses
 
 
 def means(
@@ -102,8 +105,90 @@ def means(
   return names.tolist(), found
 
 
-def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLosses:
-  """The losses of clusters: `means` over their prompts."""
-  ids, values = means(losses.values, groups)
-  support = unit_support(losses, groups)
-  return dataclasses.replace(losses, values=values, support=support, ids=ids, groups=None)
+# ---- The order
+
+
+def content_digests(contents: Iterable[bytes]) -> np.ndarray:
+  """[number of contents] SHA-256 of each, 32 bytes."""
+  return np.fromiter((hashlib.sha256(content).digest() for content in contents), "S32")
+
+
+def digest_of_digests(digests: np.ndarray) -> str:
+  """SHA-256 (hexadecimal) of several digests, whatever their order."""
+  return hashlib.sha256(np.sort(digests).tobytes()).hexdigest()
+
+
+def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
+  """Digest of what prompts say, whatever their order and names.
+
+  Where an input is missing it is of the full model's texts too, '' if these are of few kinds.
+  """
+  texts = [prompt.input for prompt in prompts]
+  if not all(texts):
+    texts = [f"{p.input}\0{text}" for p, text in zip(prompts, predictions, strict=True)]
+    if len(set(texts)) <= FEW_KINDS:
+      return ""
+  return digest_of_digests(content_digests(text.encode() for text in texts))
+
+
+def order_seed(losses: "SequenceLosses") -> str:
+  """Hexadecimal seed (16 digits) of ids, contents and procedure, for rows or clusters."""
+  procedure, names = losses.procedure, losses.groups or losses.ids
+  digest = hashlib.sha256(b"null" if procedure is None else procedure.digest().encode("ascii"))
+  digest.update(losses.contents.encode("ascii"))
+  for name in sorted(set(names or (f"{row:09d}" for row in range(len(losses.values))))):
+    digest.update(b"\n" + name.encode("utf-8"))
+  return digest.hexdigest()[:16]
+
+
+def order_seeds(
+  losses: "SequenceLosses", seed: str | None = None
+) -> tuple[tuple[str, ...], bool]:
+  """Hexadecimal seeds of the orders in which rows, or clusters, are tested.
+
+  Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1 fixed
+  orders, with a level of up to 0.26 where 0.05 is promised. There 16 orders are tested and the
+  largest p-value counts. Another `seed` than that of the contents is of one order. Returns
+  seeds, of which the first is kept, and whether it is as good as drawn.
+  """
+  kinds = FEW_KINDS + 1
+  if not losses.contents:
+    # A digest of the losses, where no text of a prompt is known.
+    groups, values = losses.groups, losses.values
+    digests = _row_digests(values if groups is None else means(values, groups)[1])
+    kinds = len(np.unique(digests))
+    losses = dataclasses.replace(losses, contents=digest_of_digests(digests))
+  own = order_seed(losses)
+  if seed not in (None, own):
+    return (seed,), True
+  drawn = kinds > FEW_KINDS
+  many = range(1, 1 if drawn or kinds == 1 else _ORDERS)
+  more = (hashlib.sha256(f"{own}/{number}".encode()) for number in many)
+  return (own, *(digest.hexdigest()[:16] for digest in more)), drawn
+
+
+def _row_digests(values: np.ndarray) -> np.ndarray:
+  """SHA-256 of each row; -0 is 0."""
+  blocks: Iterator[np.ndarray] = checks.row_blocks(values)
+  return content_digests(row.tobytes() for block in blocks for row in block + 0.0)
+
+
+def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
+  """[num_examples] row numbers sorted by SHA-256 of seed and (unique) name."""
+  keys = content_digests(f"{seed}\n{name}".encode() for name in names)
+  return np.argsort(keys, kind="stable")
+
+
+def tested_orders(losses: "SequenceLosses", seeds: Sequence[str]) -> list[np.ndarray]:
+  """Row numbers of `losses` in each of the tested orders, however they are stored."""
+  names = losses.ids
+  if not names:  # numbers that rows keep
+    places = np.argsort(np.argsort(_row_digests(losses.values), kind="stable"), kind="stable")
+    names = [f"{place:09d}" for place in places.tolist()]
+  return [seeded_order(names, seed) for seed in seeds]
+
+
+def seeded_uniform(seed: str) -> float:
+  """A number in (0, 1) that is drawn beside the order of a seed."""
+  digits = hashlib.sha256(f"{seed}/uniform".encode()).hexdigest()[:13]
+  return (int(digits, 16) + 0.5) / 16.0**13

@@ -53,10 +53,10 @@ def in_short(calibration: Any) -> str:
   """What a calibration says, in a few words."""
   certified = sum(row.rejected for row in calibration.rows)
   return (
-    f"threshold={format_threshold(calibration.threshold)},"
+    f"Calibration(threshold={format_threshold(calibration.threshold)},"
     f" tolerance={calibration.tolerance:g}, error_rate={calibration.error_rate:g}:"
     f" {title(calibration)}; {certified} of {len(calibration.rows)} thresholds certified on"
-    f" {calibration.num_examples} {calibration.unit}"
+    f" {calibration.num_examples} {calibration.unit})"
   )
 
 

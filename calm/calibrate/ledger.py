@@ -3,15 +3,15 @@
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from calm import arguments, storage
-from calm.calibrate import checks
+from calm.calibrate import checks, clusters
 from calm.calibrate.calibration import Calibration
-from calm.calibrate.generations import order
 from calm.calibrate.generations.records import Prompt
 
 # A fit has its ledger in its folder `fit`, where earlier versions wrote the other file.
@@ -59,7 +59,7 @@ def record(
   folders `around` (by default `folder`) are read too. ValueError where the own one is damaged.
   """
   path = pathlib.Path(folder).resolve() / LEDGER
-  texts = [order.letters(row).encode("utf-8", "surrogatepass") for row in rows]
+  texts = [clusters.letters(row).encode("utf-8", "surrogatepass") for row in rows]
   value = {
     "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "question": dict(question),
@@ -75,29 +75,38 @@ def record(
   same = [old["error_rate"] for old in own if old["key"] == line["key"]]
   if not only_look and same[-1:] != [error_rate]:
     storage.append(path, storage.dump_line(value).encode("utf-8"))
-  earlier = [*_beside(path, around or (path.parent,)), *own]
-  return _describe(line, [old for old in earlier if set(old["rows"]) & set(line["rows"])])
+  homes = {pathlib.Path(home).resolve() for home in around or (path.parent,)}
+  beside = {
+    found
+    for base in homes | {home.parent for home in homes}
+    for at, name in itertools.product(("", "*/", f"*/{FIT}/"), (LEDGER, EARLIER))
+    for found in base.glob(at + name)
+  }
+  earlier = []
+  for other in sorted(beside - {path})[:_MOST_FILES]:
+    with contextlib.suppress(*_DAMAGE, OSError):  # what cannot be read is left out
+      if other.is_file() and other.stat().st_size <= _MOST_BYTES:
+        earlier += list(_read(other))
+  return _describe(line, [old for old in earlier + own if {*old["rows"]} & {*line["rows"]}])
 
 
 def _describe(line: Mapping[str, Any], earlier: list[dict[str, Any]]) -> str:
   latest = {old["key"]: old for old in sorted(earlier, key=lambda old: old["when"])}
-  others = [old for key, old in latest.items() if key != line["key"]]
-  if not others:
+  latest.pop(line["key"], None)
+  if not latest:
     return ""
-  number, total = len(others) + 1, sum(old["error_rate"] for old in (*others, line))
-  whole = max(old["error_rate"] for old in (*earlier, line))
-  listed = []
-  for old in others[:_MOST_LISTED]:
+  number, total = len(latest) + 1, sum(old["error_rate"] for old in (*latest.values(), line))
+  whole, listed = max(old["error_rate"] for old in (*earlier, line)), []
+  for old in latest.values():
     words = map(old["question"].get, ("kind", "metric", "measure", "method", FIT))
     names = ", ".join(str(word) for word in words if word) or "another"
     within = old["question"].get("tolerance")
     listed.append(f"{names} within {within} at {old['error_rate']:g} on {old['count']} rows")
-  more = "; ..." * (len(others) > _MOST_LISTED)
+  listed[_MOST_LISTED:] = ["..."] * (len(listed) > _MOST_LISTED)
   said = (
-    f"Some or all of these rows were calibrated on before ({LEDGER}):"
-    f" {'; '.join(listed)}{more}. Each promise holds by itself. The one that is served because"
-    f" it came out best of these fails with probability up to {min(1.0, total):.4g}, the sum of"
-    " their error rates"
+    f"Some or all of these rows were calibrated on before ({LEDGER}): {'; '.join(listed)}. Each"
+    " promise holds by itself. The one that is served because it came out best of these fails"
+    f" with probability up to {min(1.0, total):.4g}, the sum of their error rates"
   )
   if total <= whole * (1.0 + 1e-9):
     return f"{said}."
@@ -106,18 +115,6 @@ def _describe(line: Mapping[str, Any], earlier: list[dict[str, Any]]) -> str:
     f" {number} again with --error_rate={whole / number:.4g} (error_rate / k), with which all"
     f" hold at once with probability {1.0 - whole:.4g}."
   )
-
-
-def _beside(own: pathlib.Path, around: Iterable[str | pathlib.Path]) -> Iterator[Any]:
-  """Lines of ledgers beside, above and below folders; what cannot be read is left out."""
-  homes = {pathlib.Path(folder).resolve() for folder in around}
-  places = [f"{at}{name}" for at in ("", "*/", f"*/{FIT}/") for name in (LEDGER, EARLIER)]
-  bases = homes | {home.parent for home in homes}
-  found = {path for place in places for base in bases for path in base.glob(place)}
-  for path in sorted(found - {own})[:_MOST_FILES]:
-    with contextlib.suppress(*_DAMAGE, OSError):
-      if path.is_file() and path.stat().st_size <= _MOST_BYTES:
-        yield from list(_read(path))
 
 
 def _read(path: pathlib.Path) -> Iterator[dict[str, Any]]:

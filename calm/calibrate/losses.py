@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from calm import arguments, signals
-from calm.calibrate import checks, metrics
+from calm.calibrate import checks, clusters, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import Generations, predictions
-from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.procedure import Procedure
 from calm.calibrate.generations.records import Prompt, Record
 
@@ -141,7 +140,7 @@ def compute(
       f" incomplete ones at {short[:5]}; generate the rest."
     )
   values = np.stack(prefix_losses(generations, kind, metric=metric, progress=progress), axis=1)
-  groups = order_lib.known_groups(prompts)
+  groups = clusters.known_groups(clusters.prompt_clusters(prompts))
   if groups is None and not all(prompt.input for prompt in prompts):
     # Copies of a prompt have one text of the full model, too.
     numbers: dict[str, int] = {}
@@ -156,7 +155,7 @@ def compute(
     ids=generations.ids,
     groups=groups,
     procedure=generations.procedure,
-    contents=order_lib.run_digest(prompts, predictions(generations.full)),
+    contents=clusters.run_digest(prompts, predictions(generations.full)),
     knobs=generations.knobs,
   )
 

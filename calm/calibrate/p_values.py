@@ -73,9 +73,9 @@ def _log_binomial_cdf(counts: np.ndarray, sizes: np.ndarray, probabilities: np.n
   cdf = np.asarray(np.where(counts < sizes, incomplete, 1.0))
   tiny = ~(cdf > _TINY)
   log_cdf = np.array(np.log(np.where(tiny, 1.0, cdf)))
-  for (size, probability), _ in _groups(sizes[tiny], probabilities[tiny]):
-    at = tiny & (sizes == size) & (probabilities == probability)
-    log_cdf[at] = log_binomial_cdf_table(int(size), probability)[counts[at]]
+  for (size, probability, far), at in _groups(sizes, probabilities, tiny):
+    if far:
+      log_cdf[at] = log_binomial_cdf_table(int(size), probability)[counts[at]]
   return log_cdf
 
 

@@ -133,10 +133,10 @@ def refusal(
   """Why so few prompts (or `unit`), below `method_size`, can certify nothing, or ''."""
   support = support or Support()
   own = method_size(method, tolerance, error_rate, support=support, share=share)
+  if own is not None and num_examples >= own:
+    return ""
   chosen = methods.get_method(method, support, any_level=share < 1.0)
   needed = _floor(chosen, support, tolerance, error_rate * share)
-  if own is not None and num_examples >= max(own, needed):
-    return ""
   own = own or f"more than {_MOST_PROMPTS}"
   least = needed if num_examples < needed else own
   few = " (at most half of all draws would certify)" if chosen.randomized else ""

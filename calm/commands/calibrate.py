@@ -27,11 +27,11 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import generations, ledger, methods, metrics, testing
+from calm.calibrate import clusters, generations, ledger, methods, metrics, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import foreign, order
+from calm.calibrate.generations import foreign
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     "testing_procedure": arguments.testing,
     "largest_cluster": arguments.largest_cluster or 0,
   }
-  groups = order.known_groups(cached.prompts)
+  groups = clusters.known_groups(clusters.prompt_clusters(cached.prompts))
   if groups is not None:
     counted = "which count once each: the guarantee is about clusters."
     if arguments.ungrouped:

@@ -32,8 +32,7 @@ from typing import Any
 from rich import console as rich_console
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, thresholds
-from calm.calibrate.generations import order
+from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, clusters, thresholds
 from calm.commands import flags, merge
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, rate, sanitize
@@ -229,7 +228,7 @@ class Serving:
     way = {"threshold": self._threshold, "rule": self._rule}
     if self._online is not None:
       # Prompts of one group, and prompts that say the same, are checked once.
-      ids = [order.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
+      ids = [clusters.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
       way = {"online": self._online, "ids": ids}
     return self._predictor.generate([prompt.input for prompt in chunk], parts=parts, **way)
 

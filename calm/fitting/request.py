@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from calm import arguments, inference, storage
-from calm.calibrate import Prompt, losses, metrics, planning
-from calm.calibrate.generations import order
+from calm.calibrate import Prompt, clusters, losses, metrics, planning
 from calm.console import Report
 from calm.data import prompt_files
 from calm.inference import grid, result_cache
@@ -194,9 +193,9 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
   tolerance, error_rate = options.tolerance, options.error_rate
   lower = losses.kind_support(options.kind, options.metric).lower
   names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
-  texts = [order.letters(row.input) for row in rows]
+  texts = [clusters.letters(row.input) for row in rows]
   members: dict[str, list[Prompt]] = {}
-  for row, name in zip(rows, order.join_equal(names, texts), strict=True):
+  for row, name in zip(rows, clusters.join_equal(names, texts), strict=True):
     members.setdefault(name, []).append(row)
   needed = max(
     planning.min_calibration_size(tolerance, error_rate, lower=low) for low in (lower, 0.0)

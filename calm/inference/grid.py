@@ -27,13 +27,13 @@ from calm.calibrate import (
   Provenance,
   Record,
   calibrate,
+  clusters,
   generations,
   metrics,
   planning,
 )
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import order
 from calm.data import prompt_files
 from calm.decode import loop
 from calm.inference import options as options_lib
@@ -314,7 +314,7 @@ def certify(
   """
   prompts, kind = prompt_files.prompts_of(prompts), kind_of(consistency)
   support = sequence_losses.kind_support(kind, metric)
-  count = len(set(order.prompt_clusters(prompts)))
+  count = len(set(clusters.prompt_clusters(prompts)))
   unit = "prompts" if count == len(prompts) else "clusters of prompts"
   if count < len(prompts):  # means of several losses of 0 or 1 are neither
     support = dataclasses.replace(support, binary=False)
@@ -362,7 +362,7 @@ def serve_online(
       "Expected `online` to be a state of this model under these options, got another's;"
       " open it with `Predictor.online`."
     )
-  names = [order.fold_text(text) for text in texts] if ids is None else ids
+  names = [clusters.fold_text(text) for text in texts] if ids is None else ids
   if len(names) != len(texts):
     raise ValueError(f"Expected `ids` of {len(texts)} texts, got {len(names)}.")
   served = online.threshold

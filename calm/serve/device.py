@@ -15,8 +15,7 @@ import numpy as np
 from rich import console as rich_console
 
 from calm import exits, inference
-from calm.calibrate import NEVER_EXIT, Online, thresholds
-from calm.calibrate.generations import order
+from calm.calibrate import NEVER_EXIT, Online, clusters, thresholds
 from calm.console import Progress, print_text
 from calm.data import prompt_batches
 from calm.decode import program
@@ -299,7 +298,7 @@ class Device(threading.Thread):
     """Decodes a prompt, if it is drawn, at full depth and at every open threshold."""
     assert self.online is not None
     try:
-      if self.online.should_check(name := order.fold_text(prompt)):
+      if self.online.should_check(name := clusters.fold_text(prompt)):
         grid.observe(self.model, self.online, {name: prompt})
     except Exception as error:  # no reason to stop serving
       self.say(f"A check failed: {type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate import Support, methods, p_values
+from calm.calibrate import Support, clusters, methods, p_values
 from calm.calibrate.betting import (
   Design,
   _follow,
@@ -19,7 +19,6 @@ from calm.calibrate.betting import (
   log_wealth,
   upper_bound,
 )
-from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 
@@ -202,6 +201,6 @@ def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
 
 
 def test_a_seed_draws_one_uniform():
-  drawn = [order.seeded_uniform(f"{number:04x}") for number in range(4000)]
+  drawn = [clusters.seeded_uniform(f"{number:04x}") for number in range(4000)]
   assert len(set(drawn)) == 4000 and stats.kstest(drawn, "uniform").pvalue > 0.01
-  assert order.seeded_uniform("0001") == drawn[1]
+  assert clusters.seeded_uniform("0001") == drawn[1]

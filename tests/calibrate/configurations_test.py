@@ -114,7 +114,7 @@ def test_families_that_differ_are_refused():
     ([], {}, "at least one family, each with a table of `costs`"),
     (grouped["state"], {}, "the same prompts, got others"),
     ([replace(r, tolerance=0.3) for r in state], {}, "of every family"),
-    (state, {"state": [1.0]}, "`costs` of 'state' of shape"),
+    (state, {"state": [1.0]}, r"`costs\['state'\]` of shape"),
     (wide, {}, "`risks` with one support of 'texts', got several"),
   ):
     families_ = {} if changed == {} else {**several, "state": changed}

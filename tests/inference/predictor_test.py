@@ -171,7 +171,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model, tmp_pat
     (tmp_path / "inference.json").write_text(json.dumps(options_lib.to_stored(other.options)))
     assert options_lib.stored_options(tmp_path)[name] == value
     assert sizes(other) == ({4} if rounds else {4, 1})
-    stored = calibrate.Procedure.from_json(json.loads(json.dumps(other.procedure.to_json())))
+    stored = calibrate.Procedure(**json.loads(json.dumps(other.procedure.to_json())))
     same = dataclasses.replace(model, options=inference.options_of(stored))
     assert same.procedure == other.procedure
   narrow = model.changed(config=dataclasses.replace(model.config, dtype="bfloat16"))

@@ -13,7 +13,6 @@ from calm.calibrate import (
   methods,
   testing,
 )
-from calm.calibrate.generations import order
 from calm.paper import experiments
 from tests.calibrate import laws
 
@@ -103,7 +102,7 @@ def test_a_pool_chooses_what_calibrate_chooses():
   made = losses(np.linspace(0.0, 0.3, len(FINE)), 300, ids=ids, contents="ab")
   (seed,), _ = clusters.order_seeds(made)
   tested = np.stack(clusters.tested_orders(made, [seed]))
-  uniforms = np.array([order.seeded_uniform(seed)])
+  uniforms = np.array([clusters.seeded_uniform(seed)])
   _, (columns,) = choose(made, "auto", tested, TOLERANCES, 0.05, uniforms)
   for tolerance, column in zip(TOLERANCES, columns, strict=True):
     found = calibrate(made, tolerance=tolerance, error_rate=0.05)

@@ -201,7 +201,7 @@ def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None
 def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
   """The procedure in a manifest, or None."""
   value = manifest.get("procedure")
-  return None if value is None else Procedure.from_json(value)
+  return None if value is None else Procedure(**value)
 
 
 def check_checksums(
@@ -477,46 +477,27 @@ def open_writer(
     "prompt_ids": ids,
     "checksums": {},
   }
-  lines = (storage.dump_line(prompt.to_json()).encode() for prompt in prompts)
-  lock, there = claim(directory, manifest, lines)
-  if there is not None:
-    # Records that were edited must not be written into new checksums.
-    check_checksums(directory, there.get("checksums") or {})
-    # The story begins with the first run, and records are marked with its procedure.
-    manifest |= {name: there.get(name) for name in ("provenance", "procedure")}
-  # Resuming reopens a finished run: its checksums are written again by `finish`.
-  write_manifest(directory, manifest)
-  return Writer(directory, manifest, lock)
-
-
-def claim(
-  directory: pathlib.Path, manifest: Mapping[str, Any], prompts: Iterable[bytes]
-) -> tuple[storage.Lock, dict[str, Any] | None]:
-  """Takes a folder for the run of a manifest, and writes its prompts (lines of prompts.jsonl).
-
-  Returns the lock, and the manifest of the same run that is there, if any. Errors are those of
-  `open_writer`.
-  """
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     text = f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror}"
     raise OSError(f"{text}; choose a folder that can be written.") from error
-  path, text = directory / PROMPTS, b"".join(prompts)
-  names = (MANIFEST, *file_names(manifest["thresholds"]))
-  storage.refuse_planted_links(directory / name for name in names)
-  lock = storage.lock(directory)
-  there = read_manifest(directory) if (directory / MANIFEST).exists() else None
-  differ = there and describe_differences(
-    manifest_procedure(there), manifest_procedure(manifest)
-  )
-  for name in ("thresholds", "prompt_ids", "sequential") if there else ():
-    ours, theirs = (one.get(name, False) for one in (manifest, there or {}))
-    if ours != theirs:
-      differ = differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"
+  storage.refuse_planted_links(directory / name for name in (MANIFEST, *file_names(grid)))
+  lock, differ = storage.lock(directory), ""
+  if (directory / MANIFEST).exists():
+    there = read_manifest(directory)
+    differ = describe_differences(manifest_procedure(there), procedure)
+    for name in ("thresholds", "prompt_ids", "sequential"):
+      ours, theirs = manifest.get(name, False), there.get(name, False)
+      if ours != theirs:
+        differ = differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"
+    # The story begins with the first run, and records are marked with its procedure.
+    manifest |= {name: there.get(name) for name in ("provenance", "procedure", "checksums")}
+  path = directory / PROMPTS
+  lines = b"".join(storage.dump_line(prompt.to_json()).encode() for prompt in prompts)
   fresh = not path.exists()
   if not fresh and (
-    path.stat().st_size != len(text) or storage.content(path, len(text)) != text
+    path.stat().st_size != len(lines) or storage.content(path, len(lines)) != lines
   ):
     differ = differ or f"other prompts in {PROMPTS}, which would be replaced"
   if differ:
@@ -525,5 +506,9 @@ def claim(
       " folder (--output), or the options of the run that is there."
     )
   if fresh:
-    storage.write_atomically(path, text)
-  return lock, there
+    storage.write_atomically(path, lines)
+  # Records that were edited must not be written into new checksums.
+  check_checksums(directory, manifest["checksums"] or {})
+  # Resuming reopens a finished run: its checksums are written again by `finish`.
+  write_manifest(directory, manifest | {"checksums": {}})
+  return Writer(directory, manifest, lock)

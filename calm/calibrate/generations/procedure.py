@@ -76,15 +76,13 @@ class Procedure:
         raise ValueError(f"Expected `{name}` to be a dict with a 'name', got {value!r}.")
 
   def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values, without those that are None in files of earlier versions."""
+    """All fields as JSON values, without those that are None in files of earlier versions.
+
+    `Procedure(**value)` is the inverse; TypeError where a field is missing or unknown.
+    """
     value = _plain(dataclasses.asdict(self), "procedure")
     # What was digested before there was such a field keeps its digest.
     return {name: v for name, v in value.items() if v is not None or name not in _ADDED}
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> "Procedure":
-    """The inverse of `to_json`; TypeError where a field is missing or unknown."""
-    return cls(**value)
 
   def digest(self) -> str:
     """SHA-256 (hexadecimal) of all fields."""

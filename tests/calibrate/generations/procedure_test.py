@@ -51,7 +51,7 @@ def test_same_fields_are_the_same_procedure_whatever_their_containers():
 def test_files_from_before_platforms_were_recorded_are_still_read():
   old = dataclasses.replace(BASE, platform=None, matmul_precision=None)
   assert {"platform", "matmul_precision", "weights_dtype"}.isdisjoint(old.to_json())
-  assert procedure.Procedure.from_json(old.to_json()) == old
+  assert procedure.Procedure(**old.to_json()) == old
   assert describe_differences(old, BASE) == ""
   # What older versions stored is known: another dtype of the weights is another procedure.
   narrow = dataclasses.replace(BASE, weights_dtype="bfloat16")
@@ -86,6 +86,6 @@ def test_json_round_trip_through_text():
 )
 def test_malformed_procedures_are_refused(change, message):
   with pytest.raises((TypeError, ValueError), match=message):
-    procedure.Procedure.from_json({**BASE.to_json(), **change})
+    procedure.Procedure(**{**BASE.to_json(), **change})
   with pytest.raises(ValueError, match="Expected `num_examples` from 0, got -1"):
     procedure.Provenance(num_examples=-1)

@@ -1,13 +1,17 @@
-"""Whatever order a table is stored in, a test keeps its level."""
+"""Clusters of prompts and the order of tests: however a table is stored, the level holds."""
 
 import dataclasses
+import itertools
 import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from calm.calibrate import (
+  Prompt,
   SequenceLosses,
   Support,
   calibrate,
@@ -17,7 +21,6 @@ from calm.calibrate import (
   clusters,
   methods,
 )
-from calm.calibrate.generations import order
 from calm.calibrate.risks import Risk
 from tests.calibrate import laws
 
@@ -170,7 +173,7 @@ def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, m
 
 
 def test_places_are_those_of_sha256_whatever_the_version_of_numpy():
-  assert order.seeded_order([f"id-{i}" for i in range(8)], "0123456789abcdef").tolist() == [
+  assert clusters.seeded_order([f"id-{i}" for i in range(8)], "0123456789abcdef").tolist() == [
     *(7, 2, 3, 5, 0, 6, 4, 1)
   ]
 
@@ -220,3 +223,65 @@ def test_copied_prompts_are_warned_of():
   risk = Risk(SequenceLosses(values, [0.9, 0.5]), 0.2, "risk")
   with pytest.warns(UserWarning, match="as copies of a prompt do"):
     calibrate_configurations({"a": [risk]}, {"a": values}, error_rate=0.05)
+
+
+def known(prompts):
+  return clusters.known_groups(clusters.prompt_clusters(prompts))
+
+
+def test_a_prompt_without_a_group_beside_others_is_a_cluster_of_its_own():
+  grouped, also, bare = Prompt("x", "", (), "g"), Prompt("z", "", (), "g"), Prompt("y", "")
+  assert known([bare, Prompt("w", "")]) is None  # inputs that nobody knows
+  assert known([grouped, bare]) is None
+  assert clusters.prompt_clusters([grouped, bare]) == ("g", "prompt y")
+  assert known([grouped, bare, also]) == ("g", "prompt y", "g")
+
+
+def test_inputs_that_are_equal_but_for_form_case_and_space_are_one():
+  texts = [
+    "Straße  7",
+    " STRASSE\u00a07\n",
+    "\ufeffstras\u00adse ７",
+    "strasse 8",
+    "x",
+    "X\u200b",
+  ]
+  prompts = [Prompt(f"p{i}", text) for i, text in enumerate(texts)]
+  assert known(prompts) == (*["prompt p0"] * 3, "prompt p3", *["prompt p4"] * 2)
+  assert known(prompts[2:5]) is None
+
+
+@given(st.text(max_size=12))
+def test_folding_a_text_twice_changes_nothing(text):
+  folded = clusters.fold_text(text)
+  assert clusters.fold_text(folded) == folded
+  assert clusters.fold_text(f"\n{text}\t ") == folded
+
+
+def test_clusters_are_joined_by_groups_and_by_inputs():
+  """p0 and p1 share a group, p1 and p2 an input, p2 and p3 a group: one cluster, any order."""
+  prompts = [
+    Prompt("p0", "a", (), "g"),
+    Prompt("p1", "b", (), "g"),
+    Prompt("p2", "B", (), "f"),
+    Prompt("p3", "c", (), "f"),
+    Prompt("p4", "d", (), "h"),
+  ]
+  for rows in itertools.permutations(prompts):
+    found = dict(zip([p.id for p in rows], clusters.prompt_clusters(rows), strict=True))
+    assert found == {"p0": "f", "p1": "f", "p2": "f", "p3": "f", "p4": "h"}
+
+
+def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
+  made = lambda *ids, **more: SequenceLosses([[0.0]] * 2, [0.5], ids=ids, **more)
+  variants = ({}, {"contents": "contents"}, {"procedure": laws.procedure()})
+  seeds = [clusters.order_seed(made("a", "b", **more)) for more in variants]
+  seeds.append(clusters.order_seed(made("a", "c")))
+  assert len(set(seeds)) == 4 and clusters.order_seed(made("b", "a")) == seeds[0]
+  assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
+
+
+def test_texts_stand_for_inputs_that_are_missing_where_they_are_of_many_kinds():
+  some = [Prompt("p0", "a"), *(Prompt(f"p{row}", "") for row in range(1, 9))]
+  assert clusters.run_digest(some[1:], "bcdefghi") == ""  # eight kinds
+  assert len({clusters.run_digest(some, texts) for texts in ("abcdefghi", "abcdefghj")}) == 2
