@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits, inference
-from calm.data import datasets, prompt_batches
+from calm.data import prompt_batches, prompt_files
 from calm.decode import program
 from calm.exits import confidence
 from calm.t5 import eight_bits, network, parameters
@@ -155,7 +155,7 @@ def batches(model: Model, setting: Setting) -> list[np.ndarray]:
     size = (setting.batch_size, setting.input_length)
     return [generator.integers(3, model.config.vocab_size, size).astype(np.int32)]
   path = inference.PACKED / "prompts_unseen.jsonl"
-  examples = datasets.read_examples(path, require_target=False)[: setting.num_prompts]
+  examples = prompt_files.open_prompts(path)[: setting.num_prompts]
   rows = prompt_batches.tokenize(
     [example.input for example in examples],
     model.predictor.vocabulary,

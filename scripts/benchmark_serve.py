@@ -34,7 +34,7 @@ import tables
 from calm import inference, serve
 from calm.calibrate import NEVER_EXIT
 from calm.commands import run as run_lib
-from calm.data import datasets
+from calm.data import prompt_files
 from calm.inference import outputs
 from calm.serve.device import Part
 
@@ -289,7 +289,7 @@ def requests(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"prompt": text(size), "max_tokens": most} for size, most in sizes]
   model = inference.load(options.model)
   limit, prefix = model.options.max_input_length, model.options.task_prefix
-  rows = datasets.read_examples(options.prompts, require_target=False)
+  rows = prompt_files.open_prompts(options.prompts)
   texts = [
     row.input for row in rows if len(model.vocabulary.encode(prefix + row.input)) < limit
   ]

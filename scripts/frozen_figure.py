@@ -17,7 +17,7 @@ from typing import Any
 from calm import exits, inference, storage
 from calm.calibrate import Prompt, metrics
 from calm.calibrate import losses as sequence_losses
-from calm.data import datasets
+from calm.data import prompt_files
 from calm.inference import grid, outputs
 
 FOLDER = pathlib.Path(__file__).parent
@@ -35,7 +35,7 @@ def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[
     fit: folder that `calm fit` made of it.
     rows: prompts that the fit did not see.
   """
-  examples = datasets.read_examples(rows, require_target=False)[:PROMPTS]
+  examples = prompt_files.open_prompts(rows)[:PROMPTS]
   prompts = [Prompt(example.id, example.input) for example in examples]
   result = json.loads((fit / "fit" / "result.json").read_text("utf-8"))
   tried = result["choice"]["tried"][result["choice"]["chosen"] or 0]["candidate"]

@@ -27,7 +27,7 @@ from calm.calibrate import Prompt, calibrate, generations, metrics
 from calm.calibrate import losses as sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import run as run_lib
-from calm.data import datasets
+from calm.data import datasets, prompt_files
 from calm.inference import grid
 from calm.t5 import network
 
@@ -63,7 +63,7 @@ def save(folder: pathlib.Path, params, config: network.T5Config) -> pathlib.Path
 
 def draw(data: pathlib.Path, task: str, split: str, count: int) -> list[Prompt]:
   """Rows of a task, drawn by a fixed seed."""
-  examples = datasets.read_examples(datasets.DEBIAN[task].path(data, split))
+  examples = prompt_files.open_prompts(datasets.DEBIAN[task].path(data, split))
   return random.Random(0).sample(examples, min(count, len(examples)))
 
 
@@ -91,7 +91,7 @@ def fit(
   )
   print(f"{model}, {task}, {way}: {time.monotonic() - start:.0f} s", flush=True)
   result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
-  last = datasets.read_examples(output / "splits" / "last.jsonl", require_target=False)
+  last = prompt_files.open_prompts(output / "splits" / "last.jsonl")
   prompts = [Prompt(e.id, e.input) for e in last]
   return {
     **row(model, task, way, result),

@@ -12,7 +12,7 @@ import argparse
 import sentencepiece
 
 from calm import storage
-from calm.data import datasets
+from calm.data import prompt_files
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
   flags = parser.parse_args()
   texts: set[str] = set()
   for path in flags.paths:
-    for example in datasets.read_examples(path):
+    for example in prompt_files.open_prompts(path):
       texts.update([example.input, *example.targets])
   with storage.replacing(flags.output) as output:
     sentencepiece.SentencePieceTrainer.train(

@@ -22,7 +22,7 @@ from calm.calibrate import Calibration, Online, generations
 from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign, records
 from calm.commands import calibrate, merge
-from calm.data import datasets, vocabulary
+from calm.data import prompt_files, vocabulary
 from calm.inference import options, predictor
 from calm.t5 import network
 from tests import toys
@@ -121,7 +121,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
       theirs / "model.safetensors.index.json",
       lambda: checkpoints.load(theirs),
     ),
-    "rows": (rows, lambda: datasets.read_examples(rows)),
+    "rows": (rows, lambda: prompt_files.open_prompts(rows, require_target=True)),
     "prompts": (rows, lambda: records.read_prompts(rows)),
     "records": (lines, lambda: list(generations.read_records(lines))),
     "manifest": (whole / "manifest.json", lambda: generations.load(whole)),

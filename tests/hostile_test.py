@@ -26,10 +26,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("tensorstore", reason="T5X checkpoints need tensorstore (`train`)")
-pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (`test`)")
 
 from calm import checkpoints
-from calm.data import datasets, prompt_files, vocabulary
+from calm.data import prompt_files, vocabulary
 from calm.t5 import parameters
 from tests import hostile_documents as documents
 from tests import toy_vocabulary
@@ -228,7 +227,7 @@ FLIPS = 16
 BINARY = (
   *("our weights", "their weights", "T5X msgpack", "T5X array", "T5X array's metadata"),
   *("Orbax manifest", "Orbax arrays"),
-  *("pieces", "packed rows", "packed prompts", "Parquet"),
+  *("pieces", "packed prompts", "Parquet"),
 )
 
 
@@ -288,7 +287,6 @@ def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any
     "Orbax manifest": (orbax / "state" / "manifest.ocdbt", of_orbax),
     "Orbax arrays": (blob, of_orbax),
     "pieces": (model, lambda: vocabulary.SentencePieceVocabulary(model).vocab_size),
-    "packed rows": (packed, lambda: datasets.read_examples(packed)),
     "packed prompts": (packed, lambda: list(prompt_files.open_prompts(packed))),
     "Parquet": (rows, lambda: list(prompt_files.open_prompts(rows))),
   }

@@ -10,7 +10,7 @@ import pytest
 
 from calm.commands import cli
 from calm.commands import run as run_lib
-from calm.data import datasets
+from calm.data import prompt_files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 READMES = [
@@ -86,7 +86,7 @@ def test_the_first_pages_training_has_all_it_needs(monkeypatch):
   assert arguments.output_dir
   try:
     run_lib.parse_gin(arguments)
-    assert datasets.read_examples(gin.query_parameter("%TRAIN"))
+    assert prompt_files.open_prompts(gin.query_parameter("%TRAIN"))
     assert pathlib.Path(gin.query_parameter("%VOCABULARY_PATH")).is_file()
   finally:
     gin.clear_config()

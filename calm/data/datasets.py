@@ -1,16 +1,8 @@
-"""Prompts and references from JSON Lines files, without TensorFlow.
-
-A line is {"id": "syn/dconf", "source": "dconf", "input": "DConf is ...", "target": ["simple"]}:
-`input` has no task prefix, `target` is a text or a list of accepted references, best first.
-`id` (unique) and `source` (the cluster that a row comes from) are optional.
-"""
+"""The Debian data sets, and scores of a whole corpus; without TensorFlow."""
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-
-from calm.calibrate import Prompt
-from calm.data import prompt_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,30 +48,3 @@ def corpus_scores(
     "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
     "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
   }
-
-
-def read_examples(path: str | pathlib.Path, *, require_target: bool = True) -> list[Prompt]:
-  """Reads one JSON Lines file, packed by gzip or not.
-
-  Args:
-    path: the file.
-    require_target: whether a line without `target` (or `targets`) is an error.
-
-  Returns:
-    Prompts in the order of the file, at least one; `group` is the row's `source`. A line
-    without `id` is named after the file and its line number.
-
-  Raises:
-    OSError: there is no such file.
-    ValueError: the file is empty, damaged or not regular, or a line is no JSON object, lacks a
-      field, has one of another type, or repeats an id; names file and line.
-  """
-  examples: list[Prompt] = []
-  with prompt_files.opened(path, streams=False) as (file, name):
-    for row, prompt in prompt_files.read(file, "jsonl", name, "input"):
-      if require_target and not prompt.targets:
-        raise row.error(f"expected a field `target`, got none in {sorted(row.value)}")
-      examples.append(prompt)
-  if not examples:
-    raise ValueError(f'{path}: expected lines of {{"input": ..., "target": ...}}, got none.')
-  return examples

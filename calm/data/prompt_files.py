@@ -1,7 +1,8 @@
 """Prompts from files of any format, from standard input, and from rows in memory.
 
-The text of a row is in the first of `INPUT_KEYS` or in a named field; `id`, references (in the
-first of `TARGET_KEYS` or in a named field) and `source` (or `group`) are optional.
+The text of a row, without a task prefix, is in the first of `INPUT_KEYS` or in a named field;
+`id` (unique), references (in the first of `TARGET_KEYS` or in a named field: a text, or a list
+of accepted ones, best first) and `source` (or `group`: its cluster) are optional.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ _SUFFIXES = {
 }
 # Bytes read of a stream at once, and seconds between two looks at whether a signal came.
 _PIECE, _WAIT_SECONDS = 2**16, 0.2
+# What lists the files, or the splits, of a folder of Hugging Face's datasets; bytes of that.
+_STATE, _SPLITS, _MOST_STATE = "state.json", "dataset_dict.json", 2**24
 _NULL = os.stat(os.devnull)
 
 
@@ -46,19 +49,23 @@ def open_prompts(
   input_key: str | None = None,
   target_key: str | None = None,
   format: str | None = None,
+  require_target: bool = False,
 ) -> Prompts:
   """Reads the prompts of a file, all of which are checked before any is given out.
 
   Args:
-    path: a file, a pipe, or '-' for standard input.
+    path: a file, a pipe, '-' for standard input, or a folder that `Dataset.save_to_disk` of
+      Hugging Face's datasets wrote.
     limit: the number of prompts to take; None: all.
     input_key: the field with the text of a row; None: the first of `INPUT_KEYS` that the first
       row has.
     target_key: the field with the references; None: the first of `TARGET_KEYS` that a row has.
     format: a name of `rows.FORMATS`; None: detected by the name, then by the content.
+    require_target: whether every row needs a reference.
 
   Raises:
     FileNotFoundError: there is no such file.
+    IsADirectoryError: the folder is no data set, or holds one for each split.
     ValueError: there is no prompt, or a row is damaged, lacks its text or repeats an id; the
       message names file and line.
   """
@@ -68,59 +75,96 @@ def open_prompts(
     raise ValueError(
       f"Expected `format` to be one of {', '.join(rows.FORMATS)}, got {format!r}."
     )
-  made, key, limit = [], None, None if limit is None else min(limit, sys.maxsize)
-  with opened(path) as (file, name):
+  made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
+  with _opened(path) as (file, name):
+    if isinstance(file, list):
+      format = "dataset"
     format = format or _detect_format(name, file)
-    pairs = read(file, format, name, input_key, target_key)
-    for row, prompt in itertools.islice(pairs, limit):
-      key = key or _key_of(row, input_key)
-      made.append(prompt)
+    stem = "stdin" if name == "standard input" else pathlib.Path(name).name.split(".")[0]
+    for row in itertools.islice(rows.read(file, format, name, stem), limit):
+      key = key if made else _key_of(row, input_key)
+      prompt = _prompt_of(row, key, target_key)
+      if prompt.id in made:
+        raise row.error(
+          f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without"
+          " an `id` is named by its number)"
+        )
+      if require_target and not prompt.targets:
+        raise row.error(f"expected a field `target`, got none in {sorted(row.value)[:12]}")
+      made[prompt.id] = prompt
+  called = rows.FORMATS.get(format, "Hugging Face datasets")
   if not made:
     raise ValueError(
       f"Expected {name} to hold prompts, got no examples: no line with text, or no row,"
-      f" read as {rows.FORMATS[format]}; write one, or name the format."
+      f" read as {called}; write one, or name the format."
     )
-  prompts, blank = Prompts(made), sum(not prompt.input.strip() for prompt in made)
-  parts = ["1 prompt" if len(made) == 1 else f"{len(made)} prompts", rows.FORMATS[format]]
+  prompts = Prompts(made.values())
+  blank = sum(not prompt.input.strip() for prompt in prompts)
+  parts = ["1 prompt" if len(made) == 1 else f"{len(made)} prompts", called]
   parts[0] += f" ({blank} without any text)" if blank else ""
   if key is not None:
-    place = "column" if format in ("csv", "tsv", "parquet") else "key"
+    place = "key" if format in ("jsonl", "json") else "column"
     parts.append(f"{place} {key!r}")
   prompts.taken = f"{name}: {', '.join(parts)}"
   return prompts
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike, *, streams: bool = True) -> Iterator[tuple[BinaryIO, str]]:
-  """(its bytes, unpacked; its name) of a file, or of a stream, which is kept on the disk."""
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
+  """(its bytes, unpacked; its name) of a file, or of a stream, which is kept on the disk; of a
+  folder the list of its Arrow files."""
   name = "standard input" if str(path) == "-" else str(path)
   with contextlib.ExitStack() as stack:
-    if str(path) == "-":
-      file = _kept(sys.stdin.buffer, name, stack)
-    else:
-      try:
-        mode = os.stat(path).st_mode
-      except OSError as error:
-        message = f"Expected `path` to name a file of prompts, got {str(path)!r}"
-        raise type(error)(f"{message} ({error.strerror}).") from error
-      if stat.S_ISDIR(mode):
-        raise IsADirectoryError(
-          f"Expected `path` to name a file of prompts, got {str(path)!r}, a folder (of Hugging"
-          " Face: `datasets.load_from_disk(FOLDER)['train'].to_json('FILE')` makes a file)."
-        )
-      if streams and not stat.S_ISREG(mode):
-        file = _kept(stack.enter_context(open(path, "rb")), name, stack)
-      else:
-        file = stack.enter_context(storage.opened(path))
     try:
-      packed = file.read(2) == b"\x1f\x8b"
-      file.seek(0)
-      if packed:
-        file = stack.enter_context(rows.Gzip(file, name))
-      yield file, name  # pyright: ignore[reportReturnType]
-    except (EOFError, OSError, zlib.error) as error:  # of gzip those without a number
+      mode = None if str(path) == "-" else os.stat(path).st_mode
+    except OSError as error:
+      message = f"Expected `path` to name a file of prompts, got {name!r}"
+      raise type(error)(f"{message} ({error.strerror}).") from error
+    if mode is None:
+      file = _kept(sys.stdin.buffer, name, stack)
+    elif stat.S_ISDIR(mode):
+      file = _arrow_files(pathlib.Path(path))
+    elif stat.S_ISREG(mode):
+      file = stack.enter_context(storage.opened(path))
+    else:
+      file = _kept(stack.enter_context(open(path, "rb")), name, stack)
+    try:
+      if isinstance(file, list):
+        file = [stack.enter_context(storage.opened(each)) for each in file]
+      else:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        file = stack.enter_context(rows.Gzip(file, name)) if packed else file
+      yield file, name
+    except (EOFError, OSError, zlib.error) as error:  # of gzip and Arrow those without a number
       kind = type(error) if getattr(error, "errno", None) else ValueError
       raise kind(f"Expected {name!r} to be a whole file, got: {error}.") from error
+
+
+def _arrow_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a folder of `Dataset.save_to_disk`, which its state.json names, in order."""
+  listed = lambda name: storage.parse_json(storage.content(folder / name, _MOST_STATE))
+  try:
+    if (folder / _SPLITS).is_file():
+      splits = ", ".join(map(repr, listed(_SPLITS)["splits"]))
+      raise IsADirectoryError(
+        f"Expected `path` to name one split, got {str(folder)!r} with the splits {splits:.300};"
+        f" give the folder of one, '{folder}/SPLIT'."
+      )
+    if not (folder / _STATE).is_file():
+      raise IsADirectoryError(
+        f"Expected `path` to name a file of prompts, got {str(folder)!r}, a folder without the"
+        f" {_STATE} of Hugging Face's `Dataset.save_to_disk`; give a file in it."
+      )
+    names = [file["filename"] for file in listed(_STATE)["_data_files"]]
+    if odd := [name for name in names if re.search(r"[/\\:\0]|^\.*$", name)]:
+      raise ValueError(f"{odd[0]!r:.60} is no file of this folder")
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"Expected {str(folder)!r} to be a folder of `Dataset.save_to_disk`, got one whose"
+      f" {_STATE} or {_SPLITS} lists something else ({error!r:.200}); save it again."
+    ) from error
+  return [folder / name for name in names]
 
 
 def _kept(stream: BinaryIO, name: str, stack: contextlib.ExitStack) -> BinaryIO:
@@ -163,25 +207,6 @@ def _detect_format(name: str, file: BinaryIO) -> str:
   if re.match(r'\[\s*[{"\]]', text):
     return "json"
   return "jsonl" if suffixes[-1:] == [".json"] or re.match(r'\{\s*["}]', text) else "text"
-
-
-def read(
-  file: BinaryIO, format: str, name: str, input_key: str | None, target_key: str | None = None
-) -> Iterator[tuple[rows.Row, Prompt]]:
-  """Rows with their prompts, whose ids do not repeat; errors as of `open_prompts`."""
-  seen: set[str] = set()
-  key, stem = None, pathlib.Path(name).name.split(".")[0]
-  stem = "stdin" if name == "standard input" else stem
-  for number, row in enumerate(rows.read(file, format, name, stem)):
-    key = _key_of(row, input_key) if number == 0 else key
-    prompt = _prompt_of(row, key, target_key)
-    if prompt.id in seen:
-      raise row.error(
-        f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without an"
-        " `id` is named by its number)"
-      )
-    seen.add(prompt.id)
-    yield row, prompt
 
 
 def _key_of(row: rows.Row, wanted: str | None) -> str | None:

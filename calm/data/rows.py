@@ -1,4 +1,4 @@
-"""Rows of a file, one at a time: JSON Lines, a JSON array, plain text, CSV, TSV, Parquet.
+"""Rows of files, one at a time: JSON Lines, JSON, plain text, CSV, TSV, Parquet, Arrow.
 
 What is read is bounded: no small file, packed or not, fills the memory.
 """
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gzip
 import itertools
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -24,8 +25,8 @@ FORMATS = {
 }
 # Bytes that every line and row counts for besides its own: each takes time, even when empty.
 _ROW = 512
-# What the least of Parquet's rows and of their values takes; a file may say 10**9 of either.
-_PARQUET_ROW, _PARQUET_VALUE = 64, 8
+# What the least of rows by column, and of Parquet's values, takes; files may say 10**9 of them.
+_COLUMNAR_ROW, _PARQUET_VALUE = 64, 8
 # Bytes of a stored batch of a Parquet file, and rows that are written out at once.
 _BATCH_BYTES, _BATCH_ROWS = 2**26, 1024
 
@@ -61,10 +62,11 @@ class Row:
     return ValueError(f"{self.where}: {message}.")
 
 
-def read(file: BinaryIO, format: str, name: str, stem: str) -> Iterator[Row]:
+def read(file: Any, format: str, name: str, stem: str) -> Iterator[Row]:
   """Rows of an open file, or a `Gzip` of it; ValueError names the file and the line.
 
-  `format` is a name of `FORMATS`; rows without an id are named after `stem`.
+  `format` is a name of `FORMATS`, or 'dataset' for the list of a folder's Arrow streams; rows
+  without an id are named after `stem`.
   """
   for row in _READERS[format](file, name, stem):
     signals.check()
@@ -161,23 +163,27 @@ def _table(file: BinaryIO, name: str, stem: str, delimiter: str = ",") -> Iterat
     raise ValueError(f"{where}: expected cells that can be read, got: {error}.") from error
 
 
-def _parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
+def _columnar(
+  file: Any, name: str, stem: str, read_values: Callable[..., Iterator[dict[str, Any]]]
+) -> Iterator[Row]:
   """Rows by column, columns left out that hold no texts, numbers or lists of them."""
   try:
     import pyarrow
   except ImportError as error:
     message = f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`."
     raise ImportError(message) from error
-  left = storage.most_unpacked(file.seek(0, 2))
+  files = file if isinstance(file, list) else [file]
+  left = storage.most_unpacked(sum(each.seek(0, 2) for each in files))
+  values = (value for each in files for value in read_values(each, name, left))
   try:
-    for number, value in enumerate(_parquet_values(file, name, left), start=1):
+    for number, value in enumerate(values, start=1):
       size = sum(map(_size, value.values()))
-      left -= size
+      left -= size + _COLUMNAR_ROW
       if size > storage.LONGEST_LINE or left < 0:
         raise _too_much(name)
       yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
-  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-    raise ValueError(f"{name}: expected a whole Parquet file, got: {error}.") from error
+  except (pyarrow.ArrowException, MemoryError, OverflowError, UnicodeDecodeError) as error:
+    raise ValueError(f"{name}: expected whole files of columns, got: {error}.") from error
 
 
 def _size(value: Any) -> int:
@@ -205,12 +211,10 @@ def _parquet_values(file: BinaryIO, name: str, most: int) -> Iterator[dict[str, 
   from pyarrow import parquet
 
   opened = parquet.ParquetFile(file)
-  metadata, schema = opened.metadata, opened.schema_arrow
-  _check_columns(schema.names, name)
-  columns = [field.name for field in schema if _is_plain(field.type)]
+  metadata, columns = opened.metadata, _plain_columns(opened.schema_arrow, name)
   chunks = [_chunks(metadata.row_group(i), columns) for i in range(metadata.num_row_groups)]
   sizes = [sum(map(_stored_size, group)) for group in chunks]
-  if sum(sizes) + _PARQUET_ROW * metadata.num_rows > most:
+  if sum(sizes) + _COLUMNAR_ROW * metadata.num_rows > most:
     raise _too_much(name)
   texts = [chunk for group in chunks for chunk in group if chunk.physical_type == "BYTE_ARRAY"]
   encodings = {encoding for chunk in texts for encoding in chunk.encodings}
@@ -233,18 +237,53 @@ def _parquet_values(file: BinaryIO, name: str, most: int) -> Iterator[dict[str, 
         yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
 
-def _is_list(kind: Any) -> bool:
-  return str(kind).startswith(("list<", "large_list<"))
+def _arrow_values(file: BinaryIO, name: str, most: int) -> Iterator[dict[str, Any]]:
+  """Values by column of every row of an Arrow stream, which holds texts as long as they are:
+  neither packed, nor as numbers of a dictionary, nor one text in several columns."""
+  from pyarrow import ipc, types
+
+  file.seek(0)
+  schema = ipc.read_schema(file)
+  columns = _plain_columns(schema, name, types.is_string_view)
+  for message in ipc.MessageReader.open_stream(file):
+    packed = message.type != "record batch" or _is_packed(message.metadata.to_pybytes())
+    batch = None if packed else ipc.read_record_batch(message, schema).select(columns)
+    if batch is None or batch.nbytes > message.body.size:
+      raise ValueError(
+        f"Expected {name!r} to hold plain texts, got packed ones; save as JSON Lines."
+      )
+    if _COLUMNAR_ROW * len(batch) > most:
+      raise _too_much(name)
+    batch.validate(full=True)
+    yield from batch.to_pylist()
 
 
-def _is_plain(kind: Any) -> bool:
-  """Whether a column may hold texts, numbers or lists of them: images and the like are left."""
+def _is_packed(metadata: bytes) -> bool:
+  """Whether the table of a record batch, in a flatbuffer of Arrow's, has a `compression`."""
+  at = lambda kind, place: struct.unpack_from(kind, metadata, place)[0]
+
+  def field(table: int, number: int) -> int:  # its place, or 0
+    vtable, entry = table - at("<i", table), 4 + 2 * number
+    place = at("<H", vtable + entry) if entry < at("<H", vtable) else 0
+    return place and table + place
+
+  header = field(at("<I", 0), 2)
+  return field(header + at("<I", header), 3) > 0
+
+
+def _plain_columns(schema: Any, name: str, *odd: Callable[[Any], bool]) -> list[str]:
+  """Columns that may hold texts, numbers or lists of them: images and the like are left."""
   from pyarrow import types
 
-  kind = kind.value_type if _is_list(kind) else kind
   binary = (types.is_binary, types.is_large_binary, types.is_binary_view)
-  odd = (types.is_nested, types.is_fixed_size_binary, *binary)
-  return not any(is_odd(kind) for is_odd in odd)
+  odd += (types.is_nested, types.is_null, types.is_fixed_size_binary, *binary)
+  inner = lambda kind: kind.value_type if _is_list(kind) else kind
+  _check_columns(schema.names, name)
+  return [field.name for field in schema if not any(is_(inner(field.type)) for is_ in odd)]
+
+
+def _is_list(kind: Any) -> bool:
+  return str(kind).startswith(("list<", "large_list<"))
 
 
 def _chunks(group: Any, names: list[str]) -> list[Any]:
@@ -275,11 +314,12 @@ def _python_values(array: Any, dictionary: list[Any]) -> list[Any]:
   return [None if i is None else dictionary[i] for i in array.indices.to_pylist()]
 
 
-_READERS: Mapping[str, Callable[[BinaryIO, str, str], Iterator[Row]]] = {
+_READERS: Mapping[str, Callable[[Any, str, str], Iterator[Row]]] = {
   "jsonl": _json_lines,
   "json": _json_array,
   "text": _plain_text,
   "csv": _table,
   "tsv": functools.partial(_table, delimiter="\t"),
-  "parquet": _parquet,
+  "parquet": functools.partial(_columnar, read_values=_parquet_values),
+  "dataset": functools.partial(_columnar, read_values=_arrow_values),
 }

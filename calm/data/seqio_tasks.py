@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 
 from calm.calibrate import metrics as text_metrics
-from calm.data import datasets
+from calm.data import datasets, prompt_files
 
 Tensors = Mapping[str, Any]
 MetricFn = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
@@ -51,7 +51,9 @@ def references_or_text(text: str, *, example: Tensors, is_target: bool = False, 
   return [tf.compat.as_text(reference) for reference in example["references"]]
 
 
-_read = functools.lru_cache(maxsize=16)(datasets.read_examples)
+@functools.lru_cache(maxsize=16)
+def _read(path: str) -> prompt_files.Prompts:
+  return prompt_files.open_prompts(path, require_target=True)
 
 
 class JsonlSource(seqio.DataSource):
@@ -102,7 +104,7 @@ def jsonl(
   prefix: str = "",
   metrics: Sequence[str] = ("rouge_l",),
 ) -> str:
-  """Registers JSON Lines files of {input, target} (see `calm.data.datasets`) as a task.
+  """Registers JSON Lines files of {input, target} (see `prompt_files`) as a task.
 
   Args:
     name: name to register; the result.

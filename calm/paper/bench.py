@@ -11,7 +11,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, SequenceLosses, generations, losses, thresholds
-from calm.data import datasets
+from calm.data import datasets, prompt_files
 from calm.exits import confidence, schedules
 from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
@@ -69,7 +69,8 @@ def read_prompts(
   Rows of one source resemble each other, and files are sorted: so prompts are exchangeable, as
   a calibration needs.
   """
-  examples = datasets.read_examples(datasets.DEBIAN[settings.name].path(data, split))
+  path = datasets.DEBIAN[settings.name].path(data, split)
+  examples = prompt_files.open_prompts(path, require_target=True)
   by_source: dict[str, Prompt] = {}
   for index in np.random.default_rng(seed).permutation(len(examples)):
     example = examples[int(index)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from calm import arguments, checkpoints, storage
 from calm.calibrate.generations import records
 from calm.checkpoints import files
-from calm.data import datasets, training_batches
+from calm.data import prompt_files, training_batches
 from calm.t5 import limits
 
 MODEL_FOLDER = "model"  # of a run
@@ -28,7 +28,7 @@ def supervised(
   every: int = 1,
   outputs: str = "",
 ) -> training_batches.Supervised:
-  """Length-bucketed batches of one JSON Lines file (see `datasets`).
+  """Length-bucketed batches of one JSON Lines file (see `prompt_files`).
 
   Args:
     path: the file, below `root`.
@@ -49,7 +49,7 @@ def supervised(
       f" got {buckets!r}."
     )
   file = pathlib.Path(root) / path
-  examples = datasets.read_examples(file, require_target=not outputs)[::every]
+  examples = prompt_files.open_prompts(file, require_target=not outputs)[::every]
   encode, eos_id = vocabulary.encode, vocabulary.eos_id
   if outputs:
     own = _tokens_of(pathlib.Path(outputs))
@@ -98,7 +98,7 @@ def frequent_tokens(
   piece of the vocabulary: it is asked how far its first two are apart."""
   shares: collections.Counter[int] = collections.Counter()
   for path in paths:
-    examples = datasets.read_examples(pathlib.Path(root) / path)
+    examples = prompt_files.open_prompts(pathlib.Path(root) / path, require_target=True)
     counts = collections.Counter(vocabulary.eos_id for _ in examples)
     for example in examples:
       counts.update(vocabulary.encode(example.targets[0]))
@@ -174,7 +174,7 @@ def denoising(
   """
   found: dict[str, None] = {}
   for path, marker in texts:
-    for example in datasets.read_examples(pathlib.Path(root) / path, require_target=False):
+    for example in prompt_files.open_prompts(pathlib.Path(root) / path):
       found[example.input.split(marker, 1)[-1] if marker else example.input] = None
   encoded = [ids for ids in map(vocabulary.encode, found) if len(ids) >= _LEAST_TOKENS]
   source = training_batches.Denoising(

@@ -8,11 +8,13 @@ import sys
 import threading
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import ipc, parquet
 
 from calm import storage
 from calm.calibrate import Prompt
-from calm.data import prompt_files
+from calm.data import datasets, prompt_files
 
 ROWS = [
   {"id": "a", "input": "one, two", "target": ["eins", "uns"], "source": "x"},
@@ -69,9 +71,6 @@ def test_formats_are_told_by_name_or_content(tmp_path, name, content, taken, pro
 
 
 def test_parquet_leaves_other_columns_alone(tmp_path):
-  pyarrow = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
-
   table = pyarrow.table(
     {
       "id": [1, 2],
@@ -85,8 +84,81 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
   assert "Parquet, column 'prompt'" in opened.taken
   assert list(opened) == [Prompt("1", "one", ("eins",)), Prompt("2", "two", ("zwei", "zwo"))]
   cut = write(tmp_path, "cut.parquet", (tmp_path / "rows.bin").read_bytes()[:-9])
-  with pytest.raises(ValueError, match="expected a whole Parquet file, got"):
+  with pytest.raises(ValueError, match="expected whole files of columns, got"):
     prompt_files.open_prompts(cut)
+
+
+def save_to_disk(folder, shards, options=None, names=None):
+  """As `Dataset.save_to_disk` of Hugging Face's datasets 4.0 writes a folder."""
+  folder.mkdir(parents=True)
+  known = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+  for name, columns in zip(known, shards, strict=True):
+    table = pyarrow.table(columns)
+    with ipc.new_stream(folder / name, table.schema, options=options) as stream:
+      stream.write_table(table, max_chunksize=10**7 if options else 1000)
+  state = {"_data_files": [{"filename": name} for name in names or known], "_split": None}
+  (folder / "state.json").write_text(json.dumps(state))
+  (folder / "dataset_info.json").write_text('{"features": {}}')
+  return folder
+
+
+def shard(begin: int, end: int) -> dict:
+  texts = [None if i == 3 else f"text {i}" for i in range(begin, end)]
+  return {"n": list(range(begin, end)), "prompt": [f"p {t}" for t in texts], "targets": [
+    [t] if t else None for t in texts], "image": [b"\xff"] * len(texts)}  # fmt: skip
+
+
+def test_a_folder_of_datasets_is_read_as_its_rows(tmp_path):
+  folder = save_to_disk(tmp_path / "rows", [shard(0, 1200), shard(1200, 1300)])
+  opened = prompt_files.open_prompts(folder)
+  assert opened.taken == f"{folder}: 1300 prompts, Hugging Face datasets, column 'prompt'"
+  assert opened[1] == Prompt("rows/2", "p text 1", ("text 1",))
+  assert opened[3].targets == () and opened[-1] == Prompt(
+    "rows/1300", "p text 1299", ("text 1299",)
+  )
+  assert prompt_files.open_prompts(folder, limit=2) == opened[:2]
+  both = tmp_path / "both"
+  (both / "train").mkdir(parents=True)
+  (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+  with pytest.raises(
+    IsADirectoryError, match=r"one split, got .*both' with .*'train', 'test'; "
+  ):
+    prompt_files.open_prompts(both)
+  with pytest.raises(IsADirectoryError, match=r"without the state\.json of .*; give a file"):
+    prompt_files.open_prompts(both / "train")
+
+
+PLAIN, ZSTD = ipc.IpcWriteOptions(), ipc.IpcWriteOptions(compression="zstd")
+TEXTS_OF_ONE = pyarrow.DictionaryArray.from_arrays([0] * 9, ["text"])
+ODD_FOLDERS = {
+  "packed": ([{"input": ["0" * 10**7]}], ZSTD, None, "plain texts, got packed ones; save as"),
+  "of a dictionary": ([{"input": TEXTS_OF_ONE}], None, None, "plain texts, got packed ones"),
+  "of views": (
+    [{"input": pyarrow.array(["a"], pyarrow.string_view())}],
+    None,
+    None,
+    "field `in",
+  ),
+  "rows of nothing": (
+    [{"a": [True] * 10**6}],
+    PLAIN,
+    None,
+    r"to unpack to at most .*JSON Lines",
+  ),
+  "above": ([{"input": ["a"]}], None, ["../other.arrow"], r"'\.\./other.* is no file of this"),
+  "elsewhere": ([{"input": ["a"]}], None, ["/etc/passwd"], "'/etc/passwd' is no file of this"),
+  "missing": ([{"input": ["a"]}], None, ["data.arrow"], r"whole file, got: .*data\.arrow"),
+  "numbers": ([{"input": ["a"]}], None, [7], r"lists something else .*; save it again"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FOLDERS)
+def test_a_folder_that_is_not_as_datasets_writes_it_is_refused(tmp_path, monkeypatch, name):
+  shards, options, names, message = ODD_FOLDERS[name]
+  monkeypatch.setattr(storage, "UNPACKED", 2**16)
+  folder = save_to_disk(tmp_path / "rows", shards, options, names)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    prompt_files.open_prompts(folder)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +202,6 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
     prompt_files.open_prompts(path)
   with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*No such file"):
     prompt_files.open_prompts(tmp_path / "missing.jsonl")
-  with pytest.raises(IsADirectoryError, match=r"a folder .*to_json"):
-    prompt_files.open_prompts(tmp_path)
 
 
 def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path):
@@ -157,6 +227,7 @@ def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path
   [
     ("a.jsonl", b"", r"a\.jsonl to hold prompts"),
     ("a.txt", b" \n", "no line with text"),
+    ("a.jsonl", b'{"input": "x", "target": ["y", null]}', r"a\.jsonl:1: expected `targets`"),
     ("a.csv", b"x,y\n1,2\n", r"a\.csv:2: expected a field `input` or.*--input_key"),
     ("a.csv", b"input,y\n1,2\n3\n", r"a\.csv:3: expected 2 columns.*got 1"),
     ("a.csv", b"input,input\n1,2\n", "different names"),
@@ -241,3 +312,18 @@ def test_what_is_no_list_of_texts_is_refused(texts):
   with pytest.raises(TypeError, match=r"Expected `texts` .*, got .*; .*list"):
     prompt_files.check_texts(texts)
   prompt_files.check_texts(np.array(["a", "b"]))
+
+
+def test_debian_sets_are_read_whole(data_dir):
+  path = datasets.DEBIAN["debian_qa"].path(data_dir, "test")
+  examples = prompt_files.open_prompts(path, require_target=True)
+  assert len(examples) == 2389
+  assert all(e.group and e.targets for e in examples)
+  assert all(e.input.startswith("question: ") and " context: " in e.input for e in examples)
+
+
+@pytest.mark.parametrize("row", [{"input": "x"}, {"input": "x", "target": []}])
+def test_training_needs_a_reference_in_every_row(tmp_path, row):
+  path = write(tmp_path, "rows.jsonl", lines([{"input": "a", "target": "b"}, row]))
+  with pytest.raises(ValueError, match=r"rows\.jsonl:2: expected a field `target`, got none"):
+    prompt_files.open_prompts(path, require_target=True)

@@ -2,9 +2,8 @@
 
 import resource
 
+import pyarrow
 import pytest
-
-pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (`test`)")
 from pyarrow import parquet
 
 from calm.data import prompt_files

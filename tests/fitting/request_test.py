@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calm.calibrate import Prompt
-from calm.data import datasets
+from calm.data import prompt_files
 from calm.fitting import request
 
 
@@ -107,8 +107,8 @@ def test_what_is_written_is_read_by_training(tmp_path):
   made = split(rows(80))
   request.write(tmp_path, made)
   for name in request.PARTS:
-    read = datasets.read_examples(tmp_path / f"{name}.jsonl")
-    assert read == list(getattr(made, name))
+    read = prompt_files.open_prompts(tmp_path / f"{name}.jsonl")
+    assert read == getattr(made, name)
   line = json.loads((tmp_path / "last.jsonl").read_text().splitlines()[0])
   assert set(line) == {"id", "source", "input", "target"}
 
