@@ -45,7 +45,7 @@ _VOCABULARIES: Mapping[str, tuple[Any, str | None, tuple[str, ...]]] = {
   "tokenizer": (vocabularies.TokenizerVocabulary, "tokenizer.json", ("eos_id", "pad_id")),
   "bytes": (vocabularies.ByteVocabulary, None, ("extra_ids",)),
 }
-Vocabulary = vocabularies.AnyVocabulary
+Vocabulary = vocabularies.Vocabulary
 parameters_digest = arguments.checked()(parameters.digest)
 
 
@@ -128,10 +128,9 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
   path = pathlib.Path(path)
   if not path.is_dir():
     kind = "a file" if path.exists() else "missing"
-    message = (
+    raise FileNotFoundError(
       f"Expected `path` to be a checkpoint directory, got {str(path)!r}, which is {kind}."
     )
-    raise FileNotFoundError(message)
   config, flat, vocabulary, trained = _read(path)
   params = parameters.unflatten(flat)
   if exits is not None or (path / EXITS).is_file():
@@ -174,12 +173,9 @@ def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
       f"Expected a base model with a config.json, got {str(source)!r}; convert a T5X checkpoint"
       " by scripts/from_t5x.py."
     )
-  found = [file for name in _BASE_FILES for file in sorted(source.glob(name))]
-  writers = {
-    file.name: lambda path, file=file: shutil.copyfile(file, path)
-    for file in found
-    if file.is_file()
-  }
+  found = (file for name in _BASE_FILES for file in sorted(source.glob(name)))
+  copy = lambda file: lambda path: shutil.copyfile(file, path)
+  writers = {file.name: copy(file) for file in found if file.is_file()}
   files.write_together(target, writers)
 
 
@@ -205,7 +201,8 @@ def with_exits(
     raise FileNotFoundError(f"{expected}, got {str(file)!r}; `calm fit` writes one.")
   leaves, metadata = files.read_safetensors(file)
   stored, base = metadata.get("format"), metadata.get("base")
-  if stored != EXITS_FORMAT or not leaves or not all(map(_is_exit_part, leaves)):
+  parts = tuple(f"decoder/{part}/" for part in parameters.EXIT_PARTS)
+  if stored != EXITS_FORMAT or not leaves or not all(path.startswith(parts) for path in leaves):
     raise ValueError(
       f"Expected {str(file)!r} to be exits of the format {EXITS_FORMAT!r}, got the format"
       f" {stored!r} with the leaves {sorted(leaves)[:1]}."
@@ -222,10 +219,6 @@ def with_exits(
   made = parameters.unflatten({**parameters.flatten(kept), **leaves})
   parameters.check(made, config)
   return config, made
-
-
-def _is_exit_part(path: str) -> bool:
-  return path.startswith(tuple(f"decoder/{part}/" for part in parameters.EXIT_PARTS))
 
 
 def _read(

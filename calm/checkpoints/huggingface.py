@@ -72,11 +72,23 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
     )
   weights = _read_weights(directory)
   embedding, head = _take_embedding_and_head(weights)
-  scaled = _scales_decoder_states(theirs)
+  # Are decoder states multiplied by emb_dim**-0.5 before the head? transformers 5 stores it for
+  # T5 and never does it for mT5; before, it followed `tie_word_embeddings` (true by default for
+  # T5), which published mT5 sets to false.
+  untied = theirs.get("tie_word_embeddings", True) is False
+  scaled = theirs["model_type"] != "mt5" and theirs.get("scale_decoder_outputs", not untied)
   pad, start = _padding_and_start(theirs)
   tied = head is None and scaled and not (pad or start)
   config = dataclasses.replace(config, logits_via_embedding=tied)
-  params = _renamed(weights, config)
+  pairs = _names(config)
+  missing = sorted(set(pairs.values()) - set(weights))
+  unknown = sorted(set(weights) - set(pairs.values()) - set(_UNUSED))
+  if missing or unknown:
+    raise ValueError(
+      f"Expected the weights that config.json describes, got {len(missing)} missing"
+      f" {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; merge adapters, save again."
+    )
+  params = {ours: np.ascontiguousarray(weights[theirs].T) for ours, theirs in pairs.items()}
   order = np.arange(len(embedding))
   order[[0, pad]] = order[[pad, 0]]
   rows = embedding[order]
@@ -102,18 +114,6 @@ def _padding_and_start(theirs: Mapping[str, Any]) -> tuple[int, int]:
   pad = theirs.get("pad_token_id") or 0
   start = theirs.get("decoder_start_token_id")
   return pad, pad if start is None else start
-
-
-def _scales_decoder_states(theirs: Mapping[str, Any]) -> bool:
-  """Whether decoder states are multiplied by emb_dim**-0.5 before the head.
-
-  transformers 5 stores it for T5 and never does it for mT5; before, it followed
-  `tie_word_embeddings` (true by default for T5), which published mT5 sets to false.
-  """
-  if theirs["model_type"] == "mt5":
-    return False
-  tied = theirs.get("tie_word_embeddings", True)
-  return theirs.get("scale_decoder_outputs", tied is not False)
 
 
 def _check(theirs: Mapping[str, Any]) -> None:
@@ -244,22 +244,7 @@ def _names(config: network.T5Config) -> dict[str, str]:
   return pairs
 
 
-def _renamed(
-  weights: Mapping[str, np.ndarray], config: network.T5Config
-) -> dict[str, np.ndarray]:
-  """{T5X's path: weight, [in, out]}; ValueError where weights are missing or unknown."""
-  pairs = _names(config)
-  missing = sorted(set(pairs.values()) - set(weights))
-  unknown = sorted(set(weights) - set(pairs.values()) - set(_UNUSED))
-  if missing or unknown:
-    raise ValueError(
-      f"Expected the weights that config.json describes, got {len(missing)} missing"
-      f" {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; merge adapters, save again."
-    )
-  return {ours: np.ascontiguousarray(weights[theirs].T) for ours, theirs in pairs.items()}
-
-
-def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
+def read_vocabulary(directory: pathlib.Path) -> vocabulary.Vocabulary | None:
   """The vocabulary beside a model, with padding 0, or None.
 
   `spiece.model` or ByT5's bytes, unless tokens were added to them, or `tokenizer.json`.
@@ -268,7 +253,21 @@ def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
   pad, _ = _padding_and_start(theirs)
   ends = theirs.get("eos_token_id", 1)
   ends = ends if isinstance(ends, list) and ends else [ends]
-  made, path = _read_pieces(directory, theirs, pad, ends), directory / "tokenizer.json"
+  options = files.read_json(directory / "tokenizer_config.json", missing={})
+  # As transformers looks for it: ByT5's may be named in config.json alone.
+  kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
+  made, pieces, path = None, directory / "spiece.model", directory / "tokenizer.json"
+  if pieces.is_file():
+    # The model files of mT5 and its kin hold their extra ids already.
+    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
+    made = vocabulary.SentencePieceVocabulary(
+      pieces, extra_ids=options.get("extra_ids", default), padded=not pad
+    )
+    if ends != [None] and made.eos_id not in ends:
+      expected = f"to end a text with the model's token {ends[0]} (`eos_token_id`)"
+      raise ValueError(f"Expected {str(pieces)!r} {expected}, got {made.eos_id}")
+  elif str(kind).startswith("ByT5"):
+    made = vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
   if made is None or _has_added_tokens(directory, made):
     if not path.is_file():
       return None
@@ -279,28 +278,6 @@ def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
       )
     made = vocabulary.TokenizerVocabulary(path, eos_id=ends[0], pad_id=pad)
   return vocabulary.Renumbered(made, pad) if pad else made
-
-
-def _read_pieces(
-  directory: pathlib.Path, theirs: Mapping[str, Any], pad: int, ends: list[Any]
-) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
-  options = files.read_json(directory / "tokenizer_config.json", missing={})
-  path = directory / "spiece.model"
-  if path.is_file():
-    # The model files of mT5 and its kin hold their extra ids already.
-    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
-    made = vocabulary.SentencePieceVocabulary(
-      path, extra_ids=options.get("extra_ids", default), padded=not pad
-    )
-    if ends != [None] and made.eos_id not in ends:
-      expected = f"to end a text with the model's token {ends[0]} (`eos_token_id`)"
-      raise ValueError(f"Expected {str(path)!r} {expected}, got {made.eos_id}")
-    return made
-  # As transformers looks for it: ByT5's may be named in config.json alone.
-  kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
-  if str(kind).startswith("ByT5"):
-    return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
-  return None
 
 
 def _has_added_tokens(directory: pathlib.Path, pieces: Any) -> bool:

@@ -58,7 +58,11 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     num_heads, relpos_buckets = flat[bias].shape
     joined_kv = flat["decoder/layers_0/self_attention/query/kernel"].shape[1]
     mlp_dim = flat["decoder/layers_0/mlp/wo/kernel"].shape[0]
-    layers = [_count_layers(flat, side) for side in ("encoder", "decoder")]
+    number = lambda path, side: re.match(rf"{side}/layers_(\d+)/", path)
+    layers = [
+      1 + max(int(found[1]) for path in flat if (found := number(path, side)))
+      for side in ("encoder", "decoder")
+    ]
   except (KeyError, IndexError, ValueError) as error:
     message = "Expected `path` to hold the parameters of T5X's own T5 network"
     raise ValueError(f"{message}, got {sorted(flat)[:4]}, lacking {error}.") from error
@@ -79,17 +83,9 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
   )
 
 
-def _count_layers(flat: Mapping[str, np.ndarray], side: str) -> int:
-  pattern = re.compile(rf"{side}/layers_(\d+)/")
-  return 1 + max(int(match[1]) for path in flat if (match := pattern.match(path)))
-
-
 def _orbax_state(path: pathlib.Path) -> pathlib.Path | None:
   """The folder that holds the train state itself."""
-  for folder in (path / "state", path):
-    if (folder / "_METADATA").is_file():
-      return folder
-  return None
+  return next((f for f in (path / "state", path) if (f / "_METADATA").is_file()), None)
 
 
 def _read_legacy(path: pathlib.Path) -> dict[str, Any]:
@@ -145,7 +141,10 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
           opened[name] = ts.open({"driver": driver, "kvstore": store}, read=True).result()
     if not opened:
       raise ValueError(f"Expected arrays of a `target`, got {keys[:3]}")
-    _check_size(folder, sum(math.prod(array.shape) * 4 for array in opened.values()))
+    size = sum(math.prod(array.shape) * 4 for array in opened.values())
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > _SMALL + _MOST_COMPRESSION * stored:  # before memory is taken for them
+      raise ValueError(f"Expected arrays that their files hold, got {stored} bytes for {size}")
     # All reads are under way before the first is waited for.
     reads = {name: array.read() for name, array in opened.items()}
     return {name: read.result() for name, read in reads.items()}
@@ -154,10 +153,3 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
       f"Expected `path` to be a whole T5X checkpoint, got {str(folder)!r}, which does not open"
       f" ({type(error).__name__}: {error})."
     ) from error
-
-
-def _check_size(folder: pathlib.Path, size: int) -> None:
-  """Refuses arrays that their files cannot hold, before memory is taken for them."""
-  stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-  if size > _SMALL + _MOST_COMPRESSION * stored:
-    raise ValueError(f"Expected arrays that their files hold, got {stored} bytes for {size}")

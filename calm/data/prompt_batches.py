@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.data import vocabulary as vocabulary_lib
+from calm.data.vocabulary import Vocabulary
 
 # Padded input lengths; every one that occurs is a compiled program.
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -42,7 +42,7 @@ class CutPrompts(UserWarning):
 
 def tokenize(
   texts: Sequence[str],
-  vocabulary: vocabulary_lib.Vocabulary,
+  vocabulary: Vocabulary,
   *,
   prefix: str,
   max_input_length: int,
@@ -56,9 +56,7 @@ def tokenize(
   return [[*ids[: max_input_length - 1], eos_id] for ids, _ in found]
 
 
-def beginning(
-  vocabulary: vocabulary_lib.Vocabulary, text: str, limit: int
-) -> tuple[Sequence[int], bool]:
+def beginning(vocabulary: Vocabulary, text: str, limit: int) -> tuple[Sequence[int], bool]:
   """Token ids of a text, or of so much of it as has twice `limit`; and whether it was cut.
 
   A cut changes the tokens beside it, which are beyond the limit.

@@ -77,9 +77,7 @@ def open_prompts(
     )
   made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
   with _opened(path) as (file, name):
-    if isinstance(file, list):
-      format = "dataset"
-    format = format or _detect_format(name, file)
+    format = "dataset" if isinstance(file, list) else format or _detect_format(name, file)
     stem = "stdin" if name == "standard input" else pathlib.Path(name).name.split(".")[0]
     for row in itertools.islice(rows.read(file, format, name, stem), limit):
       key = key if made else _key_of(row, input_key)

@@ -12,14 +12,8 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 TokenPair = tuple[np.ndarray, np.ndarray]  # inputs, targets; each ends with EOS
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-  """Padded lengths, in tokens with EOS, of one compiled training program."""
-
-  input_length: int
-  target_length: int
+# Padded lengths of inputs and of targets, in tokens with EOS, of one compiled training program.
+Bucket = tuple[int, int]
 
 
 @runtime_checkable
@@ -57,11 +51,10 @@ class Supervised:
 
   def __post_init__(self):
     _check_enough(len(self.inputs), self.batch_size)
-    sizes = [dataclasses.astuple(bucket) for bucket in self.buckets]
-    if not sizes or (np.diff(sizes, axis=0) < 0).any():
+    if not self.buckets or (np.diff(self.buckets, axis=0) < 0).any():
       raise ValueError(
         "Expected `buckets` to be one or more, ascending in both lengths, got"
-        f" {sizes}; reorder them."
+        f" {self.buckets}; reorder them."
       )
 
   def batch(self, step: int) -> Batch:
@@ -74,8 +67,7 @@ class Supervised:
   def bucket_of(self) -> np.ndarray:
     """Index of the first bucket that holds each example; of the last where none does."""
     lengths = np.stack([self.inputs.lengths, self.targets.lengths], axis=1)
-    sizes = np.array([dataclasses.astuple(bucket) for bucket in self.buckets])
-    fits = np.all(lengths[:, None] <= sizes, axis=2)
+    fits = np.all(lengths[:, None] <= np.array(self.buckets), axis=2)
     fits[:, -1] = True
     return np.argmax(fits, axis=1).astype(np.int64)
 
@@ -100,11 +92,12 @@ def _plan(
 
 def pad_batch(pairs: Sequence[TokenPair], bucket: Bucket) -> Batch:
   """T5X's training features from pairs, truncated to the bucket (EOS kept) and padded by 0."""
-  inputs = np.zeros((len(pairs), bucket.input_length), np.int32)
-  targets = np.zeros((len(pairs), bucket.target_length), np.int32)
-  for row, (source, target) in enumerate(pairs):
-    _fill(inputs[row], source)
-    _fill(targets[row], target)
+  inputs, targets = (np.zeros((len(pairs), length), np.int32) for length in bucket)
+  for row, pair in enumerate(pairs):
+    for padded, tokens in zip((inputs[row], targets[row]), pair, strict=True):
+      if len(tokens) > len(padded):
+        tokens = np.concatenate([tokens[: len(padded) - 1], tokens[-1:]])
+      padded[: len(tokens)] = tokens
   shifted = np.concatenate([np.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
   return {
     "encoder_input_tokens": inputs,
@@ -112,12 +105,6 @@ def pad_batch(pairs: Sequence[TokenPair], bucket: Bucket) -> Batch:
     "decoder_target_tokens": targets,
     "decoder_loss_weights": (targets > 0).astype(np.float32),
   }
-
-
-def _fill(row: np.ndarray, tokens: np.ndarray) -> None:
-  if len(tokens) > len(row):
-    tokens = np.concatenate([tokens[: len(row) - 1], tokens[-1:]])
-  row[: len(tokens)] = tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +131,7 @@ class Denoising:
   @property
   def bucket(self) -> Bucket:
     num_noise, num_spans = round(self.length * self.noise_density), self.max_spans
-    return Bucket(self.length - num_noise + num_spans + 1, num_noise + num_spans + 1)
+    return self.length - num_noise + num_spans + 1, num_noise + num_spans + 1
 
   @property
   def max_spans(self) -> int:
@@ -152,9 +139,8 @@ class Denoising:
     return max(1, round(round(self.length * self.noise_density) / self.mean_span_length))
 
   def batch(self, step: int) -> Batch:
-    per_epoch = len(self.texts) // self.batch_size
-    epoch, index = divmod(step, per_epoch)
-    order = _permutation(self.seed, epoch, len(self.texts))
+    epoch, index = divmod(step, len(self.texts) // self.batch_size)
+    order = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts))
     rows = order[index * self.batch_size : (index + 1) * self.batch_size]
     rng = np.random.default_rng([self.seed, step, 1])
     return pad_batch([self._corrupt(self.texts[row], rng) for row in rows], self.bucket)
@@ -175,11 +161,6 @@ def _check_enough(num_examples: int, batch_size: int) -> None:
       f"Expected at least `batch_size` = {batch_size} training examples, got {num_examples};"
       " lower `batch_size` or give more data."
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-  return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def noise_mask(

@@ -15,8 +15,8 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import sentencepiece
 
@@ -31,34 +31,13 @@ SENTINEL = re.compile(r"<extra_id_\d+>")
 _MOST_GROWTH = 1000
 
 
-@runtime_checkable
-class Vocabulary(Protocol):
-  """What decoding needs of a vocabulary; seqio's own vocabularies fit it too."""
-
-  @property
-  def vocab_size(self) -> int: ...  # ids, extra ids included; the model may have more rows
-
-  @property
-  def pad_id(self) -> int: ...
-
-  @property
-  def eos_id(self) -> int | None: ...
-
-  @property
-  def unk_id(self) -> int | None: ...
-
-  def encode(self, s: str, /) -> Sequence[int]: ...  # of a text, without EOS
-
-  def decode(self, ids: Iterable[int], /) -> str: ...  # of ids before EOS, without padding
-
-
-class _Vocabulary:
-  """What all vocabularies of this module share, over four functions of each."""
+class Vocabulary:
+  """Text <-> ids over four functions of each kind; attributes and both ways as seqio's."""
 
   pad_id: Any = 0
   eos_id: Any
   unk_id: Any
-  vocab_size: Any
+  vocab_size: Any  # ids, extra ids included; the model may have more rows
   extra_ids: Any
   _encode: Any  # (text) -> ids
   _decode: Any  # (ids that are neither padding nor EOS) -> text
@@ -89,7 +68,7 @@ class _Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePieceVocabulary(_Vocabulary):
+class SentencePieceVocabulary(Vocabulary):
   """A SentencePiece model with `extra_ids` sentinels appended, as seqio appends them.
 
   Ids of no piece decode as unknown. FileNotFoundError or ValueError where `path` is none, its
@@ -145,7 +124,7 @@ class SentencePieceVocabulary(_Vocabulary):
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteVocabulary(_Vocabulary):
+class ByteVocabulary(Vocabulary):
   """UTF-8 bytes as tokens (ByT5): padding 0, EOS 1, unknown 2, byte b at b + 3.
 
   Tokens that are no bytes decode to nothing, and so does a character that the end of the
@@ -183,7 +162,7 @@ class ByteVocabulary(_Vocabulary):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerVocabulary(_Vocabulary):
+class TokenizerVocabulary(Vocabulary):
   """A `tokenizer.json` of the package tokenizers, which transformers saves for every model.
 
   Texts are encoded as by transformers, the EOS at their end left out; special tokens but
@@ -293,7 +272,7 @@ class TokenizerVocabulary(_Vocabulary):
 
 
 @dataclasses.dataclass(frozen=True)
-class Renumbered(_Vocabulary):
+class Renumbered(Vocabulary):
   """A vocabulary whose padding is not 0 (MADLAD-400: 1), with that id and 0 exchanged.
 
   The network takes token 0 for padding; the model's rows are exchanged too (`checkpoints`).
@@ -321,30 +300,6 @@ class Renumbered(_Vocabulary):
 
   def _identity(self) -> bytes:
     return f"{self.base.digest()} pad {self.base_pad_id}".encode()
-
-
-AnyVocabulary = SentencePieceVocabulary | ByteVocabulary | TokenizerVocabulary | Renumbered
-
-
-def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
-  """The vocabulary of ours with seqio's ids; ValueError for kinds and options we lack."""
-  kind = type(vocabulary).__name__
-  if kind == "ByteVocabulary":
-    return ByteVocabulary(extra_ids=vocabulary.extra_ids)
-  if not hasattr(vocabulary, "sentencepiece_model_file"):
-    kinds = "seqio's SentencePieceVocabulary or ByteVocabulary"
-    raise ValueError(f"Expected `vocabulary` to be {kinds}, got {kind}.")
-  ours = SentencePieceVocabulary(
-    vocabulary.sentencepiece_model_file, extra_ids=vocabulary.extra_ids
-  )
-  last = ours.vocab_size - 1
-  counts_down = vocabulary.tokenizer.id_to_piece(last) == ours._processor.id_to_piece(last)
-  if not counts_down or getattr(vocabulary, "_normalizer_spec_overrides", None) is not None:
-    raise ValueError(
-      "Expected `vocabulary` to use its model file as it is, with extra ids counted downward,"
-      " got normalizer overrides or `reverse_extra_ids=False`."
-    )
-  return ours
 
 
 def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:

@@ -1,17 +1,3 @@
-# Copyright 2026 The CALM Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
 """Early exit inside decode loops of somebody else, on a mesh too.
 
 Those loops know a function "tokens to logits" and a cache, of which they tile,
@@ -138,22 +124,19 @@ class Loop:
     empty = jax.tree.map(cut, self.bound.empty)
     return _to_loop(jnp.zeros((), jnp.int32), empty)
 
-  def take_step(self, state: Any) -> tuple[exits.TokenExit, dict[str, Any]]:
-    """One position of T5X's `DecodingState`, and the cache after it."""
+  def __call__(self, state: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """T5X's "tokens to logits": one position of its `DecodingState`, and the
+    cache after it."""
     cache, token = state.cache, state.cur_token[:, 0]
     structure = jax.tree.structure(self.bound.empty)
     carried = jax.tree.unflatten(structure, jax.tree.leaves(cache["carried"]))
     position = cache["cache_index"]
     active = jnp.all(state.sequences != self.eos_id, axis=1)
     made, carried = self.bound.take_step(token, position, active, carried)
-    return made, _to_loop(position + 1, carried)
-
-  def __call__(self, state: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """T5X's "tokens to logits"."""
-    made, cache = self.take_step(state)
     beyond = ((0, 0), (0, self.config.vocab_size - made.logits.shape[1]))
     bias = layers.MASK_BIAS
-    return jnp.pad(made.logits, beyond, constant_values=bias), cache
+    logits = jnp.pad(made.logits, beyond, constant_values=bias)
+    return logits, _to_loop(position + 1, carried)
 
   def step_with_prefix(self, current, position, active, cache):
     """A `loop.Step` that emits the prefix, which has no exits and no score."""

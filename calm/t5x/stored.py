@@ -1,23 +1,8 @@
-# Copyright 2026 The CALM Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
 """What gin files of T5X read besides: sizes, a vocabulary, a calibration.
 
 This module does not import T5X; seqio, which brings TensorFlow, when asked.
 """
 
-import copy
 import dataclasses
 import os
 import pathlib
@@ -84,20 +69,33 @@ def stored_vocabulary(checkpoint: str = "packed") -> Any:
   )
 
 
-def our_vocabulary(words: Any) -> Any:
+def our_vocabulary(words: Any) -> vocabularies.Vocabulary:
   """A seqio vocabulary as ours; ValueError where that would give other ids."""
   import seqio
   import tensorflow as tf
 
+  if isinstance(words, seqio.ByteVocabulary):
+    return vocabularies.ByteVocabulary(extra_ids=words.extra_ids)
   if not isinstance(words, seqio.SentencePieceVocabulary):
-    return vocabularies.from_seqio(words)
+    raise ValueError(
+      "Expected `vocabulary` to be seqio's SentencePieceVocabulary or"
+      f" ByteVocabulary, got {type(words).__name__}."
+    )
   with tempfile.TemporaryDirectory() as folder:
     # The file may be a bucket's, which ours does not read.
-    local = copy.copy(words)
     path = str(pathlib.Path(folder) / "vocabulary.model")
     tf.io.gfile.copy(words.sentencepiece_model_file, path)
-    local._sentencepiece_model_file = path
-    return vocabularies.from_seqio(local)
+    ours = vocabularies.SentencePieceVocabulary(path, extra_ids=words.extra_ids)
+  last = ours.vocab_size - 1
+  theirs = words.tokenizer.id_to_piece(last).replace("\u2581", " ")
+  overrides = getattr(words, "_normalizer_spec_overrides", None)
+  if theirs != ours.piece(last) or overrides is not None:
+    raise ValueError(
+      "Expected `vocabulary` to use its model file as it is, with extra ids"
+      " counted downward, got normalizer overrides or"
+      " `reverse_extra_ids=False`."
+    )
+  return ours
 
 
 def refuse_missing_parts(

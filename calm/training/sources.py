@@ -65,7 +65,7 @@ def supervised(
   return training_batches.Supervised(
     training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
     targets,
-    tuple(training_batches.Bucket(*pair) for pair in buckets),
+    tuple((inputs, targets) for inputs, targets in buckets),
     batch_size,
     seed,
   )

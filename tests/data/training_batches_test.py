@@ -12,11 +12,7 @@ from calm.data import training_batches
 
 EOS = 1
 SENTINEL = 99  # the first one; others count downward
-BUCKETS = (
-  training_batches.Bucket(4, 4),
-  training_batches.Bucket(8, 4),
-  training_batches.Bucket(12, 6),
-)
+BUCKETS = ((4, 4), (8, 4), (12, 6))
 
 
 def ragged(lengths):
@@ -73,12 +69,12 @@ def test_an_epoch_has_every_example_once_up_to_the_dropped_rest(num, batch_size,
 
 def test_padding_shift_and_weights_and_truncation_that_keeps_eos():
   pair = (np.array([5, 6, EOS]), np.array([7, EOS]))
-  batch = training_batches.pad_batch([pair], training_batches.Bucket(4, 3))
+  batch = training_batches.pad_batch([pair], (4, 3))
   assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS, 0]]
   assert batch["decoder_target_tokens"].tolist() == [[7, EOS, 0]]
   assert batch["decoder_input_tokens"].tolist() == [[0, 7, EOS]]
   assert batch["decoder_loss_weights"].tolist() == [[1, 1, 0]]
-  batch = training_batches.pad_batch([pair], training_batches.Bucket(2, 1))
+  batch = training_batches.pad_batch([pair], (2, 1))
   assert batch["encoder_input_tokens"].tolist() == [[5, EOS]]
   assert batch["decoder_target_tokens"].tolist() == [[EOS]]
 
