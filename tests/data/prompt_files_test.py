@@ -103,19 +103,18 @@ def save_to_disk(folder, shards, options=None, names=None):
 
 
 def shard(begin: int, end: int) -> dict:
-  texts = [None if i == 3 else f"text {i}" for i in range(begin, end)]
-  return {"n": list(range(begin, end)), "prompt": [f"p {t}" for t in texts], "targets": [
-    [t] if t else None for t in texts], "image": [b"\xff"] * len(texts)}  # fmt: skip
+  numbers = range(begin, end)
+  targets = [None if i == 3 else [f"text {i}"] for i in numbers]
+  images = [b"\xff" for _ in numbers]
+  return {"prompt": [f"p {i}" for i in numbers], "targets": targets, "image": images}
 
 
 def test_a_folder_of_datasets_is_read_as_its_rows(tmp_path):
   folder = save_to_disk(tmp_path / "rows", [shard(0, 1200), shard(1200, 1300)])
   opened = prompt_files.open_prompts(folder)
   assert opened.taken == f"{folder}: 1300 prompts, Hugging Face datasets, column 'prompt'"
-  assert opened[1] == Prompt("rows/2", "p text 1", ("text 1",))
-  assert opened[3].targets == () and opened[-1] == Prompt(
-    "rows/1300", "p text 1299", ("text 1299",)
-  )
+  assert opened[1] == Prompt("rows/2", "p 1", ("text 1",)) and opened[3].targets == ()
+  assert opened[-1] == Prompt("rows/1300", "p 1299", ("text 1299",))
   assert prompt_files.open_prompts(folder, limit=2) == opened[:2]
   both = tmp_path / "both"
   (both / "train").mkdir(parents=True)
@@ -130,33 +129,27 @@ def test_a_folder_of_datasets_is_read_as_its_rows(tmp_path):
 
 PLAIN, ZSTD = ipc.IpcWriteOptions(), ipc.IpcWriteOptions(compression="zstd")
 TEXTS_OF_ONE = pyarrow.DictionaryArray.from_arrays([0] * 9, ["text"])
-ODD_FOLDERS = {
-  "packed": ([{"input": ["0" * 10**7]}], ZSTD, None, "plain texts, got packed ones; save as"),
-  "of a dictionary": ([{"input": TEXTS_OF_ONE}], None, None, "plain texts, got packed ones"),
-  "of views": (
-    [{"input": pyarrow.array(["a"], pyarrow.string_view())}],
-    None,
-    None,
-    "field `in",
-  ),
-  "rows of nothing": (
-    [{"a": [True] * 10**6}],
-    PLAIN,
-    None,
-    r"to unpack to at most .*JSON Lines",
-  ),
-  "above": ([{"input": ["a"]}], None, ["../other.arrow"], r"'\.\./other.* is no file of this"),
-  "elsewhere": ([{"input": ["a"]}], None, ["/etc/passwd"], "'/etc/passwd' is no file of this"),
-  "missing": ([{"input": ["a"]}], None, ["data.arrow"], r"whole file, got: .*data\.arrow"),
-  "numbers": ([{"input": ["a"]}], None, [7], r"lists something else .*; save it again"),
-}
+A_VIEW = pyarrow.array(["a"], pyarrow.string_view())
 
 
-@pytest.mark.parametrize("name", ODD_FOLDERS)
-def test_a_folder_that_is_not_as_datasets_writes_it_is_refused(tmp_path, monkeypatch, name):
-  shards, options, names, message = ODD_FOLDERS[name]
+@pytest.mark.parametrize(
+  ("columns", "written", "message"),
+  [
+    ({"input": ["0" * 10**7]}, {"options": ZSTD}, "plain texts, got packed ones; save as"),
+    ({"input": TEXTS_OF_ONE}, {}, "plain texts, got packed ones; save as JSON Lines"),
+    ({"input": A_VIEW}, {}, r"expected a field `input` or"),
+    ({"input": [True] * 10**6}, {"options": PLAIN}, r"to unpack to at most .*JSON Lines"),
+    ({}, {"names": ["../other.arrow"]}, r"'\.\./other\.arrow' is no file of this folder"),
+    ({}, {"names": ["/etc/passwd"]}, "'/etc/passwd' is no file of this folder"),
+    ({}, {"names": ["data.arrow"]}, r"to be a whole file, got: .*data\.arrow"),
+    ({}, {"names": [7]}, r"lists something else .*; save it again"),
+  ],
+)
+def test_a_folder_that_is_not_as_datasets_writes_it_is_refused(
+  tmp_path, monkeypatch, columns, written, message
+):
   monkeypatch.setattr(storage, "UNPACKED", 2**16)
-  folder = save_to_disk(tmp_path / "rows", shards, options, names)
+  folder = save_to_disk(tmp_path / "rows", [columns], **written)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     prompt_files.open_prompts(folder)
 
