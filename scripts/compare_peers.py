@@ -18,9 +18,10 @@ the risks.
 
 import argparse
 import contextlib
-import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import laws
 import numpy as np
@@ -38,23 +39,15 @@ STEPS = 20  # thresholds of a law: risks from a tenth of the tolerance to twice 
 DEPTHS = 8.0 - 0.3 * np.arange(STEPS + 1)  # layers at full depth, then at each threshold
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """What losses are drawn from.
+class Source(NamedTuple):
+  """What losses are drawn from."""
 
-  Attributes:
-    name: of the law or the outputs.
-    draw: (generator, prompts) -> [prompts, thresholds] losses.
-    risks: [thresholds] true risks.
-    depths: [1 + thresholds] mean layers at full depth and at each threshold.
-    support: what is known of the losses.
-  """
-
-  name: str
+  name: str  # of the law or the outputs
+  # (generator, prompts) -> [prompts, thresholds] losses.
   draw: Callable[[np.random.Generator, int], np.ndarray]
-  risks: np.ndarray
-  depths: np.ndarray
-  support: Support
+  risks: np.ndarray  # [thresholds] true risks
+  depths: np.ndarray  # [1 + thresholds] mean layers at full depth and at each threshold
+  support: Support  # what is known of the losses
 
 
 def of_law(name: str, tolerance: float) -> Source:
@@ -179,17 +172,6 @@ METHODS = (
 )
 
 
-def table(sources: Sequence[Callable[[float], Source]], draws: int) -> list[list[str]]:
-  """The lines of all sources, tolerances and sizes."""
-  rows = []
-  for make in sources:
-    for tolerance in TOLERANCES:
-      for size in SIZES:
-        rows.append(row(make(tolerance), tolerance, size, draws))
-        print("  ".join(f"{cell:>12}" for cell in rows[-1]), flush=True)
-  return rows
-
-
 def main() -> None:
   """Command line."""
   parser = argparse.ArgumentParser(
@@ -206,8 +188,11 @@ def main() -> None:
     *(lambda _, source=source: source for source in outputs),
   ]
   columns = ["losses", "tolerance", "prompts", *METHODS]
+  rows = []
   print("  ".join(f"{cell:>12}" for cell in columns))
-  rows = table(sources, arguments.draws)
+  for make, tolerance, size in itertools.product(sources, TOLERANCES, SIZES):
+    rows.append(row(make(tolerance), tolerance, size, arguments.draws))
+    print("  ".join(f"{cell:>12}" for cell in rows[-1]), flush=True)
   if arguments.output:
     tables.write(arguments.output, columns, rows, packages=("numpy", "scipy", "mapie"))
 

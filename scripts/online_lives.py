@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+from collections.abc import Iterator
 
 import laws
 import numpy as np
@@ -72,26 +73,22 @@ KINDS = (
 )
 
 
-def wrong_table(lives: int) -> tuple[list[str], list[list[str]]]:
+def wrong_table(lives: int) -> Iterator[list[str]]:
   """Columns and rows of `wrong`."""
-  rows = []
+  yield ["losses", "tolerance", "checks", "lives", "wrong", "standard error"]
   for law, tolerance in itertools.product(laws.BY_NAME, (0.05, 0.1)):
     share = at_the_bound(law, tolerance, lives, 2000)
-    rows.append([law, str(tolerance), "2000", str(lives), f"{share:.4f}", error(share, lives)])
-    print(rows[-1], flush=True)
-  return ["losses", "tolerance", "checks", "lives", "wrong", "standard error"], rows
+    yield [law, str(tolerance), "2000", str(lives), f"{share:.4f}", error(share, lives)]
 
 
-def whole_table(lives: int) -> tuple[list[str], list[list[str]]]:
+def whole_table(lives: int) -> Iterator[list[str]]:
   """Columns and rows of `whole`."""
-  rows = []
+  yield ["losses of 0 or 1", "tolerance", "prompts", "lives", "wrong", "standard error"]
   with multiprocessing.Pool() as pool:
     for kind in KINDS:
       found = pool.map(functools.partial(live, kind, prompts=1000), range(lives))
       share = float(np.mean(found))
-      rows.append([kind, "0.1", "1000", str(lives), f"{share:.4f}", error(share, lives)])
-      print(rows[-1], flush=True)
-  return ["losses of 0 or 1", "tolerance", "prompts", "lives", "wrong", "standard error"], rows
+      yield [kind, "0.1", "1000", str(lives), f"{share:.4f}", error(share, lives)]
 
 
 def error(share: float, count: int) -> str:
@@ -119,9 +116,11 @@ def batch_size(law: str, tolerance: float, mean: float, draws: int) -> int:
   return high
 
 
-def cost_table(lives: int) -> tuple[list[str], list[list[str]]]:
+def cost_table(lives: int) -> Iterator[list[str]]:
   """Columns and rows of `cost`."""
-  rows = []
+  names = ("median", "mean", "80 %")
+  ratios = (f"{name} / batch" for name in names)
+  yield ["losses", "tolerance", "risk", "batch", *names, *ratios]
   for law, tolerance, share in (
     *((law, 0.1, part) for law in LAWS for part in (0.3, 0.5, 0.7)),
     *((law, 0.05, 0.5) for law in LAWS),
@@ -137,17 +136,12 @@ def cost_table(lives: int) -> tuple[list[str], list[list[str]]]:
       found[np.isinf(found) & (wealth.highest >= target)] = most
     found[np.isinf(found)] = most
     quantiles = (np.median(found), found.mean(), np.quantile(found, 0.8))
-    cells = [f"{each:.0f}" for each in quantiles] + [
-      f"{each / batch:.2f}" for each in quantiles
-    ]
-    rows.append([law, f"{tolerance:g}", f"{mean:g}", str(batch), *cells])
-    print(rows[-1], flush=True)
-  names = ["median", "mean", "80 %"]
-  ratios = [f"{name} / batch" for name in names]
-  return ["losses", "tolerance", "risk", "batch", *names, *ratios], rows
+    cells = (f"{each:.0f}" for each in quantiles)
+    shares = (f"{each / batch:.2f}" for each in quantiles)
+    yield [law, f"{tolerance:g}", f"{mean:g}", str(batch), *cells, *shares]
 
 
-def share_table(lives: int) -> tuple[list[str], list[list[str]]]:
+def share_table(lives: int) -> Iterator[list[str]]:
   """Checks per 1,000 served prompts, of a grid whose last thresholds cannot be certified."""
   blocks, counts, named = (1, 2, 5, 10, 20), np.zeros(20), []
   for seed in range(lives):
@@ -164,37 +158,29 @@ def share_table(lives: int) -> tuple[list[str], list[list[str]]]:
         named.append(state.threshold)
   cells = [f"{counts[block - 1] / lives:.0f}" for block in blocks]
   share = lambda at: f"{np.mean([level == 0.5 for level in named[at::2]]):.2f}"
-  names = [f"thousand {block}" for block in blocks]
-  return [*names, "names 0.5 after 1,000", "after 5,000", "states"], [
-    [*cells, share(0), share(1), str(lives)]
-  ]
+  names = (f"thousand {block}" for block in blocks)
+  yield [*names, "names 0.5 after 1,000", "after 5,000", "states"]
+  yield [*cells, share(0), share(1), str(lives)]
 
 
-def delay_table(lives: int) -> tuple[list[str], list[list[str]]]:
+def delay_table(lives: int) -> Iterator[list[str]]:
   """Columns and rows of `delay`."""
-  rows = []
-  for tolerance in (0.05, 0.1):
-    for good in (0, 1000, 20_000):
-      generator = np.random.default_rng([57, good])
-      alarm = online.Wealth(1.0 / tolerance, (lives,), restarts=True)
-      for _ in range(good):
-        alarm.bet(laws.text(generator, 0.5 * tolerance, (1, lives))[0] - tolerance)
-      false = alarm.highest >= math.log(20.0)
-      found, count = np.where(false, -1.0, np.inf), 0
-      while np.isinf(found).any():
-        count += 1
-        alarm.bet(laws.text(generator, 2.0 * tolerance, (1, lives))[0] - tolerance)
-        found[np.isinf(found) & (alarm.highest >= math.log(20.0))] = count
-      seen = found[~false]
-      cells = [
-        f"{np.median(seen):.0f}",
-        f"{np.quantile(seen, 0.95):.0f}",
-        f"{false.mean():.4f}",
-      ]
-      rows.append([f"{tolerance:g}", f"{good:,}", *cells, str(lives)])
-      print(rows[-1], flush=True)
-  names = ["tolerance", "good checks", "median delay", "95 % of delays", "false alarms"]
-  return [*names, "lives"], rows
+  names = ("tolerance", "good checks", "median delay", "95 % of delays", "false alarms")
+  yield [*names, "lives"]
+  for tolerance, good in itertools.product((0.05, 0.1), (0, 1000, 20_000)):
+    generator = np.random.default_rng([57, good])
+    alarm = online.Wealth(1.0 / tolerance, (lives,), restarts=True)
+    for _ in range(good):
+      alarm.bet(laws.text(generator, 0.5 * tolerance, (1, lives))[0] - tolerance)
+    false = alarm.highest >= math.log(20.0)
+    found, count = np.where(false, -1.0, np.inf), 0
+    while np.isinf(found).any():
+      count += 1
+      alarm.bet(laws.text(generator, 2.0 * tolerance, (1, lives))[0] - tolerance)
+      found[np.isinf(found) & (alarm.highest >= math.log(20.0))] = count
+    seen = found[~false]
+    middle, late = f"{np.median(seen):.0f}", f"{np.quantile(seen, 0.95):.0f}"
+    yield [f"{tolerance:g}", f"{good:,}", middle, late, f"{false.mean():.4f}", str(lives)]
 
 
 TABLES = {
@@ -216,11 +202,12 @@ def main() -> None:
   parser.add_argument("--output", help="JSON file of the table")
   arguments = parser.parse_args()
   make, lives = TABLES[arguments.table]
-  columns, rows = make(arguments.lives or lives)
-  for row in (columns, *rows):
-    print("  ".join(f"{cell:>11}" for cell in row))
+  rows = []
+  for row in make(arguments.lives or lives):
+    rows.append(row)
+    print("  ".join(f"{cell:>11}" for cell in row), flush=True)
   if arguments.output:
-    tables.write(arguments.output, columns, rows)
+    tables.write(arguments.output, rows[0], rows[1:])
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ Needs numpy and scipy only.
 """
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import laws
 import numpy as np
@@ -27,11 +27,11 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibrate_configurations,
+  certify,
   clusters,
   methods,
   risks,
 )
-from calm.calibrate.certify import each_group as calibrate_each_group
 
 LEVEL, TOLERANCE = 0.05, 0.1
 # Columns of a block, each with a uniform of its own; and of one where all share what belongs to
@@ -46,27 +46,17 @@ def table(values: np.ndarray, **fields) -> SequenceLosses:
   return SequenceLosses(values, np.linspace(1.0, 0.0, values.shape[1]), **fields)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One row of the table.
+class Cell(NamedTuple):
+  """One row of the table."""
 
-  Attributes:
-    promise: what is promised, in words.
-    losses: of what kind they are.
-    prompts: how many there are.
-    wrong: (generator, prompts) -> share of wrong certificates in a block, or one flag a draw.
-    level: what the share may be.
-    block: draws a call of `wrong` makes.
-    most: draws at most, where each is a whole run.
-  """
-
-  promise: str
-  losses: str
+  promise: str  # what is promised, in words
+  losses: str  # of what kind they are
   prompts: int
+  # (generator, prompts) -> whether each draw of a block is certified wrongly, or their share.
   wrong: Callable[[np.random.Generator, int], np.ndarray]
-  level: float = LEVEL
-  block: int = COLUMNS
-  most: int = 10**9
+  level: float = LEVEL  # what the share may be
+  block: int = COLUMNS  # draws that a call of `wrong` makes
+  most: int = 10**9  # draws at most, where each is a whole run
 
 
 def certified(losses, **options) -> np.ndarray:
@@ -107,7 +97,7 @@ def every_group(generator, count):
 def each_group(generator, count):
   labels = ["a" if row % 2 else "b" for row in range(count)]
   losses = table(laws.text(generator, TOLERANCE, (count, SHARING)))
-  found = calibrate_each_group(losses, labels, tolerance=TOLERANCE, error_rate=LEVEL)
+  found = certify.each_group(losses, labels, tolerance=TOLERANCE, error_rate=LEVEL)
   wrong = [one.column("p_value") <= LEVEL / len(found) for one in found.values()]
   return np.any(wrong, axis=0)
 
@@ -190,10 +180,7 @@ CELLS = (
   *(Cell("mean", "near binary", size, mean(laws.near_binary)) for size in (50, 300)),
   *(Cell("mean", "dense", size, mean(laws.dense)) for size in (50, 300)),
   *(Cell("mean", "heavy", size, mean(laws.heavy)) for size in (50, 300)),
-  *(
-    Cell("mean", "signed", size, mean(laws.signed, Support(lower=-1.0)))
-    for size in (50, 100, 300)
-  ),
+  *(Cell("mean", "signed", n, mean(laws.signed, Support(-1.0))) for n in (50, 100, 300)),
   *(Cell("mean", "0 or 1, bets", size, mean(laws.zero_or_one)) for size in (50, 100, 300)),
   Cell("mean", "0 or 1, binomial", 100, mean(laws.zero_or_one, Support(binary=True))),
   Cell("mean, no uniform", "text", 100, mean(laws.text, method="betting_fixed_level")),
@@ -221,13 +208,20 @@ def simulate(cell: Cell, draws: int, number: int) -> list:
   blocks = max(2, min(draws, cell.most) // cell.block)
   shares = np.array([np.mean(cell.wrong(generator, cell.prompts)) for _ in range(blocks)])
   error = float(shares.std(ddof=1)) / math.sqrt(blocks)
-  told = (cell.level, shares.mean(), error, blocks * cell.block)
-  return line(cell.promise, cell.losses, str(cell.prompts), *told)
+  return line(*cell[:3], cell.level, shares.mean(), error, blocks * cell.block)
 
 
 def line(promise, losses, prompts, level, rate, error, draws) -> list:
   """A line as the table shows it."""
-  return [promise, losses, prompts, f"{level:g}", f"{rate:.4f}", f"{error:.4f}", str(draws)]
+  return [
+    promise,
+    losses,
+    str(prompts),
+    f"{level:g}",
+    f"{rate:.4f}",
+    f"{error:.4f}",
+    str(draws),
+  ]
 
 
 def stored(order: str, losses: np.ndarray) -> np.ndarray:
@@ -240,17 +234,14 @@ def stored(order: str, losses: np.ndarray) -> np.ndarray:
   return np.roll(losses, len(losses) // 2, axis=0)  # the worst together, in the middle
 
 
-def in_tested_orders(generator, order: str, law, count: int) -> np.ndarray:
-  """[prompts, orders] losses of one stored table at the boundary, in the orders made for it."""
-  values = stored(order, law(generator, TOLERANCE, (count, 1)))
-  losses = SequenceLosses(values, np.array([0.5]))
-  rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
-  return values[np.stack(rows, axis=1), 0]
-
-
 def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
   """Share of stored tables that are certified, each in all orders that are made for it."""
-  tables = [in_tested_orders(generator, order, law, count) for _ in range(draws)]
+  tables = []
+  for _ in range(draws):
+    values = stored(order, law(generator, TOLERANCE, (count, 1)))
+    losses = SequenceLosses(values, np.array([0.5]))
+    rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
+    tables.append(values[np.stack(rows, axis=1), 0])
   sizes = np.array([table.shape[1] for table in tables])
   values = np.concatenate(tables, axis=1)
   method = methods.get_method("auto", Support())
@@ -259,7 +250,7 @@ def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
   return float(np.mean(np.logical_and.reduceat(passed, np.cumsum(sizes) - sizes)))
 
 
-def simulate_orders(draws: int, most: int) -> tuple[list[list], bool]:
+def simulate_orders(draws: int = 200, most: int = 400) -> tuple[list[list], bool]:
   """Lines for ranges of sizes, and whether no more sizes lie high than chance explains."""
   lines, kept = [], True
   limit = LEVEL + 3.0 * math.sqrt(LEVEL * (1.0 - LEVEL) / draws)
@@ -290,18 +281,14 @@ def main() -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--draws", type=int, default=20_000, help="a row (default %(default)s)")
-  parser.add_argument("--cells", default="0:", help="rows of the table, as 0:10")
   parser.add_argument("--orders", action="store_true", help="stored orders at every size")
-  parser.add_argument("--order_draws", type=int, default=200, help="a size (default 200)")
-  parser.add_argument("--most", type=int, default=400, help="the largest size (default 400)")
   parser.add_argument("--output", help="JSON file of the table")
   arguments = parser.parse_args()
   if arguments.orders:
-    rows, kept = simulate_orders(arguments.order_draws, arguments.most)
+    rows, kept = simulate_orders()
   else:
     rows, kept = [], True
-    first, last = (int(part or len(CELLS)) for part in arguments.cells.split(":"))
-    for number, cell in list(enumerate(CELLS))[first:last]:
+    for number, cell in enumerate(CELLS):
       rows.append(simulate(cell, arguments.draws, number))
       *_, level, rate, error, _ = rows[-1]
       kept &= float(rate) <= float(level) + 3.0 * float(error) + 5e-5
