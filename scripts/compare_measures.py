@@ -24,14 +24,14 @@ METHODS = {"auto": "risk_signed"}
 def opened(arguments: argparse.Namespace, name: str) -> experiments.Task:
   """One task's prompts under the model."""
   task = bench.task(name)
-  predictor = inference.load(arguments.model, batch_size=arguments.batch_size).with_options(
+  predictor = inference.load(arguments.model, batch_size=32).with_options(
     task_prefix=task.prefix,
     max_input_length=task.max_input_length,
     max_decode_length=task.max_decode_length,
   )
-  options = bench.Options(timed=arguments.timed, measures=tuple(arguments.measures))
+  options = bench.Options(timed=6, measures=tuple(arguments.measures))
   validation, test = (
-    bench.read_prompts(arguments.data, task, split, limit=arguments.limit, seed=arguments.seed)
+    bench.read_prompts(arguments.data, task, split, limit=arguments.limit, seed=0)
     for split in ("validation", "test")
   )
   cache = pathlib.Path(arguments.cache)
@@ -76,9 +76,6 @@ def main() -> None:
   parser.add_argument("--tasks", nargs="+", default=["synopsis", "qa", "enfr"])
   parser.add_argument("--measures", nargs="+", default=MEASURES)
   parser.add_argument("--limit", type=int, default=120, help="prompts of a task")
-  parser.add_argument("--timed", type=int, default=6, help="half of the prompts timed alone")
-  parser.add_argument("--batch_size", type=int, default=32)
-  parser.add_argument("--seed", type=int, default=0, help="draws the prompts")
   parser.add_argument("--cache", default="runs/measures", help="what is done already")
   parser.add_argument("--output", help="begin of the name of the JSON file")
   arguments = parser.parse_args()
