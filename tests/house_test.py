@@ -63,10 +63,10 @@ BUDGETS = {
   "signals.py": (91, 1),
   "storage.py": (448, 1),
   "t5": (3147, 17),
-  "t5x": (1165, 4),
+  "t5x": (1221, 4),
   "training": (1488, 9),
 }
-WHOLE = {"calm": (26_931, 125), "tests": (22_278, 148), "scripts": (4_381, 25)}
+WHOLE = {"calm": (26_987, 125), "tests": (22_278, 148), "scripts": (4_381, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

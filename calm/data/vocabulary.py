@@ -34,11 +34,11 @@ _MOST_GROWTH = 1000
 class Vocabulary:
   """Text <-> ids over four functions of each kind; attributes and both ways as seqio's."""
 
-  pad_id: Any = 0
-  eos_id: Any
-  unk_id: Any
+  pad_id: Any = 0  # padding, which decodes to nothing
+  eos_id: Any  # the token that ends a text
+  unk_id: Any  # the token of what has no other, or None
   vocab_size: Any  # ids, extra ids included; the model may have more rows
-  extra_ids: Any
+  extra_ids: Any  # sentinels at the end of the ids
   _encode: Any  # (text) -> ids
   _decode: Any  # (ids that are neither padding nor EOS) -> text
   _piece: Any  # (id) -> its text, or None
