@@ -64,6 +64,7 @@ class Predictor:
     threshold: what `generate` decodes with where it is given none; a calibration's.
     exact: how full depth is decoded where that was measured to be faster; None: static.
     one_shape: whether every batch is padded to one shape: one compiled program a rule.
+    folder: what `load` opened; None of other parameters.
   """
 
   config: network.T5Config
@@ -74,6 +75,7 @@ class Predictor:
   threshold: float | None = None
   exact: exits.Speculative | None = None
   one_shape: bool = dataclasses.field(default=False, kw_only=True)
+  folder: pathlib.Path | None = dataclasses.field(default=None, init=False)
 
   def __post_init__(self):
     # Full depth asks for no exits, and would pass over measures and layers that are none.
@@ -309,6 +311,23 @@ class Predictor:
       **drafts,
     )
 
+  @arguments.checked()
+  def fit(self, rows: Any, *, output: str | pathlib.Path, **options: Any) -> "Predictor":
+    """`calm.fit` of the folder that this model was loaded from; what `load` was asked besides
+    is not read. Returns the model in `output`, under its promise.
+
+    Raises:
+      ValueError: the model came from no folder, or with exits of another one; or as `calm.fit`.
+    """
+    import calm
+
+    if self.folder is None:
+      raise ValueError(
+        "Expected a model that `calm.load` opened with its folder's own exits, got one of"
+        " another origin; save it, and call `calm.fit(FOLDER, rows, output=...)`."
+      )
+    return calm.fit(self.folder, rows, output=output, **options)
+
   # ---- The same model otherwise
 
   def changed(self, **fields: Any) -> "Predictor":
@@ -316,7 +335,7 @@ class Predictor:
     other = dataclasses.replace(self, **fields)
     layout = lambda model: (model.config, *(getattr(model.options, n) for n in _LAYOUT))
     alike = ("weights",) if layout(self) == layout(other) else ()
-    for name in ("parameters_digest", "base_digest", *alike):
+    for name in ("parameters_digest", "base_digest", "folder", *alike):
       if name in self.__dict__:
         other.__dict__[name] = self.__dict__[name]
     return other
@@ -641,8 +660,9 @@ def load(
   config = dataclasses.replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype)
   changed = options_lib.change(config, base, **options)
   predictor = Predictor(config, checkpoint.params, checkpoint.vocabulary, changed)
+  predictor.__dict__["folder"] = directory if exits is None else None
   if calibration is not None and void_guarantee:
-    return dataclasses.replace(predictor, threshold=calibration.threshold)
+    return predictor.changed(threshold=calibration.threshold)
   if calibration is not None:
     return predictor.under(calibration, allow_platform=allow_platform)
   own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
@@ -650,7 +670,7 @@ def load(
     return _under_own(predictor, own, given, allow_platform)
   if full_depth.exists():
     exact = None if given or not can_be_exact(predictor) else stored_rule(full_depth)
-    return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
+    return predictor.changed(threshold=NEVER_EXIT, exact=exact)
   if checkpoint.exits_trained is False and not config.exit_translators and not own.exists():
     warnings.warn(
       UntrainedExits(

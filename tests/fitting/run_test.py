@@ -59,6 +59,21 @@ def test_the_folder_serves_itself_under_its_promise(made, directory):
   assert said[1] == said[-1] == "The promise is about prompts drawn as these rows are."
 
 
+def test_an_opened_model_fits_its_folder_and_no_other_parameters(
+  made, directory, rows, monkeypatch, tmp_path
+):
+  output, served, _ = made
+  model = inference.load(directory).with_options(measure="state")
+  monkeypatch.setattr(run, "make", None)  # the same request: all of it is done
+  again = model.fit(rows[:45], output=output, **OPTIONS)
+  assert again.calibration == served.calibration and again.folder == output
+  others = dataclasses.replace(model, params={**model.params}), inference.load("packed")
+  with pytest.raises(ValueError, match=r"`calm.load` opened.*another origin; save it"):
+    others[0].fit(rows[:45], output=tmp_path / "none", **OPTIONS)
+  with pytest.raises(ValueError, match="the model"):
+    others[1].fit(rows[:45], output=output, **OPTIONS)
+
+
 def test_the_summary_says_what_was_found(made):
   output, served, _ = made
   page = (output / "summary.html").read_text("utf-8")
