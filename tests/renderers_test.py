@@ -167,6 +167,10 @@ def told(text: str, write) -> str:
   return file.getvalue()
 
 
+PLAIN, PAINTED = (
+  rich_console.Console(file=io.StringIO(), color_system=system, force_jupyter=False)
+  for system in (None, "truecolor")
+)
 TERMINAL = {
   "a line": lambda text: console_of(lambda console: print_text(console, text)),
   "a table": lambda text: console_of(
@@ -180,8 +184,8 @@ TERMINAL = {
   "a warning": lambda text: told(
     text, lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0)
   ),
-  "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, mode="truecolor"),
-  "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, mode="plain"),
+  "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, PAINTED),
+  "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, PLAIN),
   "an output": lambda text: repr(output(text)) + repr(several(text)),
 }
 # Where marks that do something are replaced by a sign, or written as Python writes them.

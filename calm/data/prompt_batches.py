@@ -82,6 +82,7 @@ def plan(
   batch_size: int,
   max_input_length: int,
   whole_batches: bool = False,
+  one_shape: bool = False,
 ) -> list[PromptBatch]:
   """Groups prompts of like length into batches; together they hold every prompt once.
 
@@ -89,21 +90,24 @@ def plan(
   most twice as long: padding costs less than compiling a program for a few rows.
 
   With `whole_batches` every batch is padded to `batch_size`, not to a power of two below, and
-  every prompt to its own bucket, so that no prompt is computed otherwise in another list.
+  every prompt to its own bucket, so that no prompt is computed otherwise in another list; in
+  `one_shape` to `batch_size` and the maximum.
   """
   if batch_size < 1:
     raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
-  lengths = np.array([bucket_length(len(row), max_input_length) for row in tokens], int)
+  least = max_input_length if one_shape else 0
+  lengths = [bucket_length(max(least, len(row)), max_input_length) for row in tokens]
+  lengths, whole = np.array(lengths, int), whole_batches or one_shape
   batches, waiting = [], np.zeros(0, int)
   for length, following in itertools.pairwise([*np.unique(lengths), np.inf]):
     members = np.concatenate([waiting, np.flatnonzero(lengths == length)])
-    goes_along = not whole_batches and following <= 2 * length
+    goes_along = not whole and following <= 2 * length
     taken = len(members) - (len(members) % batch_size if goes_along else 0)
     waiting = members[taken:]
     for start in range(0, taken, batch_size):
       rows = members[start : min(start + batch_size, taken)]
       power = 2 ** math.ceil(math.log2(len(rows)))
-      size = batch_size if whole_batches else min(power, batch_size)
+      size = batch_size if whole else min(power, batch_size)
       padded = np.zeros((size, int(length)), np.int32)
       for i, row in enumerate(rows):
         padded[i, : len(tokens[row])] = tokens[row]

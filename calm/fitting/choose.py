@@ -7,6 +7,7 @@ calibration will probably certify."""
 import dataclasses
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -225,7 +226,8 @@ def read_layers(
 ) -> Reading:
   """Reads every layer at every token of `full`, the full-depth records of `texts`."""
   names = [name for name in measures(predictor) if name != "shortlist"]
-  batches = grid.one_shape(predictor.with_options(batch_size=exit_maps.BATCH)).plan(texts)
+  bulk = predictor.with_options(batch_size=exit_maps.BATCH).changed(one_shape=True)
+  batches = bulk.plan(texts)
   longest = max(len(record.tokens or ()) for record in full)
   read = jax.jit(functools.partial(_read, predictor, tuple(names)))
   found: list[tuple[np.ndarray, ...]] = []
@@ -426,20 +428,20 @@ def part(progress: Report, start: float, end: float) -> Report:
 def full_texts(
   model: inference.Predictor,
   prompts: Sequence[Prompt],
-  cache: result_cache.ResultCache,
+  folder: pathlib.Path,
   progress: Report,
 ) -> tuple[Record, ...]:
-  """[num_prompts] full-depth records, decoded once."""
+  """[num_prompts] full-depth records, decoded once into a `folder`."""
   key = {"model": model.procedure.to_json(), "prompts": result_cache.prompts_digest(prompts)}
   make = lambda: grid.with_rule(model, prompts, exits.StaticExit(), progress=progress)
-  return cache.get(tuple[Record, ...], "full_texts", key, make)
+  return result_cache.cached(folder, tuple[Record, ...], "full_texts", key, make)
 
 
 def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -> Choice:
   """The choice on the validation part; losses compare with the given model's texts."""
   prompts, options, folder = fit.splits.validation, fit.options, fit.work / "validation"
-  cache, length = result_cache.ResultCache(folder), predictor.options.max_decode_length
-  full = full_texts(grid.in_bulk(predictor), prompts, cache, part(progress, 0.0, 0.2))
+  length = predictor.options.max_decode_length
+  full = full_texts(grid.in_bulk(predictor), prompts, folder, part(progress, 0.0, 0.2))
   texts = [prompt.input for prompt in prompts]
   reading = read_layers(predictor, texts, full, part(progress, 0.2, 0.35))
   longest = max(batch.tokens.shape[1] for batch in predictor.plan(texts))
@@ -448,17 +450,15 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
   first, _ = timed(predictor, prompts, first, FIRST, part(progress, 0.35, 0.55))
   if options.train_all:
     told = part(progress, 0.55, 0.6)
-    full = full_texts(grid.in_bulk(fit.source), prompts, cache, told)
+    full = full_texts(grid.in_bulk(fit.source), prompts, folder, told)
 
-  def decode(entry: Tried, encodings: dict[int, Any], progress: Report) -> Tried:
+  def decode(entry: Tried, progress: Report) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""
     candidate = entry.candidate
     model = grid.in_bulk(predictor.with_options(**candidate.options(length)))
     levels = coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
-    cached = grid.on_grid(
-      model, prompts, levels, folder, full=full, encodings=encodings, progress=told
-    )
+    cached = grid.on_grid(model, prompts, levels, folder, full=full, progress=told)
     values = losses.compute(cached, options.kind, metric=options.metric).values
     count = len(fit.splits.calibration)
     return Tried(
@@ -479,25 +479,24 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
 
 def _decoded(
   first: Sequence[Tried],
-  decode: Callable[[Tried, dict[int, Any], Report], Tried],
+  decode: Callable[[Tried, Report], Tried],
   in_8_bits: bool,
   progress: Report,
 ) -> list[Tried]:
   """Finalists with their losses, the fastest first, until `DECODED` have a threshold; the
   fastest is decoded `in_8_bits` too."""
   tried: list[Tried] = []
-  encodings: dict[int, Any] = {}
   fastest = sorted(first, key=lambda e: (not e.gains, -np.nan_to_num(e.end_to_end)))
   for number, entry in enumerate(fastest):
     found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
     if found < DECODED:
       share = [(number + i) / (number + DECODED - found) for i in (0, 1)]
-      tried.append(decode(entry, encodings, part(progress, *share)))
+      tried.append(decode(entry, part(progress, *share)))
     else:
       tried.append(dataclasses.replace(entry, first_speedup=entry.speedup))
   for name in filter(None, IN_8_BITS if in_8_bits else ()):
     narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
-    tried.append(decode(Tried(narrow), {}, progress))
+    tried.append(decode(Tried(narrow), progress))
   return tried
 
 
@@ -550,11 +549,10 @@ def has_large_head(predictor: inference.Predictor) -> bool:
 
 def has_large_layers(predictor: inference.Predictor) -> bool:
   """Whether layers in 8 bits are a candidate; they change texts, which the promise covers."""
-  config, options = predictor.config, predictor.options
   flat = parameters.flatten(predictor.params)
   numbers = sum(leaf.size for path, leaf in flat.items() if "/layers_" in path)
-  exact = not inference.options.batch_size_affects_output(config, options)
-  return exact and options.weights_dtype is None and numbers >= LEAST_LAYERS
+  exact = not predictor.batch_size_affects_output
+  return exact and predictor.options.weights_dtype is None and numbers >= LEAST_LAYERS
 
 
 def fastest_head(
@@ -579,7 +577,7 @@ def faster_exact(
 ) -> timing.Seconds | None:
   """Seconds of full texts from the model's own verified drafts, beside full depth's; None where
   these are not faster, there is one layer, or states are rounded to few bits."""
-  if predictor.num_layers == 1 or not inference.can_be_exact(predictor):
+  if predictor.num_layers == 1 or predictor.batch_size_affects_output:
     return None
   rule, texts = inference.exact_rule(predictor), [prompt.input for prompt in prompts]
   found = timing.beside_full_depth(predictor, texts, 1.0, rule=rule, base=predictor)

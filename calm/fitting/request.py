@@ -14,7 +14,7 @@ from calm import arguments, inference, storage
 from calm.calibrate import Prompt, clusters, losses, metrics, planning
 from calm.console import Report
 from calm.data import prompt_files
-from calm.inference import grid, result_cache
+from calm.inference import grid
 
 # Rows in memory; or a DataFrame, which has no type that could be named here.
 Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
@@ -300,9 +300,9 @@ class Fit:
     return self.output / WORK
 
   @property
-  def cache(self) -> result_cache.ResultCache:
+  def results(self) -> pathlib.Path:
     """Results of finished steps."""
-    return result_cache.ResultCache(self.work / "results")
+    return self.work / "results"
 
 
 def held_out(

@@ -173,7 +173,7 @@ def make(fit: Fit) -> None:
   progress = fit.listener.step("Choose measure, layers and grid")
   key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
   compute = lambda: choose.choose(fit, predictor, progress)
-  choice = fit.cache.get(choose.Choice, "chosen", key, compute)
+  choice = result_cache.cached(fit.results, choose.Choice, "chosen", key, compute)
   for line in choice.lines():
     say(line)
   calibration, promised = None, ()
@@ -205,7 +205,7 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   rows, source = fit.splits.train[:MOST_ROWS], fit.source
   told = fit.listener.step(choose.DECODE_TEXTS)
   bulk = source.with_options(batch_size=TEXTS_BATCH)
-  tokens = [r.tokens or () for r in choose.full_texts(bulk, rows, fit.cache, told)]
+  tokens = [r.tokens or () for r in choose.full_texts(bulk, rows, fit.results, told)]
   progress = fit.listener.step("Learn exits beside the frozen weights")
   file, base = fit.work / checkpoints.EXITS, parameters.base_digest(source.params)
   if source.options.shortlist is None:
@@ -227,7 +227,8 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
     return report
 
   # The file is written first: a report without it was never stored.
-  learned = fit.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)
+  kind, key = exit_maps.LearnedExits, {"base": base}
+  learned = result_cache.cached(fit.results, kind, "exits", key, learn)
   fit.listener.say(str(learned))
   config, params = checkpoints.with_exits(source.config, source.params, file)
   return dataclasses.replace(source, config=config, params=params), learned

@@ -14,6 +14,7 @@ from calm import inference, storage, training
 from calm.console import Report
 from calm.fitting import request
 from calm.fitting.choose import DECODE_TEXTS, full_texts
+from calm.inference import result_cache
 from calm.training import losses, objectives, read_history, run, sources
 
 OUTPUTS = "outputs.jsonl"
@@ -78,7 +79,8 @@ def train_stages(fit: request.Fit) -> tuple[inference.Predictor, tuple[Trained, 
       seconds=fit.options.budget and fit.options.budget / len(names),
       progress=fit.listener.step(f"Train stage {name}"),
     )
-    done.append(fit.cache.get(Trained, f"trained_{name}", {"initial": str(initial)}, make))
+    key = {"initial": str(initial)}
+    done.append(result_cache.cached(fit.results, Trained, f"trained_{name}", key, make))
     initial = fit.work / f"stage_{name}" / sources.MODEL_FOLDER
     predictor = inference.load(initial, batch_size=fit.options.batch_size)
   return predictor, tuple(done)
@@ -91,7 +93,7 @@ def write_own_texts(
   tokens (`OUTPUTS`): a text which the length limit cut off has no end to learn."""
   rows, count = (*fit.splits.validation, *fit.splits.train), len(fit.splits.validation)
   bulk = predictor.with_options(batch_size=64)
-  records = full_texts(bulk, rows, fit.cache, fit.listener.step(DECODE_TEXTS))
+  records = full_texts(bulk, rows, fit.results, fit.listener.step(DECODE_TEXTS))
   own = tuple(
     dataclasses.replace(row, targets=(record.prediction,))
     for row, record in zip(rows, records, strict=True)

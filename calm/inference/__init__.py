@@ -9,7 +9,6 @@ from calm.inference.predictor import (
   Predictor,
   SlowerThanFullDepth,
   UntrainedExits,
-  can_be_exact,
   exact_rule,
   load,
 )
@@ -22,7 +21,6 @@ __all__ = [
   "Predictor",
   "SlowerThanFullDepth",
   "UntrainedExits",
-  "can_be_exact",
   "exact_rule",
   "grid",
   "load",

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,6 +34,7 @@ from calm.calibrate import (
 )
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
+from calm.console import Report
 from calm.data import prompt_files
 from calm.decode import loop
 from calm.inference import options as options_lib
@@ -43,13 +44,7 @@ from calm.t5 import caches
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
 
-# (share done in [0, 1], what is being done)
-Progress = Callable[[float, str], None]
-
-
-def silent(share: float, text: str) -> None:
-  """A `Progress` that shows nothing."""
-  del share, text
+silent: Report = lambda share, text: None
 
 
 class _Batch:
@@ -70,7 +65,10 @@ class _Batch:
     self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
   ) -> list[Record]:
     """The missing records at one threshold, some of them those of the threshold before."""
-    values, made = schedule_values(self._model, threshold), {}
+    positions = jnp.arange(self._model.options.max_decode_length)
+    # In float32, as the decoder has it.
+    values = self._model.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
+    values, made = np.broadcast_to(np.asarray(values), positions.shape), {}
     for i in missing:
       tokens = previous[i].tokens if i in previous else None
       if tokens is not None and reusable_tokens(previous[i], values) == len(tokens):
@@ -101,7 +99,7 @@ class _Batch:
     return jax.device_get(self._state.generation)
 
   def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
-    return record(self._model, generation, self._ids.index(prompt_id), prompt_id)
+    return record(self._model.output(generation, self._ids.index(prompt_id)), prompt_id)
 
 
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
@@ -118,16 +116,8 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   return int(np.argmax(exits_now)) if exits_now.any() else len(refused)
 
 
-def schedule_values(model: "Predictor", threshold: float) -> np.ndarray:
-  """The schedule's threshold at every token, in float32 as the decoder has it."""
-  positions = jnp.arange(model.options.max_decode_length)
-  values = model.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
-  return np.broadcast_to(np.asarray(values), positions.shape)
-
-
-def record(model: "Predictor", generation, row: int, prompt_id: str) -> Record:
-  """One row of a generation as a record on disk."""
-  output = model.output(generation, row)
+def record(output: outputs.Output, prompt_id: str) -> Record:
+  """An output as a record on disk."""
   names = ("tokens", "exit_layers", "confidences", "rejected_confidences", "score")
   return Record(prompt_id, output.text, **{name: getattr(output, name) for name in names})
 
@@ -139,8 +129,7 @@ def generate(
   writer: Any,
   *,
   full: Sequence[Record] | None = None,
-  encodings: dict[int, caches.Encoded] | None = None,
-  progress: Progress = silent,
+  progress: Report = silent,
 ) -> None:
   """Decodes every prompt at full depth and at every threshold into `writer`.
 
@@ -152,8 +141,6 @@ def generate(
       of {threshold: {id: record}}, which keeps them in memory.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
-    encodings: encoded prompts by batch number, read and filled where several grids are decoded
-      for the same prompts in the same batches by the same encoder.
 
   Raises:
     ValueError: the full-depth texts are another model's (`reference_digest`), not in `full`.
@@ -171,9 +158,7 @@ def generate(
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
-    work = _Batch(model, batch, ids)
-    work.encoded = None if encodings is None else encodings.get(number)
-    previous: dict[str, Record] = {}
+    work, previous = _Batch(model, batch, ids), {}
     for place, threshold in enumerate(levels):
       records = {} if in_memory else writer.completed_records(threshold, ids)
       if missing := [i for i in ids if i not in records]:
@@ -183,7 +168,7 @@ def generate(
           reference = model.reference
           given = reference.encode(batch), batch.active, NEVER_EXIT, exits.StaticExit()
           generation = reference.decode(*given)
-          made = [record(reference, generation, ids.index(i), i) for i in missing]
+          made = [record(reference.output(generation, ids.index(i)), i) for i in missing]
         else:
           made = work.decode(missing, threshold, previous)
         records.update({record.id: record for record in made})
@@ -195,8 +180,6 @@ def generate(
       text = f"batch {number + 1} of {len(batches)}, threshold"
       share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
       progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")
-    if encodings is not None and work.encoded is not None:
-      encodings[number] = work.encoded
 
 
 def on_grid(
@@ -206,13 +189,10 @@ def on_grid(
   folder: pathlib.Path,
   *,
   full: Sequence[Record] | None = None,
-  encodings: dict[int, caches.Encoded] | None = None,
-  progress: Progress = silent,
+  progress: Report = silent,
 ) -> generations.Generations:
-  """`generate` into a folder inside `folder`, named after the procedure, prompts and grid.
-
-  A finished run is read again.
-  """
+  """`generate` into a folder inside `folder`, named after the procedure, prompts and grid; a
+  finished run is read again."""
   procedure = model.procedure
   key = {
     "procedure": procedure.to_json(),
@@ -223,13 +203,26 @@ def on_grid(
   path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
-  writer = generations.open_writer(
-    path, prompts=examples, thresholds=thresholds, procedure=procedure
-  )
   named = lambda share, text: progress(share, f"{procedure.measure} at {text}")
-  generate(model, examples, thresholds, writer, full=full, encodings=encodings, progress=named)
-  writer.finish()
-  return generations.load(path)
+  return _in_folder(model, examples, thresholds, path, full=full, progress=named)
+
+
+def _in_folder(
+  model: "Predictor", prompts, thresholds, folder, full, progress, provenance=None
+) -> generations.Generations:
+  """`generate` into a folder, which is read back; None: a temporary one."""
+  with contextlib.ExitStack() as stack:
+    temporary = folder is None
+    writer = generations.open_writer(
+      stack.enter_context(tempfile.TemporaryDirectory()) if temporary else folder,
+      prompts=prompts,
+      thresholds=thresholds,
+      procedure=model.procedure,
+      provenance=provenance,
+    )
+    generate(model, prompts, thresholds, writer, full=full, progress=progress)
+    writer.finish()
+    return generations.load(writer.directory, in_memory=temporary)
 
 
 def with_rule(
@@ -238,17 +231,13 @@ def with_rule(
   rule: exits.Rule | None = None,
   threshold: float = NEVER_EXIT,
   *,
-  progress: Progress = silent,
+  progress: Report = silent,
 ) -> tuple[Record, ...]:
   """One record a prompt, in their order, of a rule (None: the model's own) at one threshold."""
-  records: dict[int, Record] = {}
-  batches = model.plan([example.input for example in examples])
-  for number, batch in enumerate(batches):
-    generation = model.decode(model.encode(batch), batch.active, threshold, rule)
-    for i, row in enumerate(batch.rows):
-      records[int(row)] = record(model, generation, i, examples[row].id)
-    progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
-  return tuple(records[i] for i in range(len(examples)))
+  report = lambda done, of: progress(done / max(of, 1), f"{done} of {of} prompts")
+  texts = [example.input for example in examples]
+  made = model.decode_texts(texts, threshold, rule, report)
+  return tuple(record(o, example.id) for o, example in zip(made, examples, strict=True))
 
 
 def mean_layers(records: Sequence[Record]) -> float:
@@ -263,14 +252,9 @@ def in_bulk(model: "Predictor") -> "Predictor":
   Where a text depends on the rows that are decoded with it, and so on its padding, other
   batches would be another procedure's: the model as it is.
   """
-  if options_lib.batch_size_affects_output(model.config, model.options):
+  if model.batch_size_affects_output:
     return model
-  return one_shape(model.with_options(batch_size=2 * model.options.batch_size))
-
-
-def one_shape(model: "Predictor") -> "Predictor":
-  """The same model with every batch padded to one shape: one compiled program a rule."""
-  return model.changed(one_shape=True)
+  return model.with_options(batch_size=2 * model.options.batch_size).changed(one_shape=True)
 
 
 # ---- Certified on a grid
@@ -301,7 +285,7 @@ def certify(
   thresholds: Sequence[float] | None = None,
   folder: str | pathlib.Path | None = None,
   full: Sequence[Record] | None = None,
-  progress: Progress = silent,
+  progress: Report = silent,
 ) -> tuple[Calibration, generations.Generations]:
   """Decodes prompts at full depth and over a grid, and calibrates the threshold on them.
 
@@ -329,21 +313,9 @@ def certify(
       "Expected prompts with references (`targets`) for `consistency` 'risk', got"
       f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
     )
-  levels, temporary = thresholds or default_grid(model.options), folder is None
-  with contextlib.ExitStack() as stack:
-    if folder is None:
-      folder = stack.enter_context(tempfile.TemporaryDirectory())
-    writer = generations.open_writer(
-      folder,
-      prompts=prompts,
-      thresholds=levels,
-      procedure=model.procedure,
-      provenance=Provenance(grid=tuple(map(float, levels)), num_examples=len(prompts)),
-    )
-    generate(model, prompts, levels, writer, full=full, progress=progress)
-    writer.finish()
-    # A temporary folder is gone by the time that its records are read.
-    cached = generations.load(folder, in_memory=temporary)
+  levels = thresholds or default_grid(model.options)
+  about = Provenance(grid=tuple(map(float, levels)), num_examples=len(prompts))
+  cached = _in_folder(model, prompts, levels, folder, full, progress, about)
   losses = sequence_losses.compute(cached, kind, metric=metric)
   return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached
 

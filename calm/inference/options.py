@@ -163,19 +163,7 @@ def draft_head(config: network.T5Config, options: DecodeOptions, layer: int) -> 
   return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
 
 
-def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
-  """Whether a text depends on the rows that are decoded together with it: where states are
-  rounded to few bits, a sum's last bit may decide which token follows."""
-  return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
-
-
-def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
-  """Whether the decoder's states are rounded to few bits."""
-  return config.dtype != "float32" or options.weights_dtype == IN_8_BITS
-
-
 # ---- The stored form
-
 
 _ALWAYS_STORED = ("measure", "task_prefix", "max_input_length", "max_decode_length")
 
@@ -226,7 +214,6 @@ def _schedule_record(schedule: schedules.Schedule) -> dict[str, Any]:
 
 # ---- The procedure
 
-
 # Fields that have the same name and value in options and in their procedure.
 _SAME = (
   *("task_prefix", "max_input_length", "max_decode_length", "measure", "propagation"),
@@ -247,7 +234,6 @@ def procedure(model: Any) -> Procedure:
   if options.uses_shortlist:
     ids = np.asarray(options.shortlist or (), np.int64)
     shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
-  together = batch_size_affects_output(config, options)
   # `per_layer_heads` is in every record so far: models might have a head a layer once.
   fields = dataclasses.asdict(config) | {"per_layer_heads": False}
   return Procedure(
@@ -261,7 +247,7 @@ def procedure(model: Any) -> Procedure:
     heads="shared",
     activation_dtype=config.dtype,
     decode_method={"name": "greedy"},
-    batch_bucket=options.batch_size if together else None,
+    batch_bucket=options.batch_size if model.batch_size_affects_output else None,
     configuration={name: fields[name] for name in fields if name not in _NOT_DECODED},
     platform=jax.default_backend(),
     matmul_precision=_precision_name(options),

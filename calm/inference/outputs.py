@@ -7,19 +7,16 @@ alone orders the layers; HTML has tooltips besides, a terminal without colour ha
 import dataclasses
 import html
 import math
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich import console as rich_console
 from rich import style as rich_style
+from rich import text as rich_text
 
-from calm.calibrate import display
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
-
-Mode = Literal["plain", "256", "truecolor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +65,9 @@ class Output:
     pieces[:1] = [piece.lstrip(" ") or piece for piece in pieces[:1]]
     return tuple(pieces), self.exit_layers
 
-  def coloured(self, mode: Mode | None = None) -> str:
+  def coloured(self, console: rich_console.Console | None = None) -> str:
     """The text for a terminal, every token coloured by its exit layer."""
-    return to_terminal(*self.visible, self.num_layers, mode=mode)
+    return to_terminal(*self.visible, self.num_layers, console)
 
   def __repr__(self) -> str:
     return (
@@ -130,17 +127,6 @@ class Outputs(Sequence[Output]):
   def mean_layers(self) -> float:
     """Mean decoder layers over every real token, EOS included (NaN without tokens)."""
     return _mean([layer for output in self.items for layer in output.exit_layers])
-
-  def plot(self, axes: Any = None) -> Any:
-    """Draws the share of tokens by exit layer on axes of matplotlib, new ones if None."""
-    axes = display.new_axes() if axes is None else axes
-    layers = [layer for output in self.items for layer in output.exit_layers]
-    places = range(1, self.num_layers + 1)
-    shares = [100 * layers.count(layer) / max(1, len(layers)) for layer in places]
-    axes.bar(places, shares, color=scale(self.num_layers))
-    axes.set(xlabel="decoder layers", ylabel="tokens, %", title=self._heading(", "))
-    axes.set_xticks(places)
-    return axes
 
   def _heading(self, separator: str) -> str:
     threshold = "none" if self.threshold is None else format_threshold(self.threshold)
@@ -239,52 +225,41 @@ def legend_html(num_layers: int) -> str:
   )
 
 
-def terminal_mode(stream: Any = None) -> Mode:
-  """The colours of a terminal (None: standard output), as rich reads its environment: `plain`
-  where it has none or NO_COLOR is set, `256` or `truecolor`."""
-  console = rich_console.Console(file=stream or sys.stdout, force_jupyter=False)
-  if console.color_system is None or console.no_color:
-    return "plain"
-  return "truecolor" if console.color_system == "truecolor" else "256"
-
-
 def to_terminal(
-  pieces: Sequence[str], exit_layers: Sequence[int], num_layers: int, mode: Mode | None = None
+  pieces: Sequence[str],
+  exit_layers: Sequence[int],
+  num_layers: int,
+  console: rich_console.Console | None = None,
 ) -> str:
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
-  Arguments as for `to_html`; `mode` None is the one of `terminal_mode`.
+  Arguments as for `to_html`; `console` None is standard output, of which rich knows whether it
+  has colours (an environment with NO_COLOR has none).
   """
-  mode = mode or terminal_mode()
-  colours, painted, previous = scale(num_layers), [], 0
-  for piece, layer in zip(pieces, exit_layers, strict=True):
-    if not layer:
-      continue
-    text = printable(piece)
-    if mode != "plain":
-      colour = colours[layer - 1]
-      style = rich_style.Style(color=text_colour(colour), bgcolor=colour)
-      # Colour ends before a line does, or the rest of the line would be painted too.
-      lines = (
-        style.render(line, color_system=rich_console.COLOR_SYSTEMS[mode])
-        for line in text.split("\n")
-      )
-      text = "\n".join(lines)
-    elif layer != previous:
+  console = console or rich_console.Console(force_jupyter=False)
+  tokens = [(printable(p), n) for p, n in zip(pieces, exit_layers, strict=True) if n]
+  if console.color_system is not None and not console.no_color:
+    painted = rich_text.Text()
+    for text, layer in tokens:
+      colour = scale(num_layers)[layer - 1]
+      painted.append(text, rich_style.Style(color=text_colour(colour), bgcolor=colour))
+    with console.capture() as capture:
+      console.print(painted, end="", soft_wrap=True)
+    return capture.get()
+  shown, previous = "", 0
+  for text, layer in tokens:
+    if layer != previous:
       # Between words as a word of its own; within one where a word's pieces differ.
       text = text if previous else " " + text.lstrip(" ")
       text = f" [{layer}]{text}" if text[:1].isspace() else f"[{layer}]{text}"
-    painted.append(text)
-    previous = layer
-  whole = "".join(painted)
-  return whole.lstrip(" ") if mode == "plain" else whole
+    shown, previous = shown + text, layer
+  return shown.lstrip(" ")
 
 
-def legend_terminal(num_layers: int, mode: Mode | None = None) -> str:
+def legend_terminal(num_layers: int, console: rich_console.Console | None = None) -> str:
   """The scale with its numbers, or what the brackets mean; one line."""
-  mode = mode or terminal_mode()
-  if mode == "plain":
-    return f"[n]: the text that follows took n of {num_layers} decoder layers a token"
   layers = range(1, num_layers + 1)
-  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, mode)
+  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, console)
+  if swatches.startswith("["):
+    return f"[n]: the text that follows took n of {num_layers} decoder layers a token"
   return f"decoder layers per token: {swatches}"

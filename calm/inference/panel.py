@@ -15,7 +15,7 @@ from calm.calibrate import (
   thresholds,
 )
 from calm.console import sanitize
-from calm.inference import outputs
+from calm.inference import outputs, result_cache
 
 # Tolerances that a reader may ask about.
 TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -83,10 +83,12 @@ def shown_prompt(
   against = lambda text: metric(text, prompt.targets) if prompt.targets else float("nan")
   levels = []
   for record in records:
-    layers = record.exit_layers or ()
+    layers, tokens = record.exit_layers or (), record.tokens or ()
+    pieces = ["⏎" if token == eos_id else outputs.printable(piece(token)) for token in tokens]
+    pieces[:1] = [first.lstrip(" ") for first in pieces[:1]]
     levels.append(
       Level(
-        pieces=tuple("⏎" if token == eos_id else piece(token) for token in record.tokens or ()),
+        pieces=tuple(pieces),
         exit_layers=layers,
         confidences=tuple(round(c, 3) for c in record.confidences or ()),
         layers=sum(layers) / max(1, len(layers)),
@@ -137,21 +139,12 @@ def threshold(value: float) -> str:
 
 def panel_data(panels: Sequence[Panel]) -> list[dict[str, Any]]:
   """The sliders' numbers, without the prompts, which stand on the page already."""
-  known = lambda value: None if math.isnan(value) else round(value, 3)
-  shown = lambda level: {
-    "p": [outputs.printable(p).lstrip(" " * (not i)) for i, p in enumerate(level.pieces)],
-    "l": level.exit_layers,
-    "c": list(map(known, level.confidences)),
-    "m": known(level.layers),
-    "d": known(level.distance),
-    "r": known(level.risk_difference),
-  }
   return [
     {
       "thresholds": list(map(threshold, panel.thresholds)),
       "first": panel.first,
       "promised": [[delta, at, promise_text(panel, delta, at)] for delta, at in panel.promised],
-      "items": [list(map(shown, item.levels)) for item in panel.items],
+      "items": [result_cache.to_json(item.levels) for item in panel.items],
     }
     for panel in panels
   ]

@@ -26,7 +26,7 @@ from calm.calibrate import (
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
 from calm.checkpoints import files
-from calm.console import Progress
+from calm.console import Progress, Report
 from calm.data import prompt_batches, prompt_files
 from calm.decode import compiled, loop, sharded, speculative
 from calm.decode.program import ModelWeights, Program, model_weights
@@ -115,7 +115,7 @@ class Predictor:
     metric: metrics.MetricLike = "rouge_l",
     thresholds: Sequence[float] | None = None,
     folder: str | pathlib.Path | None = None,
-    progress: grid.Progress | None = None,
+    progress: Report | None = None,
   ) -> "Predictor":
     """The same model under the threshold that is certified on these prompts.
 
@@ -257,35 +257,42 @@ class Predictor:
       model, rule = self.reference, self.exact or exits.StaticExit()
     with contextlib.ExitStack() as stack:
       report = progress or stack.enter_context(Progress()).count("prompts")
-      decoded = model._decode_texts(texts, threshold, rule, report, parts)
+      decoded = model.decode_texts(texts, threshold, rule, report, parts)
     made = self.calibration if promised else None
     if made is None or threshold != made.threshold or self.platform_mismatch:
       return decoded
     return dataclasses.replace(decoded, guarantee=made.guarantee)
 
-  def _decode_texts(
-    self, texts: Sequence[str], threshold: float | None, rule, progress, parts
+  def decode_texts(
+    self,
+    texts: Sequence[str],
+    threshold: float | None,
+    rule: exits.Rule | None,
+    progress: Callable[[int, int], None],
+    parts: Callable[[int, outputs.Output], None] | None = None,
   ) -> outputs.Outputs:
-    """Prompts in batches, in the order of the list and timed."""
-    programs, clock = compiled.num_made(), timing.Clock()
+    """Decodes prompts by one program and without a promise; arguments as for `generate`."""
+    programs, compiling = compiled.num_made(), timing.compile_seconds()
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
+    encode = decode = 0.0
     for batch in self.plan(texts):
       progress(len(items), len(texts))
-      with clock.phase("encode"):
-        encoded = jax.block_until_ready(self.encode(batch))
-      with clock.phase("decode"):
-        if parts is None:
-          generation = self.decode(encoded, batch.active, level, rule)
-        else:
-          for generation in self.stream(encoded, batch.active, level, rule, steps=1):
-            for i, row in enumerate(batch.rows):
-              parts(int(row), self.output(generation, i))
+      start = timing.now()
+      encoded = jax.block_until_ready(self.encode(batch))
+      encode, start = encode + timing.now() - start, timing.now()
+      if parts is None:
+        generation = self.decode(encoded, batch.active, level, rule)
+      else:
+        for generation in self.stream(encoded, batch.active, level, rule, steps=1):
+          for i, row in enumerate(batch.rows):
+            parts(int(row), self.output(generation, i))
+      decode += timing.now() - start
       for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)
     progress(len(texts), len(texts))
-    made, spent = compiled.num_made() - programs, clock.seconds
-    seconds = outputs.Timing(spent["encode"], spent["decode"], made, clock.compile_seconds)
+    made, compiling = compiled.num_made() - programs, timing.compile_seconds() - compiling
+    seconds = outputs.Timing(encode, decode, made, compiling)
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs.Outputs(in_order, self.num_layers, threshold, None, seconds)
 
@@ -345,6 +352,18 @@ class Predictor:
     made = options_lib.change(self.config, self.options, **options)
     return self.changed(options=made, calibration=None, threshold=None, exact=None)
 
+  @property
+  def rounds(self) -> bool:
+    """Whether the decoder's states are rounded to few bits."""
+    return self.config.dtype != "float32" or self.options.weights_dtype == options_lib.IN_8_BITS
+
+  @property
+  def batch_size_affects_output(self) -> bool:
+    """Whether a text depends on the rows that are decoded together with it: where states are
+    rounded to few bits, a sum's last bit may decide which token follows. Texts from drafts are
+    then not those of full depth: passes over several positions are rounded otherwise."""
+    return self.rounds or self.options.encoder_dtype == options_lib.IN_8_BITS
+
   @functools.cached_property
   def reference(self) -> "Predictor":
     """The model that writes the texts of full depth which a promise compares with.
@@ -353,10 +372,8 @@ class Predictor:
     out a second time where these options have others; else the model itself.
     """
     options, dtype = self.options, self.options.reference_dtype
-    approximates = options_lib.batch_size_affects_output(self.config, options) or (
-      options.weights_dtype not in (None, dtype)
-    )
-    if dtype is None or not approximates:
+    narrow = options.weights_dtype not in (None, dtype)
+    if dtype is None or not (self.batch_size_affects_output or narrow):
       return self
     plain = self.with_options(weights_dtype=None, encoder_dtype=None, reference_dtype=None)
     return plain.changed(config=dataclasses.replace(self.config, dtype=dtype))
@@ -431,7 +448,7 @@ class Predictor:
       rule or self.options.rule,
       self.options.max_decode_length,
       self.eos_id,
-      native=not options_lib.decoder_rounds(self.config, self.options),
+      native=not self.rounds,
     )
 
   def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -452,14 +469,14 @@ class Predictor:
       max_input_length=length,
       eos_id=self.eos_id,
     )
-    batches = prompt_batches.plan(
+    return prompt_batches.plan(
       tokens,
       batch_size=size,
       max_input_length=length,
       # The size is part of the procedure there: another one rounds otherwise.
-      whole_batches=options_lib.batch_size_affects_output(self.config, options),
+      whole_batches=self.batch_size_affects_output,
+      one_shape=self.one_shape,
     )
-    return [_padded(batch, size, length) for batch in batches] if self.one_shape else batches
 
   def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
     """Encodes a batch once, for any number of thresholds."""
@@ -485,7 +502,7 @@ class Predictor:
     if history is None:
       decide = threshold < 1 or chosen.measures
       # Full depth would round otherwise than passes do where a text is not exact.
-      must = decide or not chosen.adapts or not can_be_exact(self)
+      must = decide or not chosen.adapts or self.batch_size_affects_output
       history = speculative.History(decide, must)
       self.expected_drafts[chosen, threshold] = history
     history.update()
@@ -568,20 +585,6 @@ class Predictor:
       return self.program().regenerate(self.weights, encoded, state, active, level, resume_at)
 
 
-def _padded(
-  batch: prompt_batches.PromptBatch, size: int, length: int
-) -> prompt_batches.PromptBatch:
-  tokens = np.zeros((size, length), np.int32)
-  tokens[: len(batch.tokens), : batch.tokens.shape[1]] = batch.tokens
-  return prompt_batches.PromptBatch(batch.rows, tokens, np.arange(size) < len(batch.rows))
-
-
-def can_be_exact(model: Predictor) -> bool:
-  """Whether texts from drafts are those of full depth: not where states are rounded to few
-  bits, as passes over several positions are then rounded otherwise than single tokens."""
-  return not options_lib.batch_size_affects_output(model.config, model.options)
-
-
 def exact_rule(model: Predictor) -> exits.Speculative:
   """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
 
@@ -589,10 +592,11 @@ def exact_rule(model: Predictor) -> exits.Speculative:
   more weights than these layers, else by the whole head (`options.draft_head`).
 
   Raises:
-    ValueError: there is one layer only, or it would not be exact (`can_be_exact`).
+    ValueError: there is one layer only, or it would not be exact
+      (`Predictor.batch_size_affects_output`).
   """
   config, options = model.config, model.options
-  if not can_be_exact(model):
+  if model.batch_size_affects_output:
     names = [n for n in ("weights_dtype", "encoder_dtype") if getattr(options, n) == "int8"]
     got = f"`{names[0]}` 'int8'" if names else f"`dtype` {config.dtype!r}"
     way_out = "leave one of the two out" if names else "give `dtype` 'float32'"
@@ -667,9 +671,15 @@ def load(
     return predictor.under(calibration, allow_platform=allow_platform)
   own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
   if own.exists() and not void_guarantee:
-    return _under_own(predictor, own, given, allow_platform)
+    calibration = Calibration.load(own)
+    pair = calibration.procedure, predictor.procedure
+    if given and describe_differences(*pair, allow_platform=True):
+      return predictor  # under options of the user's: without a promise
+    with files.naming(own):
+      return predictor.under(calibration, allow_platform=allow_platform)
   if full_depth.exists():
-    exact = None if given or not can_be_exact(predictor) else stored_rule(full_depth)
+    keeps = not (given or predictor.batch_size_affects_output)
+    exact = stored_rule(full_depth) if keeps else None
     return predictor.changed(threshold=NEVER_EXIT, exact=exact)
   if checkpoint.exits_trained is False and not config.exit_translators and not own.exists():
     warnings.warn(
@@ -679,25 +689,6 @@ def load(
         " full depth (the threshold 'never')."
       ),
       stacklevel=3,
-    )
-  return predictor
-
-
-def _under_own(
-  predictor: Predictor, path: pathlib.Path, options_given: bool, allow_platform: bool
-) -> Predictor:
-  """The model under the calibration of its own folder, or bare under options of a user's."""
-  calibration = Calibration.load(path)
-  compare = functools.partial(describe_differences, calibration.procedure, predictor.procedure)
-  difference = compare(allow_platform=allow_platform)
-  if not difference:
-    return predictor.under(calibration, allow_platform=allow_platform)
-  if not compare(allow_platform=True):  # the same options, at another place
-    calibration.refuse_other(predictor.procedure)
-  if not options_given:  # the folder disagrees with itself
-    raise ValueError(
-      f"Expected {str(path)!r} to be for the model beside it, got one for another procedure:"
-      f" {difference}; calibrate again, or take the file away to decode without a promise."
     )
   return predictor
 

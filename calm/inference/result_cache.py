@@ -70,32 +70,27 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
   return digest([prompt.to_json() for prompt in prompts])
 
 
-@dataclasses.dataclass(frozen=True)
-class ResultCache:
-  """A folder of results, made when the first one is stored."""
-
-  folder: pathlib.Path
-
-  def path(self, name: str, key: Mapping[str, Any]) -> pathlib.Path:
-    """Where the result `name` that depends on `key` lies."""
-    marked = {"experiment": name, "version": VERSION, **key}
-    return self.folder / f"{name}-{digest(marked)}.json"
-
-  def get(self, kind: type[T], name: str, key: Mapping[str, Any], make: Callable[[], T]) -> T:
-    """The stored result of type `kind`, or the one that `make` computes, stored; `key` holds
-    all JSON values that it depends on."""
-    path = self.path(name, key)
-    if path.exists():
-      try:
-        return from_json(kind, storage.parse_json(storage.content(path))["result"])
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-          f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
-          " the file to have it computed again."
-        ) from error
-    result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"experiment": name, "key": to_json(dict(key)), "result": to_json(result)}
-    storage.write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-    # As it will be read again, so that the first run and the second one draw the same.
-    return from_json(kind, to_json(result))
+def cached(
+  folder: pathlib.Path,
+  kind: type[T],
+  name: str,
+  key: Mapping[str, Any],
+  make: Callable[[], T],
+) -> T:
+  """The result `name`, of type `kind`, that `folder` has, or what `make` computes, stored;
+  `key` holds all JSON values that it depends on. ValueError: a damaged file."""
+  path = folder / f"{name}-{digest({'experiment': name, 'version': VERSION, **key})}.json"
+  if path.exists():
+    try:
+      return from_json(kind, storage.parse_json(storage.content(path))["result"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
+        " the file to have it computed again."
+      ) from error
+  result = to_json(make())
+  folder.mkdir(parents=True, exist_ok=True)
+  stored = {"experiment": name, "key": to_json(dict(key)), "result": result}
+  storage.write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+  # As it will be read again, so that the first run and the second one draw the same.
+  return from_json(kind, result)

@@ -1,11 +1,10 @@
 """The timer of decoding: every batch under full depth and all settings in turn, in rounds, so
 that other work of the machine falls on all alike. Compiling is not counted."""
 
-import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +14,7 @@ from jax import monitoring
 from calm import arguments, exits
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt
 from calm.calibrate.thresholds import format_threshold
+from calm.console import Report
 from calm.inference import grid
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def measure(
   full: "Predictor | None" = None,
   rounds: int = 3,
   of_rounds: Callable[..., np.ndarray] = np.median,
-  progress: grid.Progress = grid.silent,
+  progress: Report = grid.silent,
 ) -> Timings:
   """Times settings against the static full-depth program, which is added.
 
@@ -197,7 +197,7 @@ def beside_full_depth(
   rounds: int = ROUNDS,
   rule: exits.Rule | None = None,
   base: "Predictor | None" = None,
-  progress: grid.Progress = grid.silent,
+  progress: Report = grid.silent,
 ) -> Seconds:
   """Times a rule at a threshold against full depth, one prompt at a time and in batches.
 
@@ -274,11 +274,11 @@ def _rounds(
   return seconds[1:], encode[1:], layers
 
 
-# ---- Seconds of phases, and of compiling
+# ---- Seconds without those of compiling
 
 _lock = threading.Lock()
 _spans: list[tuple[float, float]] = []
-_compile_seconds = 0.0  # that JAX has spent on tracing, lowering and compiling so far
+_compile_seconds = 0.0
 
 
 def _listen(event: str, duration_secs: float, **_) -> None:
@@ -302,21 +302,11 @@ def _listen(event: str, duration_secs: float, **_) -> None:
 monitoring.register_event_duration_secs_listener(_listen)
 
 
-class Clock:
-  """Seconds by phase, without those of compiling."""
+def compile_seconds() -> float:
+  """Seconds that JAX has spent on tracing, lowering and compiling in this process."""
+  return _compile_seconds
 
-  def __init__(self):
-    self.seconds = {"encode": 0.0, "decode": 0.0}
-    self._compiled = _compile_seconds
 
-  @property
-  def compile_seconds(self) -> float:
-    """Tracing, lowering and compiling since the clock was made."""
-    return _compile_seconds - self._compiled
-
-  @contextlib.contextmanager
-  def phase(self, name: str) -> Iterator[None]:
-    """Counts the block."""
-    start = time.perf_counter() - _compile_seconds
-    yield
-    self.seconds[name] += max(0.0, time.perf_counter() - _compile_seconds - start)
+def now() -> float:
+  """Seconds of a clock that stands still while JAX traces, lowers and compiles."""
+  return time.perf_counter() - _compile_seconds

@@ -11,6 +11,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, SequenceLosses, generations, losses, thresholds
+from calm.console import Report
 from calm.data import datasets, prompt_files
 from calm.exits import confidence, schedules
 from calm.inference import grid, result_cache, timing
@@ -172,7 +173,7 @@ class Bench:
   folder: pathlib.Path  # where generations and results are kept
   options: Options = Options()  # how much is done
   # Called with the name of every step; returns its progress.
-  announce: Callable[[str], grid.Progress] = lambda text: grid.silent
+  announce: Callable[[str], Report] = lambda text: grid.silent
   # The same model with an exit classifier trained Elbayad's way, or None.
   geometric: inference.Predictor | None = None
   last_layer: inference.Predictor | None = None  # a model trained without Eq. 6, or None
@@ -199,7 +200,7 @@ class Bench:
   @functools.cached_property
   def whole(self) -> inference.Predictor:
     """The predictor with batches of one shape."""
-    return grid.one_shape(self.predictor)
+    return self.predictor.changed(one_shape=True)
 
   def model(self, measure: str, **options) -> inference.Predictor:
     """`whole` under a measure (and other options)."""
@@ -211,18 +212,18 @@ class Bench:
     listed = [name for name in self.measures if self.model(name).options.uses_shortlist]
     return under(self.predictor, (listed or self.measures)[0])
 
-  def step(self, text: str) -> grid.Progress:
+  def step(self, text: str) -> Report:
     return self.announce(f"{self.settings.title}: {text}")
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
     """A result that depends on the model, the task, some prompts and `key`; cached."""
-    cache = result_cache.ResultCache(self.folder / "results" / self.settings.name)
+    folder = self.folder / "results" / self.settings.name
     key |= {
       "procedure": self.predictor.procedure.to_json(),
       "metric": self.settings.metric,
       "prompts": result_cache.prompts_digest(prompts),
     }
-    return cache.get(kind, name, key, make)
+    return result_cache.cached(folder, kind, name, key, make)
 
   def records(
     self, name: str, rule: exits.Rule | None, prompts: Sequence[Prompt], measure: str = ""

@@ -375,7 +375,7 @@ def _perturb(of: bench.Bench, prompts, full: Sequence[Record]) -> Curves:
       decoded = predictor.decode(encoded, active, float(position), RULES[kind])
       for i in np.flatnonzero(active):
         row = int(batch.rows[i])
-        made = grid.record(predictor, decoded, int(i), prompts[row].id)
+        made = grid.record(predictor.output(decoded, int(i)), prompts[row].id)
         records[kind, position][row] = made
         records[UNPERTURBED, position][row] = full[row]
     progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")

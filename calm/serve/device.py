@@ -20,7 +20,6 @@ from calm.console import Progress, print_text
 from calm.data import prompt_batches
 from calm.decode import program
 from calm.inference import grid, outputs
-from calm.inference import options as options_lib
 
 STEPS = 4  # tokens of a part of a streamed text, after its first token
 LEAST_SERVED = 4  # batches of a kind whose mean seconds are believed
@@ -112,7 +111,7 @@ class Device(threading.Thread):
       lambda: collections.deque(maxlen=20)
     )
     # Whether a batch's shape is part of the procedure.
-    self._whole = options_lib.batch_size_affects_output(model.config, model.options)
+    self._whole = model.batch_size_affects_output
     self._size, most = model.options.batch_size, model.options.max_input_length
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
     self._alone = 1 if len(program.stage_lengths(model.options.max_decode_length)) == 1 else 0

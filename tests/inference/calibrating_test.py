@@ -103,14 +103,9 @@ def decode(model, monkeypatch, **options):
 
 def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, monkeypatch):
   records, _ = decode(model, monkeypatch)
-  static, encodings = grid.with_rule(model, PROMPTS, exits.StaticExit()), {}
-  options = {"full": static, "encodings": encodings}
-  made, _ = decode(model, monkeypatch, **options)
-  known = {NEVER_EXIT: {record.id: record for record in static}}
-  assert made == records | known and len(encodings) == 2
-  # A second grid of the same batches encodes nothing.
-  monkeypatch.setattr(inference.Predictor, "encode", None)
-  assert decode(model, monkeypatch, **options)[0] == made
+  static = grid.with_rule(model, PROMPTS, exits.StaticExit())
+  made, _ = decode(model, monkeypatch, full=static)
+  assert made == records | {NEVER_EXIT: {record.id: record for record in static}}
 
 
 @pytest.mark.parametrize("schedule", [schedules.Constant(), schedules.Decaying(4.0, 6)])

@@ -7,9 +7,15 @@ import math
 import re
 
 import pytest
+from rich import console
 
 from calm.inference import outputs
 
+# A pipe, and a terminal of 256 colours.
+PLAIN, COLOURED = (
+  console.Console(file=io.StringIO(), color_system=system, force_jupyter=False)
+  for system in (None, "256")
+)
 TEXT = "a <b> & c"
 GUARANTEE = 'with 95 % the loss is < 0.1 & "small"'
 
@@ -70,8 +76,8 @@ def test_end_of_text_is_a_mark_and_the_first_space_is_not_shown():
 
 def test_one_output_in_words_and_in_colours():
   assert repr(output()) == "Output('a <b> & c', tokens=4, mean_layers=2.50/4)"
-  assert output().coloured("plain") == "[1] a [4] <b> [2] & c[3]⏎"
-  assert ";48;5;" in output().coloured("256")
+  assert output().coloured(PLAIN) == "[1] a [4] <b> [2] & c[3]⏎"
+  assert ";48;5;" in output().coloured(COLOURED)
   page = Page(output()._repr_html_())
   assert page.text.startswith("a <b> & c⏎")
   titles = ["layer 1 of 4, confidence 0.88", "layer 4 of 4, confidence 0.50"]
@@ -136,33 +142,18 @@ def test_html_has_one_span_a_token_and_a_legend_that_numbers_every_layer():
 
 def test_terminals_show_layers_by_brackets_or_colours_and_cannot_be_steered():
   pieces, layers = ["▁Perl", "▁mod", "ule", "▁for", ""], [1, 1, 8, 3, 0]
-  out = outputs.to_terminal(pieces, layers, 8, mode="plain")
+  out = outputs.to_terminal(pieces, layers, 8, PLAIN)
   assert out == "[1] Perl mod[8]ule [3] for"
-  out = outputs.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, mode="plain")
+  out = outputs.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, PLAIN)
   assert out == "[1] \\x1b[2Jx\\rok"
-  out = outputs.to_terminal(["a\nb"], [2], 2, mode="truecolor")
-  start = "\x1b[38;2;255;255;255;48;2;0;34;78m"
-  assert out == f"{start}a\x1b[0m\n{start}b\x1b[0m"
-  backgrounds = re.findall(r"48;5;(\d+)m", outputs.legend_terminal(8, mode="256"))
+  # Colour ends before a line does, or the rest of the line would be painted too.
+  out = outputs.to_terminal(["a\nb"], [2], 2, COLOURED)
+  assert re.fullmatch(r"(\x1b\[[0-9;]+m)a\x1b\[0m\n\1b\x1b\[0m", out)
+  backgrounds = re.findall(r"48;5;(\d+)m", outputs.legend_terminal(8, COLOURED))
   assert len(backgrounds) == len(set(backgrounds)) == 8
 
 
-def test_a_plot_has_a_bar_a_layer_with_its_share_of_tokens():
-  pytest.importorskip("matplotlib", reason="needs the extra 'report'")
-  made = dataclasses.replace(several(), items=(output(), output(layers=(1, 1))))
-  axes = made.plot()
-  shares = [bar.get_height() for bar in axes.patches]
-  assert shares == pytest.approx([50.0, 100 / 6, 100 / 6, 100 / 6])
-  assert made.plot(axes) is axes and axes._repr_png_().startswith(b"\x89PNG")
-
-
-def test_the_terminal_says_what_it_can_show(monkeypatch):
-  for name in ("NO_COLOR", "TERM", "FORCE_COLOR", "COLORTERM"):
-    monkeypatch.delenv(name, raising=False)
-  terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
-  assert outputs.terminal_mode(terminal) == "256"
-  assert outputs.terminal_mode(io.StringIO()) == "plain"
-  monkeypatch.setenv("COLORTERM", "truecolor")
-  assert outputs.terminal_mode(terminal) == "truecolor"
+def test_where_no_colour_is_wanted_there_are_numbers(monkeypatch):
   monkeypatch.setenv("NO_COLOR", "1")
-  assert outputs.terminal_mode(terminal) == "plain"
+  terminal = console.Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
+  assert output().coloured(terminal) == output().coloured(PLAIN)

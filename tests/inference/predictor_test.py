@@ -272,7 +272,9 @@ def test_a_folder_serves_under_its_own_calibration(directory, model, calibration
   assert inference.load(folder, measure="state").calibration is None
   toys_params = toys.params(SIZES, 2)
   checkpoints.save(folder, toys_params, model.config, vocabulary=model.vocabulary)
-  with pytest.raises(ValueError, match=r"for the model beside it.*`parameters_digest`"):
+  with pytest.raises(
+    ValueError, match=r"calibration\.json: .*: `parameters_digest`"
+  ):
     inference.load(folder)
 
 
@@ -293,6 +295,7 @@ def test_the_whole_network_belongs_to_the_procedure(model):
       **{"vocab_size": 32, "mlp_activations": ("gelu", "linear"), **fields}
     )
     named = {"parameters_digest": "a", "base_digest": None, "eos_id": 1}
+    named["batch_size_affects_output"] = False
     named |= {"vocabulary": model.vocabulary, "options": inference.DecodeOptions()}
     return options_lib.procedure(types.SimpleNamespace(config=config, **named)).configuration
 

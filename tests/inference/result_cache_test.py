@@ -1,6 +1,7 @@
 """Results as files: the same back, found by what they depend on, and only by that."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -56,20 +57,21 @@ def test_what_is_no_result_is_refused():
 
 
 def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(tmp_path):
-  cache, calls = result_cache.ResultCache(tmp_path / "new" / "folder"), []
+  folder, calls = tmp_path / "new" / "folder", []
+  cached = functools.partial(result_cache.cached, folder, Outer)
 
   def make():
     calls.append(1)
     return outer(len(calls))
 
-  first = cache.get(Outer, "thing", {"n": 1}, make)
-  assert cache.get(Outer, "thing", {"n": 1}, make) == first and len(calls) == 1
+  first = cached("thing", {"n": 1}, make)
+  (path,) = folder.glob("thing-*.json")
+  assert cached("thing", {"n": 1}, make) == first and len(calls) == 1
   others = [("thing", {"n": 2}), ("other", {"n": 1})]
-  assert [cache.get(Outer, name, key, make).inner.value for name, key in others] == [2, 3]
-  path = cache.path("thing", {"n": 1})
+  assert [cached(name, key, make).inner.value for name, key in others] == [2, 3]
   path.write_text(path.read_text("utf-8")[:-40], "utf-8")
   with pytest.raises(ValueError, match=rf"stored result of thing in {path}.*delete"):
-    cache.get(Outer, "thing", {"n": 1}, make)
+    cached("thing", {"n": 1}, make)
 
 
 def test_prompts_differ_by_text_reference_and_order():

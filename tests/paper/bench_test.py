@@ -45,7 +45,7 @@ def plain(folder):
 
 @pytest.fixture(scope="module")
 def model(plain):
-  return grid.one_shape(plain)
+  return plain.changed(one_shape=True)
 
 
 @pytest.fixture(scope="module")

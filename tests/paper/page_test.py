@@ -84,8 +84,9 @@ def test_the_slider_has_what_the_generations_have(sections):
   softmax = panel.panel_data(report.examples)[0]
   assert softmax["thresholds"] == ["never", "0.9", "0.6", "0.3"]
   at_lowest, record = softmax["items"][0][3], samples.record(0, 1, wrong=True)
-  assert at_lowest["l"] == record.exit_layers and len(at_lowest["p"]) == len(record.tokens)
-  assert at_lowest["p"][0][0] != " " and at_lowest["p"][1][0] == " "
+  assert at_lowest["exit_layers"] == list(record.exit_layers)
+  assert len(at_lowest["pieces"]) == len(record.tokens)
+  assert at_lowest["pieces"][0][0] != " " and at_lowest["pieces"][1][0] == " "
   tolerance, at, promise = softmax["promised"][-1]
   assert (tolerance, at) == (0.2, 3)
   assert "at threshold 0.3 the mean distance is at most" in promise

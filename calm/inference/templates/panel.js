@@ -14,20 +14,21 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
     let layers = 0, tokens = 0;
     panel.querySelectorAll(".example").forEach((example, i) => {
       const level = chosen.items[i][at];
-      const spans = level.p.map((piece, t) => {
+      const spans = level.pieces.map((piece, t) => {
         const span = document.createElement("span");
-        span.className = "k k" + level.l[t];
-        span.dataset.l = level.l[t];
-        span.title = "layer " + level.l[t] + ", confidence " + number(level.c[t], 2);
+        const layer = level.exit_layers[t];
+        span.className = "k k" + layer;
+        span.dataset.l = layer;
+        span.title = "layer " + layer + ", confidence " + number(level.confidences[t], 2);
         span.textContent = piece;
-        layers += level.l[t];
+        layers += layer;
         tokens += 1;
         return span;
       });
       example.querySelector(".tokens").replaceChildren(...spans);
-      example.querySelector(".d").textContent = number(level.d, 2);
-      example.querySelector(".r").textContent = number(level.r, 2);
-      example.querySelector(".m").textContent = number(level.m, 2);
+      example.querySelector(".d").textContent = number(level.distance, 2);
+      example.querySelector(".r").textContent = number(level.risk_difference, 2);
+      example.querySelector(".m").textContent = number(level.layers, 2);
     });
     find("overall").textContent = tokens ? number(layers / tokens, 2) + " layers a token" : "–";
   }
