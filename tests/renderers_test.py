@@ -154,7 +154,7 @@ HTML = {
   "an output": lambda text: output(text)._repr_html_(),
   "outputs": lambda text: several(text)._repr_html_(),
   "a calibration": lambda text: calibrated(text)._repr_html_(),
-  "coloured tokens": lambda text: outputs.to_html([text], [2], 4, confidences=[0.5]),
+  "coloured tokens": lambda text: output(text)._repr_html_(),
   "the report": report_page,
   "the summary of a fit": lambda text: result_lib.summary(fit_result(text), FitOptions(), text),
 }

@@ -128,14 +128,16 @@ def _tasks(arguments: argparse.Namespace, places):
 
 def _own_task(arguments: argparse.Namespace, predictor):
   """(settings, validation prompts, test prompts) of a user's own rows."""
-  from calm import fitting
+  from calm.fitting import request
   from calm.paper import bench
 
-  options = fitting.FitOptions(
+  options = request.FitOptions(
     error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
   )
   with run_lib.naming_flag("--train"):
-    splits, limits = fitting.held_out(predictor, arguments.train, options)
+    rows = request.read_rows(arguments.train, options)
+    limits, _ = request.length_limits(predictor, rows, options.prefix)
+    splits = request.split(rows, options, trains=True)
   title = pathlib.Path(arguments.train).name.split(".")[0] or "rows"
   settings = bench.TaskSettings(
     name=re.sub(r"[^A-Za-z0-9_-]+", "_", title),

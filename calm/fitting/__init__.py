@@ -3,7 +3,7 @@
 model = fit("flan-t5-small", "rows.jsonl", tolerance=0.1, output="mine")
 """
 
-from calm.fitting.request import FitOptions, Listener, held_out, parse_budget
+from calm.fitting.request import FitOptions, Listener, parse_budget
 from calm.fitting.run import fit, on_screen
 
-__all__ = ["FitOptions", "Listener", "fit", "held_out", "on_screen", "parse_budget"]
+__all__ = ["FitOptions", "Listener", "fit", "on_screen", "parse_budget"]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,7 +118,6 @@ class Tried:
   threshold: float = _NAN
   milliseconds: float = _NAN  # measured decode time a prompt at that threshold
   speedup: float = _NAN  # full depth's over these, the fastest of rounds in turn
-  first_speedup: float = _NAN  # the same of the first timing
   end_to_end: float = _NAN  # as `speedup`, with the encoder's time on both sides
 
   @property
@@ -141,12 +140,8 @@ class Tried:
     if np.isnan(self.speedup):
       return f"{self.candidate}: no threshold within the tolerance"
     at = f"at threshold {self.threshold:g}"
-    name = self.candidate.described(self.threshold)
-    first = f"x{self.first_speedup:.2f} in a first timing"
-    if not self.decoded:
-      return f"{name}: {first}, {at}"
-    more = "" if np.isnan(self.first_speedup) else f", {first}"
-    return f"{name}: x{self.speedup:.2f} as fast {at}{more}"
+    timing = "as fast" if self.decoded else "in a first timing,"
+    return f"{self.candidate.described(self.threshold)}: x{self.speedup:.2f} {timing} {at}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,9 +447,8 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
     told = part(progress, 0.55, 0.6)
     full = full_texts(grid.in_bulk(fit.source), prompts, folder, told)
 
-  def decode(entry: Tried, progress: Report) -> Tried:
+  def decode(candidate: Candidate, progress: Report) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""
-    candidate = entry.candidate
     model = grid.in_bulk(predictor.with_options(**candidate.options(length)))
     levels = coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
@@ -466,38 +460,24 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
       levels,
       tuple(values.mean(axis=0).tolist()),
       forecast(levels, values, options.tolerance, count),
-      first_speedup=entry.speedup,
     )
 
-  tried = _decoded(first, decode, has_large_layers(predictor), part(progress, 0.6, 0.85))
+  tried: list[Tried] = []
+  fastest = sorted(first, key=lambda e: (not e.gains, -np.nan_to_num(e.end_to_end)))
+  for number, entry in enumerate(fastest):  # until enough have a threshold
+    found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
+    if found < DECODED:
+      share = [0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1)]
+      entry = decode(entry.candidate, part(progress, *share))
+    tried.append(entry)
+  for name in filter(None, IN_8_BITS if has_large_layers(predictor) else ()):
+    narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
+    tried.append(decode(narrow, part(progress, 0.85, 0.85)))
   tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
   faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
   chosen = max(faster, key=lambda i: tried[i].score, default=None)
   levels = () if chosen is None else final_grid(tried[chosen], options.tolerance)
   return Choice(tuple(tried), chosen, levels, milliseconds, len(prompts))
-
-
-def _decoded(
-  first: Sequence[Tried],
-  decode: Callable[[Tried, Report], Tried],
-  in_8_bits: bool,
-  progress: Report,
-) -> list[Tried]:
-  """Finalists with their losses, the fastest first, until `DECODED` have a threshold; the
-  fastest is decoded `in_8_bits` too."""
-  tried: list[Tried] = []
-  fastest = sorted(first, key=lambda e: (not e.gains, -np.nan_to_num(e.end_to_end)))
-  for number, entry in enumerate(fastest):
-    found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
-    if found < DECODED:
-      share = [(number + i) / (number + DECODED - found) for i in (0, 1)]
-      tried.append(decode(entry, part(progress, *share)))
-    else:
-      tried.append(dataclasses.replace(entry, first_speedup=entry.speedup))
-  for name in filter(None, IN_8_BITS if in_8_bits else ()):
-    narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
-    tried.append(decode(Tried(narrow), progress))
-  return tried
 
 
 def timed(
@@ -541,12 +521,6 @@ def timed(
 # ---- The output head in 8 bits, and exact decoding: the texts do not change
 
 
-def has_large_head(predictor: inference.Predictor) -> bool:
-  """Whether reading the output head in 8 bits is worth timing; its tokens are the same."""
-  size = predictor.vocabulary.vocab_size * predictor.config.emb_dim
-  return size >= LEAST_NUMBERS and predictor.options.head_dtype is None
-
-
 def has_large_layers(predictor: inference.Predictor) -> bool:
   """Whether layers in 8 bits are a candidate; they change texts, which the promise covers."""
   flat = parameters.flatten(predictor.params)
@@ -555,21 +529,25 @@ def has_large_layers(predictor: inference.Predictor) -> bool:
   return exact and predictor.options.weights_dtype is None and numbers >= LEAST_LAYERS
 
 
-def fastest_head(
-  predictor: inference.Predictor, prompts: Sequence[Prompt], progress: Report
-) -> tuple[inference.Predictor, str]:
-  """The model with its head in 8 bits where full depth is clearly faster so, and a sentence."""
+def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.Predictor:
+  """The model with a large output head in 8 bits where full depth is clearly faster so; its
+  tokens are the same."""
+  size = predictor.vocabulary.vocab_size * predictor.config.emb_dim
+  if size < LEAST_NUMBERS or predictor.options.head_dtype is not None:
+    return predictor
+  progress = fit.listener.step("Time the output head in 8 bits")
   narrow = predictor.with_options(head_dtype="int8")
   setting = timing.Setting("8 bits", exits.StaticExit(), model=narrow)
-  chosen = timing.of_one_length(predictor, prompts, 8)
+  chosen = timing.of_one_length(predictor, fit.splits.validation, 8)
   found = timing.measure(predictor, chosen, [setting], progress=progress)
   row = found.rows[1]
   pays = row.speedup > MARGIN
-  return narrow if pays else predictor, (
+  fit.listener.say(
     f"Output head: read {'in 8 bits' if pays else 'as it is stored'}; in 8 bits full depth is"
     f" x{row.speedup:.2f} as fast ({1e3 * found.full_seconds:.1f} ->"
     f" {1e3 * row.decode_seconds:.1f} ms a prompt, {found.num_prompts} prompts)."
   )
+  return narrow if pays else predictor
 
 
 def faster_exact(

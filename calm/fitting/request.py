@@ -303,19 +303,3 @@ class Fit:
   def results(self) -> pathlib.Path:
     """Results of finished steps."""
     return self.work / "results"
-
-
-def held_out(
-  predictor: inference.Predictor, train: str | pathlib.Path | Rows, options: FitOptions
-) -> tuple[Splits, dict[str, Any]]:
-  """Rows split as `fit` does where it trains, and their `length_limits`.
-
-  Args:
-    predictor: whose tokens are counted; `train` and `options` are those of `fit`.
-
-  Raises:
-    ValueError: invalid rows, or too few of them (says how many are needed).
-  """
-  rows = read_rows(train, options)
-  limits, _ = length_limits(predictor, rows, options.prefix)
-  return split(rows, options, trains=True), limits

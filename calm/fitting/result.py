@@ -1,12 +1,4 @@
-"""The result of a fit: its numbers, the folder that it writes, and the summary page.
-
-config.json, params.safetensors, vocabulary.*   the model; exits.safetensors beside it
-inference.json      prefix, lengths, measure, layers, schedule and grid
-calibration.json    the promise; or full_depth.json, with the reason
-summary.html        the numbers, and texts coloured by exit layer
-splits/             the rows of every part
-fit/                training runs, generations and results: a stopped run resumes
-"""
+"""The result of a fit: its numbers, the folder that it writes, and the summary page."""
 
 import dataclasses
 import json

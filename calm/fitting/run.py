@@ -166,10 +166,7 @@ def make(fit: Fit) -> None:
       say(str(stage))
     # The promise is about the given model.
     predictor = predictor.with_options(reference_digest=fit.source.parameters_digest)
-  if choose.has_large_head(predictor):
-    progress = fit.listener.step("Time the output head in 8 bits")
-    predictor, found = choose.fastest_head(predictor, fit.splits.validation, progress)
-    say(found)
+  predictor = choose.fastest_head(fit, predictor)
   progress = fit.listener.step("Choose measure, layers and grid")
   key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
   compute = lambda: choose.choose(fit, predictor, progress)

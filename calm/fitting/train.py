@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from calm import inference, storage, training
-from calm.console import Report
 from calm.fitting import request
 from calm.fitting.choose import DECODE_TEXTS, full_texts
 from calm.inference import result_cache
@@ -67,18 +66,9 @@ def train_stages(fit: request.Fit) -> tuple[inference.Predictor, tuple[Trained, 
     if name == "own":
       folder = fit.work / "own_texts"
       rows = write_own_texts(fit, predictor, folder)
-    make = functools.partial(
-      train_stage,
-      name,
-      predictor,
-      initial,
-      rows,
-      folder,
-      fit.work / f"stage_{name}",
-      seed=fit.options.seed,
-      seconds=fit.options.budget and fit.options.budget / len(names),
-      progress=fit.listener.step(f"Train stage {name}"),
-    )
+    seconds = fit.options.budget and fit.options.budget / len(names)
+    given = fit, name, predictor, initial, rows, folder, seconds
+    make = functools.partial(train_stage, *given)
     key = {"initial": str(initial)}
     done.append(result_cache.cached(fit.results, Trained, f"trained_{name}", key, make))
     initial = fit.work / f"stage_{name}" / sources.MODEL_FOLDER
@@ -106,20 +96,18 @@ def write_own_texts(
 
 
 def train_stage(
+  fit: request.Fit,
   name: str,
   model: inference.Predictor,
   initial: pathlib.Path,
   splits: request.Splits,
   rows_folder: pathlib.Path,
-  folder: pathlib.Path,
-  *,
-  seed: int,
   seconds: float | None,
-  progress: Report,
 ) -> Trained:
   """Trains or resumes stage 'one', 'own' or 'two' from `model`, whose checkpoint is `initial`,
   on the `splits` that `request.write` wrote to `rows_folder`, for at most `seconds` (None: the
-  recipe's steps), and exports it to `folder`/model."""
+  recipe's steps), and exports it to `stage_`name/model in `fit.work`."""
+  progress, folder = fit.listener.step(f"Train stage {name}"), fit.work / f"stage_{name}"
   num_parameters = sum(x.size for x in jax.tree.leaves(model.params))
   batch_size, dropout_rate, config = recipe(name, num_parameters, len(splits.train))
   options, vocabulary, steps = model.options, model.vocabulary, config.num_steps
@@ -135,7 +123,7 @@ def train_stage(
   # A power of two of parts, each with the memory of few tokens.
   rows = max(1, min(batch_size, _PART_TOKENS // sum(limits)))
   outputs, count = rows_folder / OUTPUTS, len(splits.validation)
-  common: dict[str, Any] = {"prefix": options.task_prefix, "seed": seed}
+  common: dict[str, Any] = {"prefix": options.task_prefix, "seed": fit.options.seed}
   common["outputs"] = str(outputs) if outputs.is_file() else ""
   read = lambda file, buckets, size: sources.supervised(
     file, vocabulary, buckets, size, **common
@@ -152,7 +140,7 @@ def train_stage(
     objective,
     dataclasses.replace(
       config,
-      seed=seed,
+      seed=fit.options.seed,
       eval_every=-(-steps // _VALIDATIONS),
       log_every=1,
       num_microbatches=batch_size >> (rows.bit_length() - 1),

@@ -36,10 +36,8 @@ from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
 from calm.console import Report
 from calm.data import prompt_files
-from calm.decode import loop
 from calm.inference import options as options_lib
 from calm.inference import outputs, result_cache
-from calm.t5 import caches
 
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
@@ -58,48 +56,34 @@ class _Batch:
     self._model, self._batch, self._ids = model, batch, ids
     # Each device would need its own loop's state; passes over drafts keep none.
     self._resumes = model.options.num_devices == 1 and not model.options.rule.speculates
-    self._state: loop.DecodingState | None = None
-    self.encoded: caches.Encoded | None = None
+    self._encoded = self._state = None
+    self._last: dict[str, Record] = {}  # of every row, as it was decoded last
 
-  def decode(
-    self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
-  ) -> list[Record]:
-    """The missing records at one threshold, some of them those of the threshold before."""
+  def decode(self, ids: Sequence[str], threshold: float) -> list[Record]:
+    """Records at one threshold, some of them those of the threshold before."""
     positions = jnp.arange(self._model.options.max_decode_length)
     # In float32, as the decoder has it.
     values = self._model.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
-    values, made = np.broadcast_to(np.asarray(values), positions.shape), {}
-    for i in missing:
-      tokens = previous[i].tokens if i in previous else None
-      if tokens is not None and reusable_tokens(previous[i], values) == len(tokens):
-        made[i] = previous[i]
-    if fresh := [i for i in missing if i not in made]:
-      generation = self._run(fresh, threshold, values)
-      made |= {i: self._record(generation, i) for i in fresh}
-    return [made[i] for i in missing]
-
-  def _run(self, fresh: Sequence[str], threshold: float, values: np.ndarray) -> loop.Generation:
-    """Decodes these rows, each from where it changes."""
-    if self.encoded is None:
-      self.encoded = self._model.encode(self._batch)
-    places = {i: self._ids.index(i) for i in fresh}
-    active = np.zeros(len(self._batch.active), bool)
-    active[[*places.values()]] = True
-    if not self._resumes:
-      return self._model.decode(self.encoded, active, threshold)
-    resume_at = np.zeros(len(active), np.int32)
-    if self._state is not None:
-      before = jax.device_get(self._state.generation)
-      for i, place in places.items():
-        record = self._record(before, i)
-        same = reusable_tokens(record, values)
-        # The last token is decoded again whatever the records say: there is a row to run.
-        resume_at[place] = max(0, min(same, len(record.tokens or ()) - 1))
-    self._state = self._model.resume(self.encoded, self._state, active, threshold, resume_at)
-    return jax.device_get(self._state.generation)
-
-  def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
-    return record(self._model.output(generation, self._ids.index(prompt_id)), prompt_id)
+    values = np.broadcast_to(np.asarray(values), positions.shape)
+    same = {i: reusable_tokens(self._last[i], values) for i in ids if i in self._last}
+    fresh = [i for i in ids if i not in same or same[i] < len(self._last[i].tokens or ())]
+    if fresh:
+      if self._encoded is None:
+        self._encoded = self._model.encode(self._batch)
+      places = [self._ids.index(i) for i in fresh]
+      active = np.zeros(len(self._batch.active), bool)
+      active[places] = True
+      if self._resumes:
+        resume_at = np.zeros(len(active), np.int32)
+        resume_at[places] = [same.get(i, 0) for i in fresh]
+        given = self._encoded, self._state, active, threshold, resume_at
+        self._state = self._model.resume(*given)
+        generation = jax.device_get(self._state.generation)
+      else:
+        generation = self._model.decode(self._encoded, active, threshold)
+      for i, place in zip(fresh, places, strict=True):
+        self._last[i] = record(self._model.output(generation, place), i)
+    return [self._last[i] for i in ids]
 
 
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
@@ -158,7 +142,7 @@ def generate(
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
-    work, previous = _Batch(model, batch, ids), {}
+    work = _Batch(model, batch, ids)
     for place, threshold in enumerate(levels):
       records = {} if in_memory else writer.completed_records(threshold, ids)
       if missing := [i for i in ids if i not in records]:
@@ -170,13 +154,12 @@ def generate(
           generation = reference.decode(*given)
           made = [record(reference.output(generation, ids.index(i)), i) for i in missing]
         else:
-          made = work.decode(missing, threshold, previous)
+          made = work.decode(missing, threshold)
         records.update({record.id: record for record in made})
         if in_memory:
           writer.setdefault(threshold, {}).update(records)
         else:
           writer.append(threshold, made)
-      previous = {} if place == 0 and apart else records
       text = f"batch {number + 1} of {len(batches)}, threshold"
       share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
       progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")

@@ -76,8 +76,12 @@ class Output:
     )
 
   def _repr_html_(self, legend: bool = True) -> str:
-    shown = *self.visible, self.num_layers
-    return to_html(*shown, confidences=self.confidences, legend=legend)
+    """A coloured `<span>` a token, with titles like `layer 3 of 8, confidence 0.97`."""
+    pieces, layers = self.visible
+    titles = (f", confidence {c:.2f}" for c in self.confidences)
+    body = _spans(zip(map(printable, pieces), layers, titles, strict=True), self.num_layers)
+    body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
+    return f"<div>{body}{legend_html(self.num_layers)}</div>" if legend else body
 
 
 def _mean(numbers: Sequence[int]) -> float:
@@ -186,33 +190,14 @@ def printable(piece: str) -> str:
   return sanitize(piece).replace("\u2581", " ")
 
 
-def to_html(
-  pieces: Sequence[str],
-  exit_layers: Sequence[int],
-  num_layers: int,
-  *,
-  confidences: Sequence[float] = (),
-  legend: bool = True,
-) -> str:
-  """A `<div>` of a coloured `<span>` a token, with titles like `layer 3 of 8, confidence 0.97`.
-
-  `exit_layers` are 1-based; 0 (padding) is left out. Texts are escaped here.
-  """
-  more = [f", confidence {c:.2f}" for c in confidences] or [""] * len(pieces)
-  body = _spans(zip(map(printable, pieces), exit_layers, more, strict=True), num_layers)
-  body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
-  return f"<div>{body}{legend_html(num_layers)}</div>" if legend else body
-
-
 def _spans(tokens: Iterable[tuple[str, int, str]], num_layers: int) -> str:
-  """Spans of (text, layer, end of the title); layer 0 has none."""
+  """Spans of (text, layer, end of the title)."""
   colours, spans = scale(num_layers), []
   for text, layer, more in tokens:
-    if layer:
-      colour = colours[layer - 1]
-      style = f"background:{colour};color:{text_colour(colour)};padding:1px 0"
-      title = f"layer {layer} of {num_layers}{more}"
-      spans.append(f'<span style="{style}" title="{title}">{html.escape(text)}</span>')
+    colour = colours[layer - 1]
+    style = f"background:{colour};color:{text_colour(colour)};padding:1px 0"
+    title = f"layer {layer} of {num_layers}{more}"
+    spans.append(f'<span style="{style}" title="{title}">{html.escape(text)}</span>')
   return "".join(spans)
 
 
@@ -233,11 +218,11 @@ def to_terminal(
 ) -> str:
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
-  Arguments as for `to_html`; `console` None is standard output, of which rich knows whether it
+  `exit_layers` are 1-based; `console` None is standard output, of which rich knows whether it
   has colours (an environment with NO_COLOR has none).
   """
   console = console or rich_console.Console(force_jupyter=False)
-  tokens = [(printable(p), n) for p, n in zip(pieces, exit_layers, strict=True) if n]
+  tokens = list(zip(map(printable, pieces), exit_layers, strict=True))
   if console.color_system is not None and not console.no_color:
     painted = rich_text.Text()
     for text, layer in tokens:

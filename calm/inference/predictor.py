@@ -597,12 +597,11 @@ def exact_rule(model: Predictor) -> exits.Speculative:
   """
   config, options = model.config, model.options
   if model.batch_size_affects_output:
-    names = [n for n in ("weights_dtype", "encoder_dtype") if getattr(options, n) == "int8"]
-    got = f"`{names[0]}` 'int8'" if names else f"`dtype` {config.dtype!r}"
-    way_out = "leave one of the two out" if names else "give `dtype` 'float32'"
+    got = f"`dtype` {config.dtype!r}, `weights_dtype` {options.weights_dtype!r}"
     raise ValueError(
-      f"Expected states in float32 for exact decoding, got {got}, with which passes over drafts"
-      f" are rounded otherwise than full depth's tokens; {way_out}."
+      f"Expected states in float32 for exact decoding, got {got} and `encoder_dtype`"
+      f" {options.encoder_dtype!r}, with which passes over drafts round otherwise than full"
+      " depth's tokens; give `dtype` 'float32' and leave 'int8' out."
     )
   layer = max(1, config.num_decoder_layers // 4)
   head = options_lib.draft_head(config, options, layer)

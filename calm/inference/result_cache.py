@@ -39,7 +39,7 @@ def to_json(value: Any) -> Any:
 
 def from_json(kind: Any, value: Any) -> Any:
   """The inverse of `to_json` for a result of the annotated type `kind`; TypeError for a field
-  that is missing, unknown or of another type."""
+  that is missing or of another type. Fields of an earlier version are passed over."""
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     some = next(each for each in inner if each is not type(None))
@@ -51,7 +51,7 @@ def from_json(kind: Any, value: Any) -> Any:
     return {key: from_json(inner[1], entry) for key, entry in value.items()}
   if dataclasses.is_dataclass(kind):
     hints, make = typing.get_type_hints(kind.__init__), typing.cast(Callable[..., Any], kind)
-    return make(**{name: from_json(hints[name], entry) for name, entry in value.items()})
+    return make(**{n: from_json(hints[n], entry) for n, entry in value.items() if n in hints})
   if kind is float and (value is None or value == "never"):
     return math.nan if value is None else math.inf
   if type(value) is kind or (kind is float and type(value) is int):

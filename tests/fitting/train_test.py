@@ -24,8 +24,10 @@ def source(directory):
   return inference.load(directory, max_input_length=16, max_decode_length=4, batch_size=8)
 
 
-def silent(share, text):
-  del share, text
+def fit_of(source, directory, parts, folder):
+  options = fitting.FitOptions(train_all=True, batch_size=8)
+  given = source, source, directory, parts, folder, options
+  return request.Fit(*given, fitting.Listener())
 
 
 def full_depth(model, rows):
@@ -34,10 +36,11 @@ def full_depth(model, rows):
 
 def test_a_budget_stops_a_stage_which_is_exported_then(directory, source, parts, tmp_path):
   request.write(tmp_path / "splits", parts)
-  stage = "two", source, directory, parts, tmp_path / "splits", tmp_path / "run"
-  made = train.train_stage(*stage, seed=0, seconds=1e-6, progress=silent)
+  fit = fit_of(source, directory, parts, tmp_path)
+  given = "two", source, directory, parts, tmp_path / "splits", 1e-6
+  made = train.train_stage(fit, *given)
   assert [step for step, _ in made.losses] == [1]
-  assert inference.load(tmp_path / "run" / "model").options.shortlist
+  assert inference.load(fit.work / "stage_two" / "model").options.shortlist
 
 
 def test_recipes_by_size_are_the_papers_and_the_packed_models():
@@ -51,9 +54,7 @@ def test_recipes_by_size_are_the_papers_and_the_packed_models():
 
 
 def test_no_end_is_learned_that_a_text_does_not_have(directory, source, parts, tmp_path):
-  options = fitting.FitOptions(train_all=True, batch_size=8)
-  given = source, source, directory, parts, tmp_path / "fit", options
-  fit = request.Fit(*given, fitting.Listener())
+  fit = fit_of(source, directory, parts, tmp_path / "fit")
   made = train.write_own_texts(fit, source, tmp_path)
   assert (made.calibration, made.last) == (parts.calibration, parts.last)
   records = full_depth(source, parts.train)

@@ -127,21 +127,20 @@ def test_lightness_alone_orders_the_layers_and_text_reads_on_all(num_layers):
 
 
 def test_html_has_one_span_a_token_and_a_legend_that_numbers_every_layer():
-  pieces, layers = ["▁a", "<b>&", "▁\"c'", ""], [3, 1, 8, 0]
-  page = outputs.to_html(pieces, layers, 8, confidences=[0.971, 1.0, 0.05, 0.0])
-  spans, scale = Page(page).spans, outputs.scale(8)
-  titles = [f"layer {layer} of 8" for layer in (*layers[:3], *range(1, 9))]
-  ends = [", confidence 0.97", ", confidence 1.00", ", confidence 0.05", *8 * [""]]
-  assert [title for _, title, _ in spans] == [a + b for a, b in zip(titles, ends, strict=True)]
-  numbers = [f" {i} " for i in range(1, 9)]
-  assert [text for text, _, _ in spans] == [" a", "<b>&", " \"c'", *numbers]
-  for (_, _, style), layer in zip(spans, [*layers[:3], *range(1, 9)], strict=True):
-    colour = scale[layer - 1]
+  made = output(pieces=("▁a", "<b>&", "▁\"c'", "</s>"))
+  spans, colours = Page(made._repr_html_()).spans, outputs.scale(4)
+  ends = [", confidence 0.88", ", confidence 0.50", ", confidence 0.25", ", confidence 1.00"]
+  layers = [*made.exit_layers, *range(1, 5)]
+  numbers = [f" {i} " for i in range(1, 5)]
+  assert [text for text, _, _ in spans] == [" a", "<b>&", " \"c'", "⏎", *numbers]
+  for (_, title, style), layer, end in zip(spans, layers, [*ends, *4 * [""]], strict=True):
+    assert title == f"layer {layer} of 4{end}"
+    colour = colours[layer - 1]
     assert f"background:{colour};color:{outputs.text_colour(colour)};" in style
 
 
 def test_terminals_show_layers_by_brackets_or_colours_and_cannot_be_steered():
-  pieces, layers = ["▁Perl", "▁mod", "ule", "▁for", ""], [1, 1, 8, 3, 0]
+  pieces, layers = ["▁Perl", "▁mod", "ule", "▁for"], [1, 1, 8, 3]
   out = outputs.to_terminal(pieces, layers, 8, PLAIN)
   assert out == "[1] Perl mod[8]ule [3] for"
   out = outputs.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, PLAIN)

@@ -166,7 +166,7 @@ def test_nothing_is_decoded_exactly_from_drafts_where_states_are_rounded(
   directory, option, value
 ):
   coded = inference.load(directory, **{option: value}, **OPTIONS)
-  with pytest.raises(ValueError, match=f"for exact decoding, got `{option}` '{value}'"):
+  with pytest.raises(ValueError, match=f"for exact decoding, got .*`{option}` '{value}'"):
     inference.exact_rule(coded)
 
 

@@ -272,9 +272,7 @@ def test_a_folder_serves_under_its_own_calibration(directory, model, calibration
   assert inference.load(folder, measure="state").calibration is None
   toys_params = toys.params(SIZES, 2)
   checkpoints.save(folder, toys_params, model.config, vocabulary=model.vocabulary)
-  with pytest.raises(
-    ValueError, match=r"calibration\.json: .*: `parameters_digest`"
-  ):
+  with pytest.raises(ValueError, match=r"calibration\.json: .*: `parameters_digest`"):
     inference.load(folder)
 
 

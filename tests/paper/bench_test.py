@@ -12,12 +12,12 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 
-from calm import checkpoints, exits, fitting, inference
+from calm import checkpoints, exits, inference
 from calm.calibrate import Prompt
 from calm.commands import cli
 from calm.data import vocabulary
 from calm.exits import schedules
-from calm.fitting import choose
+from calm.fitting import choose, request
 from calm.inference import grid, timing
 from calm.paper import bench, experiments, sections
 from calm.t5 import network
@@ -139,8 +139,10 @@ def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeyp
   assert cli.main(command) == 0 and "nothing" in capsys.readouterr().out
   (task,) = found
   assert (task.settings.name, task.settings.title) == ("my_rows", "my rows")
-  options = fitting.FitOptions(metric="token_f1")
-  splits, limits = fitting.held_out(inference.load(folder), rows, options)
+  options = request.FitOptions(metric="token_f1")
+  prompts = request.read_rows(rows, options)
+  limits, _ = request.length_limits(inference.load(folder), prompts, None)
+  splits = request.split(prompts, options, trains=True)
   assert task.validation == splits.validation[:4] and task.test == splits.calibration[:4]
   assert task.predictor.options.max_input_length == limits["max_input_length"]
 
