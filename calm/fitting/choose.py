@@ -21,6 +21,7 @@ from calm.console import Report
 from calm.exits import confidence, evidence, schedules
 from calm.fitting import exit_maps, request
 from calm.inference import grid, result_cache, timing
+from calm.inference.grid import part
 from calm.t5 import parameters
 
 # Finalists that are timed; how many of them, the fastest first, get a grid with a threshold.
@@ -415,11 +416,6 @@ def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float
 # ---- The choice
 
 
-def part(progress: Report, start: float, end: float) -> Report:
-  """A step's progress as a part of the whole's."""
-  return lambda share, text: progress(start + share * (end - start), text)
-
-
 def full_texts(
   model: inference.Predictor,
   prompts: Sequence[Prompt],
@@ -558,5 +554,5 @@ def faster_exact(
   if predictor.num_layers == 1 or predictor.batch_size_affects_output:
     return None
   rule, texts = inference.exact_rule(predictor), [prompt.input for prompt in prompts]
-  found = timing.beside_full_depth(predictor, texts, 1.0, rule=rule, base=predictor)
+  found = timing.beside_full_depth(predictor, texts, 1.0, rule=rule)
   return None if found.slower else found

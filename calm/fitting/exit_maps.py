@@ -27,6 +27,7 @@ from scipy import optimize
 from calm import inference
 from calm.console import Report
 from calm.exits import confidence, evidence
+from calm.inference.grid import part
 from calm.t5 import network, parameters
 
 _Maps = list[tuple[np.ndarray, np.ndarray]]
@@ -107,7 +108,7 @@ def fit(
   penalty, starts = _ridge(sums, sample)
   head = parameters.head_kernel(predictor.params, config)
   head = np.asarray(head[:, : predictor.vocabulary.vocab_size])
-  report = lambda share, text: progress(0.3 + 0.6 * share, text)
+  report = part(progress, 0.3, 0.9)
   translators = _train_translators(sample, head, starts, seed, report)
   progress(0.9, "classifier and probes")
   flat, agreement = _confidence_heads(

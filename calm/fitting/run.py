@@ -25,10 +25,10 @@ from calm.console import Progress, Report, print_text, quiet
 from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
-from calm.fitting.choose import part
 from calm.fitting.request import Fit, FitOptions, Listener
 from calm.inference import grid, panel, result_cache, timing
 from calm.inference import options as options_lib
+from calm.inference.grid import part
 from calm.t5 import parameters
 
 # Rows whose texts exits are learned from, and that are decoded together; rank of learned
@@ -297,7 +297,7 @@ def look(
     texts, told = [row.input for row in prompts], part(progress, 0.0, 0.6)
     measured = timing.beside_full_depth(predictor, texts, level, progress=told)
   reason = why_full_depth(choice, calibration, measured)
-  if calibration is not None and not reason:
+  if calibration is not None and measured is not None and not reason:
     served = timing.note(calibration, measured)
   # The batches that certified: their programs are compiled.
   reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)

@@ -45,6 +45,11 @@ if TYPE_CHECKING:
 silent: Report = lambda share, text: None
 
 
+def part(progress: Report, start: float, end: float, name: str = "") -> Report:
+  """A step's progress as a part of the whole's, under its name."""
+  return lambda share, text: progress(start + share * (end - start), name + text)
+
+
 class _Batch:
   """Prompts that are decoded together, threshold after threshold.
 

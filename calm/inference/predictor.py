@@ -148,7 +148,7 @@ class Predictor:
         metric=metric,
         thresholds=thresholds,
         folder=folder,
-        progress=lambda share, text: shown(0.9 * share, text),
+        progress=grid.part(shown, 0.0, 0.9),
       )
       if folder is not None and (seen := ledger.keep(folder, calibration, prompts)):
         warnings.warn(seen, stacklevel=3)
@@ -159,7 +159,7 @@ class Predictor:
           calibration.threshold,
           prompts=8,
           rounds=3,
-          progress=lambda share, text: shown(0.9 + 0.1 * share, f"timing {text}"),
+          progress=grid.part(shown, 0.9, 1.0, "timing "),
         )
         calibration = timing.note(calibration, found)
     return self.under(calibration)

@@ -100,10 +100,8 @@ class Seconds:
     return ", ".join(f"{p} (x{p.end_to_end:.2f} with the encoder)" for p in self._pairs())
 
 
-def note(calibration: Calibration, seconds: Seconds | None) -> Calibration:
+def note(calibration: Calibration, seconds: Seconds) -> Calibration:
   """The calibration with what was measured in the notes of its provenance."""
-  if seconds is None:
-    return calibration
   notes = {**(calibration.provenance.notes or {}), _NOTE: dataclasses.asdict(seconds)}
   provenance = dataclasses.replace(calibration.provenance, notes=notes)
   return dataclasses.replace(calibration, provenance=provenance)
@@ -196,10 +194,10 @@ def beside_full_depth(
   prompts: int = PROMPTS,
   rounds: int = ROUNDS,
   rule: exits.Rule | None = None,
-  base: "Predictor | None" = None,
   progress: Report = grid.silent,
 ) -> Seconds:
-  """Times a rule at a threshold against full depth, one prompt at a time and in batches.
+  """Times a rule at a threshold against the full depth of `model.reference`, one prompt at a
+  time and in batches.
 
   The fastest round of each batch counts: other work of the machine only ever adds. Texts of the
   commonest padded length are timed: at most `prompts` one at a time, and four batches.
@@ -207,34 +205,28 @@ def beside_full_depth(
   Args:
     rounds: times that each is decoded, after one uncounted.
     rule: how tokens go through the layers; None is the model's own.
-    base: the model that decodes at full depth; None: the `reference` of `model`.
   """
   setting = Setting("", rule or model.options.rule, threshold)
   chosen = of_one_length(model, [Prompt(str(i), text) for i, text in enumerate(texts)])
-  size = model.options.batch_size
-
-  def pair(batch_size: int, most: int, start: float, end: float) -> Pair | None:
-    count = min(most, len(chosen)) // batch_size * batch_size
-    if not count:
-      return None
-    how = "one at a time" if batch_size == 1 else f"batches of {batch_size}"
-    found = measure(
-      model,
-      chosen[:count],
-      [setting],
-      batch_size=batch_size,
-      full=base or model.reference,
-      rounds=rounds,
-      of_rounds=np.min,
-      progress=lambda share, text: progress(start + (end - start) * share, f"{how}, {text}"),
-    )
-    row = found.rows[1]
-    spent = 1e3 * found.full_seconds, 1e3 * row.decode_seconds
-    return Pair(batch_size, count, *spent, row.speedup, row.end_to_end)
-
-  alone = pair(1, prompts, 0.0, 0.6)
-  assert alone is not None  # one prompt is a whole batch
-  return Seconds(alone, None if size == 1 else pair(size, 4 * size, 0.6, 1.0))
+  size, pairs = model.options.batch_size, []
+  for batch_size, most in [(1, prompts), (size, 4 * size)][: 1 + (size > 1)]:
+    if count := min(most, len(chosen)) // batch_size * batch_size:
+      how = "one at a time" if batch_size == 1 else f"batches of {batch_size}"
+      share = (0.6, 1.0) if pairs else (0.0, 0.6)
+      found = measure(
+        model,
+        chosen[:count],
+        [setting],
+        batch_size=batch_size,
+        full=model.reference,
+        rounds=rounds,
+        of_rounds=np.min,
+        progress=grid.part(progress, *share, f"{how}, "),
+      )
+      row = found.rows[1]
+      spent = 1e3 * found.full_seconds, 1e3 * row.decode_seconds
+      pairs.append(Pair(batch_size, count, *spent, row.speedup, row.end_to_end))
+  return Seconds(*pairs)
 
 
 def _rounds(
