@@ -463,8 +463,8 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
   for number, entry in enumerate(fastest):  # until enough have a threshold
     found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
     if found < DECODED:
-      share = [0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1)]
-      entry = decode(entry.candidate, part(progress, *share))
+      start, end = (0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1))
+      entry = decode(entry.candidate, part(progress, start, end))
     tried.append(entry)
   for name in filter(None, IN_8_BITS if has_large_layers(predictor) else ()):
     narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)

@@ -353,7 +353,7 @@ class Predictor:
     return self.changed(options=made, calibration=None, threshold=None, exact=None)
 
   @property
-  def rounds(self) -> bool:
+  def decoder_rounds(self) -> bool:
     """Whether the decoder's states are rounded to few bits."""
     return self.config.dtype != "float32" or self.options.weights_dtype == options_lib.IN_8_BITS
 
@@ -362,7 +362,7 @@ class Predictor:
     """Whether a text depends on the rows that are decoded together with it: where states are
     rounded to few bits, a sum's last bit may decide which token follows. Texts from drafts are
     then not those of full depth: passes over several positions are rounded otherwise."""
-    return self.rounds or self.options.encoder_dtype == options_lib.IN_8_BITS
+    return self.decoder_rounds or self.options.encoder_dtype == options_lib.IN_8_BITS
 
   @functools.cached_property
   def reference(self) -> "Predictor":
@@ -448,11 +448,8 @@ class Predictor:
       rule or self.options.rule,
       self.options.max_decode_length,
       self.eos_id,
-      native=not self.rounds,
+      native=not self.decoder_rounds,
     )
-
-  def _precision(self) -> contextlib.AbstractContextManager[Any]:
-    return compiled.at_precision(self.options.matmul_precision)
 
   def _sharded(self, program: Program) -> Program | sharded.ShardedProgram:
     count = self.options.num_devices
@@ -483,7 +480,7 @@ class Predictor:
     signals.check()
     # The rule has no part in it: one compiled encoder serves all of them.
     program = Program(self.config, exits.StaticExit(), 1, self.eos_id)
-    with self._precision():
+    with compiled.at_precision(self.options.matmul_precision):
       return self._sharded(program).encode(self.weights, batch.tokens)
 
   def decode(
@@ -530,7 +527,7 @@ class Predictor:
     # Arguments are looked at one by one, 40 microseconds for those of the encoder.
     weights = dataclasses.replace(self.weights, encoder={})
     program = self._sharded(self.program(rule))
-    with self._precision():
+    with compiled.at_precision(self.options.matmul_precision):
       return program.generate(weights, encoded, active, threshold, prior)
 
   def stream(
@@ -552,17 +549,17 @@ class Predictor:
       return
     weights, level = dataclasses.replace(self.weights, encoder={}), np.float32(threshold)
     stages = program.stages
-    with self._precision():
+    with compiled.at_precision(self.options.matmul_precision):
       state = stages[0].start(weights, encoded, active, level)
     position, limit = 0, program.length if limit is None else min(limit, program.length)
     for stage in stages:
       if limit == 0:
-        with self._precision():
+        with compiled.at_precision(self.options.matmul_precision):
           state = stage.go_on(weights, encoded, state, level, np.int32(0))
       while position < min(stage.length, limit):
         signals.check()
         position = min(position + (steps if position else min(steps, 1)), stage.length, limit)
-        with self._precision():
+        with compiled.at_precision(self.options.matmul_precision):
           state = stage.go_on(weights, encoded, state, level, np.int32(position))
         going = np.asarray(state.active).any()
         yield jax.tree.map(np.asarray, state.generation)
@@ -581,7 +578,7 @@ class Predictor:
     the same prompts, None at first."""
     signals.check()
     level, resume_at = np.asarray(threshold, np.float32), resume_at.astype(np.int32)
-    with self._precision():
+    with compiled.at_precision(self.options.matmul_precision):
       return self.program().regenerate(self.weights, encoded, state, active, level, resume_at)
 
 
