@@ -651,9 +651,9 @@ def load(
     )
   if isinstance(calibration, str | pathlib.Path):
     calibration = Calibration.load(calibration)
-  stored = options_lib.stored_options(directory)
   procedure = None if calibration is None else calibration.procedure
-  base, given = options_lib.DecodeOptions(**stored), bool(options) or dtype is not None
+  base = options_lib.DecodeOptions(**options_lib.stored_options(directory))
+  given = bool(options) or dtype is not None
   if procedure is not None:
     base = options_lib.options_of(procedure, base.shortlist)
     dtype = dtype or procedure.activation_dtype

@@ -42,7 +42,6 @@ class Timed:
 
   name: str  # of its curve
   threshold: float
-  layers: float  # mean decoder layers a token on the timed prompts
   prompt_seconds: tuple[float, ...]  # each prompt's (or batch's) to decode, over its rounds
   decode_seconds: float  # their mean over prompts
   speedup: float  # full depth's decode seconds over these
@@ -54,9 +53,6 @@ class Timings:
   """All settings on the same prompts, of which full depth is the first row."""
 
   num_prompts: int
-  rounds: int  # times that each was decoded under each setting, after one uncounted
-  encode_seconds: float  # mean encoder seconds a prompt
-  full_seconds: float  # mean decode seconds a prompt of the full model
   rows: tuple[Timed, ...]
 
   def find(self, name: str, threshold: float = NEVER_EXIT) -> Timed | None:
@@ -154,7 +150,7 @@ def measure(
   ways = [(sized[id(s.model or model)], s.rule, s.threshold) for s in settings]
   batches = sized[id(model)].plan([prompt.input for prompt in prompts])
   batches.sort(key=lambda batch: batch.rows[0])
-  seconds, encode, layers = _rounds(ways, batches, rounds, progress)
+  seconds, encode = _rounds(ways, batches, rounds, progress)
   seconds, encode = of_rounds(seconds, axis=0), of_rounds(encode, axis=0)
   totals = seconds.sum(axis=1)
   whole = totals + encode.sum(axis=1)
@@ -162,7 +158,6 @@ def measure(
     Timed(
       name=setting.name,
       threshold=setting.threshold,
-      layers=float(np.mean(layers[i])) if layers[i] else float("nan"),
       prompt_seconds=tuple(seconds[i].tolist()),
       decode_seconds=float(totals[i] / len(prompts)),
       speedup=float(totals[0] / totals[i]),
@@ -170,8 +165,7 @@ def measure(
     )
     for i, setting in enumerate(settings)
   )
-  encode_seconds = float(encode[0].sum() / len(prompts))
-  return Timings(len(prompts), rounds, encode_seconds, rows[0].decode_seconds, rows)
+  return Timings(len(prompts), rows)
 
 
 def of_one_length(
@@ -223,20 +217,19 @@ def beside_full_depth(
         of_rounds=np.min,
         progress=grid.part(progress, *share, f"{how}, "),
       )
-      row = found.rows[1]
-      spent = 1e3 * found.full_seconds, 1e3 * row.decode_seconds
+      full, row = found.rows
+      spent = 1e3 * full.decode_seconds, 1e3 * row.decode_seconds
       pairs.append(Pair(batch_size, count, *spent, row.speedup, row.end_to_end))
   return Seconds(*pairs)
 
 
 def _rounds(
   ways: Sequence[tuple["Predictor", exits.Rule, float]], batches, rounds: int, progress
-) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-  """Decode and encode seconds [rounds, ways, batches], and the exit layers of every way's
-  tokens. Ways whose encoders compute alike share the seconds of one."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Decode and encode seconds [rounds, ways, batches]. Ways whose encoders compute alike share
+  the seconds of one."""
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
   encode = np.zeros_like(seconds)
-  layers: list[list[int]] = [[] for _ in ways]
   encoders = [
     (model.config.dtype, model.options.weights_dtype, model.options.encoder_dtype)
     for model, _, _ in ways
@@ -256,14 +249,11 @@ def _rounds(
       for way, (encoder, (model, rule, threshold)) in turn if number % 2 else turn[::-1]:
         model.expect_drafts()
         start = time.perf_counter()
-        generation = model.decode(encoded[encoder][0], batch.active, threshold, rule)
+        model.decode(encoded[encoder][0], batch.active, threshold, rule)
         seconds[number, way, place] = time.perf_counter() - start
-        if number == 0:
-          depths = generation.exit_layers
-          layers[way] += depths[depths > 0].tolist()
       done = (number + (place + 1) / len(batches)) / (rounds + 1)
       progress(done, f"round {number + 1} of {rounds + 1}")
-  return seconds[1:], encode[1:], layers
+  return seconds[1:], encode[1:]
 
 
 # ---- Seconds without those of compiling

@@ -69,13 +69,13 @@ def timings() -> timing.Timings:
   def timed(name: str, threshold: float, layers: float) -> timing.Timed:
     seconds = layers * (1.0 if name.startswith(("static", "full")) else 1.1) * 1e-3
     speedups = (4e-3 / seconds, 5e-3 / (seconds + 1e-3))
-    return timing.Timed(name, threshold, layers, (seconds,) * 3, seconds, *speedups)
+    return timing.Timed(name, threshold, (seconds,) * 3, seconds, *speedups)
 
   never = schedules.NEVER_EXIT
   rows = [timed(timing.FULL, never, 4.0), timed("oracle", never, 5.0)]
   rows += [timed(f"static {k}", never, k) for k in range(1, NUM_LAYERS + 1)]
   rows += [timed(m, t, d) for m in MEASURES for t, d in zip(GRID, (3, 2, 1), strict=True)]
-  return timing.Timings(3, 3, 1e-3, 4e-3, tuple(rows))
+  return timing.Timings(3, tuple(rows))
 
 
 class Model:
