@@ -182,16 +182,6 @@ def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(direc
   assert opened.config.dtype == "bfloat16" and opened.exact is None
 
 
-def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory):
-  coded = inference.load(directory, weights_dtype="int8", **OPTIONS)
-  full = coded.generate(TEXTS, threshold=schedules.NEVER_EXIT)
-  for threshold in (1.0, 0.3):
-    made = coded.generate(TEXTS, threshold=threshold)
-    for item, whole in zip(made, full, strict=True):
-      deep = int(np.argmin(np.append(item.exit_layers, 0) == coded.num_layers))
-      assert item.tokens[:deep] == whole.tokens[:deep]
-
-
 def test_heads_in_8_bits_emit_the_same_tokens(directory):
   given = {**OPTIONS, "measure": "classifier"}
   plain = inference.load(directory, **given)
