@@ -37,8 +37,6 @@ from calm.t5 import caches, costs, limits, network, parameters
 
 # Beside a model with a promise, or beside one that full depth serves best.
 CALIBRATION, FULL_DEPTH = "calibration.json", "full_depth.json"
-
-
 # Options that the layout of the weights depends on.
 _LAYOUT = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype", "shortlist")
 
@@ -651,10 +649,9 @@ def load(
     )
   if isinstance(calibration, str | pathlib.Path):
     calibration = Calibration.load(calibration)
-  procedure = None if calibration is None else calibration.procedure
   base = options_lib.DecodeOptions(**options_lib.stored_options(directory))
   given = bool(options) or dtype is not None
-  if procedure is not None:
+  if calibration is not None and (procedure := calibration.procedure) is not None:
     base = options_lib.options_of(procedure, base.shortlist)
     dtype = dtype or procedure.activation_dtype
   config = dataclasses.replace(checkpoint.config, dtype=dtype or checkpoint.config.dtype)

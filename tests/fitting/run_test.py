@@ -81,7 +81,7 @@ def test_the_summary_says_what_was_found(made):
     f"calm infer --model={output}",
     "With probability at least 0.95",
     "The promise is about prompts drawn as these rows are.",
-    "in a first timing",
+    "a first timing",
     "What was certified",
     'title="layer 1"',
   ):
