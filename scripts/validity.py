@@ -213,15 +213,8 @@ def simulate(cell: Cell, draws: int, number: int) -> list:
 
 def line(promise, losses, prompts, level, rate, error, draws) -> list:
   """A line as the table shows it."""
-  return [
-    promise,
-    losses,
-    str(prompts),
-    f"{level:g}",
-    f"{rate:.4f}",
-    f"{error:.4f}",
-    str(draws),
-  ]
+  shares = (f"{level:g}", f"{rate:.4f}", f"{error:.4f}")
+  return [promise, losses, str(prompts), *shares, str(draws)]
 
 
 def stored(order: str, losses: np.ndarray) -> np.ndarray:

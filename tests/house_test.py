@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4994, 21),
+  "calibrate": (4986, 21),
   "checkpoints": (988, 5),
   "commands": (2259, 13),
   "console.py": (228, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1221, 4),
   "training": (1488, 9),
 }
-WHOLE = {"calm": (26_798, 125), "tests": (22_243, 148), "scripts": (4_381, 25)}
+WHOLE = {"calm": (26_790, 125), "tests": (22_192, 147), "scripts": (4_374, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -133,8 +133,12 @@ class Calibration:
     """One field of `rows` as an array [num_thresholds]."""
     return np.array([getattr(row, name) for row in self.rows])
 
-  __repr__ = display.in_short
-  __str__ = display.as_text
+  def __repr__(self) -> str:
+    return display.in_short(self)
+
+  def __str__(self) -> str:
+    return display.as_text(self)
+
   _repr_html_ = display.as_html
   to_frame = display.to_frame
   plot = display.plot

@@ -84,7 +84,7 @@ def hedge_by_hand(losses, tolerance, error_rate, planned):
   """One column, its wealth looked at before every loss; see `betting.hedge_bets`."""
   target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
   wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
-  bets, deviations = [], []
+  bets = []
   for row, loss in enumerate(losses):
     deviation = math.sqrt(squares / (row + 8))
     chance = min(1.0, error_rate * math.exp(wealth))
@@ -94,19 +94,18 @@ def hedge_by_hand(losses, tolerance, error_rate, planned):
     else:
       bet = pace / deviation
     bets.append(bet)
-    deviations.append(deviation)
     wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
     highest = max(highest, wealth)
     total += loss
     squares += (loss - total / (row + 2)) ** 2
-  return np.array(bets), highest, np.array(deviations)
+  return np.array(bets), highest
 
 
 @pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
 @pytest.mark.parametrize("error_rate", [0.05, 0.3])
 def test_the_hedge_by_hand(mean, reached, error_rate):
   losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
-  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120)
+  bets, highest = hedge_by_hand(losses, 0.1, error_rate, 120)
   design = Design(0.1, error_rate, 120, hedges=True)
   found = design.bets(losses[:, None])[:, 0]
   # Where wealth is nearly there the chance is nearly 1, and its digits cancel.

@@ -138,17 +138,3 @@ def test_choosing_among_measures_is_part_of_one_family():
   assert stats.binomtest(wrong, draws, 0.1, alternative="greater").pvalue > 1e-3
   # The best of them, picked after twelve tests, would not have kept the rate.
   assert stats.binomtest(naive, draws, 0.1, alternative="greater").pvalue < 1e-6
-
-
-def test_risks_of_other_outputs_are_refused():
-  first, second = families()[0]["softmax"]
-  other = lambda **changes: risks.Risk(replace(second.losses, **changes), 0.2, "answers")
-  for changes, message in (
-    ({"thresholds": np.array([0.8, 0.4])}, r"of 'answers': the grid \[0.8, 0.4\] beside"),
-    ({"procedure": procedure("state")}, "procedure, got another of 'answers': `measure`"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      calibrate(risks=[first, other(**changes)], error_rate=0.05)
-  # The user answers for one that is unknown.
-  found = calibrate(risks=[first, other(procedure=None)], error_rate=0.05, seed="ab")
-  assert found.procedure == procedure("softmax")

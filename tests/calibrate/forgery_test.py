@@ -33,6 +33,7 @@ def made(method="auto", **fields):
 
 HONEST = made().to_json()
 PAPER = made("paper").to_json()
+GROUPS = made(promise=risks.EveryGroup(labels=[f"g{row % 2}" for row in range(300)])).to_json()
 
 
 def edited(value, path, new):
@@ -86,34 +87,50 @@ def test_files_that_are_no_calibration_are_refused(tmp_path, monkeypatch):
 
 # Refused although the digest was written anew: they contradict the other fields.
 CONTRADICTIONS = [
-  ("threshold", 0.02, "`threshold` 0.5"),
-  ("threshold", "never", "`threshold` 0.5"),
-  ("error_rate", 1e-30, "`rejected` False"),
-  ("rows.0.p_value", 1.0, "`p_value`"),
-  ("rows.2.log_p_value", -1.0, "`p_value`"),
-  ("rows.0.rejected", False, "`rejected` True"),
-  ("rows.2.rejected", True, "`rejected` False"),
-  ("rows.2.adjusted_p_value", 0.01, "`adjusted_p_value`"),
-  ("rows.0.threshold", 0.01, "strictly descending"),
-  ("testing", "bonferroni", "`adjusted_p_value`"),
-  ("visited", [0], "`visited`"),
-  ("promise", {"name": "tail_mean", "beta": 0.5, "start": 0.5}, "`start` below the tolerance"),
-  ("promise", {"name": "every_group", "groups": ["a", "b"]}, "`parts` "),
+  *(
+    (path, new, message, HONEST)
+    for path, new, message in (
+      ("threshold", 0.02, "`threshold` 0.5"),
+      ("threshold", "never", "`threshold` 0.5"),
+      ("error_rate", 1e-30, "`rejected` False"),
+      ("rows.0.p_value", 1.0, "`p_value`"),
+      ("rows.2.log_p_value", -1.0, "`p_value`"),
+      ("rows.0.rejected", False, "`rejected` True"),
+      ("rows.2.rejected", True, "`rejected` False"),
+      ("rows.2.adjusted_p_value", 0.01, "`adjusted_p_value`"),
+      ("rows.0.threshold", 0.01, "strictly descending"),
+      ("testing", "bonferroni", "`adjusted_p_value`"),
+      ("visited", [0], "`visited`"),
+      (
+        "promise",
+        {"name": "tail_mean", "beta": 0.5, "start": 0.5},
+        "`start` below the tolerance",
+      ),
+      ("promise", {"name": "every_group", "groups": ["a", "b"]}, "`parts` "),
+    )
+  ),
+  # Methods of sums are computed again.
+  *(
+    (path, new, r"Expected `log_p_values` .* the file was edited", PAPER)
+    for path, new in (("tolerance", 0.08), ("rows.0.mean", 0.001), ("method", "hoeffding"))
+  ),
+  # Rows say what the least certain part says.
+  *(
+    (path, new, message, GROUPS)
+    for path, new, message in (
+      ("parts.1.means", [0.1, 0.2], "of as many"),
+      ("parts.1.num_examples", [300, 300, 0.5], "whole numbers, got 0.5"),
+      ("parts.1.log_p_values", [-1.0, -1.0, 1.0], "`mean` .* in row 0"),
+      ("rows.0.upper_bound", 0.05, "`upper_bound` .* in row 0"),
+    )
+  ),
 ]
 
 
-@pytest.mark.parametrize(("path", "new", "message"), CONTRADICTIONS)
-def test_contradictions_are_found_without_a_digest(path, new, message):
+@pytest.mark.parametrize(("path", "new", "message", "honest"), CONTRADICTIONS)
+def test_contradictions_are_found_without_a_digest(path, new, message, honest):
   with pytest.raises(ValueError, match=message):
-    Calibration.from_json(forged(path, new))
-
-
-@pytest.mark.parametrize(
-  ("path", "new"), [("tolerance", 0.08), ("rows.0.mean", 0.001), ("method", "hoeffding")]
-)
-def test_methods_of_sums_are_computed_again(path, new):
-  with pytest.raises(ValueError, match=r"Expected `log_p_values` .* the file was edited"):
-    Calibration.from_json(forged(path, new, PAPER))
+    Calibration.from_json(forged(path, new, honest))
 
 
 def test_a_digest_can_be_expected(tmp_path):
@@ -177,20 +194,3 @@ def test_p_equal_to_the_error_rate_goes_either_way():
     np.zeros((2, 1)), [0.5], tolerance=0.5, error_rate=0.25, support=Support(binary=True)
   )
   assert found.certified and Calibration.from_json(found.to_json()) == found
-
-
-@pytest.mark.parametrize(
-  ("path", "new", "message"),
-  [
-    ("parts.1.means", [0.1, 0.2], "of as many"),
-    ("parts.1.num_examples", [300, 300, 0.5], "whole numbers, got 0.5"),
-    ("parts.1.log_p_values", [-1.0, -1.0, 1.0], "`mean` .* in row 0"),
-    ("rows.0.upper_bound", 0.05, "`upper_bound` .* in row 0"),
-  ],
-)
-def test_rows_say_what_the_least_certain_part_says(path, new, message):
-  labels = [f"g{row % 2}" for row in range(300)]
-  value = made(promise=risks.EveryGroup(labels=labels)).to_json()
-  assert Calibration.from_json(value).promise.groups == ("g0", "g1")
-  with pytest.raises(ValueError, match=message):
-    Calibration.from_json(forged(path, new, value))

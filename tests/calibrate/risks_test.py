@@ -19,6 +19,7 @@ from calm.calibrate import (
 )
 from calm.calibrate.risks import Risk
 from calm.calibrate.testing import Test
+from tests.calibrate import laws
 
 ERROR_RATE = 0.1
 GRID = np.array([0.9, 0.5])
@@ -37,8 +38,11 @@ def calibrated(losses, promise=None, tolerance=0.2, **options):
 SIGNED = Support(-1.0, 1.0)
 VALUES = np.array([[0.1, 0.2], [0.25, 0.7], [1.0, 0.0]])
 DEPTHS = np.array([[2.0, 1.0], [4.0, 4.1], [8.0, 3.0]])
-LOSSES = SequenceLosses(VALUES, GRID, SIGNED, metric="rouge_l", ids=("a", "b", "c"))
-HALF = dataclasses.replace(LOSSES, values=VALUES / 2)
+LOSSES = SequenceLosses(
+  VALUES, GRID, SIGNED, metric="rouge_l", ids=("a", "b", "c"), procedure=laws.procedure()
+)
+# The user answers for a procedure that is unknown.
+HALF = dataclasses.replace(LOSSES, values=VALUES / 2, procedure=None)
 WEIGHTS = np.array([0.0, 0.5, 2.0])
 MEAN = "an expected loss of at most 0.25"
 
@@ -168,7 +172,11 @@ def two(**changes):
     (lambda: risks.SeveralRisks(), "at least one `Risk`"),
     (lambda: risks.SeveralRisks(("a",), (0.1, 0.2)), "at least one `Risk`"),
     (two(ids=("a", "b", "x")), "same prompts, got .*'x'"),
-    (two(thresholds=[0.8, 0.1]), "one grid and procedure, got another of 'x': the"),
+    (two(thresholds=[0.8, 0.1]), r"and procedure, got another of 'x': the grid \[0.8, 0.1\] b"),
+    (
+      two(procedure=laws.procedure(measure="state")),
+      "procedure, got another of 'x': `measure`",
+    ),
     (two(values=np.zeros((2, 2)), ids=("a", "b")), "same prompts"),
     (lambda: calibrate(LOSSES, risks=[Risk(LOSSES, 0.1)], error_rate=0.1), "`risks` alone"),
     (lambda: calibrate(error_rate=0.1), "`losses` and `tolerance`, or `risks`"),
@@ -257,13 +265,6 @@ def test_at_the_boundary_the_promise_is_broken_no_more_often_than_it_says(law):
   assert found.certified and back == found and type(back.promise) is type(promise)
 
 
-def test_quantiles_need_as_many_prompts_as_planned():
-  promise, rates = risks.Quantile(0.9), dict(tolerance=0.3, error_rate=0.05)
-  assert planning.promise_size(promise, **rates) == {"": 29}
-  few = calibrate(np.zeros((28, 1)), [0.5], **rates, promise=promise)
-  assert not few.certified and "at least 29" in few.reason
-
-
 def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own():
   labels = ["fr" if row % 10 == 0 else "en" for row in range(400)]
   losses = table((np.arange(400) % 20 == 0) * 1.0)
@@ -272,6 +273,7 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
   assert not found.certified and "(fr)" in found.reason
   few = risks.EveryGroup(labels=["rare" if row < 5 else "en" for row in range(400)])
   assert "rare: expected at least 11 prompts" in calibrated(table(np.zeros(400)), few).reason
+  assert planning.promise_size(risks.Quantile(0.9), 0.3, 0.05) == {"": 29}
   every = each_group(losses, labels, tolerance=0.2, error_rate=ERROR_RATE)
   assert list(every) == ["en", "fr"] and every["en"].certified and not every["fr"].certified
   rows = losses.rows(np.flatnonzero(np.array(labels) == "en"))

@@ -67,11 +67,12 @@ class Generations:
 
     EOS counts, padding does not. None where a record is missing or has no `exit_layers`.
     """
-    sums = [one for column in self.records if (one := layer_sums(column)) is not None]
-    if len(sums) < len(self.records) or {len(one[0]) for one in sums} != {len(self.prompts)}:
+    if {len(column) for column in self.records} != {len(self.prompts)}:
       return None
-    layers, tokens = np.stack(sums, axis=2)
-    return layers, tokens
+    sums = lambda column: [_sums(record) for record in column]
+    counts = [c.table[:, 1:] if isinstance(c, Column) else sums(c) for c in self.records]
+    layers, tokens = np.array(counts, np.int64).transpose(2, 1, 0)
+    return None if (layers < 0).any() else (layers, tokens)
 
 
 class Column(Sequence[Record]):
@@ -108,13 +109,6 @@ def predictions(column: Sequence[Record]) -> Iterator[str]:
   if isinstance(column, Column):
     return (value["prediction"] for value in column.values())
   return (record.prediction for record in column)
-
-
-def layer_sums(column: Sequence[Record]) -> tuple[np.ndarray, np.ndarray] | None:
-  """(layers, tokens) of each record, [num_records] int64; None where one says no layers."""
-  rows = column.table[:, 1:] if isinstance(column, Column) else [_sums(one) for one in column]
-  table = np.array(rows, np.int64).reshape(-1, 2)
-  return None if (table < 0).any() else (table[:, 0], table[:, 1])
 
 
 def _sums(record: Record) -> tuple[int, int]:
@@ -253,11 +247,9 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
         f"{directory / MANIFEST}: expected `{name}` of the run that wrote it"
         f" ({told!r:.100}), got {got!r:.100}; {_AGAIN}"
       )
-  names, partial = file_names(grid), manifest.get("sequential", False)
-  procedure = manifest_procedure(manifest)
-  full, *records = (
-    _read_column(directory / name, ids, procedure, partial, in_memory) for name in names[1:]
-  )
+  names, procedure = file_names(grid), manifest_procedure(manifest)
+  options = (ids, procedure, manifest.get("sequential", False), in_memory)
+  full, *records = (_read_column(directory / name, *options) for name in names[1:])
   if bare := [n for n in names if n not in checksums and (directory / n).exists()]:
     raise GenerationsError(
       f"{directory / MANIFEST}: expected `checksums` of every file, as of a run that finished,"
@@ -386,13 +378,10 @@ class Writer:
     """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
     return frozenset(self._done[threshold])
 
-  def completed_records(
-    self, threshold: float, ids: Iterable[str] | None = None
-  ) -> dict[str, Record]:
-    """The records already written at `threshold`, by id; of `ids`, or all."""
+  def completed_records(self, threshold: float, ids: Iterable[str]) -> dict[str, Record]:
+    """The records already written at `threshold`, of those `ids`, by id."""
     done = self._done[threshold]
-    names = done if ids is None else ids
-    offsets = np.array([done[name] for name in names if name in done], np.int64)
+    offsets = np.array([done[name] for name in ids if name in done], np.int64)
     path = self.directory / threshold_file(threshold)
     column = Column(path, offsets[:, None]) if len(offsets) else ()
     return {record.id: record for record in column}

@@ -185,7 +185,6 @@ def gather(
         )
     return tuple(by_name[name] for name in by_id)
 
-  files: Mapping[Any, Path] = by_threshold
-  level = lambda knob: None if knobs else float(knob)
-  records = (column(files[k], *read_predictions(files[k], level(k))) for k in order)
-  return Generations(known, grid, tuple(records), column(full, said, outputs), knobs=knobs)
+  files = [(by_threshold[knob], None if knobs else float(knob)) for knob in order]
+  records = tuple(column(path, *read_predictions(path, level)) for path, level in files)
+  return Generations(known, grid, records, column(full, said, outputs), knobs=knobs)
