@@ -78,7 +78,9 @@ def open_prompts(
   made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
   with _opened(path) as (file, name):
     format = "dataset" if isinstance(file, list) else format or _detect_format(name, file)
-    stem = "stdin" if name == "standard input" else pathlib.Path(name).name.split(".")[0]
+    stem = (
+      "stdin" if name == "standard input" else pathlib.Path(name).absolute().name.split(".")[0]
+    )
     for row in itertools.islice(rows.read(file, format, name, stem), limit):
       key = key if made else _key_of(row, input_key)
       prompt = _prompt_of(row, key, target_key)
@@ -88,7 +90,7 @@ def open_prompts(
           " an `id` is named by its number)"
         )
       if require_target and not prompt.targets:
-        raise row.error(f"expected a field `target`, got none in {sorted(row.value)[:12]}")
+        raise row.error("expected a field `target`, got none; give every row a reference")
       made[prompt.id] = prompt
   called = rows.FORMATS.get(format, "Hugging Face datasets")
   if not made:

@@ -138,10 +138,8 @@ def debian_mixture(
   """Registers all three Debian data sets, mixed in proportion to their training examples."""
   members = [debian(task, root, vocabulary) for task in datasets.DEBIAN]
   made_from = ("mixture", *(_registered[member] for member in members))
-  if not _is_same(name, made_from, seqio.MixtureRegistry):
-    seqio.MixtureRegistry.add(name, members, default_rate=seqio.mixing_rate_num_examples)
-    _registered[name] = made_from
-  return name
+  given = {"tasks": members, "default_rate": seqio.mixing_rate_num_examples}
+  return _add(seqio.MixtureRegistry, name, made_from, given)
 
 
 def summarization_example(example: Tensors) -> dict[str, Any]:
@@ -223,35 +221,32 @@ def _register(
 ) -> str:
   if isinstance(vocabulary, str | os.PathLike):
     vocabulary = seqio.SentencePieceVocabulary(os.fspath(vocabulary))
-  made_from = (*made_from, tuple(metrics), vocabulary)
-  if _is_same(name, made_from, seqio.TaskRegistry):
-    return name
-  seqio.TaskRegistry.add(
-    name,
-    source=source,
-    preprocessors=[
+  given = {
+    "source": source,
+    "preprocessors": [
       *preprocessors,
       seqio.preprocessors.tokenize,
       seqio.CacheDatasetPlaceholder(),
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features={
+    "output_features": {
       feature: seqio.Feature(vocabulary, add_eos=True) for feature in ("inputs", "targets")
     },
-    postprocess_fn=references_or_text,
-    metric_fns=[metric_fn(metric) for metric in metrics],
-  )
-  _registered[name] = made_from
-  return name
+    "postprocess_fn": references_or_text,
+    "metric_fns": [metric_fn(metric) for metric in metrics],
+  }
+  made_from = (*made_from, tuple(metrics), vocabulary)
+  return _add(seqio.TaskRegistry, name, made_from, given)
 
 
-def _is_same(name: str, made_from: tuple[Any, ...], registry: Any) -> bool:
-  """Whether `name` is registered from these arguments already; an error if from others."""
+def _add(registry: Any, name: str, made_from: tuple[Any, ...], given: Mapping[str, Any]) -> str:
+  """Registers a name, once; an error if it is registered from other arguments."""
   if name not in registry.names():
-    return False
-  if _registered.get(name) == made_from:
-    return True
-  raise ValueError(
-    f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
-    " task or mixture of other arguments; choose another."
-  )
+    registry.add(name, **given)
+    _registered[name] = made_from
+  elif _registered.get(name) != made_from:
+    raise ValueError(
+      f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
+      " task or mixture of other arguments; choose another."
+    )
+  return name

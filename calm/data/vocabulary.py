@@ -225,10 +225,8 @@ class TokenizerVocabulary(Vocabulary):
       if token.get("special") and not SENTINEL.fullmatch(token["content"])
     }
 
-  vocab_size = property(lambda self: self._size)
-
   @functools.cached_property
-  def _size(self) -> int:
+  def vocab_size(self) -> int:
     """Ids, added tokens included."""
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
