@@ -227,7 +227,7 @@ FLIPS = 16
 BINARY = (
   *("our weights", "their weights", "T5X msgpack", "T5X array", "T5X array's metadata"),
   *("Orbax manifest", "Orbax arrays"),
-  *("pieces", "packed prompts", "Parquet"),
+  *("pieces", "packed prompts", "Parquet", "Arrow"),
 )
 
 
@@ -260,7 +260,7 @@ def weights(folder: pathlib.Path) -> Any:
 def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any]]]:
   """Name -> (the file that is damaged, what reads it)."""
   import pyarrow
-  from pyarrow import parquet
+  from pyarrow import ipc, parquet
 
   base = tmp_path_factory.mktemp("bytes")
   ours = documents.model(base / "ours")
@@ -274,7 +274,13 @@ def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any
   text = "".join(json.dumps(row) + "\n" for row in texts)
   packed, rows = base / "rows.jsonl.gz", base / "rows.parquet"
   packed.write_bytes(gzip.compress(text.encode(), mtime=0))
-  parquet.write_table(pyarrow.Table.from_pylist(texts), rows)
+  table = pyarrow.Table.from_pylist(texts)
+  parquet.write_table(table, rows)
+  arrow = base / "dataset" / "data.arrow"
+  arrow.parent.mkdir()
+  with ipc.new_stream(arrow, table.schema) as stream:
+    stream.write_table(table)
+  (arrow.parent / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
   chunk = next(path for path in sorted(array.iterdir()) if path.name != ".zarray")
   blob = max((orbax / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
   of_legacy, of_orbax = lambda: weights(legacy), lambda: weights(orbax)
@@ -289,6 +295,7 @@ def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any
     "pieces": (model, lambda: vocabulary.SentencePieceVocabulary(model).vocab_size),
     "packed prompts": (packed, lambda: list(prompt_files.open_prompts(packed))),
     "Parquet": (rows, lambda: list(prompt_files.open_prompts(rows))),
+    "Arrow": (arrow, lambda: list(prompt_files.open_prompts(arrow.parent))),
   }
 
 

@@ -1,4 +1,4 @@
-"""T5X checkpoints, made with the real T5X (golden/make_t5x_checkpoints.py), read without it."""
+"""T5X checkpoints, made with the real T5X (golden/make_t5x.py), read without it."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Our network against golden files made with T5X's own (see golden/make_t5x_network.py)."""
+"""Our network against golden files made with T5X's own (see golden/make_t5x.py)."""
 
 import json
 import pathlib

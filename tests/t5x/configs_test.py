@@ -5,7 +5,6 @@ import importlib
 import re
 import sys
 import types
-from importlib import metadata
 
 import jax
 import numpy as np
@@ -192,22 +191,6 @@ def test_a_network_after_the_run_is_refused(run):
   given |= {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}, "TRAIN_STEPS": 3}
   with pytest.raises(ValueError, match="T5X's network file before the run"):
     parse(str(path.relative_to(REPOSITORY)), SMALL, SYNOPSIS, **given)
-
-
-def test_private_names_are_those_of_the_tested_versions():
-  """What the adapter uses beyond faces of T5X cc342d4, JAX 0.10.2 and seqio 0.0.20."""
-  import seqio
-  from t5x import partitioning
-
-  versions = {name: metadata.version(name) for name in ("jax", "seqio")}
-  assert versions == {"jax": "0.10.2", "seqio": "0.0.20"}
-  assert partitioning.pxla.thread_resources.env.physical_mesh.empty
-  words = seqio.SentencePieceVocabulary("none.model")
-  assert words._sentencepiece_model_file == words.sentencepiece_model_file
-  model = setup.t5x_model(setup.engine.toy(), loss_normalizing_factor=3.0)
-  assert model._loss_normalizing_factor == 3.0
-  assert vars(model._default_decoder_params) == {"return_all_decodes": False, "num_decodes": 1}
-  assert callable(model._compute_metrics)
 
 
 # What users bind for T5X's own class holds for the model with exits, or is refused.

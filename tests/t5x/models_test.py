@@ -75,6 +75,18 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
     assert all(shape_of(mine[path]) == shape_of(leaf) for path, leaf in expected.items())
 
 
+def test_full_depth_logits_are_those_of_t5x():
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  both = lambda model: setup.compiled(
+    lambda *inputs: (model._compute_logits(*inputs), model.score_batch(*inputs))
+  )
+  logits, scores = both(setup.model(toy))(setup.params(toy), batch)
+  expected, their_scores = both(setup.t5x_model(toy))(setup.t5x_params(toy), batch)
+  assert np.std(expected) > 1
+  assert_close(logits, expected, atol=1e-4)
+  assert_close(scores, their_scores, atol=1e-4)
+
+
 def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
   from flax import linen as nn
   from t5x import adafactor

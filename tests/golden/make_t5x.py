@@ -1,14 +1,14 @@
-"""Makes `t5x_network.npz` and `t5x_network.json` from the real T5X network.
+"""Makes the files `t5x_*` of this folder from the real T5X: its network and its checkpoints.
 
 Needs T5X (https://github.com/google-research/t5x) with airio and jestimator on the import path;
-the tests that read the two files need none of them. From the repository root:
-`JAX_PLATFORMS=cpu python tests/golden/make_t5x_network.py`
+the tests that read the files need none of them. From the repository root:
+`JAX_PLATFORMS=cpu python tests/golden/make_t5x.py`
 
-Two small models, `gated` (gated GELU, a head of its own, as T5 1.1) and `tied` (ReLU, logits
-through the embedding, as T5 1.0). The JSON has for each of them `config` (fields of `T5Config`
-without dtype), `params` {path: shape} of T5X's own `init`, `params_axes` {path: axis names} and
-`cache` {path: [shape, dtype]} after the cache-making call; and `versions`. The npz has, under
-"gated/" or "tied/":
+`t5x_network.npz`, `t5x_network.json`: two small models, `gated` (gated GELU, a head of its own,
+as T5 1.1) and `tied` (ReLU, logits through the embedding, as T5 1.0). The JSON has for each of
+them `config` (fields of `T5Config` without dtype), `params` {path: shape} of T5X's own `init`,
+`params_axes` {path: axis names} and `cache` {path: [shape, dtype]} after the cache-making call;
+and `versions`. The npz has, under "gated/" or "tied/":
 
   params/PATH                                      drawn here; norm scales and biases are not 1
   padded/ encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, and
@@ -20,12 +20,19 @@ without dtype), `params` {path: shape} of T5X's own `init`, `params_axes` {path:
       over the encoder input of `padded`; decode/cache/PATH after those steps
 Rows of padded targets end in 0; T5X masks those positions as queries too, so logits there are
 stored but mean nothing.
+
+`t5x_legacy.zip`, `t5x_orbax.zip`: a tiny T5 1.1 with T5X's Adafactor, saved at step 7 by both
+checkpointers: `checkpoint_7/` as a msgpack beside zarr arrays (parameters in bfloat16, as T5X
+saves on request), and Orbax's in float32. `t5x_checkpoints.npz` has the same parameters by
+"/"-joined path, and `logits` of `tokens` [1, 4] fed on all sides.
 """
 
 import dataclasses
 import json
 import pathlib
 import re
+import shutil
+import tempfile
 
 import flax
 import jax
@@ -33,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import t5x
 from flax import traverse_util
+from t5x import adafactor, checkpoints, models, partitioning, utils
 from t5x.examples.t5 import network
 
 HERE = pathlib.Path(__file__).parent
@@ -42,6 +50,18 @@ CONFIGS = {
   "gated": network.T5Config(**SIZES, mlp_activations=("gelu", "linear")),
   "tied": network.T5Config(**SIZES, mlp_activations=("relu",), logits_via_embedding=True),
 }
+
+STEP = 7
+TINY = network.T5Config(
+  vocab_size=32,
+  emb_dim=8,
+  num_heads=2,
+  num_encoder_layers=1,
+  num_decoder_layers=2,
+  head_dim=4,
+  mlp_dim=12,
+  mlp_activations=("gelu", "linear"),
+)
 
 
 def _flat(tree) -> dict:
@@ -168,6 +188,56 @@ def make(config, seed: int) -> tuple[dict, dict]:
   return {key: np.asarray(value) for key, value in arrays.items()}, trees
 
 
+def train_state(params: dict, module) -> tuple:
+  """(partitioner, train state) as `t5x/train.py` has them, at step STEP."""
+  optimizer_def = adafactor.Adafactor(
+    learning_rate=1e-3, logical_factor_rules=adafactor.standard_logical_factor_rules()
+  )
+  model = models.EncoderDecoderModel(module, None, None, optimizer_def)
+  partitioner = partitioning.PjitPartitioner(num_partitions=1)
+  shapes = {"encoder_input_tokens": (1, 4), "decoder_input_tokens": (1, 4)}
+  shapes |= {"decoder_target_tokens": (1, 4)}
+  initializer = utils.TrainStateInitializer(
+    optimizer_def=optimizer_def,
+    init_fn=model.get_initial_variables,
+    input_shapes=shapes,
+    partitioner=partitioner,
+  )
+  state = initializer.from_scratch(jax.random.key(0))
+  state = state.replace_params(jax.tree.map(jnp.asarray, params))
+  return partitioner, state.replace_step(jnp.asarray(STEP, jnp.int32))
+
+
+def make_checkpoints() -> None:
+  module, rng = network.Transformer(TINY), np.random.RandomState(0)
+  tokens = jnp.ones((1, 4), jnp.int32)
+  init = module.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+  shapes = {path: leaf.shape for path, leaf in sorted(_flat(init["params"]).items())}
+  # Representable in bfloat16, so that both files hold the same parameters exactly.
+  half = lambda shape: np.asarray(0.5 * rng.standard_normal(shape), jnp.bfloat16)
+  flat = {path: half(shape).astype(np.float32) for path, shape in shapes.items()}
+  params = traverse_util.unflatten_dict(flat, sep="/")
+  partitioner, state = train_state(params, module)
+  makers = {
+    "legacy": (checkpoints.Checkpointer, jnp.bfloat16),
+    "orbax": (checkpoints.OrbaxCheckpointManagerInterface, jnp.float32),
+  }
+  for name, (maker, dtype) in makers.items():
+    with tempfile.TemporaryDirectory() as directory:
+      saver = maker(train_state=state, partitioner=partitioner,
+                    **{"directory" if name == "orbax" else "checkpoints_dir": directory},
+                    save_dtype=dtype)  # fmt: skip
+      saver.save(state)
+      if name == "orbax":
+        saver.wait_until_finished()
+      shutil.make_archive(str(HERE / f"t5x_{name}"), "zip", directory)
+  tokens = np.array([[3, 9, 30, 1]], np.int32)
+  logits = module.apply({"params": params}, tokens, tokens, tokens, enable_dropout=False)
+  np.savez_compressed(
+    HERE / "t5x_checkpoints.npz", tokens=tokens, logits=np.asarray(logits), **flat
+  )
+
+
 def main() -> None:
   versions = dict(jax=jax.__version__, flax=flax.__version__, t5x=t5x.__version__)
   arrays, trees = {}, {"versions": versions}
@@ -178,6 +248,7 @@ def main() -> None:
   text = json.dumps(trees, indent=1)
   one_line = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
   (HERE / "t5x_network.json").write_text(one_line + "\n")
+  make_checkpoints()
 
 
 if __name__ == "__main__":

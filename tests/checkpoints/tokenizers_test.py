@@ -1,6 +1,10 @@
-"""Tokens that were added to a tokenizer after its pieces: kept, or refused, never left out."""
+"""Tokenizers beside a model: added tokens are kept or refused, others' are refused by name."""
 
+import base64
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
@@ -47,12 +51,14 @@ def write_tokenizer(folder, tokens, special=()) -> None:
   made.save(str(folder / "tokenizer.json"))
 
 
+CONFIG = {"model_type": "t5", "vocab_size": 192, "pad_token_id": 0, "eos_token_id": 1}
+
+
 @pytest.fixture
 def folder(tmp_path):
   """Pieces and a configuration whose embedding has rows to spare, as T5's."""
   toy_vocabulary.train(tmp_path / "spiece.model")
-  ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-  write(tmp_path / "config.json", {"model_type": "t5", "vocab_size": 192, **ids})
+  write(tmp_path / "config.json", CONFIG)
   return tmp_path
 
 
@@ -140,3 +146,126 @@ def test_bytes_have_no_added_tokens_and_may_be_named_by_the_configuration(folder
   # The tokenizer's own word goes first, as in transformers.
   write(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
   assert huggingface.read_vocabulary(folder) is None
+
+
+def write_words(path, tokens, special):
+  tokenizers = pytest.importorskip("tokenizers")
+  ids = {token: number for number, token in enumerate(tokens)}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+  made.add_special_tokens(special)
+  made.save(str(path))
+
+
+def test_pieces_that_end_a_text_otherwise_than_the_model_are_refused(tmp_path):
+  toy_vocabulary.train(tmp_path / "spiece.model", unk_id=1, eos_id=2)
+  write(tmp_path / "config.json", CONFIG)
+  with pytest.raises(ValueError, match=r"token 1 \(`eos_token_id`\), got 2"):
+    huggingface.read_vocabulary(tmp_path)
+  for ends in (2, [2, 7], [7, 2], None):
+    write(tmp_path / "config.json", CONFIG | {"eos_token_id": ends})
+    made = huggingface.read_vocabulary(tmp_path)
+    assert made is not None and made.eos_id == 2
+
+
+def test_a_tokenizer_whose_end_is_another_token_is_refused(tmp_path):
+  path = tmp_path / "tokenizer.json"
+  write_words(path, ["[PAD]", "[unused1]", "<unk>", "[SEP]"], ["[PAD]", "<unk>", "[SEP]"])
+  write(tmp_path / "config.json", CONFIG)
+  with pytest.raises(ValueError, match=r"special token at 1.*got '\[unused1\]'"):
+    huggingface.read_vocabulary(tmp_path)
+  assert vocabulary.TokenizerVocabulary(path, eos_id=3).eos_id == 3
+
+
+def repeated(step, count):
+  return {"type": "Sequence", "normalizers": [step] * count}
+
+
+def charsmap(content):
+  return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+def replace(pattern, content):
+  return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+FIXED = {
+  **dict(
+    direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token="<pad>"
+  ),
+  "strategy": {"Fixed": 10**9},
+}
+TEMPLATE = {
+  **dict(type="TemplateProcessing", special_tokens={}, pair=[]),
+  "single": [
+    {"Sequence": {"id": "A", "type_id": 0}},
+    {"SpecialToken": {"id": "<absent>", "type_id": 0}},
+  ],
+}
+
+
+@pytest.fixture
+def changed(tmp_path):
+  """Writes a whole tokenizer with some fields exchanged; returns its path."""
+
+  def write(**fields):
+    path = tmp_path / "tokenizer.json"
+    write_words(path, ["<pad>", "</s>", "<unk>", "a"], ["<pad>", "</s>", "<unk>"])
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}))
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("normalizer", replace({"Regex": "(a+)+c"}, "x")),
+    ("post_processor", TEMPLATE),
+    ("decoder", {"type": "Strip", "content": "a", "start": 0, "stop": 10**9}),
+  ],
+)
+def test_what_panics_in_the_package_is_refused_by_name(changed, name, value):
+  path = changed(**{name: value})
+  with pytest.raises(ValueError, match=r"Expected '.*tokenizer\.json' to (be|have|give)"):
+    made = vocabulary.TokenizerVocabulary(path)
+    made.decode([*made.encode("a" * 40), 3])
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+from calm.data import vocabulary
+
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for path in sys.argv[1:]:
+  try:
+    made = vocabulary.TokenizerVocabulary(path)
+    print(made.encode("a" * 9), made.decode([3]))
+  except ValueError as error:
+    print(str(error).replace("\\n", " "))
+"""
+REFUSED, READ = "Expected '", "[2] a"
+SMALL = (
+  ({"padding": FIXED}, READ),
+  ({"normalizer": charsmap(b"\xf0\xff\xff\xff" + b"\xff" * 40)}, REFUSED),
+  ({"normalizer": repeated(replace({"String": "a"}, "aa"), 40)}, REFUSED),
+  ({"normalizer": repeated(replace({"Regex": "."}, "aa"), 40)}, REFUSED),
+  ({"normalizer": repeated(replace({"String": "a"}, "b"), 40)}, READ),
+  ({"truncation": {"max_length": 1, "stride": 0, "strategy": "LongestFirst"}}, READ),
+)
+
+
+def test_no_small_tokenizer_takes_gigabytes(changed, tmp_path):
+  paths = [
+    changed(**fields).rename(tmp_path / f"{n}.json") for n, (fields, _) in enumerate(SMALL)
+  ]
+  done = subprocess.run(
+    [sys.executable, "-c", IN_LITTLE_MEMORY, *paths],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
+  lines = done.stdout.splitlines()
+  assert not done.returncode and len(lines) == len(SMALL), done.stderr[-400:]
+  for line, (fields, told) in zip(lines, SMALL, strict=True):
+    assert line.startswith(told), fields
