@@ -23,28 +23,12 @@ class Source(Protocol):
   def batch(self, step: int) -> Batch: ...
 
 
-class Ragged:
-  """Token sequences of many lengths in two flat arrays."""
-
-  def __init__(self, sequences: Iterable[Sequence[int]]):
-    arrays = [np.asarray(s, np.int32) for s in sequences]
-    self.lengths = np.array([len(array) for array in arrays], np.int64)
-    self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
-    self._tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-
-  def __len__(self) -> int:
-    return len(self.lengths)
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    return self._tokens[self._starts[index] : self._starts[index + 1]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Supervised:
   """Length-bucketed batches of (inputs, targets) pairs."""
 
-  inputs: Ragged  # with EOS
-  targets: Ragged  # with EOS
+  inputs: Sequence[np.ndarray]  # token ids with EOS
+  targets: Sequence[np.ndarray]  # token ids with EOS
   buckets: tuple[Bucket, ...]  # ascending; a pair goes to the first that holds it, or is cut
   batch_size: int
   seed: int  # of every epoch's permutation
@@ -66,7 +50,7 @@ class Supervised:
   @functools.cached_property
   def bucket_of(self) -> np.ndarray:
     """Index of the first bucket that holds each example; of the last where none does."""
-    lengths = np.stack([self.inputs.lengths, self.targets.lengths], axis=1)
+    lengths = np.array([list(map(len, self.inputs)), list(map(len, self.targets))]).T
     fits = np.all(lengths[:, None] <= np.array(self.buckets), axis=2)
     fits[:, -1] = True
     return np.argmax(fits, axis=1).astype(np.int64)
@@ -116,7 +100,7 @@ class Denoising:
   (`first_sentinel`, then downward); the target lists sentinel and span in turn.
   """
 
-  texts: Ragged
+  texts: Sequence[np.ndarray]  # token ids without EOS
   length: int
   batch_size: int
   seed: int
@@ -208,6 +192,8 @@ class Mixture:
     return self.sources[source].batch(local)
 
 
-def encode_all(texts: Iterable[str], encode: Callable[[str], list[int]], eos_id: int) -> Ragged:
-  """Token sequences with EOS of many texts."""
-  return Ragged([*encode(text), eos_id] for text in texts)
+def encode_all(
+  texts: Iterable[str], encode: Callable[[str], list[int]], eos_id: int
+) -> list[np.ndarray]:
+  """Token ids with EOS of every text."""
+  return [np.array([*encode(text), eos_id], np.int32) for text in texts]

@@ -5,6 +5,8 @@ import functools
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from calm import arguments, checkpoints, storage
 from calm.calibrate.generations import records
 from calm.checkpoints import files
@@ -59,7 +61,7 @@ def supervised(
         f"Expected `outputs` to hold texts of the prompts in {str(file)!r}, by their ids, got"
         f" none in {outputs!r}; make it with `calm infer --threshold=never --prompts={file}`."
       )
-    targets = training_batches.Ragged(own[e.id] for e in examples)
+    targets = [np.array(own[e.id], np.int32) for e in examples]
   else:
     targets = training_batches.encode_all([e.targets[0] for e in examples], encode, eos_id)
   return training_batches.Supervised(
@@ -176,9 +178,10 @@ def denoising(
   for path, marker in texts:
     for example in prompt_files.open_prompts(pathlib.Path(root) / path):
       found[example.input.split(marker, 1)[-1] if marker else example.input] = None
-  encoded = [ids for ids in map(vocabulary.encode, found) if len(ids) >= _LEAST_TOKENS]
+  encoded = [np.array(vocabulary.encode(text), np.int32) for text in found]
+  encoded = [ids for ids in encoded if len(ids) >= _LEAST_TOKENS]
   source = training_batches.Denoising(
-    training_batches.Ragged(encoded),
+    encoded,
     length,
     batch_size,
     seed,

@@ -17,7 +17,7 @@ BUCKETS = ((4, 4), (8, 4), (12, 6))
 
 def ragged(lengths):
   """Sequence i begins with 1000 + i (so that it can be told) and ends with EOS."""
-  return training_batches.Ragged([[1000 + i, *range(2, n), EOS] for i, n in enumerate(lengths)])
+  return [np.array([1000 + i, *range(2, n), EOS]) for i, n in enumerate(lengths)]
 
 
 def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
@@ -27,7 +27,7 @@ def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
 
 
 def denoising(seed=5, batch_size=2, length=40):
-  texts = training_batches.Ragged([np.arange(100, 100 + n) for n in (16, 20, 40, 41, 90)])
+  texts = [np.arange(100, 100 + n) for n in (16, 20, 40, 41, 90)]
   return training_batches.Denoising(texts, length, batch_size, seed, first_sentinel=SENTINEL)
 
 

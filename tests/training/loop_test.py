@@ -38,8 +38,7 @@ def lenient_promotion():
 
 
 def source_of(texts, seed):
-  sequences, bucket = training_batches.Ragged(texts), (10, 10)
-  return training_batches.Supervised(sequences, sequences, (bucket,), 4, seed)
+  return training_batches.Supervised(texts, texts, ((10, 10),), 4, seed)
 
 
 @dataclasses.dataclass
