@@ -116,12 +116,7 @@ def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 class Attention(nn.Module):
-  """T5 multi-head attention: no scaling by 1 / sqrt(head_dim), which the init absorbs.
-
-  With `decode`, keeps T5X's `cache` collection: `cached_key` and `cached_value`
-  [batch, heads, head_dim, length] and a scalar `cache_index`; the first call creates it
-  and later calls take one position each.
-  """
+  """T5 multi-head attention: no scaling by 1 / sqrt(head_dim), which the init absorbs."""
 
   config: T5Config
 
@@ -134,14 +129,11 @@ class Attention(nn.Module):
     bias: jax.Array | None = None,
     *,
     deterministic: bool,
-    decode: bool = False,
   ) -> Float[Array, "batch query_length emb"]:
     query_init = lambda *args: attention_init(*args) / np.sqrt(self.config.head_dim)
     query = self._project("query", inputs_q, query_init)
     key = self._project("key", inputs_kv, attention_init)
     value = self._project("value", inputs_kv, attention_init)
-    if decode:
-      key, value, mask, bias = self._through_cache(key, value, mask, bias)
     mixed = self.mix(query, key, value, mask, bias, deterministic)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     width, axes = inputs_q.shape[-1], ("joined_kv", "embed")
@@ -167,33 +159,6 @@ class Attention(nn.Module):
     weights = jax.nn.softmax(logits).astype(cfg.dtype)
     drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
     return jnp.einsum("bhqk,bkhd->bqhd", drop(weights, deterministic=deterministic), value)
-
-  def _through_cache(self, key, value, mask, bias):
-    """Writes this position into the cache; returns what the query may attend to."""
-    to_cache = lambda x: jnp.moveaxis(x, -3, -1)  # [b, len, heads, dim] -> [b, heads, dim, len]
-    ready = self.has_variable("cache", "cached_key")
-    cached_key = self.variable("cache", "cached_key", lambda: jnp.zeros_like(to_cache(key)))
-    cached_value = self.variable(
-      "cache", "cached_value", lambda: jnp.zeros_like(to_cache(value))
-    )
-    cache_index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
-    if not ready:
-      return key, value, mask, bias
-    if key.shape[1] != 1:
-      raise ValueError(
-        f"Expected one position a call with a cache, got keys {key.shape}; decode one by one."
-      )
-    index = cache_index.value
-    write = lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, to_cache(x), index, -1)
-    cached_key.value = write(cached_key.value, key)
-    cached_value.value = write(cached_value.value, value)
-    cache_index.value = index + 1
-    past = (jnp.arange(cached_key.value.shape[-1]) <= index)[None, None, None, :]
-    mask = past if mask is None else jnp.logical_and(mask.astype(bool), past)
-    if bias is not None:
-      bias = jax.lax.dynamic_slice_in_dim(bias, index, 1, axis=-2)
-    from_cache = lambda x: jnp.moveaxis(x, -1, -3)
-    return from_cache(cached_key.value), from_cache(cached_value.value), mask, bias
 
 
 class RelativePositionBiases(nn.Module):

@@ -41,34 +41,12 @@ class Transformer(nn.Module):
     self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout: bool = True
   ) -> jax.Array:
     """Encoder states [batch, input_length, emb_dim]; token 0 is padding."""
-    # T5X may feed float tokens when it shapes its caches, as to the decoder.
+    # T5X may feed float tokens where only shapes count, as to the decoder.
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = attention_mask(tokens > 0, tokens > 0)
     if encoder_segment_ids is not None:
       mask &= segment_mask(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(tokens, mask, deterministic=not enable_dropout)
-
-  def decode(
-    self,
-    encoded,
-    encoder_input_tokens,
-    decoder_input_tokens,
-    decoder_target_tokens,
-    encoder_segment_ids=None,
-    decoder_segment_ids=None,
-    decoder_positions=None,
-    enable_dropout: bool = True,
-    decode: bool = False,
-    max_decode_length: int | None = None,
-  ) -> jax.Array:
-    """Full-depth float32 logits [batch, length, vocab]."""
-    del decoder_positions  # relative positions: packed examples are kept apart by masks
-    segments = encoder_segment_ids, decoder_segment_ids
-    masks = decoder_masks(encoder_input_tokens, decoder_target_tokens, *segments, decode=decode)
-    options = {"decode": decode, "length": max_decode_length}
-    return self.decoder(
-      encoded, decoder_input_tokens, *masks, deterministic=not enable_dropout, **options
-    )
 
   def __call__(
     self,
@@ -83,20 +61,17 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
   ) -> jax.Array:
-    """Teacher-forced full-depth logits [batch, length, vocab]."""
-    del encoder_positions
-    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
-    return self.decode(
-      encoded,
-      encoder_input_tokens,
-      decoder_input_tokens,
-      decoder_target_tokens,
-      encoder_segment_ids,
-      decoder_segment_ids,
-      decoder_positions,
-      enable_dropout=enable_dropout,
-      decode=decode,
-    )
+    """Teacher-forced full-depth float32 logits [batch, length, vocab]."""
+    del encoder_positions, decoder_positions  # masks keep packed examples apart
+    if decode:
+      raise ValueError(
+        "Expected `decode=False`, got a call for T5X's own cache, which this network does not"
+        " keep; decode by `calm.t5x.models.EncoderDecoderModel`, or `calm.load`."
+      )
+    tokens = encoder_input_tokens, decoder_input_tokens, decoder_target_tokens
+    segments = encoder_segment_ids, decoder_segment_ids
+    hidden = self.hidden_states(*tokens, *segments, enable_dropout=enable_dropout)
+    return self.decoder(hidden[-1], deterministic=not enable_dropout)
 
   def normed_states(
     self, *tokens, enable_dropout: bool = False, **segments
@@ -121,10 +96,9 @@ class Transformer(nn.Module):
     masks = decoder_masks(
       encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
     )
-    hidden = self.decoder.hidden_states(
+    return self.decoder.hidden_states(
       encoded, decoder_input_tokens, *masks, not enable_dropout
     )
-    return jnp.stack(hidden)
 
 
 def encode(
@@ -186,17 +160,9 @@ def decoder_masks(
   decoder_target_tokens: Num[ArrayLike, "batch length"],
   encoder_segment_ids=None,
   decoder_segment_ids=None,
-  *,
-  decode: bool = False,
-) -> tuple[jax.Array | None, jax.Array]:
-  """Self-attention mask (None with a cache) and cross-attention mask."""
+) -> tuple[jax.Array, jax.Array]:
+  """Self-attention mask and cross-attention mask."""
   source = jnp.asarray(encoder_input_tokens) > 0
-  if decode:
-    if encoder_segment_ids is not None:
-      raise ValueError(
-        "Expected no packing while decoding, got `encoder_segment_ids`; unpack the batch."
-      )
-    return None, attention_mask(jnp.ones_like(decoder_target_tokens, bool), source)
   target = jnp.asarray(decoder_target_tokens) > 0
   length = target.shape[-1]
   mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) & attention_mask(target, target)
@@ -215,9 +181,7 @@ class Layer(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(
-    self, x, mask, bias, encoded=None, cross_mask=None, *, deterministic, decode=False
-  ):
+  def __call__(self, x, mask, bias, encoded=None, cross_mask=None, *, deterministic):
     cfg = self.config
     dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
     drop = lambda y: dropout(y, deterministic=deterministic)
@@ -226,7 +190,7 @@ class Layer(nn.Module):
       bias = relpos(cfg)(bias, bias, encoded is None)  # only the length was given
     name = "attention" if encoded is None else "self_attention"
     y, attend = norm(name, x), layers.Attention(cfg, name=name)
-    x = x + drop(attend(y, y, mask, bias, deterministic=deterministic, decode=decode))
+    x = x + drop(attend(y, y, mask, bias, deterministic=deterministic))
     if encoded is not None:
       y = norm("cross_attention", x)
       attend = layers.Attention(cfg, name="encoder_decoder_attention")
@@ -274,32 +238,27 @@ class Decoder(nn.Module):
     for name, tree in exit_parts(cfg).items():
       setattr(self, name, ExitParts(tree))
 
-  def __call__(
-    self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
-  ):
-    hidden = self.hidden_states(
-      encoded, tokens, mask, cross_mask, deterministic, decode, length
-    )
+  def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
+    """float32 logits [batch, length, vocab] of the last layer's states."""
     if self.is_initializing():  # the full-depth call never uses them
       for name in exit_parts(self.config):
         getattr(self, name)()
-    return self.logits(hidden[-1], self.config.num_decoder_layers, deterministic=deterministic)
+    return self.logits(hidden, self.config.num_decoder_layers, deterministic)
 
   def hidden_states(
-    self, encoded, tokens, mask, cross_mask, deterministic, decode=False, length=None
-  ) -> list[jax.Array]:
-    """Raw residuals [batch, length, emb_dim] d^1 ... d^L after each layer."""
-    length = length if decode and length else tokens.shape[-1]
-    per_layer = self.config.relpos_per_layer
+    self, encoded, tokens, mask, cross_mask, deterministic
+  ) -> Float[Array, "layers batch length emb"]:
+    """Raw residuals d^1 ... d^L after each layer."""
+    length, per_layer = tokens.shape[-1], self.config.relpos_per_layer
     bias = length if per_layer else self.relpos_bias(length, length, False)
     tokens = jnp.asarray(tokens, jnp.int32)
     x = self.dropout(self.shared_embedding(tokens), deterministic=deterministic)
     x = x.astype(self.config.dtype)
     hidden = []
     for layer in self.layers:
-      x = layer(x, mask, bias, encoded, cross_mask, deterministic=deterministic, decode=decode)
+      x = layer(x, mask, bias, encoded, cross_mask, deterministic=deterministic)
       hidden.append(x)
-    return hidden
+    return jnp.stack(hidden)
 
   def normed(self, hidden: jax.Array, deterministic: bool = True) -> jax.Array:
     """decoder_norm(d^i)."""

@@ -7,7 +7,7 @@ the tests that read the files need none of them. From the repository root:
 `t5x_network.npz`, `t5x_network.json`: two small models, `gated` (gated GELU, a head of its own,
 as T5 1.1) and `tied` (ReLU, logits through the embedding, as T5 1.0). The JSON has for each of
 them `config` (fields of `T5Config` without dtype), `params` {path: shape} of T5X's own `init`,
-`params_axes` {path: axis names} and `cache` {path: [shape, dtype]} after the cache-making call;
+and `params_axes` {path: axis names};
 and `versions`. The npz has, under "gated/" or "tied/":
 
   params/PATH                                      drawn here; norm scales and biases are not 1
@@ -16,8 +16,6 @@ and `versions`. The npz has, under "gated/" or "tied/":
   packed/ two rows of packed examples, with {encoder,decoder}_{segment_ids,positions}, logits
   long/encoder_input_tokens, long/encoded          1 x 160: beyond `relpos_max_distance`
   long/logits_last [1, 2, vocab]                   the last two of 160 decoder positions
-  decode/tokens [batch, steps], decode/logits [steps, batch, vocab]: one cached token a step,
-      over the encoder input of `padded`; decode/cache/PATH after those steps
 Rows of padded targets end in 0; T5X masks those positions as queries too, so logits there are
 stored but mean nothing.
 
@@ -118,28 +116,6 @@ def packed_batch(rng: np.random.RandomState) -> dict:
   return batch
 
 
-def decode_steps(model, variables: dict, inputs: np.ndarray, tokens: np.ndarray) -> dict:
-  """Feeds `tokens` one by one through the cache, as T5X's `tokens_to_logits` does."""
-  ones = jnp.ones_like(tokens)
-  _, made = model.apply(
-    variables, jnp.ones_like(inputs), ones, ones, decode=True, enable_dropout=False,
-    mutable=["cache"],
-  )  # fmt: skip
-  cache = made["cache"]
-  empty = {k: [list(v.shape), str(v.dtype)] for k, v in _flat(cache).items()}
-  encoded = model.apply(variables, inputs, enable_dropout=False, method="encode")
-  logits = []
-  for step in range(tokens.shape[1]):
-    ids = tokens[:, step : step + 1]
-    step_logits, made = model.apply(
-      {**variables, "cache": cache}, encoded, inputs, ids, ids, enable_dropout=False,
-      decode=True, max_decode_length=tokens.shape[1], mutable=["cache"], method="decode",
-    )  # fmt: skip
-    cache = made["cache"]
-    logits.append(step_logits[:, 0])
-  return dict(empty=empty, logits=np.stack(logits), cache=_flat(cache))
-
-
 def _under(name: str, arrays: dict) -> dict:
   return {f"{name}/{key}": value for key, value in arrays.items()}
 
@@ -162,16 +138,12 @@ def make(config, seed: int) -> tuple[dict, dict]:
 
   inputs = padded["encoder_input_tokens"]
   long = rng.randint(3, 64, (1, 160)).astype(np.int32)
-  tokens = rng.randint(3, 64, (3, 6)).astype(np.int32)
-  tokens[:, 0] = 0
-  steps = decode_steps(model, variables, inputs, tokens)
   half = dataclasses.replace(config, dtype=jnp.bfloat16)
   encode = lambda x: model.apply(variables, x, enable_dropout=False, method="encode")
   long_batch = dict(
     encoder_input_tokens=long, decoder_input_tokens=long, decoder_target_tokens=long
   )
   arrays = _under("params", params) | _under("padded", padded) | _under("packed", packed)
-  arrays |= _under("decode/cache", steps["cache"])
   arrays |= {
     "padded/encoded": encode(inputs),
     "padded/logits": logits(padded),
@@ -180,11 +152,9 @@ def make(config, seed: int) -> tuple[dict, dict]:
     "long/encoder_input_tokens": long,
     "long/encoded": encode(long),
     "long/logits_last": logits(long_batch)[:, -2:],
-    "decode/tokens": tokens,
-    "decode/logits": steps["logits"],
   }
   fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
-  trees = dict(config=fields, params=shapes, params_axes=axes, cache=steps["empty"])
+  trees = dict(config=fields, params=shapes, params_axes=axes)
   return {key: np.asarray(value) for key, value in arrays.items()}, trees
 
 

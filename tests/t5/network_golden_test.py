@@ -136,30 +136,3 @@ def test_encoder_states_and_logits_are_those_of_t5x_beyond_the_last_position_buc
   theirs = ARRAYS[f"{name}/long/logits_last"]
   ours = apply(name, dict.fromkeys(fields, tokens))[:, -2:]
   np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_cached_decoding_makes_the_cache_and_the_logits_of_t5x(name):
-  model, variables = network.Transformer(config_of(name)), variables_of(name)
-  inputs = jnp.asarray(ARRAYS[f"{name}/padded/encoder_input_tokens"])
-  tokens = jnp.asarray(ARRAYS[f"{name}/decode/tokens"])
-  # T5X shapes its caches with tokens of ones, some of them float.
-  ones = jnp.ones(tokens.shape, jnp.float32)
-  _, made = model.apply(
-    variables, jnp.ones_like(inputs), ones, ones, decode=True, enable_dropout=False,
-    mutable=["cache"],
-  )  # fmt: skip
-  cache = made["cache"]
-  shapes = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flat(cache).items()}
-  assert shapes == TREES[name]["cache"]
-  encoded = model.apply(variables, inputs, enable_dropout=False, method="encode")
-  for step, theirs in enumerate(ARRAYS[f"{name}/decode/logits"]):
-    ids = tokens[:, step : step + 1]
-    ours, made = model.apply(
-      {**variables, "cache": cache}, encoded, inputs, ids, ids, enable_dropout=False,
-      decode=True, max_decode_length=tokens.shape[1], mutable=["cache"], method="decode",
-    )  # fmt: skip
-    cache = made["cache"]
-    np.testing.assert_allclose(ours[:, 0], theirs, atol=1e-5)
-  for path, leaf in flat(cache).items():
-    np.testing.assert_allclose(leaf, ARRAYS[f"{name}/decode/cache/{path}"], atol=1e-5)

@@ -93,6 +93,6 @@ def test_heads_and_losses_read_states_through_translators_of_exit_layers_alone()
   np.testing.assert_array_equal(of(toy.params, toy.config), of(params, plain.config))
 
 
-def test_packed_decoding_is_refused():
-  with pytest.raises(ValueError, match="no packing while decoding"):
-    network.decoder_masks(INPUTS, TOKENS, np.ones_like(INPUTS), ALL_REAL, decode=True)
+def test_a_call_for_t5xs_own_cache_is_refused():
+  with pytest.raises(ValueError, match=r"`decode=False`, got .*; decode by"):
+    apply(INPUTS, TOKENS, ALL_REAL, decode=True)
