@@ -5,7 +5,6 @@ import collections
 import contextlib
 import functools
 import pathlib
-import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,11 +15,8 @@ LIMIT = 128
 # Part of the memory maps of a process that may be in use before programs are dropped.
 MAPS_PART = 0.5
 
-# Programs made so far by method; a method that is compiled into another's does not count.
+# Programs made so far by method, those that are compiled into another's too.
 _made: collections.Counter[str] = collections.Counter()
-_tracing = threading.local()
-_kept: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
-_lock = threading.Lock()
 
 
 class Method:
@@ -28,8 +24,13 @@ class Method:
   object and shape of its arguments."""
 
   def __init__(self, function: Callable[..., Any]):
-    self._function = _counted(function)
-    functools.update_wrapper(self, self._function)
+    @functools.wraps(function)  # its signature too, which `jax.jit` looks arguments up in
+    def counted(*args: Any, **kwargs: Any) -> Any:  # Python runs it only to compile
+      _made[function.__qualname__] += 1
+      return function(*args, **kwargs)
+
+    self._function = counted
+    functools.update_wrapper(self, counted)
 
   def __get__(self, instance: Any, owner: type | None = None) -> Any:
     return self if instance is None else functools.partial(self, instance)
@@ -43,47 +44,21 @@ class Method:
 
   def _compiled(self, instance: Any, args: Any, kwargs: Any) -> Any:
     shapes = tuple(getattr(leaf, "shape", ()) for leaf in jax.tree.leaves((args, kwargs)))
-    key = (self._function.__qualname__, instance, shapes)
-    with _lock:
-      made = _kept.get(key)
-      if made is None:
-        _make_room()
-        made = jax.jit(functools.partial(self._function, instance))
-        _kept[key] = made
-      _kept.move_to_end(key)
-    return made
+    return _program(self._function, instance, shapes)
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, which Python runs only to compile it: once a program."""
-
-  @functools.wraps(function)  # its signature too, which `jax.jit` looks arguments up in
-  def traced(*args: Any, **kwargs: Any) -> Any:
-    if getattr(_tracing, "within", False):
-      return function(*args, **kwargs)
-    _made[function.__qualname__] += 1
-    _tracing.within = True
-    try:
-      return function(*args, **kwargs)
-    finally:
-      _tracing.within = False
-
-  return traced
+@functools.lru_cache(LIMIT)
+def _program(function: Callable[..., Any], instance: Hashable, shapes: Hashable) -> Any:
+  """The method of one object, jitted by itself for every shape, so that it is dropped alone."""
+  del shapes
+  if maps_part() > MAPS_PART:
+    _program.cache_clear()
+  return jax.jit(functools.partial(function, instance))
 
 
 def at_precision(name: str | None) -> contextlib.AbstractContextManager[Any]:
   """Products of float32 matrices that are traced inside have this precision; None: JAX's."""
   return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
-
-
-def _make_room() -> None:
-  """Drops the programs that were not used for longest, so that another one fits."""
-  drop = lambda: _kept.popitem(last=False)[1].clear_cache()
-  while len(_kept) >= LIMIT:
-    drop()
-  while len(_kept) > 1 and maps_part() > MAPS_PART:
-    for _ in range(1 + len(_kept) // 4):
-      drop()
 
 
 def maps_part() -> float:

@@ -1,6 +1,6 @@
 """When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
 
-from calm.exits import confidence, evidence, layers, propagation, schedules, walk
+from calm.exits import confidence, layers, propagation, schedules, walk
 from calm.exits.rules import (
   DraftHead,
   DynamicExits,
@@ -27,7 +27,6 @@ __all__ = [
   "TokenExit",
   "allowed_layers",
   "confidence",
-  "evidence",
   "layers",
   "mapped_layers",
   "propagation",

@@ -18,7 +18,7 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, losses
 from calm.console import Report
-from calm.exits import confidence, evidence, schedules
+from calm.exits import confidence, schedules
 from calm.fitting import exit_maps, request
 from calm.inference import grid, result_cache, timing
 from calm.inference.grid import part
@@ -258,8 +258,8 @@ def _read(predictor: inference.Predictor, names: Sequence[str], params, inputs, 
 
   def probe_logit(layer, previous):
     if layer + 1 == probes.num_layers:
-      return jnp.full(hidden.shape[1:-1], evidence.CERTAIN)
-    features = evidence.evidence(hidden[layer], previous, logits_of(layer, shortlist))
+      return jnp.full(hidden.shape[1:-1], confidence.CERTAIN)
+    features = confidence.evidence(hidden[layer], previous, logits_of(layer, shortlist))
     return probes.logit(layer + 1, normed[layer], features)
 
   last, columns = None, []

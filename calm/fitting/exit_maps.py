@@ -26,7 +26,7 @@ from scipy import optimize
 
 from calm import inference
 from calm.console import Report
-from calm.exits import confidence, evidence
+from calm.exits import confidence
 from calm.inference.grid import part
 from calm.t5 import network, parameters
 
@@ -374,7 +374,7 @@ def _confidence_heads(sample: _Sample, layers, maps: _Maps, head, listed, count)
   held, emb_dim = sample.held_out, sample.last.shape[1]
   best = np.argmax(sample.last[held] @ head, axis=1)
   read, agrees, agreement = [], [], []
-  probes = np.zeros((emb_dim + evidence.NUM_FEATURES + 1, count - 1))
+  probes = np.zeros((emb_dim + confidence.NUM_FEATURES + 1, count - 1))
   for number, (layer, (kernel, bias)) in enumerate(zip(layers, maps, strict=True)):
     x = sample.exits[number, held]
     read.append(x + x @ kernel + bias)

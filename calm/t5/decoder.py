@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from calm.exits.evidence import CERTAIN, evidence
+from calm.exits.confidence import CERTAIN, evidence
 from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
 from calm.t5 import kernels, network, platforms
 from calm.t5.attention import Attends, Attention, WindowAttention, of_layer

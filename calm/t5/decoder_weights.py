@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from calm import exits
-from calm.exits.evidence import Probes
+from calm.exits.confidence import Probes
 from calm.t5 import eight_bits, network, parameters, platforms
 from calm.t5.network import Params
 

@@ -61,7 +61,7 @@ class T5Config:
   # Relative-position biases of every layer's own (umT5, Pile-T5, T5X's scalable T5) instead of
   # one embedding for all layers of a side.
   relpos_per_layer: bool = False
-  exit_probes: bool = False  # whether it holds every layer's own probe (`evidence.Probes`)
+  exit_probes: bool = False  # whether it holds every layer's own probe (`confidence.Probes`)
   # 1-based layers below the last whose states heads read through a linear map of the layer's
   # own: x + x A_i + b_i, x = decoder_norm(d^i).
   exit_translators: Sequence[int] = ()

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-from calm.exits.evidence import NUM_FEATURES
+from calm.exits.confidence import NUM_FEATURES
 from calm.t5 import layers, platforms
 from calm.t5.eight_bits import EightBits
 from calm.t5.limits import T5Config
@@ -96,9 +96,7 @@ class Transformer(nn.Module):
     masks = decoder_masks(
       encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
     )
-    return self.decoder.hidden_states(
-      encoded, decoder_input_tokens, *masks, not enable_dropout
-    )
+    return self.decoder.hidden_states(encoded, decoder_input_tokens, *masks, not enable_dropout)
 
 
 def encode(
@@ -315,7 +313,7 @@ def exit_parts(cfg: T5Config) -> dict[str, Mapping[str, Any]]:
   def linear(outputs: int, *initializer: Any) -> dict[str, Any]:
     return {"kernel": ((emb, outputs), axes, *initializer), "bias": ((outputs,), axes[1:])}
 
-  # One column a layer below the last, see `evidence.Probes`.
+  # One column a layer below the last, see `confidence.Probes`.
   features = ((NUM_FEATURES, below), ("relpos_buckets", "mlp_activations"))
   probes = {"kernel": linear(below)["kernel"], "features": features}
   # Of every exit layer one `down` for its code, and one `up` a layer that may be skipped. Their

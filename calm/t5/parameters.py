@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from calm.exits.evidence import Probes
+from calm.exits.confidence import Probes
 from calm.t5 import network
 
 # Parts of the decoder that no full-depth text depends on.

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from calm import arguments
-from calm.exits import evidence
+from calm.exits import confidence
 from calm.t5 import limits, network, parameters
 from calm.t5.network import Params
 from calm.training import losses
@@ -191,11 +191,11 @@ class ExitProbes(Objective):
     kernel = parameters.head_kernel(params, module.config)
     listed = normed[:-1].astype(jnp.float32) @ kernel[:, np.asarray(self.shortlist)]
     previous = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-2]])
-    known = jax.lax.stop_gradient(evidence.evidence(hidden[:-1], previous, listed))
+    known = jax.lax.stop_gradient(confidence.evidence(hidden[:-1], previous, listed))
     probes = parameters.probes(params)
     assert probes is not None  # `parts`
     read = [probes.logit(i + 1, normed[i], known[i]) for i in range(len(known))]
-    logits = jnp.stack([*read, jnp.full_like(read[0], evidence.CERTAIN)])
+    logits = jnp.stack([*read, jnp.full_like(read[0], confidence.CERTAIN)])
     predictions = losses.layer_predictions(normed, kernel)
     token_weights = batch["decoder_loss_weights"]
     objective = losses.classifier_loss

@@ -1,6 +1,7 @@
 """Programs are compiled once a shape, and kept within a bound, oldest dropped first."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -23,38 +24,40 @@ class Toy:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-  # Other tests' programs stay: theirs are compiled again at most.
-  monkeypatch.setattr(compiled, "_kept", type(compiled._kept)())
+def programs(monkeypatch):
+  """Room for two; other tests' programs stay."""
+  made = functools.lru_cache(2)(compiled._program.__wrapped__)
+  monkeypatch.setattr(compiled, "_program", made)
   TRACED.clear()
+  return made
+
+
+def times(n: int, factor: float = 1.0, **options):
+  return Toy(factor).times(np.ones(n, np.float32), **options)
 
 
 def test_a_shape_is_compiled_once():
   for _ in range(3):
-    np.testing.assert_allclose(Toy(2.0).times(np.ones(3, np.float32)), 8 * np.ones(3))
-    np.testing.assert_allclose(
-      Toy(2.0).times(np.ones(3, np.float32), shift=1.0), 15 * np.ones(3)
-    )
+    np.testing.assert_allclose(times(3, 2.0), 8 * np.ones(3))
+    np.testing.assert_allclose(times(3, 2.0, shift=1.0), 15 * np.ones(3))
   Toy.times(Toy(3.0), np.ones(3, np.float32))
-  assert TRACED == [(2.0, (3,)), (2.0, (3,)), (3.0, (3,))] and len(compiled._kept) == 3
+  assert TRACED == [(2.0, (3,)), (2.0, (3,)), (3.0, (3,))]
   assert Toy.times.__doc__ == "Multiplies."
 
 
-def test_the_oldest_is_dropped_and_made_again(monkeypatch):
-  monkeypatch.setattr(compiled, "LIMIT", 2)
-  run = lambda n: Toy(1.0).times(np.ones(n, np.float32))
+def test_the_oldest_is_dropped_and_made_again(programs):
   for n in (1, 2, 1, 3):  # 2 was not used for longest
-    run(n)
-  assert len(compiled._kept) == 2
-  run(1)
+    times(n)
+  assert programs.cache_info().currsize == 2
+  times(1)
   assert [shape for _, shape in TRACED] == [(1,), (2,), (3,)]
-  run(2)
+  times(2)
   assert [shape for _, shape in TRACED] == [(1,), (2,), (3,), (2,)]
 
 
-def test_programs_make_room_when_memory_maps_run_short(monkeypatch):
-  for n in range(1, 9):
-    Toy(1.0).times(np.ones(n, np.float32))
-  monkeypatch.setattr(compiled, "maps_part", lambda: 0.9 if len(compiled._kept) > 2 else 0.4)
-  Toy(1.0).times(np.ones(9, np.float32))
-  assert len(compiled._kept) == 3
+def test_programs_make_room_when_memory_maps_run_short(programs, monkeypatch):
+  times(1)
+  times(2)
+  monkeypatch.setattr(compiled, "maps_part", lambda: 0.9)
+  times(3)
+  assert programs.cache_info().currsize == 1

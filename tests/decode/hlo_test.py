@@ -202,7 +202,7 @@ def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
   """Meta: where all of them wait for the last layer."""
   last = lambda position, rows, made: [engine_lib.after(position, made)] * len(rows)
   monkeypatch.setattr(engine_lib, "after_each", last)
-  compiled_lib._kept.clear()  # those of other tests
+  compiled_lib._program.cache_clear()  # those of other tests
   assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6, native=False)) >= 12
 
 

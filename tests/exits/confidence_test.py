@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.exits import confidence, evidence
+from calm.exits import confidence
 
 
 def view(layer=2, hidden=((3.0, 4.0),), previous=((4.0, 3.0),), logits=None, exit_logit=None):
@@ -58,12 +58,12 @@ def test_state_needs_a_layer_before_and_no_head():
 def test_a_probe_is_one_linear_map_a_layer_of_state_and_evidence():
   hidden, previous = jnp.array([[3.0, 4.0]]), jnp.array([[4.0, 3.0]])
   listed = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
-  known = evidence.evidence(hidden, previous, listed)
+  known = confidence.evidence(hidden, previous, listed)
   by_hand = [np.log(1 + np.log(2)), 0.25, 0.125, 0.96, 0.5 * np.log(12.5)]
   np.testing.assert_allclose(known[0], by_hand, rtol=1e-5)
-  probes = evidence.Probes(
+  probes = confidence.Probes(
     kernel=jnp.array([[0.0, 1.0], [0.0, 2.0]]),
-    features=jnp.array([[0.0, 1.0]] * evidence.NUM_FEATURES),
+    features=jnp.array([[0.0, 1.0]] * confidence.NUM_FEATURES),
     bias=jnp.array([0.0, -1.0]),
   )
   assert probes.num_layers == 3

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from calm import training
-from calm.exits import evidence
+from calm.exits import confidence
 from calm.t5 import caches, decoder, decoder_weights
 from calm.training import losses, objectives
 from tests import toys
@@ -113,7 +113,7 @@ def test_probes_read_what_inference_reads():
   sure = [
     np.asarray(step.probe_logit(i + 1, x, flat[i], flat[i - 1])) for i, x in enumerate(read)
   ]
-  assert (sure[-1] == evidence.CERTAIN).all()
+  assert (sure[-1] == confidence.CERTAIN).all()
   real = np.asarray(batch["decoder_loss_weights"]).ravel()
   agrees = tokens == tokens[-1]
   hits = ((np.stack(sure) > 0) == agrees) * real

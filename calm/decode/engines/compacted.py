@@ -3,7 +3,6 @@
 row gets does not depend on its bucket."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -17,10 +16,6 @@ from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
-from calm.t5 import platforms
-
-# Buckets of at most this part of the batch attend row by row; others in all of its rows.
-PART_BY_ROW = 0.5
 
 
 @struct.dataclass
@@ -46,14 +41,6 @@ class Bucket:
     """Arrays [bucket, ...] as [batch, ...]; rows that are not in the bucket hold anything."""
     places = jnp.minimum(self.rank, len(self.order) - 1)
     return jax.tree.map(lambda x: _rows(x, places), tree)
-
-  def row(self, i: jax.Array, tree: Any) -> Any:
-    """The bucket's `i`th row of arrays [batch, ...], each [1, ...]."""
-    return jax.tree.map(lambda x: _one(x, self.order[i]), tree)
-
-
-def _one(x: jax.Array, i: jax.Array) -> jax.Array:
-  return lax.dynamic_slice_in_dim(x, i, 1, axis=0, allow_negative_indices=False)
 
 
 def _rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -87,41 +74,6 @@ class _Spread:
 
   def to_prompt(self, query: jax.Array) -> jax.Array:
     return self.rows.take(self.whole.to_prompt(self.rows.spread(query)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _ByRow:
-  """A bucket's attention, row by row: each reads its own caches."""
-
-  whole: attention_lib.Attention
-  rows: Bucket
-  count: jax.Array  # rows of it that are there, the first ones
-
-  def to_past(self, query: jax.Array, row: layers_lib.KeyValue) -> jax.Array:
-    return self._each(lambda one, query, row: one.to_past(query, row), query, row)
-
-  def to_prompt(self, query: jax.Array) -> jax.Array:
-    return self._each(lambda one, query: one.to_prompt(query), query)
-
-  def _each(self, attend: Callable[..., jax.Array], query: jax.Array, *given: Any) -> jax.Array:
-    """`attend` of every row; of rows that are not there, zeros."""
-
-    def turn(carry):
-      i, mixed = carry
-      ours = jax.tree.map(lambda x: _one(x, i), (query, *given))
-      update = attend(self._at(i), *ours)
-      return i + 1, lax.dynamic_update_slice_in_dim(mixed, update, i, axis=0)
-
-    mixed = jnp.zeros((len(query), query[0].size), query.dtype)
-    start = jnp.zeros((), jnp.int32), mixed
-    return lax.while_loop(lambda carry: carry[0] < self.count, turn, start)[1]
-
-  def _at(self, i: jax.Array) -> attention_lib.Attention:
-    whole = self.whole
-    cache, cross, bias = self.rows.row(i, (whole.cache, whole.cross, whole.cross_bias))
-    past = whole.past_bias
-    past = self.rows.row(i, past) if past.ndim == 3 else past
-    return dataclasses.replace(whole, cache=cache, cross=cross, cross_bias=bias, past_bias=past)
 
 
 class Compacted(deferred.Deferred):
@@ -209,7 +161,7 @@ class Compacted(deferred.Deferred):
       row = decoder.project(layer, walk.layer_input(layer, state))
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
       whole = decoder.attention(layer, part.hidden, cache, rows.present(count))
-      attention = whole if whole.native else self._attention(whole, rows, count)
+      attention = whole if whole.native else _Spread(whole, rows)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
@@ -217,14 +169,6 @@ class Compacted(deferred.Deferred):
       stored.append(kept)
     # Rows that had left stay as they are.
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
-
-  def _attention(
-    self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
-  ) -> attention_lib.Attends:
-    part = len(rows.order) / len(rows.rank)
-    if platforms.is_cpu() and part <= PART_BY_ROW:
-      return _ByRow(whole, rows, count)
-    return _Spread(whole, rows)
 
 
 def _part(state: walk_lib.WalkState, rows: Bucket) -> walk_lib.WalkState:
