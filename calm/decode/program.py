@@ -69,7 +69,7 @@ def model_weights(
 def _stored(name: str, leaf: jax.Array, dtype: str | None) -> jax.Array | eight_bits.EightBits:
   """A parameter of the encoder as it is read."""
   if dtype == "int8":
-    return eight_bits.quantize(leaf).for_many_rows() if name == "kernel" else leaf
+    return eight_bits.quantize(leaf) if name == "kernel" else leaf
   # Scales of norms are vectors, and few; they stay.
   return leaf if dtype is None or leaf.ndim < 2 else leaf.astype(jnp.dtype(dtype))
 

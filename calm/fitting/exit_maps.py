@@ -140,12 +140,7 @@ def full_states(config: network.T5Config, params, inputs, targets):
   and what the head reads of d^i, which the translator has changed."""
   module = network.Transformer(config)
   shifted = jnp.concatenate([jnp.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
-
-  def read(module, inputs, shifted, targets):
-    hidden = module.hidden_states(inputs, shifted, targets)
-    return hidden, module.decoder.normed(hidden), module.decoder.read(hidden)
-
-  states: Any = module.apply({"params": params}, inputs, shifted, targets, method=read)
+  states: Any = module.apply({"params": params}, inputs, shifted, targets, method="states")
   return states
 
 

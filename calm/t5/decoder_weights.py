@@ -193,10 +193,7 @@ def _layer_weights(
   apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]
   count = len(config.mlp_activations)
   mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
-  # Multiplied with the prompt's states, which are many rows.
-  cross: Matrix = beside("encoder_decoder_attention", names)
-  if prompts:
-    cross = eight_bits.quantize(cross).for_many_rows()
+  cross = beside("encoder_decoder_attention", names)
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),
     query=stored(kernel("self_attention", "query")),
@@ -204,7 +201,7 @@ def _layer_weights(
     self_out=stored(kernel("self_attention", "out")),
     cross_norm=scale("pre_cross_attention_layer_norm"),
     cross_query=stored(kernel("encoder_decoder_attention", "query")),
-    cross_key_value=cross,
+    cross_key_value=eight_bits.quantize(cross) if prompts else cross,
     cross_out=stored(kernel("encoder_decoder_attention", "out")),
     mlp_norm=scale("pre_mlp_layer_norm"),
     mlp_in=tuple(stored(kernel("mlp", name)) for name in mlp_names),

@@ -7,7 +7,6 @@ product depends on nothing beside it.
 Of a head, a bound on what rounding can change says which pieces may be the most likely one, and
 those are scored again in float32: the largest logit and its place are the float32 head's."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
 
 from calm.exits import layers
-from calm.t5 import kernels, platforms
+from calm.t5 import platforms
 
 # Codes lie in -127 ... 127.
 CODES = 127.0
@@ -58,26 +57,17 @@ class EightBits:
   codes: Int8[Array, "outputs inputs"]  # of the matrix, transposed
   sums: Int32[Array, " outputs"]  # of each column's codes
   scales: Float[Array, " outputs"]
-  # The codes again, as `kernels.product_in_8_bits` reads them; None: XLA multiplies.
-  packed: Int8[Array, "vectors quads bytes"] | None = None
 
   def product(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
     """Nearly `x @ matrix`, in the dtype of `x`: rows are rounded to 8 bits, too.
 
     sum_i round(x_i / s) codes_ji  *  s scales_j,   s = max_i |x_i| / 127
     """
-    if self.packed is not None and x.dtype == jnp.float32 and platforms.multiplies_bytes():
-      return kernels.product_in_8_bits(x, self.packed, self.sums, self.scales)
     wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     one = step(wide)
-    # Written as XLA computes a quotient by a number a row, so that all who do get its bits.
-    sums = self.sums_of(jnp.round(wide * (1 / one))).astype(jnp.float32)
+    sums = self.sums_of(jnp.round(wide / one)).astype(jnp.float32)
     made = (sums * (one * self.scales[None, :])).astype(x.dtype)
     return made.reshape(*x.shape[:-1], -1)
-
-  def for_many_rows(self) -> "EightBits":
-    """The matrix laid out for them too, where a CPU gains by it: products are the same."""
-    return dataclasses.replace(self, packed=kernels.pack(self.codes))
 
   def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
     """Sums of products of codes, which 32 bits hold."""

@@ -81,6 +81,12 @@ class Transformer(nn.Module):
     hidden = self.hidden_states(*tokens, enable_dropout=enable_dropout, **segments)
     return self.decoder.read(hidden, not enable_dropout)
 
+  def states(self, *tokens, **segments) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """d^i, decoder_norm(d^i), and what heads read of d^i, which the translator has changed, of
+    every layer, [layers, batch, length, emb] each; arguments as of `hidden_states`."""
+    hidden = self.hidden_states(*tokens, **segments)
+    return hidden, self.decoder.normed(hidden), self.decoder.read(hidden)
+
   def hidden_states(
     self,
     encoder_input_tokens,

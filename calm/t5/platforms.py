@@ -90,11 +90,6 @@ def has_wide_vectors() -> bool:
   return _on("cpu") and "avx512f" in _processor()
 
 
-def multiplies_bytes() -> bool:
-  """Whether a core multiplies 64 bytes by 64 and adds them by fours (AVX512-VNNI)."""
-  return _on("cpu") and "avx512_vnni" in _processor()
-
-
 @functools.cache
 def _processor() -> str:
   try:

@@ -89,7 +89,8 @@ class ExitMaps(objectives.Objective):
       )
     base, beside = (parameters.flatten(tree) for tree in parameters.split(params))
     params = parameters.unflatten(jax.lax.stop_gradient(base) | beside)
-    hidden, normed, read = objectives.applied(module, params, batch, method=_states)
+    states = objectives.applied(module, params, batch, method="states")
+    hidden, normed, read = (x.astype(jnp.float32) for x in states)
     kernel, weights = parameters.head_kernel(params, config), batch["decoder_loss_weights"]
     chosen = np.asarray(config.exit_translators) - 1
     teacher = _logits(read[-1], kernel)
@@ -116,13 +117,6 @@ class ExitMaps(objectives.Objective):
 
   def measured_layers(self, config):
     return (*config.exit_translators, config.num_decoder_layers)
-
-
-def _states(module: network.Transformer, *inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """d^i, decoder_norm(d^i), and what heads read of it, of every layer, in float32."""
-  hidden = module.hidden_states(*inputs)
-  normed, read = module.decoder.normed(hidden), module.decoder.read(hidden)
-  return hidden.astype(jnp.float32), normed.astype(jnp.float32), read.astype(jnp.float32)
 
 
 def _propagation_loss(params, config: network.T5Config, hidden, normed, weights) -> jax.Array:

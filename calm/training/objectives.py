@@ -187,7 +187,8 @@ class ExitProbes(Objective):
 
   def loss(self, module, params, batch, rng):
     del rng  # as of the classifier
-    hidden, normed = applied(module, params, batch, method=_states)
+    states = applied(module, params, batch, method="states")
+    hidden, _, normed = jax.lax.stop_gradient(states)
     kernel = parameters.head_kernel(params, module.config)
     listed = normed[:-1].astype(jnp.float32) @ kernel[:, np.asarray(self.shortlist)]
     previous = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-2]])
@@ -260,9 +261,3 @@ def applied(module, params, batch, **options) -> Any:
     batch.get("decoder_segment_ids"),
     **options,
   )
-
-
-def _states(module: network.Transformer, *inputs) -> tuple[jax.Array, jax.Array]:
-  """Raw residuals of every layer and what its head reads, without gradients."""
-  hidden = jax.lax.stop_gradient(module.hidden_states(*inputs))
-  return hidden, jax.lax.stop_gradient(module.decoder.read(hidden))

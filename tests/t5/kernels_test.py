@@ -15,10 +15,10 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
-from calm.t5 import caches, eight_bits, kernels, layers, network, platforms
-from calm.t5.kernels import attention_kernel, codes_kernel, llvm
+from calm.t5 import caches, kernels, layers, platforms
+from calm.t5.kernels import attention_kernel, llvm
 from calm.t5x import loops
-from tests import engine, toys
+from tests import engine
 
 CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 ENGINES = {
@@ -188,87 +188,3 @@ def test_a_row_is_the_same_whoever_stands_beside_it():
   whole = kernels.product(x, matrix)
   for rows in range(2, 16):
     np.testing.assert_array_equal(kernels.product(x[:rows], matrix), whole[:rows])
-
-
-needs_bytes = pytest.mark.skipif(
-  not platforms.multiplies_bytes(), reason="needs a CPU with AVX512-VNNI"
-)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request, monkeypatch):
-  """Rows are shared among several threads, however few they are."""
-  for name in ("_LEAST_PRODUCTS", "_LEAST_NUMBERS"):
-    monkeypatch.setattr(codes_kernel, name, 1)
-  monkeypatch.setattr(llvm, "num_cores", lambda: request.param)
-  # A name that no function has: what XLA was given stays.
-  target = llvm.target
-  monkeypatch.setattr(
-    llvm, "target", lambda name, write: target(f"{name}_of_{request.param}", write)
-  )
-
-
-def matrix_and_rows(rows: int, inputs: int, outputs: int):
-  random = np.random.default_rng(rows * inputs + outputs)
-  x = random.standard_normal((rows, inputs)).astype(np.float32)
-  x[random.integers(rows)] *= 100
-  return x, random.standard_normal((inputs, outputs)).astype(np.float32)
-
-
-def by_hand(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-  """The formula of `EightBits.product`, its sums in whole numbers."""
-  one = np.float32(1 / 127)
-  steps = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-30)) * one
-  coded = eight_bits.quantize(jnp.asarray(matrix))
-  codes = np.rint(x * (np.float32(1) / steps)).astype(np.int64)
-  sums = codes @ np.asarray(coded.codes, np.int64).T
-  return sums.astype(np.float32) * (steps * np.asarray(coded.scales))
-
-
-@needs_bytes
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", [1, 3, 12, 13, 97])
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (48, 80), (1024, 32)])
-def test_a_product_in_8_bits_is_numpys_and_xlas_bit_for_bit(rows, inputs, outputs):
-  x, matrix = matrix_and_rows(rows, inputs, outputs)
-  coded = eight_bits.quantize(jnp.asarray(matrix))
-  packed = coded.for_many_rows()
-  assert packed.packed is not None and coded.packed is None
-  made = jax.jit(lambda matrix, x: matrix.product(x))(packed, x)
-  np.testing.assert_array_equal(made, by_hand(x, matrix))
-  np.testing.assert_array_equal(made, jax.jit(lambda m, x: m.product(x))(coded, x))
-
-
-@needs_bytes
-@pytest.mark.usefixtures("threads")
-def test_rows_of_zeros_and_what_is_no_number_stay_in_their_rows():
-  x, matrix = matrix_and_rows(40, 64, 48)
-  packed = eight_bits.quantize(jnp.asarray(matrix)).for_many_rows()
-  expected = np.asarray(packed.product(jnp.asarray(x)))
-  changed = x.copy()
-  changed[::4], changed[5, 7], changed[6, 0] = 0.0, np.nan, np.inf
-  made = np.asarray(packed.product(jnp.asarray(changed)))
-  assert not made[::4].any() and np.isnan(made[5:7]).all()
-  same = np.setdiff1d(np.arange(40), [*range(0, 40, 4), 5, 6])
-  np.testing.assert_array_equal(made[same], expected[same])
-
-
-@needs_bytes
-def test_an_encoder_in_8_bits_is_xlas_but_for_last_bits(monkeypatch):
-  sizes = toys.Config(
-    vocab_size=48, emb_dim=32, num_heads=2, head_dim=16, mlp_dim=64, num_encoder_layers=2
-  )
-  config = network.T5Config(**toys.network_fields(sizes))
-  tokens = np.random.default_rng(0).integers(1, sizes.vocab_size, (3, 16)).astype(np.int32)
-  made = program_lib.Program(config, exits.StaticExit(), 4)
-  params = toys.params(sizes, 0)
-  weights = lambda: program_lib.model_weights(params, config, encoder_dtype="int8")
-  text = jax.jit(made.encode).lower(weights(), tokens).compile().as_text()
-  # Queries, keys and values, and both sides of a gate, share codes.
-  assert text.count("calm_codes_in_8_bits") == 4 * 2 + 1
-  got = made.encode(weights(), tokens)
-  monkeypatch.setattr(platforms, "multiplies_bytes", lambda: False)
-  other = weights()
-  assert other.decoder.layers[0].cross_key_value.packed is None
-  for ours, theirs in zip(got.cross, made.encode(other, tokens).cross, strict=True):
-    np.testing.assert_allclose(ours.keys, theirs.keys, rtol=0.02, atol=0.02)

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, Int32
+from jaxtyping import Array, Float, Int
 
 from calm.t5 import platforms
 
-__all__ = ["attend", "available", "is_small", "pack", "product", "reads", "single_threaded"]
+__all__ = ["attend", "available", "is_small", "product", "reads", "single_threaded"]
 
 # Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
 # wakes a second thread for less.
@@ -86,25 +86,3 @@ def product(
   from calm.t5.kernels import product_kernel
 
   return product_kernel.product(x, matrix)
-
-
-def pack(codes: Int8[Array, "outputs inputs"]) -> Int8[Array, "vectors quads bytes"] | None:
-  """Codes of a matrix laid out for `product_in_8_bits`; None where no CPU gains by it."""
-  outputs, inputs = codes.shape
-  if not (platforms.multiplies_bytes() and available()) or outputs % 16 or inputs % 16:
-    return None
-  from calm.t5.kernels import codes_kernel
-
-  return codes_kernel.pack(codes)
-
-
-def product_in_8_bits(
-  x: Float[Array, "*rows inputs"],
-  packed: Int8[Array, "vectors quads bytes"],
-  sums: Int32[Array, " outputs"],
-  scales: Float[Array, " outputs"],
-) -> Float[Array, "*rows outputs"]:
-  """`EightBits.product` of a packed matrix, bit for bit."""
-  from calm.t5.kernels import codes_kernel
-
-  return codes_kernel.product_in_8_bits(x, packed, sums, scales)
