@@ -51,37 +51,16 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   return [{n: v if n == "step" else float(v) for n, v in entry.items()} for entry in entries]
 
 
-class History:
-  """Validations so far, for early stopping; kept in a JSON file beside the run."""
-
-  def __init__(self, path: pathlib.Path, metric: str, patience: int | None):
-    self._path, self._metric, self._patience = path, metric, patience
-    self.entries = read_history(path) if path.exists() else []
-
-  def update(self, step: int, scalars: dict[str, float]) -> bool:
-    """Records a validation; True where it is the best so far."""
-    self.truncate(step - 1)
-    self.entries.append({"step": step, **scalars})
-    storage.write_atomically(self._path, json.dumps(self.entries, indent=1))
-    return self._since_best() == 0
-
-  def should_stop(self) -> bool:
-    """Whether `patience` validations have not improved on the best."""
-    patience = self._patience
-    return patience is not None and bool(self.entries) and self._since_best() >= patience
-
-  def truncate(self, step: int) -> None:
-    """Forgets validations after the step that a run resumes from."""
-    self.entries = [entry for entry in self.entries if entry["step"] <= step]
-
-  def _since_best(self) -> int:
-    values = np.array([entry.get(self._metric, np.nan) for entry in self.entries])
-    if np.isnan(values).all():
-      raise ValueError(
-        f"Expected `stop_metric` to be one of {sorted(self.entries[-1])}, got {self._metric!r}."
-      )
-    best = np.nanargmin(values if "loss" in self._metric else -values)
-    return len(values) - 1 - int(best)
+def since_best(history: list[dict[str, float]], metric: str) -> int:
+  """Validations after the best one, whose loss is lowest, or whose other metric is highest."""
+  values = np.array([entry.get(metric, np.nan) for entry in history])
+  if np.isnan(values).all():
+    raise ValueError(
+      f"Expected `stop_metric` to be one of {sorted(history[-1])}, got {metric!r}; watch one of"
+      " these."
+    )
+  best = np.nanargmin(values if "loss" in metric else -values)
+  return len(values) - 1 - int(best)
 
 
 @dataclasses.dataclass
@@ -116,20 +95,24 @@ def fit(
   listener = listener or Listener()
   check_writable(output_dir)
   identity = identity_of(config, source)
-  history = History(output_dir / "validation.json", config.stop_metric, config.patience)
+  validations = output_dir / "validation.json"
   newest = _checkpointer(output_dir, "checkpoints", 1)
   with newest as newest, _checkpointer(output_dir, "best", 2) as bests:
     if (latest := newest.latest_step()) is not None:
       state = _restore(newest, latest, state)
     step, running = int(state.step), None
-    history.truncate(step)
+    history = read_history(validations) if validations.exists() else []
+    history = [entry for entry in history if entry["step"] <= step]
     # Killed between the best checkpoint and the newest: the best will be made again.
     for ahead in [saved for saved in bests.all_steps() if saved > step]:
       bests.delete(ahead)
     check_identity(output_dir / IDENTITY_FILE, identity, step)
     listener.on_start(step, config.num_steps)
     begun, late = time.monotonic(), False
-    while step < config.num_steps and not late and not history.should_stop():
+    while step < config.num_steps and not late:
+      patience = config.patience if history else None
+      if patience is not None and since_best(history, config.stop_metric) >= patience:
+        break
       signals.check()
       state, metrics = train_step(state, source.batch(step))
       step += 1
@@ -143,8 +126,11 @@ def fit(
       if at_validation:
         scalars = _finite("validation", evaluate(state.params), step, output_dir)
         listener.on_eval(step, scalars)
-        if scalars and history.update(step, scalars):
-          _save(bests, step, {"params": state.params})
+        if scalars:
+          history.append({"step": step, **scalars})
+          storage.write_atomically(validations, json.dumps(history, indent=1))
+          if since_best(history, config.stop_metric) == 0:
+            _save(bests, step, {"params": state.params})
         _save(newest, step, state)
     if (best := bests.latest_step()) is None:
       return state

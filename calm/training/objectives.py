@@ -233,15 +233,10 @@ def _stage_two(
   agrees = (predictions == predictions[-1:]).astype(jnp.float32)
   hits = ((logits > 0).astype(jnp.float32) == agrees).astype(jnp.float32)
   over_tokens = lambda x: jnp.sum(x * token_weights[None], axis=(1, 2))
-  return loss, BatchMetrics(
-    loss=loss,
-    weight=weight,
-    cross_entropy=over_tokens(jax.nn.softplus(logits) - agrees * logits),
-    correct=over_tokens(hits),
-    agreement=over_tokens(agrees),
-    layer_weight=jnp.broadcast_to(weight, (logits.shape[0],)),
-    z_loss=jnp.zeros(()),
-  )
+  apart = jax.nn.softplus(logits) - agrees * logits
+  sums = losses.LayerMetrics(*map(over_tokens, (apart, hits, agrees)))
+  layers = jnp.arange(len(logits))
+  return loss, layer_metrics(len(logits), layers, loss, weight, sums, jnp.zeros(()))
 
 
 def normed_states(module, params, batch, rng):

@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import functools
 import json
 import logging
+import operator
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -113,7 +115,7 @@ def train(
       updates.init_state(params, config, objective),
       data.train,
       updates.make_train_step(module, config, objective, params),
-      _evaluator(module, objective, data),
+      evaluator(module, objective, data),
       config,
       output_dir=folder,
       listener=listener,
@@ -168,14 +170,23 @@ def starting_point(
   return model, jax.tree.map(jnp.asarray, params), stored.exits_trained
 
 
-def _evaluator(module: network.Transformer, objective: objectives.Objective, data: Data):
-  """Parameters -> the validation scalars of every source of `data`."""
-  functions: dict[str, Callable[[Any], dict[str, float]]] = {}
-  for name, source in data.validation.items():
-    rows = [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
-    functions[f"{name}/" if functions else ""] = updates.make_eval_fn(module, objective, rows)
-  return lambda params: {
-    prefix + key: value
-    for prefix, function in functions.items()
-    for key, value in function(params).items()
+def evaluator(
+  module: network.Transformer, objective: objectives.Objective, data: Data
+) -> Callable[[Any], dict[str, float]]:
+  """Parameters -> the validation scalars of every source of `data`, without dropout and over
+  every layer."""
+  one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
+  batches = {
+    name: [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
+    for name, source in data.validation.items()
   }
+
+  def evaluate(params: Any) -> dict[str, float]:
+    scalars: dict[str, float] = {}
+    for name, rows in batches.items():
+      metrics = functools.reduce(operator.add, [one(params, batch) for batch in rows])
+      prefix = f"{name}/" if scalars else ""
+      scalars |= {prefix + key: value for key, value in metrics.scalars().items()}
+    return scalars
+
+  return evaluate

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -172,17 +171,3 @@ def _in_parts(gradient, batch: training_batches.Batch, rng: jax.Array, count: in
   first = jax.tree.map(lambda x: x[0], parts)
   nothing = jax.tree.map(jnp.zeros_like, gradient(first, rng))  # shapes: nothing computes it
   return jax.lax.fori_loop(0, count, add, nothing)
-
-
-def make_eval_fn(
-  module: network.Transformer, objective: objectives.Objective, eval_batches: Sequence[Any]
-) -> Callable[[Params], dict[str, float]]:
-  """Validation scalars of a parameter tree, without dropout and over every layer; none of no
-  batches."""
-  one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
-
-  def evaluate(params):
-    metrics = [one(params, batch) for batch in eval_batches]
-    return functools.reduce(operator.add, metrics).scalars() if metrics else {}
-
-  return evaluate

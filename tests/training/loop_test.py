@@ -19,7 +19,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import training
 from calm.data import training_batches
 from calm.t5 import network
-from calm.training import loop, objectives, updates
+from calm.training import loop, objectives, run, updates
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ class Toy:
   def fit(self, output_dir, listener=None, evaluate=None):
     objective = objectives.LayerWeighted(sampled_layers=1)
     params = updates.init_params(self.module.config, seed=0)
-    step, default = compiled(self.module, self.config, objective, self.source.batch)
+    step, default = compiled(self.module, self.config, objective, self.source)
     state = updates.init_state(params, self.config, objective)
     listener = listener or training.Listener(on_step=self.note)
     evaluate = evaluate or default
@@ -78,14 +78,15 @@ class Toy:
 _compiled = {}
 
 
-def compiled(module, config, objective, batch):
+def compiled(module, config, objective, source):
   """Update and validation, traced once for all runs of one configuration."""
   # Of a configuration, the update knows no more than this.
   key = module, config.num_steps, config.schedule, config.optimizer, config.seed
   if key not in _compiled:
     params = updates.init_params(module.config, seed=0)
     step = updates.make_train_step(module, config, objective, params)
-    _compiled[key] = step, updates.make_eval_fn(module, objective, [batch(0)])
+    data = run.Data(source, {"toy": source}, {"toy": 1})
+    _compiled[key] = step, run.evaluator(module, objective, data)
   return _compiled[key]
 
 
@@ -178,13 +179,11 @@ def test_early_stopping_returns_the_best_parameters(tmp_path):
   ("metric", "values", "best"),
   [("qa/loss", [2.0, 1.0, 3.0], 1), ("accuracy/layer_2", [0.1, 0.2, 0.3], 2)],
 )
-def test_losses_are_better_low_and_accuracies_high(tmp_path, metric, values, best):
-  history = loop.History(tmp_path / "validation.json", metric, None)
-  improved = [history.update(step, {metric: value}) for step, value in enumerate(values)]
-  assert max(step for step, is_best in enumerate(improved) if is_best) == best
-  history = loop.History(tmp_path / "other.json", "bleu", 1)
+def test_losses_are_better_low_and_accuracies_high(metric, values, best):
+  history = [{"step": step, metric: value} for step, value in enumerate(values)]
+  assert loop.since_best(history, metric) == len(values) - 1 - best
   with pytest.raises(ValueError, match=rf"`stop_metric`.*'{metric}'.*'bleu'"):
-    history.update(1, {metric: 1.0})
+    loop.since_best(history, "bleu")
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
