@@ -156,7 +156,7 @@ class Softmax(Measure):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortlist(Measure):
+class Shortlist(Softmax):
   """`softmax_margin` over a short list of likely tokens first, then over the full head.
 
   If the most likely token is on the list, the list's margin is never below the full one (the
@@ -166,11 +166,7 @@ class Shortlist(Measure):
   """
 
   name: ClassVar[str] = "shortlist"
-  uses_head: ClassVar[bool] = True
   uses_shortlist: ClassVar[bool] = True
-
-  def __call__(self, view: LayerView) -> jax.Array:
-    return softmax_margin(view.logits())
 
   def bound(self, view: LayerView) -> jax.Array:
     return softmax_margin(view.shortlist_logits())

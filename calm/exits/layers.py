@@ -36,30 +36,6 @@ def greedy(logits: Float[Array, "*rows vocab"]) -> Greedy:
   return Greedy(jnp.min(place, axis=-1), -jnp.log(total))
 
 
-def _refusing(message: str) -> Callable[..., Any]:
-  """What a model answers when it is asked for a part that it lacks."""
-
-  def refuse(*args: jax.Array | int) -> Any:
-    raise ValueError(message)
-
-  return refuse
-
-
-no_shortlist = _refusing(
-  "Expected a shortlist of likely tokens for the measure 'shortlist' or 'probe', got a model"
-  " without; give `shortlist` (token ids), or use the measure 'softmax'."
-)
-no_code = _refusing(
-  "Expected a model with learned propagation for the propagation 'learned', got none in its"
-  " parameters; fit it (`calm fit`), or use the propagation 'exit_state'."
-)
-no_probes = _refusing(
-  "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
-  " train them (`calm train --gin_file=configs/train/exit_probes.gin`), or use the measure"
-  " 'softmax' or 'state'."
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Layers:
   """What exits need of a decoder at one position; layers are 1-based."""
@@ -72,22 +48,22 @@ class Layers:
   # x^i -> float32 logits [batch, vocab] of the full head.
   logits: Callable[[jax.Array], jax.Array]
   exit_logit: Callable[[jax.Array], jax.Array]  # x^i -> pre-sigmoid exit confidence [batch]
+  # x^i -> float32 logits [batch, shortlist] of likely tokens only.
+  shortlist_logits: Callable[[jax.Array], jax.Array]
+  # (i, x^i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own probe.
+  probe_logit: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+  # (j, d^j) -> what learned propagation keeps of a token that leaves after layer j besides
+  # d^j, [batch, width]; zeros for layers that have no map.
+  code: Callable[[int, jax.Array], jax.Array]
+  # (k, [d^j; code]) -> the predicted input of the skipped layer k, [batch, emb_dim].
+  predict: Callable[[int, jax.Array], jax.Array]
   # (i, d^i) -> x^i, what heads and confidences read of it, [batch, emb_dim]: the normed
   # state, through layer i's translator where it has one.
   read: Callable[[int, jax.Array], jax.Array] = lambda layer, hidden: hidden
   translated: tuple[int, ...] = ()  # layers that have a translator
-  # x^i -> float32 logits [batch, shortlist] of likely tokens only.
-  shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
-  # (i, x^i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own probe.
-  probe_logit: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array] = no_probes
   # x^i -> what the argmax of these logits is, where the head knows without all of them;
   # None: ask the logits.
   greedy: Callable[[jax.Array], Greedy | None] = lambda read: None
-  # (j, d^j) -> what learned propagation keeps of a token that leaves after layer j besides
-  # d^j, [batch, width]; zeros for layers that have no map.
-  code: Callable[[int, jax.Array], jax.Array] = no_code
-  # (k, [d^j; code]) -> the predicted input of the skipped layer k, [batch, emb_dim].
-  predict: Callable[[int, jax.Array], jax.Array] = no_code
 
 
 def select_rows(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

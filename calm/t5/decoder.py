@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from calm.exits.confidence import CERTAIN, evidence
-from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
+from calm.exits.layers import Greedy, KeyValue, Layers
 from calm.t5 import kernels, network, platforms
 from calm.t5.attention import Attends, Attention, WindowAttention, of_layer
 from calm.t5.caches import Cache, Encoded
@@ -130,8 +130,7 @@ class DecoderStep:
     """What learned propagation keeps of d^j besides it, [batch, maps * rank]: the layer's code
     where it has a map, zeros elsewhere."""
     maps = self.weights.propagation
-    if maps is None:
-      return no_code(layer, hidden)
+    assert maps is not None  # `DecoderWeights.for_exits`
     if layer not in maps.layers:
       return jnp.zeros((hidden.shape[0], maps.width), hidden.dtype)
     i = maps.layers.index(layer)
@@ -143,8 +142,7 @@ class DecoderStep:
   def predict(self, layer: int, state: jax.Array) -> jax.Array:
     """The skipped layer's input, [rows, emb_dim], by [d^j; code] of tokens that left before."""
     maps, width = self.weights.propagation, self.config.emb_dim
-    if maps is None:
-      return no_code(layer, state)
+    assert maps is not None
     hidden, up = state[:, :width], maps.up[layer - 1]
     codes = state[:, width : width + len(up)]
     return hidden + self._times(codes, up) if len(up) else hidden
@@ -162,7 +160,10 @@ class DecoderStep:
   def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
     if self.weights.shortlist is None:
-      return no_shortlist(read)
+      raise ValueError(
+        "Expected a shortlist of likely tokens for the measure 'shortlist' or 'probe', got a"
+        " model without; give `shortlist` (token ids), or use the measure 'softmax'."
+      )
     return self._times(read, self.weights.shortlist)
 
   def exit_logit(self, read: jax.Array) -> jax.Array:
@@ -182,7 +183,11 @@ class DecoderStep:
     """Pre-sigmoid confidence [batch] of the layer's own probe; of the last layer `CERTAIN`."""
     probes = self.weights.probes
     if probes is None:
-      return no_probes(layer, read, hidden, previous)
+      raise ValueError(
+        "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
+        " train them (`calm train --gin_file=configs/train/exit_probes.gin`), or use the"
+        " measure 'softmax' or 'state'."
+      )
     if layer == probes.num_layers:
       return jnp.full(hidden.shape[:-1], CERTAIN)
     if layer == 1:

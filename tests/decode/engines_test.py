@@ -108,9 +108,6 @@ def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
       engine.run(toy, rule, engine=BY_FOUR)
 
 
-# ---- Compacted
-
-
 # ---- Which engine is taken where none is named
 
 

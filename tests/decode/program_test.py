@@ -36,34 +36,6 @@ def test_never_exit_is_the_full_model_caches_included(measure, schedule):
   engine.assert_same_rows(toy, engine.run(toy, rule, NEVER), engine.run(toy, STATIC), STATIC)
 
 
-@pytest.mark.parametrize(
-  ("measure", "allowed"),
-  [*zip(MEASURES, (None, (3,)) * 2, strict=True)],
-  ids=["softmax", "state", "classifier", "probe"],
-)
-def test_threshold_zero_leaves_at_the_first_allowed_layer(measure, allowed):
-  rule = exits.DynamicExits(measure, allowed=allowed)
-  got = engine.run(engine.toy_for(rule), rule, 0.0).generation
-  real = np.asarray(got.tokens) != 0
-  assert real.sum() > BATCH
-  expected = np.where(real, allowed[0] if allowed else 1, 0)
-  np.testing.assert_array_equal(got.exit_layers, expected)
-  assert not got.rejected_confidences.any()
-
-
-def test_static_k_is_a_model_of_k_layers():
-  depth = 3
-  toy = engine.toy()
-  sliced = {**toy.params, "decoder": dict(toy.params["decoder"])}
-  for i in range(depth, toy.sizes.num_decoder_layers):
-    del sliced["decoder"][f"layers_{i}"]
-  sizes = dataclasses.replace(toy.sizes, num_decoder_layers=depth)
-  shallow = engine.run(engine.of_params(sliced, sizes), STATIC)
-  rule = exits.StaticExit(depth)
-  engine.assert_same_rows(toy, engine.run(toy, rule), shallow, rule)
-  assert len(shallow.cache) == depth
-
-
 def with_zero_maps(toy: engine.Toy) -> engine.Toy:
   """The same model beside maps that change nothing."""
   sizes = dataclasses.replace(toy.sizes, **engine.MAPS)

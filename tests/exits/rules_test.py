@@ -77,6 +77,8 @@ def toy_layers(calls: list | None = None) -> layers_lib.Layers:
     project=lambda layer, hidden: key_value("project", layer, hidden),
     logits=logits,
     exit_logit=lambda hidden: hidden[:, 0],
+    shortlist_logits=logits,
+    probe_logit=lambda layer, read, hidden, previous: hidden[:, 0],
   )
 
 
