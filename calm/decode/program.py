@@ -323,7 +323,8 @@ class Program:
     self, weights: decoder_weights.DecoderWeights, encoded, threshold, kept=None
   ) -> engines.Eager:
     """The engine at work on these prompts at this threshold; `kept` as in `engines.Task`."""
-    return engines.bind(self._task(weights, encoded, threshold, kept), self.engine)
+    task = self._task(weights, encoded, threshold, kept)
+    return (self.engine or engines.default_engine(task.rule, task.batch_size))(task)
 
   def _task(self, weights, encoded, threshold, kept=None) -> engines.Task:
     sizes = self.length, kept, self.native

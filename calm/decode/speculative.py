@@ -635,7 +635,7 @@ class Speculation:
     decoder, rows = self._decoder(past), []
     for layer, cache in enumerate(caches, start=first):
       hidden, row = decoder.run(layer, hidden, cache)
-      rows.append(jax.tree.map(lambda x: x[:, :, None], row))
+      rows.append(jax.tree.map(lambda x: x[:, None], row))
     return hidden, rows
 
   def _several(self, states: jax.Array, caches, positions: jax.Array):
@@ -645,7 +645,7 @@ class Speculation:
     hidden, written = states.reshape(-1, states.shape[-1]), []
     for layer, cache in enumerate(caches, start=self.rule.draft_layer + 1):
       row = decoder.project(layer, hidden)
-      window = jax.tree.map(lambda x: attention_lib.by_window(x, task.batch_size), row)
+      window = jax.tree.map(lambda x: x.reshape(task.batch_size, -1, *x.shape[1:]), row)
       written.append(attention_lib.write_window(cache, window, positions))
       attention = decoder.window_attention(layer, hidden, written[-1], biases)
       hidden = decoder.run_projected(layer, hidden, row, attention)

@@ -4,7 +4,7 @@ One position attends to the cache and, beside it, to itself, as a cache that is 
 it is read would be copied; a window's keys and values are written first."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from calm.exits.layers import KeyValue
-from calm.t5 import kernels, layers, network, platforms
+from calm.t5 import caches, kernels, layers, network, platforms
 from calm.t5.caches import Cache
 from calm.t5.decoder_weights import DecoderWeights
 
@@ -101,15 +101,6 @@ def _slices(extended: jax.Array, first: jax.Array, width: int, native: bool) -> 
   if len(first) == 1 or (native and len(first) <= UNROLLED and platforms.is_cpu()):
     return jnp.stack([of_row(each) for each in first])
   return jax.vmap(of_row)(first)
-
-
-@runtime_checkable
-class Attends(Protocol):
-  """`Attention`, or what runs one for other rows."""
-
-  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array: ...
-
-  def to_prompt(self, query: jax.Array) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,9 +223,10 @@ def by_window(rows: jax.Array, batch_size: int) -> jax.Array:
 
 
 def write_window(cache: Cache, window: KeyValue, positions: Int[Array, " batch"]) -> Cache:
-  """Writes every row's window, [batch, heads, window, head_dim], at its own position, in place;
+  """Writes every row's window, [batch, window, heads, head_dim], at its own position, in place;
   the cache, of one layer, has room for a whole one."""
-  keys, values = _laid(window.key, cache.keys), _laid(window.value, cache.values)
+  keys = caches.as_positions(window.key, cache.keys)
+  values = caches.as_positions(window.value, cache.values)
 
   def row(i, cache: Cache) -> Cache:
     def put(array, update):
@@ -246,13 +238,6 @@ def write_window(cache: Cache, window: KeyValue, positions: Int[Array, " batch"]
     return Cache(put(cache.keys, keys), put(cache.values, values))
 
   return lax.fori_loop(0, len(positions), row, cache, unroll=len(positions) <= UNROLLED)
-
-
-def _laid(window: jax.Array, cache: jax.Array) -> jax.Array:
-  """[batch, heads, window, head_dim] as `cache` has it."""
-  if cache.ndim == 4:
-    return window
-  return jnp.moveaxis(window, 1, 2).reshape(window.shape[0], window.shape[2], -1)
 
 
 def _apart(cache: jax.Array, heads: int) -> jax.Array:

@@ -4,6 +4,7 @@ caches that are laid out for decoding."""
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from calm.exits.confidence import CERTAIN, evidence
 from calm.exits.layers import Greedy, KeyValue, Layers
 from calm.t5 import kernels, network, platforms
-from calm.t5.attention import Attends, Attention, WindowAttention, of_layer
+from calm.t5.attention import Attention, WindowAttention, of_layer
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights, Matrix
 from calm.t5.eight_bits import EightBits, QuantizedHead
@@ -95,9 +96,10 @@ class DecoderStep:
     return self.run_projected(layer, hidden, row, self.attention(layer, hidden, cache)), row
 
   def run_projected(
-    self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
+    self, layer: int, hidden: jax.Array, row: KeyValue, attention: Any
   ) -> jax.Array:
-    """d^i of d^{i-1} [batch, emb_dim], given what the layer projects of it and attends to."""
+    """d^i of d^{i-1} [batch, emb_dim], given what the layer projects of it and attends to: an
+    `Attention`, or what has its `to_past` and `to_prompt`."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
     (query,) = self._heads(self._times(normed, weights.query), 1)

@@ -20,9 +20,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
 from calm.exits import layers
 from calm.t5 import platforms
 
-# Codes lie in -127 ... 127.
-CODES = 127.0
-_ONE_CODE = np.float32(1 / CODES)
+_ONE_CODE = np.float32(1 / 127)  # codes lie in -127 ... 127
 # 8-bit products have at least so many rows: XLA:CPU multiplies a single one number by number,
 # and two in half the time in which it reads a float32 matrix for one.
 LEAST_ROWS = 2

@@ -20,7 +20,6 @@ SIZES: Mapping[str, tuple[int, int]] = {
   "relpos_buckets": (4, 2**12),
   "relpos_max_distance": (3, 2**20),
 }
-_MOST_LAYERS = SIZES["num_decoder_layers"][1]
 # Exit layers that have linear maps of their own.
 EXIT_LAYERS = ("exit_translators", "exit_propagation")
 ACTIVATIONS = (
@@ -129,7 +128,9 @@ def _form(field: str, value: Any) -> Any:
     return name if name in DTYPES else None
   ascending = listed and all(type(layer) is not bool for layer in value)
   ascending = ascending and all(isinstance(layer, numbers.Integral) for layer in value)
-  if not ascending or list(value) != sorted({*value} & {*range(1, _MOST_LAYERS + 1)}):
+  if not ascending or list(value) != sorted(
+    {*value} & {*range(1, SIZES["num_decoder_layers"][1] + 1)}
+  ):
     return None
   return tuple(map(int, value))
 

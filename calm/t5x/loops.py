@@ -119,7 +119,9 @@ class Loop:
 
   def __post_init__(self):
     self.length = self.rows.prefix.shape[1]
-    self.bound = engines.bind(self._task(self.rows), self.engine)
+    task = self._task(self.rows)
+    engine = self.engine or engines.default_engine(task.rule, task.batch_size)
+    self.bound = engine(task)
 
   def _task(self, rows: Rows) -> engines.Task:
     """The rule at work on rows, whose prefixes do not exit."""

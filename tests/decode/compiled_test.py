@@ -24,7 +24,7 @@ class Toy:
 
 
 @pytest.fixture(autouse=True)
-def programs(monkeypatch):
+def kept(monkeypatch):
   """Room for two; other tests' programs stay."""
   made = functools.lru_cache(2)(compiled._program.__wrapped__)
   monkeypatch.setattr(compiled, "_program", made)
@@ -45,19 +45,19 @@ def test_a_shape_is_compiled_once():
   assert Toy.times.__doc__ == "Multiplies."
 
 
-def test_the_oldest_is_dropped_and_made_again(programs):
+def test_the_oldest_is_dropped_and_made_again(kept):
   for n in (1, 2, 1, 3):  # 2 was not used for longest
     times(n)
-  assert programs.cache_info().currsize == 2
+  assert kept.cache_info().currsize == 2
   times(1)
   assert [shape for _, shape in TRACED] == [(1,), (2,), (3,)]
   times(2)
   assert [shape for _, shape in TRACED] == [(1,), (2,), (3,), (2,)]
 
 
-def test_programs_make_room_when_memory_maps_run_short(programs, monkeypatch):
+def test_programs_make_room_when_memory_maps_run_short(kept, monkeypatch):
   times(1)
   times(2)
   monkeypatch.setattr(compiled, "maps_part", lambda: 0.9)
   times(3)
-  assert programs.cache_info().currsize == 1
+  assert kept.cache_info().currsize == 1

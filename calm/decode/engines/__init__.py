@@ -22,7 +22,6 @@ __all__ = [
   "Eager",
   "Engine",
   "Task",
-  "bind",
   "default_engine",
   "grown",
 ]
@@ -64,8 +63,3 @@ def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> 
     return Eager
   known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
   return [engine for least, engine in known if least <= max(rows, 1)][-1]
-
-
-def bind(task: Task, engine: Engine | None = None) -> Eager:
-  """An engine at work on a task; None takes `default_engine` for its rule and rows."""
-  return (engine or default_engine(task.rule, task.batch_size))(task)

@@ -2,7 +2,6 @@
 Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA computes all of
 it; texts are the same but for what a last bit decides."""
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -14,6 +13,7 @@ from calm.t5 import platforms
 
 __all__ = ["attend", "available", "is_small", "product", "reads", "single_threaded"]
 
+_HAS_LLVMLITE = importlib.util.find_spec("llvmlite") is not None
 # Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
 # wakes a second thread for less.
 MOST_ROWS, MOST_NUMBERS = 16, 2**17
@@ -23,12 +23,7 @@ _MOST_NUMBERS_OF_HEADS = 2**20
 
 def available() -> bool:
   """Whether XLA can be given functions that LLVM compiles."""
-  return platforms.is_cpu() and _has_llvmlite()
-
-
-@functools.cache
-def _has_llvmlite() -> bool:
-  return importlib.util.find_spec("llvmlite") is not None
+  return platforms.is_cpu() and _HAS_LLVMLITE
 
 
 def reads(keys: jax.Array, values: jax.Array) -> bool:

@@ -203,16 +203,13 @@ class Writer(ir.IRBuilder):
     """one * other + added, of vectors, rounded once where the processor can."""
     return self.call_by_name(f"llvm.fmuladd.v{LANES}f32", FLOATS, [one, other, added])
 
-  def nearest(self, x: Any) -> Any:
-    """Whole numbers nearest to a vector's, the even one of two."""
-    return self.call_by_name(f"llvm.nearbyint.v{LANES}f32", FLOATS, [x])
-
   def exp(self, x: Any) -> Any:
     """e^x to 3e-7 of itself, of x held between -87 and 87; NaN of NaN."""
     least, most = constant(-87.0), constant(87.0)
     x = self.select(self.fcmp_ordered("<", x, least), least, x)
     x = self.select(self.fcmp_ordered(">", x, most), most, x)
-    nearest = self.nearest(self.fmul(x, constant(_LOG2_E)))
+    scaled = self.fmul(x, constant(_LOG2_E))
+    nearest = self.call_by_name(f"llvm.nearbyint.v{LANES}f32", FLOATS, [scaled])
     r = self.fused(nearest, constant(-_LOG_2_HIGH), x)
     r = self.fused(nearest, constant(-_LOG_2_LOW), r)
     p = constant(_POLYNOMIAL[0])
