@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import compiled, engines, loop
+from calm.decode import compiled, loop
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation, schedules
-from calm.t5 import network, parameters
+from calm.t5 import network
 from tests import engine
 
 NEVER = schedules.NEVER_EXIT
@@ -34,37 +34,6 @@ def test_never_exit_is_the_full_model_caches_included(measure, schedule):
   rule = exits.DynamicExits(measure, SCHEDULES[schedule], propagation=propagated)
   toy = engine.toy_for(rule, sharpness=1000.0)  # whose margins are saturated
   engine.assert_same_rows(toy, engine.run(toy, rule, NEVER), engine.run(toy, STATIC), STATIC)
-
-
-def with_zero_maps(toy: engine.Toy) -> engine.Toy:
-  """The same model beside maps that change nothing."""
-  sizes = dataclasses.replace(toy.sizes, **engine.MAPS)
-  config = dataclasses.replace(toy.config, **engine.MAPS)
-  return engine.of_params(parameters.add_exit_parts(toy.params, config), sizes)
-
-
-def stored_in(toy: engine.Toy, dtype: str | None) -> engine.Toy:
-  """The same model with its weights stored in another dtype."""
-  weights = program_lib.model_weights(
-    toy.params, toy.config, toy.sizes.num_pieces, None, weights_dtype=dtype
-  )
-  return dataclasses.replace(toy, weights=weights)
-
-
-@pytest.mark.parametrize(
-  ("measure", "made", "dtype"),
-  [("softmax", "compacted", None), ("state", "deferred", "int8")],
-)
-def test_zero_maps_change_no_bit(measure, made, dtype):
-  rule, toy = exits.DynamicExits(confidence.measure(measure)), engine.toy()
-  learned = dataclasses.replace(rule, propagation=propagation.Learned())
-  run = lambda toy, rule: engine.run(
-    stored_in(toy, dtype), rule, 0.6, engine=engines.ENGINES[made]
-  )
-  today, zero = run(toy, rule), run(with_zero_maps(toy), learned)
-  assert 1 < today.generation.mean_layers < 4
-  for a, b in zip(jax.tree.leaves(zero), jax.tree.leaves(today), strict=True):
-    np.testing.assert_array_equal(a, b)
 
 
 def test_cut_models_and_the_oracle_read_through_translators():

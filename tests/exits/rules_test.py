@@ -121,17 +121,6 @@ def walk(confidences, threshold, allowed):
     rejected = max(rejected, confidences[layer - 1])
 
 
-def test_rows_leave_at_the_first_layer_that_clears_the_threshold():
-  taken = taking(exits.DynamicExits(Given(TABLE)))
-  got = taken()
-  assert got.exit_layer.tolist() == [1, 3, 4]  # 0.5 >= 0.5 leaves.
-  np.testing.assert_allclose(got.confidence, [0.5, 0.8, 0.05])
-  np.testing.assert_allclose(got.rejected_confidence, [0.0, 0.4, 0.3])
-  assert tokens(got) == [1, 3, 4]
-  # Each row may have its own threshold.
-  assert taken(jnp.array([0.6, NEVER, 0.3])).exit_layer.tolist() == [3, 4, 2]
-
-
 @pytest.mark.parametrize(
   ("uses_head", "allowed"),
   [(True, None), (False, None), (True, (2,)), (False, (1, 3)), (True, (1, 4)), (False, ())],

@@ -80,31 +80,3 @@ def test_windows_read_caches_and_prompts_however_their_heads_lie():
     row = layers.KeyValue(query, query)
     made.append((window.to_past(query, row), window.to_prompt(query)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *made)
-
-
-def test_the_number_of_rows_may_be_a_symbol():
-  """As T5X exports a model: for any batch."""
-  toy = engine.toy(**engine.MAPS)
-  table = attention_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
-
-  def run(hidden, encoded, cache):
-    step = decoder_lib.DecoderStep(
-      toy.weights.decoder, toy.config, encoded, table.at(jnp.int32(2)), table.current
-    )
-    hidden = step.predict(3, jnp.concatenate([hidden, step.code(2, hidden)], axis=1))
-    hidden, _ = step.run(1, hidden, cache)
-    return step.logits(step.read(1, hidden))
-
-  def given(rows: int):
-    encoded = jax.tree.map(lambda x: x[:rows], engine.encode(toy))
-    cache, *_ = caches_lib.empty_caches(toy.config, rows, LENGTH)
-    return jnp.ones((rows, toy.config.emb_dim)), encoded, cache
-
-  (rows,) = jax.export.symbolic_shape("rows")
-  symbolic = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), given(3)
-  )
-  exported = jax.export.export(jax.jit(lambda *leaves: run(*leaves)))(*symbolic)
-  for count in (1, 3):
-    ours, theirs = exported.call(*given(count)), run(*given(count))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
