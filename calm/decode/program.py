@@ -173,24 +173,18 @@ class Program:
     return loop.pack(state.generation)
 
   @compiled.Method
-  def begin(self, weights, encoded, active, threshold, prior=None) -> State:
-    """Decodes from the first token up to this stage's `room`; passes over drafts that begin in
-    a stage may end in the next one's positions."""
+  def start(self, weights, encoded, active, threshold, prior=None) -> State:
+    """What `go_on` decodes the first tokens from."""
     if isinstance(self.rule, exits.Speculative):
-      made = self.speculation(weights, encoded, threshold, prior)
-      return made.finish(made.go_on(made.begin(active), self.length))
-    return self._loop(self.bind(weights.decoder, encoded, threshold), active)
-
-  @compiled.Method
-  def start(self, weights, encoded, active, threshold) -> loop.DecodingState:
-    """What `go_on` decodes the first tokens from; not of `exits.Speculative`."""
+      return self.speculation(weights, encoded, threshold, prior).begin(active)
     bound = self.bind(weights.decoder, encoded, threshold)
     return loop.nothing_yet(active, self.max_decode_length, bound.empty)
 
   @compiled.Method
   def go_on(self, weights, encoded, state: State, threshold, limit=None) -> State:
-    """Decodes the rows that a shorter stage has not ended, or that `limit` positions [] ended:
-    it is traced, so that a text may come in parts of any length."""
+    """Decodes the rows that have not ended up to this stage's `room`, or `limit` positions [],
+    which is traced, so that a text may come in parts of any length; passes over drafts that
+    begin in a stage may end in the next one's positions."""
     if isinstance(state, speculative.SpeculativeState):
       made = self.speculation(weights, encoded, threshold)
       state = dataclasses.replace(state, cache=engines.grown(state.cache, made.task.length))
@@ -235,15 +229,15 @@ class Program:
   def generate(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
     """As `decode`, in as many stages as the rows need, fetched to the host; `threshold` and
     `prior` are numbers."""
-    first, *others = self.stages
-    if not others:
+    stages = self.stages
+    if len(stages) == 1:
       known = np.array((threshold, *(prior or ())), np.float32)
       made = np.asarray(self.decode_packed(weights, encoded, active, known))
       return loop.unpack(made, self.max_decode_length)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
     threshold, prior = jax.tree.map(np.float32, (threshold, prior))
-    state = first.begin(weights, encoded, active, threshold, prior)
-    for stage in others:
+    state = stages[0].start(weights, encoded, active, threshold, prior)
+    for stage in stages:
       if not np.any(state.active):
         break
       state = stage.go_on(weights, encoded, state, threshold)
@@ -274,11 +268,7 @@ class Program:
     if isinstance(self.rule, exits.Speculative):
       return self.speculation(weights, encoded, threshold, prior).decode(active)
     bound = self.bind(weights.decoder, encoded, threshold)
-    state = self._loop(bound, active)
-    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
-
-  def _loop(self, bound: engines.Eager, active: Bool[Array, " batch"]) -> loop.DecodingState:
-    return loop.decode(
+    state = loop.decode(
       bound.take_step,
       bound.empty,
       active=active,
@@ -286,6 +276,7 @@ class Program:
       step_limit=self.room,
       eos_id=self.eos_id,
     )
+    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
 
   def nothing_yet(self, batch_size: int) -> loop.DecodingState:
     """What `resume` starts from where nothing was decoded yet."""

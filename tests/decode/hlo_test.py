@@ -114,7 +114,7 @@ def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
   *_, before, last = program_lib.Program(toy.config, rule, LENGTH, engine=made).stages
   known = toy.weights, engine.encode(toy)
   level = jnp.float32(0)
-  state = before.begin(*known, jnp.zeros(ROWS, bool), level)
+  state = before.start(*known, jnp.zeros(ROWS, bool), level)
   args, tree = jax.tree.flatten((*known, state, level))
   go_on = lambda leaves: last.go_on(*jax.tree.unflatten(tree, leaves))
   text = hlo_of(go_on, args)

@@ -300,7 +300,7 @@ def test_the_whole_network_belongs_to_the_procedure(model):
 
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
   monkeypatch.setattr(program_lib, "FIRST", 2)
-  made = lambda: [compiled.num_made(f"Program.{x}") for x in ("begin", "decode_packed")]
+  made = lambda: [compiled.num_made(f"Program.{x}") for x in ("start", "decode_packed")]
   begun, packed = made()
   narrow = inference.load(directory, **OPTIONS, dtype="bfloat16")
   narrow.generate(TEXTS[:1], threshold=0.6)
