@@ -24,7 +24,7 @@ TIED = {"logits_via_embedding": True}
 RELU = {"mlp_activations": ("relu",)}
 EAGER, COMPACTED = engines.Eager, engines.Compacted
 FITTED = engine.sized(COMPACTED, ratio=2)
-SPREAD = engine.sized(COMPACTED, buckets=(5,))  # which attend in all rows
+SPREAD = engine.sized(COMPACTED, sizes=(0, 5, 8))  # which attend in all rows
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
 BY_FOUR = engines.Deferred
 BY_ONE, WHOLE = (engine.sized(BY_FOUR, chunk_rows=rows) for rows in (1, 512))

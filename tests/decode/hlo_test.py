@@ -125,7 +125,7 @@ def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
 def test_rows_that_stay_read_their_caches_one_at_a_time():
   """A bucket of four of eight rows: nothing in it is as large as the keys of two of them."""
   two = half_a_layers_cache(2)
-  made = engine.sized(engines.Compacted, buckets=(4,))
+  made = engine.sized(engines.Compacted, sizes=(0, 4, 8))
   assert not [operation.text for operation in hlo.large(compiled(SHALLOW, made), two)]
 
 

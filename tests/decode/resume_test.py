@@ -23,7 +23,7 @@ CASES = {
   ),
   "compacted": (
     exits.DynamicExits(confidence.Classifier(), propagation=FIRST),
-    engine.sized(engines.Compacted, buckets=(2,)),
+    engine.sized(engines.Compacted, sizes=(0, 2, 8)),
   ),
 }
 

@@ -24,7 +24,7 @@ CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 ENGINES = {
   "static": (exits.StaticExit(), engines.Eager),
   "deferred": (CLASSIFIER, engine.sized(engines.Deferred, chunk_rows=8)),
-  "compacted by row": (CLASSIFIER, engine.sized(engines.Compacted, buckets=(2, 4))),
+  "compacted": (CLASSIFIER, engine.sized(engines.Compacted, sizes=(0, 2, 4, 8))),
   "drafts": (exits.Speculative(1, 3, "full"), None),
 }
 

@@ -23,7 +23,7 @@ LEARNED = exits.DynamicExits(confidence.State(), engine.DECAYING, (1, 3), propag
 ENGINES = {
   "eager": (engines.Eager, RULE),
   "deferred": (engines.Deferred, RULE),
-  "compacted": (engine.sized(engines.Compacted, buckets=(2,)), RULE),
+  "compacted": (engines.Compacted, RULE),
   "learned": (engines.Deferred, LEARNED),
   "row_by_row": (None, LEARNED),
 }

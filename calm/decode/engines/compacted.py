@@ -82,18 +82,14 @@ class Compacted(deferred.Deferred):
   # Each bucket is the next larger one by this, from half the batch down to two rows: 4 makes 4
   # and 16 of 32. Every one is a program more a layer: more fit better, fewer compile faster.
   ratio: ClassVar[int] = 4
-  # Numbers of rows that a layer is compiled for, in place of what `ratio` says.
-  buckets: ClassVar[tuple[int, ...] | None] = None
 
   @property
   def sizes(self) -> tuple[int, ...]:
     """0, the buckets that are smaller than the batch, and the batch."""
-    rows, buckets = self.task.batch_size, self.buckets
-    if buckets is None:
-      halves = (rows // 2 // self.ratio**i for i in range(rows.bit_length()))
-      # A product of one row takes the time of two.
-      buckets = tuple(size for size in halves if size > 1)
-    return (0, *sorted({size for size in buckets if 0 < size < rows}), rows)
+    rows = self.task.batch_size
+    halves = (rows // 2 // self.ratio**i for i in range(rows.bit_length()))
+    # A product of one row takes the time of two.
+    return (0, *sorted({size for size in halves if size > 1}), rows)
 
   def take_step(self, current, position, active, cache: deferred.DeferredCache):
     task, decoder = self.task, self.decoder(position)
