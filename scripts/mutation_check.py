@@ -26,11 +26,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = {
   "p_values": ("p_values_test", "betting_test"),
-  "testing": ("testing_test", "risks_test", "configurations_test"),
+  "testing": ("testing_test", "risks_test"),
   "betting": ("betting_test", "clusters_test"),
   "online": ("online_test",),
   "clusters": ("clusters_test", "calibration_test", "risks_test"),
-  "risks": ("risks_test", "configurations_test", "forgery_test"),
+  "risks": ("risks_test", "forgery_test"),
 }
 _OPERATORS = {
   **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult},

@@ -16,7 +16,6 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibrate_configurations,
-  certify,
   checks,
   clusters,
   methods,
@@ -58,64 +57,6 @@ def test_equal_calls_answer_equally_however_rows_are_stored(values, method):
     named = dataclasses.replace(losses, ids=tuple(f"p{i}" for i in range(60)))
     first = calibrate(named, **RATES, method=method)
     assert calibrate(named.rows(np.arange(60)[::-1]), **RATES, method=method).rows == first.rows
-
-
-def of_kinds(kinds):
-  """A law of losses 0, 1 / (kinds - 1), ..., 1 whose mean is given."""
-  levels = np.linspace(0.0, 1.0, kinds)[1:]
-  return lambda g, mean, n: (g.random(n) < mean / levels.mean()) * g.choice(levels, n)
-
-
-BOUNDARY_LAWS = {
-  "0 or 1": laws.bernoulli,
-  "3 kinds": of_kinds(3),
-  "8 kinds": of_kinds(8),
-  "rare": lambda g, mean, shape: (g.random(shape) < mean / 0.8) * g.beta(8.0, 2.0, shape),
-}
-STORED = {
-  "random": lambda values, generator: values,
-  "sorted": lambda values, generator: np.sort(values, axis=0),
-  "by difficulty": lambda values, generator: values[
-    np.argsort(values[:, 0] + generator.normal(0.0, 0.3, len(values)))
-  ],
-}
-
-
-def shares_certified(law, size, way, named, contents=""):
-  """Of tables of mean loss 0.1, the share that the default certifies at 0.05 and at 0.1."""
-  generator, tables, orders = np.random.default_rng(size), [], []
-  for _ in range(100):
-    values = STORED[way](law(generator, 0.1, (size, 1)), generator)
-    losses = SequenceLosses(values, [0.5], kind="loss", contents=contents)
-    if named:  # names follow the stored order, as those of a sorted file do
-      losses = dataclasses.replace(losses, ids=tuple(f"p{row:03d}" for row in range(size)))
-    elif certify._is_binary(losses):  # as `calibrate` takes plain arrays
-      losses = dataclasses.replace(losses, support=Support(binary=True))
-    rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
-    tables.append(values[np.stack(rows, axis=1), 0])
-    orders.append(len(rows))
-  columns = np.concatenate(tables, axis=1)
-  method = methods.get_method("auto", losses.support)
-  for level in (0.05, 0.1):
-    log_p = method.log_p_values(columns, method.design(0.1, level, size))
-    passed = np.exp(log_p) <= level
-    # All orders of a table have to certify it.
-    yield level, np.logical_and.reduceat(passed, np.cumsum([0, *orders[:-1]])).mean()
-
-
-@pytest.mark.parametrize(
-  ("way", "named"), [("random", False), ("sorted", True), ("by difficulty", True)]
-)
-@pytest.mark.parametrize("law", BOUNDARY_LAWS)
-def test_the_boundary_is_falsely_certified_no_more_often_than_promised(law, way, named):
-  for level, share in shares_certified(BOUNDARY_LAWS[law], 97, way, named):
-    assert share <= stats.binom.ppf(0.999, 100, level) / 100, level
-
-
-def test_the_boundary_is_falsely_certified_where_names_alone_make_the_order():
-  """Which shows that the test above can fail: contents that are the same for all tables."""
-  (_, share), _ = shares_certified(laws.bernoulli, 383, "sorted", True, contents="2")
-  assert share > 0.2
 
 
 @pytest.mark.parametrize("method", ["betting", "betting_fixed_level"])

@@ -1,18 +1,20 @@
 """What can be promised: each risk by hand, at its boundary, over clusters, in a file."""
 
 import dataclasses
+import json
 import types
 import warnings
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from calm.calibrate import (
   Calibration,
   SequenceLosses,
   Support,
   calibrate,
+  calibrate_configurations,
+  calibration,
   each_group,
   planning,
   risks,
@@ -204,67 +206,6 @@ def test_the_cheapest_configuration_is_served_and_of_equal_ones_the_safest():
     assert promise.statement(types.SimpleNamespace(rows=rows), "").startswith(said)
 
 
-def quantile(generator, size):
-  """P(loss > 0.2) = 0.15: the share of 85 % is just not kept."""
-  bad = generator.random(size) < 0.1501
-  return table(np.where(bad, 0.9, 0.2 * generator.random(size))), risks.Quantile(0.85)
-
-
-def every_group(generator, size):
-  """One of four groups is at the boundary, the others are far from it."""
-  labels = [f"g{row % 4}" for row in range(size)]
-  means = np.where(np.arange(size) % 4 == 2, 0.2001, 0.02)
-  values = (generator.random(size) < means).astype(float)
-  return table(values, support=Support(binary=True)), risks.EveryGroup(labels=labels)
-
-
-def early(generator, size):
-  """Texts that leave early lose 0.2 on average; the others nothing."""
-  depth = np.where(generator.random(size) < 0.6, 2.0, 8.0)
-  values = np.where(depth < 4, (generator.random(size) < 0.2001).astype(float), 0.0)
-  return table(values), risks.EarlyExits((4.0,), depths=depth[:, None])
-
-
-def tail(generator, size):
-  """A mean of 0.1 over all is 0.2 over the worst half."""
-  values = 0.2001 + generator.uniform(-0.1, 0.1, size)
-  values *= generator.random(size) >= 0.5
-  return table(values), risks.TailMean(beta=0.5, start=0.02)
-
-
-def mixture(generator, size):
-  """Tasks A and B in halves; served 1 : 3, where B loses 0.25 and A 0.05."""
-  second = generator.random(size) < 0.5
-  values = (generator.random(size) < np.where(second, 0.2501, 0.0501)).astype(float)
-  return table(values), risks.KnownMixture(2.0, weights=np.where(second, 1.5, 0.5))
-
-
-def cost(generator, size):
-  """The risk is kept, the cost just not."""
-  costs = 0.6001 + generator.uniform(-0.3, 0.3, (size, 1))
-  return table(0.01 * generator.random(size)), risks.Cost(0.6, costs=costs)
-
-
-LAWS = [quantile, every_group, early, tail, mixture, cost]
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_at_the_boundary_the_promise_is_broken_no_more_often_than_it_says(law):
-  generator, draws, wrong = np.random.default_rng(0), 80, 0
-  for draw in range(draws):
-    losses, promise = law(generator, 160)
-    # Known texts of prompts need one order; rows of few kinds alone would be tested in 16.
-    losses = dataclasses.replace(losses, contents=f"{draw:x}")
-    wrong += calibrated(losses, promise).certified
-  assert stats.binomtest(wrong, draws, ERROR_RATE, alternative="greater").pvalue > 1e-3
-  losses, promise = law(np.random.default_rng(0), 800)  # kept with room
-  if isinstance(promise, risks.Cost):
-    promise = risks.Cost(0.8, costs=promise.costs)
-  found = calibrated(losses, promise, 0.45 if law is not quantile else 0.95)
-  back = Calibration.from_json(found.to_json())
-  assert found.certified and back == found and type(back.promise) is type(promise)
-
-
 def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own():
   labels = ["fr" if row % 10 == 0 else "en" for row in range(400)]
   losses = table((np.arange(400) % 20 == 0) * 1.0)
@@ -320,3 +261,113 @@ def test_every_cluster_counts_once_with_the_mean_of_its_prompts(
       for values in np.array(tested, np.float64)
     ]
   np.testing.assert_allclose(means, expected, rtol=1e-12)
+
+
+# ---- One of many configurations
+
+
+GRIDS = {"softmax": [0.9, 0.5], "state": [0.8]}
+RATES = {"softmax": [0.01, 0.3], "state": [0.02]}
+DEPTHS = {"softmax": [6.0, 2.0], "state": [4.0]}
+
+
+def procedure(measure):
+  return laws.procedure(measure=measure)
+
+
+def families(count=400, seed=0, tolerances=(0.1, 0.2), groups=None):
+  generator = np.random.default_rng(seed)
+  several, costs = {}, {}
+  for name, grid in GRIDS.items():
+    values = (generator.random((count, len(grid))) < RATES[name]) * 1.0
+    losses = SequenceLosses(
+      values,
+      grid,
+      ids=tuple(f"p{row}" for row in range(count)),
+      procedure=procedure(name),
+      groups=groups,
+    )
+    signed = dataclasses.replace(losses, values=values / 2.0, kind="risk_clipped")
+    several[name] = [
+      risks.Risk(losses, tolerances[0], "texts"),
+      risks.Risk(signed, tolerances[1], "answers"),
+    ]
+    costs[name] = np.tile(DEPTHS[name], (count, 1))
+  return several, costs
+
+
+def test_the_cheapest_certified_configuration_of_all_families():
+  found = calibrate_configurations(*families(), error_rate=0.05, seed="ab")
+  assert found.threshold == 0.8 and found.procedure == procedure("state")
+  assert found.num_examples == 400 and found.testing == "fixed_sequence"
+  promise = found.promise
+  assert promise.names == ("texts", "answers") and promise.tolerances == (0.1, 0.2)
+  assert promise.configurations == ("softmax at 0.9", "softmax at 0.5", "state at 0.8")
+  assert promise.costs == (6.0, 2.0, 4.0) and promise.grids == (2, 1)
+  assert found.column("rejected").tolist() == [True, False, True]
+  assert [part.share for part in found.parts] == [0.5, 0.5] and found.visited == (0, 1, 2)
+  assert "state at 0.8 is the cheapest (4) of 2 certified among 3" in found.reason
+  assert "(state at 0.8) expected values of texts of at most 0.1 and answers of" in (
+    found.guarantee
+  )
+  again = calibrate_configurations(*families(), error_rate=0.05, seed=found.seed)
+  assert again == found
+
+
+def test_it_is_stored_and_its_decision_made_again(tmp_path):
+  found = calibrate_configurations(*families(), error_rate=0.05, seed="ab")
+  path = tmp_path / "calibration.json"
+  found.save(path)
+  assert Calibration.load(path, expect_digest=found.digest) == found
+  for change, message in (
+    (lambda v: v.update(threshold=0.9), "`threshold` 0.8"),
+    (lambda v: v["promise"].update(costs=[1.0, 2.0, 9.0]), "`threshold`"),
+    (lambda v: v["promise"].update(grids=[3]), "`parts`"),
+    (lambda v: v["promise"].update(grids=[1, 1]), "in `grids` that have them all"),
+    (lambda v: v["promise"].pop("grids"), "`parts`"),
+  ):
+    value = json.loads(path.read_text())
+    change(value)
+    value["digest"] = calibration.digest(value)
+    with pytest.raises(ValueError, match=message):
+      Calibration.from_json(value)
+
+
+def test_every_family_is_calibrated_at_its_share():
+  several, costs = families()
+  found = calibrate_configurations(several, costs, error_rate=0.05, seed="ab")
+  for name, start in (("softmax", 0), ("state", 2)):
+    alone = calibrate(risks=several[name], error_rate=0.025, seed="ab")
+    stop = start + len(alone.rows)
+    for part, whole in zip(alone.parts, found.parts, strict=True):
+      assert part.log_p_values == whole.log_p_values[start:stop]
+      assert part.upper_bounds == whole.upper_bounds[start:stop]
+    rejected = found.column("rejected")[start:stop]
+    assert rejected.tolist() == alone.column("rejected").tolist()
+
+
+def test_nothing_certified_is_full_depth():
+  found = calibrate_configurations(*families(tolerances=(0.001, 0.2)), error_rate=0.05)
+  assert not found.certified and "Nothing is certified: the safest" in found.reason
+  assert Calibration.from_json(found.to_json()) == found
+
+
+def test_families_that_differ_are_refused():
+  several, costs = families()
+  grouped, _ = families(groups=tuple(f"g{row // 4}" for row in range(400)))
+  state = several["state"]
+  wide = [
+    dataclasses.replace(r, losses=dataclasses.replace(r.losses, support=Support(-1.0)))
+    for r in state
+  ]
+  for changed, prices, message in (
+    ({}, {}, "at least one family"),
+    ([], {}, "at least one family, each with a table of `costs`"),
+    (grouped["state"], {}, "the same prompts, got others"),
+    ([dataclasses.replace(r, tolerance=0.3) for r in state], {}, "of every family"),
+    (state, {"state": [1.0]}, r"`costs\['state'\]` of shape"),
+    (wide, {}, "`risks` with one support of 'texts', got several"),
+  ):
+    families_ = {} if changed == {} else {**several, "state": changed}
+    with pytest.raises(ValueError, match=message):
+      calibrate_configurations(families_, {**costs, **prices}, error_rate=0.05)
