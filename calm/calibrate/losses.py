@@ -1,6 +1,7 @@
 """Outputs -> losses [num_examples, num_thresholds] (Definitions 1 and 2)."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -180,14 +181,12 @@ def prefix_losses(
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     some = prompts[first : first + PROMPTS]
     known = [(text,) for text in full] if kind == "textual" else [p.targets for p in some]
-    differ = [
-      [row for row, (a, b) in enumerate(zip(texts, full, strict=False)) if a != b]
-      for texts in early
-    ]
-    bare += [some[row].id for row in sorted({*itertools.chain(*differ)}) if not known[row]]
+    pairs = itertools.chain(*(enumerate(zip(texts, full, strict=False)) for texts in early))
+    differ = {row for row, (text, reference) in pairs if text != reference}
+    bare += [some[row].id for row in sorted(differ) if not known[row]]
     if not bare:
-      found = _losses(full, early, known, differ, metric)
-      pieces.append([np.maximum(column, KINDS[kind]) for column in found])
+      loss = functools.partial(_loss, functools.cache(metric), full, known, KINDS[kind])
+      pieces.append([np.array([*map(loss, itertools.count(), texts)]) for texts in early])
     if progress is not None:
       progress(min(first + PROMPTS, count), count)
   if bare:
@@ -199,19 +198,11 @@ def prefix_losses(
   return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
 
-def _losses(full: list[str], early: list[list[str]], known, differ, metric) -> list[np.ndarray]:
-  """metric(full, known) - metric(early, known) per threshold, 0 where texts are equal."""
-  of_full = sorted({row for rows in differ for row in rows})
-  pairs = [(full[row], known[row]) for row in of_full]
-  for texts, rows in zip(early, differ, strict=True):
-    pairs += [(texts[row], known[row]) for row in rows]
-  similarity = iter(metrics.compute(metric, pairs).tolist())
-  theirs = dict(zip(of_full, similarity, strict=False))
-  columns = [np.zeros(len(texts)) for texts in early]
-  for column, rows in zip(columns, differ, strict=True):
-    for row in rows:
-      column[row] = theirs[row] - next(similarity)
-  return columns
+def _loss(similarity, full: Sequence[str], known, least: float, row: int, text: str) -> float:
+  """similarity(full, known) - similarity(text, known), 0 where texts are equal."""
+  if text == full[row]:
+    return 0.0
+  return max(similarity(full[row], known[row]) - similarity(text, known[row]), least)
 
 
 @arguments.checked()

@@ -43,6 +43,7 @@ class Metric:
     """
     if not references:
       raise ValueError(f"Expected `references` to hold one text for {self.name!r}, got none.")
+    signals.check()
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
       return 1.0
@@ -245,8 +246,5 @@ def _of_function(function: Any, name: str = "") -> Metric:
 
 def compute(metric: Metric, pairs: Sequence[Pair]) -> np.ndarray:
   """[num_pairs] similarity in [0, 1] of (prediction, references), equal pairs once."""
-  found: dict[Pair, float] = {}
-  for pair in dict.fromkeys(pairs):
-    signals.check()
-    found[pair] = metric(*pair)
+  found = {pair: metric(*pair) for pair in dict.fromkeys(pairs)}
   return np.array([found[pair] for pair in pairs], np.float64)

@@ -286,7 +286,17 @@ class Online:
     if known:
       raise ValueError("expected a line of this state, got another; restore the file.")
     if not drawn and losses is not None:
-      self._check(losses, self._grid[self._waiting[mark][1] :].tolist())
+      levels = self._grid[self._waiting[mark][1] :].tolist()
+      numbers = isinstance(losses, list) and all(type(x) in (int, float) for x in losses)
+      if not numbers or len(losses) != len(levels):
+        raise ValueError(f"expected a loss for each of {levels}, got {losses!r:.100}.")
+      for level, value in zip(levels, losses, strict=True):
+        if not self._low - 1e-9 <= value <= self._high + 1e-9:
+          raise ValueError(
+            f"Expected `losses` to be in [{self._low:g}, {self._high:g}] at"
+            f" threshold {level!r}, got {value!r} (NaN: none); give one for each of `wanted`,"
+            " or None in place of them all where they cannot be known."
+          )
     if write and self._path is not None:
       storage.append(self._path, storage.dump_line(line).encode("utf-8"))
     if drawn:
@@ -295,23 +305,7 @@ class Online:
       self._waiting[mark] = (self.life, self._place)
     else:
       self._labels[mark] = None if losses is None else np.array(losses, np.float64)
-    self._settle()
-
-  def _check(self, losses: Any, levels: Sequence[float]) -> None:
-    """ValueError unless there is a loss in the range for each of these thresholds."""
-    numbers = isinstance(losses, list) and all(type(x) in (int, float) for x in losses)
-    if not numbers or len(losses) != len(levels):
-      raise ValueError(f"expected a loss for each of {levels}, got {losses!r:.100}.")
-    for level, value in zip(levels, losses, strict=True):
-      if not self._low - 1e-9 <= value <= self._high + 1e-9:
-        raise ValueError(
-          f"Expected `losses` to be in [{self._low:g}, {self._high:g}] at"
-          f" threshold {level!r}, got {value!r} (NaN: none); give one for each of `wanted`, or"
-          " None in place of them all where they cannot be known."
-        )
-
-  def _settle(self) -> None:
-    """Bets on what is known, in the order of serving."""
+    # Bets on what is known, in the order of serving.
     while self._waiting:
       mark = next(iter(self._waiting))
       if mark not in self._labels and len(self._waiting) <= self._patience:
