@@ -79,7 +79,7 @@ _DECODING = (
   ("matmul_precision", "NAME", "products: default, high or highest", 0),
 )
 _VISIBLE = 4  # of these, in `--help`
-_FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
+_FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet", "arrow")
 # Options of --online, and what holds without them.
 ONLINE = {"tolerance": 0.1, "error_rate": 0.05, "metric": "rouge_l", "online_share": 1.0}
 

@@ -27,7 +27,7 @@ TARGET_KEYS = ("target", "targets", "reference", "references", "output", "answer
 _GROUP_KEYS = ("source", "group")
 _SUFFIXES = {
   **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
-  **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"},
+  **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"},
 }
 # Bytes read of a stream at once, and seconds between two looks at whether a signal came.
 _PIECE, _WAIT_SECONDS = 2**16, 0.2
@@ -77,7 +77,7 @@ def open_prompts(
     )
   made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
   with _opened(path) as (file, name):
-    format = "dataset" if isinstance(file, list) else format or _detect_format(name, file)
+    format = "arrow" if isinstance(file, list) else format or _detect_format(name, file)
     stem = (
       "stdin" if name == "standard input" else pathlib.Path(name).absolute().name.split(".")[0]
     )
@@ -92,7 +92,7 @@ def open_prompts(
       if require_target and not prompt.targets:
         raise row.error("expected a field `target`, got none; give every row a reference")
       made[prompt.id] = prompt
-  called = rows.FORMATS.get(format, "Hugging Face datasets")
+  called, _ = rows.FORMATS[format]
   if not made:
     raise ValueError(
       f"Expected {name} to hold prompts, got no examples: no line with text, or no row,"

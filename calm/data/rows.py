@@ -14,15 +14,6 @@ from typing import Any, BinaryIO
 
 from calm import signals, storage
 
-# The names of the formats, and what messages call them.
-FORMATS = {
-  "jsonl": "JSON Lines",
-  "json": "a JSON array",
-  "text": "plain text, a prompt a line",
-  "csv": "CSV",
-  "tsv": "TSV",
-  "parquet": "Parquet",
-}
 # Bytes that every line and row counts for besides its own: each takes time, even when empty.
 _ROW = 512
 # What the least of rows by column, and of Parquet's values, takes; files may say 10**9 of them.
@@ -65,10 +56,11 @@ class Row:
 def read(file: Any, format: str, name: str, stem: str) -> Iterator[Row]:
   """Rows of an open file, or a `Gzip` of it; ValueError names the file and the line.
 
-  `format` is a name of `FORMATS`, or 'dataset' for the list of a folder's Arrow streams; rows
-  without an id are named after `stem`.
+  `format` is a name of `FORMATS`, of 'arrow' also a list of files; rows without an id are named
+  after `stem`.
   """
-  for row in _READERS[format](file, name, stem):
+  _, read_rows = FORMATS[format]
+  for row in read_rows(file, name, stem):
     signals.check()
     if isinstance(file, Gzip):
       file.count()
@@ -314,12 +306,13 @@ def _python_values(array: Any, dictionary: list[Any]) -> list[Any]:
   return [None if i is None else dictionary[i] for i in array.indices.to_pylist()]
 
 
-_READERS: Mapping[str, Callable[[Any, str, str], Iterator[Row]]] = {
-  "jsonl": _json_lines,
-  "json": _json_array,
-  "text": _plain_text,
-  "csv": _table,
-  "tsv": functools.partial(_table, delimiter="\t"),
-  "parquet": functools.partial(_columnar, read_values=_parquet_values),
-  "dataset": functools.partial(_columnar, read_values=_arrow_values),
+# The names of the formats, what messages call them, and (file, name, stem) -> rows.
+FORMATS: Mapping[str, tuple[str, Callable[[Any, str, str], Iterator[Row]]]] = {
+  "jsonl": ("JSON Lines", _json_lines),
+  "json": ("a JSON array", _json_array),
+  "text": ("plain text, a prompt a line", _plain_text),
+  "csv": ("CSV", _table),
+  "tsv": ("TSV", functools.partial(_table, delimiter="\t")),
+  "parquet": ("Parquet", functools.partial(_columnar, read_values=_parquet_values)),
+  "arrow": ("Arrow", functools.partial(_columnar, read_values=_arrow_values)),
 }

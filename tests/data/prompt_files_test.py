@@ -112,10 +112,12 @@ def shard(begin: int, end: int) -> dict:
 def test_a_folder_of_datasets_is_read_as_its_rows(tmp_path):
   folder = save_to_disk(tmp_path / "rows", [shard(0, 1200), shard(1200, 1300)])
   opened = prompt_files.open_prompts(folder)
-  assert opened.taken == f"{folder}: 1300 prompts, Hugging Face datasets, column 'prompt'"
+  assert opened.taken == f"{folder}: 1300 prompts, Arrow, column 'prompt'"
   assert opened[1] == Prompt("rows/2", "p 1", ("text 1",)) and opened[3].targets == ()
   assert opened[-1] == Prompt("rows/1300", "p 1299", ("text 1299",))
   assert prompt_files.open_prompts(folder, limit=2) == opened[:2]
+  alone = prompt_files.open_prompts(folder / "data-00001-of-00002.arrow")
+  assert [prompt.input for prompt in alone] == [prompt.input for prompt in opened[1200:]]
   both = tmp_path / "both"
   (both / "train").mkdir(parents=True)
   (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
