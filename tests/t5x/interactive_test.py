@@ -3,8 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import core as flax_core
 
 from calm import checkpoints, exits, inference
 from calm.exits import confidence
@@ -23,7 +25,8 @@ THRESHOLD = 0.8
 
 @pytest.fixture
 def interactive(tmp_path):
-  from t5x import adafactor, interactive_model, partitioning
+  from t5x import adafactor, interactive_model, partitioning, utils
+  from t5x import checkpoints as t5x_checkpoints
 
   box, words = checkpoints.load(inference.PACKED), stored.stored_vocabulary()
   model = models.EncoderDecoderModel(
@@ -33,16 +36,23 @@ def interactive(tmp_path):
   )  # fmt: skip
   sides = {"encoder_input": "inputs", "decoder_input": "targets", "decoder_target": "targets"}
   shapes = {f"{name}_tokens": (2, LENGTHS[side]) for name, side in sides.items()}
-  folder = models.save_t5x_checkpoint(box.params, box.config, str(tmp_path / "box"))
+  partitioner = partitioning.PjitPartitioner(num_partitions=1)
+  initializer = utils.TrainStateInitializer(
+    model.optimizer_def, model.get_initial_variables, shapes, partitioner
+  )
+  state = initializer.from_scratch(jax.random.PRNGKey(0))
+  state = state.replace_params(flax_core.freeze(jax.tree.map(jnp.asarray, dict(box.params))))
+  folder, whole = str(tmp_path / "box"), initializer.global_train_state_shape
+  t5x_checkpoints.Checkpointer(whole, partitioner, folder).save(state)
   return interactive_model.InteractiveModel(
     batch_size=2,
     task_feature_lengths=LENGTHS,
     output_dir=str(tmp_path / "run"),
-    partitioner=partitioning.PjitPartitioner(num_partitions=1),
+    partitioner=partitioner,
     model=model,
     dtype="float32",
     restore_mode="specific",
-    checkpoint_path=folder,
+    checkpoint_path=f"{folder}/checkpoint_0",
     input_shapes=shapes,
     input_types={name: np.int32 for name in shapes},
   )
