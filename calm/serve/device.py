@@ -1,14 +1,16 @@
-"""The thread that owns the device: a bounded queue of prompts, batches of compiled shapes."""
+"""The threads that own the device: a bounded queue of prompts, batches of compiled shapes."""
 
 import collections
 import dataclasses
 import functools
 import math
+import os
 import queue
 import threading
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ from calm.console import Progress, print_text
 from calm.data import prompt_batches
 from calm.decode import program
 from calm.inference import grid, outputs
+from calm.t5 import caches, platforms
 
 STEPS = 4  # tokens of a part of a streamed text, after its first token
 LEAST_SERVED = 4  # batches of a kind whose mean seconds are believed
+LEAST_GAIN = 1.2  # of texts a second, by twice as many threads
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
 MOST_POINTS = 1000  # of the page's history
 FULL_DEPTH = "The full model is used; no guarantee is needed."
@@ -56,7 +60,7 @@ class Job:
   limit: int  # most tokens
   stop: Sequence[str]  # texts that end the output, which is cut before them
   stream: bool = False  # parts are wanted before the end
-  deliver: Callable[[Part], None] = lambda part: None  # called in the device's thread
+  deliver: Callable[[Part], None] = lambda part: None  # called in a thread of the device
   gone: bool = False  # nobody waits any more
 
   def visible(self, output: outputs.Output, text: str) -> tuple[str, str | None]:
@@ -81,7 +85,8 @@ class Device(threading.Thread):
     threshold: what is served without `online`, a state that calibrates while it serves.
     most_waiting: prompts that may wait.
     console: where reports go.
-    ended: called where the thread ended by an error, `failed`.
+    ended: called where a thread ended by an error, `failed`.
+    workers: threads that decode at the same time; None: as many as were measured to pay.
   """
 
   def __init__(
@@ -92,9 +97,11 @@ class Device(threading.Thread):
     most_waiting: int = 64,
     console: rich_console.Console | None = None,
     ended: Callable[[], None] = lambda: None,
+    workers: int | None = None,
   ):
     super().__init__(name="device", daemon=True)
     self.model, self.online, self.most_waiting = model, online, most_waiting
+    self.workers, self._checking = workers or 0, False  # 0: not measured yet
     self._threshold, self._ended = threshold, ended
     self._console = console or rich_console.Console(quiet=True)
     self.say = functools.partial(print_text, self._console, soft_wrap=True)
@@ -110,11 +117,15 @@ class Device(threading.Thread):
     self._spent = collections.defaultdict[tuple[int, int, bool], collections.deque[float]](
       lambda: collections.deque(maxlen=20)
     )
-    # Whether a batch's shape is part of the procedure.
-    self._whole = model.batch_size_affects_output
-    self._size, most = model.options.batch_size, model.options.max_input_length
+    options, most = model.options, model.options.max_input_length
+    # Whether a batch's shape is part of the procedure. With the encoder in 8 bits it is, but
+    # prompts that are encoded alone may be decoded together.
+    self._whole, self._size = model.batch_size_affects_output, options.batch_size
+    if self._whole and not model.decoder_rounds:
+      self._whole = self._size > 1
+      self._size = max(self._size, inference.DecodeOptions.batch_size)
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
-    self._alone = 1 if len(program.stage_lengths(model.options.max_decode_length)) == 1 else 0
+    self._alone = 1 if len(program.stage_lengths(options.max_decode_length)) == 1 else 0
     self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
 
   @property
@@ -140,31 +151,50 @@ class Device(threading.Thread):
       if self._stopping or len(self.waiting) + len(jobs) > self.most_waiting:
         raise queue.Full
       self.waiting += jobs
-      self._condition.notify()
+      self._condition.notify(len(jobs))
 
   def stop(self) -> None:
-    """Ends the thread when the queue is empty, or between two programs that are compiled."""
-    with self._condition:
-      self._stopping = True
-      self._condition.notify()
+    """Ends the threads when the queue is empty, or between two programs that are compiled."""
+    self._finish()
     self.join()
 
+  def _finish(self) -> None:
+    with self._condition:
+      self._stopping = True
+      self._condition.notify_all()
+
   def run(self) -> None:
+    self._guarded(self._compile)
+    beside = [
+      threading.Thread(target=self._guarded, args=(self._work,), daemon=True)
+      for _ in range(1, self.workers)
+    ]
+    for thread in beside:
+      thread.start()
+    self._guarded(self._work)
+    for thread in beside:
+      thread.join()
+
+  def _guarded(self, work: Callable[[], None]) -> None:
     try:
-      if self.online is not None:
-        self.online.give_up()
-      self._compile()
-      while self.ready and (batch := self._next()) is not None:
-        if batch:
-          self._serve(batch)
-        else:
-          self._check(self._unchecked.popleft())
+      work()
     except BaseException as error:
       self.failed, self.ready = error, False
+      self._finish()
       self._ended()
+
+  def _work(self) -> None:
+    while self.ready and (batch := self._next()) is not None:
+      if batch:
+        self._serve(batch)
+      else:
+        self._check(self._unchecked.popleft())
+        self._checking = False
 
   def _compile(self) -> None:
     """Runs every program once, on prompts without text."""
+    if self.online is not None:
+      self.online.give_up()
     model, full, start = self.model, self.model.reference, time.monotonic()
     sizes = {self._size} if self._whole else sorted({1, self._size})
     shapes = [(size, length) for length in self._lengths for size in sizes]
@@ -175,32 +205,45 @@ class Device(threading.Thread):
           if self._stopping:
             return
           for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
-            made.decode(made.encode(batch), batch.active, level, rule)
+            made.decode(self._encode(made, batch), batch.active, level, rule)
           run = functools.partial(self._first_tokens, made, batch, level)
           run(0)
           self._seconds[shape] = min(
             timeit.repeat(functools.partial(run, 8), number=1, repeat=3)
           )
         if self.online is not None and len(batch.tokens) == 1:
-          model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
+          model.resume(self._encode(model, batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
         progress.count("shapes of batches")(*self.compiled)
+    batch = self._batch([], min(sizes), self._lengths[len(self._lengths) // 2])
+    decode = functools.partial(self._first_tokens, model, batch, 1.0, 8)
+    self.workers = self.workers or workers_that_pay(decode)
     self.ready, level = True, thresholds.format_threshold(self.threshold)
-    self.say(f"Ready: programs took {time.monotonic() - start:.1f} s; threshold {level}.")
+    threads = f", {self.workers} threads decode" if self.workers > 1 else ""
+    spent = f"programs took {time.monotonic() - start:.1f} s"
+    self.say(f"Ready: {spent}{threads}; threshold {level}.")
     self.say(self.guarantee(self.threshold) or "No guarantee: nothing was calibrated.")
 
   def _first_tokens(self, model: inference.Predictor, batch, level: float, count: int) -> None:
     rule, _ = self._rules(level)
-    given = model.encode(batch), batch.active, level, rule
+    given = self._encode(model, batch), batch.active, level, rule
     collections.deque(model.stream(*given, steps=8, limit=count), maxlen=0)
 
   def _next(self) -> list[Job] | None:
     """The next batch; [] where there is time for a check, None at the end."""
-    with self._condition:
-      self._condition.wait_for(lambda: self.waiting or self._unchecked or self._stopping)
+
+    def due() -> bool:
       self.waiting = [job for job in self.waiting if not job.gone]
+      checks = self._unchecked and not self._checking  # one at a time
+      return bool(self.waiting or checks or self._stopping)
+
+    with self._condition:
+      self._condition.wait_for(due)
       if not self.waiting:
-        return [] if self._unchecked and not self._stopping else None
+        if self._stopping:
+          return None
+        self._checking = True
+        return []
       first, length = self.waiting[0], self._length(self.waiting[0])
       lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
       near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
@@ -227,15 +270,31 @@ class Device(threading.Thread):
     return self.threshold if job.threshold is None else job.threshold
 
   def _length(self, job: Job) -> int:
-    return next(length for length in self._lengths if length >= len(job.tokens))
+    return self._bucket(len(job.tokens))
+
+  def _bucket(self, count: int) -> int:
+    return next(length for length in self._lengths if length >= count)
 
   def _batch(self, jobs: Sequence[Job], size: int, length: int) -> prompt_batches.PromptBatch:
     tokens = np.zeros((size, length), np.int32)
     for row, job in enumerate(jobs):
       tokens[row, : len(job.tokens)] = job.tokens
-    tokens[len(jobs) :, 0] = self.model.eos_id
+    tokens[len(jobs) :, : 1 if jobs else length] = self.model.eos_id
     active = np.arange(size) < (len(jobs) or size)
     return prompt_batches.PromptBatch(np.arange(len(jobs)), tokens, active)
+
+  def _encode(
+    self, model: inference.Predictor, batch: prompt_batches.PromptBatch
+  ) -> caches.Encoded:
+    """Encodes a batch, on a CPU prompt by prompt, which takes as long but for padding."""
+    if self._whole or len(batch.tokens) == 1 or not platforms.is_cpu():
+      return model.encode(batch)
+    rows, made = np.flatnonzero(batch.active), []
+    for tokens in batch.tokens[rows]:
+      length = self._bucket(int(np.count_nonzero(tokens)))
+      tokens = tokens[None, :length]
+      made.append(model.encode(prompt_batches.PromptBatch(rows[:1], tokens, np.ones(1, bool))))
+    return caches.join(made, *batch.tokens.shape)
 
   def _rules(self, level: float) -> tuple[exits.Rule | None, exits.Rule | None]:
     """Of a batch, and of a prompt alone: drafts, where they were measured to be faster."""
@@ -259,9 +318,10 @@ class Device(threading.Thread):
     shape = size, self._length(batch[0]), level == NEVER_EXIT
     self._spent[shape].append(time.perf_counter() - start)
     if self.online is not None and batch[0].threshold is None:
-      served = len(batch) + (self.history[-1][0] if self.history else 0)
-      self.history.append((served, level, sum(layers) / max(1, len(layers))))
-      self._unchecked += [job.prompt for job in batch]
+      with self._condition:
+        served = len(batch) + (self.history[-1][0] if self.history else 0)
+        self.history.append((served, level, sum(layers) / max(1, len(layers))))
+        self._unchecked += [job.prompt for job in batch]
 
   def _decode(
     self, jobs: Sequence[Job], level: float
@@ -270,7 +330,7 @@ class Device(threading.Thread):
     model = self.model.reference if level == NEVER_EXIT else self.model
     size = 1 if len(jobs) == 1 and not self._whole else self._size
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
-    encoded, (rule, alone) = model.encode(batch), self._rules(level)
+    encoded, (rule, alone) = self._encode(model, batch), self._rules(level)
     most, limits = model.options.max_decode_length, np.zeros(size, int)
     limits[: len(jobs)] = [job.limit for job in jobs]
     limit, streams = int(limits.max()), any(job.stream for job in jobs)
@@ -301,3 +361,23 @@ class Device(threading.Thread):
         grid.observe(self.model, self.online, {name: prompt})
     except Exception as error:  # no reason to stop serving
       self.say(f"A check failed: {type(error).__name__}: {error}")
+
+
+def workers_that_pay(decode: Callable[[], Any]) -> int:
+  """Threads that give the most texts a second together, at most one a core: products of a small
+  model keep one core busy, those of a larger one keep them all. `decode` decodes a prompt."""
+  most, count = os.cpu_count() or 1 if platforms.is_cpu() else 1, 1
+  with futures.ThreadPoolExecutor(most) as pool:
+
+    def seconds(count: int) -> float:
+      start = time.perf_counter()
+      futures.wait([pool.submit(decode) for _ in range(count)])
+      return time.perf_counter() - start
+
+    while 2 * count <= most:
+      turns = [(seconds(count), seconds(2 * count)) for _ in range(20)]
+      fewer, more = map(min, zip(*turns, strict=True))
+      if 2.0 * fewer < LEAST_GAIN * more:
+        break
+      count *= 2
+  return count

@@ -95,7 +95,7 @@ def wait_until(holds, seconds=WAIT):
 
 @pytest.fixture(scope="module")
 def served(model):
-  with Running(model, 0.5, most_waiting=16) as running:
+  with Running(model, 0.5, most_waiting=16, workers=1) as running:
     yield running
 
 
@@ -116,7 +116,10 @@ def told(answer):
   return "".join(c["text"] for c in choices), layers, events[-1]["calm"]["threshold"]
 
 
-def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(served, model, expected):
+@pytest.mark.parametrize("workers", (1, 3))
+def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(
+  served, model, expected, workers
+):
   ways = [({}, 0.5), ({"threshold": 0.3}, 0.3), ({"exact": True}, NEVER_EXIT)]
   ways += [({"threshold": "never"}, NEVER_EXIT)]
   programs, draw = compiled.num_made(), np.random.default_rng(0)
@@ -133,11 +136,15 @@ def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(served, m
     text = model.vocabulary.decode(list(output.tokens[:limit]))
     assert told(answer) == (text, list(output.exit_layers[:limit]), never)
 
-  async def ask_all():
-    async with httpx.AsyncClient(base_url=served.url, timeout=WAIT) as client:
+  async def ask_all(running):
+    async with httpx.AsyncClient(base_url=running.url, timeout=WAIT) as client:
       await asyncio.gather(*(ask(client, *one) for one in asked))
 
-  asyncio.run(ask_all())
+  if workers == 1:
+    asyncio.run(ask_all(served))
+  else:
+    with Running(model, 0.5, most_waiting=16, workers=workers) as running:
+      asyncio.run(ask_all(running))
   assert compiled.num_made() == programs  # all of them were there before the first request
 
 
@@ -179,6 +186,17 @@ def test_generations_have_the_shape_of_tgi(served, expected):
     assert made["generated_text"] == choice["text"]
     assert made["details"]["finish_reason"] == choice["finish_reason"] == "length"
     assert len(made["details"]["tokens"]) == 3
+
+
+def test_prompts_that_are_encoded_alone_in_8_bits_are_decoded_together(folder):
+  narrow = {**SIZES, "encoder_dtype": "int8", "reference_dtype": "float32", "batch_size": 1}
+  model = inference.load(folder, **narrow)
+  texts = TEXTS[:9]
+  with Running(model, 0.5, workers=2) as running:
+    made = running.post(prompt=texts)["choices"]
+    sizes = {size for size, _, _ in running.device._spent}
+  assert [choice["text"] for choice in made] == list(model.generate(texts, threshold=0.5).texts)
+  assert max(sizes) > 1
 
 
 def test_the_client_of_openai(served, expected):
@@ -333,6 +351,34 @@ def test_a_full_queue_a_client_that_left_and_an_answer_too_late(served, monkeypa
   monkeypatch.setattr(served.device, "_decode", wait)
   asyncio.run(asyncio.wait_for(ask(), WAIT))
   assert sorted(decoded) == sorted(["first", *(f"b{i}" for i in range(16) if i != 2)])
+
+
+def test_nobody_waits_any_more_and_the_next_one_is_served(model):
+  made = serve.Device(model)
+  found, gone = [], device.Job("gone", [3, 1], 0.5, 8, (), gone=True)
+  thread = threading.Thread(target=lambda: found.append(made._next()), daemon=True)
+  made.waiting.append(gone)
+  thread.start()
+  time.sleep(0.1)
+  assert thread.is_alive() and not found  # the queue is empty, which is no end
+  made._seconds = {(1, 32): 1.0, (4, 32): 2.0}
+  made.submit([dataclasses.replace(gone, prompt="next", gone=False)])
+  thread.join(WAIT)
+  assert [job.prompt for job in found[0]] == ["next"]
+  made._finish()
+  assert made._next() is None
+
+
+def test_as_many_threads_as_pay_decode_at_the_same_time(monkeypatch):
+  lock = threading.Lock()
+
+  def alone():
+    with lock:
+      time.sleep(0.02)
+
+  monkeypatch.setattr(device.os, "cpu_count", lambda: 5)
+  assert device.workers_that_pay(lambda: time.sleep(0.02)) == 4
+  assert device.workers_that_pay(alone) == 1
 
 
 def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
