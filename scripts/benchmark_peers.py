@@ -273,14 +273,15 @@ def torch_systems(way: str, model, setting, depths) -> list[System]:
 class Translator:
   """CTranslate2's, greedy, of a model with weights in 'float32' or 'int8'."""
 
-  def __init__(self, model: Any, kind: str):
+  def __init__(self, model: Any, kind: str, **options: Any):
     self._names = [f"t{i}" for i in range(model.config.vocab_size)]
     self._names[:3] = ["<pad>", "</s>", "<unk>"]
     self._index, self._ends = {name: i for i, name in enumerate(self._names)}, model.eos_id >= 0
     with exported(model) as path, tempfile.TemporaryDirectory() as directory:
       target = _converter(path, self._names).convert(directory, force=True)
       make = imported("ctranslate2").Translator
-      self._translate = make(target, device="cpu", compute_type=kind).translate_batch
+      made = make(target, device="cpu", compute_type=kind, **options)
+      self._translate = made.translate_batch
 
   def generate(self, rows: Iterable[Sequence[int]], steps: int, **more: Any) -> list[list[int]]:
     """Tokens of each prompt, padding left out."""
@@ -297,7 +298,8 @@ class Translator:
 
 
 def ctranslate2_systems(model, setting, depths) -> list[System]:
-  """CTranslate2, float32 and 8-bit weights; its encoder cannot be timed alone."""
+  """CTranslate2, float32 and 8-bit weights, with the threads that it takes itself and with one,
+  which small products finish sooner; its encoder cannot be timed alone."""
   del depths
   batches = models.batches(model, setting)
 
@@ -307,7 +309,7 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
 
   return [
     System(
-      f"CTranslate2 {imported('ctranslate2').__version__} {kind}, full depth",
+      f"CTranslate2 {imported('ctranslate2').__version__} {kind}, full depth{name}",
       functools.partial(run, translator, setting.decode_length),
       functools.partial(run, translator, 1),
       measured_layers=model.config.num_decoder_layers,
@@ -315,7 +317,8 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
       peer=True,
     )
     for kind in ("float32", "int8")
-    for translator in [Translator(model, kind)]
+    for name, threads in (("", 0), (", 1 thread", 1))
+    for translator in [Translator(model, kind, intra_threads=threads)]
   ]
 
 

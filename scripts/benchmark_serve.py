@@ -3,11 +3,13 @@
   python scripts/benchmark_serve.py --results=serve --calibration=runs/cache/calibration.json
   python scripts/benchmark_serve.py --results=serve_small --model=small --threshold=0.64
 
-All systems have the routes, the queue and the rule of batches of `calm serve` (`serve.Device`,
-whose decoder peers replace), each in a process of its own, and take turns. 'no model' answers
-with an empty text: its milliseconds are what the server adds. Capacity is texts a second for
---clients that ask one after another. Then prompts arrive as a Poisson process at shares of the
-first system's capacity, the same arrivals for every system; at once (burst); and as streams.
+All systems have the routes, the queue, the rule of batches and as many threads as pay of `calm
+serve` (`serve.Device`, whose decoder peers replace), each in a process of its own, and take
+turns. 'A core each': CTranslate2 has one thread a prompt and a prompt a core, where by itself
+it gives one prompt all cores. 'No model' answers with an empty text: what the server adds.
+Capacity is texts a second for --clients that ask one after another. Then prompts arrive as a
+Poisson process at shares of the first system's capacity, the same arrivals for every system;
+at once (burst); and as streams.
 """
 
 import argparse
@@ -36,13 +38,22 @@ from calm.calibrate import NEVER_EXIT
 from calm.commands import run as run_lib
 from calm.data import prompt_files
 from calm.inference import outputs
-from calm.serve.device import Part
+from calm.serve.device import Part, workers_that_pay
 
 SHARES = (0.3, 0.6, 0.9)
+# Exits under the promise, without and with an encoder that multiplies in 8 bits.
+CALIBRATED = {"calm, calibrated": "calibration", "calm, calibrated, 8-bit encoder": "narrow"}
 SYSTEMS = {
-  **{"calm, full depth": (), "calm, exact": (), "calm, calibrated": (), "no model": ()},
-  "CTranslate2 int8": ("torch", "transformers", "ctranslate2"),
-  "CTranslate2 float32": ("torch", "transformers", "ctranslate2"),
+  **{
+    "calm, full depth": (),
+    "calm, exact": (),
+    **dict.fromkeys(CALIBRATED, ()),
+    "no model": (),
+  },
+  **{
+    f"CTranslate2 {kind}": ("torch", "transformers", "ctranslate2")
+    for kind in ("int8", "int8, a core each", "float32", "float32, a core each")
+  },
   "transformers": ("torch", "transformers"),
 }
 COLUMNS = ("system", "arrivals", "layers", "texts a second", "ms p50", "ms p99")
@@ -80,6 +91,8 @@ class PeerDevice(serve.Device):
         rows = [[3] * (length - 1) + [self.model.eos_id]] * size
         run = lambda rows=rows: self._peer(rows, 8, None)
         self._seconds[size, length] = min(timeit.repeat(run, number=1, repeat=4))
+    row = [3] * 63 + [self.model.eos_id]
+    self.workers = workers_that_pay(lambda: self._peer([row], 8, None))
     self.ready = True
 
   def _decode(self, jobs, level):
@@ -101,7 +114,9 @@ class PeerDevice(serve.Device):
 
 
 def ctranslate2(model: inference.Predictor, kind: str) -> Decode:
-  translator = peers.Translator(model, kind)
+  kind, _, apart = kind.partition(", ")
+  threads = {"inter_threads": os.cpu_count(), "intra_threads": 1} if apart else {}
+  translator = peers.Translator(model, kind, **threads)
 
   def decode(rows, limit, first):
     def told(step) -> bool:
@@ -135,22 +150,22 @@ def transformers(model: inference.Predictor) -> Decode:
 
 def device(options: argparse.Namespace) -> serve.Device:
   """The system of --system, which begins when it is started."""
-  name, early = options.system, options.system == "calm, calibrated"
+  name, early = options.system, options.system in CALIBRATED
   if options.model == "small":
     lengths: Any = {"max_input_length": 128, "max_decode_length": 64}
     decoding = inference.DecodeOptions("classifier", **lengths, head_dtype=options.head_dtype)
     random = models.load("small", "float32", 512)
     model = inference.Predictor(random.config, random.params, Numbers(), decoding)
   else:
-    calibration = options.calibration if early else None
+    calibration = getattr(options, CALIBRATED[name]) if early else None
     head: Any = {"head_dtype": options.head_dtype}
     model = inference.load(options.model, calibration=calibration, **head)
   others: dict[str, Callable[[], Decode]] = {
     "no model": lambda: lambda rows, limit, first: [[model.eos_id]] * len(rows),
-    "CTranslate2 int8": lambda: ctranslate2(model, "int8"),
-    "CTranslate2 float32": lambda: ctranslate2(model, "float32"),
     "transformers": lambda: transformers(model),
   }
+  if name.startswith("CTranslate2 "):
+    others[name] = lambda: ctranslate2(model, name.removeprefix("CTranslate2 "))
   if name in others:
     return PeerDevice(model, others[name](), most_waiting=10_000)
   if name == "calm, exact":
@@ -301,6 +316,7 @@ def main() -> None:
   add = parser.add_argument
   add("--model", default="packed", help="'packed', 'small' (random weights) or a folder")
   add("--calibration", help="of 'calm, calibrated'; a folder of `calm fit` has its own")
+  add("--narrow", help="the calibration of 'calm, calibrated, 8-bit encoder'")
   add("--threshold", type=float, help="of 'calm, calibrated', in its place")
   add("--head_dtype", help="calm's: int8")
   add("--prompts", default=inference.PACKED / "prompts_unseen.jsonl")
@@ -318,6 +334,8 @@ def main() -> None:
   rounds: dict[tuple[str, str], list] = {}
   try:
     for name in options.systems.split(";"):
+      if name == "calm, calibrated, 8-bit encoder" and not options.narrow:
+        continue
       if why := peers.not_installed(*SYSTEMS[name]):
         print(f"not installed: {name} ({why})", file=sys.stderr)
         continue

@@ -59,14 +59,14 @@ BUDGETS = {
   "fitting": (2025, 7),
   "inference": (2165, 8),
   "paper": (1790, 5),
-  "serve": (747, 4),
+  "serve": (827, 4),
   "signals.py": (91, 1),
   "storage.py": (448, 1),
-  "t5": (2852, 16),
+  "t5": (2871, 16),
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (26_283, 123), "tests": (21_687, 143), "scripts": (4_374, 25)}
+WHOLE = {"calm": (26_382, 123), "tests": (21_733, 143), "scripts": (4_395, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
