@@ -191,8 +191,7 @@ def _layer_weights(
   scale = lambda name: jnp.asarray(layer[name]["scale"], config.dtype)
   names = ["key", "value"]
   apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]
-  count = len(config.mlp_activations)
-  mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
+  mlp_names = sorted({*layer["mlp"]} - {"wo"})  # "wi", or "wi_0", "wi_1" ...
   cross = beside("encoder_decoder_attention", names)
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),

@@ -75,24 +75,6 @@ def test_prompts_are_encoded_as_the_network_encodes_them(monkeypatch, per_layer)
   assert len(laid_out) == sizes.num_encoder_layers
 
 
-def test_heads_and_losses_read_states_through_translators_of_exit_layers_alone():
-  toy, plain = engine.toy(exit_translators=(1, 3)), engine.toy()
-  params = {**toy.params, "decoder": dict(toy.params["decoder"])}
-  parts = params["decoder"].pop("exit_translators")
-  args, method = (INPUTS, TOKENS, ALL_REAL), "normed_states"
-  read = apply(*args, params=toy.params, config=toy.config, method=method)
-  normed = apply(*args, params=params, config=plain.config, method=method)
-  np.testing.assert_array_equal(read[1], normed[1])
-  np.testing.assert_array_equal(read[3], normed[3])
-  for layer in (1, 3):
-    part, x = parts[f"layers_{layer - 1}"], np.asarray(normed[layer - 1])
-    expected = x + x @ part["kernel"] + part["bias"]
-    np.testing.assert_allclose(read[layer - 1], expected, rtol=1e-4, atol=1e-4)
-  # Full depth is the base model's, bit for bit.
-  of = lambda params, config: apply(*args, params=params, config=config)
-  np.testing.assert_array_equal(of(toy.params, toy.config), of(params, plain.config))
-
-
 def test_a_call_for_t5xs_own_cache_is_refused():
   with pytest.raises(ValueError, match=r"`decode=False`, got .*; decode by"):
     apply(INPUTS, TOKENS, ALL_REAL, decode=True)

@@ -60,8 +60,7 @@ def attend(
 def single_threaded(matrix: Any, rows: int) -> bool:
   """Whether so few rows meet layers so small, by their largest matrix, that one thread is as
   fast as two."""
-  can = platforms.has_wide_vectors() and available()
-  return can and is_small(matrix) and rows <= MOST_ROWS
+  return rows <= MOST_ROWS and is_small(matrix) and platforms.has_wide_vectors() and available()
 
 
 def is_small(matrix: Any) -> bool:
