@@ -39,11 +39,9 @@ def opened(arguments: argparse.Namespace, name: str) -> experiments.Task:
 
 
 def titled(measure: str) -> str:
-  """The title of 'probe@2,4/8' for a reader."""
-  measure, _, decay = measure.partition("/")
+  """The title of 'probe@2,4' for a reader."""
   name, _, layers = measure.partition("@")
-  title = f"{name} after {layers}" if layers else f"{name}, every layer"
-  return f"{title}; decaying, {decay}" if decay else title
+  return f"{name} after {layers}" if layers else f"{name}, every layer"
 
 
 def cell(gain: experiments.Gain) -> str:

@@ -25,9 +25,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = {
-  "p_values": ("p_values_test", "betting_test"),
+  "p_values": ("p_values_test",),
   "testing": ("testing_test", "risks_test"),
-  "betting": ("betting_test", "clusters_test"),
+  "betting": ("p_values_test", "clusters_test"),
   "online": ("online_test",),
   "clusters": ("clusters_test", "calibration_test", "risks_test"),
   "risks": ("risks_test", "forgery_test"),

@@ -1,7 +1,9 @@
 """Validity first, exactly where laws can be enumerated, by seeded simulation elsewhere."""
 
+import dataclasses
 import decimal
 import fractions
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate import betting, p_values
+from calm.calibrate import Support, clusters, methods, p_values
+from calm.calibrate.betting import (
+  Design,
+  _follow,
+  _reaches,
+  log_p_value,
+  log_wealth,
+  upper_bound,
+)
 from tests.calibrate import laws
 
 SUM_BASED = (
@@ -44,8 +54,8 @@ def cases():
 def compute(name, losses, tolerance):
   if name in ("betting", "fixed_level"):
     hedges = name == "fixed_level"
-    design = betting.Design(tolerance, 0.05, len(losses), hedges=hedges)
-    return np.exp(betting.log_p_value(losses, design))
+    design = Design(tolerance, 0.05, len(losses), hedges=hedges)
+    return np.exp(log_p_value(losses, design))
   return getattr(p_values, name)(losses.sum(axis=0), len(losses), tolerance)
 
 
@@ -114,8 +124,8 @@ def test_large_samples_do_not_underflow_in_log_space():
     assert np.isfinite(log_p) and log_p < -2e5 / 1.7 and p_value(1000, size, 0.25) == 0.0
   exact = stats.binom.logpmf(1000, size, 0.25)  # the largest term of the lower tail
   assert p_values.binomial(1000, size, 0.25, log=True) == pytest.approx(exact, rel=1e-4)
-  design = betting.Design(0.5, 0.05, 20_000)
-  assert betting.log_p_value(np.zeros((20_000, 1)), design) < -1000
+  design = Design(0.5, 0.05, 20_000)
+  assert log_p_value(np.zeros((20_000, 1)), design) < -1000
 
 
 def test_tails_beyond_float64_join_the_rest():
@@ -169,3 +179,181 @@ def test_binomial_is_exact_for_many_prompts(count, tolerance):
   expected = exact_binomial_cdf(count, 10**5, tolerance)
   assert p_values.binomial(count, 10**5, tolerance) == pytest.approx(expected, rel=1e-13)
   assert p_values.binomial(10**5, 10**5, tolerance) == 1.0
+
+
+# ---- Bets and bounds
+
+
+@pytest.mark.parametrize("hedges", [False, True])
+@pytest.mark.parametrize(
+  ("values", "chances", "size"),
+  [
+    ((0.0, 1.0), (0.6, 0.4), 11),
+    ((0.0, 1.0), (0.9, 0.1), 11),
+    ((0.0, 0.5, 1.0), (0.5, 0.4, 0.1), 7),
+    ((-1.0, 0.0, 1.0), (0.2, 0.4, 0.4), 7),
+    ((-1.0, 1.0), (0.45, 0.55), 11),
+  ],
+)
+def test_betting_is_super_uniform_exactly(hedges, values, chances, size):
+  tolerance = float(np.dot(values, chances))
+  paths = np.array(list(itertools.product(range(len(values)), repeat=size)))
+  weights = np.array(chances)[paths].prod(axis=1)
+  losses = np.array(values)[paths].T
+  design = Design(tolerance, 0.2, size, hedges=hedges)
+  assert weights.sum() == pytest.approx(1.0)
+  laws.assert_super_uniform(np.exp(log_p_value(losses, design)), weights)
+  wealth = np.exp(log_wealth(losses, design))
+  np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
+
+
+def test_betting_by_hand():
+  # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
+  tolerance, losses = 0.5, np.array([0.2, 0.4])
+  first = min(math.sqrt(math.log(20.0)) / 0.5, 0.9 / 0.5)
+  mean = 0.2 / 2
+  second = min(math.sqrt(math.log(20.0)) / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
+  wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
+  found = log_p_value(losses[:, None], Design(tolerance, 0.05, 2))
+  assert found == pytest.approx(-math.log(max(wealth)), rel=1e-12)
+
+
+def test_bets_see_the_past_only():
+  generator = np.random.default_rng(5)
+  losses = laws.signed(generator, 0.0, (40, 3))
+  for hedges in (False, True):
+    design = Design(0.1, 0.05, 40, hedges=hedges)
+    bets = design.bets(losses)
+    for row in (0, 1, 17, 39):
+      changed = losses.copy()
+      changed[row:] = generator.permutation(changed[row:]) * 0.5
+      np.testing.assert_array_equal(design.bets(changed)[: row + 1], bets[: row + 1])
+    assert np.all(bets >= 0.0)
+    assert design.cap == pytest.approx((0.99 if hedges else 0.9) / 0.9)
+
+
+def test_wealth_that_just_gets_there_has_got_there():
+  """A factor of 2 at an error rate of 1/2, to the last digit."""
+  losses, only = np.array([[-0.99]]), np.array([0])
+  design = Design(np.array([0.01]), 0.5, 1, hedges=True)
+  bets = design.bets(losses)
+  assert float(design.cap[0]) == 1.0 < bets[0, 0]
+  assert log_wealth(losses, design)[0, 0] == design.target
+  assert _reaches(losses, bets, only, design)
+
+
+def hedge_by_hand(losses, tolerance, error_rate, planned):
+  """One column, its wealth looked at before every loss; see `betting.hedge_bets`."""
+  target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
+  wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
+  bets = []
+  for row, loss in enumerate(losses):
+    deviation = math.sqrt(squares / (row + 8))
+    chance = min(1.0, error_rate * math.exp(wealth))
+    if highest < target and chance > error_rate**2:
+      z = stats.norm.ppf(chance)
+      bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
+    else:
+      bet = pace / deviation
+    bets.append(bet)
+    wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
+    highest = max(highest, wealth)
+    total += loss
+    squares += (loss - total / (row + 2)) ** 2
+  return np.array(bets), highest
+
+
+@pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
+@pytest.mark.parametrize("error_rate", [0.05, 0.3])
+def test_the_hedge_by_hand(mean, reached, error_rate):
+  losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
+  bets, highest = hedge_by_hand(losses, 0.1, error_rate, 120)
+  design = Design(0.1, error_rate, 120, hedges=True)
+  found = design.bets(losses[:, None])[:, 0]
+  # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
+  np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
+  p = np.exp(log_p_value(losses[:, None], design))
+  assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 200])
+def test_wealth_is_followed_alike_in_factors_and_in_logarithms(rows):
+  gains = np.random.default_rng(rows).uniform(-0.5, 0.5, (rows, 4))
+  sums = np.cumsum(np.log1p(gains), axis=0)
+  highest, last = _follow(gains.copy())
+  np.testing.assert_allclose(highest, sums.max(axis=0), rtol=1e-9, atol=1e-12)
+  np.testing.assert_allclose(last, sums[-1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__)
+@given(st.integers(1, 120), st.floats(0, 1), st.sampled_from([0.01, 0.05, 0.3]))
+def test_the_bound_is_where_the_p_value_crosses_the_level(p_value, size, share, error_rate):
+  total = float(round(share * size))
+  bound = float(p_values.invert(p_value, total, size, error_rate=error_rate))
+  assert total / size <= bound <= 1.0
+  if bound < 1.0:
+    assert p_value(total, size, bound) <= error_rate * (1 + 1e-9)
+  if bound > 1e-6:
+    assert p_value(total, size, min(bound, 1.0) - 3e-9) > error_rate
+
+
+def test_binomial_bound_is_clopper_pearson():
+  for count, size in ((0, 10), (3, 10), (40, 500)):
+    found = p_values.invert(p_values.binomial, count, size, error_rate=0.05)
+    assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
+  assert p_values.invert(p_values.binomial, 3, 10, error_rate=0.9) == 0.3  # no bound is below
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+@given(
+  st.integers(0, 10**6),
+  st.sampled_from([1, 2, 30, 150]),
+  st.floats(0.003, 0.9),
+  st.sampled_from([0.01, 0.05, 0.3]),
+  st.sampled_from([laws.bernoulli, laws.mostly_zero, laws.signed]),
+)
+def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, law):
+  generator = np.random.default_rng(seed)
+  if name == "binomial":
+    law = laws.bernoulli
+  lower = -1.0 if law is laws.signed and name.startswith("betting") else 0.0
+  means = tolerance * np.array([0.1, 0.5, 0.8, 0.95, 1.0, 1.05])
+  losses = np.stack([law(generator, mean, size) for mean in means], axis=1)
+  losses = np.clip(losses, lower, 1.0)
+  support = Support(lower, binary=name == "binomial")
+  method, usable = methods.get_method(name, support), np.ones(6, bool)
+  design = method.design(tolerance, error_rate, size)
+  log_p, bound = method.evidence(losses, support, design, usable)
+  np.testing.assert_array_equal(bound <= tolerance, np.exp(log_p) <= error_rate)
+  assert np.all((bound > lower) & (bound <= 1.0))
+
+
+@pytest.mark.parametrize("hedges", [False, True])
+@pytest.mark.parametrize("tolerance", [0.1, 0.4])
+def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
+  """Losses of 0 and 1 at the bound: sum over paths of P(reject | path), exactly."""
+  length, level = 11, 0.05
+  paths = ((np.arange(2**length) >> np.arange(length)[:, None]) & 1).astype(float)
+  design = Design(tolerance, level, length, hedges=hedges)
+  wealth = np.exp(log_wealth(paths, design))
+  rejects = np.where(wealth.max(axis=0) >= 1 / level, 1.0, np.minimum(1.0, level * wealth[-1]))
+  chance = np.prod(np.where(paths == 1.0, tolerance, 1.0 - tolerance), axis=0)
+  without = np.sum(chance * (wealth.max(axis=0) >= 1 / level))
+  assert without < np.sum(chance * rejects) <= level + 1e-12
+  # p-values and bounds are of this test, for each uniform.
+  columns = np.random.default_rng(0).integers(paths.shape[1], size=200)
+  uniforms = np.random.default_rng(1).random(200)
+  some = paths[:, columns]
+  drawn = dataclasses.replace(design, uniform=uniforms)
+  p = np.exp(log_p_value(some, drawn))
+  end = wealth[-1, columns] / uniforms
+  expected = np.minimum(1.0, 1.0 / np.maximum(wealth.max(axis=0)[columns], end))
+  np.testing.assert_allclose(p, expected, rtol=1e-9)
+  bounds = upper_bound(some, drawn)
+  np.testing.assert_array_equal(bounds <= tolerance, p <= level)
+
+
+def test_a_seed_draws_one_uniform():
+  drawn = [clusters.seeded_uniform(f"{number:04x}") for number in range(4000)]
+  assert len(set(drawn)) == 4000 and stats.kstest(drawn, "uniform").pvalue > 0.01
+  assert clusters.seeded_uniform("0001") == drawn[1]
