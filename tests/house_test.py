@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4969, 21),
+  "calibrate": (4951, 21),
   "checkpoints": (988, 5),
   "commands": (2259, 13),
   "console.py": (228, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (26_380, 123), "tests": (21_715, 143), "scripts": (4_395, 25)}
+WHOLE = {"calm": (26_362, 123), "tests": (21_696, 141), "scripts": (4_393, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -104,7 +104,15 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     layers: mean decoder layers a token at every threshold, [num_thresholds], or the
       `Generations` that were calibrated on; None draws against the threshold.
   """
-  x = calibration.column("threshold") if layers is None else _layers(calibration, layers)
+  if hasattr(layers, "layer_counts"):
+    counts = layers.layer_counts()
+    layers = () if counts is None else counts[0].sum(0) / np.maximum(counts[1].sum(0), 1)
+  x = np.asarray(calibration.column("threshold") if layers is None else layers, np.float64)
+  if x.shape != (len(calibration.rows),):
+    raise ValueError(
+      f"Expected `layers` of [{len(calibration.rows)}], one a threshold, or generations that"
+      f" know them, got shape {x.shape}; leave it out to draw against the threshold."
+    )
   axes = new_axes() if axes is None else axes
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified, chosen = calibration.column("rejected").astype(bool), place(calibration)
@@ -150,16 +158,3 @@ def new_axes() -> Any:
 
   figure._repr_png_ = axes._repr_png_ = png
   return axes
-
-
-def _layers(calibration: Any, layers: Any) -> np.ndarray:
-  if hasattr(layers, "layer_counts"):
-    counts = layers.layer_counts()
-    layers = () if counts is None else counts[0].sum(0) / np.maximum(counts[1].sum(0), 1)
-  values, count = np.asarray(layers, np.float64), len(calibration.rows)
-  if values.shape != (count,):
-    raise ValueError(
-      f"Expected `layers` of [{count}], one a threshold, or generations that know them, got"
-      f" shape {values.shape}; leave it out to draw against the threshold."
-    )
-  return values

@@ -149,7 +149,6 @@ def invert(
 
 
 def _invert_one(p_value: SumPValue, total: float, num_examples: int, level: float) -> float:
-  @functools.cache  # brentq asks for both ends again
   def excess(tolerance: float) -> float:
     return float(p_value(total, num_examples, tolerance, log=True)) - level
 

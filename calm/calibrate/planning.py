@@ -1,5 +1,6 @@
 """How many calibration prompts are needed, before any is decoded."""
 
+import bisect
 import math
 
 import numpy as np
@@ -81,16 +82,12 @@ def method_size(
     log_p = chosen.log_p_values(np.full((size, 1), lowest[0, 0]), design)
     return float(log_p[0]) <= math.log(error_rate * share) + 1e-12
 
-  few = _floor(chosen, declared, tolerance, error_rate * share) - 1
-  enough = few + 1
+  few = enough = _floor(chosen, declared, tolerance, error_rate * share)
   while enough <= _MOST_PROMPTS and not certifies(enough):
-    few, enough = enough, 2 * enough
+    few, enough = enough + 1, 2 * enough
   if enough > _MOST_PROMPTS:
     return None
-  while enough - few > 1:
-    middle = (few + enough) // 2
-    few, enough = (few, middle) if certifies(middle) else (middle, enough)
-  return enough
+  return bisect.bisect_left(range(enough), True, lo=few, key=certifies)
 
 
 def _floor(chosen: methods.Method, support: Support, tolerance: float, level: float) -> int:

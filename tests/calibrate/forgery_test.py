@@ -98,7 +98,7 @@ CONTRADICTIONS = [
       ("rows.0.rejected", False, "`rejected` True"),
       ("rows.2.rejected", True, "`rejected` False"),
       ("rows.2.adjusted_p_value", 0.01, "`adjusted_p_value`"),
-      ("rows.0.threshold", 0.01, "strictly descending"),
+      ("rows.0.threshold", 0.01, "descend strictly"),
       ("testing", "bonferroni", "`adjusted_p_value`"),
       ("visited", [0], "`visited`"),
       (
