@@ -46,7 +46,11 @@ class Vocabulary:
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
-    check_utf8(s)
+    try:
+      s.encode("utf-8")
+    except UnicodeEncodeError as error:
+      half = f"half of a surrogate pair, {s[error.start]!r}, at character {error.start + 1}"
+      raise ValueError(f"Expected a text that UTF-8 can hold, got {half}.") from error
     return self._encode(s)
 
   def decode(self, ids: Iterable[int], /) -> str:
@@ -321,15 +325,6 @@ def _with_extra_pieces(model: bytes, extra_ids: int) -> bytes:
     piece += bytes([0x15]) + struct.pack("<f", 0.0) + bytes([0x18, _USER_DEFINED])
     model += bytes([0x0A, len(piece)]) + piece
   return model
-
-
-def check_utf8(text: str) -> bytes:
-  """A text's UTF-8; ValueError where it holds half of a surrogate pair."""
-  try:
-    return text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    half = f"half of a surrogate pair, {text[error.start]!r}, at character {error.start + 1}"
-    raise ValueError(f"Expected a text that UTF-8 can hold, got {half}.") from error
 
 
 def _content(path: str | os.PathLike, expected: str) -> bytes:
