@@ -239,14 +239,16 @@ def _arrow_values(file: BinaryIO, name: str, most: int) -> Iterator[dict[str, An
   columns = _plain_columns(schema, name, types.is_string_view)
   for message in ipc.MessageReader.open_stream(file):
     packed = message.type != "record batch" or _is_packed(message.metadata.to_pybytes())
-    batch = None if packed else ipc.read_record_batch(message, schema).select(columns)
-    if batch is None or batch.nbytes > message.body.size:
+    if not packed:
+      batch = ipc.read_record_batch(message, schema).select(columns)
+      if _COLUMNAR_ROW * len(batch) > most:
+        raise _too_much(name)
+      batch.validate(full=True)  # before anything, its size too, is read through its offsets
+      packed = batch.nbytes > message.body.size
+    if packed:
       raise ValueError(
         f"Expected {name!r} to hold plain texts, got packed ones; save as JSON Lines."
       )
-    if _COLUMNAR_ROW * len(batch) > most:
-      raise _too_much(name)
-    batch.validate(full=True)
     yield from batch.to_pylist()
 
 

@@ -156,6 +156,22 @@ def test_a_folder_that_is_not_as_datasets_writes_it_is_refused(
     prompt_files.open_prompts(folder)
 
 
+def test_no_byte_that_turned_in_an_arrow_file_is_followed_out_of_it(tmp_path):
+  columns = {"input": ["a" * 50, "b"], "n": [1, 2], "targets": [["x"], []]}
+  folder = save_to_disk(tmp_path / "rows", [columns])
+  (path,) = folder.glob("*.arrow")
+  whole, refused = path.read_bytes(), 0
+  for at in range(len(whole)):
+    for mask in (0x80, 0xFF):
+      path.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
+      try:
+        prompt_files.open_prompts(folder)
+      except ValueError as error:
+        assert str(folder) in str(error)
+        refused += 1
+  assert refused > len(whole)
+
+
 @pytest.mark.parametrize(
   ("content", "format", "texts"),
   [
