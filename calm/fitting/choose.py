@@ -22,7 +22,7 @@ from calm.exits import confidence, schedules
 from calm.fitting import exit_maps, request
 from calm.inference import grid, result_cache, timing
 from calm.inference.grid import part
-from calm.t5 import parameters
+from calm.t5 import caches, decoder, parameters
 
 # Finalists that are timed; how many of them, the fastest first, get a grid with a threshold.
 FINALISTS, DECODED = 5, 2
@@ -230,7 +230,8 @@ def read_layers(
   for number, batch in enumerate(batches):
     rows = [full[int(row)].tokens or () for row in batch.rows]
     targets = exit_maps.padded_targets(rows, len(batch.tokens), longest)
-    layers = [np.asarray(x) for x in read(predictor.params, batch.tokens, targets)]
+    given = predictor.weights.decoder, predictor.params, batch.tokens, targets
+    layers = [np.asarray(x) for x in read(*given)]
     for i, tokens in enumerate(rows):
       columns = [array[:, i, : len(tokens)].T for array in layers]
       found.append((*columns, np.arange(len(tokens))))
@@ -240,45 +241,36 @@ def read_layers(
   return Reading(dict(zip(names, values, strict=True)), agrees, positions)
 
 
-def _read(predictor: inference.Predictor, names: Sequence[str], params, inputs, targets):
+def _read(
+  predictor: inference.Predictor, names: Sequence[str], weights, params, inputs, targets
+):
   """Whether layers agree with the last, and their confidences, [layers, batch, length] each."""
-  config, num_pieces = predictor.config, predictor.vocabulary.vocab_size
-  shortlist = np.asarray(predictor.options.shortlist or (), int)
-  hidden, _, normed = exit_maps.full_states(config, params, inputs, targets)
-  head = parameters.head_kernel(params, config)
-  probes: Any = parameters.probes(params)
-
-  def logits_of(layer, columns: Any = slice(num_pieces)):
-    return normed[layer].astype(jnp.float32) @ head[:, columns]
-
-  def exit_logit(layer):
-    classifier = params["decoder"]["exit_classifier"]
-    state = normed[layer].astype(jnp.float32)
-    return (state @ classifier["kernel"])[..., 0] + classifier["bias"][0]
-
-  def probe_logit(layer, previous):
-    if layer + 1 == probes.num_layers:
-      return jnp.full(hidden.shape[1:-1], confidence.CERTAIN)
-    features = confidence.evidence(hidden[layer], previous, logits_of(layer, shortlist))
-    return probes.logit(layer + 1, normed[layer], features)
-
+  config, shape = predictor.config, targets.shape
+  states, *_ = exit_maps.full_states(config, params, inputs, targets)
+  states = [state.reshape(-1, config.emb_dim) for state in states]
+  nothing = caches.Encoded((), jnp.zeros(0))  # no layer attends to anything
+  heads = decoder.DecoderStep(weights, config, nothing, (), ())
   last, columns = None, []
-  for layer in reversed(range(config.num_decoder_layers)):
-    logits = logits_of(layer)
+  for layer in range(len(states), 0, -1):
+    hidden = states[layer - 1]
+    previous = states[layer - 2] if layer > 1 else jnp.zeros_like(hidden)
+    read = heads.read(layer, hidden)
+    logits = heads.logits(read)
     best = jnp.argmax(logits, axis=-1)
     last = best if last is None else last
-    previous = hidden[layer - 1] if layer else jnp.zeros_like(hidden[0])
+    given = layer, read, hidden, previous
     view = confidence.LayerView(
-      layer + 1,
-      hidden[layer],
+      layer,
+      hidden,
       previous,
       logits=lambda logits=logits: logits,
-      exit_logit=lambda layer=layer: exit_logit(layer),
-      shortlist_logits=lambda layer=layer: logits_of(layer, shortlist),
-      probe_logit=lambda layer=layer, previous=previous: probe_logit(layer, previous),
+      exit_logit=lambda read=read: heads.exit_logit(read),
+      shortlist_logits=lambda read=read: heads.shortlist_logits(read),
+      probe_logit=lambda given=given: heads.probe_logit(*given),
     )
     columns.append((best == last, *(confidence.measure(name)(view) for name in names)))
-  return tuple(jnp.stack(part) for part in zip(*columns[::-1], strict=True))
+  stacked = (jnp.stack(part) for part in zip(*columns[::-1], strict=True))
+  return tuple(part.reshape(-1, *shape) for part in stacked)
 
 
 # ---- Simulation and ranking
@@ -466,7 +458,12 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
       start, end = (0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1))
       entry = decode(entry.candidate, part(progress, start, end))
     tried.append(entry)
-  for name in filter(None, IN_8_BITS if has_large_layers(predictor) else ()):
+  leaves = parameters.flatten(predictor.params).items()
+  numbers = sum(leaf.size for path, leaf in leaves if "/layers_" in path)
+  narrows = numbers >= LEAST_LAYERS and not predictor.batch_size_affects_output
+  narrows = narrows and predictor.options.weights_dtype is None
+  # They change texts, which the promise covers.
+  for name in filter(None, IN_8_BITS if narrows else ()):
     narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=name)
     tried.append(decode(narrow, part(progress, 0.85, 0.85)))
   tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
@@ -515,14 +512,6 @@ def timed(
 
 
 # ---- The output head in 8 bits, and exact decoding: the texts do not change
-
-
-def has_large_layers(predictor: inference.Predictor) -> bool:
-  """Whether layers in 8 bits are a candidate; they change texts, which the promise covers."""
-  flat = parameters.flatten(predictor.params)
-  numbers = sum(leaf.size for path, leaf in flat.items() if "/layers_" in path)
-  exact = not predictor.batch_size_affects_output
-  return exact and predictor.options.weights_dtype is None and numbers >= LEAST_LAYERS
 
 
 def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.Predictor:

@@ -105,21 +105,16 @@ def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
   """Makes the output folder, or resumes in it; `asked` is all that the output depends on.
   ValueError: it holds another request's fit, or other things; OSError: it cannot be written."""
   file = output / request.WORK / "request.json"
-  if file.is_file():
-    _check_same(file, json.loads(json.dumps(asked)), output)
-  elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-    what = "has other files in it" if output.is_dir() else "is a file"
-    raise ValueError(
-      f"Expected `output` to be a new folder, or one that a fit has begun, got {str(output)!r},"
-      f" which {what}; choose another name."
-    )
-  else:
+  if not file.is_file():
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+      what = "has other files in it" if output.is_dir() else "is a file"
+      raise ValueError(
+        "Expected `output` to be a new folder, or one that a fit has begun, got"
+        f" {str(output)!r}, which {what}; choose another name."
+      )
     file.parent.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(file, json.dumps(asked, indent=1) + "\n")
-
-
-def _check_same(file: pathlib.Path, asked: Mapping[str, Any], output: pathlib.Path) -> None:
-  """Refuses a stored request that is damaged or another one."""
+    return
   try:
     there = storage.parse_json(storage.content(file))
     before = there["options"].get
@@ -128,6 +123,7 @@ def _check_same(file: pathlib.Path, asked: Mapping[str, Any], output: pathlib.Pa
       f"Expected {str(file)!r} to be the request of a fit, with its `options`, got something"
       f" else ({error}); restore it, or choose another folder."
     ) from error
+  asked = json.loads(json.dumps(asked))
   differing = [
     f"`{name}` ({before(name)!r} there, {value!r} now)"
     for name, value in asked["options"].items()

@@ -58,16 +58,16 @@ class Output:
     return _mean(self.exit_layers)
 
   @property
-  def visible(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Pieces, EOS as a mark and without the space before the first word, and exit layers."""
+  def visible(self) -> tuple[str, ...]:
+    """Pieces, EOS as a mark and without the space before the first word."""
     pairs = zip(self.tokens, self.pieces, strict=True)
     pieces = ["⏎" if token == self.eos_id else piece for token, piece in pairs]
     pieces[:1] = [piece.lstrip(" ") or piece for piece in pieces[:1]]
-    return tuple(pieces), self.exit_layers
+    return tuple(pieces)
 
   def coloured(self, console: rich_console.Console | None = None) -> str:
     """The text for a terminal, every token coloured by its exit layer."""
-    return to_terminal(*self.visible, self.num_layers, console)
+    return to_terminal(self.visible, self.exit_layers, self.num_layers, console)
 
   def __repr__(self) -> str:
     return (
@@ -77,9 +77,9 @@ class Output:
 
   def _repr_html_(self, legend: bool = True) -> str:
     """A coloured `<span>` a token, with titles like `layer 3 of 8, confidence 0.97`."""
-    pieces, layers = self.visible
     titles = (f", confidence {c:.2f}" for c in self.confidences)
-    body = _spans(zip(map(printable, pieces), layers, titles, strict=True), self.num_layers)
+    tokens = zip(map(printable, self.visible), self.exit_layers, titles, strict=True)
+    body = _spans(tokens, self.num_layers)
     body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
     return f"<div>{body}{legend_html(self.num_layers)}</div>" if legend else body
 
