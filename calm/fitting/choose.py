@@ -189,16 +189,6 @@ def exit_layers(num_layers: int) -> tuple[int, ...]:
   return tuple(sorted({round(float(layer)) for layer in spread}))
 
 
-def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
-  """Sets of exit layers: all, from one on, runs of layers, and pairs."""
-  layers = exit_layers(num_layers)
-  sets = [tuple(range(first, num_layers)) for first in layers]
-  ends = itertools.combinations(range(len(layers) + 1), 2)
-  sets += [tuple(layers[start:end]) for start, end in ends]
-  sets += list(itertools.combinations(layers, 2))
-  return tuple(dict.fromkeys(sets))
-
-
 # ---- Confidences of every layer
 
 
@@ -317,7 +307,12 @@ def rank(
   a simulated loss within the tolerance (`inf` where none has)."""
   length = predictor.options.max_decode_length
   learned = set(predictor.config.exit_propagation)
-  sets = layer_sets(predictor.num_layers)
+  # All layers, all from one on, runs of them, and pairs.
+  layers = exit_layers(predictor.num_layers)
+  sets = [tuple(range(first, predictor.num_layers)) for first in layers]
+  ends = itertools.combinations(range(len(layers) + 1), 2)
+  sets += [layers[start:end] for start, end in ends]
+  sets = tuple(dict.fromkeys([*sets, *itertools.combinations(layers, 2)]))
   if predictor.config.exit_translators:  # other layers have no maps
     sets = tuple(layers for layers in sets if learned.issuperset(layers))
   found = []

@@ -309,6 +309,12 @@ def look(
     told, folder = part(progress, 0.8, 1.0), fit.work / "last"
     columns += grid.on_grid(model, prompts, levels, folder, full=full, progress=told).records
   early = columns[0 if served is None else 1 + levels.index(level)]
+  given = predictor.vocabulary.piece, options.metric, predictor.eos_id
+  shown = (
+    panel.shown_prompt(prompt, records, *given)
+    for prompt, *records in zip(prompts[:EXAMPLES], *columns, strict=False)
+  )
+  tolerances = promised or ((options.tolerance, 0),)
   result = result_lib.Result(
     model=str(fit.initial),
     sizes=str(fit.splits),
@@ -321,7 +327,16 @@ def look(
     certified_threshold=level,
     seconds=measured,
     last=evaluate(prompts, full, early, options),
-    panel=examples(fit, predictor, levels, columns, promised),
+    panel=panel.Panel(
+      predictor.options.measure,
+      predictor.num_layers,
+      (NEVER, *levels),
+      tuple(shown),
+      options.error_rate,
+      tolerances,
+      first=[tolerance for tolerance, _ in tolerances].index(options.tolerance),
+      loss="mean distance" if options.kind == "textual" else "mean increase of the loss",
+    ),
     exact=choose.faster_exact(untouched(fit, predictor), prompts),
     tested=() if calibration is None else calibration.rows,
   )
@@ -349,29 +364,3 @@ def evaluate(
   pair = generations.Generations(tuple(prompts), np.array([0.5]), (tuple(early),), tuple(full))
   risk = result_lib.Mean.of(losses.prefix_losses(pair, options.kind, metric=metric)[0])
   return result_lib.LastLook(quality(full), quality(early), risk, layers)
-
-
-def examples(
-  fit: Fit,
-  predictor: inference.Predictor,
-  levels: tuple[float, ...],
-  columns: Sequence[Sequence[Record]],
-  promised: tuple[tuple[float, int], ...],
-) -> panel.Panel:
-  """Some prompts of the last part at every threshold of the grid that was certified on."""
-  options, promised = fit.options, promised or ((fit.options.tolerance, 0),)
-  given = predictor.vocabulary.piece, options.metric, predictor.eos_id
-  items = (
-    panel.shown_prompt(prompt, records, *given)
-    for prompt, *records in zip(fit.splits.last[:EXAMPLES], *columns, strict=False)
-  )
-  return panel.Panel(
-    predictor.options.measure,
-    predictor.num_layers,
-    (NEVER, *levels),
-    tuple(items),
-    options.error_rate,
-    promised,
-    first=[tolerance for tolerance, _ in promised].index(options.tolerance),
-    loss="mean distance" if options.kind == "textual" else "mean increase of the loss",
-  )
