@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from calm.calibrate import Prompt, clusters, losses, metrics, planning
 from calm.console import Report
 from calm.data import prompt_files
 from calm.inference import grid
+from calm.t5 import limits
 
 # Rows in memory; or a DataFrame, which has no type that could be named here.
 Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
@@ -60,7 +61,7 @@ class FitOptions:
   tolerance: float = 0.1
   error_rate: float = 0.05
   train_all: bool = False
-  stages: str = "all"
+  stages: Literal["all", "none"] = "all"
   consistency: str = "textual"
   metric: str = "rouge_l"
   prefix: str | None = None
@@ -71,11 +72,7 @@ class FitOptions:
   batch_size: int = 8
 
   def __post_init__(self):
-    for name in ("tolerance", "error_rate"):
-      if not 0.0 < getattr(self, name) < 1.0:
-        raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
-    if self.stages not in ("all", "none"):
-      raise ValueError(f"Expected `stages` to be all or none, got {self.stages!r}.")
+    planning.min_calibration_size(self.tolerance, self.error_rate)  # refuses others
     if self.train_all and self.stages == "none":
       raise ValueError(
         "Expected `train_all` or `stages` 'none', got both; leave out what is not meant."
@@ -85,8 +82,7 @@ class FitOptions:
         f"Expected `budget` to be seconds above 0, and `train_all` with it, got {self.budget}"
         f" and {self.train_all}; exits beside frozen weights need none."
       )
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
+    limits.whole("seed", self.seed, 0, 2**32 - 1, "give a number in that range")
     grid.kind_of(self.consistency)
     metrics.get_metric(self.metric)
 
@@ -164,9 +160,10 @@ def length_limits(
   if targets:
     decode_length = min(_LONGEST_TEXT, -(-quantile(targets) // 8) * 8)
   input_length = -(-min(quantile([*map(len, inputs)]), _LONGEST_INPUT) // 32) * 32
-  limits = {"task_prefix": prefix, "max_input_length": input_length}
-  limits["max_decode_length"] = decode_length
-  return limits, sum(len(tokens) >= input_length for tokens in inputs)
+  lengths = {"max_input_length": input_length, "max_decode_length": decode_length}
+  return {"task_prefix": prefix, **lengths}, sum(
+    len(tokens) >= input_length for tokens in inputs
+  )
 
 
 @dataclasses.dataclass(frozen=True)
