@@ -53,7 +53,7 @@ BUDGETS = {
   "checkpoints": (988, 5),
   "commands": (2259, 13),
   "console.py": (228, 1),
-  "data": (1613, 8),
+  "data": (1614, 8),
   "decode": (2061, 10),
   "exits": (1077, 7),
   "fitting": (1991, 7),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (26_325, 123), "tests": (21_712, 141), "scripts": (4_393, 25)}
+WHOLE = {"calm": (26_326, 123), "tests": (21_715, 141), "scripts": (4_393, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -174,7 +174,7 @@ def _columnar(
       if size > storage.LONGEST_LINE or left < 0:
         raise _too_much(name)
       yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
-  except (pyarrow.ArrowException, MemoryError, OverflowError, UnicodeDecodeError) as error:
+  except (pyarrow.ArrowException, MemoryError, UnicodeDecodeError) as error:
     raise ValueError(f"{name}: expected whole files of columns, got: {error}.") from error
 
 
@@ -271,6 +271,7 @@ def _plain_columns(schema: Any, name: str, *odd: Callable[[Any], bool]) -> list[
 
   binary = (types.is_binary, types.is_large_binary, types.is_binary_view)
   odd += (types.is_nested, types.is_null, types.is_fixed_size_binary, *binary)
+  odd += (types.is_temporal, types.is_decimal)  # not every one has a value in Python
   inner = lambda kind: kind.value_type if _is_list(kind) else kind
   _check_columns(schema.names, name)
   return [field.name for field in schema if not any(is_(inner(field.type)) for is_ in odd)]
