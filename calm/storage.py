@@ -83,15 +83,8 @@ def lock(target: str | pathlib.Path) -> Lock:
   made = _locks.get((os.getpid(), path))
   if made is not None and made.release.alive:
     return made
-  try:
+  with _explaining(target):
     made = Lock(path, target)
-  except LockedError:
-    raise
-  except OSError as error:
-    raise type(error)(
-      f"Expected {str(target)!r} to be a place that can be written, got: {error.strerror} for"
-      f" {path.name!r}; free some space, change its permissions, or choose another."
-    ) from error
   _locks[os.getpid(), path] = made
   return made
 
@@ -263,7 +256,7 @@ def _explaining(
   """Within the block, errors (of `codes`, if any) name the file, what is kept and a way out."""
   try:
     yield
-  except BrokenPipeError:  # its reader has gone; nothing is wrong with the place
+  except (BrokenPipeError, LockedError):  # nothing is wrong with the place
     raise
   except OSError as error:
     if codes and error.errno not in codes:

@@ -1,7 +1,7 @@
 """Documents of every kind that is read, small and whole, and what may stand in their fields.
 
-`documents` writes them; `FAIR` says which exchanged values are no fault: texts where any text
-will do, what may be left out, numbers in range. Whatever else a reader takes is a silent
+`documents` writes them; `FAIR` says which exchanged values are no fault in what we wrote
+ourselves: what may be left out, numbers in range. Whatever else a reader takes is a silent
 acceptance.
 """
 
@@ -147,12 +147,15 @@ def _of(*values: Any) -> Callable[[Any], bool]:
 
 _absent = _of(None, GONE)
 _gone = _of(GONE)
-_flag = _of(True, False, None, GONE)
 _empty = _of(None, [], GONE)
 _number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
 _story = lambda value: value is None or isinstance(value, str)
-_text = lambda value: isinstance(value, str) and value != GONE
 _anything = lambda value: True
+# Texts, and what others' tools write: more there is a fair value than is not.
+OPEN = (
+  *("their configuration", "their index", "rows", "prompts", "records", "generation options"),
+  *("tokenizer options", "tokenizer", "references", "outputs of T5X"),
+)
 # Document -> fields, parted by blanks -> what they may hold. Whatever is not here takes nothing
 # but what it had.
 FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
@@ -174,38 +177,6 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "schedule.temperature": lambda value: _number(value) and value >= 0,
     "schedule.max_length": lambda value: _number(value) and value >= 1 and value % 1 == 0,
   },
-  "their configuration": {
-    "num_decoder_layers decoder_start_token_id pad_token_id": _absent,
-    "layer_norm_epsilon relative_attention_num_buckets": _gone,
-    "tie_word_embeddings": _flag,
-    "is_encoder_decoder": _absent,
-    "architectures architectures.0": _anything,  # no one reads them
-    # generation_config.json, beside it, is what says where texts end.
-    "eos_token_id": _anything,
-  },
-  "their index": {"metadata metadata.total_size": _anything},
-  "rows": {
-    # Whole numbers name rows and sources too, as in prompt files.
-    "id source": lambda value: _story(value) or type(value) is int,
-    "input target": _text,
-    "target.0 target.1": lambda value: isinstance(value, str),
-  },
-  "prompts": {
-    "id input": _text,
-    "source": lambda value: _story(value) or type(value) is int,
-    "target": lambda value: _text(value) or _empty(value),
-    "target.0 target.1": lambda value: isinstance(value, str),
-  },
-  "records": {
-    "id prediction": _text,
-    "tokens exit_layers confidences rejected_confidences": _absent,
-    "tokens.0 tokens.1": _of(0, 10**9),
-    "exit_layers.0 exit_layers.1": _of(0),
-    "confidences.0 confidences.1 rejected_confidences.0 rejected_confidences.1": _of(0),
-    "score": lambda value: _absent(value) or _number(value),
-    # A run that has just begun has no records.
-    "empty": _anything,
-  },
   "manifest": {
     "sequential by_group": _of(True, GONE),
     "procedure.batch_bucket procedure.rule_version": _gone,  # what they are by default
@@ -220,32 +191,6 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   },
   "calibration": {},
   "online": {"empty": _anything},  # as one that was never written to
-  "generation options": {
-    # What config.json says then; what the others say does not concern greedy decoding here.
-    "decoder_start_token_id eos_token_id pad_token_id": _absent,
-    "_from_model_config output_attentions output_hidden_states use_cache": _anything,
-    "transformers_version": _anything,
-  },
-  # Of its tokens tokenizer.json itself says more.
-  "tokenizer options": {
-    "backend eos_token model_max_length pad_token tokenizer_class unk_token": _anything,
-  },
-  # Another tokenizer, as well made; a model is bound to it by its digest.
-  "tokenizer": {
-    "version truncation padding normalizer post_processor decoder model.type": _of(GONE),
-    "pre_tokenizer": _absent,
-    "added_tokens": lambda value: value in ([], GONE),
-    "added_tokens.0 added_tokens.1": _of(GONE),
-    "added_tokens.0.content added_tokens.1.content model.unk_token": _text,
-    **{
-      f"added_tokens.{i}.{name}": _of(True)
-      for i in range(2)
-      for name in ("single_word", "lstrip", "rstrip", "normalized")
-    },
-    # `checkpoints` refuses more ids than a model has rows.
-    "added_tokens.0.id added_tokens.1.id": _of(0, 10**9),
-    **{f"model.vocab.{w}": _of(0, 10**9, GONE) for w in ("<pad>", "<unk>", "a", "b")},
-  },
   # One shard alone; `merging` compares them with one another and with their files.
   "shard": {
     "num_prompts": _of(10**9, 10**30),
@@ -255,29 +200,6 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "about": lambda value: isinstance(value, dict),
     "about.x": _anything,
     "checksums": _of({}),
-  },
-  "references": {
-    "id": _text,
-    "targets": lambda value: _text(value) or value == [],
-    "targets.0 targets.1": lambda value: isinstance(value, str),
-    "empty": _anything,
-  },
-  "outputs of T5X": {
-    "inputs": lambda value: isinstance(value, dict),
-    "inputs.inputs_pretokenized": lambda value: isinstance(value, str),
-    # Beside `targets`; only those are references, and there need be none.
-    "inputs.targets_pretokenized": _anything,
-    "inputs.id": lambda value: type(value) is int or isinstance(value, str),
-    "prediction": _text,
-    "prediction_tokens": lambda value: _absent(value) or isinstance(value, list),
-    # Tokens that are not as many as exits are those of the padding too.
-    "prediction_tokens.0 prediction_tokens.1": _of(0, 10**9, GONE),
-    "aux": lambda value: _absent(value) or isinstance(value, dict),
-    "aux.exit_layers": lambda value: _absent(value) or value == [],
-    "aux.exit_layers.0 aux.exit_layers.1": _of(0, GONE),
-    "aux.confidences": _of(GONE),
-    "aux.confidences.0 aux.confidences.1": _of(0),
-    "aux.scores": lambda value: _absent(value) or type(value) in (int, float),
   },
   "full depth": {
     "reason": _anything,

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import html.parser
 import io
+import pathlib
 import re
 import unicodedata
 import xml.etree.ElementTree as ElementTree
@@ -19,10 +20,8 @@ from rich import console as rich_console
 
 from calm.calibrate import calibrate
 from calm.commands import run as run_lib
-from calm.console import print_table, print_text, sanitize
-from calm.fitting import FitOptions, choose, train
-from calm.fitting import result as result_lib
-from calm.inference import outputs, timing
+from calm.console import print_text, sanitize
+from calm.inference import outputs
 from calm.paper import page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
@@ -125,38 +124,12 @@ def report_page(text: str) -> str:
   return page.render(page.Page(text, ((text, text),), sections(text), 4, ((text, text),)))
 
 
-def fit_result(text: str) -> result_lib.Result:
-  candidate = choose.Candidate(text, (1,))
-  tried = choose.Tried(candidate, (0.5,), (0.1,), 0.5, 1.0, 2.0)
-  choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20)
-  shown = task(text).examples[0]
-  pair = timing.Seconds(timing.Pair(1, 4, 2.0, 1.0, 2.0, 1.5))
-  mean = result_lib.Mean(0.1, 0.0, 4)
-  return result_lib.Result(
-    model=text,
-    sizes=text,
-    population=text,
-    num_layers=4,
-    trained=(train.Trained(text, ((1, 0.5),)),),
-    choice=choice,
-    threshold=0.5,
-    reason=text,
-    guarantee=text,
-    certified_threshold=0.5,
-    seconds=pair,
-    last=result_lib.LastLook(None, None, mean, 4.0),
-    panel=shown,
-    exact=None,
-  )
-
-
 HTML = {
   "an output": lambda text: output(text)._repr_html_(),
   "outputs": lambda text: several(text)._repr_html_(),
   "a calibration": lambda text: calibrated(text)._repr_html_(),
   "coloured tokens": lambda text: output(text)._repr_html_(),
   "the report": report_page,
-  "the summary of a fit": lambda text: result_lib.summary(fit_result(text), FitOptions(), text),
 }
 
 
@@ -173,9 +146,6 @@ PLAIN, PAINTED = (
 )
 TERMINAL = {
   "a line": lambda text: console_of(lambda console: print_text(console, text)),
-  "a table": lambda text: console_of(
-    lambda console: print_table(console, (text, "b"), ((text, text),), title=text)
-  ),
   "a calibration": lambda text: console_of(
     lambda console: run_lib.print_calibration(console, calibrated(text))
   ),
@@ -231,6 +201,14 @@ def test_figures_are_drawn_whatever_their_titles_say(kind):
   made = page.draw("f", TEXTS[kind], "", ("x", "y"), ())
   ElementTree.fromstring(made.svg)
   assert made.png.startswith(b"\x89PNG")
+
+
+def test_every_template_is_escaped():
+  """`panel.environment` renders them all, that of `calm.fitting` too."""
+  templates = list(pathlib.Path(page.__file__).parents[1].rglob("*.j2"))
+  assert len(templates) > 5
+  texts = [template.read_text("utf-8") for template in templates]
+  assert not [text for text in texts if re.search(r"\bsafe\b.*}}|autoescape", text)]
 
 
 def test_the_check_can_fail():

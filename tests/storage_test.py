@@ -127,12 +127,11 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
 LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 
 
-@pytest.mark.parametrize("pieces", [1, 9000])
-def test_a_full_disk_leaves_the_old_file(tmp_path, pieces):
+def test_a_full_disk_leaves_the_old_file(tmp_path):
   (tmp_path / "a.txt").write_text("whole")
   code = (
     f"{LIMIT}with storage.replacing(sys.argv[1] + '/a.txt') as file:\n"
-    f"  for _ in range({pieces}): file.write(b'x' * (9000 // {pieces}))"
+    "  for _ in range(9000): file.write(b'x')"
   )
   message = python(code, tmp_path).stderr.splitlines()[-1]
   assert re.search(r"^OSError: Expected .*a.txt.*File too large; the old content is", message)
@@ -254,7 +253,7 @@ def test_a_disk_that_fails_is_no_lock_of_another(tmp_path, monkeypatch, module, 
     if code == 38:  # a file system without locks: nothing is locked
       storage.lock(tmp_path).release()
       return
-    with pytest.raises(OSError, match=r"to be a place that can be written, got: [IN]"):
+    with pytest.raises(OSError, match=r"to be a file that .*, got: [IN]"):
       storage.lock(tmp_path)
   storage.lock(tmp_path).release()
   assert not list(tmp_path.iterdir())

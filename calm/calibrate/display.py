@@ -70,14 +70,22 @@ def cells(calibration: Any) -> list[tuple[str, ...]]:
 
 
 def as_text(calibration: Any) -> str:
-  """The tested thresholds as a table, an arrow at the chosen one, and the promise below."""
+  """The tested thresholds as a table, and the promise below."""
+  return f"{table(calibration)}\n{sanitize(calibration.promised)}"
+
+
+def table(calibration: Any, layers: Any = None) -> str:
+  """The tested thresholds, an arrow at the chosen one; `layers` are as for `plot`."""
   rows, chosen = cells(calibration), place(calibration)
+  if layers is not None:
+    column = ("layers / token", *(f"{value:.2f}" for value in _layers(calibration, layers)))
+    rows = [(*row, cell) for row, cell in zip(rows, column, strict=True)]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [title(calibration)]
   for number, row in enumerate(rows, -1):
     line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     lines.append(("> " if number == chosen else "  ") + line)
-  return "\n".join([*lines, sanitize(calibration.promised)])
+  return "\n".join(lines)
 
 
 def as_html(calibration: Any) -> str:

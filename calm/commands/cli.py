@@ -1,13 +1,12 @@
 """The `calm` command: train, generate, calibrate, infer, serve, merge, demo, fit, report."""
 
 import argparse
-import difflib
 import functools
 import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import calm
 from calm.console import sanitize
@@ -41,36 +40,19 @@ does: use those that you would run. Everything else is data and never executed."
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser that suggests the option that was probably meant."""
+  """A parser whose errors show no control characters."""
 
   def error(self, message: str):
-    if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
-      known = [option for action in self._actions for option in action.option_strings]
-      message += _suggestion(unknown[1], known)
     super().error(sanitize(message))
 
 
-def _suggestion(word: str, known: Iterable[str]) -> str:
-  near = difflib.get_close_matches(word, list(known), 1)
-  return f"; did you mean {near[0]}?" if near else ""
+def make_parser(command: str, *, every_option: bool = True) -> argparse.ArgumentParser:
+  """The parser of one command; only its module, and what that needs, is imported.
 
+  Where not `every_option`, its help leaves out the group of more options.
+  """
+  from calm.commands import flags
 
-class _Help(argparse.Action):
-  """Prints the help, without the group of more options unless `--help_all` asks for it."""
-
-  def __call__(self, parser, namespace, values, option_string=None):
-    from calm.commands import flags
-
-    for group in parser._action_groups:
-      for action in group._group_actions if group.title == flags.MORE else ():
-        if option_string != "--help_all":
-          action.help = argparse.SUPPRESS
-    parser.print_help()
-    parser.exit()
-
-
-def make_parser(command: str) -> argparse.ArgumentParser:
-  """The parser of one command; only its module, and what that needs, is imported."""
   module = importlib.import_module(f"calm.commands.{command}")
   parser = Parser(
     f"calm {command}",
@@ -79,12 +61,11 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     formatter_class=functools.partial(
       argparse.RawDescriptionHelpFormatter, max_help_position=28
     ),
-    add_help=False,
   )
-  help = {"action": _Help, "nargs": 0, "dest": argparse.SUPPRESS}
-  parser.add_argument("-h", "--help", help="show this help and exit", **help)
-  parser.add_argument("--help_all", help="show every option and exit", **help)
+  parser.add_argument("--help_all", action="help", help="show every option and exit")
   module.add_arguments(parser)
+  for action in () if every_option else flags.more(parser)._group_actions:
+    action.help = argparse.SUPPRESS
   parser.set_defaults(run=module.run, command=command)
   return parser
 
@@ -100,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   first = words[0] if words else ""
   if first in COMMANDS:
-    arguments = make_parser(first).parse_args(words[1:])
+    parser = make_parser(first, every_option="--help_all" in words)
+    arguments = parser.parse_args(words[1:])
     return arguments.run(arguments)
   if first in ("-h", "--help", "--version"):
     print(f"calm {calm.__version__}" if first == "--version" else HELP)
     return 0
-  got = f"got {sanitize(first)!r}{_suggestion(first, COMMANDS)}; see `calm --help`."
+  got = f"got {sanitize(first)!r}; see `calm --help`."
   print(f"calm: Expected a command ({', '.join(COMMANDS)}), {got}", file=sys.stderr)
   return 2
 

@@ -11,18 +11,17 @@ compares.
 import argparse
 import pathlib
 import statistics
-from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import Calibration, ledger, metrics, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, ledger, metrics, thresholds
 from calm.calibrate.generations import records
 from calm.commands import flags
 from calm.commands import run as run_lib
-from calm.console import Progress, print_table, print_text
+from calm.console import Progress, print_text
 
 METRIC = "rouge_l"
-REPEATS, EXAMPLES = 3, 4
+ROUNDS, EXAMPLES = 3, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,35 +79,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compare(console, predictor, calibration: Calibration, prompts):
   """(full outputs, early outputs); prints risk beside the tolerance, layers and seconds."""
-  from calm import exits
+  from calm.inference import timing
 
   one, texts = predictor.with_options(batch_size=1), [prompt.input for prompt in prompts]
-  full: Any = None
-  early, seconds = full, []
+  threshold, metric = calibration.threshold, metrics.get_metric(METRIC)
   with Progress(console) as progress:
-    for repeat in range(REPEATS + 1):  # the first one compiles
-      progress(repeat / (REPEATS + 1), f"round {repeat + 1} of {REPEATS + 1}")
-      full = one.generate(texts, rule=exits.StaticExit())
-      early = one.generate(texts, threshold=calibration.threshold)
-      seconds += [[(o.timing.decode_seconds, o.timing.seconds) for o in (full, early)]]
-  metric, median, cells = metrics.get_metric(METRIC), statistics.median, []
-  for way, (name, made) in enumerate((("full depth", full), ("early exit", early))):
-    decoder, whole = (median(pair[way][i] for pair in seconds[1:]) for i in (0, 1))
+    full, early = (one.generate(texts, threshold=each) for each in (NEVER_EXIT, threshold))
+    progress(0.0, "seconds of both in turn")
+    options = {"prompts": len(texts), "rounds": ROUNDS, "progress": progress}
+    seconds = timing.beside_full_depth(one, texts, threshold, **options)
+  spent = (seconds.single.full, seconds.single.early)
+  for name, made, each in zip(("full depth", "early exit"), (full, early), spent, strict=True):
     pairs = zip(made.texts, prompts, strict=True)
     quality = 100 * statistics.fmean(metric(text, p.targets) for text, p in pairs)
-    numbers = (f"{made.mean_layers:.2f}", f"{decoder:.3f}", f"{whole:.3f}", f"{quality:.1f}")
-    cells.append((name, *numbers))
-  decoder, whole = (median(a[i] / b[i] for a, b in seconds[1:]) for i in (0, 1))
-  cells.append(("speed-up", "", f"x{decoder:.2f}", f"x{whole:.2f}", ""))
-  heads = ("", "decoder layers / token", "decoder seconds", "end to end", "ROUGE-L")
-  print_table(console, heads, cells)
+    text = f"{made.mean_layers:.2f} decoder layers a token, decoder {each:.1f} ms a prompt"
+    print_text(console, f"{name}: {text}, ROUGE-L {quality:.1f}")
   pairs = zip(early.texts, full.texts, strict=True)
   risk = statistics.fmean(1.0 - metric(text, (other,)) for text, other in pairs)
   console.print(
-    f"Seconds: median of {REPEATS} rounds in turn, compilation excluded.\n"
+    f"Decoder beside full depth, the fastest of {ROUNDS} rounds each: [bold]{seconds}[/bold].\n"
     f"Measured risk on the unseen prompts: [bold]{risk:.4f}[/bold]"
     f" (tolerance {calibration.tolerance:g}); threshold"
-    f" {thresholds.format_threshold(calibration.threshold)}."
+    f" {thresholds.format_threshold(threshold)}."
   )
   return full, early
 

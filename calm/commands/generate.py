@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  part = merge.open_shard(flags.open_prompts(arguments), arguments)
+  shard = arguments.shard_id, arguments.num_shards, arguments.output
+  part = merge.Shard(flags.open_prompts(arguments), *shard)
   run_lib.use_compilation_cache()
   from calm import inference
 

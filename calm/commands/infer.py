@@ -35,7 +35,7 @@ from calm import storage
 from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, clusters, thresholds
 from calm.commands import flags, merge
 from calm.commands import run as run_lib
-from calm.console import Progress, print_text, rate, sanitize
+from calm.console import Progress, print_text, sanitize
 from calm.data import prompt_batches
 from calm.inference import exact_rule, outputs, timing
 
@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
-  part = merge.open_shard(flags.open_prompts(arguments), arguments)
+  shard = arguments.shard_id, arguments.num_shards, arguments.output
+  part = merge.Shard(flags.open_prompts(arguments), *shard)
   print_text(console, f"{part.prompts.taken}.")
   predictor = load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
@@ -182,10 +183,9 @@ class Serving:
         quiet = rich_console.Console(quiet=True)  # a bar would be drawn into the text
         with Progress(quiet if parts else self._console) as progress:
           for chunk, made in self._decode(prompts[done:], parts):
-            # Texts would be printed into the bar.
-            hides = write is None and sys.stdout.isatty()
-            with progress.hidden() if hides else contextlib.nullcontext():
-              write(_lines(chunk, made)) if write else screen.write(made)
+            if write is None and sys.stdout.isatty():  # texts would be printed into the bar
+              progress.hide()
+            write(_lines(chunk, made)) if write else screen.write(made)
             done += len(chunk)
             progress.count("prompts")(done, len(prompts))
       except KeyboardInterrupt:
@@ -241,13 +241,14 @@ class Serving:
       part = any(each.part for each in cut)
       say(f"Warning: {prompt_batches.CutPrompts(*counts, cut[-1].limit, part)}")
     mean = sums["layers"] / sums["tokens"] if sums["tokens"] else float("nan")
+    pace = sums["prompts"] / max(spent.seconds, 1e-9)
     say(
       f"{_count(sums['prompts'], 'prompt')}, threshold {self.name},"
       f" {mean:.2f} of {layers} decoder layers a token."
     )
     say(
       f"{spent.seconds:.2f} s: encoder {spent.encode_seconds:.2f} s, decoder"
-      f" {spent.decode_seconds:.2f} s ({rate(sums['prompts'], spent.seconds)}); besides,"
+      f" {spent.decode_seconds:.2f} s ({pace:.2f} prompts a second); besides,"
       f" start-up {startup:.1f} s and compilation {spent.compile_seconds:.1f} s"
       f" ({_count(spent.compilations, 'program')})."
     )

@@ -142,11 +142,6 @@ class Shard:
       storage.write_atomically(self.folder / MARK, text)
 
 
-def open_shard(prompts: Any, arguments: argparse.Namespace) -> Shard:
-  """The shard that `--num_shards` and `--shard_id` name, or all prompts."""
-  return Shard(prompts, arguments.shard_id, arguments.num_shards, arguments.output)
-
-
 def _digest(prompts: Iterable[Prompt]) -> str:
   digest = hashlib.sha256()
   for prompt in prompts:

@@ -86,7 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
   output.mkdir(parents=True, exist_ok=True)
   with storage.lock(output), Progress(console) as progress:
     tasks = _tasks(arguments, {"folder": output / "cache", "announce": progress.step})
-    progress.expect(sum(task.num_steps for task in tasks))
     sections, headlines = sections_lib.sections(tasks), tuple(map(sections_lib.headline, tasks))
   facts = _facts(arguments, tasks[0].predictor, time.monotonic() - start)
   about = f"calm report: {arguments.model}", facts, sections, tasks[0].num_layers, headlines

@@ -7,22 +7,19 @@ import itertools
 import logging
 import os
 import pathlib
-import re
 import shlex
 import shutil
 import stat
 import sys
-import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich import console as rich_console
-from rich import markup as rich_markup
 
 from calm import signals, storage
 from calm.calibrate import Calibration, display, generations, thresholds
-from calm.console import print_table, print_text, sanitize
+from calm.console import print_text, sanitize
 
 # Mistakes of a user, shown as one message. Any other error is a bug, with its traceback.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
@@ -37,7 +34,6 @@ _EXTRAS = {
   "report": {"matplotlib", "jinja2"},
   "serve": {"prometheus_client", "starlette", "uvicorn"},
 }
-_GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')
 
 
 class StoppedError(Exception):
@@ -81,7 +77,6 @@ def _print_error(text: str) -> None:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
-  del category, filename, lineno, line
   print(f"calm: warning: {sanitize(message)}", file=file or sys.stderr)
 
 
@@ -195,22 +190,14 @@ def parse_gin(arguments: argparse.Namespace) -> None:
 
 
 def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
-  """One line: where, and what."""
-  place, text = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200], str(error)
+  """One line, of the files and bindings that were read; gin itself says in which line."""
+  read, text = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200], str(error)
   missing = sorted(name for name, value in _macros().items() if value == "%gin.REQUIRED")
   if "gin.REQUIRED" in text and missing:
     bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
-    return f"{place} needs a value for {', '.join(missing)}; give {bindings}."
-  if isinstance(error, RecursionError):
-    text = "files that include themselves, or values too deep in one another"
-  elif isinstance(error, SyntaxError) and error.lineno:
-    place, text = f"{error.filename or '--gin_bindings'}:{error.lineno}", error.msg
-  elif isinstance(error, tokenize.TokenError):  # (what, (line, column))
-    place, text = f"{place}:{error.args[1][0]}", str(error.args[0])
-  elif found := _GIN_PLACE.search(text):
-    place = f"{found['file'] or '--gin_bindings'}:{found['line']}"
-  what = " ".join(text.split("\n  In ")[0].split())[:300]
-  return f"Expected `--gin_file` and `--gin_bindings` that gin reads, got, in {place}: {what}."
+    return f"{read} needs a value for {', '.join(missing)}; give {bindings}."
+  what = " ".join(text.split())[:300]
+  return f"Expected `--gin_file` and `--gin_bindings` that gin reads, got, in {read}: {what}."
 
 
 def _macros() -> dict[str, str]:
@@ -252,27 +239,11 @@ def print_calibration(
   result: Calibration,
   cached: generations.Generations | None = None,
 ) -> None:
-  """Prints the tested thresholds as a table, and the guarantee."""
-  layers, chosen = mean_layers(cached), display.place(result)
-  heads, *rows = map(list, display.cells(result))
-  if layers:
-    heads.append("layers / token")
-    for cells, row in zip(rows, result.rows, strict=True):
-      cells.append(f"{layers[row.threshold]:.2f}")
-  title = f"{display.title(result)}; p-values: {result.method}"
-  print_table(console, heads, rows, title=title, bold=chosen)
+  """Prints the tested thresholds, with layers where `cached` has them, and the guarantee."""
+  known = cached is not None and cached.layer_counts() is not None
+  print_text(console, display.table(result, cached if known else None), soft_wrap=True)
+  chosen = display.place(result)
   found = thresholds.NEVER_EXIT_TEXT if chosen is None else display.names(result)[chosen]
-  console.print(
-    f"Calibrated {display.unit(result)}: [bold]{rich_markup.escape(sanitize(found))}[/bold]"
-    f" ({rich_markup.escape(sanitize(result.reason))})"
-  )
+  text = f"Calibrated {display.unit(result)}: {found} ({result.reason})"
+  print_text(console, f"P-values: {result.method}. {text}", "bold")
   print_text(console, result.guarantee)
-
-
-def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
-  """Mean decoder layers a token at every threshold, where the outputs record exits."""
-  counts = None if cached is None else cached.layer_counts()
-  if cached is None or counts is None or not counts[1].sum(axis=0).all():
-    return {}
-  layers, tokens = (count.sum(axis=0) for count in counts)
-  return dict(zip(cached.thresholds.tolist(), (layers / tokens).tolist(), strict=True))

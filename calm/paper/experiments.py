@@ -512,9 +512,8 @@ def repeat(
   *,
   measure: str = "",
   layers: tuple[np.ndarray, np.ndarray, int] | None = None,
-  splits: int = 50,
-  draws: int = 200,
-  seed: int = 0,
+  splits: int = SPLITS,
+  draws: int = DRAWS,
 ) -> tuple[Trial, ...]:
   """Calibrates again and again, for every tolerance, each of which has its own test.
 
@@ -525,12 +524,12 @@ def repeat(
   """
   test = methods.get_method(method, losses.support)
   values, support = test.prepare(losses.values, losses.support)
-  count, generator = len(values), np.random.default_rng(seed)
+  count, generator = len(values), np.random.default_rng(0)
   cut = min(count - 1, max(1, round(0.8 * count)))
   orders = np.stack([generator.permutation(count) for _ in range(splits)])
   asked = test, values, support.upper, tolerances, error_rate
   chosen = choose(*asked, orders[:, :cut], generator.random(splits))
-  generator = np.random.default_rng(seed)
+  generator = np.random.default_rng(0)
   sets = np.stack([generator.integers(count, size=size) for _ in range(draws)])
   of_draws = choose(*asked, sets, generator.random(draws))
   # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
@@ -620,14 +619,10 @@ def examples(of: bench.Bench) -> tuple[panel.Panel, ...]:
   the lower half of the grid; none is chosen by its quality.
   """
   cut, shown = of.num_calibration, []
-  among = {prompt.id for prompt in timing.of_one_length(of.timed_model, of.unseen)}
   first = of.test_grids[of.measures[0]]
   texts = [[r.prediction for r in made] for made in first.records[len(first.records) // 2 :]]
-  rows = [
-    row
-    for row, (prompt, record) in enumerate(zip(first.prompts, first.full, strict=True))
-    if prompt.id in among and 3 <= len(record.tokens or ()) <= MAX_TOKENS
-  ]
+  lengths = [len(record.tokens or ()) for record in first.full]
+  rows = [row for row in range(cut, len(lengths)) if 3 <= lengths[row] <= MAX_TOKENS]
   changes = lambda row: any(each[row] != first.full[row].prediction for each in texts)
   rows = sorted(rows, key=lambda row: not changes(row))[: of.options.examples]
   given = of.predictor.vocabulary.piece, of.settings.metric, of.predictor.eos_id
@@ -659,15 +654,3 @@ class Task(bench.Bench):
   examples = functools.cached_property(examples)
   classifiers = functools.cached_property(classifiers)
   objectives = functools.cached_property(objectives)
-
-  @property
-  def num_steps(self) -> int:
-    """Steps that are announced where nothing is cached."""
-    steps = 3 * len(self.measures) + self.num_layers  # each grid, its prompts twice; static
-    steps += len(PROPAGATIONS) + len(schedule_kinds(1))
-    steps += 4  # wrong tokens, repeated calibration, seconds twice
-    if self.geometric is not None:
-      steps += 2
-    if self.last_layer is not None:
-      steps += self.num_layers * (1 if self.all_layers is None else 2)
-    return steps

@@ -32,6 +32,27 @@ def _table(task: Task, name: str, title: str, columns, entries, **options) -> Ta
   return page.tabulate(f"{name}_{task.settings.name}", full_title, columns, entries, **options)
 
 
+def _points(task: Task, name: str, title: str, points, at: str = "threshold", note="") -> Table:
+  """A table of points of curves, without the columns in which nothing is known."""
+  columns: list[Column] = [
+    ("curve", lambda p: series_title(p.name)),
+    (at, lambda p: threshold(p.threshold)),
+    ("prompts", lambda p: str(p.num_prompts)),
+    ("layers", lambda p: number(p.layers)),
+    (task.settings.metric_title, lambda p: percent(p.quality)),
+    ("± s.e.", lambda p: percent(p.quality_error)),
+    ("like the full model", lambda p: percent(p.similarity)),
+    ("± s.e.", lambda p: percent(p.similarity_error)),
+    ("same text, %", lambda p: percent(p.identical)),
+    ("BLEU", lambda p: number(p.bleu, 1)),
+    ("ms a prompt", lambda p: number(1e3 * p.seconds, 2)),
+    ("speed-up", lambda p: times(p.speedup)),
+    ("95 %", lambda p: interval(p.speedup_interval)),
+  ]
+  known = [column for column in columns if {column[1](point) for point in points} - {"–"}]
+  return _table(task, name, title, known, points, note=note)
+
+
 # Share of the full model's quality that counts as kept.
 KEPT = 0.98
 
@@ -177,21 +198,7 @@ _BAND = (
 def _tradeoff(tasks: Tasks) -> Iterator[Figure | Table]:
   for task in tasks:
     yield from _quality_figures(task)
-  for task in tasks:
-    measured = lambda p, names=task.measures: p.name in names
-    columns: list[Column] = [
-      ("curve", lambda p: series_title(p.name)),
-      ("threshold", lambda p, m=measured: threshold(p.threshold) if m(p) else "–"),
-      ("layers", lambda p: number(p.layers)),
-      (task.settings.metric_title, lambda p: percent(p.quality)),
-      ("± s.e.", lambda p: percent(p.quality_error)),
-      ("like the full model", lambda p: percent(p.similarity)),
-      ("BLEU", lambda p: number(p.bleu, 1)),
-      ("ms a prompt", lambda p: number(1e3 * p.seconds, 2)),
-      ("speed-up", lambda p: times(p.speedup)),
-      ("95 %", lambda p: interval(p.speedup_interval)),
-    ]
-    yield _table(task, "fig3", "the numbers of Fig. 3", columns, task.tradeoff.points)
+    yield _points(task, "fig3", "the numbers of Fig. 3", task.tradeoff.points)
 
 
 def _quality_figures(task: Task) -> Iterator[Figure]:
@@ -278,8 +285,6 @@ def _gains(tasks: Tasks) -> Iterator[Table]:
 
 
 def _validity(tasks: Tasks) -> Iterator[Figure | Table]:
-  for task in tasks:
-    yield from _validity_figures(task)
   columns: list[Column] = [
     ("measure", lambda trial: trial.measure),
     ("method", lambda trial: trial.method),
@@ -294,6 +299,7 @@ def _validity(tasks: Tasks) -> Iterator[Figure | Table]:
   ]
   note = "Violations: of draws from a known pool; the others: of 50 splits, 80 / 20."
   for task in tasks:
+    yield from _validity_figures(task)
     title = "risk, layers and violations per δ"
     options = {"note": note, "text_columns": 2}
     yield _table(task, "validity", title, columns, task.validity, **options)
@@ -341,57 +347,26 @@ def _validity_figures(task: Task) -> Iterator[Figure]:
 
 # Section 3.3.1
 
-# Curve -> (title, the paper's ROUGE-L on CNN/DM).
-_PROPAGATIONS = {
-  FULL: (FULL, "38.32"),
-  "exit_state": ("oracle, dʲ to the skipped layers", "38.24"),
-  "first_state": ("oracle, d¹ always", "38.31"),
-  "copy_projections": ("oracle, Kʲ and Vʲ copied", "23.02"),
-}
-
 
 def _oracles(tasks: Tasks) -> Iterator[Table]:
-  columns: list[Column] = [
-    ("task", lambda e: e[0]),
-    ("exits", lambda e: _PROPAGATIONS[e[1].name][0]),
-    ("layers", lambda e: number(e[1].layers)),
-    ("quality", lambda e: percent(e[1].quality)),
-    ("± s.e.", lambda e: percent(e[1].quality_error)),
-    ("like the full model", lambda e: percent(e[1].similarity)),
-    ("same text, %", lambda e: percent(e[1].identical)),
-    ("paper", lambda e: _PROPAGATIONS[e[1].name][1]),
-  ]
-  yield page.tabulate(
-    "propagation",
-    "What skipped layers store",
-    columns,
-    [(task.settings.title, point) for task in tasks for point in task.propagations.points],
-    note=(
-      "The oracle leaves at the first layer whose first choice is the last layer's, so that"
-      " only what the skipped layers store can change the text. Paper: ROUGE-L on CNN/DM, at"
-      " 1.53 of 8 layers."
-    ),
-    text_columns=2,
+  note = (
+    "The oracle leaves at the first layer whose first choice is the last layer's, so that only"
+    " what the skipped layers store can change the text: dʲ (exit_state), d¹ always"
+    " (first_state), Kʲ and Vʲ copied (copy_projections). Paper, ROUGE-L on CNN/DM at 1.53 of 8"
+    " layers: 38.24, 38.31 and 23.02; the full model 38.32."
   )
+  for task in tasks:
+    title, points = "what skipped layers store", task.propagations.points
+    yield _points(task, "propagation", title, points, note=note)
 
 
 # Fig. 2a
 
 
 def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
-  columns: list[Column] = [
-    ("replaced by", lambda e: e[0].name),
-    ("position", lambda e: f"{e[0].threshold + 1:g}"),
-    ("prompts", lambda e: str(e[0].num_prompts)),
-    ("texts changed, %", lambda e: percent(1.0 - e[0].identical)),
-    ("like unperturbed", lambda e: percent(e[0].similarity)),
-    ("± s.e.", lambda e: percent(e[0].similarity_error)),
-    ("quality", lambda e: percent(e[0].quality)),
-    ("quality before", lambda e: percent(e[1].quality)),
-  ]
   for task in tasks:
     settings, series, kinds = task.settings, [], dict(task.perturbations.curves)
-    before = kinds.pop(experiments.UNPERTURBED)
+    del kinds[experiments.UNPERTURBED]
     for turn, (name, style) in enumerate(page.styles_of(kinds).items()):
       values = [100 * point.similarity for point in kinds[name]]
       errors = [100 * point.similarity_error for point in kinds[name]]
@@ -408,8 +383,8 @@ def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
       series,
       lambda axes: axes.set_ylim(top=101),
     )
-    entries = [pair for points in kinds.values() for pair in zip(points, before, strict=True)]
-    yield _table(task, "fig2a", "the numbers of Fig. 2a", columns, entries)
+    title, points = "the numbers of Fig. 2a", task.perturbations.points
+    yield _points(task, "fig2a", title, points, "position, from 0")
 
 
 # Fig. 2b and 2c
@@ -429,15 +404,6 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
     [page.Series(styles[n], range(length), values[n].tolist(), None, every) for n in values],
     lambda axes: axes.set_ylim(0.6, 1.0),
   )
-  columns: list[Column] = [
-    ("schedule", lambda point: point.name),
-    ("λ", lambda point: threshold(point.threshold)),
-    ("layers", lambda point: number(point.layers)),
-    ("like the full model", lambda point: percent(point.similarity)),
-    ("± s.e.", lambda point: percent(point.similarity_error)),
-    ("quality", lambda point: percent(point.quality)),
-    ("± s.e.", lambda point: percent(point.quality_error)),
-  ]
   for task in tasks:
     found, settings = task.decay, task.settings
     yield page.draw(
@@ -448,7 +414,7 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
       (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),
       page.curve_series(found.curves, "layers", "similarity", markersize=3),
     )
-    yield _table(task, "fig2c", "the numbers of Fig. 2c", columns, found.points)
+    yield _points(task, "fig2c", "the numbers of Fig. 2c", found.points)
 
 
 # App. D and Eq. 6

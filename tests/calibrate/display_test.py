@@ -51,6 +51,9 @@ def test_a_calibration_is_a_table_and_a_promise_of_one_line():
   assert title == "loss"  # of what, nobody said
   assert head.split() == ["threshold", "mean", "loss", "upper", "bound", "p-value", "certified"]
   assert [line[0] for line in table] == [">", " "]
+  layered = display.table(found, [7.5, 3.25]).splitlines()
+  assert layered[1] == f"{head}  layers / token"
+  assert [line.split()[-1] for line in layered[2:]] == ["7.50", "3.25"]
   assert promise.startswith("With probability at least 0.95 ")
   page = found._repr_html_()
   assert page.count("<tr") == 3 and page.count("<th ") == 5 and f">{promise}</p>" in page

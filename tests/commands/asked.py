@@ -13,7 +13,6 @@ from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
 from calm.commands import cli, merge
 from calm.data import prompt_files
-from tests.spent import Spent
 
 # Where the work of each command begins: everything before is a check.
 WORK = {
@@ -45,9 +44,6 @@ ONLINE = ("--tolerance", "--error_rate", "--metric", "--online_share", "--online
 SERVES = ("--threshold", "--calibration", "--expect_digest")
 
 
-SECONDS = 10.0  # that a refusal may take
-
-
 class AtWork(BaseException):
   """The command has taken what it was given."""
 
@@ -74,8 +70,6 @@ class Asker:
     self.model, self.outputs, self.calibration = model, outputs, calibration
     self.folder, self._capsys = folder, capsys
     self._numbers = itertools.count()
-    self.seconds = 0.0  # that the last call took
-    self.refused = False  # else it began to work, which may import what nothing had needed
     self.prompts = _write_rows(folder / "prompts.jsonl", 1)
     self.rows = _write_rows(folder / "rows.jsonl", 400)
     self.bindings = folder / "bindings"
@@ -111,18 +105,11 @@ class Asker:
       base = [word for word in base if word.startswith("--")]
     return [command, *(word for word in base if not word.startswith(f"{option}="))]
 
-  @property
-  def slow(self) -> bool:
-    """Whether the last call was a refusal that took more time than one may."""
-    return self.refused and self.seconds > SECONDS
-
   def ask(self, words: list[str]) -> tuple[int | str, str]:
     """(exit status, or 'taken' where it began to work; what was said)."""
     import gin
 
-    importlib.import_module("calm.training.run")  # what is read once is no part of a refusal
     self._capsys.readouterr()
-    spent = Spent()
     try:
       status = cli.main(words)
     except AtWork:
@@ -130,9 +117,7 @@ class Asker:
     except SystemExit as stopped:  # argparse's own refusal
       status = stopped.code if isinstance(stopped.code, int) else 1
     finally:
-      self.seconds = spent.seconds
       gin.clear_config()
-    self.refused = status == 2
     return status, self._capsys.readouterr().err
 
 

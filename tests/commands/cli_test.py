@@ -54,7 +54,7 @@ def test_the_first_help_says_each_command_once(capsys):
     assert text.count(f"  {name:<11}{summary}\n") == 1
   for words in (["calbrate", "runs"], []):
     assert cli.main(words) == 2
-  assert "did you mean calibrate?" in capsys.readouterr().err
+  assert "got 'calbrate'; see `calm --help`" in capsys.readouterr().err
   made = subprocess.run(
     [sys.executable, "-m", "calm", "--version"], capture_output=True, text=True, check=True
   )
@@ -78,7 +78,7 @@ def test_python_and_the_command_line_have_the_same_defaults():
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    ("calibrate runs --tolerence=0.2", "did you mean --tolerance?"),
+    ("calibrate runs --tolerence=0.2", "unrecognized arguments: --tolerence=0.2"),
     ("infer --prompts=", "argument --prompts: is empty; leave it out, or check the shell"),
     ("infer --prompts=- --batch_size=0", "--batch_size: expected a whole number from 1 on"),
     ("infer --exit_layers=two", "--exit_layers: expected numbers like 2,4,6, got"),

@@ -1,11 +1,17 @@
 """One toy model, its prompts and what it generated, for all tests of commands."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from calm import calibrate, inference
+from calm.calibrate import NEVER_EXIT, generations
+from calm.calibrate.generations import records
 from calm.commands import cli
-from tests.commands import toy
+from tests.calibrate import laws
+from tests.commands import asked, toy
 
 
 @pytest.fixture
@@ -40,3 +46,30 @@ def cached(model, prompts, tmp_path_factory):
   output = tmp_path_factory.mktemp("cli") / "cache"
   assert toy.generate(model, prompts, output) == 0
   return output
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("outputs")
+  prompts = laws.prompts(40)
+  made = generations.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
+  numbers = dict(tokens=(5, 1), exit_layers=(1, 2))
+  for threshold in (NEVER_EXIT, 0.5):
+    made.append(threshold, [records.Record(p.id, "text", **numbers) for p in prompts])
+  made.finish()
+  return folder
+
+
+@pytest.fixture(scope="session")
+def calibration(model, tmp_path_factory):
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  path = tmp_path_factory.mktemp("promise") / "calibration.json"
+  dataclasses.replace(made, procedure=inference.load(model).procedure).save(path)
+  return path
+
+
+@pytest.fixture
+def asker(model, outputs, calibration, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "garbage").write_bytes(b"\xff\x00garbage\n" * 9)
+  return asked.Asker(model, outputs, calibration, tmp_path, capsys)

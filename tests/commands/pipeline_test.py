@@ -90,7 +90,7 @@ def test_demo_decodes_calibrates_and_compares(model, tmp_path, calm, capsys, mon
   (short / "inference.json").write_text(json.dumps(own))
   words = [f"--model={short}", f"--output={output}", "--limit=2"]
   text = calm("demo", *words, "--tolerance=0.9", "--error_rate=0.2")
-  steps = ("1. Decode", "2. Calibrate", "3. Decode", "speed-up", "Measured risk", "4. Outputs")
+  steps = ("1. Decode", "2. Calibrate", "3. Decode", "Decoder beside", "risk on", "4. Outputs")
   assert [text.index(step) for step in steps] == sorted(text.index(step) for step in steps)
   for word in ("certified", "full depth", "early exit", "tolerance 0.9", "reference", "early "):
     assert word in text, word

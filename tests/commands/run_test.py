@@ -24,12 +24,6 @@ def ended(capsys, run, **arguments) -> tuple[int, str]:
   return code, capsys.readouterr().err
 
 
-def gin_arguments(files=(), bindings=(), folders="") -> argparse.Namespace:
-  return argparse.Namespace(
-    gin_file=list(map(str, files)), gin_bindings=list(bindings), gin_search_paths=str(folders)
-  )
-
-
 @pytest.mark.parametrize(
   ("error", "words"),
   [
@@ -55,25 +49,25 @@ def test_errors_are_one_line_without_effects(capsys, error, words):
   assert code == 2 and words in err and err.count("\n") == 1
 
 
-GIN_FILES = {
-  "syntax.gin": ("a.b = (1,\n", r"syntax\.gin:\d"),
-  "unknown.gin": ("\nnot_configurable.x = 3\n", r"unknown\.gin:2: .*not_configurable"),
-  "self.gin": ("include 'self.gin'\n", "include themselves"),
+GIN = {
+  "syntax.gin": ("a = 1\nb b\n", r"syntax\.gin, line 2"),
+  "unknown.gin": ("\nnot_configurable.x = 3\n", r"not_configurable.* In file .*unknown\.gin"),
+  "self.gin": ("include 'self.gin'\n", "recursion"),
   "module.gin": ("import no_such_module_here\n", "no_such_module_here"),
   "missing.gin": ("include 'nowhere.gin'\n", "nowhere.gin"),
+  **{binding: ("", "--gin_bindings") for binding in ("x", "nobody.knows = 1", "a.b = @c(")},
 }
-BINDINGS = ("x", "nobody.knows = 1", "a.b = @c(")
 
 
-@pytest.mark.parametrize("case", [*GIN_FILES, *BINDINGS])
+@pytest.mark.parametrize("case", GIN)
 def test_bad_gin_is_one_line_with_its_place(tmp_path, capsys, case):
-  for name, (text, _) in GIN_FILES.items():
-    (tmp_path / name).write_text(text)
-  given = gin_arguments(bindings=[case]) if case in BINDINGS else gin_arguments([case])
-  given.gin_search_paths = str(tmp_path)
-  code, err = ended(capsys, lambda _: run_lib.parse_gin(given))
+  text, words = GIN[case]
+  files, bindings = ([case], []) if text else ([], [case])
+  (tmp_path / case).write_text(text)
+  given = {"gin_file": files, "gin_bindings": bindings, "gin_search_paths": str(tmp_path)}
+  code, err = ended(capsys, run_lib.parse_gin, **given)
   assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
-  assert re.search(GIN_FILES.get(case, ("", "--gin_bindings"))[1], err), err
+  assert re.search(words, err), err
 
 
 def cache_folder():

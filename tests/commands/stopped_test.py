@@ -14,11 +14,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
-from calm.calibrate import NEVER_EXIT, Record, generations
 from calm.commands import cli
-from tests.calibrate import laws
 from tests.commands import asked
 
+pytestmark = pytest.mark.usefixtures("cache_in_tmp")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What `calm calibrate` works at; the others are in `asked.WORK`.
 WORK = asked.WORK | {"calibrate": "calm.calibrate.losses.compute"}
@@ -33,19 +32,6 @@ KEPT = {
   **dict.fromkeys(("fit", "train", "generate", "report"), RESUMES),
   "infer": "stopped after 0 of 1 prompts",
 }
-
-
-@pytest.fixture
-def asker(model, tmp_path, capsys, monkeypatch, cache_in_tmp):
-  monkeypatch.chdir(tmp_path)
-  folder = tmp_path / "outputs"
-  made = generations.open_writer(
-    folder, prompts=laws.prompts(40), thresholds=[0.5], procedure=None
-  )
-  for threshold in (NEVER_EXIT, 0.5):
-    made.append(threshold, [Record(f"id-{i:03d}", "text") for i in range(40)])
-  made.finish()
-  return asked.Asker(model, folder, None, tmp_path, capsys)
 
 
 # The toy reads some of the packed prompts not to their ends.

@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  SequenceLosses,
-  Support,
-  calibrate,
-  clusters,
-  methods,
-  testing,
-)
+from calm.calibrate import SequenceLosses, Support, methods, testing
 from calm.paper import experiments
 from tests.calibrate import laws
 
@@ -63,13 +55,6 @@ def test_splits_report_risk_layers_and_spread():
   assert loose.certified_share == 1.0 and loose.layers_mean == 2.0
 
 
-def choose(pool, method, draws, tolerances, error_rate, uniforms):
-  test = methods.get_method(method, pool.support)
-  values, support = test.prepare(pool.values, pool.support)
-  given = test, values, support.upper
-  return given, experiments.choose(*given, tolerances, error_rate, draws, uniforms)
-
-
 def one_at_a_time(method, values, upper, draws, error_rate, uniforms):
   """The definition: fixed sequence testing of every set, every p-value computed."""
   chosen = np.empty((len(draws), len(TOLERANCES)), int)
@@ -91,19 +76,10 @@ def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, siz
   pool = losses(means, 240, **more)
   draws = np.random.default_rng(size).integers(240, size=(12, size))
   uniforms = np.random.default_rng(size).random(12)
-  given, found = choose(pool, method, draws, TOLERANCES, error_rate, uniforms)
+  test = methods.get_method(method, pool.support)
+  values, support = test.prepare(pool.values, pool.support)
+  given = test, values, support.upper
+  found = experiments.choose(*given, TOLERANCES, error_rate, draws, uniforms)
   expected = one_at_a_time(*given, draws, error_rate, uniforms)
   np.testing.assert_array_equal(found, expected)
   assert size == 1 or len(np.unique(found)) > 4  # it is not all or nothing
-
-
-def test_a_pool_chooses_what_calibrate_chooses():
-  ids = tuple(f"{i:03d}" for i in range(300))
-  made = losses(np.linspace(0.0, 0.3, len(FINE)), 300, ids=ids, contents="ab")
-  (seed,), _ = clusters.order_seeds(made)
-  tested = np.stack(clusters.tested_orders(made, [seed]))
-  uniforms = np.array([clusters.seeded_uniform(seed)])
-  _, (columns,) = choose(made, "auto", tested, TOLERANCES, 0.05, uniforms)
-  for tolerance, column in zip(TOLERANCES, columns, strict=True):
-    found = calibrate(made, tolerance=tolerance, error_rate=0.05)
-    assert found.threshold == (NEVER_EXIT if column < 0 else FINE[column])
