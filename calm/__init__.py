@@ -34,12 +34,11 @@ _NAMES = {
   "training": "calm.training",
 }
 __all__ = [*_NAMES]
-# Packages that a module needs beside calibration's; what is not named here decodes.
-_DECODES = ("jax", "flax")
+# Packages, one of each extra, that a module needs beside calibration's; the others decode.
 _NEEDS = {
   "calm.calibrate": (),
-  "calm.fitting": (*_DECODES, "optax", "jinja2", "matplotlib"),
-  "calm.training": (*_DECODES, "optax"),
+  "calm.fitting": ("jax", "optax", "jinja2"),
+  "calm.training": ("jax", "optax"),
 }
 
 TYPE_CHECKING = False  # what type checkers take for true, without importing `typing`
@@ -81,7 +80,7 @@ def __dir__() -> list[str]:
   hidden = {
     name
     for name, place in _NAMES.items()
-    for package in _NEEDS.get(place.partition(":")[0], _DECODES)
+    for package in _NEEDS.get(place.partition(":")[0], ("jax",))
     if not util.find_spec(package)
   }
   return sorted({*globals(), *_NAMES} - hidden)

@@ -139,26 +139,20 @@ class Progress:
     """A callback of (done, total) things, such as 'prompts'."""
     return lambda done, total: self(done / max(total, 1), f"{done} of {total} {things}")
 
-  def restart(self, text: str) -> None:
-    """Begins another part, of which the time that the last one took says nothing."""
-    self._begun = None
-    if self._bar is not None:
-      self._bar.update(self._task, completed=0.0, description=sanitize(text), left="")
-
   def step(self, title: str) -> Report:
-    """The callback of another part, which begins with its first report.
+    """The callback of another part, whose title is shown with its first report.
 
-    A part that never reports was done by an earlier run, and nothing is shown of it.
+    A part that never reports was done by an earlier run.
     """
     begun = False
 
     def report(share: float, text: str) -> None:
       nonlocal begun
       if not begun:
-        self.restart(title)
-        if self._bar is None and not self._silent:
-          print_text(self._console, title)
+        self._begun = None  # the time that the last part took says nothing of this one
+        if not self._silent:
+          print_text(self._console, f"{title} ...", soft_wrap=True)
       begun = True
-      self(share, f"{title}: {text}")
+      self(share, text)
 
     return report

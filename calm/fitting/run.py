@@ -21,7 +21,7 @@ from calm.calibrate import (
   metrics,
   thresholds,
 )
-from calm.console import Progress, Report, print_text, quiet
+from calm.console import Progress, print_text, quiet
 from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
@@ -42,14 +42,7 @@ def on_screen(console: rich_console.Console) -> Iterator[Listener]:
   """A listener that prints sentences and draws the step's progress with its remaining time."""
   show = lambda text: print_text(console, text, soft_wrap=True)
   with Progress(console) as progress:
-
-    def step(title: str) -> Report:
-      show(f"{title} ...")
-      progress.restart(title)
-      return progress
-
-    yield Listener(say=show, step=step)
-    progress(1.0, "done")
+    yield Listener(say=show, step=progress.step)
 
 
 @arguments.checked()

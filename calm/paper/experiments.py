@@ -353,39 +353,23 @@ def perturbations(of: bench.Bench) -> Curves:
   over the prompts whose output has a token there.
   """
   prompts = of.validation[: of.options.ablated]
-  make = lambda: _perturb(of, prompts, of.full[: len(prompts)])
+  full, progress = of.full[: len(prompts)], of.step("perturbed tokens")
+  asked = list(itertools.product((UNPERTURBED, *RULES), positions(full)))
+
+  def perturb() -> Curves:
+    points = []
+    for number, (kind, position) in enumerate(asked):
+      rows = [row for row, record in enumerate(full) if len(record.tokens or ()) > position]
+      some, whole = [prompts[row] for row in rows], [full[row] for row in rows]
+      rule, early = RULES.get(kind), whole
+      if rule is not None:
+        early = grid.with_rule(of.whole, some, rule, float(position))
+      points.append(point(kind, early, whole, some, of.settings.metric, float(position)))
+      progress((number + 1) / len(asked), f"{kind}, token {position + 1}")
+    return Curves(len(prompts), tuple(points))
+
   key = {"rules": repr(RULES), "intervals": LEVEL}
-  return of.result(Curves, "wrong_tokens", make, prompts=prompts, **key)
-
-
-def _perturb(of: bench.Bench, prompts, full: Sequence[Record]) -> Curves:
-  predictor, progress, at = of.whole, of.step("perturbed tokens"), positions(full)
-  lengths = np.array([len(record.tokens or ()) for record in full])
-  records: dict[tuple[str, int], dict[int, Record]] = {
-    (kind, position): {} for kind in (UNPERTURBED, *RULES) for position in at
-  }
-  batches = predictor.plan([prompt.input for prompt in prompts])
-  for number, batch in enumerate(batches):
-    encoded = predictor.encode(batch)
-    for kind, position in itertools.product(RULES, at):
-      active = np.zeros(len(batch.active), bool)
-      active[: len(batch.rows)] = lengths[batch.rows] > position
-      if not active.any():
-        continue
-      decoded = predictor.decode(encoded, active, float(position), RULES[kind])
-      for i in np.flatnonzero(active):
-        row = int(batch.rows[i])
-        made = grid.record(predictor.output(decoded, int(i)), prompts[row].id)
-        records[kind, position][row] = made
-        records[UNPERTURBED, position][row] = full[row]
-    progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
-  points = []
-  for (kind, position), made in records.items():
-    rows = sorted(made)
-    early, whole = ([each[row] for row in rows] for each in (made, full))
-    asked = [prompts[row] for row in rows]
-    points.append(point(kind, early, whole, asked, of.settings.metric, float(position)))
-  return Curves(len(prompts), tuple(points))
+  return of.result(Curves, "wrong_tokens", perturb, prompts=prompts, **key)
 
 
 # Table 2

@@ -200,14 +200,6 @@ class Table:
     return out.getvalue()
 
 
-def tabulate(
-  name: str, title: str, columns: Sequence[Column], entries: Iterable[Any], **options: Any
-) -> Table:
-  """A table with a row for each entry; `options` are other fields of `Table`."""
-  rows = tuple(tuple(cell(entry) for _, cell in columns) for entry in entries)
-  return Table(name, title, tuple(head for head, _ in columns), rows, **options)
-
-
 def percent(value: float, digits: int = 1) -> str:
   """A share in [0, 1] as a number of hundredths, or a dash."""
   return number(100.0 * value, digits)

@@ -27,9 +27,10 @@ def sections(tasks: Tasks, names: Sequence[str] = ()) -> list[page.Section]:
 
 
 def _table(task: Task, name: str, title: str, columns, entries, **options) -> Table:
-  """A table of one task."""
-  full_title = f"{task.settings.title}: {title}"
-  return page.tabulate(f"{name}_{task.settings.name}", full_title, columns, entries, **options)
+  """A table of one task, a row for each entry; `options` are other fields of `page.Table`."""
+  name, title = f"{name}_{task.settings.name}", f"{task.settings.title}: {title}"
+  rows = tuple(tuple(cell(entry) for _, cell in columns) for entry in entries)
+  return Table(name, title, tuple(head for head, _ in columns), rows, **options)
 
 
 def _points(task: Task, name: str, title: str, points, at: str = "threshold", note="") -> Table:
@@ -163,11 +164,6 @@ def _layers_for(found: Curves, title: str, field: str, least: float, what: str) 
     kept = [point.layers for point in points if getattr(point, field) >= least]
     layers.append(f"{name} {min(kept):.1f}" if kept else f"{name} never")
   return f"{title}: layers for {what}: {', '.join(layers)}"
-
-
-def schedules_compared(found: Curves, title: str) -> str:
-  """Title of Fig. 2c."""
-  return _layers_for(found, title, "similarity", 0.95, "95% of the full model's text")
 
 
 def classifiers(found: Curves, title: str) -> str:
@@ -408,7 +404,7 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
     found, settings = task.decay, task.settings
     yield page.draw(
       f"fig2c_{settings.name}",
-      schedules_compared(found, settings.title),
+      _layers_for(found, settings.title, "similarity", 0.95, "95% of the full model's text"),
       f"{found.num_prompts} validation prompts, measure {task.measures[0]}, λ in steps of"
       f" {task.options.step:g}.",
       (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),

@@ -40,12 +40,9 @@ def calm_infer(model, prompts, calm):
 
 
 @pytest.fixture
-def expected(model, prompts, tmp_path):
-  path = tmp_path / "expected.jsonl"
-  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review"]
-  words = [*named, *toy.DECODE, "--threshold=never", f"--output={path}"]
-  assert cli.main(["infer", *words]) == 0
-  return path.read_text()
+def expected(calm_infer, tmp_path):
+  calm_infer(f"--output={tmp_path / 'expected.jsonl'}")
+  return (tmp_path / "expected.jsonl").read_text()
 
 
 def ids(text: str) -> list[str]:
@@ -156,13 +153,18 @@ def test_what_was_read_and_what_it_took_is_said_once(calm_infer):
   assert "start-up" in printed and "The full model was used; no guarantee" in printed
 
 
+def certified(model, path, note=None, **options):
+  """A calibration for a model under these options, saved."""
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  procedure = inference.load(model, **options).procedure
+  dataclasses.replace(timing.note(made, note), procedure=procedure).save(path)
+  return made
+
+
 def test_the_models_own_calibration_is_served(prompts, calm, tmp_path):
   model = toy.save_model(tmp_path / "fitted")
-  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
   pair = timing.Pair(1, 8, full=4.0, early=2.0, speedup=2.0, end_to_end=1.5)
-  made = timing.note(made, timing.Seconds(pair))
-  procedure = inference.load(model).procedure
-  dataclasses.replace(made, procedure=procedure).save(model / "calibration.json")
+  made = certified(model, model / "calibration.json", timing.Seconds(pair))
   named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--limit=1"]
   assert "`--threshold` beside options" in calm("infer", *named, "--measure=state", code=2)
   printed = calm("infer", *named, "--output=-")
@@ -170,12 +172,9 @@ def test_the_models_own_calibration_is_served(prompts, calm, tmp_path):
   assert "as measured with the calibration: x2.00 one at a time (x1.50" in printed
 
 
-def test_the_speed_beside_full_depth_is_measured(prompts, tmp_path, calm, monkeypatch):
+def test_the_speed_beside_full_depth_is_measured(model, prompts, tmp_path, calm, monkeypatch):
   """Of a calibration that names no seconds; that some prompts are cut is said once, of all."""
-  model = toy.save_model(tmp_path / "fitted")
-  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
-  procedure = inference.load(model, max_input_length=6, batch_size=2).procedure
-  dataclasses.replace(made, procedure=procedure).save(path := tmp_path / "calibration.json")
+  certified(model, path := tmp_path / "calibration.json", max_input_length=6, batch_size=2)
   monkeypatch.setattr(infer, "MEASURED_PROMPTS", 7)
   measure = timing.beside_full_depth
 

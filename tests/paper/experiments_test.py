@@ -152,7 +152,8 @@ def test_titles_of_figures_are_their_numbers(report):
   none = samples.changed(tradeoff=dataclasses.replace(report.tradeoff, points=better))
   assert "no measure keeps" in sections.quality_and_layers(none)
   assert "nothing that keeps" in sections.quality_and_seconds(none)
-  title = sections.schedules_compared(report.decay, "summaries")
+  (section,) = sections.sections([report], ["schedules"])
+  title = section.figures[1].title
   assert "layers for 95% of the full model's text: constant 2.3, " in title
   for first, last, says in (
     (0.5, 0.9, "an early wrong token costs more (50 against 90 of 100 stay)"),
