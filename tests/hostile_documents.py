@@ -26,7 +26,7 @@ from calm.data import prompt_files, vocabulary
 from calm.inference import options, predictor
 from calm.t5 import network
 from tests import toys
-from tests.calibrate import small_cache
+from tests.calibrate import laws, small_cache
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 GONE = "@gone@"
@@ -83,7 +83,7 @@ def _files(base: pathlib.Path) -> None:
   """One whole file of every kind."""
   (model(base / "ours") / "inference.json").write_text(json.dumps(STORED) + "\n")
   shutil.copytree(GOLDEN / "flan_t5", base / "sharded")
-  small_cache.write(base / "cache")
+  small_cache.write(base / "cache", procedure=laws.procedure())
   made = certify(np.zeros((80, 2)), [0.9, 0.5], tolerance=0.1, error_rate=0.1)
   made.save(base / "calibration.json")
   Online(base / "watch.jsonl", **small_cache.ONLINE)

@@ -4,6 +4,7 @@ file that needs no network, and as files."""
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import pathlib
 import re
@@ -71,44 +72,28 @@ class Figure:
     return svg
 
 
-@dataclasses.dataclass(frozen=True)
-class Style:
-  """The look of one series."""
-
-  colour: str
-  marker: str
-  line: str
-  title: str
-
-
-# Nine colours that stay apart for deuteranopes and protanopes, on light and on dark pages.
-STYLES: Mapping[str, Style] = {
-  "softmax": Style("#0077aa", "o", "-", "softmax"),
-  "shortlist": Style("#8844ff", "D", "--", "softmax, shortlist first"),
-  "classifier": Style("#dd6600", "s", "-", "classifier"),
-  "state": Style("#889966", "^", "-.", "state"),
-  experiments.STATIC: Style("#997766", "x", ":", "static"),
-  experiments.ORACLE: Style("#7766dd", "*", "none", "oracle"),
+# Series -> (colour, marker, line). The nine colours stay apart for deuteranopes and protanopes,
+# on light and on dark pages.
+STYLES: Mapping[str, tuple[str, str, str]] = {
+  "softmax": ("#0077aa", "o", "-"),
+  "shortlist": ("#8844ff", "D", "--"),
+  "classifier": ("#dd6600", "s", "-"),
+  "state": ("#889966", "^", "-."),
+  experiments.STATIC: ("#997766", "x", ":"),
+  experiments.ORACLE: ("#7766dd", "*", "none"),
 }
 # For all others, such as 'softmax@2,4' or a schedule, by their turn.
-_VARIANTS = (("#339999", "v"), ("#bb5533", "P"), ("#6688ee", "h"))
-
-
-def styles_of(names: Iterable[str]) -> dict[str, Style]:
-  """The style of each series of a figure; those without one of their own take turns."""
-  styles = {name: STYLES[name] for name in names if name in STYLES}
-  variants = [name for name in dict.fromkeys(names) if name not in STYLES]
-  for turn, name in enumerate(variants):
-    colour, marker = _VARIANTS[turn % len(_VARIANTS)]
-    line = "-" if turn < len(_VARIANTS) else "--"
-    styles[name] = Style(colour, marker, line, series_title(name))
-  return styles
+_OTHERS = [
+  (colour, marker, line)
+  for line in ("-", "--")
+  for colour, marker in (("#339999", "v"), ("#bb5533", "P"), ("#6688ee", "h"))
+]
 
 
 def series_title(name: str) -> str:
   """The title of a series for a reader."""
   measure, _, layers = name.partition("@")
-  title = STYLES[measure].title if measure in STYLES else measure
+  title = "softmax, shortlist first" if measure == "shortlist" else measure
   return f"{title}, exits {layers}" if layers else title
 
 
@@ -116,7 +101,7 @@ def series_title(name: str) -> str:
 class Series:
   """Points of one look, with the interval of each where there is one."""
 
-  style: Style
+  name: str
   x: Sequence[float]
   y: Sequence[float]
   ends: Sequence[experiments.Interval] | None = None
@@ -126,12 +111,11 @@ class Series:
 def curve_series(
   curves: Mapping[str, Iterable[experiments.Point]], x: str, y: str, **options: Any
 ) -> list[Series]:
-  """Every curve in its style, by two fields of its points; shares as hundredths."""
-  styles = styles_of(curves)
+  """Every curve by two fields of its points; shares as hundredths."""
   scale = {"layers": 1.0, "seconds": 1e3, "quality": 100, "similarity": 100}
   values = lambda points, field: [scale[field] * getattr(point, field) for point in points]
   return [
-    Series(styles[name], values(points, x), values(points, y), options=options)
+    Series(name, values(points, x), values(points, y), options=options)
     for name, points in curves.items()
   ]
 
@@ -149,10 +133,12 @@ def draw(
   with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
     figure = mpl_figure.Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
+    others = itertools.cycle(_OTHERS)
     for each in series:
-      style, size = each.style, {"markersize": 11} if each.style.marker == "*" else {}
-      look = {"color": style.colour, "marker": style.marker, "linestyle": style.line, **size}
-      look |= {"label": style.title, **each.options}
+      colour, marker, line = STYLES.get(each.name) or next(others)
+      look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line}
+      look |= {"markersize": 11} if marker == "*" else {}
+      look |= {"label": series_title(each.name), **each.options}
       bars = each.ends and np.abs(np.transpose(each.ends) - np.asarray(each.y))
       axes.errorbar(each.x, each.y, bars, elinewidth=0.8, capsize=2, **look)
     axes.set_xlabel(labels[0])

@@ -304,17 +304,16 @@ def _validity(tasks: Tasks) -> Iterator[Figure | Table]:
 def _validity_figures(task: Task) -> Iterator[Figure]:
   """Figure (a): mean and spread of the risk on the test part; (b): share of violations."""
   settings, rate = task.settings, task.options.error_rate
-  styles = page.styles_of(task.measures)
   shown, drawn, broken_shares = [t for t in task.validity if t.method == "auto"], [], []
   for turn, name in enumerate(task.measures):
     trials = [trial for trial in shown if trial.measure == name]
     deltas, means = [t.tolerance for t in trials], [t.risk_mean for t in trials]
     bars = [(t.risk_mean - t.risk_spread, t.risk_mean + t.risk_spread) for t in trials]
-    drawn.append(page.Series(styles[name], deltas, means, bars))
+    drawn.append(page.Series(name, deltas, means, bars))
     shift = 0.004 * (turn - (len(task.measures) - 1) / 2)  # or bars would cover each other
     moved, broken = [delta + shift for delta in deltas], [100 * t.share for t in trials]
     bars = [(100 * t.interval[0], 100 * t.interval[1]) for t in trials]
-    broken_shares.append(page.Series(styles[name], moved, broken, bars, {"linestyle": "none"}))
+    broken_shares.append(page.Series(name, moved, broken, bars, {"linestyle": "none"}))
   line = [0, max(trial.tolerance for trial in shown)]
 
   def allowed(axes) -> None:
@@ -363,13 +362,13 @@ def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
   for task in tasks:
     settings, series, kinds = task.settings, [], dict(task.perturbations.curves)
     del kinds[experiments.UNPERTURBED]
-    for turn, (name, style) in enumerate(page.styles_of(kinds).items()):
+    for turn, name in enumerate(kinds):
       values = [100 * point.similarity for point in kinds[name]]
       errors = [100 * point.similarity_error for point in kinds[name]]
       # Shifted, or bars would hide bars.
       positions = [point.threshold + 1 + 0.08 * turn for point in kinds[name]]
       ends = list(map(experiments.normal_interval, values, errors))
-      series.append(page.Series(style, positions, values, ends))
+      series.append(page.Series(name, positions, values, ends))
     yield page.draw(
       f"fig2a_{settings.name}",
       perturbed(kinds["sampling-based"], settings.title),
@@ -390,14 +389,13 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
   length = tasks[0].settings.max_decode_length
   values, every = experiments.schedule_values(length), {"markevery": max(1, length // 8)}
   name, last = list(values.items())[-1]
-  styles = page.styles_of(values)
   yield page.draw(
     "fig2b",
     f"λ = {experiments.SHOWN_THRESHOLD:g} asks {last[0]:.2f} of the first token and"
     f" {last[-1]:.2f} of the last ({name})",
     f"Eq. 5 over N = {length} tokens.",
     ("token", "its threshold"),
-    [page.Series(styles[n], range(length), values[n].tolist(), None, every) for n in values],
+    [page.Series(n, range(length), values[n].tolist(), None, every) for n in values],
     lambda axes: axes.set_ylim(0.6, 1.0),
   )
   for task in tasks:

@@ -9,12 +9,12 @@ from tests.calibrate import laws
 ONLINE = dict(thresholds=[0.9, 0.5], tolerance=0.2, seed="s", about={"metric": "f1"})
 
 
-def write(folder: pathlib.Path) -> pathlib.Path:
-  made = generations.open_writer(
-    folder, prompts=laws.prompts(3), thresholds=[0.5], procedure=laws.procedure()
-  )
+def write(folder: pathlib.Path, prompts=(), procedure=None) -> pathlib.Path:
+  """Full depth and one threshold, of three prompts or those given."""
+  prompts = prompts or laws.prompts(3)
+  made = generations.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=procedure)
   for threshold in (NEVER_EXIT, 0.5):
-    made.append(threshold, [record(f"id-{i:03d}") for i in range(3)])
+    made.append(threshold, [record(prompt.id) for prompt in prompts])
   made.finish()
   return folder
 

@@ -10,9 +10,10 @@ import json
 import pathlib
 
 from calm import inference
-from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
+from calm.calibrate import Prompt, generations
 from calm.commands import cli, merge
 from calm.data import prompt_files
+from tests.calibrate import small_cache
 
 # Where the work of each command begins: everything before is a check.
 WORK = {
@@ -134,11 +135,6 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
   part = merge.Shard(prompt_files.Prompts([Prompt("a", "text")]), 0, 1, str(folder))
-  at, prompts = part.folder, part.prompts
-  made = generations.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
-  for threshold in (NEVER_EXIT, 0.5):
-    made.append(threshold, [Record("a", "text")])
-  made.finish()
-  names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, 0.5))]
+  small_cache.write(part.folder, part.prompts)
   about = {"procedure": None, "thresholds": [0.5]}
-  part.finish("generate", about, names)
+  part.finish("generate", about, generations.file_names([0.5]))

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from calm import calibrate, inference
-from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import records
 from calm.commands import cli
-from tests.calibrate import laws
+from tests.calibrate import laws, small_cache
 from tests.commands import asked, toy
 
 
@@ -50,14 +48,7 @@ def cached(model, prompts, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("outputs")
-  prompts = laws.prompts(40)
-  made = generations.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
-  numbers = dict(tokens=(5, 1), exit_layers=(1, 2))
-  for threshold in (NEVER_EXIT, 0.5):
-    made.append(threshold, [records.Record(p.id, "text", **numbers) for p in prompts])
-  made.finish()
-  return folder
+  return small_cache.write(tmp_path_factory.mktemp("outputs"), laws.prompts(40))
 
 
 @pytest.fixture(scope="session")
