@@ -178,7 +178,7 @@ HUGE = 5 * 2**30
 # A model may have no vocabulary beside it.
 ENDLESS = {"our vocabulary": ("pipe", "endless")}
 # What a user may well give through a pipe is waited for, as by any program.
-PIPED = ("references", "outputs of T5X")
+PIPED = ("rows", "references", "outputs of T5X")
 CASES = [
   (n, k) for n in NAMES for k in ("huge", "pipe", "endless") if k != "pipe" or n not in PIPED
 ]

@@ -49,24 +49,24 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4951, 21),
+  "calibrate": (4959, 21),
   "checkpoints": (988, 5),
-  "commands": (2259, 13),
-  "console.py": (228, 1),
+  "commands": (2200, 13),
+  "console.py": (158, 1),
   "data": (1614, 8),
   "decode": (2061, 10),
   "exits": (1077, 7),
-  "fitting": (1991, 7),
+  "fitting": (1984, 7),
   "inference": (2165, 8),
-  "paper": (1790, 5),
+  "paper": (1695, 5),
   "serve": (827, 4),
   "signals.py": (91, 1),
-  "storage.py": (448, 1),
+  "storage.py": (441, 1),
   "t5": (2869, 16),
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (26_326, 123), "tests": (21_715, 141), "scripts": (4_393, 25)}
+WHOLE = {"calm": (26_092, 123), "tests": (21_464, 141), "scripts": (4_393, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -157,7 +157,8 @@ def certified(model, path, note=None, **options):
   """A calibration for a model under these options, saved."""
   made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
   procedure = inference.load(model, **options).procedure
-  dataclasses.replace(timing.note(made, note), procedure=procedure).save(path)
+  made = dataclasses.replace(made, procedure=procedure)
+  (timing.note(made, note) if note else made).save(path)
   return made
 
 
