@@ -166,20 +166,6 @@ def test_skipped_layers_store_what_the_propagation_says(name, expected):
     np.testing.assert_array_equal(keys(taken(active=active))[row], expected[row])
 
 
-@pytest.mark.parametrize("name", propagation.PROPAGATIONS)
-def test_never_runs_every_layer(name):
-  ones = np.ones((L, 3), np.float32)
-  rule = exits.DynamicExits(Given(ones), propagation=propagation.propagation(name))
-  taken = taking(rule)
-  got = taken(NEVER)
-  assert got.exit_layer.tolist() == [L] * 3
-  np.testing.assert_array_equal(keys(got), [[10, 21, 32, 43]] * 3)
-  # A threshold of 1 is cleared by saturated confidences, and Eq. 5 keeps never apart.
-  assert taken(1.0).exit_layer.tolist() == [1] * 3
-  decaying = taking(dataclasses.replace(rule, schedule=schedules.Decaying(4.0, 8)))
-  assert decaying(NEVER).exit_layer.tolist() == [L] * 3
-
-
 @pytest.mark.parametrize(
   ("active", "deepest"), [((True, False, False), 1), ((True, True, False), 3)]
 )
