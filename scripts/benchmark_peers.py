@@ -210,22 +210,41 @@ def exported(model: Any) -> Iterator[pathlib.Path]:
 GENERATORS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
   "transformers": ("transformers", "T5ForConditionalGeneration", {}),
   "onnxruntime": ("optimum.onnxruntime", "ORTModelForSeq2SeqLM", {"export": True}),
-  "openvino": ("optimum.intel", "OVModelForSeq2SeqLM", {"export": True}),
+  # With its caches inside the model, OpenVINO refuses a decoder deeper than the encoder.
+  "openvino": ("optimum.intel", "OVModelForSeq2SeqLM", {"export": True, "stateful": False}),
 }
+# Threads that a peer is given: as many as it takes by itself, and one, which small products
+# finish sooner.
+THREADS = {"": 0, ", 1 thread": 1}
+
+
+def _threads(way: str, count: int) -> dict[str, Any]:
+  """Options of `from_pretrained` for so many threads, 0 being the library's own number."""
+  if not count or way == "transformers":  # torch has a number for the whole process
+    return {}
+  if way == "openvino":
+    return {"ov_config": {"INFERENCE_NUM_THREADS": str(count)}}
+  options = imported("onnxruntime").SessionOptions()
+  options.intra_op_num_threads = count
+  return {"session_options": options}
 
 
 class Torch:
   """A model of `GENERATORS`, and its `generate`, greedy, with its cache."""
 
-  def __init__(self, model: Any, way: str = "transformers"):
+  def __init__(self, model: Any, way: str = "transformers", threads: int = 0):
     self.torch, self.transformers = imported("torch"), imported("transformers")
     self.transformers.logging.set_verbosity_error()
     self.transformers.utils.logging.disable_progress_bar()
     package, name, given = GENERATORS[way]
     with exported(model) as path:
+      given = given | _threads(way, threads)
       self.model = getattr(imported(package), name).from_pretrained(path, **given)
     self.model.generation_config.eos_token_id = None if model.eos_id < 0 else model.eos_id
-    self._own_cache = way != "transformers"
+    self._own_cache, self.threads = (
+      way != "transformers",
+      threads or self.torch.get_num_threads(),
+    )
 
   def generate(self, batch: np.ndarray, steps: int, **more: Any) -> np.ndarray:
     """Tokens [batch, at most steps] of prompts [batch, length], padded with 0."""
@@ -247,11 +266,21 @@ class Torch:
 def torch_systems(way: str, model, setting, depths) -> list[System]:
   """`generate` after the encoder, which is timed alone."""
   del depths
-  theirs = Torch(model, way)
+  return [
+    _torch_system(
+      f"{way} {metadata.version(way)} generate, full depth{name}", theirs, model, setting
+    )
+    for name, threads in THREADS.items()
+    for theirs in [Torch(model, way, threads)]
+  ]
+
+
+def _torch_system(name: str, theirs: Torch, model, setting) -> System:
   batches = models.batches(model, setting)
   encoder, length = theirs.model.get_encoder(), setting.decode_length
 
   def encode():
+    theirs.torch.set_num_threads(theirs.threads)
     with theirs.torch.inference_mode():
       tensors = [theirs.torch.tensor(batch.astype(np.int64)) for batch in batches]
       return [encoder(input_ids=b, attention_mask=(b > 0).long()) for b in tensors]
@@ -259,6 +288,7 @@ def torch_systems(way: str, model, setting, depths) -> list[System]:
   encoded = encode()
 
   def decode() -> Decoded:
+    theirs.torch.set_num_threads(theirs.threads)
     made = []
     for batch, states in zip(batches, encoded, strict=True):
       given = {"input_ids": None, "encoder_outputs": states}
@@ -266,8 +296,7 @@ def torch_systems(way: str, model, setting, depths) -> list[System]:
     return Decoded(made)
 
   layers = model.config.num_decoder_layers
-  name = f"{way} {metadata.version(way)} generate, full depth"
-  return [System(name, decode, encode, measured_layers=layers, peer=True)]
+  return System(name, decode, encode, measured_layers=layers, peer=True)
 
 
 class Translator:
@@ -317,7 +346,7 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
       peer=True,
     )
     for kind in ("float32", "int8")
-    for name, threads in (("", 0), (", 1 thread", 1))
+    for name, threads in THREADS.items()
     for translator in [Translator(model, kind, intra_threads=threads)]
   ]
 
