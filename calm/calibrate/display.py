@@ -121,7 +121,18 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
       f"Expected `layers` of [{len(calibration.rows)}], one a threshold, or generations that"
       f" know them, got shape {x.shape}; leave it out to draw against the threshold."
     )
-  axes = new_axes() if axes is None else axes
+  if axes is None:
+    # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
+    # which ask for what pyplot made, need to be told.
+    figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+
+    def png() -> bytes:
+      written = io.BytesIO()
+      figure.savefig(written, format="png")
+      return written.getvalue()
+
+    figure._repr_png_ = axes._repr_png_ = png
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified, chosen = calibration.column("rejected").astype(bool), place(calibration)
   tested = (calibration.parts or calibration.rows)[0]
@@ -149,20 +160,4 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
       axes.set(xticks=x, xticklabels=calibration.knobs, xlabel="the best first")
   axes.set_title(found, fontsize=10)
   axes.legend(frameon=False, fontsize=9)
-  return axes
-
-
-def new_axes() -> Any:
-  """Axes of a new figure, which a notebook shows as the picture."""
-  # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
-  # which ask for what pyplot made, need to be told.
-  figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
-  axes = figure.subplots()
-
-  def png() -> bytes:
-    written = io.BytesIO()
-    figure.savefig(written, format="png")
-    return written.getvalue()
-
-  figure._repr_png_ = axes._repr_png_ = png
   return axes
