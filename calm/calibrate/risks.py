@@ -91,11 +91,9 @@ def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> n
   if array is not None and table:
     array = checks.as_amounts(array, name)
   if array is None or array.shape != shape:
-    got = "nothing" if array is None else f"shape {array.shape}"
-    raise ValueError(
-      f"Expected `{name}` of shape {shape}, a row a prompt of `losses`, got {got}; a promise"
-      " read from a file has no rows and cannot be tested again."
-    )
+    got = "none: a promise read from a file cannot be tested again; make it anew"
+    got = got if array is None else f"shape {array.shape}; give a row of each prompt"
+    raise ValueError(f"Expected `{name}` of shape {shape}, as `losses`, got {got}.")
   return array
 
 
