@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4959, 21),
+  "calibrate": (4952, 21),
   "checkpoints": (988, 5),
   "commands": (2200, 13),
   "console.py": (158, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (26_092, 123), "tests": (21_450, 141), "scripts": (4_422, 25)}
+WHOLE = {"calm": (26_085, 123), "tests": (21_483, 141), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

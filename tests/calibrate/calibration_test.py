@@ -179,6 +179,10 @@ def test_another_procedure_is_refused_by_field():
   found.refuse_other(laws.procedure())
   with pytest.raises(ValueError, match="`measure`: expected 'softmax', got 'state'"):
     found.refuse_other(laws.procedure(measure="state"))
+  found = calibrate(sample(procedure=laws.procedure(platform="cpu")), **RATES)
+  found.refuse_other(laws.procedure(platform="tpu"), allow_platform=True)
+  with pytest.raises(ValueError, match=r"decode without it \(`--allow_platform`\)"):
+    found.refuse_other(laws.procedure(platform="tpu"))
   with pytest.raises(ValueError, match=r"has none \(null\)"):
     found.refuse_other(None)
   with pytest.raises(ValueError, match="`procedure` null"):
@@ -228,3 +232,5 @@ def test_arguments_are_checked(changes, message):
 def test_losses_are_checked_where_they_are_made(ids, message):
   with pytest.raises(ValueError, match=message):
     SequenceLosses(np.zeros((30, 4)), GRID, ids=ids)
+  with pytest.raises(ValueError, match="4 `knobs`, one a column, got 1"):
+    SequenceLosses(np.zeros((30, 4)), GRID, knobs=("a",))

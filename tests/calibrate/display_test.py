@@ -42,6 +42,8 @@ def test_a_plot_shows_the_grid_the_bounds_and_what_is_certified():
   assert lines["mean loss"].get_xdata().tolist() == [3.0, 1.0]  # of the tokens that are there
   with pytest.raises(ValueError, match=r"Expected `layers` of \[2\].* shape \(0,\)"):
     made().plot(layers=bare)
+  with pytest.raises(ValueError, match=r"Expected `layers` of \[2\].* shape \(0,\)"):
+    made().plot(layers=dataclasses.replace(bare, records=(rows[0][:1], rows[1])))
 
 
 def test_a_calibration_is_a_table_and_a_promise_of_one_line():

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from calm.calibrate import GenerationsError, ledger
+from calm.calibrate import GenerationsError, calibrate, ledger
+from tests.calibrate import laws
 
 ROWS = [f"prompt {row}" for row in range(200)]
 QUESTION = {"kind": "textual", "metric": "rouge_l", "tolerance": 0.1}
@@ -85,6 +86,18 @@ def test_damage_is_named_and_kept_here_and_passed_over_beside(tmp_path, text):
     ledger.record(tmp_path / "a", QUESTION, ROWS, 0.05)
   assert (tmp_path / "a" / ledger.LEDGER).read_text() == text
   assert ledger.record(tmp_path / "b", QUESTION, ROWS, 0.05) == ""
+
+
+def test_a_calibration_is_kept_beside_its_generations(tmp_path):
+  kept = lambda rate: ledger.keep(
+    tmp_path,
+    calibrate([[0.0]] * 200, [0.5], tolerance=rate, error_rate=0.05),
+    laws.prompts(200),
+  )
+  assert kept(0.1) == "" and "of the 2 again" in kept(0.2)
+  assert lines(tmp_path)[0]["question"]["promise"] == {"name": "mean"}
+  (tmp_path / ledger.LEDGER).write_text("{}\n")
+  assert kept(0.3).startswith("This calibration could not be recorded: ")
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):

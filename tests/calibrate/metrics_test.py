@@ -79,7 +79,10 @@ def test_import_paths_and_errors():
   assert metric.name == path and not metric.binary and metric("a", ["b"]) == 0.5
   assert metrics.get_metric("tests.calibrate.metrics_test:same_length").binary
   assert metrics.get_metric("tests.calibrate.metrics_test:HALF") is HALF
-  assert metrics.get_metric(HALF) is HALF
+  assert metrics.get_metric(HALF) is HALF and metrics.get_metric(half).name == path
+  assert metrics.get_metric(metrics.rouge_l) is metrics.METRICS["rouge_l"]
+  assert metrics.get_metric(lambda text, references: 0.0).name.endswith("<lambda>")
+  assert metrics.compute(HALF, [("a", ("a",)), ("b", ("a",))]).tolist() == [1.0, 0.5]
   for name, message in (
     ("rouge", "to be one of .* or an import path 'package.module:function'"),
     ("no_such_module:f", "that can be imported, got: "),

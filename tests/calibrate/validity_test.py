@@ -19,7 +19,7 @@ with pytest.MonkeyPatch.context() as patch:  # as `python scripts/validity.py` f
 
 @pytest.mark.parametrize("number", range(len(validity.CELLS)))
 def test_a_promise_is_wrong_no_more_often_than_it_says(number):
-  *_, level, wrong, _, draws = map(str, validity.simulate(validity.CELLS[number], 240, number))
+  *_, level, wrong, _, draws = map(str, validity.simulate(validity.CELLS[number], 160, number))
   hits = round(float(wrong) * int(draws))
   test = stats.binomtest(hits, int(draws), float(level), alternative="greater")
   assert test.pvalue > 1e-3, (validity.CELLS[number], wrong)

@@ -110,6 +110,15 @@ def swap_two_files(folder):
     (folder / name).write_bytes(text)
 
 
+def test_a_run_that_stopped_early_may_lack_its_last_thresholds(tmp_path):
+  write(tmp_path).finish()
+  (tmp_path / EARLY).unlink()
+  there = dict.fromkeys((PROMPTS, LATE, FULL), "")
+  edit_manifest(tmp_path, {"sequential": True, "checksums": there})  # of earlier versions
+  made = generations.load(tmp_path)
+  assert [len(column) for column in made.records] == [3, 0] and made.layer_counts() is None
+
+
 @pytest.mark.parametrize(
   ("change", "forge", "message"),
   [
