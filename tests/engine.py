@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.decode import engines, loop, speculative
+from calm.decode import engines, loop
 from calm.decode import program as program_lib
 from calm.exits import propagation, schedules
 from calm.t5 import caches as caches_lib
@@ -86,9 +86,8 @@ def run(
   prompts=PROMPTS,
   active=None,
   engine: engines.Engine | None = None,
-  prior: speculative.Prior | None = None,
 ) -> loop.DecodingState:
-  """Decodes `prompts`; the final state, caches included. `prior` is of drafts."""
+  """Decodes `prompts`; the final state, caches included."""
   active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)
   return _decode_state(
     program_lib.Program(toy.config, rule, LENGTH, engine=engine),
@@ -96,7 +95,6 @@ def run(
     encode(toy, prompts),
     active,
     jnp.asarray(threshold, jnp.float32),
-    prior,
   )
 
 

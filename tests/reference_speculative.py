@@ -37,8 +37,9 @@ class Text:
   scores: list[float]
   gaps: list[float]
 
-  def passes(self, num_drafts: int, exact: bool) -> Passes:
-    """Passes of `num_drafts` drafts at most, which end at a draft of EOS or the limit."""
+  def passes(self, num_drafts: int, exact: bool) -> tuple[int, list[bool]]:
+    """Passes of `num_drafts` drafts at most, which end at a draft of EOS or the limit, and
+    whether each token is an accepted draft."""
     at, passes, drafted = 0, 0, [False] * len(self.tokens)
     while at < len(self.tokens):
       passes += 1
@@ -49,15 +50,7 @@ class Text:
         at += 1
         if at == len(self.tokens) or not drafted[at - 1]:
           break
-    return Passes(passes, drafted)
-
-
-@dataclasses.dataclass(frozen=True)
-class Passes:
-  """How a text came about."""
-
-  count: int  # of passes
-  drafted: list[bool]  # whether each token is an accepted draft
+    return passes, drafted
 
 
 def decode(

@@ -24,19 +24,9 @@ class Verification:
 
   # Tokens that were drafted and accepted; the others are the full model's own.
   drafted: Bool[AnyArray, "batch length"]
-  # Of each row: passes of the full model; tokens drafted, refused ones too (as many as for
-  # the row that goes on longest); `speculative.AcceptanceEstimate`'s chance and calibration
-  # at the end; and what the batch took, in steps of the full model. One array, for every
-  # one that comes back costs a short text some microseconds.
-  numbers: Float[AnyArray, "batch 5"]
-
-  @property
-  def passes(self) -> Int[AnyArray, " batch"]:
-    return self.numbers[:, 0].astype(np.int32)
-
-  @property
-  def drafts(self) -> Int[AnyArray, " batch"]:
-    return self.numbers[:, 1].astype(np.int32)
+  passes: Int[AnyArray, " batch"]  # of the full model, that verified each row
+  # Tokens drafted, refused ones too: as many as for the row that goes on longest.
+  drafts: Int[AnyArray, " batch"]
 
 
 @struct.dataclass
@@ -265,7 +255,7 @@ def unpack(array: np.ndarray, length: int) -> Generation:
   rest, verification = 4 * length, None
   if array.shape[1] > rest + 1:
     drafted = ints[:, rest + 1 : rest + 1 + length] > 0
-    verification = Verification(drafted, floats[:, rest + 1 + length :])
+    verification = Verification(drafted, ints[:, -2], ints[:, -1])
   return Generation(
     tokens=ints[:, columns[0]],
     exit_layers=ints[:, columns[1]],
@@ -279,8 +269,7 @@ def unpack(array: np.ndarray, length: int) -> Generation:
 def without_drafts(full: Generation) -> Generation:
   """A generation of full depth as `exits.Speculative` reports one that made no draft."""
   emitted = np.asarray(full.exit_layers) > 0
-  numbers = np.zeros((len(emitted), 5), np.float32)
-  numbers[:, 0] = emitted.sum(axis=-1)
+  passes = emitted.sum(axis=-1, dtype=np.int32)
   # By hand: `replace` looks at every field, microseconds between two texts.
   return Generation(
     tokens=full.tokens,
@@ -288,5 +277,5 @@ def without_drafts(full: Generation) -> Generation:
     confidences=emitted.astype(np.float32),
     rejected_confidences=full.rejected_confidences,
     scores=full.scores,
-    verification=Verification(np.zeros(emitted.shape, bool), numbers),
+    verification=Verification(np.zeros(emitted.shape, bool), passes, np.zeros_like(passes)),
   )

@@ -152,11 +152,9 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: speculative.Prior | None = None,
   ) -> loop.Generation:
-    """Decodes greedily. `prior` is what `exits.Speculative` expects of a text's drafts, on
-    which no text depends; None: nothing is known."""
-    return self.decode_state(weights, encoded, active, threshold, prior).generation
+    """Decodes greedily."""
+    return self.decode_state(weights, encoded, active, threshold).generation
 
   @compiled.Method
   def decode_packed(
@@ -164,19 +162,16 @@ class Program:
     weights: ModelWeights,
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
-    known: Float[Array, " one_or_four"],
+    threshold: Float[Array, "..."],
   ) -> Int[Array, "batch columns"]:
-    """`decode`, with one array to send, the threshold and the prior's three numbers if there is
-    one, and one that comes back (`loop.unpack`)."""
-    threshold, *prior = known
-    state = self.decode_state(weights, encoded, active, threshold, tuple(prior) or None)
-    return loop.pack(state.generation)
+    """`decode`, with one array that comes back (`loop.unpack`)."""
+    return loop.pack(self.decode_state(weights, encoded, active, threshold).generation)
 
   @compiled.Method
-  def start(self, weights, encoded, active, threshold, prior=None) -> State:
+  def start(self, weights, encoded, active, threshold) -> State:
     """What `go_on` decodes the first tokens from."""
     if isinstance(self.rule, exits.Speculative):
-      return self.speculation(weights, encoded, threshold, prior).begin(active)
+      return self.speculation(weights, encoded, threshold).begin(active)
     bound = self.bind(weights.decoder, encoded, threshold)
     return loop.nothing_yet(active, self.max_decode_length, bound.empty)
 
@@ -188,7 +183,7 @@ class Program:
     if isinstance(state, speculative.SpeculativeState):
       made = self.speculation(weights, encoded, threshold)
       state = dataclasses.replace(state, cache=engines.grown(state.cache, made.task.length))
-      return made.finish(made.go_on(state, self.length))
+      return made.go_on(state, self.length)
     bound = self.bind(weights.decoder, encoded, threshold)
     return loop.go_on(
       bound.take_step,
@@ -226,17 +221,14 @@ class Program:
 
   # ---- What runs it, in stages
 
-  def generate(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
-    """As `decode`, in as many stages as the rows need, fetched to the host; `threshold` and
-    `prior` are numbers."""
-    stages = self.stages
-    if len(stages) == 1:
-      known = np.array((threshold, *(prior or ())), np.float32)
-      made = np.asarray(self.decode_packed(weights, encoded, active, known))
-      return loop.unpack(made, self.max_decode_length)
+  def generate(self, weights, encoded, active, threshold) -> loop.Generation:
+    """As `decode`, in as many stages as the rows need, fetched to the host."""
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
-    threshold, prior = jax.tree.map(np.float32, (threshold, prior))
-    state = stages[0].start(weights, encoded, active, threshold, prior)
+    stages, threshold = self.stages, np.asarray(threshold, np.float32)
+    if len(stages) == 1:
+      made = np.asarray(self.decode_packed(weights, encoded, active, threshold))
+      return loop.unpack(made, self.max_decode_length)
+    state = stages[0].start(weights, encoded, active, threshold)
     for stage in stages:
       if not np.any(state.active):
         break
@@ -263,10 +255,11 @@ class Program:
 
   # ---- Its parts
 
-  def decode_state(self, weights, encoded, active, threshold, prior=None) -> State:
+  def decode_state(self, weights, encoded, active, threshold) -> State:
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
     if isinstance(self.rule, exits.Speculative):
-      return self.speculation(weights, encoded, threshold, prior).decode(active)
+      made = self.speculation(weights, encoded, threshold)
+      return made.go_on(made.begin(active), self.length)
     bound = self.bind(weights.decoder, encoded, threshold)
     state = loop.decode(
       bound.take_step,
@@ -285,7 +278,7 @@ class Program:
     active = jnp.zeros((batch_size,), bool)
     return loop.nothing_yet(active, self.max_decode_length, cache)
 
-  def speculation(self, weights, encoded, threshold, prior=None) -> speculative.Speculation:
+  def speculation(self, weights, encoded, threshold) -> speculative.Speculation:
     """The loop of `exits.Speculative` at work on these prompts; ValueError where the rule does
     not fit the model, or wants a shortlist that it has not."""
     rule, config, decoder = self.rule, self.config, weights.decoder
@@ -299,16 +292,7 @@ class Program:
     task = self._task(decoder, encoded, threshold)
     roomy = dataclasses.replace(task, length=self.length + rule.window)
     table = attention.bias_table(task.weights, config, roomy.length)
-    plan = speculative.plan(config, task.weights, rule, task.batch_size, self.native)
-    return speculative.Speculation(
-      roomy,
-      table,
-      rule,
-      plan,
-      self.max_decode_length,
-      self.eos_id,
-      prior or speculative.UNKNOWN,
-    )
+    return speculative.Speculation(roomy, table, rule, self.max_decode_length, self.eos_id)
 
   def bind(
     self, weights: decoder_weights.DecoderWeights, encoded, threshold, kept=None

@@ -66,29 +66,27 @@ class ShardedProgram:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
     return self._encode(weights, self._padded(encoder_input_tokens))
 
-  def decode(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
+  def decode(self, weights, encoded, active, threshold) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
     threshold = jnp.asarray(threshold, jnp.float32)
     if threshold.ndim:
       threshold = self._padded(threshold)
-    known = () if prior is None else (tuple(jnp.float32(each) for each in prior),)
-    made = self._decode(weights, encoded, self._padded(active), threshold, *known)
+    made = self._decode(weights, encoded, self._padded(active), threshold)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 
-  def generate(self, weights, encoded, active, threshold, prior=None) -> loop.Generation:
+  def generate(self, weights, encoded, active, threshold) -> loop.Generation:
     """As `Program.generate`."""
-    return program_lib.fetch(self.decode(weights, encoded, active, threshold, prior))
+    return program_lib.fetch(self.decode(weights, encoded, active, threshold))
 
   @compiled.Method
   def _encode(self, weights, tokens) -> Any:
     return self._sharded(self.program.encode, REPLICATED, ROWS)(weights, tokens)
 
   @compiled.Method
-  def _decode(self, weights, encoded, active, threshold, *prior) -> Any:
+  def _decode(self, weights, encoded, active, threshold) -> Any:
     limit = ROWS if threshold.ndim else REPLICATED
-    specs = REPLICATED, ROWS, ROWS, limit, *(REPLICATED for _ in prior)
-    decode = self._sharded(self.program.decode, *specs)
-    return decode(weights, encoded, active, threshold, *prior)
+    decode = self._sharded(self.program.decode, REPLICATED, ROWS, ROWS, limit)
+    return decode(weights, encoded, active, threshold)
 
   def _sharded(self, function, *specs):
     # Loops of different lengths on different devices are what this is for: nothing is checked

@@ -238,7 +238,7 @@ class Speculative:
     draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
       the whole vocabulary.
     stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
-    adapts: whether fewer tokens are drafted, or none, where drafts are unlikely to be accepted.
+    adapts: whether no token is drafted for a while where drafts were refused.
     measures: whether every token is drafted, even where no pass can use it, so that the
       refused confidences of a text tell at which slack it would be another. With slack it is.
   """

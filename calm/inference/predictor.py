@@ -404,8 +404,8 @@ class Predictor:
     return parameters.base_digest(self.params) if maps else None
 
   @functools.cached_property
-  def expected_drafts(self) -> dict[tuple[exits.Rule, float], speculative.History]:
-    """What drafts of the texts so far were worth, by rule and threshold."""
+  def expected_drafts(self) -> dict[tuple[exits.Rule, float, int], speculative.History]:
+    """What drafts of the texts so far were worth, by rule, threshold and rows of a batch."""
     return {}
 
   @property
@@ -493,40 +493,34 @@ class Predictor:
     chosen, rows = rule or self.options.rule, len(active)
     if not isinstance(chosen, exits.Speculative):
       return self._run(rule, encoded, active, threshold)
-    history = self.expected_drafts.get((chosen, threshold))
-    if history is None:
-      decide = threshold < 1 or chosen.measures
-      # Full depth would round otherwise than passes do where a text is not exact.
-      must = decide or not chosen.adapts or self.batch_size_affects_output
-      history = speculative.History(decide, must)
-      self.expected_drafts[chosen, threshold] = history
-    history.update()
-    if rows not in history.plans:
+    key = chosen, threshold, rows
+    if key not in self.expected_drafts:
       each, native = -(-rows // self.options.num_devices), self.program(chosen).native
-      weights = self.weights.decoder
-      history.plans[rows] = speculative.plan(self.config, weights, chosen, each, native)
-    if not history.drafts_next(rows):
+      cost = speculative.draft_cost(self.config, self.weights.decoder, chosen, each, native)
+      # Texts with slack are what drafts make of them, and full depth would round otherwise than
+      # passes do where a text is not exact.
+      must = threshold < 1 or chosen.measures or self.batch_size_affects_output
+      self.expected_drafts[key] = speculative.History(cost, must or not chosen.adapts)
+    history = self.expected_drafts[key]
+    if not history.drafts_next():
       full = self._run(exits.StaticExit(), encoded, active, NEVER_EXIT)
       return loop.without_drafts(full)
-    generation = self._run(chosen, encoded, active, threshold, history.prior)
-    history.last = generation, active
+    generation = self._run(chosen, encoded, active, threshold)
+    history.update(generation)
     return generation
 
   def expect_drafts(self) -> None:
     """The next batch makes drafts, whatever those before it were worth: to time them."""
     for history in self.expected_drafts.values():
-      history.update()
       history.backoff = 0
 
-  def _run(
-    self, rule, encoded, active, threshold: float, prior: speculative.Prior | None = None
-  ) -> loop.Generation:
+  def _run(self, rule, encoded, active, threshold: float) -> loop.Generation:
     """One batch through the program of a rule, fetched to the host."""
     # Arguments are looked at one by one, 40 microseconds for those of the encoder.
     weights = dataclasses.replace(self.weights, encoder={})
     program = self._sharded(self.program(rule))
     with compiled.at_precision(self.options.matmul_precision):
-      return program.generate(weights, encoded, active, threshold, prior)
+      return program.generate(weights, encoded, active, threshold)
 
   def stream(
     self,

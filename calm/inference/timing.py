@@ -234,8 +234,7 @@ def _rounds(
     (model.config.dtype, model.options.weights_dtype, model.options.encoder_dtype)
     for model, _, _ in ways
   ]
-  # Round by round: a text that is drafted begins with what those before it had accepted. Of the
-  # first one, which compiles, nothing counts.
+  # Of the first round, which compiles, nothing counts.
   for number in range(rounds + 1):
     for place, batch in enumerate(batches):
       encoded: dict[Any, tuple[Any, float]] = {}

@@ -167,9 +167,8 @@ def test_a_generation_comes_back_bit_for_bit(rule):
   program = program_lib.Program(toy.config, rule, engine.LENGTH)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
   expected = program.decode(toy.weights, encoded, active, np.float32(0.4))
-  known = np.array([0.4], np.float32)
-  array = np.asarray(program.decode_packed(toy.weights, encoded, active, known))
-  got = loop.unpack(array, engine.LENGTH)
+  array = program.decode_packed(toy.weights, encoded, active, np.float32(0.4))
+  got = loop.unpack(np.asarray(array), engine.LENGTH)
   assert jax.tree.structure(got) == jax.tree.structure(jax.device_get(expected))
   for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     assert ours.dtype == theirs.dtype and isinstance(ours, np.ndarray)

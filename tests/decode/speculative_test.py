@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -10,19 +11,16 @@ import numpy as np
 import pytest
 
 from calm import exits
+from calm.decode import loop, speculative
 from calm.decode import program as program_lib
-from calm.decode import speculative
 from calm.exits import schedules
-from calm.t5 import platforms
+from calm.t5 import kernels, platforms
 from tests import engine, reference_speculative, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
 STATIC = exits.StaticExit()
 RULE = exits.Speculative(2, num_drafts=5, adapts=False)
-ADAPTS = dataclasses.replace(RULE, adapts=True)
 BATCH = len(engine.PROMPTS)
-# Texts that begin so are drafted where passes adapt, short as they are.
-BOLD = (0.99, 50.0, 1.0)
 
 
 @functools.cache
@@ -63,23 +61,16 @@ def reference_rows(
   ]
 
 
-def assert_is_the_full_model(got, full, rows, num_rows):
-  """Tokens, scores and caches are static-L's; rows that begin with a tie are excused."""
-  for i in range(num_rows):
-    length = len(rows[i].tokens)
-    if min(rows[i].gaps) < 1e-5:
-      continue
-    np.testing.assert_array_equal(got.generation.tokens[i], full.generation.tokens[i])
-    np.testing.assert_array_equal(got.generation.exit_layers[i], full.generation.exit_layers[i])
-    np.testing.assert_allclose(got.generation.scores[i], full.generation.scores[i], atol=1e-5)
-    compare_caches(got.cache, full.cache, i, length)
-  assert sum(min(row.gaps) < 1e-5 for row in rows) == 0
-
-
-def compare_caches(caches, others, row: int, length: int) -> None:
-  for cache, other in zip(caches, others, strict=True):
-    for a, b in ((cache.keys, other.keys), (cache.values, other.values)):
-      np.testing.assert_allclose(a[row, :, :length], b[row, :, :length], atol=1e-5)
+def assert_is_the_full_model(got, full, rows):
+  """Tokens, scores and caches are static-L's."""
+  for i, row in enumerate(rows):
+    assert min(row.gaps) >= 1e-5  # no tie
+    a, b, upto = got.generation, full.generation, len(row.tokens)
+    np.testing.assert_array_equal(a.tokens[i], b.tokens[i])
+    np.testing.assert_array_equal(a.exit_layers[i], b.exit_layers[i])
+    np.testing.assert_allclose(a.scores[i], b.scores[i], atol=1e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got.cache, full.cache)), strict=True):
+      np.testing.assert_allclose(ours[i, :, :upto], theirs[i, :, :upto], atol=1e-5)
 
 
 def compare_with_reference(got, rows, rule, threshold) -> None:
@@ -90,9 +81,8 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
     assert np.asarray(got.generation.tokens[i])[:length].tolist() == row.tokens
     np.testing.assert_allclose(got.generation.scores[i], sum(row.scores), rtol=1e-4)
     if not rule.adapts:
-      passes = row.passes(rule.num_drafts, exact=threshold >= 1)
-      assert seen.passes[i] == passes.count
-      assert np.asarray(seen.drafted[i])[:length].tolist() == passes.drafted
+      drafted = np.asarray(seen.drafted[i])[:length].tolist()
+      assert (seen.passes[i], drafted) == row.passes(rule.num_drafts, exact=threshold >= 1)
     assert not np.asarray(seen.drafted[i])[length:].any()
     refused = np.asarray(got.generation.rejected_confidences[i])[:length]
     expected = np.where(row.agrees, 0.0, row.ratios)
@@ -116,9 +106,9 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
   before = engine._decode_state._cache_size()
   accepted = set()
   for threshold in (schedules.NEVER_EXIT, 1.0):
-    got = engine.run(made, rule, threshold, prompts=prompts, prior=BOLD)
+    got = engine.run(made, rule, threshold, prompts=prompts)
     rows = reference_rows(made, rule, prompts=prompts)
-    assert_is_the_full_model(got, full, rows, batch)
+    assert_is_the_full_model(got, full, rows)
     compare_with_reference(got, rows, rule, threshold)
     accepted |= set(np.asarray(got.generation.verification.drafted).ravel().tolist())
   assert accepted == {False, True}
@@ -130,7 +120,7 @@ def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
   translated, plain = toy(exit_translators=(1, 2)), toy()
   got = engine.run(translated, RULE, 1.0)
   rows = reference_rows(translated, RULE)
-  assert_is_the_full_model(got, engine.run(plain, STATIC), rows, BATCH)
+  assert_is_the_full_model(got, engine.run(plain, STATIC), rows)
   compare_with_reference(got, rows, RULE, 1.0)
   # Meta: without the translator others are drafted.
   assert [row.drafts for row in rows] != [row.drafts for row in reference_rows(plain, RULE)]
@@ -142,7 +132,7 @@ def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
     got = engine.run(made, RULE, threshold)
     compare_with_reference(got, reference_rows(made, RULE, threshold), RULE, threshold)
     # A text under slack does not depend on where passes end.
-    adapts = engine.run(made, ADAPTS, threshold).generation
+    adapts = engine.run(made, dataclasses.replace(RULE, adapts=True), threshold).generation
     np.testing.assert_array_equal(adapts.tokens, got.generation.tokens)
     tokens.append(np.asarray(got.generation.tokens).tolist())
     if threshold < 1:
@@ -185,22 +175,13 @@ def test_of_equal_logits_the_first_is_emitted():
   assert any(seconds)
 
 
-def speculation(rule=RULE, prompts=engine.PROMPTS, threshold=1.0):
-  """The loop at work on the toy."""
-  made = toy()
-  program = program_lib.Program(made.config, rule, engine.LENGTH)
-  encoded = engine.encode(made, prompts)
-  return program.speculation(made.weights, encoded, jnp.float32(threshold))
-
-
 def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   """It drafts EOS: such a pass went on for ever."""
   rule, prompts = dataclasses.replace(RULE, stop_below=0.0), engine.PROMPTS[:1]
   full = engine.run(toy(), STATIC, prompts=prompts)
-  bound = speculation(rule, prompts)
-  eos = jnp.full(1, bound.eos_id), jnp.ones(1)
-  monkeypatch.setattr(type(bound), "_draft_head", lambda self, hidden: eos)
-  got = bound.decode(jnp.ones(1, bool))
+  eos = jnp.ones(1, jnp.int32), jnp.ones(1)
+  monkeypatch.setattr(speculative.Speculation, "_draft_head", lambda self, hidden: eos)
+  got = engine.run(toy(), rule, 1.0, prompts=prompts)
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
 
 
@@ -209,11 +190,11 @@ def test_rows_that_hold_no_prompt_stay_empty():
   prompts = np.where(active[:, None], engine.PROMPTS, 0)
   got = engine.run(toy(), RULE, 1.0, prompts=prompts, active=active)
   everything = engine.run(toy(), RULE, 1.0)
-  # How many were drafted for a row, and what that took, is for its mates to say too.
+  # How many were drafted for a row is for its mates to say too.
   generations = []
   for state in (got, everything):
     seen = state.generation.verification
-    seen = dataclasses.replace(seen, numbers=seen.numbers.at[:, np.array([1, 4])].set(0))
+    seen = dataclasses.replace(seen, drafts=seen.drafts * 0)
     generations.append(dataclasses.replace(state.generation, verification=seen))
   for leaf, whole in zip(*map(jax.tree.leaves, generations), strict=True):
     assert not np.asarray(leaf)[~active].any()
@@ -235,7 +216,6 @@ def test_bad_drafts_are_not_made():
     got[adapts] = jax.device_get(state.generation.verification)
   assert 0 < np.sum(got[True].drafts) < 0.6 * np.sum(got[False].drafts)
   assert np.sum(got[False].drafted) < 5
-  assert np.all(got[True].numbers[:, 2] < speculative.CHANCE)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -271,62 +251,40 @@ def test_bad_rules_and_slacks_are_named():
       exits.threshold_of(slack)
 
 
-# ---- How many tokens are drafted: the laws of the plan, on costs like those of a small model
+def test_drafts_are_worth_what_rows_and_weights_make_of_them(monkeypatch):
+  """A batch of many rows, or a large head for every draft, leaves nothing to save."""
+  made, rule = toy(), exits.Speculative(1, draft_head="full")
+  cost = lambda batch, weights=made.weights.decoder: speculative.draft_cost(
+    made.config, weights, rule, batch, False
+  )
+  monkeypatch.setattr(kernels, "is_small", lambda matrix: False)
+  assert 1 / 4 < cost(1) < cost(2) < cost(64) == math.inf
+  large = dataclasses.replace(made.weights.decoder, head=np.zeros((512, 512), np.float32))
+  assert cost(1, large) == math.inf
+  monkeypatch.undo()  # and a row of small layers, whose products wake threads
+  assert cost(1) == math.inf > cost(2)
 
 
-# Of passes of 1, 2, ... 8 positions over a step of the full model (the model in the box, CPU).
-PLAN = speculative.Plan(costs=(1.0, 1.9, 2.2, 2.4, 2.7, 3.0, 3.2, 3.5))
-# Good drafts, and confidences to be taken at their word.
-HOPEFUL = (0.9, 1.0, 1.0)
-ONE = jnp.ones(1, bool)
+def seen(tokens: int, passes: int, drafts: int) -> loop.Generation:
+  """A text of so many tokens."""
+  row, layers = np.zeros((1, 16), np.float32), (np.arange(16) < tokens)[None] * 4
+  verification = loop.Verification(row > 0, np.array([passes]), np.array([drafts]))
+  return loop.Generation(layers, layers, row, row, row[:, 0], verification)
 
 
-def after(*trials: tuple[bool, float], prior=speculative.UNKNOWN):
-  """The estimate of one row after passes of one draft: whether accepted, its confidence."""
-  estimate = speculative.AcceptanceEstimate.of(prior, 1)
-  for accepted, confidence in trials:
-    drafts = jnp.array([[True]]), jnp.array([[accepted]]), jnp.full((1, 1), confidence)
-    estimate = estimate.update(*drafts)
-  return estimate
-
-
-def count(estimate, confidence: float, plan: speculative.Plan = PLAN) -> int:
-  """Positions of a pass whose every draft has this confidence."""
-  return int(_count(plan, estimate, jnp.float32(confidence)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _count(plan, estimate, confidence) -> jax.Array:
-  chances, tokens = jnp.ones(1), jnp.float32(1.0)
-  positions, goes_on, mean = jnp.int32(1), jnp.bool_(True), estimate.mean_chance(ONE)
-  for at in range(len(plan.costs) - 1):
-    chances = chances * estimate.chances(confidence[None])
-    goes_on &= plan.goes_on(jnp.int32(at), chances, tokens, mean)
-    tokens, positions = tokens + jnp.sum(chances), positions + goes_on.astype(jnp.int32)
-  return positions
-
-
-def test_a_text_begins_with_one_draft_and_goes_on_once_it_was_right():
-  for confidence in (0.5, 0.999):
-    assert count(after(), confidence) == 1 < count(after((True, confidence)), confidence)
-  assert count(after(prior=HOPEFUL), 0.9) == len(PLAN.costs)
-  assert count(after(prior=HOPEFUL), 0.2) == 1
-
-
-@pytest.mark.parametrize(
-  ("trials", "confidence", "pays"),
-  [
-    (((False, 1.0),) * 2, 1.0, False),
-    (((True, 0.4),) * 8, 0.4, True),
-    (((True, 0.9),) * 12, 0.9, True),
-    (((False, 1.0),) * 2 + ((True, 0.9),) * 12, 0.9, True),
-  ],
-)
-def test_drafts_are_worth_what_earlier_ones_were(trials, confidence, pays):
-  assert (count(after(*trials, prior=HOPEFUL), confidence) > 1) == pays
-
-
-def test_passes_that_cost_as_many_steps_are_not_worth_drafting():
-  costly = tuple(map(float, range(1, 9)))
-  assert PLAN.worth_drafting and not speculative.Plan(costly).worth_drafting
-  assert speculative.Plan(costly, adapts=False).worth_drafting
+def test_the_longer_drafts_bring_nothing_the_longer_they_are_let_be():
+  history = speculative.History(cost=0.3, must=False)
+  paused = []
+  for _ in range(6):
+    while not history.drafts_next():
+      paused[-1] += 1
+    history.update(seen(tokens=12, passes=12, drafts=4))
+    paused.append(0)
+  assert paused == [1, 4, 16, 64, 64, 0]
+  history.update(seen(tokens=12, passes=3, drafts=10))
+  assert history.drafts_next() and history.miss_streak == 0
+  # One text that loses little does not turn off what saved more before it.
+  history.update(seen(tokens=12, passes=12, drafts=4))
+  assert history.drafts_next() and history.saved > 0
+  for cost, must in ((math.inf, False), (math.inf, True)):
+    assert speculative.History(cost, must).drafts_next() == must

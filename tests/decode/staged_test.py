@@ -26,11 +26,11 @@ def short(monkeypatch):
   monkeypatch.setattr(program_lib, "RATIO", 2)
 
 
-def decoded(program, active=None, threshold=0.6, prior=None, toy=None, stages=False):
+def decoded(program, active=None, threshold=0.6, toy=None, stages=False):
   toy = toy or engine.toy()
   active = np.ones(len(engine.PROMPTS), bool) if active is None else active
   run = program.generate if stages else program.decode
-  return run(toy.weights, engine.encode(toy), active, np.float32(threshold), prior)
+  return run(toy.weights, engine.encode(toy), active, np.float32(threshold))
 
 
 def ending(program, toy=None):
@@ -102,11 +102,11 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(short):
 
 
 def test_drafts_in_stages_are_those_of_one_program(short):
-  """Passes of six positions go beyond stages of two and four; the prior reaches the first."""
+  """Passes of six positions go beyond stages of two and four."""
   rule = exits.Speculative(1, 5, "full")
   program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH))
-  active, hopeful = np.arange(len(engine.PROMPTS)) != 1, (0.99, 50.0, 1.0)
-  given = active, 1.0, hopeful
+  active = np.arange(len(engine.PROMPTS)) != 1
+  given = active, 1.0
   whole, stages = decoded(program, *given), decoded(program, *given, stages=True)
   # Meta: rows end in a stage before the last, and in the last.
   ends = set(np.asarray(whole.num_tokens)[active].tolist())

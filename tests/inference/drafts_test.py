@@ -9,7 +9,6 @@ import pytest
 from calm import exits, inference
 from calm.calibrate import generations
 from calm.calibrate import losses as sequence_losses
-from calm.decode import loop, speculative
 from calm.inference import grid, timing
 from tests.inference import predictor_test
 
@@ -17,7 +16,6 @@ TEXTS = [f"{word} {i}" for i in range(12) for word in ("a", "the words")]
 OPTIONS = {**predictor_test.OPTIONS, "max_input_length": 16}
 GRID = [1.0, 0.6, 0.2]
 NONSENSE = exits.Speculative(2, 3, stop_below=0.0)
-ACTIVE = np.ones(1, bool)
 
 
 @pytest.fixture(scope="module")
@@ -60,31 +58,6 @@ def begun(model, ran, rule, **options) -> None:
   model.generate(TEXTS[:1], rule=rule, **options)
   model.expected_drafts.clear()
   ran.clear()
-
-
-def seen(tokens: int, passes: int) -> loop.Generation:
-  """A text as `exits.Speculative` tells it."""
-  row = np.zeros((1, 16), np.int32)
-  layers = row + (np.arange(16) < tokens) * 4
-  # One draft was verified alone, or read on from.
-  numbers = np.array([[passes, passes, 0.5, 0.5, passes + 0.1]], np.float32)
-  verification = loop.Verification(row > 0, numbers)
-  return loop.Generation(row, layers, row * 0.0, row * 0.0, numbers[:, 0], verification)
-
-
-def test_the_longer_drafts_bring_nothing_the_longer_they_are_let_be():
-  plans = {1: speculative.Plan(costs=(1.0, 3.2, 3.5, 3.8, 4.1))}
-  history, must = (speculative.History(False, must, plans=plans) for must in (False, True))
-  waits = []
-  for _ in range(9):
-    for each in (history, must):
-      each.last = seen(tokens=12, passes=12), ACTIVE
-      each.update()
-    waits.append(history.backoff)
-  assert waits == [1, 4, 16, 64, 64, 64, 64, 64, 64] and must.backoff == 0
-  history.last = seen(tokens=12, passes=4), ACTIVE
-  history.update()
-  assert history.backoff == history.miss_streak == 0 and history.prior[2] == 10
 
 
 def test_texts_of_drafts_that_bring_nothing_are_decoded_at_full_depth(model, full, ran):
