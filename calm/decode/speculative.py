@@ -122,6 +122,7 @@ class Learned:
   miss_streak: Int[Array, ""]  # drafting passes since one emitted two tokens of any row
   due: Int[Array, ""]  # passes before the next one that drafts, of the whole text
   drafts: Int[Array, " batch"]  # tokens drafted
+  refused: Int[Array, " batch"]  # passes with a draft that was refused
   accepted: Bool[Array, "batch length"]  # tokens that are accepted drafts
   # An accepted draft's log-probability less that of the argmax.
   gaps: Float[Array, "batch length"]
@@ -168,7 +169,7 @@ class Speculation:
       generation=loop.empty_generation(rows, self.length),
       log_probabilities=columns,
       ahead=ints,
-      learned=Learned(zero, zero, ints, columns > 0, columns, columns),
+      learned=Learned(zero, zero, ints, ints, columns > 0, columns, columns),
       pending=Pending(zero, zero > 0, drafted, none, hidden),
       cache=task.empty_caches(),
     )
@@ -239,7 +240,10 @@ class Speculation:
     wanted = self._drafts(state) & (self._every | (at + 1 < window))
     token, confidence = lax.cond(wanted, self._draft_head, lambda hidden: blank, hidden)
     has_room = state.active & (state.positions + at + 1 < self.length)
-    follows = (confidence >= self.rule.stop_below) & (token != self.eos_id)
+    refused, least = state.learned.refused, self.rule.stop_below
+    if self.rule.adapts:  # by the drafts that said how far passes went, and an accepted one
+      least = jnp.maximum(least, refused / (1 + refused + state.ahead))
+    follows = (confidence >= least) & (token != self.eos_id)
     reads_on = has_room & follows & wanted & ((at == 0) | pending.reads_on)
     goes_on = jnp.any(reads_on) & (at + 1 < window)
     put = lambda array, column: lax.dynamic_update_slice_in_dim(
@@ -257,16 +261,14 @@ class Speculation:
   def _draft_head(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Layer k's likeliest token (the first of equals), and its probability under the draft
     head, [batch]."""
-    decoder, weights, short = self._decoder(), self.task.weights, self.rule.draft_head
+    decoder, ids = self._decoder(), self.task.weights.shortlist_ids
     read = decoder.read(self.rule.draft_layer, hidden)
-    best = None if short == "shortlist" else decoder.greedy(read)
-    if best is None:
-      best = greedy(
-        decoder.shortlist_logits(read) if short == "shortlist" else decoder.logits(read)
-      )
-    ids = weights.shortlist_ids if short == "shortlist" else None
-    token = best.token if ids is None else ids[best.token]
-    return token, jnp.exp(best.log_probability)
+    if self.rule.draft_head == "full":
+      best = decoder.greedy(read) or greedy(decoder.logits(read))
+      return best.token, jnp.exp(best.log_probability)
+    assert ids is not None  # `Program.speculation` asked
+    best = greedy(decoder.shortlist_logits(read))
+    return ids[best.token], jnp.exp(best.log_probability)
 
   # ---- The end of a pass
 
@@ -307,7 +309,10 @@ class Speculation:
     threshold = threshold if threshold.ndim == 0 else threshold[:, None]
     judged = verdict(token, gap, pending.tokens, made[None], threshold)
     inside = jnp.minimum(pending.count + 1, self.length - state.positions)
-    count = self._accepted(*judged[:2], jnp.where(state.active, inside, 0))
+    # Up to the first whose token is not what the next position read, or ends the row.
+    leads = judged[1] & (judged[0] != self.eos_id)
+    last = jnp.min(jnp.where(leads, self.rule.window, at), axis=1)
+    count = jnp.minimum(last + 1, jnp.where(state.active, inside, 0))
     # One after the other, or a thread would be woken for half of it.
     positions = engine.after(state.positions, log_probability)
     moved, ahead = positions + count, state.ahead + jnp.maximum(count - 1, 0)
@@ -325,14 +330,6 @@ class Speculation:
       ),
     )
     return self._emit(state, learned, judged[0], log_probability, count)
-
-  def _accepted(self, token, accepted, most: jax.Array) -> jax.Array:
-    """How many positions of a pass become tokens, at most `most` [batch]: up to the first whose
-    token is not what the next position read, or ends the row."""
-    leads = accepted & (token != self.eos_id)
-    at = jnp.arange(leads.shape[1], dtype=jnp.int32)[None, :]
-    last = jnp.min(jnp.where(leads, leads.shape[1], at), axis=1)  # the first that leads nowhere
-    return jnp.minimum(last + 1, most)
 
   def _emit(
     self, state: SpeculativeState, learned: Learned, token, log_probability, count: jax.Array
@@ -360,8 +357,10 @@ class Speculation:
     """With what became of a pass's drafts: `made` [positions] have one, `count` [batch] are
     emitted, after which rows are at `positions` [batch] and there were `passes` []."""
     _, accepted, gap, rejected_confidence = judged
-    size, positions = len(made), positions - count
-    accepted &= np.arange(size)[None] < count[:, None]
+    positions -= count
+    emitted = np.arange(len(made))[None] < count[:, None]
+    refused = jnp.sum(emitted & made[None] & ~accepted, axis=1, dtype=jnp.int32)
+    accepted &= emitted
     miss_streak = jnp.where(jnp.any(count > 1), 0, old.miss_streak + 1)
     # Passes without a draft: 0, 0, 1, 2, 4 ... 32.
     paused = 2 ** jnp.minimum(miss_streak, 7) // 4 if self.rule.adapts else 0
@@ -372,6 +371,7 @@ class Speculation:
       due=passes + paused,
       # Not all at once, or a thread would be woken for half of it.
       drafts=old.drafts + engine.after(number, gap),
+      refused=old.refused + refused,
       accepted=put(old.accepted, accepted),
       gaps=put(old.gaps, jnp.where(accepted, gap, 0.0)),
       rejected_confidences=put(old.rejected_confidences, rejected_confidence),
