@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4952, 21),
+  "calibrate": (4957, 21),
   "checkpoints": (988, 5),
   "commands": (2200, 13),
   "console.py": (158, 1),
@@ -57,7 +57,7 @@ BUDGETS = {
   "decode": (1795, 10),
   "exits": (1078, 7),
   "fitting": (1984, 7),
-  "inference": (2158, 8),
+  "inference": (2170, 8),
   "paper": (1695, 5),
   "serve": (827, 4),
   "signals.py": (91, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (25_813, 123), "tests": (21_404, 141), "scripts": (4_422, 25)}
+WHOLE = {"calm": (25_830, 123), "tests": (21_404, 141), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

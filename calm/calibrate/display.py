@@ -103,6 +103,22 @@ def as_html(calibration: Any) -> str:
   )
 
 
+def new_axes() -> Any:
+  """Axes of a figure of matplotlib, which a notebook shows."""
+  # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
+  # which ask for what pyplot made, need to be told.
+  figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
+  axes = figure.subplots()
+
+  def png() -> bytes:
+    written = io.BytesIO()
+    figure.savefig(written, format="png")
+    return written.getvalue()
+
+  figure._repr_png_ = axes._repr_png_ = png
+  return axes
+
+
 def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
   """Axes with mean loss and upper bound along the grid, and the chosen threshold (matplotlib).
 
@@ -121,18 +137,7 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
       f"Expected `layers` of [{len(calibration.rows)}], one a threshold, or generations that"
       f" know them, got shape {x.shape}; leave it out to draw against the threshold."
     )
-  if axes is None:
-    # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
-    # which ask for what pyplot made, need to be told.
-    figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
-    axes = figure.subplots()
-
-    def png() -> bytes:
-      written = io.BytesIO()
-      figure.savefig(written, format="png")
-      return written.getvalue()
-
-    figure._repr_png_ = axes._repr_png_ = png
+  axes = new_axes() if axes is None else axes
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified, chosen = calibration.column("rejected").astype(bool), place(calibration)
   tested = (calibration.parts or calibration.rows)[0]

@@ -15,6 +15,7 @@ from rich import console as rich_console
 from rich import style as rich_style
 from rich import text as rich_text
 
+from calm.calibrate import display
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
@@ -151,6 +152,17 @@ class Outputs(Sequence[Output]):
     note = f"<p>{html.escape(sanitize(self.guarantee))}</p>" if self.guarantee else ""
     legend = legend_html(self.num_layers)
     return f"<div><p>{self._heading(' · ')}</p>{''.join(rows)}{legend}{note}</div>"
+
+  def plot(self, axes: Any = None) -> Any:
+    """Draws the share of tokens by exit layer on axes of matplotlib, new ones if None."""
+    axes = display.new_axes() if axes is None else axes
+    layers = [layer for output in self.items for layer in output.exit_layers]
+    places = range(1, self.num_layers + 1)
+    shares = [100 * layers.count(layer) / max(1, len(layers)) for layer in places]
+    axes.bar(places, shares, color=scale(self.num_layers))
+    axes.set(xlabel="decoder layers", ylabel="tokens, %", title=self._heading(", "))
+    axes.set_xticks(places)
+    return axes
 
 
 # ---- Colours of exit layers
