@@ -173,7 +173,7 @@ def _losses(arguments, cached, kind, metric, progress=None) -> sequence_losses.S
 
 def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
   """The promise that the flags name, with what it needs of the outputs."""
-  name, table = arguments.promise, dict[str, Any]()
+  name, deepest, depths = arguments.promise, 1, np.empty(0)
   if name == "early_exits" and not arguments.depths:
     raise ValueError("--promise=early_exits needs `--depths`, like 3,5.")
   if name in ("cost", "early_exits"):
@@ -182,15 +182,13 @@ def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
     if counts is None or deepest < 1:
       raise ValueError(f"--promise={name} needs outputs with `exit_layers`.")
     depths = counts[0] / np.maximum(counts[1], 1)
-    made = {"costs": depths / deepest} if name == "cost" else {"depths": depths}
-    table = dict[str, Any](made)
   return {
     "mean": risks_lib.Mean,
     "quantile": lambda: risks_lib.Quantile(arguments.share),
     "every_group": lambda: risks_lib.EveryGroup(labels=_labels(arguments, cached)),
     "tail_mean": lambda: risks_lib.TailMean(arguments.beta, arguments.start),
-    "cost": lambda: risks_lib.Cost(arguments.at_most, **table),
-    "early_exits": lambda: risks_lib.EarlyExits(arguments.depths, **table),
+    "cost": lambda: risks_lib.Cost(arguments.at_most, costs=depths / deepest),
+    "early_exits": lambda: risks_lib.EarlyExits(arguments.depths, depths=depths),
   }[name]()
 
 
