@@ -119,6 +119,19 @@ def new_axes() -> Any:
   return axes
 
 
+def _layers(calibration: Any, layers: Any) -> np.ndarray:
+  if hasattr(layers, "layer_counts"):
+    counts = layers.layer_counts()
+    layers = () if counts is None else counts[0].sum(0) / np.maximum(counts[1].sum(0), 1)
+  values = np.asarray(layers, np.float64)
+  if values.shape != (len(calibration.rows),):
+    raise ValueError(
+      f"Expected `layers` of [{len(calibration.rows)}], one a threshold, or generations that"
+      f" know them, got shape {values.shape}; leave it out to draw against the threshold."
+    )
+  return values
+
+
 def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
   """Axes with mean loss and upper bound along the grid, and the chosen threshold (matplotlib).
 
@@ -128,15 +141,7 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     layers: mean decoder layers a token at every threshold, [num_thresholds], or the
       `Generations` that were calibrated on; None draws against the threshold.
   """
-  if hasattr(layers, "layer_counts"):
-    counts = layers.layer_counts()
-    layers = () if counts is None else counts[0].sum(0) / np.maximum(counts[1].sum(0), 1)
-  x = np.asarray(calibration.column("threshold") if layers is None else layers, np.float64)
-  if x.shape != (len(calibration.rows),):
-    raise ValueError(
-      f"Expected `layers` of [{len(calibration.rows)}], one a threshold, or generations that"
-      f" know them, got shape {x.shape}; leave it out to draw against the threshold."
-    )
+  x = calibration.column("threshold") if layers is None else _layers(calibration, layers)
   axes = new_axes() if axes is None else axes
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified, chosen = calibration.column("rejected").astype(bool), place(calibration)
