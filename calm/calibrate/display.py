@@ -171,16 +171,3 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
   axes.set_title(found, fontsize=10)
   axes.legend(frameon=False, fontsize=9)
   return axes
-
-
-def _layers(calibration: Any, layers: Any) -> np.ndarray:
-  if hasattr(layers, "layer_counts"):
-    counts = layers.layer_counts()
-    layers = () if counts is None else counts[0].sum(0) / np.maximum(counts[1].sum(0), 1)
-  values, count = np.asarray(layers, np.float64), len(calibration.rows)
-  if values.shape != (count,):
-    raise ValueError(
-      f"Expected `layers` of [{count}], one a threshold, or generations that know them, got"
-      f" shape {values.shape}; leave it out to draw against the threshold."
-    )
-  return values
