@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4962, 21),
+  "calibrate": (4970, 21),
   "checkpoints": (988, 5),
   "commands": (2198, 13),
   "console.py": (158, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (25_833, 123), "tests": (21_404, 141), "scripts": (4_422, 25)}
+WHOLE = {"calm": (25_841, 123), "tests": (21_403, 141), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -132,6 +132,14 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
   )
 
 
+def rouge_l_rouge_score(prediction: str, references: Sequence[str]) -> float:
+  """ROUGE-L F-measure as the rouge-score package computes it: Latin letters and digits only."""
+  from rouge_score import rouge_scorer
+
+  score = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False).score
+  return max(score(text, prediction)["rougeL"].fmeasure for text in references)
+
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -178,7 +186,7 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
 
 METRICS: Mapping[str, Metric] = {
   function.__name__: Metric(function.__name__, function, binary=function is exact_match)
-  for function in (rouge_l, token_f1, exact_match, chrf)
+  for function in (rouge_l, rouge_l_rouge_score, token_f1, exact_match, chrf)
 }
 
 # What names a metric: a name or import path, a function, or the metric itself.
