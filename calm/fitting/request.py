@@ -55,7 +55,7 @@ class FitOptions:
     budget: seconds after which `train_all` stops training, shared by its stages; None: it makes
       the recipe's steps.
     seed: of splits, training and sampling.
-    batch_size: prompts that are decoded together.
+    batch_size: prompts that are decoded together; 1 where a candidate in 8 bits is chosen.
   """
 
   tolerance: float = 0.1

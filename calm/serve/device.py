@@ -205,6 +205,7 @@ class Device(threading.Thread):
           if self._stopping:
             return
           for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
+            made.expect_drafts()
             made.decode(self._encode(made, batch), batch.active, level, rule)
           run = functools.partial(self._first_tokens, made, batch, level)
           run(0)

@@ -25,8 +25,8 @@ from starlette.testclient import TestClient
 from calm import calibrate, inference, serve
 from calm.calibrate import NEVER_EXIT
 from calm.commands import cli
-from calm.decode import compiled
-from calm.exits import StaticExit
+from calm.decode import compiled, speculative
+from calm.exits import Speculative, StaticExit
 from calm.inference import outputs
 from calm.serve import app, device
 from tests.commands import toy
@@ -197,6 +197,20 @@ def test_prompts_that_are_encoded_alone_in_8_bits_are_decoded_together(folder):
     sizes = {size for size, _, _ in running.device._spent}
   assert [choice["text"] for choice in made] == list(model.generate(texts, threshold=0.5).texts)
   assert max(sizes) > 1
+
+
+def test_drafts_are_compiled_before_the_first_request(model, monkeypatch):
+  monkeypatch.setattr(speculative, "draft_cost", lambda *_: 0.1)
+  rule = Speculative(1, draft_head="full")
+  exact = dataclasses.replace(model.with_options(max_input_length=64), exact=rule)
+  made = serve.Device(exact, workers=1)
+  made._compile()
+  programs = compiled.num_made()
+  for length in (3, 40):  # two shapes
+    exact.expect_drafts()
+    made._serve([device.Job("", [*range(2, length + 2), exact.eos_id], None, 12, ())])
+    assert [history.backoff for history in exact.expected_drafts.values()]
+  assert compiled.num_made() == programs
 
 
 def test_the_client_of_openai(served, expected):
