@@ -56,17 +56,17 @@ BUDGETS = {
   "data": (1614, 8),
   "decode": (1795, 10),
   "exits": (1078, 7),
-  "fitting": (1984, 7),
+  "fitting": (1985, 7),
   "inference": (2170, 8),
   "paper": (1695, 5),
-  "serve": (827, 4),
+  "serve": (828, 4),
   "signals.py": (91, 1),
   "storage.py": (441, 1),
   "t5": (2869, 16),
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (25_841, 123), "tests": (21_403, 141), "scripts": (4_422, 25)}
+WHOLE = {"calm": (25_843, 123), "tests": (21_417, 141), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
