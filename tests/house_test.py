@@ -49,15 +49,15 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4970, 21),
+  "calibrate": (4820, 20),
   "checkpoints": (988, 5),
-  "commands": (2198, 13),
+  "commands": (2193, 13),
   "console.py": (158, 1),
   "data": (1614, 8),
   "decode": (1795, 10),
   "exits": (1078, 7),
-  "fitting": (1985, 7),
-  "inference": (2170, 8),
+  "fitting": (1967, 7),
+  "inference": (2166, 8),
   "paper": (1695, 5),
   "serve": (828, 4),
   "signals.py": (91, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1457, 9),
 }
-WHOLE = {"calm": (25_843, 123), "tests": (21_417, 141), "scripts": (4_422, 25)}
+WHOLE = {"calm": (25_666, 122), "tests": (21_219, 140), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -46,7 +46,7 @@ def calibrate(
 
   With probability at least 1 - error_rate over the calibration prompts, every certified
   threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1), or keeps what `promise`
-  says instead. Nothing is written; `ledger.keep` records a calibration.
+  says instead.
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a

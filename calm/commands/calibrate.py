@@ -27,7 +27,7 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import clusters, generations, ledger, methods, metrics, testing
+from calm.calibrate import clusters, generations, methods, metrics, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
@@ -114,14 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _save(arguments, console, result, cached, *, shown=None) -> None:
-  """Writes a calibration, prints it and how it is served, and keeps its ledger."""
+  """Writes a calibration, prints it and how it is served."""
   path = pathlib.Path(arguments.output or f"{arguments.directory or '.'}/calibration.json")
-  folder = pathlib.Path(arguments.directory or path.parent)
   result.save(path)
   run_lib.print_calibration(console, result, shown)
   print_text(console, f"Written to {path}, digest {result.digest}", soft_wrap=True)
-  if path.is_file() and (report := ledger.keep(folder, result, cached.prompts)):  # no device
-    print_text(console, report, "yellow")
   model = (cached.provenance.notes or {}).get("model")  # as the user named it
   if result.procedure is not None and isinstance(model, str):
     named = [] if model == "packed" else [f"--model={model}"]

@@ -14,7 +14,7 @@ import statistics
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Calibration, ledger, metrics, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, metrics, thresholds
 from calm.calibrate.generations import records
 from calm.commands import flags
 from calm.commands import run as run_lib
@@ -62,8 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
     saved = pathlib.Path(arguments.output) / "calibration.json"
     served = f"--calibration={saved}"
     calibration.save(saved)
-    if report := ledger.keep(arguments.output, calibration, calibration_prompts):
-      print_text(console, report, "yellow")
   console.print(
     f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at a time: full depth"
     " and calibrated early exit, in turn."

@@ -289,7 +289,6 @@ class Fit:
   output: pathlib.Path
   options: FitOptions
   listener: Listener
-  population: str = ""  # what the promise is about, and other calibrations on these rows
 
   @property
   def work(self) -> pathlib.Path:

@@ -16,7 +16,6 @@ from calm.calibrate import (
   Prompt,
   Record,
   generations,
-  ledger,
   losses,
   metrics,
   thresholds,
@@ -129,23 +128,8 @@ def begin(
     f" {limits['max_decode_length']}."
   )
   given = source.with_options(**lengths)
-  begun = Fit(source, given, initial, splits, output, options, listener)
-  population = f"{splits.population} {record_rows(begun, only_look=True)}".strip()
-  listener.say(population)
-  return dataclasses.replace(begun, population=population)
-
-
-def record_rows(fit: Fit, **more: bool) -> str:
-  """Records the calibration's question; returns what else was asked (`ledger.record`)."""
-  asked = {name: getattr(fit.options, name) for name in ("kind", "metric", "tolerance")}
-  return ledger.record(
-    fit.work,
-    {**asked, ledger.FIT: fit.output.name},
-    [row.input for row in fit.splits.calibration],
-    fit.options.error_rate,
-    around=(fit.output, fit.initial),
-    **more,
-  )
+  listener.say(splits.population)
+  return Fit(source, given, initial, splits, output, options, listener)
 
 
 def make(fit: Fit) -> None:
@@ -178,7 +162,7 @@ def make(fit: Fit) -> None:
   result_lib.write(fit, predictor, result, served)
   say(result.headline(fit.options))
   if served is not None:
-    say(fit.population)
+    say(fit.splits.population)
 
 
 def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
@@ -228,7 +212,6 @@ def certify(
   fit: Fit, predictor: inference.Predictor
 ) -> tuple[Calibration, tuple[tuple[float, int], ...]]:
   """The calibration of the chosen candidate, and what other tolerances certify."""
-  record_rows(fit)  # before the rows are looked at
   rows, full, options = fit.splits.calibration, None, fit.options
   if options.train_all:
     full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
@@ -311,7 +294,7 @@ def look(
   result = result_lib.Result(
     model=str(fit.initial),
     sizes=str(fit.splits),
-    population=fit.population,
+    population=fit.splits.population,
     num_layers=predictor.num_layers,
     choice=choice,
     threshold=NEVER if served is None else level,

@@ -19,7 +19,6 @@ from calm.calibrate import (
   Online,
   Procedure,
   Prompt,
-  ledger,
   losses,
   metrics,
 )
@@ -126,8 +125,7 @@ class Predictor:
         against references).
       metric: name, import path or function of the text metric.
       thresholds: strictly descending; None takes the model's grid, or the measure's own.
-      folder: keeps the generations, so that a run that was stopped goes on, and the ledger of
-        what its prompts were asked, which warns of a second question; None keeps neither.
+      folder: keeps the generations, so that a run that was stopped goes on.
       progress: told of the share that is done, and what is being done; None shows it where
         someone looks on.
 
@@ -148,8 +146,6 @@ class Predictor:
         folder=folder,
         progress=grid.part(shown, 0.0, 0.9),
       )
-      if folder is not None and (seen := ledger.keep(folder, calibration, prompts)):
-        warnings.warn(seen, stacklevel=3)
       if calibration.certified:
         found = timing.beside_full_depth(
           self,

@@ -8,7 +8,6 @@ import pytest
 
 from calm.calibrate import (
   Calibration,
-  ledger,
   risks,
 )
 from calm.commands import calibrate
@@ -175,16 +174,3 @@ def test_configurations_count_groups_too(tmp_path, calm):
     found = Calibration.load(output)
     assert (found.clusters, found.num_examples) == (clusters, count)
     assert found.groups_ignored != clusters
-
-
-def test_a_ledger_is_kept_and_says_so(tmp_path, calm):
-  (tmp_path := tmp_path / "runs").mkdir()  # no folder beside it whose ledger would be read
-  words = outputs(tmp_path, count=200, wrong=(3, 7))
-  assert "calibrated on before" not in calm(*words)
-  printed = calm(*words, "--metric=exact_match")
-  assert "textual, rouge_l" in printed and "--error_rate=0.025" in printed
-  kept = [json.loads(line) for line in (tmp_path / ledger.LEDGER).read_text().splitlines()]
-  assert [line["question"]["metric"] for line in kept] == ["rouge_l", "exact_match"]
-  assert "each of the 3 again with --error_rate=0.01667" in calm(*words, *RISKS)
-  (tmp_path / ledger.LEDGER).write_text("damaged\n")
-  assert "could not be recorded" in calm(*words)

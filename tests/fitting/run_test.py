@@ -13,7 +13,7 @@ pytest.importorskip("jinja2", reason="jinja2 (the `report` extra) is not install
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Calibration, calibrate, generations, ledger
+from calm.calibrate import Calibration, calibrate, generations
 from calm.data import vocabulary
 from calm.fitting import choose, result, run, train
 from calm.inference import timing
@@ -202,43 +202,6 @@ def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(
   own, texts = inference.load(given), [*WORDS, *(f"{i} is none of the rows" for i in range(9))]
   assert served.generate(texts).texts == own.generate(texts, rule=exits.StaticExit()).texts
   assert said[-1].startswith("The given model is served at full depth") and "x0.83" in said[-1]
-
-
-class Begun(Exception):
-  """Everything was checked, and work would begin."""
-
-
-def said_before_work(model, rows, output, **options):
-  said: list[str] = []
-
-  def stop(title):
-    raise Begun(title)
-
-  with pytest.raises(Begun):
-    listener = fitting.Listener(say=said.append, step=stop)
-    fitting.fit(model, rows, output=output, listener=listener, **{**OPTIONS, **options})
-  return " ".join(said)
-
-
-def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(
-  made, directory, rows, tmp_path
-):
-  output, rows = made[0], rows[:45]
-  known = "Some or all of these rows were calibrated on before"
-  assert len((output / "fit" / ledger.LEDGER).read_text().splitlines()) == 1
-  beside = output.parent / "beside"
-  loud = [dataclasses.replace(row, input=f"{row.input.upper()}!") for row in rows]
-  for each, more in ((rows, {"tolerance": 0.6}), (loud, {"metric": "rouge_l"})):
-    said = said_before_work(directory, each, beside, **more)
-    assert known in said and str(output) in said and "--error_rate=0.025" in said
-    assert not (beside / "fit" / ledger.LEDGER).exists()  # nothing was looked at
-    shutil.rmtree(beside)
-  others = [dataclasses.replace(row, input=f"new {row.input}") for row in rows]
-  assert known not in said_before_work(directory, others, beside)
-  # Out of sight, unless it is what was fitted that is fitted again.
-  assert known not in said_before_work(directory, rows, tmp_path / "elsewhere")
-  assert known in said_before_work(output, rows, tmp_path / "again")
-  shutil.rmtree(beside)
 
 
 def test_why_full_depth_is_served_is_said(made):

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from calm import calibrate
-from calm.calibrate import Prompt, SequenceLosses, Support, ledger, risks
+from calm.calibrate import SequenceLosses, Support, risks
 from tests.calibrate import laws
 
 GRID = (0.9, 0.6, 0.3, 0.1)
@@ -127,12 +127,6 @@ KINDS = {
 }
 
 
-def write_ledger(folder: pathlib.Path) -> None:
-  prompts = [Prompt(f"prompt {row}", f"text {row}") for row in range(160)]
-  ledger.keep(folder, certify(table()), prompts)
-  ledger.keep(folder, certify(table(), tolerance=0.2), prompts)
-
-
 def main(folder: pathlib.Path) -> None:
   with open(folder / "every_kind.jsonl", "w", encoding="utf-8") as file:
     for name, build in KINDS.items():
@@ -140,7 +134,6 @@ def main(folder: pathlib.Path) -> None:
       line = {"name": name, "calibration": found.to_json()}
       line["certified"] = [row.threshold for row in found.rows if row.rejected]
       file.write(json.dumps(line) + "\n")
-  write_ledger(folder)
 
 
 if __name__ == "__main__":

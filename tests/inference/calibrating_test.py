@@ -55,14 +55,6 @@ def test_a_model_calibrates_itself_on_texts(model):
   assert any("batch 2 of 6, threshold 0.9" in text for _, text in told)
 
 
-def test_a_folder_has_a_ledger_that_warns_of_a_second_question(model, tmp_path):
-  folder = tmp_path / "runs" / "cache"
-  for _ in range(2):
-    model.calibrate(TEXTS, **RATES, folder=folder)
-  with pytest.warns(UserWarning, match="textual, rouge_l.* within 0.9 at 0.05 on 24 rows"):
-    model.calibrate(TEXTS, **RATES, folder=folder, metric="chrf")
-
-
 @pytest.mark.parametrize(
   ("texts", "options", "message"),
   [
