@@ -24,8 +24,6 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from calm import signals
-
 try:
   import fcntl
 except ImportError:  # Windows: nothing is locked there
@@ -368,7 +366,6 @@ def lines(file: BinaryIO, name: str | pathlib.Path) -> Iterator[bytes]:
   """Lines of a binary file, with their ends; FormatError beyond `LONGEST_LINE` bytes."""
   number = 0
   while line := file.readline(LONGEST_LINE + 1):
-    signals.check()
     number += 1
     if len(line) > LONGEST_LINE:
       raise FormatError(

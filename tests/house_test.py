@@ -49,24 +49,24 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4820, 20),
+  "calibrate": (4816, 20),
   "checkpoints": (988, 5),
-  "commands": (2193, 13),
+  "commands": (2138, 13),
   "console.py": (158, 1),
-  "data": (1614, 8),
+  "data": (1601, 8),
   "decode": (1795, 10),
   "exits": (1078, 7),
   "fitting": (1967, 7),
-  "inference": (2166, 8),
+  "inference": (2162, 8),
   "paper": (1695, 5),
   "serve": (828, 4),
-  "signals.py": (91, 1),
-  "storage.py": (441, 1),
+  "signals.py": (73, 1),
+  "storage.py": (438, 1),
   "t5": (2869, 16),
   "t5x": (1223, 4),
-  "training": (1457, 9),
+  "training": (1456, 9),
 }
-WHOLE = {"calm": (25_666, 122), "tests": (21_219, 140), "scripts": (4_422, 25)}
+WHOLE = {"calm": (25_564, 122), "tests": (21_095, 140), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import arguments, signals
+from calm import arguments
 from calm.calibrate import checks, clusters, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import Generations, predictions
@@ -177,7 +177,6 @@ def prefix_losses(
   columns = [predictions(records) for records in (generations.full, *generations.records)]
   pieces, bare = [], []
   for first in range(0, max(1, count), PROMPTS):
-    signals.check()
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     some = prompts[first : first + PROMPTS]
     known = [(text,) for text in full] if kind == "textual" else [p.targets for p in some]

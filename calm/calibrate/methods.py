@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from calm import signals
 from calm.calibrate import betting, p_values
 from calm.calibrate.losses import Support
 
@@ -59,7 +58,6 @@ class Method:
     (columns,) = np.nonzero(usable)
     step = max(1, _CELLS // len(values))
     for start in range(0, len(columns), step):
-      signals.check()
       part = columns[start : start + step]
       losses = values[:, part] if order is None else values[:, part][order]
       # What leaves the range by rounding is put back.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import arguments, signals
+from calm import arguments
 from calm.calibrate import checks
 
 MetricFn = Callable[[str, Sequence[str]], float]
@@ -43,7 +43,6 @@ class Metric:
     """
     if not references:
       raise ValueError(f"Expected `references` to hold one text for {self.name!r}, got none.")
-    signals.check()
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
       return 1.0

@@ -9,7 +9,6 @@ A calibration for another model or other options is refused. A model folder of
   calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=-
   calm infer --online=state.jsonl --tolerance=0.1 --prompts=today.jsonl
   calm infer --threshold=never --color "a long text"
-  calm infer --model=mine --stream "a long text"
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
 score}, first into FILE.(digest).partial, with which the same command goes on
@@ -55,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
-  add(parser, "stream", None, "print every token as it comes")
   flags.add_shared(flags.more(parser), "num_shards", "shard_id")
 
 
@@ -127,8 +125,6 @@ def _check(arguments: argparse.Namespace) -> None:
       "Expected `--calibration` and `--threshold`, `--exact`, or `--online` in one process, got"
       " several of them."
     )
-  if arguments.stream and (arguments.output or arguments.colour):
-    raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
   if arguments.output and not sharded:
     read = (arguments.prompts, arguments.calibration, arguments.online)
     run_lib.check_output(arguments.output, read=read)
@@ -172,39 +168,31 @@ class Serving:
   def serve(self, prompts: Sequence[Prompt], output, about: Mapping[str, Any]) -> None:
     """Decodes the prompts into a file or a stream, or onto the screen."""
     coloured = self._arguments.colour and not output
-    screen = Screen(coloured)
-    parts = screen.show if self._arguments.stream else None
-    opened = open_output(output, prompts, about) if output else contextlib.nullcontext()
-    with opened as lines:
-      done, write, stopped = lines or (0, None, "with --output=FILE the same command goes on")
+    opened = open_output(output, prompts, about) if output else None
+    with opened or contextlib.nullcontext((0, None)) as (done, write):
       if done:
         print_text(self._console, f"{done} prompts' outputs are there already; going on.")
-      try:
-        quiet = rich_console.Console(quiet=True)  # a bar would be drawn into the text
-        with Progress(quiet if parts else self._console) as progress:
-          for chunk, made in self._decode(prompts[done:], parts):
-            if write is None and sys.stdout.isatty():  # texts would be printed into the bar
+      with Progress(self._console) as progress:
+        for chunk, made in self._decode(prompts[done:]):
+          if write is not None:
+            write(_lines(chunk, made))
+          else:
+            if sys.stdout.isatty():  # texts would be printed into the bar
               progress.hide()
-            write(_lines(chunk, made)) if write else screen.write(made)
-            done += len(chunk)
-            progress.count("prompts")(done, len(prompts))
-      except KeyboardInterrupt:
-        text = f"stopped after {done} of {len(prompts)} prompts"
-        text += f"; {stopped if done else 'nothing was made'}"
-        raise run_lib.StoppedError(text) from None
+            _print_texts(made, coloured)
+          done += len(chunk)
+          progress.count("prompts")(done, len(prompts))
     if coloured:
       print(outputs.legend_terminal(self._predictor.num_layers), file=sys.stderr)
 
-  def _decode(
-    self, prompts: Sequence[Prompt], parts: Callable | None
-  ) -> Iterator[tuple[Sequence[Prompt], Any]]:
+  def _decode(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Any]]:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
     options, batches = self._predictor.options, FIRST_BATCHES
     batch, start = options.batch_size * options.num_devices, 0
-    while chunk := prompts[start : start + (1 if parts else batches * batch)]:
+    while chunk := prompts[start : start + batches * batch]:
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = self._generate(chunk, parts)
+        made = self._generate(chunk)
       for warning in caught:
         if isinstance(warning.message, prompt_batches.CutPrompts):
           self._cut.append(warning.message)
@@ -224,13 +212,13 @@ class Serving:
       affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(MOST_BATCHES, 4 * batches, affordable))
 
-  def _generate(self, chunk: Sequence[Prompt], parts: Callable | None):
+  def _generate(self, chunk: Sequence[Prompt]):
     way = {"threshold": self._threshold, "rule": self._rule}
     if self._online is not None:
       # Prompts of one group, and prompts that say the same, are checked once.
       ids = [clusters.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
       way = {"online": self._online, "ids": ids}
-    return self._predictor.generate([prompt.input for prompt in chunk], parts=parts, **way)
+    return self._predictor.generate([prompt.input for prompt in chunk], **way)
 
   def report(self, startup: float) -> None:
     """Prints what it took, and the guarantee."""
@@ -296,27 +284,10 @@ def _count(number: int, thing: str) -> str:
   return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-class Screen:
-  """Texts for the screen, whole, or as they come."""
-
-  def __init__(self, coloured: bool = False):
-    self._coloured, self._shown = coloured, ""
-
-  def write(self, made: Sequence[outputs.Output]) -> None:
-    """Prints texts, without what was shown of one."""
-    for output in made:
-      text = sanitize(output.text) if sys.stdout.isatty() else output.text
-      print(output.coloured() if self._coloured else text.removeprefix(self._shown))
-      self._shown = ""
-    sys.stdout.flush()
-
-  def show(self, row: int, output: outputs.Output) -> None:
-    """Prints what came of a prompt's text since the last call."""
-    text = output.text.rstrip("\ufffd ")  # a character may lack bytes, a space its word
-    text = sanitize(text) if sys.stdout.isatty() else text
-    if text.startswith(self._shown):
-      print(text.removeprefix(self._shown), end="", flush=True)
-      self._shown = text
+def _print_texts(made: Sequence[outputs.Output], coloured: bool) -> None:
+  for output in made:
+    text = sanitize(output.text) if sys.stdout.isatty() else output.text
+    print(output.coloured() if coloured else text, flush=True)
 
 
 def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:
@@ -340,8 +311,8 @@ def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:
 @contextlib.contextmanager
 def open_output(
   path: str | pathlib.Path, prompts: Sequence[Prompt], about: Mapping[str, Any]
-) -> Iterator[tuple[int, Callable[[bytes], Any], str]]:
-  """(prompts whose lines are there, what writes further lines, what a stop leaves).
+) -> Iterator[tuple[int, Callable[[bytes], Any]]]:
+  """(prompts whose lines are there, what writes further lines).
 
   `path` is a file, which has another name until the block ends well (`partial_path`), a link to
   one, a device, a pipe, a socket, or '-' for standard output.
@@ -349,13 +320,11 @@ def open_output(
   target = storage.destination(path)
   if target is None:
     with storage.replacing(path) as file:
-      write = lambda lines: (file.write(lines), file.flush())
-      yield 0, write, "what was written is whole lines; the same command starts anew"
+      yield 0, lambda lines: (file.write(lines), file.flush())
     return
   with storage.lock(target):
     partial = partial_path(target, prompts, about)
-    write = functools.partial(storage.append, partial)
-    yield count_lines(partial, prompts), write, f"the same command goes on from {partial}"
+    yield count_lines(partial, prompts), functools.partial(storage.append, partial)
     storage.put(partial, target)
 
 

@@ -23,21 +23,20 @@ from calm.console import print_text, sanitize
 
 # Mistakes of a user, shown as one message. Any other error is a bug, with its traceback.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
-# What a stopped command leaves; those of _RESUMING go on.
-_RESUMING = ("fit", "generate", "report", "train")
-_KEPT = "stopped; what was finished is kept, and the same command goes on from there"
+# What a stopped command leaves, all others nothing.
+_RESUMED = "stopped; what was finished is kept, and the same command goes on from there"
+_KEPT = {
+  **dict.fromkeys(("fit", "generate", "report", "train"), _RESUMED),
+  "infer": "stopped; what was written to --output=FILE is kept, and the same command goes on",
+}
 _NOTHING = "stopped; files that were there are as they were, and the same command starts anew"
 _EXTRAS = {
   "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping", "tokenizers"},
-  "train": {"optax", "orbax", "tensorboard", "tensorstore"},
+  "train": {"optax", "orbax", "tensorstore"},
   "seqio": {"clu", "seqio", "tensorflow"},
   "report": {"matplotlib", "jinja2"},
   "serve": {"prometheus_client", "starlette", "uvicorn"},
 }
-
-
-class StoppedError(Exception):
-  """The user stopped the command; the message says what is kept."""
 
 
 def user_errors(
@@ -45,15 +44,14 @@ def user_errors(
 ) -> Callable[[argparse.Namespace], int]:
   """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback.
 
-  SIGINT and SIGTERM end the command between two steps of its loops (`signals.check`), with one
-  line that says what is kept and exit status 130 or 143.
+  SIGINT and SIGTERM end the process with one line that says what is kept (`signals.ending`).
   """
 
   @functools.wraps(run)
   def guarded(arguments: argparse.Namespace) -> int:
     warnings.showwarning = _show_warning
     try:
-      with signals.deferred():
+      with signals.ending(_KEPT.get(getattr(arguments, "command", ""), _NOTHING)):
         return run(arguments)
     except BrokenPipeError:  # its reader has what it wanted, like `head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,11 +61,6 @@ def user_errors(
         raise
       _print_error(message)
       return 2
-    except (StoppedError, KeyboardInterrupt) as error:
-      kept = _KEPT if getattr(arguments, "command", "") in _RESUMING else _NOTHING
-      _print_error(f"{error if isinstance(error, StoppedError) else kept}.")
-      causes = (error, error.__context__)
-      return 143 if any(isinstance(e, signals.Terminated) for e in causes) else 130
 
   return guarded
 
@@ -129,7 +122,6 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs on disk, in a folder that no others may write."""
   import jax
 
-  signals.check()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     named = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification ignores an empty or relative path.

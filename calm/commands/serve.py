@@ -15,13 +15,12 @@ import argparse
 import asyncio
 import contextlib
 import pathlib
-import signal
 import socket
 from collections.abc import Iterator
 
 from rich import console as rich_console
 
-from calm import storage
+from calm import signals, storage
 from calm.calibrate import NEVER_EXIT, thresholds
 from calm.commands import flags, infer
 from calm.commands import run as run_lib
@@ -87,12 +86,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ending(server) -> Iterator[None]:
-  """A signal ends the server when it has answered; `signals.deferred` knows a second one."""
-  end = lambda number, frame: setattr(server, "should_exit", True)
-  before = {n: signal.signal(n, end) for n in (signal.SIGINT, signal.SIGTERM)}
-  yield
-  for number, handler in before.items():
-    signal.signal(number, handler)
+  """A signal ends the server when it has answered, a second one at once."""
+
+  def end(number, frame):
+    if server.should_exit:
+      signals.end(number)
+    server.should_exit = True
+
+  with signals.handling(end):
+    yield
 
 
 def _key(path: str | None) -> str:

@@ -5,22 +5,18 @@
       --gin_bindings="VOCABULARY_PATH = 'spiece.model'" --output_dir=runs/tiny
 
 A stopped run goes on with the same command, and with the losses of a run that
-never stopped. TensorBoard's scalars go to the output folder, the model to its
-`model/`.
+never stopped. Losses go to `scalars.jsonl` of the output folder, the model to
+its `model/`.
 """
 
 import argparse
 import contextlib
-import io
-import os
+import json
 import pathlib
-import platform
 import time
 from typing import Any
 
 from rich import console as rich_console
-from tensorboard.compat.proto import event_pb2
-from tensorboard.summary.writer import record_writer
 
 from calm import storage
 from calm.commands import flags
@@ -47,6 +43,7 @@ CHOICES = [
 ]
 """
 _OUTPUT = "calm.training.run.train.output_dir"
+SCALARS = "scalars.jsonl"  # of training steps and validations, a line each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,11 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Monitor:
-  """Shows a run's progress, and writes TensorBoard scalars; its methods are the `Listener`."""
+  """Shows a run's progress, and keeps its scalars; its methods are the `Listener`."""
 
   def __init__(self, output_dir: pathlib.Path, console, progress):
     self._output_dir, self._console, self._progress = output_dir, console, progress
-    self._files: dict[str, pathlib.Path] = {}
     self._num_steps, self._since = 1, time.monotonic()
 
   def start(self, step: int, num_steps: int) -> None:
@@ -134,19 +130,5 @@ class Monitor:
     self._since = time.monotonic()
 
   def _write(self, split: str, step: int, scalars: dict[str, float]) -> None:
-    """Appends scalars to a file of TensorBoard's, which is written without TensorFlow."""
-    if split not in self._files:
-      folder = self._output_dir / split
-      folder.mkdir(parents=True, exist_ok=True)
-      name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
-      self._files[split] = folder / name
-      self._add(split, file_version="brain.Event:2")
-    values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
-    self._add(split, step=step, summary={"value": values})
-
-  def _add(self, split: str, **event: Any) -> None:
-    kind: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
-    record = io.BytesIO()
-    made = kind(wall_time=time.time(), **event).SerializeToString()
-    record_writer.RecordWriter(record).write(made)
-    storage.append(self._files[split], record.getvalue())
+    line = json.dumps({"split": split, "step": step, **scalars})  # a loss may well be NaN
+    storage.append(self._output_dir / SCALARS, f"{line}\n".encode())

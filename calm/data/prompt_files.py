@@ -10,7 +10,7 @@ import itertools
 import os
 import pathlib
 import re
-import select
+import shutil
 import stat
 import sys
 import tempfile
@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from calm import arguments, signals, storage
+from calm import arguments, storage
 from calm.calibrate import Prompt
 from calm.data import rows
 
@@ -30,7 +30,6 @@ _SUFFIXES = {
   **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"},
 }
 # Bytes read of a stream at once, and seconds between two looks at whether a signal came.
-_PIECE, _WAIT_SECONDS = 2**16, 0.2
 # What lists the files, or the splits, of a folder of Hugging Face's datasets; bytes of that.
 _STATE, _SPLITS, _MOST_STATE = "state.json", "dataset_dict.json", 2**24
 _NULL = os.stat(os.devnull)
@@ -168,30 +167,19 @@ def _arrow_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _kept(stream: BinaryIO, name: str, stack: contextlib.ExitStack) -> BinaryIO:
-  """A stream's content in a file of no name; a signal ends the waiting for it."""
+  """A stream's content in a file of no name."""
   try:
-    number, status = stream.fileno(), os.fstat(stream.fileno())
+    status = os.fstat(stream.fileno())
   except OSError:  # a stream in memory
-    number, status = None, None
+    status = None
   if stream.isatty():
     print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
   elif status and stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, _NULL):
     raise ValueError(f"Expected {name} to be a file or a pipe, got a device.")
   kept: BinaryIO = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-  kept.writelines(iter(lambda: stream.read(_PIECE), b"") if number is None else _pieces(number))
+  shutil.copyfileobj(stream, kept)
   kept.seek(0)
   return kept
-
-
-def _pieces(number: int) -> Iterator[bytes]:
-  """The bytes of a descriptor."""
-  while True:
-    while os.name == "posix" and not select.select([number], (), (), _WAIT_SECONDS)[0]:
-      signals.check()
-    signals.check()
-    if not (piece := os.read(number, _PIECE)):
-      return
-    yield piece
 
 
 def _detect_format(name: str, file: BinaryIO) -> str:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from calm import signals, storage
+from calm import storage
 
 # Bytes that every line and row counts for besides its own: each takes time, even when empty.
 _ROW = 512
@@ -61,7 +61,6 @@ def read(file: Any, format: str, name: str, stem: str) -> Iterator[Row]:
   """
   _, read_rows = FORMATS[format]
   for row in read_rows(file, name, stem):
-    signals.check()
     if isinstance(file, Gzip):
       file.count()
     if not isinstance(row.value, Mapping | str):

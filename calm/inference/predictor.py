@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from calm import arguments, checkpoints, exits, signals
+from calm import arguments, checkpoints, exits
 from calm.calibrate import (
   NEVER_EXIT,
   Calibration,
@@ -471,7 +471,6 @@ class Predictor:
 
   def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
     """Encodes a batch once, for any number of thresholds."""
-    signals.check()
     # The rule has no part in it: one compiled encoder serves all of them.
     program = Program(self.config, exits.StaticExit(), 1, self.eos_id)
     with compiled.at_precision(self.options.matmul_precision):
@@ -485,7 +484,6 @@ class Predictor:
     rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    signals.check()
     chosen, rows = rule or self.options.rule, len(active)
     if not isinstance(chosen, exits.Speculative):
       return self._run(rule, encoded, active, threshold)
@@ -545,7 +543,6 @@ class Predictor:
         with compiled.at_precision(self.options.matmul_precision):
           state = stage.go_on(weights, encoded, state, level, np.int32(0))
       while position < min(stage.length, limit):
-        signals.check()
         position = min(position + (steps if position else min(steps, 1)), stage.length, limit)
         with compiled.at_precision(self.options.matmul_precision):
           state = stage.go_on(weights, encoded, state, level, np.int32(position))
@@ -564,7 +561,6 @@ class Predictor:
   ) -> loop.DecodingState:
     """`program.Program.regenerate` on one device; `state` is what an earlier call returned for
     the same prompts, None at first."""
-    signals.check()
     level, resume_at = np.asarray(threshold, np.float32), resume_at.astype(np.int32)
     with compiled.at_precision(self.options.matmul_precision):
       return self.program().regenerate(self.weights, encoded, state, active, level, resume_at)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm import arguments, signals, storage
+from calm import arguments, storage
 from calm.data import training_batches
 from calm.t5.network import Params
 from calm.training import objectives
@@ -65,7 +65,7 @@ def since_best(history: list[dict[str, float]], metric: str) -> int:
 
 @dataclasses.dataclass
 class Listener:
-  """What the loop tells the outside world: a progress bar, TensorBoard, or nothing."""
+  """What the loop tells the outside world: a progress bar, a file, or nothing."""
 
   # (step it starts from, steps in all).
   on_start: Callable[[int, int], None] = lambda step, num_steps: None
@@ -113,7 +113,6 @@ def fit(
       patience = config.patience if history else None
       if patience is not None and since_best(history, config.stop_metric) >= patience:
         break
-      signals.check()
       state, metrics = train_step(state, source.batch(step))
       step += 1
       running = metrics if running is None else running + metrics

@@ -36,7 +36,7 @@ class BatchMetrics:
     return jax.tree.map(jnp.add, self, other)
 
   def scalars(self) -> dict[str, float]:
-    """Means (and the token count) under TensorBoard names; layers not measured left out."""
+    """Means (and the token count) by name and layer; layers not measured left out."""
     weight = max(float(self.weight), 1.0)
     values = {"loss": float(self.loss) / weight, "target_tokens": float(self.weight)}
     sums = {"loss": self.cross_entropy, "accuracy": self.correct, "agreement": self.agreement}

@@ -76,7 +76,7 @@ class TrainConfig:
   optimizer: Callable[..., optax.GradientTransformation] = adafactor
   seed: int = 0  # of initialisation, dropout and sampled layers
   eval_every: int = 200  # steps between validations (a checkpoint is written with each)
-  log_every: int = 20  # steps between TensorBoard scalars
+  log_every: int = 20  # steps between scalars
   # Validation scalar watched for early stopping (lower is better for names that hold 'loss',
   # higher for others).
   stop_metric: str = "loss"

@@ -271,7 +271,7 @@ def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, mes
 
 
 def test_a_device_without_an_end_is_not_kept_on_the_disk(monkeypatch):
-  monkeypatch.setattr(prompt_files, "_pieces", lambda number: pytest.fail("kept"))
+  monkeypatch.setattr(prompt_files.tempfile, "TemporaryFile", lambda: pytest.fail("kept"))
   with pytest.raises(
     ValueError, match=r"Expected .*/dev/zero.* a file or a pipe, got a device"
   ):
