@@ -145,7 +145,6 @@ BORDER = [
       (metrics.Metric, {"name": "a", "function": metrics.chrf}),
       (planning.min_calibration_size, PLANNED),
       (planning.method_size, {"method": "auto", **PLANNED}),
-      (planning.promise_size, {"promise": risks.Mean(), **PLANNED}),
       (planning.refusal, {"num_examples": 9, **PLANNED}),
       (Online, {"path": None, "thresholds": GRID, "tolerance": 0.1}),
       (Prompt, {"id": "a", "input": "b"}),

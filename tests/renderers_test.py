@@ -127,7 +127,6 @@ def report_page(text: str) -> str:
 HTML = {
   "an output": lambda text: output(text)._repr_html_(),
   "outputs": lambda text: several(text)._repr_html_(),
-  "a calibration": lambda text: calibrated(text)._repr_html_(),
   "coloured tokens": lambda text: output(text)._repr_html_(),
   "the report": report_page,
 }
@@ -149,7 +148,7 @@ TERMINAL = {
   "a calibration": lambda text: console_of(
     lambda console: run_lib.print_calibration(console, calibrated(text))
   ),
-  "a calibration's text": lambda text: str(calibrated(text)) + repr(calibrated(text)),
+  "a calibration's text": lambda text: repr(calibrated(text)),
   "an error": lambda text: told(text, run_lib._print_error),
   "a warning": lambda text: told(
     text, lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0)

@@ -21,6 +21,7 @@ from calm.calibrate.generations.procedure import Procedure, Provenance, describe
 from calm.calibrate.losses import Support
 from calm.calibrate.risks import Mean, Promise
 from calm.calibrate.testing import Evidence, Row
+from calm.console import sanitize
 
 SCHEMA_VERSION = 2
 _NEW_FIELDS = {"promise", "parts", "losses_digest"}  # which files of version 1 lack
@@ -126,14 +127,7 @@ class Calibration:
     return np.array([getattr(row, name) for row in self.rows])
 
   def __repr__(self) -> str:
-    return display.in_short(self)
-
-  def __str__(self) -> str:
-    return display.as_text(self)
-
-  _repr_html_ = display.as_html
-  to_frame = display.to_frame
-  plot = display.plot
+    return f"{display.table(self)}\n{sanitize(self.promised)}"
 
   @property
   def promised(self) -> str:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from calm import arguments
-from calm.calibrate import checks, methods, risks
+from calm.calibrate import checks, methods
 from calm.calibrate.losses import Support
 
 _MOST_PROMPTS = 10**6  # a method's own size is sought no further
@@ -96,24 +96,6 @@ def _floor(chosen: methods.Method, support: Support, tolerance: float, level: fl
   # 'paper' counts improvements as 0.
   lower = max(support.lower, 0.0) if chosen.clips else support.lower
   return min_calibration_size(tolerance, level, lower=lower, upper=support.upper)
-
-
-@arguments.checked()
-def promise_size(
-  promise: risks.Promise,
-  tolerance: float,
-  error_rate: float,
-  *,
-  support: Support | None = None,
-  method: str = "auto",
-) -> dict[str, int | None]:
-  """{name of each test of a promise, which may lack its data: its `method_size`}."""
-  return {
-    test.name: method_size(
-      method, test.tolerance, error_rate * test.share, support=test.support
-    )
-    for test in promise.tests(tolerance, support or Support())
-  }
 
 
 @arguments.checked()

@@ -232,8 +232,7 @@ def print_calibration(
   cached: generations.Generations | None = None,
 ) -> None:
   """Prints the tested thresholds, with layers where `cached` has them, and the guarantee."""
-  known = cached is not None and cached.layer_counts() is not None
-  print_text(console, display.table(result, cached if known else None), soft_wrap=True)
+  print_text(console, display.table(result, cached), soft_wrap=True)
   chosen = display.place(result)
   found = thresholds.NEVER_EXIT_TEXT if chosen is None else display.names(result)[chosen]
   text = f"Calibrated {display.unit(result)}: {found} ({result.reason})"

@@ -6,6 +6,8 @@ alone orders the layers; HTML has tooltips besides, a terminal without colour ha
 
 import dataclasses
 import html
+import importlib
+import io
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +17,6 @@ from rich import console as rich_console
 from rich import style as rich_style
 from rich import text as rich_text
 
-from calm.calibrate import display
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
@@ -155,7 +156,7 @@ class Outputs(Sequence[Output]):
 
   def plot(self, axes: Any = None) -> Any:
     """Draws the share of tokens by exit layer on axes of matplotlib, new ones if None."""
-    axes = display.new_axes() if axes is None else axes
+    axes = _new_axes() if axes is None else axes
     layers = [layer for output in self.items for layer in output.exit_layers]
     places = range(1, self.num_layers + 1)
     shares = [100 * layers.count(layer) / max(1, len(layers)) for layer in places]
@@ -163,6 +164,21 @@ class Outputs(Sequence[Output]):
     axes.set(xlabel="decoder layers", ylabel="tokens, %", title=self._heading(", "))
     axes.set_xticks(places)
     return axes
+
+
+def _new_axes() -> Any:
+  # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
+  # which ask for what pyplot made, need to be told.
+  figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
+  axes = figure.subplots()
+
+  def png() -> bytes:
+    written = io.BytesIO()
+    figure.savefig(written, format="png")
+    return written.getvalue()
+
+  figure._repr_png_ = axes._repr_png_ = png
+  return axes
 
 
 # ---- Colours of exit layers

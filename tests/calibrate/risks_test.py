@@ -214,7 +214,8 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
   assert not found.certified and "(fr)" in found.reason
   few = risks.EveryGroup(labels=["rare" if row < 5 else "en" for row in range(400)])
   assert "rare: expected at least 11 prompts" in calibrated(table(np.zeros(400)), few).reason
-  assert planning.promise_size(risks.Quantile(0.9), 0.3, 0.05) == {"": 29}
+  (test,) = risks.Quantile(0.9).tests(0.3, Support())
+  assert planning.method_size("auto", test.tolerance, 0.05, support=test.support) == 29
   every = each_group(losses, labels, tolerance=0.2, error_rate=ERROR_RATE)
   assert list(every) == ["en", "fr"] and every["en"].certified and not every["fr"].certified
   rows = losses.rows(np.flatnonzero(np.array(labels) == "en"))
