@@ -27,7 +27,7 @@ from calm.calibrate import Prompt, calibrate, generations, metrics
 from calm.calibrate import losses as sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import run as run_lib
-from calm.data import datasets, prompt_files
+from calm.data import prompt_files
 from calm.inference import grid
 from calm.t5 import network
 
@@ -63,7 +63,7 @@ def save(folder: pathlib.Path, params, config: network.T5Config) -> pathlib.Path
 
 def draw(data: pathlib.Path, task: str, split: str, count: int) -> list[Prompt]:
   """Rows of a task, drawn by a fixed seed."""
-  examples = prompt_files.open_prompts(datasets.DEBIAN[task].path(data, split))
+  examples = prompt_files.open_prompts(prompt_files.DEBIAN[task].path(data, split))
   return random.Random(0).sample(examples, min(count, len(examples)))
 
 
@@ -85,7 +85,7 @@ def fit(
     output=output,
     tolerance=TOLERANCE,
     metric=METRICS[task],
-    prefix=datasets.DEBIAN[task].prefix,
+    prefix=prompt_files.DEBIAN[task].prefix,
     listener=fitting.Listener(say=lambda text: print(text, flush=True)),
     **options,
   )

@@ -49,11 +49,11 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4672, 20),
+  "calibrate": (4692, 20),
   "checkpoints": (988, 5),
   "commands": (2137, 13),
   "console.py": (158, 1),
-  "data": (1601, 8),
+  "data": (1476, 6),
   "decode": (1795, 10),
   "exits": (1078, 7),
   "fitting": (1967, 7),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1456, 9),
 }
-WHOLE = {"calm": (25_435, 122), "tests": (21_054, 140), "scripts": (4_422, 25)}
+WHOLE = {"calm": (25_330, 120), "tests": (21_016, 139), "scripts": (4_422, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

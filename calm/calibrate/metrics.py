@@ -183,6 +183,26 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
   return sacrebleu.CHRF().sentence_score(prediction, list(references)).score / 100.0
 
 
+def corpus_scores(
+  predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+  """{'bleu', 'chrf'}: of the corpus (sacrebleu, 0 to 100), which no mean over prompts is.
+
+  Texts are [num_examples], `references` those accepted of each, at least one.
+  """
+  import sacrebleu
+
+  # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
+  streams = [
+    [texts[min(i, len(texts) - 1)] for texts in references]
+    for i in range(max(map(len, references)))
+  ]
+  return {
+    "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
+    "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
+  }
+
+
 METRICS: Mapping[str, Metric] = {
   function.__name__: Metric(function.__name__, function, binary=function is exact_match)
   for function in (rouge_l, rouge_l_rouge_score, token_f1, exact_match, chrf)

@@ -3,13 +3,11 @@
 `seqio_tasks` loads TensorFlow and is imported by its own name only.
 """
 
-from calm.data import datasets, prompt_batches, prompt_files, rows, training_batches, vocabulary
+from calm.data import prompt_batches, prompt_files, training_batches, vocabulary
 
 __all__ = [
-  "datasets",
   "prompt_batches",
   "prompt_files",
-  "rows",
   "seqio_tasks",
   "training_batches",
   "vocabulary",

@@ -2,25 +2,30 @@
 
 The text of a row, without a task prefix, is in the first of `INPUT_KEYS` or in a named field;
 `id` (unique), references (in the first of `TARGET_KEYS` or in a named field: a text, or a list
-of accepted ones, best first) and `source` (or `group`: its cluster) are optional.
+of accepted ones, best first) and `source` (or `group`: its cluster) are optional. What is read
+is bounded: no small file, packed or not, fills the memory.
 """
 
 import contextlib
+import csv
+import dataclasses
+import functools
+import gzip
 import itertools
 import os
 import pathlib
 import re
 import shutil
 import stat
+import struct
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from calm import arguments, storage
 from calm.calibrate import Prompt
-from calm.data import rows
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text", "question")
 TARGET_KEYS = ("target", "targets", "reference", "references", "output", "answer")
@@ -29,10 +34,66 @@ _SUFFIXES = {
   **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
   **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"},
 }
-# Bytes read of a stream at once, and seconds between two looks at whether a signal came.
 # What lists the files, or the splits, of a folder of Hugging Face's datasets; bytes of that.
 _STATE, _SPLITS, _MOST_STATE = "state.json", "dataset_dict.json", 2**24
 _NULL = os.stat(os.devnull)
+# Bytes that every line and row counts for besides its own: each takes time, even when empty.
+# Bytes of a number, and rows by column that are written out at once.
+_ROW, _NUMBER, _ROWS_AT_ONCE = 256, 8, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+  """A text-to-text task kept as `<root>/<name>/<split>.jsonl.gz` (or `.jsonl`)."""
+
+  name: str  # its folder, and its name in a mixture
+  prefix: str  # what T5 reads before the input to know the task
+  metrics: tuple[str, ...]  # names that `seqio_tasks.metric_fn` knows, the usual one first
+
+  def path(self, root: str | pathlib.Path, split: str) -> pathlib.Path:
+    """The file of one split; the plain `.jsonl` only where there is no `.jsonl.gz`."""
+    folder = pathlib.Path(root) / self.name
+    packed, plain = folder / f"{split}.jsonl.gz", folder / f"{split}.jsonl"
+    return plain if plain.exists() and not packed.exists() else packed
+
+
+# Descriptions of Debian packages: summaries, French translations, questions about them.
+DEBIAN: Mapping[str, TextTask] = {
+  task.name: task
+  for task in (
+    TextTask("debian_synopsis", "summarize: ", ("rouge_l",)),
+    TextTask("debian_enfr", "translate English to French: ", ("bleu", "chrf", "token_f1")),
+    # Its inputs already read `question: ... context: ...`.
+    TextTask("debian_qa", "", ("token_f1", "exact_match")),
+  )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  value: Any  # fields by name, or a bare text
+  name: str  # an id for a row that has none of its own
+  where: str  # file and line, for messages
+
+  def error(self, message: str) -> ValueError:
+    return ValueError(f"{self.where}: {message}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """The bytes, unpacked, of a file, or of each Arrow file of a folder."""
+
+  files: list[Any]
+  name: str  # for messages
+  stem: str  # what rows without an id are named after
+  most: int  # bytes that they may unpack to
+
+  def too_much(self) -> ValueError:
+    return ValueError(
+      f"Expected {self.name!r} to unpack to at most {storage.UNPACKED >> 20} MiB and"
+      f" {storage.UNPACKED_RATIO} times its size, with {_ROW} bytes more for each line and row,"
+      " got more; save as JSON Lines."
+    )
 
 
 class Prompts(tuple[Prompt, ...]):
@@ -59,7 +120,7 @@ def open_prompts(
     input_key: the field with the text of a row; None: the first of `INPUT_KEYS` that the first
       row has.
     target_key: the field with the references; None: the first of `TARGET_KEYS` that a row has.
-    format: a name of `rows.FORMATS`; None: detected by the name, then by the content.
+    format: a name of `FORMATS`; None: detected by the name, then by the content.
     require_target: whether every row needs a reference.
 
   Raises:
@@ -70,17 +131,16 @@ def open_prompts(
   """
   if limit is not None and limit < 1:
     raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
-  if format is not None and format not in rows.FORMATS:
-    raise ValueError(
-      f"Expected `format` to be one of {', '.join(rows.FORMATS)}, got {format!r}."
-    )
+  if format is not None and format not in FORMATS:
+    raise ValueError(f"Expected `format` to be one of {', '.join(FORMATS)}, got {format!r}.")
   made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
-  with _opened(path) as (file, name):
-    format = "arrow" if isinstance(file, list) else format or _detect_format(name, file)
-    stem = (
-      "stdin" if name == "standard input" else pathlib.Path(name).absolute().name.split(".")[0]
-    )
-    for row in itertools.islice(rows.read(file, format, name, stem), limit):
+  with _opened(path) as opened:
+    name = opened.name
+    format = "arrow" if os.path.isdir(path) else format or _detect_format(opened)
+    for row in itertools.islice(FORMATS[format][1](opened), limit):
+      if not isinstance(row.value, Mapping | str):
+        kind = type(row.value).__name__
+        raise row.error(f"expected a JSON object or a text, got {kind}")
       key = key if made else _key_of(row, input_key)
       prompt = _prompt_of(row, key, target_key)
       if prompt.id in made:
@@ -91,7 +151,7 @@ def open_prompts(
       if require_target and not prompt.targets:
         raise row.error("expected a field `target`, got none; give every row a reference")
       made[prompt.id] = prompt
-  called, _ = rows.FORMATS[format]
+  called, _ = FORMATS[format]
   if not made:
     raise ValueError(
       f"Expected {name} to hold prompts, got no examples: no line with text, or no row,"
@@ -109,9 +169,8 @@ def open_prompts(
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
-  """(its bytes, unpacked; its name) of a file, or of a stream, which is kept on the disk; of a
-  folder the list of its Arrow files."""
+def _opened(path: str | os.PathLike) -> Iterator[_Opened]:
+  """A file, or a stream, which is kept on the disk, or the Arrow files of a folder."""
   name = "standard input" if str(path) == "-" else str(path)
   with contextlib.ExitStack() as stack:
     try:
@@ -119,22 +178,22 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, str]]:
     except OSError as error:
       message = f"Expected `path` to name a file of prompts, got {name!r}"
       raise type(error)(f"{message} ({error.strerror}).") from error
-    if mode is None:
-      file = _kept(sys.stdin.buffer, name, stack)
-    elif stat.S_ISDIR(mode):
-      file = _arrow_files(pathlib.Path(path))
-    elif stat.S_ISREG(mode):
-      file = stack.enter_context(storage.opened(path))
-    else:
-      file = _kept(stack.enter_context(open(path, "rb")), name, stack)
+    folder = mode is not None and stat.S_ISDIR(mode)
+    found = _arrow_files(pathlib.Path(path)) if folder else [path]
     try:
-      if isinstance(file, list):
-        file = [stack.enter_context(storage.opened(each)) for each in file]
+      if folder or (mode is not None and stat.S_ISREG(mode)):
+        files: list[Any] = [stack.enter_context(storage.opened(file)) for file in found]
       else:
+        stream = sys.stdin.buffer if mode is None else stack.enter_context(open(path, "rb"))
+        files = [_kept(stream, name, stack)]
+      most = storage.most_unpacked(sum(file.seek(0, os.SEEK_END) for file in files))
+      for i, file in enumerate(files):
+        file.seek(0)
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        file = stack.enter_context(rows.Gzip(file, name)) if packed else file
-      yield file, name
+        files[i] = stack.enter_context(gzip.GzipFile(fileobj=file)) if packed else file
+      stem = "stdin" if mode is None else pathlib.Path(name).absolute().name.split(".")[0]
+      yield _Opened(files, name, stem, most)
     except (EOFError, OSError, zlib.error) as error:  # of gzip and Arrow those without a number
       kind = type(error) if getattr(error, "errno", None) else ValueError
       raise kind(f"Expected {name!r} to be a whole file, got: {error}.") from error
@@ -168,25 +227,22 @@ def _arrow_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _kept(stream: BinaryIO, name: str, stack: contextlib.ExitStack) -> BinaryIO:
   """A stream's content in a file of no name."""
-  try:
-    status = os.fstat(stream.fileno())
-  except OSError:  # a stream in memory
-    status = None
+  status = os.fstat(stream.fileno())
   if stream.isatty():
     print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
-  elif status and stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, _NULL):
+  elif stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, _NULL):
     raise ValueError(f"Expected {name} to be a file or a pipe, got a device.")
   kept: BinaryIO = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
   shutil.copyfileobj(stream, kept)
-  kept.seek(0)
   return kept
 
 
-def _detect_format(name: str, file: BinaryIO) -> str:
+def _detect_format(opened: _Opened) -> str:
   """The format of a file, by its name or else by its beginning."""
-  suffixes = [s for s in map(str.lower, pathlib.Path(name).suffixes) if s != ".gz"]
+  suffixes = [s for s in map(str.lower, pathlib.Path(opened.name).suffixes) if s != ".gz"]
   if suffixes and suffixes[-1] in _SUFFIXES:
     return _SUFFIXES[suffixes[-1]]
+  (file,) = opened.files
   head = file.read(2**16)
   file.seek(0)
   if head.startswith(b"PAR1"):
@@ -197,7 +253,217 @@ def _detect_format(name: str, file: BinaryIO) -> str:
   return "jsonl" if suffixes[-1:] == [".json"] or re.match(r'\{\s*["}]', text) else "text"
 
 
-def _key_of(row: rows.Row, wanted: str | None) -> str | None:
+def _decode(content: bytes, where: str) -> str:
+  """A text in UTF-8, without the mark that some editors put before it."""
+  at = content.find(b"\0")  # UTF-16 may well be UTF-8 too
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    at = error.start if at < 0 else at
+  if at < 0:
+    return text
+  raise ValueError(f"Expected UTF-8, got the byte 0x{content[at]:02x} in {where}.")
+
+
+def _lines(opened: _Opened) -> Iterator[tuple[int, str]]:
+  """(1-based number, text with its end) of every line.
+
+  Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
+  """
+  left = opened.most
+  for number, line in enumerate(storage.lines(opened.files[0], opened.name), start=1):
+    left -= len(line) + _ROW
+    if left < 0:
+      raise opened.too_much()
+    yield number, _decode(line, f"line {number} of {opened.name}")
+
+
+def _json_lines(opened: _Opened) -> Iterator[_Row]:
+  for number, line in _lines(opened):
+    if line.strip():
+      where = f"{opened.name}:{number}"
+      try:
+        value = storage.parse_json(line)
+      except ValueError as error:
+        raise ValueError(
+          f"{where}: expected one JSON object a line, got invalid JSON ({error}); of plain"
+          " texts, say `--prompts_format=text`."
+        ) from error
+      yield _Row(value, f"{opened.stem}/{number}", where)
+
+
+def _json_array(opened: _Opened) -> Iterator[_Row]:
+  """Objects or texts of a JSON array, which is read whole."""
+  name, content = opened.name, opened.files[0].read(storage.LONGEST_LINE + 1)
+  if len(content) > storage.LONGEST_LINE:
+    most = f"at most {storage.LONGEST_LINE} bytes"
+    raise ValueError(f"{name}: expected a JSON array of {most}, got more; save JSON Lines.")
+  # Parsed, empty lists and objects take much more than their bytes.
+  if len(content) + _ROW * (content.count(b"[") + content.count(b"{")) > opened.most:
+    raise opened.too_much()
+  text = _decode(content, name)
+  try:
+    values = storage.parse_json(text)
+  except ValueError as error:
+    raise ValueError(f"{name}: expected a whole JSON array, got: {error}.") from error
+  if not isinstance(values, list):
+    raise ValueError(f"{name}: expected a JSON array, got {type(values).__name__}.")
+  for number, value in enumerate(values, start=1):
+    yield _Row(value, f"{opened.stem}/{number}", f"{name}, element {number}")
+
+
+def _plain_text(opened: _Opened) -> Iterator[_Row]:
+  """A prompt a line; blank lines are none."""
+  name = opened.name
+  called = opened.stem if name == "standard input" else pathlib.Path(name).name
+  filled = (item for item in _lines(opened) if item[1].strip())
+  for count, (number, line) in enumerate(filled, start=1):
+    yield _Row(line.rstrip("\n").strip("\r"), f"{called}/{count}", f"{name}:{number}")
+
+
+def _check_columns(names: list[str], name: str) -> None:
+  if len(set(names)) < len(names):
+    raise ValueError(f"{name}: expected columns of different names, got {names}.")
+
+
+def _table(opened: _Opened, delimiter: str = ",") -> Iterator[_Row]:
+  # By default a field has at most 128 KiB, and documents are longer.
+  csv.field_size_limit(storage.LONGEST_LINE)
+  table = csv.reader((line for _, line in _lines(opened)), delimiter=delimiter, strict=True)
+  where = lambda: f"{opened.name}:{table.line_num}"
+  try:
+    header = next(table, [])
+    _check_columns(header, opened.name)
+    for number, cells in enumerate(filter(None, table), start=1):
+      row = _Row(dict(zip(header, cells, strict=False)), f"{opened.stem}/{number}", where())
+      if len(cells) != len(header):
+        raise row.error(f"expected {len(header)} columns as in the header, got {len(cells)}")
+      yield row
+  except csv.Error as error:
+    raise ValueError(f"{where()}: expected cells that can be read, got: {error}.") from error
+
+
+def _columnar(opened: _Opened, read_batches: Callable[..., Iterator[Any]]) -> Iterator[_Row]:
+  """Rows by column, columns left out that hold no texts, numbers or lists of them."""
+  name, left, number = opened.name, opened.most, 0
+  try:
+    import pyarrow
+  except ImportError as error:
+    message = f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`."
+    raise ImportError(message) from error
+  try:
+    for batch in itertools.chain.from_iterable(read_batches(f, opened) for f in opened.files):
+      batch.validate(full=True)  # what points beyond a buffer or a dictionary would be read
+      # As many bytes as they take apart: few bytes in a batch may stand for many equal texts.
+      left -= _ROW * len(batch) + sum(map(_unpacked, batch.columns))
+      if left < 0:
+        raise opened.too_much()
+      for begin in range(0, len(batch), _ROWS_AT_ONCE):
+        for value in batch.slice(begin, _ROWS_AT_ONCE).to_pylist():
+          number += 1
+          yield _Row(value, f"{opened.stem}/{number}", f"{name}, row {number}")
+  except (pyarrow.ArrowException, MemoryError, UnicodeDecodeError) as error:
+    raise ValueError(f"{name}: expected whole files of columns, got: {error}.") from error
+
+
+def _unpacked(array: Any) -> int:
+  """Bytes of a column's values, each text as long as it is."""
+  from pyarrow import compute
+
+  if _is_list(array.type):
+    return _unpacked(array.flatten())
+  size, packed = _NUMBER * len(array), hasattr(array, "dictionary")
+  texts = array.dictionary if packed else array
+  if "string" not in str(texts.type):
+    return size
+  lengths = compute.call_function("binary_length", [texts])
+  lengths = lengths.take(array.indices) if packed else lengths
+  return size + (lengths.sum().as_py() or 0)
+
+
+def _parquet_batches(file: BinaryIO, opened: _Opened) -> Iterator[Any]:
+  """Texts as they are stored, each once: 500 bytes, in which one repeats, may stand for 200 GB.
+  The footer is checked before anything is read."""
+  from pyarrow import parquet
+
+  metadata = parquet.read_metadata(file)
+  groups = map(metadata.row_group, range(metadata.num_row_groups))
+  chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+  size = sum(max(c.total_uncompressed_size, 0) + _NUMBER * max(c.num_values, 0) for c in chunks)
+  if size + _ROW * metadata.num_rows > opened.most:
+    raise opened.too_much()
+  texts = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
+  # pyarrow makes no dictionary of these, whatever the footer says; one of them shares texts.
+  if odd := [e for chunk in texts for e in chunk.encodings if e.startswith("DELTA_")]:
+    raise ValueError(
+      f"Expected {opened.name!r} to hold plain texts, got the encoding {odd[0]}; save as JSON"
+      " Lines."
+    )
+  table = parquet.ParquetFile(file, read_dictionary={chunk.path_in_schema for chunk in texts})
+  columns = _plain_columns(table.schema_arrow, opened.name)
+  for group in range(table.num_row_groups):
+    yield from table.read_row_group(group, columns).to_batches()
+
+
+def _arrow_batches(file: BinaryIO, opened: _Opened) -> Iterator[Any]:
+  """Batches of an Arrow stream that are neither packed nor numbers of a dictionary."""
+  from pyarrow import ipc
+
+  schema = ipc.read_schema(file)
+  columns = _plain_columns(schema, opened.name)
+  for message in ipc.MessageReader.open_stream(file):
+    if message.type != "record batch" or _is_packed(message.metadata.to_pybytes()):
+      raise ValueError(
+        f"Expected {opened.name!r} to hold plain texts, got packed ones; save as JSON Lines."
+      )
+    yield ipc.read_record_batch(message, schema).select(columns)
+
+
+def _is_packed(metadata: bytes) -> bool:
+  """Whether the table of a record batch, in a flatbuffer of Arrow's, has a `compression`."""
+  at = lambda kind, place: struct.unpack_from(kind, metadata, place)[0]
+
+  def field(table: int, number: int) -> int:  # its place, or 0
+    vtable, entry = table - at("<i", table), 4 + 2 * number
+    place = at("<H", vtable + entry) if entry < at("<H", vtable) else 0
+    return place and table + place
+
+  header = field(at("<I", 0), 2)
+  return field(header + at("<I", header), 3) > 0
+
+
+def _is_list(kind: Any) -> bool:
+  return str(kind).startswith(("list<", "large_list<"))
+
+
+def _plain_columns(schema: Any, name: str) -> list[str]:
+  """Columns of texts, numbers or lists of them: images, dates and the like are left."""
+  from pyarrow import types
+
+  plain = (types.is_string, types.is_large_string, types.is_string_view)
+  plain += (types.is_integer, types.is_floating, types.is_boolean)
+
+  def inner(kind: Any) -> Any:
+    packed = _is_list(kind) or types.is_dictionary(kind)
+    return inner(kind.value_type) if packed else kind
+
+  _check_columns(schema.names, name)
+  return [field.name for field in schema if any(is_(inner(field.type)) for is_ in plain)]
+
+
+# The names of the formats, what messages call them, and how they are read.
+FORMATS: Mapping[str, tuple[str, Callable[[_Opened], Iterator[_Row]]]] = {
+  "jsonl": ("JSON Lines", _json_lines),
+  "json": ("a JSON array", _json_array),
+  "text": ("plain text, a prompt a line", _plain_text),
+  "csv": ("CSV", _table),
+  "tsv": ("TSV", functools.partial(_table, delimiter="\t")),
+  "parquet": ("Parquet", functools.partial(_columnar, read_batches=_parquet_batches)),
+  "arrow": ("Arrow", functools.partial(_columnar, read_batches=_arrow_batches)),
+}
+
+
+def _key_of(row: _Row, wanted: str | None) -> str | None:
   """The field that has the text of every row, by the first row; None where rows are texts."""
   if isinstance(row.value, str):
     if wanted is not None:
@@ -212,7 +478,7 @@ def _key_of(row: rows.Row, wanted: str | None) -> str | None:
   )
 
 
-def _prompt_of(row: rows.Row, input_key: str | None, target_key: str | None) -> Prompt:
+def _prompt_of(row: _Row, input_key: str | None, target_key: str | None) -> Prompt:
   if isinstance(row.value, str) != (input_key is None):
     raise row.error("expected all rows to be objects, or all to be texts, got both")
   fields = {"": row.value} if isinstance(row.value, str) else row.value
@@ -273,7 +539,7 @@ def prompts_of(
     if isinstance(value, Prompt):
       found.append(value)
     elif isinstance(value, str | Mapping):
-      row = rows.Row(value, f"prompt/{number}", f"prompt {number}")
+      row = _Row(value, f"prompt/{number}", f"prompt {number}")
       keys = keys or [_key_of(row, input_key)]
       found.append(_prompt_of(row, keys[0], target_key))
     else:

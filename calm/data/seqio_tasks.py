@@ -1,7 +1,7 @@
 """seqio tasks: JSON Lines files, the Debian data sets, and the paper's three from TFDS.
 
 Each function registers its task (or mixture) and returns the name, for T5X's
-`MIXTURE_OR_TASK_NAME`; a call with the same arguments may be repeated. Examples keep `id`,
+`MIXTURE_OR_TASK_NAME`, in place of what had that name before. Examples keep `id`,
 `references` (all accepted targets), `inputs_pretokenized` and `targets_pretokenized`; both
 features end with end-of-text, truncated or not. Importing this module loads TensorFlow.
 """
@@ -16,14 +16,12 @@ import seqio
 import tensorflow as tf
 
 from calm.calibrate import metrics as text_metrics
-from calm.data import datasets, prompt_files
+from calm.data import prompt_files
 
 Tensors = Mapping[str, Any]
 MetricFn = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
 
 _CORPUS = ("bleu", "chrf")
-# The arguments that each name was registered from.
-_registered: dict[str, tuple[Any, ...]] = {}
 
 
 def metric_fn(name: str) -> MetricFn:
@@ -36,7 +34,7 @@ def metric_fn(name: str) -> MetricFn:
 
   def function(targets, predictions):
     if metric is None:
-      return {name: datasets.corpus_scores(predictions, targets)[name]}
+      return {name: text_metrics.corpus_scores(predictions, targets)[name]}
     pairs = zip(predictions, targets, strict=True)
     return {name: 100 * float(np.mean([metric(text, texts) for text, texts in pairs]))}
 
@@ -113,9 +111,7 @@ def jsonl(
     prefix: task prefix, put before each input.
     metrics: names for `metric_fn`.
   """
-  source = JsonlSource(paths, prefix)
-  made_from = (tuple(source.paths.items()), prefix)
-  return _register(name, source, [], vocabulary, metrics, made_from)
+  return _register(name, JsonlSource(paths, prefix), [], vocabulary, metrics)
 
 
 def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str) -> str:
@@ -123,9 +119,9 @@ def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary
 
   `root` is the folder that holds `<task>/{train,validation,test}.jsonl.gz`.
   """
-  if task not in datasets.DEBIAN:
-    raise ValueError(f"Expected `task` to be one of {list(datasets.DEBIAN)}, got {task!r}.")
-  known = datasets.DEBIAN[task]
+  if task not in prompt_files.DEBIAN:
+    raise ValueError(f"Expected `task` to be one of {list(prompt_files.DEBIAN)}, got {task!r}.")
+  known = prompt_files.DEBIAN[task]
   paths = {
     split: known.path(os.fspath(root), split) for split in ("train", "validation", "test")
   }
@@ -136,10 +132,10 @@ def debian_mixture(
   root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str, *, name: str = "debian"
 ) -> str:
   """Registers all three Debian data sets, mixed in proportion to their training examples."""
-  members = [debian(task, root, vocabulary) for task in datasets.DEBIAN]
-  made_from = ("mixture", *(_registered[member] for member in members))
-  given = {"tasks": members, "default_rate": seqio.mixing_rate_num_examples}
-  return _add(seqio.MixtureRegistry, name, made_from, given)
+  members = [debian(task, root, vocabulary) for task in prompt_files.DEBIAN]
+  seqio.MixtureRegistry.remove(name)
+  seqio.MixtureRegistry.add(name, members, default_rate=seqio.mixing_rate_num_examples)
+  return name
 
 
 def summarization_example(example: Tensors) -> dict[str, Any]:
@@ -193,8 +189,7 @@ def _tfds(
     mapped = functools.partial(
       tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
     )
-    made_from = (tfds_name, data_dir)
-    return _register(f"calm_{name}", source, [mapped], vocabulary, metrics, made_from)
+    return _register(f"calm_{name}", source, [mapped], vocabulary, metrics)
 
   register.__name__ = register.__qualname__ = name
   register.__doc__ = f"""Registers {default} of TFDS, as `calm_{name}`.
@@ -217,36 +212,22 @@ def _register(
   preprocessors: Sequence[Callable[..., tf.data.Dataset]],
   vocabulary: seqio.Vocabulary | str,
   metrics: Sequence[str],
-  made_from: tuple[Any, ...],
 ) -> str:
   if isinstance(vocabulary, str | os.PathLike):
     vocabulary = seqio.SentencePieceVocabulary(os.fspath(vocabulary))
-  given = {
-    "source": source,
-    "preprocessors": [
+  feature = seqio.Feature(vocabulary, add_eos=True)
+  seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add(
+    name,
+    source,
+    preprocessors=[
       *preprocessors,
       seqio.preprocessors.tokenize,
       seqio.CacheDatasetPlaceholder(),
       seqio.preprocessors.append_eos_after_trim,
     ],
-    "output_features": {
-      feature: seqio.Feature(vocabulary, add_eos=True) for feature in ("inputs", "targets")
-    },
-    "postprocess_fn": references_or_text,
-    "metric_fns": [metric_fn(metric) for metric in metrics],
-  }
-  made_from = (*made_from, tuple(metrics), vocabulary)
-  return _add(seqio.TaskRegistry, name, made_from, given)
-
-
-def _add(registry: Any, name: str, made_from: tuple[Any, ...], given: Mapping[str, Any]) -> str:
-  """Registers a name, once; an error if it is registered from other arguments."""
-  if name not in registry.names():
-    registry.add(name, **given)
-    _registered[name] = made_from
-  elif _registered.get(name) != made_from:
-    raise ValueError(
-      f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
-      " task or mixture of other arguments; choose another."
-    )
+    output_features={"inputs": feature, "targets": feature},
+    postprocess_fn=references_or_text,
+    metric_fns=[metric_fn(metric) for metric in metrics],
+  )
   return name

@@ -12,7 +12,7 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, SequenceLosses, generations, losses, thresholds
 from calm.console import Report
-from calm.data import datasets, prompt_files
+from calm.data import prompt_files
 from calm.exits import confidence, schedules
 from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
@@ -38,7 +38,7 @@ _SYNOPSIS: tuple[Any, ...] = ("rouge_l", "ROUGE-L", "CNN/DM", "82 (42 - 141)")
 _QUESTIONS: tuple[Any, ...] = ("token_f1", "token F1", "SQuAD", "5 (1 - 13)")
 _TRANSLATION: tuple[Any, ...] = ("chrf", "chrF", "WMT15 EN-FR", "39 (10 - 82)", True)
 TASKS: Mapping[str, TaskSettings] = {
-  name: TaskSettings(name, title, datasets.DEBIAN[name].prefix, *lengths, *scored)
+  name: TaskSettings(name, title, prompt_files.DEBIAN[name].prefix, *lengths, *scored)
   for name, title, lengths, scored in (
     ("debian_synopsis", "summaries", (256, 24), _SYNOPSIS),
     ("debian_qa", "questions", (256, 24), _QUESTIONS),
@@ -70,7 +70,7 @@ def read_prompts(
   Rows of one source resemble each other, and files are sorted: so prompts are exchangeable, as
   a calibration needs.
   """
-  path = datasets.DEBIAN[settings.name].path(data, split)
+  path = prompt_files.DEBIAN[settings.name].path(data, split)
   examples = prompt_files.open_prompts(path, require_target=True)
   by_source: dict[str, Prompt] = {}
   for index in np.random.default_rng(seed).permutation(len(examples)):

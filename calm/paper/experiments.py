@@ -23,7 +23,7 @@ from calm.calibrate import (
   methods,
   metrics,
 )
-from calm.data import datasets, prompt_batches
+from calm.data import prompt_batches
 from calm.exits import propagation, schedules
 from calm.inference import grid, panel, timing
 from calm.paper import bench
@@ -107,7 +107,7 @@ def point(
   same = [text == record.prediction for text, record in zip(texts, full, strict=True)]
   more: dict[str, Any] = {}
   if bleu:
-    more["bleu"] = datasets.corpus_scores(texts, references)["bleu"]
+    more["bleu"] = metrics.corpus_scores(texts, references)["bleu"]
   if timings and (timed := timings.find(timed_as or name, threshold)):
     more |= {"seconds": timed.decode_seconds, "speedup": timed.speedup}
     more["speedup_interval"] = speedup_interval(timings, timed)

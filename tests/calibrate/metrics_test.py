@@ -137,3 +137,9 @@ def test_what_is_no_number_in_range_is_refused_by_the_metrics_name(made):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
   with pytest.raises(ValueError, match="`references` to hold one text"):
     HALF("a", [])
+
+
+def test_corpus_scores_take_the_best_of_any_number_of_references():
+  texts = ["a b c d e", "f g h i j"]
+  scores = metrics.corpus_scores(texts, [["x", texts[0]], [texts[1]]])
+  assert scores == pytest.approx({"bleu": 100.0, "chrf": 100.0})

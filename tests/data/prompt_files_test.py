@@ -1,9 +1,9 @@
 """Prompts from files of every format and from rows in memory; damage is named."""
 
 import gzip
-import io
 import json
 import os
+import resource
 import sys
 import threading
 
@@ -14,7 +14,8 @@ from pyarrow import ipc, parquet
 
 from calm import storage
 from calm.calibrate import Prompt
-from calm.data import datasets, prompt_files
+from calm.data import prompt_files
+from tests.spent import Spent
 
 ROWS = [
   {"id": "a", "input": "one, two", "target": ["eins", "uns"], "source": "x"},
@@ -37,10 +38,6 @@ def write(folder, name: str, content: bytes):
   path = folder / name
   path.write_bytes(content)
   return path
-
-
-def on_stdin(monkeypatch, content: bytes) -> None:
-  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 TEXTS = [Prompt("texts/1", "one"), Prompt("texts/2", "two")]
@@ -68,24 +65,6 @@ def test_formats_are_told_by_name_or_content(tmp_path, name, content, taken, pro
   count = "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
   assert opened.taken == f"{tmp_path / name}: {count}, {taken}"
   assert list(opened) == prompts
-
-
-def test_parquet_leaves_other_columns_alone(tmp_path):
-  table = pyarrow.table(
-    {
-      "id": [1, 2],
-      "prompt": ["one", "two"],
-      "targets": [["eins"], ["zwei", "zwo"]],
-      "image": [b"\x00", b"\x01"],
-    }
-  )
-  parquet.write_table(table, tmp_path / "rows.bin")
-  opened = prompt_files.open_prompts(tmp_path / "rows.bin")
-  assert "Parquet, column 'prompt'" in opened.taken
-  assert list(opened) == [Prompt("1", "one", ("eins",)), Prompt("2", "two", ("zwei", "zwo"))]
-  cut = write(tmp_path, "cut.parquet", (tmp_path / "rows.bin").read_bytes()[:-9])
-  with pytest.raises(ValueError, match="expected whole files of columns, got"):
-    prompt_files.open_prompts(cut)
 
 
 def save_to_disk(folder, shards, options=None, names=None):
@@ -131,7 +110,6 @@ def test_a_folder_of_datasets_is_read_as_its_rows(tmp_path):
 
 PLAIN, ZSTD = ipc.IpcWriteOptions(), ipc.IpcWriteOptions(compression="zstd")
 TEXTS_OF_ONE = pyarrow.DictionaryArray.from_arrays([0] * 9, ["text"])
-A_VIEW = pyarrow.array(["a"], pyarrow.string_view())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +117,6 @@ A_VIEW = pyarrow.array(["a"], pyarrow.string_view())
   [
     ({"input": ["0" * 10**7]}, {"options": ZSTD}, "plain texts, got packed ones; save as"),
     ({"input": TEXTS_OF_ONE}, {}, "plain texts, got packed ones; save as JSON Lines"),
-    ({"input": A_VIEW}, {}, r"expected a field `input` or"),
     ({"input": [True] * 10**6}, {"options": PLAIN}, r"to unpack to at most .*JSON Lines"),
     ({}, {"names": ["../other.arrow"]}, r"'\.\./other\.arrow' is no file of this folder"),
     ({}, {"names": ["/etc/passwd"]}, "'/etc/passwd' is no file of this folder"),
@@ -173,7 +150,7 @@ def test_no_byte_that_turned_in_an_arrow_file_is_followed_out_of_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("content", "format", "texts"),
+  ("content", "taken", "texts"),
   [
     (PACKED, "JSON Lines", ["one, two", "three\u2028four"]),
     (b"{not json}\n", "plain text", ["{not json}"]),
@@ -181,16 +158,19 @@ def test_no_byte_that_turned_in_an_arrow_file_is_followed_out_of_it(tmp_path):
     (lines([{"input": "x" * 2**17}]), "JSON Lines", ["x" * 2**17]),
   ],
 )
-def test_standard_input_is_told_by_how_it_begins_or_by_name(
-  monkeypatch, content, format, texts
-):
-  on_stdin(monkeypatch, content)
-  opened = prompt_files.open_prompts("-")
-  assert opened.taken.startswith("standard input: ") and format in opened.taken
+def test_standard_input_is_told_by_how_it_begins(tmp_path, monkeypatch, content, taken, texts):
+  with write(tmp_path, "stream", content).open() as stream:
+    monkeypatch.setattr(sys, "stdin", stream)
+    opened = prompt_files.open_prompts("-")
+  assert opened.taken.startswith("standard input: ") and taken in opened.taken
   assert [prompt.input for prompt in opened] == texts
-  on_stdin(monkeypatch, b"{not json}\n")
-  (named,) = prompt_files.open_prompts("-", format="text")
-  assert named.id == "stdin/1"
+
+
+def test_a_format_may_be_named(tmp_path, monkeypatch):
+  with write(tmp_path, "stream", b'{"input": "a"}\n').open() as stream:
+    monkeypatch.setattr(sys, "stdin", stream)
+    (named,) = prompt_files.open_prompts("-", format="text")
+  assert (named.id, named.input) == ("stdin/1", '{"input": "a"}')
   with pytest.raises(ValueError, match=r"one of jsonl, json.*got 'xml'"):
     prompt_files.open_prompts("-", format="xml")
 
@@ -256,7 +236,7 @@ def test_texts_and_references_are_found_under_common_keys_or_named_ones(tmp_path
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
     ("a.jsonl", b'{"input": ' + b"[" * 50_000, r"a\.jsonl:1: .*too deep"),
     ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
-    ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
+    ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most"),
     ("a.json.gz", gzip.compress(b"[" + b"{}," * 2**13, mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b'input\n"' + b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.csv", b'input\n"' + b"a\n" * 2**18, r"a\.csv:\d+: .*field larger than field limit"),
@@ -276,6 +256,82 @@ def test_a_device_without_an_end_is_not_kept_on_the_disk(monkeypatch):
     ValueError, match=r"Expected .*/dev/zero.* a file or a pipe, got a device"
   ):
     prompt_files.open_prompts("/dev/zero")
+
+
+LONG = "x" * 10**6
+
+
+def repeated(value, count: int):
+  """A column of one value, as a dictionary of one."""
+  return pyarrow.DictionaryArray.from_arrays([0] * count, pyarrow.array([value]))
+
+
+def one_list(values):
+  """All values in the list of one row."""
+  offsets = pyarrow.array([0, len(values)], pyarrow.int32())
+  return {"input": ["a"], "targets": pyarrow.ListArray.from_arrays(offsets, values)}
+
+
+SHARED = {"use_dictionary": False, "column_encoding": {"input": "DELTA_BYTE_ARRAY"}}
+# Name -> (makes the columns, how they are written).
+BOMBS = {
+  "a text, repeated": (lambda: {"input": repeated(LONG, 20_000)}, {}),
+  "a list of one text": (lambda: one_list(repeated(LONG, 20_000)), {}),
+  "a text of zeros": (lambda: {"input": [LONG * 500]}, {}),
+  "texts that share": (lambda: {"input": [LONG] * 1000}, SHARED),
+  "a list of zeros": (lambda: one_list(pyarrow.array([0] * 50_000_000, pyarrow.int8())), {}),
+  "rows of nothing": (lambda: {"input": pyarrow.nulls(10_000_000, pyarrow.string())}, {}),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_packed_to_fill_the_memory_is_refused(tmp_path, name):
+  made, written = BOMBS[name]
+  path = tmp_path / "bomb.parquet"
+  common = {"store_schema": False, "write_statistics": False, "compression": "zstd"}
+  parquet.write_table(pyarrow.table(made()), path, **common, **written)
+  assert path.stat().st_size < 500_000
+  spent, before = Spent(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  with pytest.raises(ValueError, match=r"bomb\.parquet' to .*JSON Lines"):
+    list(prompt_files.open_prompts(path))
+  assert spent.seconds < 10
+  assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
+
+
+def rows(count: int) -> dict:
+  texts = [None if i % 7 == 3 else f"text {i % 5} {'y' * (i % 11)}" for i in range(count)]
+  kinds = {"large": pyarrow.large_string(), "view": pyarrow.string_view()}
+  return {
+    "input": texts,
+    **{name: pyarrow.array(texts, kind) for name, kind in kinds.items()},
+    "category": pyarrow.array(texts).dictionary_encode(),
+    "targets": [None if i % 5 == 2 else texts[i : i + i % 3] for i in range(count)],
+    "numbers": [list(range(i % 4)) for i in range(count)],
+    "score": [i / 3 for i in range(count)],
+    "image": [b"\xff"] * count,
+    "key": pyarrow.array([b"\xff" * 4] * count, pyarrow.binary(4)),
+    "day": pyarrow.array([2**40] * count, pyarrow.timestamp("s", "Nowhere/Land")),
+  }
+
+
+SMALL_PAGES = {"dictionary_pagesize_limit": 32, "write_batch_size": 8, "data_page_size": 16}
+
+
+@pytest.mark.parametrize("written", [{}, {"use_dictionary": False}, SMALL_PAGES])
+def test_rows_are_those_that_were_written(tmp_path, written):
+  columns = rows(2500)
+  path = tmp_path / "rows.bin"
+  parquet.write_table(pyarrow.table(columns), path, **written)
+  with prompt_files._opened(path) as opened:
+    assert prompt_files._detect_format(opened) == "parquet"
+    found = [row.value for row in prompt_files.FORMATS["parquet"][1](opened)]
+  plain = {
+    name: column for name, column in columns.items() if name not in ("image", "key", "day")
+  }
+  assert found == pyarrow.table(plain).to_pylist()
+  cut = write(tmp_path, "cut.parquet", path.read_bytes()[:-9])
+  with pytest.raises(ValueError, match="expected whole files of columns, got"):
+    prompt_files.open_prompts(cut)
 
 
 COLUMNS = {
@@ -326,7 +382,7 @@ def test_what_is_no_list_of_texts_is_refused(texts):
 
 
 def test_debian_sets_are_read_whole(data_dir):
-  path = datasets.DEBIAN["debian_qa"].path(data_dir, "test")
+  path = prompt_files.DEBIAN["debian_qa"].path(data_dir, "test")
   examples = prompt_files.open_prompts(path, require_target=True)
   assert len(examples) == 2389
   assert all(e.group and e.targets for e in examples)

@@ -10,7 +10,7 @@ seqio = pytest.importorskip("seqio", reason="seqio (the `train` extra) is not in
 gin = pytest.importorskip("gin")
 tf = pytest.importorskip("tensorflow")
 
-from calm.data import datasets, seqio_tasks
+from calm.data import prompt_files, seqio_tasks
 
 pytestmark = pytest.mark.tf
 
@@ -85,11 +85,11 @@ def test_shards_are_disjoint_and_together_the_whole(rows_path):
   assert task.num_input_examples("test") == 3
 
 
-def test_registering_twice_is_harmless_unless_it_is_another_task(rows_path):
-  for _ in range(2):
-    assert seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES) == "mine"
-  with pytest.raises(ValueError, match="got 'mine', a task or mixture of other arguments"):
-    seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="other: ")
+def test_a_name_is_registered_anew(rows_path):
+  for prefix in ("", "other: "):
+    name = seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix=prefix)
+    first = examples(seqio.TaskRegistry.get(name))[0]
+    assert first["inputs_pretokenized"] == f"{prefix}one two".encode()
   with pytest.raises(ValueError, match="`metric`"):
     seqio_tasks.jsonl("odd", {"test": rows_path}, BYTES, metrics=["entropy"])
 
@@ -144,7 +144,7 @@ def test_gin_files_register_their_task(config, rows_path):
   ]
   gin.add_config_file_search_path(str(CONFIGS.parents[1]))
   if config == "debian":  # Its rates count the training examples, so there must be some.
-    for task in datasets.DEBIAN.values():
+    for task in prompt_files.DEBIAN.values():
       path = task.path(rows_path.parent, "train")
       path.parent.mkdir()
       path.with_suffix("").write_bytes(rows_path.read_bytes())
