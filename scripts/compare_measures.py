@@ -31,7 +31,7 @@ def opened(arguments: argparse.Namespace, name: str) -> experiments.Task:
   )
   options = bench.Options(timed=6, measures=tuple(arguments.measures))
   validation, test = (
-    bench.read_prompts(arguments.data, task, split, limit=arguments.limit, seed=0)
+    bench.read_prompts(arguments.data, task, split, limit=arguments.limit)
     for split in ("validation", "test")
   )
   cache = pathlib.Path(arguments.cache)

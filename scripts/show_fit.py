@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import tables
+from rich import console as rich_console
 
 from calm import checkpoints, exits, fitting, inference, storage
 from calm.calibrate import Prompt, calibrate, generations, metrics
@@ -86,7 +87,7 @@ def fit(
     tolerance=TOLERANCE,
     metric=METRICS[task],
     prefix=prompt_files.DEBIAN[task].prefix,
-    listener=fitting.Listener(say=lambda text: print(text, flush=True)),
+    console=rich_console.Console(highlight=False),
     **options,
   )
   print(f"{model}, {task}, {way}: {time.monotonic() - start:.0f} s", flush=True)

@@ -59,10 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
   if arguments.budget is not None:
     options["budget"] = fitting.parse_budget(arguments.budget)
   output = arguments.output
-  with fitting.on_screen(console) as listener:
-    served = fitting.fit(
-      arguments.model, arguments.train, output=output, listener=listener, **options
-    )
+  served = fitting.fit(
+    arguments.model, arguments.train, output=output, console=console, **options
+  )
   if served.calibration is not None:
     print_text(console, served.calibration.guarantee, soft_wrap=True)
   print_text(console, f"Summary: {output}/summary.html", soft_wrap=True)

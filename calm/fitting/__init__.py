@@ -3,7 +3,7 @@
 model = fit("flan-t5-small", "rows.jsonl", tolerance=0.1, output="mine")
 """
 
-from calm.fitting.request import FitOptions, Listener, parse_budget
-from calm.fitting.run import fit, on_screen
+from calm.fitting.request import FitOptions, parse_budget
+from calm.fitting.run import fit
 
-__all__ = ["FitOptions", "Listener", "fit", "on_screen", "parse_budget"]
+__all__ = ["FitOptions", "fit", "parse_budget"]

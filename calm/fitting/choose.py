@@ -75,27 +75,12 @@ class Candidate:
       **IN_8_BITS[self.in_8_bits],
     }
 
-  @property
-  def can_cut(self) -> bool:
-    """Whether at threshold 0 it is the decoder cut after one layer, with its translator."""
-    constant = self.temperature is None and len(self.exit_layers) == 1
-    return constant and self.measure == "softmax"
-
-  def described(self, threshold: float) -> str:
-    """The candidate at a threshold, in words."""
-    if threshold == 0.0 and self.can_cut:
-      return f"the decoder cut after layer {self.exit_layers[0]}{self._bits}"
-    return str(self)
-
   def __str__(self) -> str:
     several = "s" if len(self.exit_layers) > 1 else ""
     layers = several + " " + ",".join(map(str, self.exit_layers))
     decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
-    return f"{self.measure} after layer{layers}{decays}{self._bits}"
-
-  @property
-  def _bits(self) -> str:
-    return f", {self.in_8_bits} in 8 bits" if self.in_8_bits else ""
+    bits = f", {self.in_8_bits} in 8 bits" if self.in_8_bits else ""
+    return f"{self.measure} after layer{layers}{decays}{bits}"
 
 
 # Texts depend on the batch size, and one prompt at a time is what is timed.
@@ -143,7 +128,7 @@ class Tried:
       return f"{self.candidate}: no threshold within the tolerance"
     at = f"at threshold {self.threshold:g}"
     timing = "as fast" if self.decoded else "in a first timing,"
-    return f"{self.candidate.described(self.threshold)}: x{self.speedup:.2f} {timing} {at}"
+    return f"{self.candidate}: x{self.speedup:.2f} {timing} {at}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,22 +151,6 @@ class Choice:
     order = lambda entry: (not entry.decoded, -np.nan_to_num(entry.speedup))
     mark = lambda entry: " (chosen)" if self.best is entry else ""
     return [f"  {entry}{mark(entry)}" for entry in sorted(self.tried, key=order)]
-
-
-def measures(predictor: inference.Predictor) -> tuple[str, ...]:
-  """The measures that a model has: the classifier where it is trained, and so on."""
-  decoder, listed = predictor.params["decoder"], bool(predictor.options.shortlist)
-  # Exit parameters start at 0: those that are still 0 were never trained.
-  trained = [
-    part
-    for part in ("exit_classifier", "exit_probes")
-    if part in decoder and np.any(np.asarray(decoder[part]["kernel"]))
-  ]
-  return tuple(
-    name
-    for name, measure in confidence.MEASURES.items()
-    if confidence.lacking(measure, trained, listed) is None
-  )
 
 
 def exit_layers(num_layers: int) -> tuple[int, ...]:
@@ -212,7 +181,7 @@ def read_layers(
   predictor: inference.Predictor, texts: Sequence[str], full: Sequence[Record], progress: Report
 ) -> Reading:
   """Reads every layer at every token of `full`, the full-depth records of `texts`."""
-  names = [name for name in measures(predictor) if name != "shortlist"]
+  names = [name for name in inference.options.measures(predictor) if name != "shortlist"]
   bulk = predictor.with_options(batch_size=exit_maps.BATCH).changed(one_shape=True)
   batches = bulk.plan(texts)
   longest = max(len(record.tokens or ()) for record in full)
@@ -297,8 +266,7 @@ def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
   values = np.sort(reading.of(candidate, candidate.exit_layers).ravel())
   shares = np.concatenate([_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]])
   levels = np.unique(np.round(np.quantile(values, shares), 6))[::-1]
-  levels = levels[(levels > 0.0) & (levels <= 1.0)]
-  return np.append(levels, 0.0) if candidate.can_cut else levels
+  return levels[(levels > 0.0) & (levels <= 1.0)]
 
 
 def rank(
@@ -317,7 +285,9 @@ def rank(
   if predictor.config.exit_translators:  # other layers have no maps
     sets = tuple(layers for layers in sets if learned.issuperset(layers))
   found = []
-  for name, layers, tau in itertools.product(measures(predictor), sets, TEMPERATURES):
+  for name, layers, tau in itertools.product(
+    inference.options.measures(predictor), sets, TEMPERATURES
+  ):
     candidate = Candidate(name, layers, tau, "learned" if learned else "exit_state")
     levels = possible_thresholds(reading, candidate)
     if not len(levels):  # the confidence is 0 there, as the state's is after layer 1
@@ -386,8 +356,7 @@ def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
   points |= set(levels[rising <= tolerance].tolist())
   if np.isfinite(best.threshold):
     points.add(best.threshold)
-  lowest = 0.0 if best.candidate.can_cut else np.nextafter(0.0, 1.0)
-  return tuple(sorted((t for t in points if lowest <= t <= 1.0), reverse=True))
+  return tuple(sorted((t for t in points if 0.0 < t <= 1.0), reverse=True))
 
 
 def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float:
@@ -516,14 +485,14 @@ def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.
   size = predictor.vocabulary.vocab_size * predictor.config.emb_dim
   if size < LEAST_NUMBERS or predictor.options.head_dtype is not None:
     return predictor
-  progress = fit.listener.step("Time the output head in 8 bits")
+  progress = fit.step("Time the output head in 8 bits")
   narrow = predictor.with_options(head_dtype="int8")
   setting = timing.Setting("8 bits", exits.StaticExit(), model=narrow)
   chosen = timing.of_one_length(predictor, fit.splits.validation, 8)
   found = timing.measure(predictor, chosen, [setting], progress=progress)
   full, row = found.rows
   pays = row.speedup > MARGIN
-  fit.listener.say(
+  fit.say(
     f"Output head: read {'in 8 bits' if pays else 'as it is stored'}; in 8 bits full depth is"
     f" x{row.speedup:.2f} as fast ({1e3 * full.decode_seconds:.1f} ->"
     f" {1e3 * row.decode_seconds:.1f} ms a prompt, {found.num_prompts} prompts)."

@@ -5,14 +5,15 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from rich import console as rich_console
 
 from calm import arguments, inference, storage
 from calm.calibrate import Prompt, clusters, losses, metrics, planning
-from calm.console import Report
+from calm.console import Report, print_text
 from calm.data import prompt_files
 from calm.inference import grid
 from calm.t5 import limits
@@ -29,8 +30,6 @@ _SHARES = {
 _LEAST = {"validation": 20, "last": 10}
 # The calibration part gets this multiple of the least number, as far as there are rows.
 _COMFORT = 4
-# A group with at least this share of the rows is named.
-_LARGE = 0.1
 # Share of the rows that the length limits leave whole; the limits' own limits, in tokens.
 _WHOLE, _LONGEST_INPUT, _LONGEST_TEXT = 0.99, 1024, 256
 
@@ -176,7 +175,7 @@ class Splits:
   last: tuple[Prompt, ...]  # that are evaluated once, in the end, one a group
   num_groups: int
   num_repeats: int  # rows that repeat another's input but for case, punctuation and spaces
-  population: str  # what the promise is about, and where groups with many of the rows are
+  population: str  # what the promise is about
 
   def __str__(self) -> str:
     sizes = ", ".join(f"{name} {len(getattr(self, name))}" for name in PARTS)
@@ -212,8 +211,15 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
     chosen, ranked = ranked[:size], ranked[size:]
     parts[name] = tuple(min(members[g], key=lambda row: draw(row.id)) for g in chosen)
   parts["train"] = tuple(row for g in ranked for row in members[g]) if trains else ()
-  repeats, said = len(texts) - len(set(texts)), _population(members.values(), parts)
-  return Splits(**parts, num_groups=groups, num_repeats=repeats, population=said)
+  population = "The promise is about prompts drawn as these rows are."
+  if groups < len(rows):
+    population = (
+      f"The promise is about one row of each of {groups} groups (rows of one source, or of one"
+      f" input), every group as likely, however many of the {len(rows)} rows it has: nothing is"
+      " promised about the rows of one group alone."
+    )
+  repeats = len(texts) - len(set(texts))
+  return Splits(**parts, num_groups=groups, num_repeats=repeats, population=population)
 
 
 def _sizes(groups: int, trains: bool, needed: int) -> dict[str, int]:
@@ -225,30 +231,6 @@ def _sizes(groups: int, trains: bool, needed: int) -> dict[str, int]:
   left = groups - sum(sizes.values()) - (sizes["validation"] if trains else 0)
   sizes["calibration"] += min(0, left)
   return sizes
-
-
-def _population(
-  members: Collection[Sequence[Prompt]], parts: Mapping[str, Sequence[Prompt]]
-) -> str:
-  """The population of the calibration part, in words."""
-  count = sum(map(len, members))
-  if len(members) == count:
-    return "The promise is about prompts drawn as these rows are."
-  text = (
-    f"The promise is about one row of each of {len(members)} groups (rows of one source, or of"
-    f" one input), every group as likely, however many of the {count} rows it has."
-  )
-  part_of = {row.id: f"the {name} part" for name in PARTS for row in parts[name]}
-  for rows in sorted(members, key=len, reverse=True):
-    if len(rows) < max(2, _LARGE * count):
-      break
-    name = rows[0].input[:40] if rows[0].group is None else rows[0].group
-    where = next((part_of[row.id] for row in rows if row.id in part_of), "no part")
-    text += (
-      f" Group {name!r:.60} has {100 * len(rows) / count:.0f} % of the rows and is in {where}:"
-      " nothing is promised about its rows alone."
-    )
-  return text
 
 
 def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) -> None:
@@ -264,19 +246,6 @@ def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class Listener:
-  """Callbacks of a fit; the default is silent.
-
-  Attributes:
-    say: called with a sentence.
-    step: called with the title of a step; returns its progress callback (share, text).
-  """
-
-  say: Callable[[str], None] = lambda text: None
-  step: Callable[[str], Report] = lambda title: lambda share, text: None
-
-
-@dataclasses.dataclass(frozen=True)
 class Fit:
   """A fit at work."""
 
@@ -288,7 +257,12 @@ class Fit:
   splits: Splits
   output: pathlib.Path
   options: FitOptions
-  listener: Listener
+  console: rich_console.Console
+  step: Callable[[str], Report]  # called with the title of a step; returns its progress
+
+  def say(self, text: str) -> None:
+    """Prints a sentence."""
+    print_text(self.console, text, soft_wrap=True)
 
   @property
   def work(self) -> pathlib.Path:

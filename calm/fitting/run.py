@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ from calm.calibrate import (
   metrics,
   thresholds,
 )
-from calm.console import Progress, print_text, quiet
+from calm.console import Progress, Report
 from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
-from calm.fitting.request import Fit, FitOptions, Listener
+from calm.fitting.request import Fit, FitOptions
 from calm.inference import grid, panel, result_cache, timing
 from calm.inference import options as options_lib
 from calm.inference.grid import part
@@ -36,14 +36,6 @@ MOST_ROWS, TEXTS_BATCH, RANK, EXAMPLES = 2000, 64, 16, 6
 NEVER = thresholds.NEVER_EXIT
 
 
-@contextlib.contextmanager
-def on_screen(console: rich_console.Console) -> Iterator[Listener]:
-  """A listener that prints sentences and draws the step's progress with its remaining time."""
-  show = lambda text: print_text(console, text, soft_wrap=True)
-  with Progress(console) as progress:
-    yield Listener(say=show, step=progress.step)
-
-
 @arguments.checked()
 def fit(
   model: str | pathlib.Path,
@@ -51,7 +43,7 @@ def fit(
   *,
   output: str | pathlib.Path,
   tolerance: float = 0.1,
-  listener: Listener | None = None,
+  console: rich_console.Console | None = None,
   **options: Any,
 ) -> inference.Predictor:
   """Learns exits, chooses how to leave, certifies a threshold, and writes one folder.
@@ -65,8 +57,8 @@ def fit(
       a JSON array, CSV, TSV, Parquet), a DataFrame with such columns, or `Prompt`s.
     output: the folder to write; a run of the same request in it resumes.
     tolerance: delta, in (0, 1).
-    listener: callbacks; None shows progress on standard error, as `calm fit` does. `Listener()`
-      is silent.
+    console: shows sentences and progress, as `calm fit` does; None is standard error,
+      `rich.console.Console(quiet=True)` shows nothing.
     **options: fields of `FitOptions`.
 
   Returns:
@@ -79,11 +71,9 @@ def fit(
   """
   asked = FitOptions(tolerance=tolerance, **options)
   with contextlib.ExitStack() as stack:
-    if listener is None:
-      console = rich_console.Console(stderr=True, highlight=False)
-      listener = stack.enter_context(on_screen(console))
-    stack.enter_context(quiet())
-    begun = begin(str(model), train, pathlib.Path(output), asked, listener)
+    console = console or rich_console.Console(stderr=True, highlight=False)
+    progress = stack.enter_context(Progress(console))
+    begun = begin(str(model), train, pathlib.Path(output), asked, console, progress.step)
     stack.enter_context(storage.lock(output))
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it began
@@ -97,7 +87,8 @@ def begin(
   rows: str | pathlib.Path | request.Rows,
   output: pathlib.Path,
   options: FitOptions,
-  listener: Listener,
+  console: rich_console.Console,
+  step: Callable[[str], Report],
 ) -> Fit:
   """Finds everything that may be wrong before any work."""
   prompts = request.read_rows(rows, options)
@@ -122,19 +113,20 @@ def begin(
   result_lib.open_folder(output, whole)
   request.write(output / "splits", splits)
   longer = f" ({cut} of {len(prompts)} inputs are longer and cut at their end)" if cut else ""
-  listener.say(
+  given = source.with_options(**lengths)
+  begun = Fit(source, given, initial, splits, output, options, console, step)
+  begun.say(
     f"Rows: {splits}. Prefix {limits['task_prefix']!r}; inputs of at most"
     f" {limits['max_input_length']} tokens{longer}, texts of at most"
     f" {limits['max_decode_length']}."
   )
-  given = source.with_options(**lengths)
-  listener.say(splits.population)
-  return Fit(source, given, initial, splits, output, options, listener)
+  begun.say(splits.population)
+  return begun
 
 
 def make(fit: Fit) -> None:
   """All steps; those that an earlier run finished are taken from its folder."""
-  learned, trained, predictor, say = None, (), fit.source, fit.listener.say
+  learned, trained, predictor, say = None, (), fit.source, fit.say
   if fit.options.learns_exits:
     predictor, learned = learn_exits(fit)
   elif fit.options.train_all:
@@ -144,7 +136,7 @@ def make(fit: Fit) -> None:
     # The promise is about the given model.
     predictor = predictor.with_options(reference_digest=fit.source.parameters_digest)
   predictor = choose.fastest_head(fit, predictor)
-  progress = fit.listener.step("Choose measure, layers and grid")
+  progress = fit.step("Choose measure, layers and grid")
   key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
   compute = lambda: choose.choose(fit, predictor, progress)
   choice = result_cache.cached(fit.results, choose.Choice, "chosen", key, compute)
@@ -177,10 +169,10 @@ def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
 def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   """The model with exits beside its weights, and the report on them."""
   rows, source = fit.splits.train[:MOST_ROWS], fit.source
-  told = fit.listener.step(choose.DECODE_TEXTS)
+  told = fit.step(choose.DECODE_TEXTS)
   bulk = source.with_options(batch_size=TEXTS_BATCH)
   tokens = [r.tokens or () for r in choose.full_texts(bulk, rows, fit.results, told)]
-  progress = fit.listener.step("Learn exits beside the frozen weights")
+  progress = fit.step("Learn exits beside the frozen weights")
   file, base = fit.work / checkpoints.EXITS, parameters.base_digest(source.params)
   if source.options.shortlist is None:
     listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
@@ -203,7 +195,7 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   # The file is written first: a report without it was never stored.
   kind, key = exit_maps.LearnedExits, {"base": base}
   learned = result_cache.cached(fit.results, kind, "exits", key, learn)
-  fit.listener.say(str(learned))
+  fit.say(str(learned))
   config, params = checkpoints.with_exits(source.config, source.params, file)
   return dataclasses.replace(source, config=config, params=params), learned
 
@@ -224,7 +216,7 @@ def certify(
     metric=options.metric,
     folder=fit.work / "calibration",
     full=full,
-    progress=fit.listener.step("Certify the threshold"),
+    progress=fit.step("Certify the threshold"),
   )
   lost = losses.compute(cached, options.kind, metric=options.metric)
   asked = (*panel.TOLERANCES, options.tolerance)
@@ -265,7 +257,7 @@ def look(
   promised: tuple[tuple[float, int], ...],
 ) -> tuple[result_lib.Result, Calibration | None]:
   """The result, and the calibration that is served; None where full depth is."""
-  progress = fit.listener.step("Look at the last part")
+  progress = fit.step("Look at the last part")
   prompts, options = fit.splits.last, fit.options
   measured, served = None, None
   level = NEVER if calibration is None else calibration.threshold

@@ -83,7 +83,7 @@ def write_own_texts(
   tokens (`OUTPUTS`): a text which the length limit cut off has no end to learn."""
   rows, count = (*fit.splits.validation, *fit.splits.train), len(fit.splits.validation)
   bulk = predictor.with_options(batch_size=64)
-  records = full_texts(bulk, rows, fit.results, fit.listener.step(DECODE_TEXTS))
+  records = full_texts(bulk, rows, fit.results, fit.step(DECODE_TEXTS))
   own = tuple(
     dataclasses.replace(row, targets=(record.prediction,))
     for row, record in zip(rows, records, strict=True)
@@ -107,7 +107,7 @@ def train_stage(
   """Trains or resumes stage 'one', 'own' or 'two' from `model`, whose checkpoint is `initial`,
   on the `splits` that `request.write` wrote to `rows_folder`, for at most `seconds` (None: the
   recipe's steps), and exports it to `stage_`name/model in `fit.work`."""
-  progress, folder = fit.listener.step(f"Train stage {name}"), fit.work / f"stage_{name}"
+  progress, folder = fit.step(f"Train stage {name}"), fit.work / f"stage_{name}"
   num_parameters = sum(x.size for x in jax.tree.leaves(model.params))
   batch_size, dropout_rate, config = recipe(name, num_parameters, len(splits.train))
   options, vocabulary, steps = model.options, model.vocabulary, config.num_steps

@@ -163,6 +163,19 @@ def draft_head(config: network.T5Config, options: DecodeOptions, layer: int) -> 
   return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
 
 
+def measures(model: Any) -> tuple[str, ...]:
+  """The confidence measures that a `Predictor` has: the classifier where it is trained."""
+  decoder, listed = model.params["decoder"], bool(model.options.shortlist)
+  # Exit parameters start at 0: those that are still 0 were never trained.
+  trained = [
+    part
+    for part in ("exit_classifier", "exit_probes")
+    if part in decoder and np.any(np.asarray(decoder[part]["kernel"]))
+  ]
+  known = confidence.MEASURES.items()
+  return tuple(n for n, each in known if confidence.lacking(each, trained, listed) is None)
+
+
 # ---- The stored form
 
 _ALWAYS_STORED = ("measure", "task_prefix", "max_input_length", "max_decode_length")

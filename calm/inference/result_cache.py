@@ -47,8 +47,6 @@ def from_json(kind: Any, value: Any) -> Any:
   if origin is tuple and type(value) in (list, tuple):
     kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
     return tuple(from_json(each, entry) for each, entry in zip(kinds, value, strict=True))
-  if isinstance(origin, type) and issubclass(origin, Mapping):
-    return {key: from_json(inner[1], entry) for key, entry in value.items()}
   if dataclasses.is_dataclass(kind):
     hints, make = typing.get_type_hints(kind.__init__), typing.cast(Callable[..., Any], kind)
     return make(**{n: from_json(hints[n], entry) for n, entry in value.items() if n in hints})

@@ -63,9 +63,8 @@ def read_prompts(
   split: str,
   *,
   limit: int | None = None,
-  seed: int = 0,
 ) -> tuple[Prompt, ...]:
-  """At most `limit` prompts of a split, one of every source, in a random order of the seed.
+  """At most `limit` prompts of a split, one of every source, in a random order.
 
   Rows of one source resemble each other, and files are sorted: so prompts are exchangeable, as
   a calibration needs.
@@ -73,7 +72,7 @@ def read_prompts(
   path = prompt_files.DEBIAN[settings.name].path(data, split)
   examples = prompt_files.open_prompts(path, require_target=True)
   by_source: dict[str, Prompt] = {}
-  for index in np.random.default_rng(seed).permutation(len(examples)):
+  for index in np.random.default_rng(0).permutation(len(examples)):
     example = examples[int(index)]
     by_source.setdefault(example.group or example.id, example)
   return tuple(by_source.values())[:limit]
@@ -130,17 +129,12 @@ def measure_of(name: str) -> str:
 
 def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[str, ...]:
   """The measures that a model can compute, in the order given."""
-  has = predictor.params["decoder"], bool(predictor.options.shortlist)
-  lacks = {
-    name: confidence.lacking(confidence.measure(measure_of(name)), *has)
-    for name in measures
-    if measure_of(name) != VERIFIED  # every model can draft
-  }
-  computed = tuple(name for name in measures if lacks.get(name) is None)
+  has = (*inference.options.measures(predictor), VERIFIED)  # every model can draft
+  computed = tuple(name for name in measures if measure_of(name) in has)
   if not computed:
     raise ValueError(
-      f"Expected a measure that the model has, got {list(measures)}; it lacks"
-      f" {sorted(set(filter(None, lacks.values())))}; train its exits, or take 'softmax'."
+      f"Expected a measure that the model has, of {', '.join(has)}, got {list(measures)};"
+      " train its exits, or take 'softmax'."
     )
   return computed
 

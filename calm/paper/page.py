@@ -52,7 +52,7 @@ class Figure:
   """One drawn figure."""
 
   name: str  # file name without its ending; unique in a report
-  title: str  # what was found, above the figure
+  title: str  # above the figure
   caption: str  # what it shows and how to read it
   svg: str  # a whole SVG file, its own colours
   png: bytes  # the same as PNG
@@ -109,15 +109,12 @@ class Series:
 
 
 def curve_series(
-  curves: Mapping[str, Iterable[experiments.Point]], x: str, y: str, **options: Any
+  curves: Mapping[str, Iterable[experiments.Point]], x: str, y: str
 ) -> list[Series]:
   """Every curve by two fields of its points; shares as hundredths."""
   scale = {"layers": 1.0, "seconds": 1e3, "quality": 100, "similarity": 100}
   values = lambda points, field: [scale[field] * getattr(point, field) for point in points]
-  return [
-    Series(name, values(points, x), values(points, y), options=options)
-    for name, points in curves.items()
-  ]
+  return [Series(name, values(made, x), values(made, y)) for name, made in curves.items()]
 
 
 def draw(
@@ -196,10 +193,10 @@ def times(value: float) -> str:
   return "–" if math.isnan(value) else f"×{value:.2f}"
 
 
-def interval(ends: tuple[float, float], digits: int = 2, dash: str = "–") -> str:
+def interval(ends: tuple[float, float], digits: int = 2) -> str:
   """An interval like `0.02 to 0.12`, or a dash where it is unknown."""
   if any(map(math.isnan, ends)):
-    return dash
+    return "–"
   return f"{number(ends[0], digits)} to {number(ends[1], digits)}"
 
 

@@ -1,5 +1,5 @@
-"""The page as data: one table of sections, each with its words, figures and tables; titles and
-headlines are sentences made from their numbers."""
+"""The page as data: one table of sections, each with its words, figures and tables; headlines
+are sentences made from their numbers."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from calm.inference.panel import number, threshold
 from calm.paper import experiments, page
-from calm.paper.experiments import FULL, ORACLE, STATIC, Curves, Task
+from calm.paper.experiments import FULL, ORACLE, Task
 from calm.paper.page import Column, Figure, Table, interval, percent, series_title, times
 
 Tasks = Sequence[Task]
@@ -54,10 +54,6 @@ def _points(task: Task, name: str, title: str, points, at: str = "threshold", no
   return _table(task, name, title, known, points, note=note)
 
 
-# Share of the full model's quality that counts as kept.
-KEPT = 0.98
-
-
 def headline(task: Task) -> tuple[str, str]:
   """The speed-up of a task in a word, like `×1.90`, and its result in a sentence or two."""
   title, best = task.settings.title.capitalize(), best_gain(task.gains)
@@ -77,10 +73,10 @@ def headline(task: Task) -> tuple[str, str]:
   )
 
 
-def ends(bounds: experiments.Interval, digits: int = 2) -> str:
+def ends(bounds: experiments.Interval) -> str:
   """Like ` (0.02 to 0.12)`, or nothing where it is unknown."""
-  text = interval(bounds, digits, "")
-  return f" ({text})" if text else ""
+  text = interval(bounds)
+  return "" if text == "–" else f" ({text})"
 
 
 def best_gain(table: Sequence[experiments.Gain]) -> experiments.Gain | None:
@@ -94,93 +90,6 @@ def best_gain(table: Sequence[experiments.Gain]) -> experiments.Gain | None:
   among = [cell for cell in faster if cell.tolerance == tightest] or cells
   speed = lambda cell: -math.inf if math.isnan(cell.speedup) else cell.speedup
   return max(among, key=speed, default=None)
-
-
-def quality_and_layers(task: Task) -> str:
-  kept, settings = _kept(task.tradeoff), task.settings
-  title, metric = settings.title, settings.metric_title
-  if not kept:
-    return f"{title}: no measure keeps {KEPT:.0%} of the full model's {metric}"
-  layers, name = min((point.layers, point.name) for point in kept)
-  return (
-    f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} with {layers:.1f} of"
-    f" {task.num_layers} layers"
-  )
-
-
-def quality_and_seconds(task: Task) -> str:
-  timed = [point for point in _kept(task.tradeoff) if point.speedup > 1.0]
-  title, metric = task.settings.title, task.settings.metric_title
-  if not timed:
-    return f"{title}: nothing that keeps {KEPT:.0%} of the {metric} is faster than full depth"
-  best = max(timed, key=lambda point: (point.speedup, point.name))
-  return (
-    f"{title}: {series_title(best.name)} keeps {KEPT:.0%} of the {metric} up to"
-    f" {times(best.speedup)} as fast{ends(best.speedup_interval, 1)}"
-  )
-
-
-def _kept(found: Curves) -> list[experiments.Point]:
-  """Points of measures that keep the quality."""
-  least = KEPT * found.curves[FULL][0].quality
-  others = (STATIC, ORACLE, FULL)
-  return [p for p in found.points if p.name not in others and p.quality >= least]
-
-
-def risks(entries: Sequence[experiments.Trial], title: str) -> str:
-  excess, name, tolerance = max(
-    (e.risk_mean - e.tolerance, e.measure, e.tolerance) for e in entries
-  )
-  if not excess > 0.0:
-    return f"{title}: the mean risk stays below what was promised, at every δ"
-  return (
-    f"{title}: the mean risk passes what was promised by up to {excess:.3f}"
-    f" ({series_title(name)}, δ = {tolerance:g})"
-  )
-
-
-def violations(entries: Sequence[experiments.Trial], title: str, error_rate: float) -> str:
-  worst = 100 * max(entry.share for entry in entries)
-  allowed = f"{100 * error_rate:g} % are allowed"
-  if any(entry.interval[0] > error_rate for entry in entries):
-    return f"{title}: the promise breaks too often, in up to {worst:.1f} % ({allowed})"
-  return f"{title}: the promise breaks in at most {worst:.1f} % of the draws ({allowed})"
-
-
-def perturbed(points: Sequence[experiments.Point], title: str) -> str:
-  """Title of Fig. 2a."""
-  first, last = points[0], points[-1]
-  fell = last.similarity - first.similarity
-  spread = 1.96 * math.hypot(first.similarity_error, last.similarity_error)
-  shares = f"{100 * first.similarity:.0f} against {100 * last.similarity:.0f} of 100 stay"
-  if not abs(fell) > spread:  # also where there is no error to go by
-    return f"{title}: a wrong token costs about as much wherever it stands ({shares})"
-  return f"{title}: an early wrong token costs {'more' if fell > 0 else 'less'} ({shares})"
-
-
-def _layers_for(found: Curves, title: str, field: str, least: float, what: str) -> str:
-  layers = []
-  for name, points in found.curves.items():
-    kept = [point.layers for point in points if getattr(point, field) >= least]
-    layers.append(f"{name} {min(kept):.1f}" if kept else f"{name} never")
-  return f"{title}: layers for {what}: {', '.join(layers)}"
-
-
-def classifiers(found: Curves, title: str) -> str:
-  """Title of App. D's figure."""
-  least = KEPT * max(point.quality for point in found.points)
-  return _layers_for(found, title, "quality", least, f"{KEPT:.0%} of the best quality")
-
-
-def objectives(found: Curves, title: str) -> str:
-  """Title of the figure about Eq. 6."""
-  pairs = zip(*found.curves.values(), strict=True)
-  gained = [(100 * (a.quality - b.quality), a.layers) for a, b in pairs]
-  full, (most, layer) = gained[0][0], max(gained)  # points descend from full depth
-  return (
-    f"{title}: Eq. 6 is worth {most:+.0f} points after layer {layer:.0f}, and {full:+.1f} at"
-    " full depth"
-  )
 
 
 # Fig. 3
@@ -214,7 +123,7 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
 
   yield page.draw(
     f"fig3_layers_{settings.name}",
-    quality_and_layers(task),
+    f"{settings.title}: {settings.metric_title} by decoder layers",
     f"{found.num_prompts} validation prompts. One point a threshold; up and left is better."
     f" {_BAND}",
     (_MEAN_LAYERS, label),
@@ -229,7 +138,7 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
   }
   yield page.draw(
     f"fig3_seconds_{settings.name}",
-    quality_and_seconds(task),
+    f"{settings.title}: {settings.metric_title} by decode time",
     f"The same points against time: {found.num_timed} of the prompts, each decoded alone, all"
     f" settings in turn; median of the rounds. Left of the upright line is faster than the full"
     f" model (static, no confidence). {_BAND} The oracle, which runs every layer to know where"
@@ -322,7 +231,7 @@ def _validity_figures(task: Task) -> Iterator[Figure]:
 
   yield page.draw(
     f"validity_risk_{settings.name}",
-    risks(shown, settings.title),
+    f"{settings.title}: risk by tolerance",
     f"{len(task.test)} prompts, textual consistency, method auto. Bars: standard deviation over"
     " 50 splits, which is partly the test part's own noise.",
     ("tolerance δ", "risk on the test part"),
@@ -331,7 +240,7 @@ def _validity_figures(task: Task) -> Iterator[Figure]:
   )
   yield page.draw(
     f"validity_share_{settings.name}",
-    violations(shown, settings.title, rate),
+    f"{settings.title}: broken promises by tolerance",
     f"{shown[0].draws} calibration sets of {min(300, len(task.test))} prompts, method auto."
     " Dotted: ε. The promise fails by chance in at most that share.",
     ("tolerance δ", "violations, % of the draws"),
@@ -371,7 +280,7 @@ def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
       series.append(page.Series(name, positions, values, ends))
     yield page.draw(
       f"fig2a_{settings.name}",
-      perturbed(kinds["sampling-based"], settings.title),
+      f"{settings.title}: similarity by the position of a wrong token",
       f"{task.perturbations.num_prompts} validation prompts; fewer at later positions (see the"
       " table). Bars are 95 % intervals.",
       ("position of the replaced token", f"{settings.metric_title}, to the unperturbed text"),
@@ -388,11 +297,9 @@ def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
 def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
   length = tasks[0].settings.max_decode_length
   values, every = experiments.schedule_values(length), {"markevery": max(1, length // 8)}
-  name, last = list(values.items())[-1]
   yield page.draw(
     "fig2b",
-    f"λ = {experiments.SHOWN_THRESHOLD:g} asks {last[0]:.2f} of the first token and"
-    f" {last[-1]:.2f} of the last ({name})",
+    f"The threshold of each token, λ = {experiments.SHOWN_THRESHOLD:g}",
     f"Eq. 5 over N = {length} tokens.",
     ("token", "its threshold"),
     [page.Series(n, range(length), values[n].tolist(), None, every) for n in values],
@@ -402,11 +309,11 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
     found, settings = task.decay, task.settings
     yield page.draw(
       f"fig2c_{settings.name}",
-      _layers_for(found, settings.title, "similarity", 0.95, "95% of the full model's text"),
+      f"{settings.title}: similarity by decoder layers",
       f"{found.num_prompts} validation prompts, measure {task.measures[0]}, λ in steps of"
       f" {task.options.step:g}.",
       (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),
-      page.curve_series(found.curves, "layers", "similarity", markersize=3),
+      page.curve_series(found.curves, "layers", "similarity"),
     )
     yield _points(task, "fig2c", "the numbers of Fig. 2c", found.points)
 
@@ -416,14 +323,14 @@ def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
 
 def _trainings(tasks: Tasks) -> Iterator[Figure]:
   for task in tasks:
-    for kind, title in (("classifiers", classifiers), ("objectives", objectives)):
+    for kind, title in (("classifiers", "exit classifiers"), ("objectives", "Eq. 6")):
       found, settings = getattr(task, kind), task.settings
       if found is None:
         continue
       error = max(point.quality_error for point in found.points)
       yield page.draw(
         f"{kind}_{settings.name}",
-        title(found, settings.title),
+        f"{settings.title}: {title}, {settings.metric_title} by decoder layers",
         f"{found.num_prompts} validation prompts, the same for both; a point's standard error"
         f" is at most {100 * error:.1f}.",
         (_MEAN_LAYERS, f"{settings.metric_title} against references"),

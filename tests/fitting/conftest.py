@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import io
 
 import pytest
+from rich import console
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
 OPTIONS = {"tolerance": 0.5, "batch_size": 4, "metric": "chrf"}
@@ -15,6 +17,17 @@ def rows():
   from calm.calibrate import Prompt
 
   return [Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (WORDS[i % 3],), f"g{i}") for i in range(90)]
+
+
+class Said:
+  """What a fit says: its sentences and the titles of its steps."""
+
+  def __init__(self):
+    self.console = console.Console(file=io.StringIO(), force_jupyter=False)
+
+  @property
+  def lines(self) -> list[str]:
+    return self.console.file.getvalue().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,7 @@ def few_rounds():
   patch = pytest.MonkeyPatch()
   for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
-  patch.setattr(choose, "measures", lambda predictor: ("softmax",))
+  patch.setattr(inference.options, "measures", lambda predictor: ("softmax",))
   few = functools.partial(inference.timing.beside_full_depth, prompts=2, rounds=1)
   patch.setattr(inference.timing, "beside_full_depth", few)
   yield

@@ -86,9 +86,8 @@ def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
 @pytest.fixture(scope="module")
 def fitted(directory, rows, promotion, few_rounds, tmp_path_factory):
   """(input folder, output folder, the served model, what was said), stopped and resumed."""
-  output, said = tmp_path_factory.mktemp("fit") / "mine", []
-  listener = fitting.Listener(say=said.append)
-  fit = lambda: fitting.fit(directory, rows, output=output, listener=listener, **OPTIONS)
+  output, said = tmp_path_factory.mktemp("fit") / "mine", conftest.Said()
+  fit = lambda: fitting.fit(directory, rows, output=output, console=said.console, **OPTIONS)
 
   def stop(*arguments, **options):
     raise KeyboardInterrupt
@@ -99,7 +98,7 @@ def fitted(directory, rows, promotion, few_rounds, tmp_path_factory):
       stopped.setattr(exit_maps, "fit", stop)
       fit()
     assert not (output / checkpoints.EXITS).exists() and (output / "fit" / "results").is_dir()
-    return directory, output, fit(), said
+    return directory, output, fit(), said.lines
 
 
 def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted, rows):

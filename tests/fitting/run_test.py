@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, calibrate, generations
 from calm.data import vocabulary
-from calm.fitting import choose, result, run, train
+from calm.fitting import choose, request, result, run, train
 from calm.inference import timing
 from tests import toy_vocabulary
 from tests.fitting import conftest
@@ -28,10 +27,9 @@ LIMITS = ("task_prefix", "max_input_length", "max_decode_length")
 @pytest.fixture(scope="module")
 def made(directory, rows, always_faster, tmp_path_factory):
   """(folder, served model, what was said) of a fit with the exits that the toy has."""
-  output, said = tmp_path_factory.mktemp("fit") / "mine", []
-  listener = fitting.Listener(say=said.append)
-  served = fitting.fit(directory, rows[:45], output=output, listener=listener, **OPTIONS)
-  return output, served, said
+  output, said = tmp_path_factory.mktemp("fit") / "mine", conftest.Said()
+  served = fitting.fit(directory, rows[:45], output=output, console=said.console, **OPTIONS)
+  return output, served, said.lines
 
 
 def limits_of(model):
@@ -116,15 +114,14 @@ def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
     return [dataclasses.replace(e, speedup=2.0, end_to_end=speed(e)) for e in found], full
 
   monkeypatch.setattr(choose, "timed", faster_in_8_bits)
-  said: list[str] = []
-  output, listener = tmp_path / "mine", fitting.Listener(say=said.append)
-  served = fitting.fit(directory, rows[:45], output=output, listener=listener, **OPTIONS)
+  output, said = tmp_path / "mine", conftest.Said()
+  served = fitting.fit(directory, rows[:45], output=output, console=said.console, **OPTIONS)
   assert served.calibration is not None and served.calibration.procedure == served.procedure
   procedure = served.calibration.procedure
   assert (procedure.weights_dtype, procedure.encoder_dtype) == ("int8", "int8")
   assert procedure.reference_dtype == "float32" and "float32" in served.calibration.guarantee
-  assert any(", layers in 8 bits" in line and "(chosen)" in line for line in said)
-  assert any(", encoder in 8 bits: x" in line for line in said)
+  assert any(", layers in 8 bits" in line and "(chosen)" in line for line in said.lines)
+  assert any(", encoder in 8 bits: x" in line for line in said.lines)
   # What it is held against is what the given model writes, token by token.
   given = inference.load(directory, **limits_of(served))
   written = [output.tokens for output in served.generate(WORDS, threshold="never")]
@@ -136,12 +133,11 @@ def trained(directory, rows, always_faster, tmp_path_factory):
   """A fit that trains all weights: (given folder, output, the call, served, what was said)."""
   given = shutil.copytree(directory, tmp_path_factory.mktemp("given") / "toy")
   (given / "inference.json").write_text(json.dumps({"max_input_length": 24}))  # rows have 32
-  output, said = tmp_path_factory.mktemp("trained") / "mine", []
+  output, said = tmp_path_factory.mktemp("trained") / "mine", conftest.Said()
   real = train.recipe
   few = lambda *asked: (4, 0.0, dataclasses.replace(real(*asked)[2], num_steps=2))
-  listener = fitting.Listener(say=said.append)
   options = {**conftest.OPTIONS, "train_all": True, "tolerance": 0.9, "budget": 600.0}
-  fit = lambda: fitting.fit(given, rows, output=output, listener=listener, **options)
+  fit = lambda: fitting.fit(given, rows, output=output, console=said.console, **options)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "recipe", few)
     yield given, output, fit, fit(), said
@@ -149,7 +145,7 @@ def trained(directory, rows, always_faster, tmp_path_factory):
 
 def test_stages_train_what_they_should(trained):
   given, output, _, _, said = trained
-  steps = [line for line in said if line.startswith("Stage ")]
+  steps = [line for line in said.lines if line.startswith("Stage ")]
   assert [line.split(":")[0] for line in steps] == ["Stage one", "Stage own", "Stage two"]
   stages = (output / "fit" / f"stage_{name}" / "model" for name in ("one", "own", "two"))
   start, one, own, two = (
@@ -201,7 +197,8 @@ def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(
   jax.tree.map(np.testing.assert_array_equal, before, after)
   own, texts = inference.load(given), [*WORDS, *(f"{i} is none of the rows" for i in range(9))]
   assert served.generate(texts).texts == own.generate(texts, rule=exits.StaticExit()).texts
-  assert said[-1].startswith("The given model is served at full depth") and "x0.83" in said[-1]
+  last = said.lines[-1]
+  assert last.startswith("The given model is served at full depth") and "x0.83" in last
 
 
 def test_why_full_depth_is_served_is_said(made):
@@ -233,8 +230,7 @@ def test_full_depth_is_served_from_drafts_where_they_are_faster_and_exits_are_no
   # The last look only: what was chosen and certified is there.
   output = shutil.copytree(made[0], tmp_path / "mine")
   (output / "fit" / "result.json").unlink()
-  listener = fitting.Listener()
-  served = fitting.fit(directory, rows[:45], output=output, listener=listener, **OPTIONS)
+  served = fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   assert served.calibration is None and served.exact == inference.exact_rule(served)
   got = served.generate(WORDS)
   given = inference.load(directory, **limits_of(served))
@@ -323,19 +319,19 @@ def test_budgets_are_times_and_means_have_intervals():
 # ---- On a screen
 
 
-def test_from_python_a_fit_tells_standard_error_and_a_listener_takes_its_place(
+def test_from_python_a_fit_tells_standard_error_and_a_console_takes_its_place(
   monkeypatch, tmp_path, capsys
 ):
   def work(begun):
-    begun.listener.step("Work")(0.5, "half of it")
-    begun.listener.say("Done.")
+    begun.step("Work")(0.5, "half of it")
+    begun.say("Done.")
 
-  begin = lambda *given: types.SimpleNamespace(work=tmp_path, listener=given[-1])
+  begin = lambda *given: request.Fit(*[None] * 4, tmp_path, *given[3:])
   monkeypatch.setattr(run, "begin", begin)
   monkeypatch.setattr(run, "make", work)
   monkeypatch.setattr(inference, "load", lambda output: None)
   fitting.fit("packed", [], output=tmp_path / "a")
   assert capsys.readouterr() == ("", "Work ...\nDone.\n")
-  said = []
-  fitting.fit("packed", [], output=tmp_path / "b", listener=fitting.Listener(say=said.append))
-  assert capsys.readouterr() == ("", "") and said == ["Done."]
+  said = conftest.Said()
+  fitting.fit("packed", [], output=tmp_path / "b", console=said.console)
+  assert capsys.readouterr() == ("", "") and said.lines == ["Work ...", "Done."]

@@ -1,6 +1,7 @@
 """Stages of `train_all`: recipes, a budget, and rows of the model's own texts."""
 
 import pytest
+from rich import console
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
@@ -27,7 +28,8 @@ def source(directory):
 def fit_of(source, directory, parts, folder):
   options = fitting.FitOptions(train_all=True, batch_size=8)
   given = source, source, directory, parts, folder, options
-  return request.Fit(*given, fitting.Listener())
+  quiet = console.Console(quiet=True)
+  return request.Fit(*given, quiet, lambda title: lambda share, text: None)
 
 
 def full_depth(model, rows):

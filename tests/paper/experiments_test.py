@@ -1,5 +1,4 @@
-"""The experiments on made-up generations, against numbers by hand, and the titles that they
-give to figures."""
+"""The experiments on made-up generations, against numbers by hand, and the headline."""
 
 import dataclasses
 import math
@@ -110,7 +109,7 @@ def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
   assert bench.read_prompts(tmp_path, bench.task("qa"), "test", limit=4) == every[:4]
 
 
-# ---- Titles and headlines
+# ---- Headlines
 
 
 @pytest.mark.parametrize(
@@ -139,25 +138,3 @@ def test_the_headline_has_speed_drift_promise_and_their_intervals(report, change
   marked = [row for row in table.rows if any("▲" in cell for cell in row)]
   assert len(marked) == above * len(table.rows)
   assert f"▲: {12 * above} of 12 measured risks are above" in table.note
-
-
-def test_titles_of_figures_are_their_numbers(report):
-  *others, full = report.tradeoff.points
-  kept = [p.layers for p in others if p.name in MEASURES and p.quality >= 0.98 * full.quality]
-  title = sections.quality_and_layers(report)
-  assert title.endswith(f"keeps 98% of the ROUGE-L with {min(kept):.1f} of 4 layers")
-  seconds = sections.quality_and_seconds(report)
-  assert seconds.endswith("of the ROUGE-L up to ×1.82 as fast (1.8 to 1.8)")
-  better = (*others, dataclasses.replace(full, quality=2.0))
-  none = samples.changed(tradeoff=dataclasses.replace(report.tradeoff, points=better))
-  assert "no measure keeps" in sections.quality_and_layers(none)
-  assert "nothing that keeps" in sections.quality_and_seconds(none)
-  (section,) = sections.sections([report], ["schedules"])
-  title = section.figures[1].title
-  assert "layers for 95% of the full model's text: constant 2.3, " in title
-  for first, last, says in (
-    (0.5, 0.9, "an early wrong token costs more (50 against 90 of 100 stay)"),
-    (0.5, 0.6, "costs about as much wherever it stands"),
-  ):
-    found = samples.wrong_tokens(first, last, 0.05).curves["sampling-based"]
-    assert says in sections.perturbed(found, "summaries")
