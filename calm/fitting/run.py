@@ -142,12 +142,12 @@ def make(fit: Fit) -> None:
   choice = result_cache.cached(fit.results, choose.Choice, "chosen", key, compute)
   for line in choice.lines():
     say(line)
-  calibration, promised = None, ()
+  calibration = None
   if choice.best is not None:
     ways = choice.best.candidate.options(predictor.options.max_decode_length)
     predictor = predictor.with_options(**ways, grid=choice.grid)
-    calibration, promised = certify(fit, predictor)
-  result, served = look(fit, predictor, choice, calibration, promised)
+    calibration = certify(fit, predictor)
+  result, served = look(fit, predictor, choice, calibration)
   result = dataclasses.replace(result, trained=trained, learned=learned)
   if served is None:
     predictor = untouched(fit, predictor)
@@ -200,14 +200,12 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   return dataclasses.replace(source, config=config, params=params), learned
 
 
-def certify(
-  fit: Fit, predictor: inference.Predictor
-) -> tuple[Calibration, tuple[tuple[float, int], ...]]:
-  """The calibration of the chosen candidate, and what other tolerances certify."""
+def certify(fit: Fit, predictor: inference.Predictor) -> Calibration:
+  """The calibration of the chosen candidate."""
   rows, full, options = fit.splits.calibration, None, fit.options
   if options.train_all:
     full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
-  calibration, cached = grid.certify(
+  calibration, _ = grid.certify(
     grid.in_bulk(predictor),  # of the procedure that is served
     rows,
     tolerance=options.tolerance,
@@ -218,9 +216,7 @@ def certify(
     full=full,
     progress=fit.step("Certify the threshold"),
   )
-  lost = losses.compute(cached, options.kind, metric=options.metric)
-  asked = (*panel.TOLERANCES, options.tolerance)
-  return calibration, panel.promised(lost, options.error_rate, asked)
+  return calibration
 
 
 def why_full_depth(
@@ -254,7 +250,6 @@ def look(
   predictor: inference.Predictor,
   choice: choose.Choice,
   calibration: Calibration | None,
-  promised: tuple[tuple[float, int], ...],
 ) -> tuple[result_lib.Result, Calibration | None]:
   """The result, and the calibration that is served; None where full depth is."""
   progress = fit.step("Look at the last part")
@@ -270,19 +265,15 @@ def look(
   # The batches that certified: their programs are compiled.
   reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)
   told = part(progress, 0.6, 0.8)
-  full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
-  levels, columns = (), (full,)
-  if promised:
-    levels, model = tuple(grid.default_grid(predictor.options)), grid.in_bulk(predictor)
-    told, folder = part(progress, 0.8, 1.0), fit.work / "last"
-    columns += grid.on_grid(model, prompts, levels, folder, full=full, progress=told).records
-  early = columns[0 if served is None else 1 + levels.index(level)]
+  early = full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
+  if served is not None:
+    told, model = part(progress, 0.8, 1.0), grid.in_bulk(predictor)
+    early = grid.with_rule(model, prompts, None, level, progress=told)
   given = predictor.vocabulary.piece, options.metric, predictor.eos_id
   shown = (
     panel.shown_prompt(prompt, records, *given)
-    for prompt, *records in zip(prompts[:EXAMPLES], *columns, strict=False)
+    for prompt, *records in zip(prompts[:EXAMPLES], full, early, strict=False)
   )
-  tolerances = promised or ((options.tolerance, 0),)
   result = result_lib.Result(
     model=str(fit.initial),
     sizes=str(fit.splits),
@@ -295,16 +286,7 @@ def look(
     certified_threshold=level,
     seconds=measured,
     last=evaluate(prompts, full, early, options),
-    panel=panel.Panel(
-      predictor.options.measure,
-      predictor.num_layers,
-      (NEVER, *levels),
-      tuple(shown),
-      options.error_rate,
-      tolerances,
-      first=[tolerance for tolerance, _ in tolerances].index(options.tolerance),
-      loss="mean distance" if options.kind == "textual" else "mean increase of the loss",
-    ),
+    shown=tuple(shown),
     exact=choose.faster_exact(untouched(fit, predictor), prompts),
     tested=() if calibration is None else calibration.rows,
   )
