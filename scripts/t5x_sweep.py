@@ -33,7 +33,7 @@ from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingI
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
 from calm.exits import schedules
 from calm.t5x import models, stored
-from calm.training import configs
+from calm.training import run
 
 
 def sweep(
@@ -222,7 +222,7 @@ def main(_: Sequence[str]) -> None:
     )
   configured: Any = gin.configurable(sweep)  # pyright: ignore[reportCallIssue]
   t5x_root = str(pathlib.Path(partitioning.__file__).parents[1])
-  folders = [*known.gin_search_paths, str(configs.root()), t5x_root]
+  folders = [*known.gin_search_paths, str(run.gin_folder()), t5x_root]
   gin_utils.parse_gin_flags(folders, known.gin_file, known.gin_bindings)
   configured()
 

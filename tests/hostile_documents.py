@@ -70,7 +70,7 @@ def _tokenizer(path: pathlib.Path) -> None:
 
 def _read_tokenizer(path: pathlib.Path):
   made = vocabulary.TokenizerVocabulary(path)
-  return made.decode(made.encode("a b")), made.unk_id, made.extra_ids, made.piece(3)
+  return made.decode(made.encode("a b")), made.unk_id, made.piece(3)
 
 
 def _theirs(folder: pathlib.Path):

@@ -59,19 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   import gin
 
-  from calm.training import configs
+  from calm import training
+  from calm.training import run as training_run
 
   for path in arguments.gin_file:
     # Includes are written from the repository's root; a run's own files may lie elsewhere.
     gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
-  gin.add_config_file_search_path(str(configs.root()))
+  gin.add_config_file_search_path(str(training_run.gin_folder()))
   run_lib.use_compilation_cache()
   gin.clear_config()  # an earlier command of this process leaves its own, locked
   gin.parse_config(CHOICES)  # registers the names, which stay known
-
-  from calm import training
-  from calm.training import run as training_run
-
   run_lib.parse_gin(arguments)
   run_lib.refuse_unread_macros()
   train: Any = training_run.train

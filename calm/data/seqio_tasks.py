@@ -174,36 +174,30 @@ def _example(name: Any, text: Any, references: Any) -> dict[str, Any]:
   return {"id": name, "inputs": text, "targets": references[0], "references": references}
 
 
-def _tfds(
-  name: str,
-  preprocess: Callable[[Tensors], dict[str, Any]],
-  metrics: Sequence[str],
-  default: str,
-) -> Callable[..., str]:
-  """A function that registers a data set of TFDS, as `calm_NAME`."""
-
-  def register(
-    vocabulary: seqio.Vocabulary | str, *, tfds_name: str = default, data_dir: str | None = None
-  ) -> str:
-    source = seqio.TfdsDataSource(tfds_name=tfds_name, tfds_data_dir=data_dir)
-    mapped = functools.partial(
-      tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
-    )
-    return _register(f"calm_{name}", source, [mapped], vocabulary, metrics)
-
-  register.__name__ = register.__qualname__ = name
-  register.__doc__ = f"""Registers {default} of TFDS, as `calm_{name}`.
-
-  `vocabulary` is one of seqio's, or the path of a SentencePiece model.
-  """
-  return register
+def cnn_dailymail(vocabulary: seqio.Vocabulary | str) -> str:
+  """Registers CNN/DailyMail of TFDS, as `calm_cnn_dailymail`."""
+  source = "cnn_dailymail:3.4.0"
+  return _tfds("cnn_dailymail", source, summarization_example, ["rouge_l"], vocabulary)
 
 
-cnn_dailymail = _tfds(
-  "cnn_dailymail", summarization_example, ("rouge_l",), "cnn_dailymail:3.4.0"
-)
-wmt15_enfr = _tfds("wmt15_enfr", translation_example, _CORPUS, "wmt15_translate/fr-en:1.0.0")
-squad = _tfds("squad", question_example, ("token_f1", "exact_match"), "squad/v1.1:3.0.0")
+def wmt15_enfr(vocabulary: seqio.Vocabulary | str) -> str:
+  """Registers WMT15 English to French of TFDS, as `calm_wmt15_enfr`."""
+  source = "wmt15_translate/fr-en:1.0.0"
+  return _tfds("wmt15_enfr", source, translation_example, _CORPUS, vocabulary)
+
+
+def squad(vocabulary: seqio.Vocabulary | str) -> str:
+  """Registers SQuAD 1.1 of TFDS, as `calm_squad`."""
+  scores = ("token_f1", "exact_match")
+  return _tfds("squad", "squad/v1.1:3.0.0", question_example, scores, vocabulary)
+
+
+def _tfds(name: str, tfds_name: str, preprocess: Any, metrics: Any, vocabulary: Any) -> str:
+  source = seqio.TfdsDataSource(tfds_name=tfds_name)
+  mapped = functools.partial(
+    tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
+  )
+  return _register(f"calm_{name}", source, [mapped], vocabulary, metrics)
 
 
 def _register(

@@ -179,6 +179,8 @@ class TokenizerVocabulary(Vocabulary):
   pad_id: int = 0
   model: bytes = dataclasses.field(init=False, repr=False)
 
+  extra_ids = 0  # its sentinels may stand anywhere
+
   def __post_init__(self):
     object.__setattr__(self, "model", _content(self.path, "a tokenizer.json"))
     token = self._tokenizer.id_to_token(self.eos_id)
@@ -233,14 +235,6 @@ class TokenizerVocabulary(Vocabulary):
   def vocab_size(self) -> int:
     """Ids, added tokens included."""
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-  @property
-  def extra_ids(self) -> int:
-    """Sentinels at the end of the ids, `<extra_id_0>` last."""
-    last, count = self.vocab_size - 1, 0
-    while self._tokenizer.id_to_token(last - count) == f"<extra_id_{count}>":
-      count += 1
-    return count
 
   @property
   def unk_id(self) -> int | None:

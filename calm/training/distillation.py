@@ -75,9 +75,7 @@ class ExitMaps(objectives.Objective):
   are the first term and the argmaxes that are the full model's.
   """
 
-  @property
-  def parts(self) -> tuple[str, ...]:
-    return ("exit_classifier",)
+  parts = ("exit_classifier",)
 
   def loss(self, module, params, batch, rng):
     del rng  # as they are in inference: no dropout

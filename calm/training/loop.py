@@ -6,7 +6,6 @@ and resumes exactly: batch, dropout and learning rate of step s depend on (seed,
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import pathlib
@@ -23,9 +22,6 @@ from calm.t5.network import Params
 from calm.training import objectives
 from calm.training.updates import TrainConfig, TrainState
 
-# What the steps of a run were made with.
-IDENTITY_FILE = "run.json"
-
 
 @arguments.checked()
 def read_history(path: pathlib.Path) -> list[dict[str, float]]:
@@ -36,19 +32,15 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   """
   try:
     entries = json.loads(storage.content(path))  # NaN is a loss that it may well have
-    steps = [entry["step"] for entry in entries]
-    numbers = [value for entry in entries for value in entry.values()]
-    typed = not {*map(type, steps)} - {int} and not {*map(type, numbers)} - {int, float}
-    if not typed or not isinstance(entries, list):
-      raise TypeError("another value than a number")
-    if any(a >= b for a, b in itertools.pairwise(steps)):
-      raise ValueError("steps that do not ascend")
+    return [
+      {"step": int(entry["step"])} | {n: float(v) for n, v in entry.items() if n != "step"}
+      for entry in entries
+    ]
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise ValueError(
       f"Expected {str(path)!r} to be a list of validations with numbers, got something else"
       f" ({error}); restore it, or take the folder away to begin anew."
     ) from error
-  return [{n: v if n == "step" else float(v) for n, v in entry.items()} for entry in entries]
 
 
 def since_best(history: list[dict[str, float]], metric: str) -> int:
@@ -94,19 +86,19 @@ def fit(
   ValueError: `output_dir` holds another run: model, learning rate, seed or data."""
   listener = listener or Listener()
   check_writable(output_dir)
-  identity = identity_of(config, source)
   validations = output_dir / "validation.json"
   newest = _checkpointer(output_dir, "checkpoints", 1)
   with newest as newest, _checkpointer(output_dir, "best", 2) as bests:
-    if (latest := newest.latest_step()) is not None:
-      state = _restore(newest, latest, state)
-    step, running = int(state.step), None
+    step, running = newest.latest_step() or 0, None
+    # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
+    check_identity(output_dir / "run.json", config, source, state, step)
+    if step:
+      state = _restore(newest, step, state)
     history = read_history(validations) if validations.exists() else []
     history = [entry for entry in history if entry["step"] <= step]
     # Killed between the best checkpoint and the newest: the best will be made again.
     for ahead in [saved for saved in bests.all_steps() if saved > step]:
       bests.delete(ahead)
-    check_identity(output_dir / IDENTITY_FILE, identity, step)
     listener.on_start(step, config.num_steps)
     begun, late = time.monotonic(), False
     while step < config.num_steps and not late:
@@ -183,42 +175,58 @@ def _restore(manager, step: int, like: Any) -> Any:
   """The checkpoint of a step, with the structure and shapes of `like`."""
   import orbax.checkpoint as ocp
 
-  # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
-  stored, expected = _shapes(manager.item_metadata(step)), _shapes(like)
-  for path, shape in expected.items():
-    if stored.get(path) != shape:
-      raise ValueError(
-        f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
-        f" {path!r} of shape {shape}, got {stored.get(path, 'none')} at step {step}; give"
-        " another `output_dir`, or the configuration that it was started with."
-      )
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   return manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """{path: shape} of a tree or of Orbax's description of one."""
-  leaves, _ = jax.tree.flatten_with_path(getattr(tree, "tree", tree))
-  named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  return {named(path): tuple(leaf.shape) for path, leaf in leaves}
+def check_identity(
+  path: pathlib.Path,
+  config: TrainConfig,
+  source: training_batches.Source,
+  state: TrainState,
+  reached: int,
+) -> None:
+  """Compares a run with the one whose `reached` steps it goes on from, and records it: seed,
+  shapes, and the learning rates and batches at steps 0, 1, 2, 4, 8, ...
 
-
-def identity_of(config: TrainConfig, source: training_batches.Source) -> dict[str, Any]:
-  """What the steps of a run depend on, so that another run does not go on from them: learning
-  rates and batches at steps 0, 1, 2, 4, 8, ... A run that is only to become longer goes on
-  where its learning rate does not depend on the length."""
+  A run that is only to become longer goes on where its learning rate does not depend on the
+  length. ValueError where those steps were made otherwise."""
   steps = [0, *(2**i for i in range(config.num_steps.bit_length()))]
   steps = [step for step in steps if step < config.num_steps]
   schedule = config.schedule(config.num_steps)
-  rates = [float(np.asarray(schedule(step))) for step in steps]
-  return {
+  now: dict[str, Any] = {
     "seed": int(config.seed),
-    "learning_rates": [
-      [step, rate if math.isfinite(rate) else None]
-      for step, rate in zip(steps, rates, strict=True)
-    ],
+    "learning_rates": [[step, float(np.asarray(schedule(step)))] for step in steps],
     "batches": [[step, _digest(source.batch(step))] for step in steps],
+    "shapes": sorted([*leaf.shape] for leaf in jax.tree.leaves(state)),
   }
+  if reached and path.exists():  # a run of an earlier version recorded none
+    try:
+      before = storage.parse_json(storage.content(path))
+      rates, batches = dict(before["learning_rates"]), dict(before["batches"])
+      found = (
+        [] if before["seed"] == now["seed"] else [f"seed {before['seed']}, now {now['seed']}"]
+      )
+      for step, rate in now["learning_rates"]:
+        if step < reached and not math.isclose(rates[step], rate, rel_tol=1e-4):
+          found.append(f"learning rate {rates[step]:g} at step {step}, now {rate:g}")
+          break
+      if any(batches[step] != digest for step, digest in now["batches"] if step < reached):
+        found.append("other data (or their seed, prefix, lengths or batch size)")
+      if before.get("shapes", now["shapes"]) != now["shapes"]:
+        found.append("another model or optimizer")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+      raise ValueError(
+        f"Expected {str(path)!r} to say what a run was made with, got something else"
+        f" ({error}); restore it, or take the folder away to begin anew."
+      ) from error
+    if found:
+      raise ValueError(
+        f"Expected `output_dir` to be a new folder, or one of the same run, got"
+        f" {str(path.parent)!r}, whose {reached} steps were made with {'; '.join(found)}; give"
+        " another folder, or the configuration and data that it was started with."
+      )
+  storage.write_atomically(path, json.dumps(now, indent=1) + "\n")
 
 
 def _digest(batch: training_batches.Batch) -> str:
@@ -228,43 +236,3 @@ def _digest(batch: training_batches.Batch) -> str:
     digest.update(f"{name} {array.dtype} {array.shape}".encode())
     digest.update(array.tobytes())
   return digest.hexdigest()[:16]
-
-
-def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -> None:
-  """Compares a run with the one whose `reached` steps it goes on from, and records it;
-  ValueError where those were made under another learning rate or seed, or on other data."""
-  differing = ""
-  if reached and path.exists():  # a run of an earlier version recorded none
-    try:
-      before = storage.parse_json(storage.content(path))
-      differing = _differences(before, identity, reached)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-      raise ValueError(
-        f"Expected {str(path)!r} to say what a run was made with, got something else"
-        f" ({error}); restore it, or take the folder away to begin anew."
-      ) from error
-  if differing:
-    raise ValueError(
-      f"Expected `output_dir` to be a new folder, or one of the same run, got"
-      f" {str(path.parent)!r}, whose {reached} steps were made with {differing}; give another"
-      " folder, or the configuration and data that it was started with."
-    )
-  storage.write_atomically(path, json.dumps(identity, indent=1) + "\n")
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], reached: int) -> str:
-  """What the steps that were made depend on and would be otherwise now, in words."""
-  found = []
-  rates, batches = dict(before["learning_rates"]), dict(before["batches"])
-  if {*map(type, (before["seed"], *rates, *batches))} != {int}:
-    raise ValueError("Expected `seed` and steps to be whole numbers, got others")
-  if before["seed"] != now["seed"]:
-    found.append(f"seed {before['seed']}, now {now['seed']}")
-  for step, new in now["learning_rates"]:
-    old, rate = rates[step] if step < reached else None, math.nan if new is None else new
-    if old is not None and not math.isclose(old, rate, rel_tol=1e-4):
-      found.append(f"learning rate {old:g} at step {step}, now {rate:g}")
-      break
-  if any(batches[step] != new for step, new in now["batches"] if step < reached):
-    found.append("other data (or their seed, prefix, lengths or batch size)")
-  return "; ".join(found)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +60,8 @@ def layer_metrics(
 class Objective(abc.ABC):
   """One training stage, a frozen dataclass; a stage without `parts` trains the base model."""
 
-  @property
-  def parts(self) -> tuple[str, ...]:
-    """Exit parts of the decoder that the model must hold for it, fields of `T5Config`."""
-    return ()
+  # Exit parts of the decoder that the model must hold for it, fields of `T5Config`.
+  parts: ClassVar[tuple[str, ...]] = ()
 
   @abc.abstractmethod
   def loss(
@@ -144,11 +142,8 @@ class ExitClassifier(Objective):
     objective: `losses.classifier_loss` or `losses.geometric_classifier_loss`.
   """
 
+  parts = ("exit_classifier",)
   objective: Callable[..., jax.Array] = losses.classifier_loss
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    return ("exit_classifier",)
 
   def loss(self, module, params, batch, rng):
     del rng  # the features must be those of inference: no dropout

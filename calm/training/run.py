@@ -22,6 +22,23 @@ from calm.t5 import limits, network, parameters
 from calm.training import loop, objectives, sources, updates
 
 _LOG = logging.getLogger(__name__)
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+
+def gin_folder() -> pathlib.Path:
+  """The folder that holds `configs/`, which `include "configs/..."` is written from: beside the
+  package, or the package itself once it is installed.
+
+  Raises:
+    FileNotFoundError: this copy of the package has none.
+  """
+  for folder in (_PACKAGE, _PACKAGE.parent):
+    if (folder / "configs" / "runs").is_dir():
+      return folder
+  raise FileNotFoundError(
+    f"Expected `configs/` in or beside {str(_PACKAGE)!r}, got none; install the package whole,"
+    " or run from its repository."
+  )
 
 
 @arguments.checked()
@@ -78,7 +95,7 @@ def train(
   *,
   model: network.T5Config | None = None,
   initial: str | None = None,
-  fresh: str | Sequence[str] = (),
+  fresh: Sequence[str] = (),
   listener: loop.Listener | None = None,
 ) -> pathlib.Path:
   """Trains (or goes on training) and exports the parameters with the best validation.
@@ -137,7 +154,7 @@ def starting_point(
   model: network.T5Config | None,
   initial: str | None,
   seed: int,
-  fresh: str | Sequence[str] = (),
+  fresh: Sequence[str] = (),
   parts: Sequence[str] = (),
 ) -> tuple[network.T5Config, Any, bool | None]:
   """Sizes, parameters at step 0, and `exits_trained` as in `checkpoints.Checkpoint`. Exit parts
@@ -164,9 +181,7 @@ def starting_point(
     params, _ = parameters.wider(params, stored.config, model.mlp_dim, seed)
   parameters.check(params, model)
   if fresh:
-    # A tuple of one without its comma is a string: that one part is meant.
-    parts = (fresh,) if isinstance(fresh, str) else fresh
-    params = parameters.renew(params, updates.init_params(model, seed), parts)
+    params = parameters.renew(params, updates.init_params(model, seed), fresh)
   return model, jax.tree.map(jnp.asarray, params), stored.exits_trained
 
 

@@ -4,6 +4,7 @@ import collections
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,21 +74,20 @@ def supervised(
   )
 
 
-def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
+def _tokens_of(path: pathlib.Path) -> dict[str, Any]:
   """{id: generated tokens} of an output file of `calm infer`."""
   found = {}
   for line in storage.read_lines(path):
+    given: Any = line.value.get
+    tokens: Any = given("tokens") or "none"
     try:
-      # A line of `calm infer` lacks what a record may lack.
-      record = records.Record.from_json({"prediction": "", **line.value})
-      if record.tokens is None:
-        raise ValueError("Expected `tokens` to be a list of token ids, got none")
+      record = records.Record(given("id"), "", tokens)
     except ValueError as error:
       raise ValueError(
         f"Expected `outputs` to have lines of `calm infer --output`, got {path}:{line.number}"
         f" ({error})."
       ) from error
-    found[record.id] = list(record.tokens)
+    found[record.id] = record.tokens
   return found
 
 
@@ -137,21 +137,8 @@ def stored_vocabulary(path: str) -> checkpoints.Vocabulary | None:
 
 def find_checkpoint(initial: str) -> pathlib.Path:
   """The checkpoint at `initial`, or the one that a run exported below it."""
-  path = pathlib.Path(initial)
-  if not path.is_dir():
-    raise FileNotFoundError(
-      "Expected `initial` to be the folder of a checkpoint or of a finished run, got"
-      f" {initial!r}, which is {'a file' if path.exists() else 'missing'}."
-    )
-  exported = path / MODEL_FOLDER
-  if (exported / "config.json").is_file():
-    return exported
-  if (path / "validation.json").is_file():
-    raise FileNotFoundError(
-      f"Expected `initial` to be a finished run, got {initial!r}, which has exported no"
-      f" {MODEL_FOLDER}/ yet; run its `calm train` command again, it goes on where it stopped."
-    )
-  return path
+  exported = pathlib.Path(initial) / MODEL_FOLDER
+  return exported if exported.is_dir() else pathlib.Path(initial)
 
 
 @arguments.checked()

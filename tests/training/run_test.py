@@ -156,14 +156,6 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
   assert "--output_dir" in capsys.readouterr().err
 
 
-def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
-  (tmp_path / "validation.json").write_text("[]")
-  with pytest.raises(FileNotFoundError, match="`initial` to be a finished run"):
-    sources.find_checkpoint(str(tmp_path))
-  with pytest.raises(FileNotFoundError, match=r"`initial`.*nowhere.*missing"):
-    sources.find_checkpoint(str(tmp_path / "nowhere"))
-
-
 def test_exit_parts_are_added_and_wider_mlps_are_of_the_same_function(tmp_path, caplog):
   config = network.T5Config(
     vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
@@ -189,7 +181,7 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
   before = parameters.flatten(checkpoints.load(stage_one / "model").params)
   for parts, name in (
     (("decoder/layers_0/mlp",), "decoder/layers_0/mlp/"),
-    ("encoder", "encoder/"),
+    (("encoder",), "encoder/"),
   ):
     made = run.starting_point(None, str(stage_one), 1, parts)[1]
     for path, leaf in parameters.flatten(made).items():
