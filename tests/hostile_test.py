@@ -157,21 +157,6 @@ def test_exchanged_fields_are_refused_by_name(table, name, looked_for):
   assert check(found)
 
 
-def test_the_check_of_messages_can_fail():
-  assert not named(ValueError("bad")) and not named(KeyError("vocab_size"))
-  assert named(ValueError("Expected `vocab_size` to be a whole number, got 'x'."))
-  found = {
-    "a": outcome(lambda: {}["b"], True),
-    "b": outcome(lambda: int("x"), True),
-    "c": outcome(lambda: 1, True),
-    "d": outcome(lambda: 1, False),
-  }
-  assert [text[:5] for text in found.values()] == ["trace", "vague", "accep", "silen"]
-  for what in "abd":
-    with pytest.raises(AssertionError):
-      check({what: found[what]})
-
-
 # Files of five gigabytes, of which a disk holds none, pipes to which nobody writes, and devices
 # without an end.
 HUGE = 5 * 2**30

@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4692, 20),
+  "calibrate": (4681, 20),
   "checkpoints": (988, 5),
   "commands": (2133, 13),
   "console.py": (158, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1223, 4),
   "training": (1392, 8),
 }
-WHOLE = {"calm": (25_054, 119), "tests": (20_958, 139), "scripts": (4_423, 25)}
+WHOLE = {"calm": (25_043, 119), "tests": (20_854, 139), "scripts": (4_423, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

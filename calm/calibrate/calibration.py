@@ -127,12 +127,7 @@ class Calibration:
     return np.array([getattr(row, name) for row in self.rows])
 
   def __repr__(self) -> str:
-    return f"{display.table(self)}\n{sanitize(self.promised)}"
-
-  @property
-  def promised(self) -> str:
-    """The promise alone, in one sentence; `guarantee` says what it rests on as well."""
-    return sentences(self)[0]
+    return f"{display.table(self)}\n{sanitize(sentences(self)[0])}"
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
     """ValueError names each field that differs; with `allow_platform` the platform's may."""

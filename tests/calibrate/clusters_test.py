@@ -26,22 +26,6 @@ from tests.calibrate import laws
 RATES = dict(tolerance=0.1, error_rate=0.05)
 
 
-def test_contents_move_the_order_and_storage_does_not():
-  values = laws.mostly_zero(np.random.default_rng(0), 0.2, (50, 3))
-  ids = tuple(f"p{i}" for i in range(50))
-  losses = SequenceLosses(values, [0.9, 0.7, 0.5], ids=ids)
-  (seed,), drawn = clusters.order_seeds(losses)
-  (first,) = clusters.tested_orders(losses, [seed])
-  assert sorted(first.tolist()) == list(range(50))
-  other = dataclasses.replace(losses, values=values[::-1])
-  assert drawn and clusters.order_seeds(other) == ((seed,), True)  # the same rows
-  changed = dataclasses.replace(losses, values=values + 1e-9 * np.eye(50, 3))
-  assert clusters.order_seeds(changed)[0] != (seed,)
-  # The text of prompts counts before their losses do, and can be known before them.
-  texts = [dataclasses.replace(one, contents="ab") for one in (losses, other)]
-  assert clusters.order_seeds(texts[0]) == clusters.order_seeds(texts[1]) != ((seed,), True)
-
-
 @pytest.mark.parametrize("method", ["auto", "betting"])
 @pytest.mark.parametrize("values", [[0.0, 1.0], [0.0, 0.5, 1.0], [-1.0, 0.0, 1.0]])
 def test_equal_calls_answer_equally_however_rows_are_stored(values, method):
@@ -111,12 +95,6 @@ def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, m
     assert clusters.order_seeds(losses, seeds[0]) == (seeds, drawn)
     texts, drawn = clusters.order_seeds(dataclasses.replace(losses, contents="c"))
     assert len(texts) == 1 and drawn
-
-
-def test_places_are_those_of_sha256_whatever_the_version_of_numpy():
-  assert clusters.seeded_order([f"id-{i}" for i in range(8)], "0123456789abcdef").tolist() == [
-    *(7, 2, 3, 5, 0, 6, 4, 1)
-  ]
 
 
 def text_like(generator, mean, shape):
@@ -211,15 +189,6 @@ def test_clusters_are_joined_by_groups_and_by_inputs():
   for rows in itertools.permutations(prompts):
     found = dict(zip([p.id for p in rows], clusters.prompt_clusters(rows), strict=True))
     assert found == {"p0": "f", "p1": "f", "p2": "f", "p3": "f", "p4": "h"}
-
-
-def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
-  made = lambda *ids, **more: SequenceLosses([[0.0]] * 2, [0.5], ids=ids, **more)
-  variants = ({}, {"contents": "contents"}, {"procedure": laws.procedure()})
-  seeds = [clusters.order_seed(made("a", "b", **more)) for more in variants]
-  seeds.append(clusters.order_seed(made("a", "c")))
-  assert len(set(seeds)) == 4 and clusters.order_seed(made("b", "a")) == seeds[0]
-  assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
 
 
 def test_texts_stand_for_inputs_that_are_missing_where_they_are_of_many_kinds():

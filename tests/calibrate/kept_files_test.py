@@ -1,5 +1,6 @@
 """Files that earlier versions wrote (commit d1de7c0) are read, checked, and made again."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -147,10 +148,14 @@ def of_sequential(folder: pathlib.Path) -> dict:
 
 def of_foreign(folder: pathlib.Path, form: str) -> dict:
   files = {level: folder / f"{form}_{level}.jsonl" for level in (0.9, 0.5)}
-  prompts = None if form in ("plain", "t5x", "t5x_aux", "vllm") else folder / "prompts.jsonl"
   full = folder / f"{form}_never.jsonl"
-  found = of_generations(foreign.gather(full, files, prompts=prompts))
-  knobs = foreign.gather(full, {f"at {k}": v for k, v in files.items()}, prompts=prompts)
+  made = foreign.gather(full, files)
+  if form not in ("plain", "t5x", "t5x_aux", "vllm"):
+    prompts = generations.records.read_prompts(folder / "prompts.jsonl")
+    made = dataclasses.replace(made, prompts=prompts)
+  found = of_generations(made)
+  knobs = foreign.gather(full, {f"at {k}": v for k, v in files.items()})
+  knobs = dataclasses.replace(knobs, prompts=made.prompts)
   return found | {"knob": calibrate(sequence_losses.compute(knobs, "textual"), **RATES).knob}
 
 

@@ -23,28 +23,25 @@ def test_numbers_of_signed_losses_and_of_whole_quotients():
   assert planning.min_calibration_size(0.5, 0.9) == 1
 
 
-@pytest.mark.parametrize("method", ["betting_fixed_level", "paper", "convex_order", "betting"])
+METHODS = ("betting_fixed_level", "paper", "convex_order", "betting")
+RANGES = (Support(0.0, 0.5), Support(-1.0, 1.0), Support(-0.5, 2.0))
+
+
+@pytest.mark.parametrize(
+  ("method", "support"),
+  [*((method, Support()) for method in METHODS), *(("betting_fixed_level", s) for s in RANGES)],
+)
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25])
-def test_a_method_needs_what_calibrate_needs(method, tolerance):
-  """All-zero prompts, one more or fewer than planned."""
-  rates = dict(tolerance=tolerance, error_rate=0.05)
-  size = planning.method_size(method, **rates)
-  assert size >= planning.min_calibration_size(**rates)
-  few = calibrate(np.zeros((size - 1, 1)), [0.5], **rates, method=method)
-  assert not few.certified and f"got {size - 1}, which are too few" in few.reason
-  assert calibrate(np.zeros((size, 1)), [0.5], **rates, method=method).certified
-  assert str(size) in planning.refusal(size - 1, **rates, method=method)
-  assert planning.refusal(size, **rates, method=method) == ""
-
-
-@pytest.mark.parametrize("support", [Support(0.0, 0.5), Support(-1.0, 1.0), Support(-0.5, 2.0)])
-def test_a_range_needs_what_calibrate_needs(support):
-  rates = dict(tolerance=0.1, error_rate=0.05, support=support, method="betting_fixed_level")
+def test_a_method_needs_what_calibrate_needs(method, support, tolerance):
+  """Prompts whose losses are all the lowest, one fewer than planned or as many."""
+  rates = dict(tolerance=tolerance, error_rate=0.05, method=method, support=support)
   size = planning.method_size(**rates)
   lowest = np.full((size, 1), support.lower)
-  assert calibrate(lowest, [0.5], **rates).certified
   few = calibrate(lowest[1:], [0.5], **rates)
-  assert not few.certified and str(size) in few.reason
+  assert not few.certified and f"got {size - 1}, which are too few" in few.reason
+  assert calibrate(lowest, [0.5], **rates).certified
+  assert str(size) in planning.refusal(size - 1, **rates)
+  assert planning.refusal(size, **rates) == ""
 
 
 def test_a_randomised_method_needs_what_certifies_in_half_of_all_draws():

@@ -144,25 +144,19 @@ def _check_threshold(line: storage.Line, aux: Mapping[str, Any], given: float | 
     )
 
 
-def gather(
-  full: Path,
-  by_threshold: Mapping[float, Path] | Mapping[str, Path],
-  *,
-  prompts: Path | None = None,
-) -> Generations:
+def gather(full: Path, by_threshold: Mapping[float, Path] | Mapping[str, Path]) -> Generations:
   """Cached generations from one file a threshold, in any form `read_predictions` knows.
 
-  `by_threshold` has thresholds in [0, 1], or any other knob as texts, the best first; `prompts`
-  are lines of {id, input, targets, group}, or what `full` says. GenerationsError where a file
-  is damaged, or its prompts or threshold are others.
+  `by_threshold` has thresholds in [0, 1], or any other knob as texts, the best first; prompts
+  are what `full` says of them. GenerationsError where a file is damaged, or its prompts or
+  threshold are others.
   """
   order: list[Any] = list(by_threshold)
   if not any(isinstance(knob, str) for knob in order):
     order.sort(reverse=True)
     thresholds_lib.validate_grid(order)
   grid, knobs = thresholds_lib.grid_of_knobs(order)
-  said, outputs = read_predictions(full, math.inf)
-  known = said if prompts is None else records_lib.read_prompts(prompts)
+  known, outputs = read_predictions(full, math.inf)
   by_id = {prompt.id: prompt for prompt in known}
 
   def column(path: Path, said: tuple[Prompt, ...], outputs: tuple[Record, ...]):
@@ -187,4 +181,4 @@ def gather(
 
   files = [(by_threshold[knob], None if knobs else float(knob)) for knob in order]
   records = tuple(column(path, *read_predictions(path, level)) for path, level in files)
-  return Generations(known, grid, records, column(full, said, outputs), knobs=knobs)
+  return Generations(known, grid, records, outputs, knobs=knobs)

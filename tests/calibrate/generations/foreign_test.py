@@ -45,11 +45,9 @@ def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
 def test_plain_files_need_id_and_prediction_only(tmp_path):
   full = write(tmp_path / "full.jsonl", plain("a", "b"))
   early = write(tmp_path / "early.jsonl", plain("b", "a"))
-  prompts = write(tmp_path / "p.jsonl", [{"id": n, "input": n, "target": n} for n in "ba"])
-  loaded = foreign.gather(full, {0.5: early, 0.7: full}, prompts=prompts)
-  assert loaded.ids == ("b", "a") and loaded.thresholds.tolist() == [0.7, 0.5]
-  assert [r.prediction for r in loaded.records[1]] == ["b", "a"]
-  assert [prompt.targets for prompt in loaded.prompts] == [("b",), ("a",)]
+  loaded = foreign.gather(full, {0.5: early, 0.7: full})
+  assert loaded.ids == ("a", "b") and loaded.thresholds.tolist() == [0.7, 0.5]
+  assert [r.prediction for r in loaded.records[1]] == ["a", "b"]
   knobs = foreign.gather(full, {"12": full, "2": early})
   assert knobs.knobs == ("12", "2") and knobs.thresholds.tolist() == [1.0, 0.5]
   with pytest.raises(ValueError, match=r"in \[0, 1\]"):
