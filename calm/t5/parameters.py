@@ -39,17 +39,17 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def unstack_layers(flat: Mapping[str, Any], axis: int = 1) -> dict[str, Any]:
+def unstack_layers(flat: Mapping[str, Any]) -> dict[str, Any]:
   """{path: leaf} of T5X's examples/t5, of that or of what its examples/scalable_t5 has: there
-  layers are stacked along `axis`, and heads have an axis of their own."""
+  layers are stacked along axis 1, and heads have an axis of their own."""
   made = {}
   for path, stack in flat.items():
     side, first, *inner = path.split("/")
     if side != first:
       made[path] = stack
       continue
-    for i in range(stack.shape[axis]):
-      leaf = stack[(*(slice(None),) * axis, i)]
+    for i in range(stack.shape[1]):
+      leaf = stack[:, i]
       if leaf.ndim == 3:  # the kernel of an attention
         ends = (-1, leaf.shape[-1]) if "out" in inner else (leaf.shape[0], -1)
         leaf = leaf.reshape(ends)

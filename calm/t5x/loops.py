@@ -23,7 +23,6 @@ loop's up to ties. This module does not import T5X.
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -47,8 +46,7 @@ MEASURED = ("confidences", "rejected_confidences")
 # The axes that T5X's partitioner lays batches along; 'replica' where there are
 # several slices.
 DATA_AXES = ("replica", "data")
-MODEL_AXIS = "model"
-# Logical axes that T5X's rules lay along it.
+# Logical axes that T5X's rules lay along its 'model' axis.
 _ALONG_MODEL = ("vocab", "heads", "joined_kv", "mlp")
 # Larger decoders are decoded across devices: half of a TPU v3 core's memory.
 APART_BYTES = 8 * 2**30
@@ -200,7 +198,12 @@ class Loop:
       rows = (self.rows, inputs, real)
       # Of a mesh, or of a symbolic number, they are not taken one by one.
       one_by_one = self.engine is not engines.Eager
-      found = _map(self._go_up, rows) if one_by_one else self._go_up(rows)
+      if one_by_one:
+        single = jax.tree.map(lambda x: x[:, None], rows)
+        found = lax.map(self._go_up, single)
+        found = jax.tree.map(lambda x: x[:, 0], found)
+      else:
+        found = self._go_up(rows)
     else:
       raise ValueError(
         "Expected a rule exits.DynamicExits with T5X's loops, got"
@@ -233,12 +236,6 @@ class Loop:
     found = (state.exit_layer, state.confidence, state.rejected_confidence)
     shaped = [x.reshape(inputs.shape) for x in found]
     return dict(zip(("exit_layers", *MEASURED), shaped, strict=True))
-
-
-def _map(function: Callable[[Any], Any], rows: Any) -> Any:
-  """A function of rows, one at a time."""
-  single = jax.tree.map(lambda x: x[:, None], rows)
-  return jax.tree.map(lambda x: x[:, 0], lax.map(function, single))
 
 
 def _to_loop(position: jax.Array, carried: Any) -> dict[str, Any]:
@@ -294,12 +291,6 @@ def greedy_decode(
   return tokens[:, None], scores[:, None], made
 
 
-def fits(weights: Any) -> bool:
-  """Whether a device can hold these weights: `APART_BYTES` at most."""
-  sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-  return sum(sizes) <= APART_BYTES
-
-
 def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
   """The axes of a mesh that rows are split along: all, its data axes, or none;
   a symbolic `num_rows` (`jax.export`) is never split."""
@@ -309,32 +300,6 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
     if axes and isinstance(num_rows, int) and num_rows % size == 0:
       return axes
   return ()
-
-
-def refuse_mesh(shapes: Any, axes: Any, mesh: Any) -> None:
-  """Raises ValueError where arrays along these axes do not divide over a mesh,
-  naming one, and the model axes that fit."""
-  is_spec = lambda x: isinstance(x, sharding.PartitionSpec)
-  specs = jax.tree.leaves(axes, is_leaf=is_spec)
-  pairs = zip(jax.tree.leaves_with_path(shapes), specs, strict=True)
-  split = [
-    (
-      size,
-      f"{jax.tree_util.keystr(path, simple=True, separator='/')} {x.shape}",
-    )
-    for (path, x), spec in pairs
-    for size, name in zip(x.shape, spec, strict=False)
-    if name == MODEL_AXIS
-  ]
-  number, along = mesh.shape[MODEL_AXIS], math.gcd(*(size for size, _ in split))
-  if refused := [array for size, array in split if size % number]:
-    fit = [n for n in range(1, mesh.size) if not mesh.size % n + along % n]
-    raise ValueError(
-      f"Expected a model axis that divides {refused[-1]}, got {number} of"
-      f" {mesh.size} devices; axes of {', '.join(map(str, fit))} fit: set"
-      " num_partitions, or on a CPU, where T5X ignores it, the number of"
-      " devices."
-    )
 
 
 def kept_whole(variables: Any) -> Any:
@@ -351,20 +316,6 @@ def kept_whole(variables: Any) -> Any:
     axes[part] = jax.tree.map(rename, axes[part], is_leaf=is_axes)
   axes = type(variables["params_axes"])(axes)
   return type(variables)({**variables, "params_axes": axes})
-
-
-def whole(weights: Any, mesh: Any, at_rest: bool = False) -> Any:
-  """The decoder's weights, whole on every device, as `over_rows` shares them;
-  `at_rest`: they are so already along the model axis (`kept_whole`)."""
-  if dict(mesh.shape).get(MODEL_AXIS, 1) > 1 and not at_rest:
-    logging.getLogger(__name__).warning(
-      "Every batch gathers the decoder's weights, which lie along the model"
-      " axis; for inference give the model `whole_decoder = True`, and they"
-      " stay whole on every device."
-    )
-  place = sharding.NamedSharding(mesh, sharding.PartitionSpec())
-  put = lambda leaf: jax.lax.with_sharding_constraint(leaf, place)
-  return jax.tree.map(put, weights)
 
 
 def over_rows(

@@ -20,12 +20,10 @@
 early exit in T5X's own loops. configs/README.md says how to install T5X.
 """
 
-import copy
 import functools
 import inspect
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -37,11 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import seqio
-import tensorflow as tf
 from flax import core as flax_core
 from gin import config as gin_config
 from t5x import checkpoints as t5x_checkpoints
-from t5x import gin_utils
 from t5x import losses as t5x_losses
 from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
@@ -51,7 +47,7 @@ from t5x import train_state as t5x_train_state
 from calm import arguments, exits, inference
 from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
-from calm.t5 import caches, costs, network, parameters
+from calm.t5 import caches, costs, network
 from calm.t5.network import Params
 from calm.t5x import loops, stored
 from calm.training import objectives
@@ -67,7 +63,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   """T5X's encoder-decoder model with an exit at every decoder layer."""
 
   # Of a model that is built without this constructor, as T5X's own tests do.
-  scanned: Any = None  # T5X's module, where its layers are stacked
   whole_decoder: bool = False
 
   def __init__(
@@ -87,8 +82,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
     Of T5X's arguments those that are None or left out are what gin binds for
     T5X's own class, or its defaults. `module` is the Transformer of T5X's
-    examples/t5 or examples/scalable_t5, built anew from its sizes; parameters
-    of the latter stay stacked. `label_smoothing` is 0 only.
+    examples/t5, built anew from its sizes. `label_smoothing` is 0 only.
 
     Args:
       rule: how a token goes through the layers; None is the paper's softmax
@@ -131,7 +125,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     config = stored.config_of(module, parts, exit_maps)
     theirs["module"] = network.Transformer(config)
     super().__init__(**theirs)
-    self.scanned = module if hasattr(module.config, "scan_layers") else None
     self.rule = rule
     self.threshold = threshold
     self.shortlist = shortlist
@@ -163,24 +156,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def get_initial_variables(self, *args: Any, **kwargs: Any) -> Any:
     """T5X's; with `whole_decoder` no mesh axis divides the decoder's axes."""
     found = super().get_initial_variables(*args, **kwargs)
-    if self.scanned is not None:
-      theirs = copy.copy(self)
-      theirs.module = self.scanned
-      base = t5x_models.EncoderDecoderModel.get_initial_variables
-      found = stored.with_exit_parts(base(theirs, *args, **kwargs), found)
     stays = self.whole_decoder and self._splits_rows(found["params"])
     return loops.kept_whole(found) if stays else found
-
-  def by_layer(self, params: Params) -> Params:
-    """Parameters as the module has them, also those of scanned layers."""
-    if self.scanned is None:
-      return params
-    flat = parameters.flatten(flax_core.unfreeze(params))
-    axis = self.scanned.config.param_scan_axis
-    return parameters.unflatten(parameters.unstack_layers(flat, axis))
-
-  def _compute_logits(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-    return super()._compute_logits(self.by_layer(params), *args, **kwargs)
 
   def loss_fn(
     self, params: Params, batch: Batch, dropout_rng: jax.Array | None
@@ -197,7 +174,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     weights = jnp.asarray(weights, jnp.float32)
     weighted = {**batch, "decoder_loss_weights": weights}
     weighted["decoder_target_tokens"] = targets
-    params = self.by_layer(params)
     loss, sums = self.objective.loss(self.module, params, weighted, dropout_rng)
     penalty = sums.z_loss
     if factor is not None:
@@ -315,8 +291,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return loops.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
 
   def _splits_rows(self, params: Params) -> bool:
-    decoder = lambda params: self._weights(self.by_layer(params))
-    return loops.fits(jax.eval_shape(decoder, params))
+    weights = jax.tree.leaves(jax.eval_shape(self._weights, params))
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in weights)
+    return sum(sizes) <= loops.APART_BYTES
 
   def _relative_cost(self, rule, aux, input_length, cache_length):
     """FLOPs of the decoder over those at full depth, of every decode."""
@@ -363,11 +340,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       )
       return decodes, {"scores": scores, **loop.exits_of(decodes, *made)}
 
-    params = self.by_layer(params)
     with compiled.at_precision(self.matmul_precision):
       weights = self._weights(params)
       if axes:
-        weights = loops.whole(weights, mesh, self.whole_decoder)
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        weights = jax.lax.with_sharding_constraint(weights, place)
       encoded = network.encode(params, self.config, inputs)
       encoded = caches.cross_attention_inputs(
         weights, self.config, encoded, inputs
@@ -482,20 +459,6 @@ class Evaluator(seqio.Evaluator):
     return super().evaluate(predict_with_aux_fn=predict, **options)
 
 
-class Partitioner(t5x_partitioning.PjitPartitioner):
-  """T5X's partitioner as gin binds it; it names the meshes that models fit."""
-
-  def __init__(self, *args: Any, **kwargs: Any):
-    base = t5x_partitioning.PjitPartitioner
-    super().__init__(*args, **stored.given_or_bound(base, kwargs))
-
-  def get_mesh_axes(self, train_state: Any) -> Any:
-    """T5X's, refused where the mesh does not divide the parameters."""
-    axes = super().get_mesh_axes(train_state)
-    loops.refuse_mesh(train_state.params, axes.params, self.mesh)
-    return axes
-
-
 @gin_config.register_finalize_hook
 def _refuse_order(config: Any) -> None:
   """Refuses a network of T5X's that came after early_exit.gin."""
@@ -529,13 +492,3 @@ def save_t5x_checkpoint(
   directory = stored.absolute_path(directory)
   t5x_checkpoints.Checkpointer(state, partitioner, directory).save(state)
   return f"{directory}/checkpoint_{train_step}"
-
-
-def summarize_config(
-  model_dir: str, summary_writer: Any, step: int, calibration: str | None = None
-) -> None:
-  """T5X's `summarize_gin_config`, and the file of a calibration beside it."""
-  gin_utils.summarize_gin_config(model_dir, summary_writer, step)
-  if calibration is not None and jax.process_index() == 0:
-    target = os.path.join(model_dir, "calibration.json")
-    tf.io.gfile.copy(calibration, target, overwrite=True)

@@ -33,9 +33,6 @@ from calm.calibrate.generations.procedure import describe_differences
 from calm.data import vocabulary as vocabularies
 from calm.t5 import network, parameters
 
-# Of T5X's examples/scalable_t5 alone.
-_OF_SCANS = ("scan_layers", "param_scan_axis", "remat_policy")
-
 
 def given_or_bound(theirs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
   """Arguments in place of T5X's: what is None is what gin binds for T5X's."""
@@ -145,22 +142,21 @@ def config_of(
   architecture, or sizes that ask for what this network does not have.
   """
   theirs: Any = getattr(module, "config", None)
-  scans = getattr(theirs, "scan_layers", None)
-  if not hasattr(theirs, "emb_dim") or scans is False:
+  if not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
     kind = type(module)
     raise ValueError(
-      "Expected `module` to be the Transformer of T5X's examples/t5 or, with"
-      " scan_layers = True, examples/scalable_t5, got"
-      f" {kind.__module__}.{kind.__name__}; others have other parameter trees."
+      "Expected `module` to be the Transformer of T5X's examples/t5, got"
+      f" {kind.__module__}.{kind.__name__}, which has another parameter tree;"
+      " scripts/to_t5x.py writes a checkpoint of examples/scalable_t5 anew."
     )
-  sizes: dict[str, Any] = {"relpos_per_layer": True} if scans else {}
-  sizes |= {part: part in parts for part in ("exit_classifier", "exit_probes")}
+  names = ("exit_classifier", "exit_probes")
+  sizes: dict[str, Any] = {name: name in parts for name in names}
   known = {field.name for field in dataclasses.fields(network.T5Config)}
   for field in dataclasses.fields(theirs):
     value, name = getattr(theirs, field.name), field.name
     if name in known:
       sizes[name] = value
-    elif name not in _OF_SCANS and value != field.default:
+    elif value != field.default:
       raise ValueError(
         f"Expected {name} of {field.default}, got {value}, which this network"
         " does not have; leave it out."
@@ -170,16 +166,6 @@ def config_of(
     sizes["exit_translators"] = layers
     sizes["exit_propagation"] = layers if exit_maps[1] else ()
   return network.T5Config(**sizes)
-
-
-def with_exit_parts(theirs: Any, ours: Any) -> Any:
-  """T5X's variables, and beside them what our decoder has for exits."""
-  made = {}
-  for name, tree in theirs.items():
-    decoder = ours[name]["decoder"]
-    parts = {x: decoder[x] for x in parameters.EXIT_PARTS if x in decoder}
-    made[name] = {**tree, "decoder": {**tree["decoder"], **parts}}
-  return type(theirs)(made)
 
 
 @arguments.checked()

@@ -1,7 +1,6 @@
 """Every gin file for T5X's scripts parses, finalises, and builds the model that it says."""
 
 import functools
-import importlib
 import re
 import sys
 import types
@@ -32,8 +31,7 @@ PARTS = (
 WHOLE = [path for path in RUNS if path.name not in PARTS]
 SIZES = sorted(
   str(path.relative_to(setup.t5x_root()))
-  for folder in ("t5/*", "scalable_t5/t5_1_1")
-  for path in (setup.t5x_root() / "t5x/examples").glob(f"{folder}/*.gin")
+  for path in (setup.t5x_root() / "t5x/examples/t5").glob("*/*.gin")
 )
 # Public figures of the T5 1.1 checkpoints.
 NUM_PARAMETERS = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080}
@@ -73,7 +71,6 @@ def gin_of_t5x(monkeypatch):
   gin.clear_config()
   forget("calm.t5.network")
   forget("t5x.examples.t5.network")
-  forget("t5x.examples.scalable_t5.network")
   yield
   gin.clear_config()
 
@@ -133,15 +130,14 @@ def test_a_run_says_what_must_be_set_and_builds_our_model(path):
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size[13:-4])
 def test_every_network_of_t5x_is_taken_as_it_is(size):
-  """T5, T5 1.1, mT5, ByT5 and those of scanned layers: sizes and tree are T5X's own."""
-  t5x_network = importlib.import_module(size.rsplit("/", 2)[0].replace("/", ".") + ".network")
+  """T5, T5 1.1, mT5 and ByT5: sizes and tree are T5X's own."""
+  from t5x.examples.t5 import network as t5x_network
+
   parse(size, "configs/runs/early_exit.gin", DROPOUT_RATE=0.1)
   theirs = gin.get_bindings(t5x_network.T5Config)
   use_a_vocabulary_without_a_file(theirs["vocab_size"])
   config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn().config
-  scans = {name: theirs.pop(name, None) for name in ("scan_layers", "remat_policy")}
   assert {name: getattr(config, name) for name in theirs} == theirs
-  assert config.relpos_per_layer == bool(scans["scan_layers"])
   assert not config.exit_classifier
   if "/t5/t5_1_1/" in size and (name := size.split("/")[-1][:-4]) in NUM_PARAMETERS:
     shapes = parameters.expected_shapes(config).values()

@@ -183,7 +183,7 @@ def test_early_exit_is_that_of_our_decoder_exit_for_exit(decode_fn):
     step = costs.decoding_costs(toy.config, rule=rule, **sizes)
     each = [step.savings([row]).flops for row in np.asarray(expected.exit_layers)]
     assert_close(1 / aux["relative_cost"], each)
-    means.append(float(expected.mean_layers))
+    means.append(engine.mean_layers(expected))
     assert np.max(got) < toy.sizes.num_pieces < toy.sizes.vocab_size
   assert means[0] < means[1] < means[2] == 4.0
   assert predict._cache_size() == 1, "a whole grid is one compilation"

@@ -49,21 +49,15 @@ def toy() -> engine.Toy:
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
 SCRIPT = """
-import json, logging, re
+import json, re
 import flax, jax, numpy as np
 from t5x import partitioning, utils
 from tests import engine
 from tests.decode import hlo
-from calm.t5x import loops, models
+from calm.t5x import loops
 from tests.t5x import partitions_test as here, setup
 
-found, shapes = {}, {"encoder_input_tokens": (8, 4)}
-shapes |= {f"decoder_{name}_tokens": (8, 4) for name in ("input", "target")}
-try:
-  init = here.model("ours").get_initial_variables
-  utils.TrainStateInitializer(None, init, shapes, models.Partitioner(num_partitions=2))
-except ValueError as error:
-  found["refused"] = str(error)
+found = {}
 for name, (partitions, decode, arguments, options) in (here.GREEDY | here.OTHERS).items():
   # On a CPU T5X puts every device on its model axis, whatever num_partitions says.
   grid = np.array(jax.devices()).reshape(-1, partitions)
@@ -89,16 +83,13 @@ for name, (partitions, decode, arguments, options) in (here.GREEDY | here.OTHERS
     in_axis_resources=(axes, partitioner.data_partition_spec, None),
     out_axis_resources=None,
   )
-  said = []
-  logging.getLogger("calm.t5x.loops").handlers = [keep := logging.Handler()]
-  keep.emit = lambda record, said=said: said.append(record.getMessage())
   run = step.lower(params, batch, given(0.4)).compile()
   kinds = ("all-", "collective", "reduce-scatter")
   text = run.as_text()
   moved = [x.opcode for x in hlo.in_loops(text) if x.opcode.startswith(kinds)]
   found[name] = {
     "shard": list(kernel.addressable_shards[0].data.shape), "collectives": sorted(set(moved)),
-    "said": said, "weights_gathered": len(re.findall(here.WEIGHTS_GATHERED, text)),
+    "weights_gathered": len(re.findall(here.WEIGHTS_GATHERED, text)),
   }
   of = lambda made: [made[0].tolist(), made[1]["exit_layers"].tolist()]
   for threshold in here.THRESHOLDS:
@@ -156,11 +147,3 @@ def test_nothing_is_exchanged_while_rows_are_decoded_nor_whole_weights_gathered(
     assert bool(found[name]["collectives"]) == name.endswith("whole_mesh")
   assert found["kept_whole"]["weights_gathered"] == 0
   assert found["data_model"]["weights_gathered"] > 8
-  (line,) = found["data_model"]["said"]
-  assert "whole_decoder = True" in line
-  assert not found["kept_whole"]["said"] and not found["data"]["said"]
-
-
-def test_a_mesh_that_does_not_divide_the_heads_is_named_with_those_that_do(found):
-  """On a CPU T5X puts all eight devices along the model axis, whatever it is asked for."""
-  assert "(4, 32), got 8 of 8 devices; axes of 1, 2, 4 fit: set num_part" in found["refused"]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import checkpoints
 from calm.t5 import parameters
 from tests import engine
 from tests.t5x import configs_test, setup
@@ -84,9 +83,7 @@ def saved(model, state, folder, layout: str) -> str:
   return str(folder / f"checkpoint_{int(state.step)}")
 
 
-def started(
-  files, path: str, lines=None, resumes=None, size=configs_test.SMALL
-) -> tuple[Any, Any]:
+def started(files, path: str, lines=None, resumes=None) -> tuple[Any, Any]:
   """Model and first state of T5X's network file in a toy's sizes, and a run's files after it;
   `resumes` is a MODEL_DIR that has checkpoints, from which `t5x/train.py` goes on."""
   from t5x import utils
@@ -103,10 +100,8 @@ def started(
   given["CHECKPOINT_PATH" if is_infer else "INITIAL_CHECKPOINT_PATH"] = repr(path)
   text = [
     *("from __gin__ import dynamic_registration", "import seqio", "from calm import exits"),
-    *("from calm.exits import confidence", "from calm.t5x import models as greedy"),
-    *("from t5x import models", "from t5x import adafactor"),
-    f"from {size.rsplit('/', 2)[0].replace('/', '.')} import network",
-    *(f'include "{file}"' for file in (size, *files)),
+    *("from calm.exits import confidence", "from t5x.examples.t5 import network"),
+    *(f'include "{file}"' for file in (configs_test.SMALL, *files)),
     *(f"{name} = {value}" for name, value in (given | (lines or {})).items()),
   ]
   gin.parse_config("\n".join(text))
@@ -208,54 +203,6 @@ def test_stage_two_moves_the_classifier_alone_stops_and_goes_on_as_if_it_had_not
     assert int(got.step) == int(same.step)
     assert_equal_leaves(leaves(got.params), leaves(same.params))
     assert_equal_leaves(state_leaves(got), state_leaves(same))
-
-
-SCANNED = "t5x/examples/scalable_t5/t5_1_1/base.gin"
-
-
-def test_scanned_layers_restore_stacked_and_decode_with_exits(tmp_path):
-  """Of T5X's scalable_t5, its tree as it is; and the same checkpoint without T5X."""
-  from t5x import adafactor
-  from t5x.examples.scalable_t5 import network
-
-  toy = engine.toy(**TOY)
-  rules = adafactor.standard_logical_factor_rules()
-  names = network.T5Config.__dataclass_fields__
-  sizes = {name: getattr(toy.config, name) for name in names if hasattr(toy.config, name)}
-  theirs = setup.t5x_model(toy)
-  theirs.module = network.Transformer(network.T5Config(**sizes | {"dtype": jnp.float32}))
-  theirs.optimizer_def = adafactor.Adafactor(1e-3, logical_factor_rules=rules)
-  theirs, expected = two_steps(theirs)
-  path = saved(theirs, expected, tmp_path, "orbax")
-  lines = MEASURED | {"models.EncoderDecoderModel.decode_fn": "@greedy.greedy_decode"}
-  model, state = started((*THEIRS, STAGE_TWO), path, lines, size=SCANNED)
-  after = leaves(state.params)
-  kept = {name: leaf for name, leaf in after.items() if name not in CLASSIFIER}
-  assert_equal_leaves(kept, leaves(expected.params))
-  assert after["decoder/decoder/mlp/wo/kernel"].shape == (24, 2, 16)
-  learned = trained(model, state, 3)
-  moved = leaves(learned.params)
-  assert {name for name in after if np.any(moved[name] != after[name])} == CLASSIFIER
-  batch = setup.training_batch(toy)
-  scores = jax.jit(theirs.score_batch)(expected.params, batch)
-  np.testing.assert_allclose(model.score_batch(learned.params, batch), scores, rtol=1e-4)
-
-  def decoded(model, params, threshold):
-    tokens, aux = model.predict_batch_with_aux(
-      params, setup.batch(), decoder_params={"threshold": threshold}
-    )
-    return tokens, aux["exit_layers"], aux["rejected_confidences"]
-
-  decode = jax.jit(decoded, static_argnums=0)
-  never = decode(model, learned.params, jnp.inf)
-  threshold = jnp.median(never[2][never[1] > 0])
-  found = decode(model, learned.params, threshold)
-  assert set(np.unique(found[1])) >= {1, 2}, "some leave after each layer"
-  opened = checkpoints.load(saved(model, learned, tmp_path / "ours", "orbax"))
-  plain = setup.model(toy, module=models.network.Transformer(opened.config), rule=model.rule)
-  plain = functools.partial(decode, plain, jax.tree.map(jnp.asarray, opened.params))
-  for got, same in zip(plain(threshold), found, strict=True):
-    np.testing.assert_allclose(got, same, atol=1e-5)
 
 
 def of_contrib_calm() -> tuple[Any, Any]:

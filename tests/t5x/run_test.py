@@ -72,7 +72,9 @@ TRAINING["train/utils.DatasetConfig.seed"] = 0
 
 
 def train(work, name, initial, steps, after=(), **more):
-  given: dict[str, Any] = {"DATA": str(work / "data"), "MODEL_DIR": str(work / name)}
+  # T5X itself fails at the second checkpoint of a relative folder.
+  folder = os.path.relpath(work / name, REPOSITORY)
+  given: dict[str, Any] = {"DATA": str(work / "data"), "MODEL_DIR": folder}
   given |= {"INITIAL_CHECKPOINT_PATH": str(initial), "TASK_FEATURE_LENGTHS": LENGTHS}
   given |= {"TRAIN_STEPS": steps, "BATCH_SIZE": 8, **TRAINING, **more}
   run("-m t5x.train", "configs/runs/local_debian.gin", TASK, *after, **given)
@@ -137,8 +139,7 @@ def infer(work, threshold, devices=1, after=(), **more):
   folder = work / f"infer_{len(after)}_{threshold}_{devices}"
   more |= {} if threshold is None else {"THRESHOLD": threshold}
   files, bindings = of_decoding(work, "infer", *after, INFER_OUTPUT_DIR=str(folder), **more)
-  log = run("-m t5x.infer", *files, devices=devices, **bindings)
-  assert "Every batch gathers" not in log
+  run("-m t5x.infer", *files, devices=devices, **bindings)
   (file,) = folder.glob("*predict_with_aux.jsonl*-of-00001")
   return file
 
@@ -262,37 +263,11 @@ def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x
 
 
 def test_the_page_of_one_life_serves_what_was_certified(life):
-  """The sweep's texts at the certified threshold, and the promise beside them."""
+  """The sweep's texts at the certified threshold."""
   cached, served = calibrate.load(life / "cache"), life / "served"
   made = calibrate.Calibration.load(life / "cache" / "calibration.json")
-  beside = json.loads((served / "calibration.json").read_text("utf-8"))
-  assert beside["digest"] == made.digest and beside["guarantee"] == made.guarantee
   (file,) = served.glob("*predict_with_aux.jsonl*-of-00001")
   column = cached.records[cached.thresholds.tolist().index(made.threshold)]
   rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
   assert [row["prediction"] for row in rows] == [record.prediction for record in column]
   assert len(rows) == 12
-
-
-def test_the_tiny_run_trains_from_random_parameters_on_two_partitions(work):
-  rows = str(work / "data" / "debian_synopsis" / "train.jsonl")
-  log = run(
-    "-m t5x.train",
-    "configs/runs/local_tiny_t5x.gin",
-    "configs/tasks/jsonl.gin",
-    devices=2,
-    TRAIN=rows,
-    VALIDATION=rows,
-    VOCABULARY_PATH=str(inference.PACKED / "vocabulary.model"),
-    MODEL_DIR=os.path.relpath(work / "tiny", REPOSITORY),  # T5X itself fails at the second
-    TRAIN_STEPS=4,
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    EVAL_STEPS=1,
-    EVAL_PERIOD=2,
-    **{"utils.SaveCheckpointConfig.period": 2},
-    **{"partitioning.PjitPartitioner.num_partitions": 2},
-  )
-  config = checkpoints.load(work / "tiny" / "checkpoint_4").config
-  assert (config.emb_dim, config.num_decoder_layers) == (32, 3)
-  assert not config.exit_classifier, "nothing measures or trains one"
-  assert "accuracy/layer_3" in log and "agreement/layer_1" in log
