@@ -12,7 +12,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.exits import layers
 
 # A generation is fetched from the device whole: then its arrays are numpy's.
 AnyArray = Array | np.ndarray
@@ -50,16 +49,6 @@ class Generation:
   rejected_confidences: Float[AnyArray, "batch length"]
   scores: Float[AnyArray, " batch"]
   verification: Verification | None = None
-
-  @property
-  def num_tokens(self) -> jax.Array:
-    """Real tokens of each row, EOS included, [batch]."""
-    return jnp.sum(self.exit_layers > 0, axis=-1)
-
-  @property
-  def mean_layers(self) -> jax.Array:
-    """Mean decoder layers over the real tokens of the batch, []."""
-    return jnp.sum(self.exit_layers) / jnp.maximum(jnp.sum(self.exit_layers > 0), 1)
 
 
 @struct.dataclass
@@ -191,8 +180,15 @@ def _advance(
 ) -> DecodingState:
   """One position of the rows that decode; the others wait, or have ended."""
   made, cache = step(state.current, state.position, decodes, state.cache)
-  said, old = emit(made.best, decodes), state.generation
-  put = lambda array, column: _put(array, column, state.position, decodes)
+  said = jax.tree.map(lambda x: jnp.where(decodes, x, jnp.zeros_like(x)), made.best)
+
+  def put(array, column) -> jax.Array:
+    """`array` [batch, length] with this position of the rows that decode."""
+    old = lax.dynamic_index_in_dim(array, state.position, axis=1, keepdims=False)
+    column = jnp.where(decodes, column.astype(array.dtype), old)
+    return lax.dynamic_update_slice_in_dim(array, column[:, None], state.position, axis=1)
+
+  old = state.generation
   position, active = state.position + 1, state.active & ~(decodes & (said.token == eos_id))
   generation = Generation(
     tokens=put(old.tokens, said.token),
@@ -224,18 +220,6 @@ def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
   may update arrays in place, which the branches of a conditional may not."""
   once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
   return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
-
-
-def _put(array, column, position, decodes) -> jax.Array:
-  """`array` [batch, length] with one position of the rows that decode."""
-  old = lax.dynamic_index_in_dim(array, position, axis=1, keepdims=False)
-  column = jnp.where(decodes, column.astype(array.dtype), old)
-  return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
-
-
-def emit(best: layers.Greedy, decodes: jax.Array) -> layers.Greedy:
-  """The greedy token of the rows that decode, 0 of the others; log-probability likewise."""
-  return jax.tree.map(lambda x: jnp.where(decodes, x, jnp.zeros_like(x)), best)
 
 
 def pack(made: Generation) -> Int[Array, "batch columns"]:

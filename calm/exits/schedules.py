@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -35,6 +34,7 @@ class Constant:
     return threshold
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Decaying:
   """Eq. 5: clip_[0,1](0.9 lambda + 0.1 exp(-temperature * t / max_length)); inf stays inf.
@@ -49,14 +49,7 @@ class Decaying:
   name: ClassVar[str] = "decaying"
 
   def __post_init__(self):
-    given = (self.temperature, self.max_length)
-    real = all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in given)
-    finite = real and all(map(math.isfinite, given))
-    if (
-      not finite
-      or self.temperature < 0
-      or not (self.max_length >= 1 and self.max_length % 1 == 0)
-    ):
+    if not (0 <= self.temperature < math.inf and self.max_length >= 1):
       raise ValueError(
         "Expected `temperature` >= 0 and a whole `max_length` >= 1, both finite,"
         f" got {self.temperature!r} and {self.max_length!r}; Eq. 5's figures have 0 to 8."

@@ -108,7 +108,9 @@ class DecoderStep:
     (query,) = self._heads(self._times(normed, weights.cross_query), 1)
     hidden = hidden + self._times(attention.to_prompt(query), weights.cross_out)
     normed = rms_norm(hidden, weights.mlp_norm)
-    return hidden + self._times(self._mlp(normed, weights.mlp_in), weights.mlp_out)
+    pairs = zip(weights.mlp_in, self.config.mlp_activations, strict=True)
+    parts = [activation_fn(name)(self._times(normed, matrix)) for matrix, name in pairs]
+    return hidden + self._times(functools.reduce(jnp.multiply, parts), weights.mlp_out)
 
   def project(self, layer: int, hidden: jax.Array) -> KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
@@ -123,10 +125,10 @@ class DecoderStep:
     """What heads and confidences read of d^i, float32 [batch, emb_dim]: x = decoder_norm(d^i),
     and x + x A_i + b_i where the layer has a translator."""
     normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
-    translator = self.weights.translators.get(layer)
-    if translator is None:
+    if layer not in self.weights.translators:
       return normed
-    return normed + self._times(normed, translator.kernel) + translator.bias[None]
+    kernel, bias = self.weights.translators[layer]
+    return normed + self._times(normed, kernel) + bias[None]
 
   def code(self, layer: int, hidden: jax.Array) -> jax.Array:
     """What learned propagation keeps of d^j besides it, [batch, maps * rank]: the layer's code
@@ -208,11 +210,6 @@ class DecoderStep:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)
     split = projected.reshape(shape)
     return [split[:, i] for i in range(count)]
-
-  def _mlp(self, normed: jax.Array, matrices: Sequence[Matrix]) -> jax.Array:
-    pairs = zip(matrices, self.config.mlp_activations, strict=True)
-    parts = [activation_fn(name)(self._times(normed, matrix)) for matrix, name in pairs]
-    return functools.reduce(jnp.multiply, parts)
 
 
 def rms_norm(x: Float[Array, "batch emb"], scale: Float[Array, " emb"]) -> jax.Array:

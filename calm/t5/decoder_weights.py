@@ -41,14 +41,6 @@ class LayerWeights:
 
 
 @struct.dataclass
-class Translator:
-  """A linear map of one exit layer's normed states x, before any head: x + x A + b."""
-
-  kernel: jax.Array  # A, [emb_dim, emb_dim], in the dtype of the heads
-  bias: jax.Array  # b, [emb_dim] float32
-
-
-@struct.dataclass
 class LearnedPropagation:
   """Linear maps from exit layers j to the inputs of the layers k that a token skips."""
 
@@ -93,8 +85,9 @@ class DecoderWeights:
   shortlist: jax.Array | None = None  # the head's columns for likely tokens
   probes: Probes | None = None
   shortlist_ids: jax.Array | None = None  # those tokens, int32
-  # By 1-based exit layer, of those that have one.
-  translators: Mapping[int, Translator] = struct.field(default_factory=dict)
+  # (A, b) of normed states x + x A + b, by 1-based exit layer, of those that have one: A in the
+  # dtype of the heads, [emb_dim, emb_dim], b float32, [emb_dim].
+  translators: Mapping[int, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
   propagation: LearnedPropagation | None = None
 
   def for_exits(self, rule: exits.Rule, num_layers: int) -> "DecoderWeights":
@@ -152,9 +145,7 @@ def decoder_weights(
     probes=parameters.probes(params),
     shortlist_ids=None if shortlist is None else jnp.asarray(shortlist, jnp.int32),
     translators={
-      layer: Translator(
-        jnp.asarray(part["kernel"], head.dtype), jnp.asarray(part["bias"], jnp.float32)
-      )
+      layer: (jnp.asarray(part["kernel"], head.dtype), jnp.asarray(part["bias"], jnp.float32))
       for layer, part in translators.items()
     },
     propagation=_learned_propagation(decoder.get("exit_propagation", {}), config, matrices),

@@ -64,26 +64,24 @@ class LayerNorm(nn.Module):
 class Embed(nn.Module):
   """Token embeddings, and their transpose as an output head where the head is tied."""
 
-  num_embeddings: int
-  features: int
-  dtype: Dtype = jnp.float32
-  one_hot: bool = True
+  config: T5Config
 
   def setup(self):
     self.embedding = partitioning.param_with_axes(
       "embedding",
       nn.initializers.normal(stddev=1.0),
-      (self.num_embeddings, self.features),
+      (self.config.vocab_size, self.config.emb_dim),
       jnp.float32,
       axes=("vocab", "embed"),
     )
 
   def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch emb"]:
     """Embeds tokens; a one-hot product partitions over devices, a gather is fast on one."""
-    if self.one_hot:
-      table = jnp.asarray(self.embedding, self.dtype)
-      return jax.nn.one_hot(tokens, self.num_embeddings, dtype=self.dtype) @ table
-    embedded = jnp.asarray(jnp.asarray(self.embedding)[tokens], self.dtype)
+    cfg = self.config
+    if cfg.one_hot_embedding:
+      table = jnp.asarray(self.embedding, cfg.dtype)
+      return jax.nn.one_hot(tokens, cfg.vocab_size, dtype=cfg.dtype) @ table
+    embedded = jnp.asarray(jnp.asarray(self.embedding)[tokens], cfg.dtype)
     return partitioning.with_sharding_constraint(embedded, ("batch", "length", "embed"))
 
   def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
@@ -164,18 +162,16 @@ class Attention(nn.Module):
 class RelativePositionBiases(nn.Module):
   """Learned attention bias per head and bucket of relative position, shared by a stack."""
 
-  num_heads: int
-  num_buckets: int
-  max_distance: int
-  dtype: Dtype = jnp.float32
+  config: T5Config
 
   @nn.compact
   def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
     """Returns biases [1, heads, query_length, key_length]."""
+    cfg = self.config
     embedding = partitioning.param_with_axes(
       "rel_embedding",
       relpos_init,
-      (self.num_heads, self.num_buckets),
+      (cfg.num_heads, cfg.relpos_buckets),
       jnp.float32,
       axes=("heads", "relpos_buckets"),
     )
@@ -183,13 +179,13 @@ class RelativePositionBiases(nn.Module):
     # constant at length 1024. A product, since its gradient is one too, not a scatter.
     distances = np.arange(1 - query_length, key_length)
     buckets = relative_position_buckets(
-      distances, bidirectional, self.num_buckets, self.max_distance
+      distances, bidirectional, cfg.relpos_buckets, cfg.relpos_max_distance
     )
-    one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=jnp.float32, axis=0)
+    one_hot = jax.nn.one_hot(buckets, cfg.relpos_buckets, dtype=jnp.float32, axis=0)
     # Rounded last: gradients add up in float32.
     by_distance = jnp.asarray(embedding, jnp.float32) @ one_hot
     biases = by_position(by_distance, query_length, key_length)
-    return jnp.asarray(biases[None], self.dtype)
+    return jnp.asarray(biases[None], cfg.dtype)
 
 
 def by_position(

@@ -3,6 +3,7 @@ tree and call signatures are those of T5X's own T5 1.1 network, `parameters.EXIT
 additions. `decoder` decodes from the same parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,9 +32,7 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.token_embedder = layers.Embed(
-      cfg.vocab_size, cfg.emb_dim, cfg.dtype, cfg.one_hot_embedding
-    )
+    self.token_embedder = layers.Embed(cfg)
     self.encoder = Encoder(cfg, shared_embedding=self.token_embedder)
     self.decoder = Decoder(cfg, shared_embedding=self.token_embedder)
 
@@ -43,9 +42,9 @@ class Transformer(nn.Module):
     """Encoder states [batch, input_length, emb_dim]; token 0 is padding."""
     # T5X may feed float tokens where only shapes count, as to the decoder.
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
-    mask = attention_mask(tokens > 0, tokens > 0)
+    mask = _mask(tokens > 0, tokens > 0)
     if encoder_segment_ids is not None:
-      mask &= segment_mask(encoder_segment_ids, encoder_segment_ids)
+      mask &= _mask(encoder_segment_ids, encoder_segment_ids, jnp.equal)
     return self.encoder(tokens, mask, deterministic=not enable_dropout)
 
   def __call__(
@@ -149,14 +148,8 @@ def _mix(
   return jnp.moveaxis(mixed / jnp.sum(shares, axis=-1, keepdims=True), 1, 2)
 
 
-def attention_mask(query_valid, key_valid) -> jax.Array:
-  """Boolean [batch, 1, query_length, key_length]: both ends are real tokens."""
-  return (query_valid[:, None, :, None]) & (key_valid[:, None, None, :])
-
-
-def segment_mask(query_segments, key_segments) -> jax.Array:
-  """Boolean [batch, 1, query_length, key_length]: both ends in one packed example."""
-  return jnp.equal(query_segments[:, None, :, None], key_segments[:, None, None, :])
+# Boolean [batch, 1, query_length, key_length] of what queries and keys say.
+_mask = functools.partial(nn.make_attention_mask, dtype=bool)
 
 
 def decoder_masks(
@@ -168,13 +161,12 @@ def decoder_masks(
   """Self-attention mask and cross-attention mask."""
   source = jnp.asarray(encoder_input_tokens) > 0
   target = jnp.asarray(decoder_target_tokens) > 0
-  length = target.shape[-1]
-  mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) & attention_mask(target, target)
-  cross_mask = attention_mask(target, source)
+  mask = nn.make_causal_mask(target, dtype=bool) & _mask(target, target)
+  cross_mask = _mask(target, source)
   if decoder_segment_ids is not None:
-    mask &= segment_mask(decoder_segment_ids, decoder_segment_ids)
+    mask &= _mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
   if encoder_segment_ids is not None:
-    cross_mask &= segment_mask(decoder_segment_ids, encoder_segment_ids)
+    cross_mask &= _mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
   return mask, cross_mask
 
 
@@ -191,7 +183,8 @@ class Layer(nn.Module):
     drop = lambda y: dropout(y, deterministic=deterministic)
     norm = lambda name, x: layers.LayerNorm(cfg.dtype, name=f"pre_{name}_layer_norm")(x)
     if cfg.relpos_per_layer:
-      bias = relpos(cfg)(bias, bias, encoded is None)  # only the length was given
+      relpos = layers.RelativePositionBiases(cfg, name="relpos_bias")
+      bias = relpos(bias, bias, encoded is None)  # only the length was given
     name = "attention" if encoded is None else "self_attention"
     y, attend = norm(name, x), layers.Attention(cfg, name=name)
     x = x + drop(attend(y, y, mask, bias, deterministic=deterministic))
@@ -212,8 +205,10 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, tokens, mask, *, deterministic: bool):
     cfg = self.config
-    length = tokens.shape[-1]
-    bias = length if cfg.relpos_per_layer else relpos(cfg)(length, length, True)
+    bias = length = tokens.shape[-1]
+    if not cfg.relpos_per_layer:
+      relpos = layers.RelativePositionBiases(cfg, name="relpos_bias")
+      bias = relpos(length, length, True)
     x = self.shared_embedding(tokens)
     x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
     x = x.astype(cfg.dtype)
@@ -232,7 +227,7 @@ class Decoder(nn.Module):
   def setup(self):
     cfg = self.config
     if not cfg.relpos_per_layer:
-      self.relpos_bias = relpos(cfg, name=None)
+      self.relpos_bias = layers.RelativePositionBiases(cfg)
     self.layers = [Layer(cfg) for _ in range(cfg.num_decoder_layers)]
     self.decoder_norm = layers.LayerNorm(cfg.dtype)
     self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -336,9 +331,3 @@ def exit_parts(cfg: T5Config) -> dict[str, Mapping[str, Any]]:
     },
   }
   return {name: tree for name, tree in parts.items() if getattr(cfg, name)}
-
-
-def relpos(cfg: T5Config, name: str | None = "relpos_bias") -> layers.RelativePositionBiases:
-  return layers.RelativePositionBiases(
-    cfg.num_heads, cfg.relpos_buckets, cfg.relpos_max_distance, cfg.dtype, name=name
-  )

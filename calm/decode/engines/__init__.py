@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from calm import exits
-from calm.decode.engines import deferred
 from calm.decode.engines.compacted import Compacted
 from calm.decode.engines.deferred import Deferred
 from calm.decode.engines.engine import Eager, Task, grown
@@ -59,7 +58,8 @@ def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> 
     platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is known of are
       treated like a CPU.
   """
-  if not deferred.can_defer(rule) or not isinstance(rows, int):
+  defers = isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
+  if not defers or not isinstance(rows, int):
     return Eager
   known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
   return [engine for least, engine in known if least <= max(rows, 1)][-1]

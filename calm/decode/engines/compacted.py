@@ -25,9 +25,6 @@ class Bucket:
   order: jax.Array  # the bucket's rows, [bucket] int32
   rank: jax.Array  # where each row lies, [batch] int32; beyond the bucket: not in it
 
-  def first(self, size: int) -> "Bucket":
-    return Bucket(self.order[:size], self.rank)
-
   def present(self, count: jax.Array) -> jax.Array:
     """Its rows, [bucket], of which the first `count` are there, and -1 for the others."""
     there = jnp.arange(len(self.order), dtype=jnp.int32) < count
@@ -119,7 +116,7 @@ class Compacted(deferred.Deferred):
     rows = compact(stays)
     branches = [
       lambda state, rows, size=size: self._run_bucket(
-        walk, decoder, steps, state, rows.first(size)
+        walk, decoder, steps, state, Bucket(rows.order[:size], rows.rank)
       )
       for size in self.sizes[1:-1]
     ]

@@ -39,24 +39,15 @@ class DeferredCache:
   states: jax.Array
 
 
-def can_defer(rule: exits.Rule) -> bool:
-  """Whether skipped layers project a state, which can wait."""
-  return isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
-
-
 class Deferred(engine_lib.Eager):
-  """Skipped layers are filled when a token first needs them. For `exits.DynamicExits`."""
+  """Skipped layers are filled when a token first needs them. For `exits.DynamicExits` with a
+  propagation that `projects_state`."""
 
   # States (rows times positions) that are projected in one product, about, where more than one
   # position is pending. A bound on work, not on what is pending.
   chunk_rows: ClassVar[int] = 32
 
   def __init__(self, task: engine_lib.Task):
-    if not can_defer(task.rule):
-      raise ValueError(
-        "Expected `exits.DynamicExits` with a propagation that projects a state for an engine"
-        f" that defers, got {task.rule}; use `engines.Eager`."
-      )
     super().__init__(task)
     self.rule: Any = task.rule
     small = min(platforms.least_positions(task.batch_size), task.length)
