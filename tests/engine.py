@@ -148,12 +148,21 @@ def assert_same_row(a: loop.DecodingState, b: loop.DecodingState, i: int, j: int
   for name in ("tokens", "exit_layers"):
     np.testing.assert_array_equal(getattr(left, name)[i], getattr(right, name)[j])
   np.testing.assert_allclose(left.scores[i], right.scores[j], rtol=1e-4, atol=1e-4)
-  length = int(left.num_tokens[i])
+  length = lengths(left)[i]
   for cache, other in zip(a.cache, b.cache, strict=True):
     keys = cache.keys[i, :, :length], other.keys[j, :, :length]
     values = cache.values[i, :, :length], other.values[j, :, :length]
     np.testing.assert_allclose(*keys, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-4)
+
+
+def lengths(generation: loop.Generation) -> np.ndarray:
+  """Real tokens of each row."""
+  return (np.asarray(generation.exit_layers) > 0).sum(axis=1)
+
+
+def mean_layers(generation: loop.Generation) -> float:
+  return np.asarray(generation.exit_layers).sum() / lengths(generation).sum()
 
 
 def assert_same_confidences(a: loop.Generation, b: loop.Generation, i: int, j: int):

@@ -8,7 +8,6 @@ import pytest
 
 from calm import exits
 from calm.decode import engines
-from calm.decode.engines import deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
@@ -94,21 +93,6 @@ def test_the_comparison_can_fail():
       engine.compare_memory(state.cache, row, i, len(row.tokens))
   with pytest.raises(AssertionError, match="no tie"):
     engine.agreeing_rows(engine.reference_rows(toy, rule, 0.3), state.generation)
-
-
-# ---- Deferred
-
-
-def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
-  toy = engine.toy()
-  copies = exits.DynamicExits(SOFTMAX, propagation=COPY)
-  for rule in (exits.StaticExit(), exits.OracleExit(), copies):
-    assert not deferred.can_defer(rule)
-    with pytest.raises(ValueError, match=r"projects a state.*got .*; use `engines.Eager`"):
-      engine.run(toy, rule, engine=BY_FOUR)
-
-
-# ---- Which engine is taken where none is named
 
 
 DYNAMIC_EXITS = exits.DynamicExits(SOFTMAX)

@@ -66,6 +66,8 @@ def test_rows_do_not_depend_on_mates_padding_or_batch_size(rule):
   ]
   for field in ("tokens", "exit_layers", "confidences", "rejected_confidences", "scores"):
     assert not np.asarray(getattr(others[-1][0].generation, field))[~active].any()
+  # Which do not hold up the loop.
+  assert others[-1][0].position == engine.lengths(others[-1][0].generation).max()
   for state, originals in others:
     for j, i in enumerate(originals):
       if i in sure and (state is not others[-1][0] or active[i]):
@@ -99,7 +101,7 @@ def test_a_whole_grid_is_one_trace():
   grid = [NEVER, 1.0, *np.linspace(0.95, 0.05, 19), 0.0]
   made = [fresh.decode(toy.weights, encoded, active, jnp.float32(x)) for x in grid]
   assert compiled.num_made("Program.decode") == before + 1
-  means = [float(generation.mean_layers) for generation in made]
+  means = [*map(engine.mean_layers, made)]
   assert means[0] == 4 and means[-1] == 1 and len(set(means)) > 5
   # A threshold a row: one trace more, and each row as at its own threshold.
   rows = jnp.array([NEVER, 1.0, *np.linspace(0.9, 0.1, BATCH - 2)], jnp.float32)

@@ -63,7 +63,7 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, short):
   given = active, np.linspace(0.5, 0.7, len(active))
   whole, stages = decoded(program, *given), decoded(program, *given, stages=True)
   # Meta: rows end in a stage before the last, and in the last.
-  ends = set(np.asarray(whole.num_tokens)[active].tolist())
+  ends = set(engine.lengths(whole)[active].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
   np.testing.assert_array_equal(stages.tokens, whole.tokens)
   np.testing.assert_array_equal(stages.exit_layers, whole.exit_layers)
@@ -86,7 +86,7 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(short):
   for threshold in (np.inf, *resume_test.GRID):
     before = states["whole"].generation
     begin = resume_test.first_exits(before, threshold).astype(np.int32)
-    active = (begin < np.asarray(before.num_tokens)) | (threshold == np.inf)
+    active = (begin < engine.lengths(before)) | (threshold == np.inf)
     if not active.any():
       continue
     for way, run in ways.items():
@@ -109,7 +109,7 @@ def test_drafts_in_stages_are_those_of_one_program(short):
   given = active, 1.0
   whole, stages = decoded(program, *given), decoded(program, *given, stages=True)
   # Meta: rows end in a stage before the last, and in the last.
-  ends = set(np.asarray(whole.num_tokens)[active].tolist())
+  ends = set(engine.lengths(whole)[active].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
   for a, b in zip(jax.tree.leaves(stages), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

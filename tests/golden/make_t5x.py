@@ -2,7 +2,7 @@
 
 Needs T5X (https://github.com/google-research/t5x) with airio and jestimator on the import path;
 the tests that read the files need none of them. From the repository root:
-`JAX_PLATFORMS=cpu python tests/golden/make_t5x.py`
+`JAX_PLATFORMS=cpu python -m tests.golden.make_t5x`
 
 `t5x_network.npz`, `t5x_network.json`: two small models, `gated` (gated GELU, a head of its own,
 as T5 1.1) and `tied` (ReLU, logits through the embedding, as T5 1.0). The JSON has for each of
@@ -41,6 +41,8 @@ from flax import traverse_util
 from t5x import adafactor, checkpoints, models, partitioning, utils
 from t5x.examples.t5 import network
 
+from tests import toys
+
 HERE = pathlib.Path(__file__).parent
 SIZES = dict(vocab_size=64, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=24, dropout_rate=0.1)
 SIZES |= dict(num_encoder_layers=2, num_decoder_layers=3)
@@ -50,16 +52,7 @@ CONFIGS = {
 }
 
 STEP = 7
-TINY = network.T5Config(
-  vocab_size=32,
-  emb_dim=8,
-  num_heads=2,
-  num_encoder_layers=1,
-  num_decoder_layers=2,
-  head_dim=4,
-  mlp_dim=12,
-  mlp_activations=("gelu", "linear"),
-)
+TINY = network.T5Config(vocab_size=32, **toys.SMALLEST)
 
 
 def _flat(tree) -> dict:

@@ -17,7 +17,7 @@ LENGTHS = [(1, 7), (40, 23), (300, 300)]
 
 
 def biases(table, *call, dtype=jnp.float32) -> Any:
-  module = layers.RelativePositionBiases(HEADS, BUCKETS, DISTANCE, dtype)
+  module = layers.RelativePositionBiases(network.T5Config(8, dtype, num_heads=HEADS))
   return module.apply({"params": {"rel_embedding": table}}, *call)
 
 
