@@ -6,7 +6,7 @@ One token's path, from the loop to the promise:
   2. `calm.exits.walk.Walk` goes up the layers of `calm.t5.decoder.DecoderStep` and decides;
   3. `calm.exits.confidence.Softmax` is held against Eq. 5, `calm.exits.schedules.Decaying`;
   4. `calm.exits.propagation.ExitState` is what the skipped layers get (section 3.2);
-  5. `calm.decode.engines.deferred.Deferred` writes it once a later token needs it;
+  5. `calm.decode.engines.Deferred` writes it once a later token needs it;
   6. `calm.calibrate.certify.calibrate` turns the texts' losses into a threshold and a promise.
 
 Importing `calm` imports nothing; its names are loaded when they are first used.

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import engines, loop
-from calm.decode.engines import engine
 from calm.exits.layers import Greedy, greedy
 from calm.t5 import attention as attention_lib
 from calm.t5 import decoder as decoder_lib
@@ -314,7 +313,7 @@ class Speculation:
     last = jnp.min(jnp.where(leads, self.rule.window, at), axis=1)
     count = jnp.minimum(last + 1, jnp.where(state.active, inside, 0))
     # One after the other, or a thread would be woken for half of it.
-    positions = engine.after(state.positions, log_probability)
+    positions = engines.after(state.positions, log_probability)
     moved, ahead = positions + count, state.ahead + jnp.maximum(count - 1, 0)
     learn = lambda learned: self._learn(
       learned, judged, made, moved, count, jnp.max(moved - ahead)
@@ -370,7 +369,7 @@ class Speculation:
       miss_streak=miss_streak,
       due=passes + paused,
       # Not all at once, or a thread would be woken for half of it.
-      drafts=old.drafts + engine.after(number, gap),
+      drafts=old.drafts + engines.after(number, gap),
       refused=old.refused + refused,
       accepted=put(old.accepted, accepted),
       gaps=put(old.gaps, jnp.where(accepted, gap, 0.0)),
@@ -416,7 +415,7 @@ class Speculation:
 
   def _written(self, caches, rows, positions: jax.Array, last: jax.Array):
     """Every layer's cache with its row written at `positions`, once that leads to `last`."""
-    ends = engine.after_each(positions, rows, last)
+    ends = engines.after_each(positions, rows, last)
     return tuple(map(attention_lib.write_window, caches, rows, ends))
 
   def _decoder(self, past: tuple[jax.Array, ...] = ()) -> decoder_lib.DecoderStep:

@@ -16,7 +16,6 @@ from calm import exits
 from calm.decode import compiled as compiled_lib
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.decode.engines import engine as engine_lib
 from calm.exits import confidence, propagation
 from calm.t5 import platforms
 from tests import engine
@@ -153,7 +152,7 @@ def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, n
 
 def test_the_check_finds_caches_that_are_copied(monkeypatch):
   """Meta: where nothing ties the update to the reads, XLA copies the cache."""
-  monkeypatch.setattr(engine_lib, "after", lambda position, made: position)
+  monkeypatch.setattr(engines, "after", lambda position, made: position)
   text = compiled(exits.DynamicExits(confidence.State()), engines.Eager, native=False)
   opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
   assert "copy" in opcodes
@@ -200,8 +199,8 @@ def test_embeddings_of_a_few_rows_are_picked_in_one_thread(rows):
 
 def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
   """Meta: where all of them wait for the last layer."""
-  last = lambda position, rows, made: [engine_lib.after(position, made)] * len(rows)
-  monkeypatch.setattr(engine_lib, "after_each", last)
+  last = lambda position, rows, made: [engines.after(position, made)] * len(rows)
+  monkeypatch.setattr(engines, "after_each", last)
   compiled_lib._program.cache_clear()  # those of other tests
   assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6, native=False)) >= 12
 
