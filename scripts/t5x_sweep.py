@@ -190,7 +190,7 @@ def procedure_of(
     params = multihost_utils.process_allgather(params, tiled=True)
   return stored.procedure_of(
     model,
-    flax_core.unfreeze(model.by_layer(jax.device_get(params))),
+    flax_core.unfreeze(jax.device_get(params)),
     words,
     task_prefix=task_prefix,
     max_input_length=lengths["inputs"],

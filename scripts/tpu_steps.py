@@ -131,7 +131,8 @@ class Step:
     def predict(params, tokens, prefix, threshold):
       weights = program_lib.model_weights(params, config).decoder
       if axes:
-        weights = loops.whole(weights, self.mesh.abstract_mesh, at_rest=self.whole)
+        place = sharding.NamedSharding(self.mesh.abstract_mesh, sharding.PartitionSpec())
+        weights = jax.lax.with_sharding_constraint(weights, place)
       encoded = network.encode(params, config, tokens)
       encoded = caches.cross_attention_inputs(weights, config, encoded, tokens)
 
