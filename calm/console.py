@@ -78,22 +78,22 @@ class Progress:
     self._silent = console is None and (
       _quiet.get() or not (self._console.is_terminal or self._console.is_jupyter)
     )
-    self._bar: rich_progress.Progress | None = None
-    if self._console.is_terminal and not self._console.is_jupyter:
-      cut = rich_table.Column(ratio=1, no_wrap=True)  # the remaining time is not
-      # Texts that are printed go to where standard output goes, beside the bar or not.
-      self._bar = rich_progress.Progress(
-        rich_progress.BarColumn(bar_width=12),
-        rich_progress.TextColumn("{task.fields[left]}", markup=False),
-        rich_progress.TextColumn("{task.description}", markup=False, table_column=cut),
-        console=self._console,
-        transient=True,
-        expand=True,
-        redirect_stdout=False,
-      )
-      self._task = self._bar.add_task("", total=1.0, left="")
+    self._drawn = self._console.is_terminal and not self._console.is_jupyter
+    cut = rich_table.Column(ratio=1, no_wrap=True)  # the remaining time is not
+    # Texts that are printed go to where standard output goes, beside the bar or not.
+    self._bar = rich_progress.Progress(
+      rich_progress.BarColumn(bar_width=12),
+      rich_progress.TimeRemainingColumn(),
+      rich_progress.TextColumn("{task.description}", markup=False, table_column=cut),
+      console=self._console,
+      transient=True,
+      expand=True,
+      redirect_stdout=False,
+      speed_estimate_period=3600,
+      get_time=time.monotonic,
+    )
+    self._task = self._bar.add_task("", total=1.0)
     self._since = self._last = time.monotonic()
-    self._begun: tuple[float, float] | None = None
 
   def __enter__(self) -> "Progress":
     self._outer = _quiet.set(True)
@@ -107,33 +107,21 @@ class Progress:
     """Reports the share of the work that is done, in [0, 1], and what is being done."""
     if self._silent:
       return
-    left, now = self._left(share), time.monotonic()
-    if self._bar is not None:
-      self._bar.update(self._task, completed=share, description=sanitize(text), left=left)
+    now = time.monotonic()
+    self._bar.update(self._task, completed=share, description=sanitize(text))
+    if self._drawn:
       if now - self._since >= LEAST_SECONDS:
         self._bar.start()
     elif now - self._last >= LINE_SECONDS and share < 1.0:
-      text = f"  {100 * share:.0f} %, {f'{left}, ' if left else ''}{text}"
-      print_text(self._console, text, soft_wrap=True)
+      seconds = self._bar.tasks[0].time_remaining
+      left = "" if seconds is None else f"about {datetime.timedelta(seconds=seconds)} left, "
+      print_text(self._console, f"  {100 * share:.0f} %, {left}{text}", soft_wrap=True)
       self._last = now
 
   def hide(self) -> None:
     """Takes the bar off the terminal, until the next report, so that texts can be printed."""
-    if self._bar is not None and self._bar.live.is_started:
+    if self._bar.live.is_started:
       self._bar.stop()
-
-  def _left(self, share: float) -> str:
-    """Like `about 0:01:20 left`; '' before anything is known."""
-    now = time.monotonic()
-    if self._begun is None and share > 0.0:
-      self._begun = (share, now)
-    if self._begun is None:
-      return ""
-    done, seconds = share - self._begun[0], now - self._begun[1]
-    if done < 0.03 or seconds < LEAST_SECONDS or share >= 1.0:
-      return ""
-    left = datetime.timedelta(seconds=round(seconds * (1.0 - share) / done))
-    return f"about {left} left"
 
   def count(self, things: str) -> Callable[[int, int], None]:
     """A callback of (done, total) things, such as 'prompts'."""
@@ -149,7 +137,7 @@ class Progress:
     def report(share: float, text: str) -> None:
       nonlocal begun
       if not begun:
-        self._begun = None  # the time that the last part took says nothing of this one
+        self._bar.reset(self._task)  # the last part's time says nothing of this one's
         if not self._silent:
           print_text(self._console, f"{title} ...", soft_wrap=True)
       begun = True

@@ -41,8 +41,6 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 # Nobody has written for so long to a temporary file that a killed process left.
 _ABANDONED_SECONDS = 86_400
-# Names of open files of this process, which are written to and never replaced.
-_DESCRIPTOR = re.compile(r"-|/dev/std(?:out|(err))|(?:/dev|/proc/self)/fd/(\d+)")
 
 
 # ---- Locks
@@ -57,7 +55,7 @@ class Lock:
 
   def __init__(self, path: pathlib.Path, target: pathlib.Path):
     self.path = path
-    self.release = weakref.finalize(self, _release, path, _acquire(path, target), os.getpid())
+    self.release = weakref.finalize(self, _release, path, _acquire(path, target))
 
   def __enter__(self) -> "Lock":
     return self
@@ -67,7 +65,7 @@ class Lock:
 
 
 # A process may take its own locks again: a notebook cell is run twice, an object lingers.
-_locks = weakref.WeakValueDictionary[tuple[int, pathlib.Path], Lock]()
+_locks = weakref.WeakValueDictionary[pathlib.Path, Lock]()
 
 
 def lock(target: str | pathlib.Path) -> Lock:
@@ -78,12 +76,10 @@ def lock(target: str | pathlib.Path) -> Lock:
   """
   target = pathlib.Path(os.path.realpath(target))
   path = target / ".lock" if target.is_dir() else target.with_name(f".{target.name}.lock")
-  made = _locks.get((os.getpid(), path))
-  if made is not None and made.release.alive:
-    return made
-  with _explaining(target):
-    made = Lock(path, target)
-  _locks[os.getpid(), path] = made
+  made = _locks.get(path)
+  if made is None or not made.release.alive:
+    with _explaining(target):
+      made = _locks[path] = Lock(path, target)
   return made
 
 
@@ -116,11 +112,9 @@ def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
         return descriptor
 
 
-def _release(path: pathlib.Path, descriptor: int, pid: int) -> None:
-  # A forked child has a copy of the lock, which is not the child's to end.
-  if os.getpid() == pid:
-    with contextlib.suppress(OSError):
-      os.unlink(path)
+def _release(path: pathlib.Path, descriptor: int) -> None:
+  with contextlib.suppress(OSError):
+    os.unlink(path)
   with contextlib.suppress(OSError):
     os.close(descriptor)
 
@@ -146,9 +140,10 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
       target = destination(path)
       partial = None if target is None else stack.enter_context(temporary(target))
       sys.stdout.flush()
-      place = partial or (None if str(path) == "-" else _stream(path))
-      file = sys.stdout.buffer if place is None else open(place, "wb")  # noqa: SIM115
-    with _explaining(path, _FULL), contextlib.nullcontext() if place is None else file:
+      place: Any = contextlib.nullcontext(sys.stdout.buffer)
+      if str(path) != "-":
+        place = open(partial or path, "ab")  # noqa: SIM115
+    with _explaining(path, _FULL), place as file:
       yield file
       file.flush()
     if partial is not None and target is not None:
@@ -158,26 +153,15 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
 
 def append(path: str | pathlib.Path, content: bytes) -> None:
   """Appends whole lines, or nothing: a write that fails half way is taken back."""
-  flags = os.O_WRONLY | os.O_APPEND | _BINARY | _NO_WAIT
-  with _explaining(path):
+  refuse_planted_links([path])
+  with _explaining(path), open(path, "ab", buffering=0) as file:
+    before, rest = file.tell(), memoryview(content)
     try:
-      descriptor = os.open(path, flags)
-    except FileNotFoundError:
-      refuse_planted_links([path])
-      descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-  try:
-    before = os.fstat(descriptor)
-    with _explaining(path, kept=f"its {before.st_size} bytes from before are kept"):
-      try:
-        rest = memoryview(content)
-        while rest:
-          rest = rest[os.write(descriptor, rest) :]
-      except BaseException:
-        if stat.S_ISREG(before.st_mode):
-          os.ftruncate(descriptor, before.st_size)
-        raise
-  finally:
-    os.close(descriptor)
+      while rest:
+        rest = rest[file.write(rest) :]
+    except OSError:
+      file.truncate(before)
+      raise
 
 
 @contextlib.contextmanager
@@ -225,7 +209,7 @@ def _sync(path: pathlib.Path, flags: int) -> None:
 
 def destination(path: str | pathlib.Path) -> pathlib.Path | None:
   """The regular file, present or new, that a path names; None for a device, pipe or stream."""
-  if _DESCRIPTOR.fullmatch(str(path)):
+  if str(path) == "-":
     return None
   end = pathlib.Path(os.path.realpath(path) if os.path.islink(path) else path)
   try:
@@ -237,21 +221,9 @@ def destination(path: str | pathlib.Path) -> pathlib.Path | None:
   return end if stat.S_ISREG(mode) else None
 
 
-def _stream(path: str | pathlib.Path) -> int:
-  """A descriptor of an open file, a device or a pipe; nothing of it is cut off."""
-  if named := _DESCRIPTOR.fullmatch(str(path)):
-    # A descriptor's position in a file is shared with everything else that prints there.
-    return os.dup(int(named[2] or (2 if named[1] else 1)))
-  return os.open(path, os.O_WRONLY | os.O_APPEND)
-
-
 @contextlib.contextmanager
-def _explaining(
-  path: str | pathlib.Path,
-  codes: Collection[int] = (),
-  kept: str = "the old content is kept",
-) -> Iterator[None]:
-  """Within the block, errors (of `codes`, if any) name the file, what is kept and a way out."""
+def _explaining(path: str | pathlib.Path, codes: Collection[int] = ()) -> Iterator[None]:
+  """Within the block, errors (of `codes`, if any) name the file and a way out."""
   try:
     yield
   except (BrokenPipeError, LockedError):  # nothing is wrong with the place
@@ -261,8 +233,8 @@ def _explaining(
       raise
     raise type(error)(
       f"Expected {str(path)!r} to be a file that can be written whole, got:"
-      f" {error.strerror or error}; {kept}. Free some space, or choose a folder that can be"
-      " written."
+      f" {error.strerror or error}; the old content is kept. Free some space, or choose a"
+      " folder that can be written."
     ) from error
 
 
@@ -429,10 +401,8 @@ def drop_partial_line(path: pathlib.Path) -> str | None:
     last = file.read().rpartition(b"\n")[2]
     if not last or len(last) > LONGEST_LINE:  # `read_lines` names a line that is too long
       return None
-    file.seek(0)
-    number = 1 + sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
   if parse_line(last)[0] is not None:
     append(path, b"\n")
     return None
   os.truncate(path, size - len(last))
-  return f"{path}:{number}: the last line was cut off and has been dropped ({len(last)} bytes)."
+  return f"{path}: the last line was cut off and has been dropped ({len(last)} bytes)."

@@ -83,9 +83,8 @@ def test_a_pipe_is_written_to_and_not_read(tmp_path):
   assert "Expected" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/proc/self/fd/1"])
-def test_standard_output_is_a_stream_even_where_it_is_a_file(tmp_path, name):
-  code = f"print('before'); storage.write_atomically({name!r}, 'text\\n'); print('after')"
+def test_standard_output_is_a_stream_even_where_it_is_a_file(tmp_path):
+  code = "print('before'); storage.write_atomically('-', 'text\\n'); print('after')"
   with open(tmp_path / "out", "wb") as out:
     assert not python(code, capture_output=False, stdout=out).returncode
   assert (tmp_path / "out").read_text() == "before\ntext\nafter\n"
@@ -142,7 +141,7 @@ def test_a_full_disk_cuts_no_line_in_half(tmp_path):
   path = tmp_path / "lines"
   path.write_bytes(b"a line of 20 bytes..\n" * 190)
   done = python(f"{LIMIT}storage.append(sys.argv[1], b'x' * 500)", path)
-  assert "its 3990 bytes from before are kept" in done.stderr
+  assert "the old content is kept" in done.stderr
   storage.append(path, b"the next line\n")
   assert path.read_bytes() == b"a line of 20 bytes..\n" * 190 + b"the next line\n"
 
@@ -229,15 +228,6 @@ def test_a_process_may_lock_again_and_lets_go_with_the_last_reference(tmp_path):
   assert (tmp_path / ".lock").exists()
   del second
   assert not (tmp_path / ".lock").exists()
-
-
-def test_a_forked_child_does_not_end_the_lock(tmp_path):
-  code = (
-    "held = storage.lock(sys.argv[1])\n"
-    "if not (child := os.fork()):\n  held.release()\n  os._exit(0)\n"
-    "os.waitpid(child, 0)\nprint(os.path.exists(held.path))"
-  )
-  assert python(code, tmp_path).stdout == "True\n" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

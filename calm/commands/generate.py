@@ -21,13 +21,13 @@ from calm.console import Progress, print_text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_model(parser)
-  add, more = flags.add, flags.more(parser)
-  add(parser, "output", "DIR", "folder to write (resumed if it exists)", required=True)
+  text = "folder to write (resumed if it exists)"
+  flags.add(parser, "output", "DIR", text, required=True)
   text = "descending, like 0.9,0.8"
-  add(parser, "thresholds", "LIST", text, without="the model's own grid, or the measure's")
+  flags.add(
+    parser, "thresholds", "LIST", text, without="the model's own grid, or the measure's"
+  )
   flags.add_shared(parser, "num_shards", "shard_id")
-  text = "with --measure=verified: ascending in [0, 1), like 0,0.1,0.3"
-  add(more, "slacks", "X,X", text)
 
 
 @run_lib.user_errors
@@ -41,16 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
   print_text(console, f"{part.prompts.taken}.")
   with run_lib.naming_flag("--model"):
     predictor = inference.load(arguments.model, **flags.decode_options(arguments))
-  levels, names = _parse_grid(arguments, predictor.options), []
+  levels = _parse_grid(arguments, predictor.options)
   about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
   folder = arguments.output if part.folder is None else part.folder
   if part.begin("generate", about, console):
     if part.prompts:  # few prompts leave shards empty
       writer = _decode(arguments, console, predictor, part.prompts, levels, folder)
-      names = generations.file_names(levels)
       if writer.procedure is not None:  # as an earlier version wrote it, where that goes on
         about["procedure"] = writer.procedure.to_json()
-    part.finish("generate", about, names)
+    part.finish()
   if part.folder is not None:
     words = (f"{folder} is finished; when all are:", "merge", arguments.output)
   else:
@@ -80,15 +79,10 @@ def _decode(arguments, console, predictor, prompts, levels, folder) -> generatio
 
 
 def _parse_grid(arguments: argparse.Namespace, options) -> list[float]:
-  """The grid of --thresholds or --slacks, that of the model, or its measure's default."""
-  from calm import exits, inference
+  """The grid of --thresholds, that of the model, or its measure's default."""
+  from calm import inference
 
-  if arguments.slacks is not None:
-    if arguments.thresholds is not None or options.measure != "verified":
-      raise ValueError("`--slacks` needs --measure=verified, and no `--thresholds`.")
-    values = [exits.threshold_of(slack) for slack in arguments.slacks]
-  elif arguments.thresholds is not None:
-    values = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
-  else:
+  if arguments.thresholds is None:
     return list(inference.grid.default_grid(options))
+  values = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
   return [float(t) for t in thresholds.validate_grid(values)]

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if part.prompts:  # few prompts leave shards empty
       serving.serve(part.prompts, output, {"threshold": serving.name, **procedure})
       serving.report(startup)
-    part.finish("infer", about, [merge.OUTPUTS] if part.prompts else [])
+    part.finish()
   return 0
 
 

@@ -35,7 +35,6 @@ MARK = "complete.json"
 OUTPUTS = "outputs.jsonl"
 MOST_SHARDS = 99_999
 _FOLDER = re.compile(r"shard-\d{5}-of-\d{5}")
-_AT_ONCE = 1024  # records that are merged at once
 _AGAIN = "take the folder away and run the shard again."
 # Folders of finished shards, by number, and their marks.
 Marks = Mapping[pathlib.Path, Mapping[str, Any]]
@@ -116,30 +115,27 @@ class Shard:
     mine = f"{len(positions)} of them are in {self.folder.name}"
     self.prompts.taken = f"{prompts.taken}; {mine}"
 
-  def begin(self, kind: str, about: Mapping[str, Any], console: rich_console.Console) -> bool:
+  def begin(self, kind: str, about: dict[str, Any], console: rich_console.Console) -> bool:
     """Makes the folder; False where the shard is finished, an error where of another run.
 
     `kind` is 'generate' or 'infer', `about` what the outputs depend on.
     """
     if self.folder is None:
       return True
+    self._mark |= {"kind": kind, "about": about}
     if (there := read_mark(self.folder)) is None:
       self.folder.mkdir(parents=True, exist_ok=True)
       return True
-    if text := _differences({**self._mark, "kind": kind, "about": about}, there):
+    if text := _differences(self._mark, there):
       got = f"expected a finished shard of this run, got another's: {text}"
       raise GenerationsError(f"{self.folder / MARK}: {got}; take it away.")
-    generations.check_checksums(self.folder, there["checksums"], manifest=MARK)
     print_text(console, f"{self.folder} is finished already.", soft_wrap=True)
     return False
 
-  def finish(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Marks the shard as done; its files, `names`, are whole."""
+  def finish(self) -> None:
+    """Marks the shard as done; its files are whole."""
     if self.folder is not None:
-      checksums = generations.checksums(self.folder, names)
-      mark = {**self._mark, "kind": kind, "about": about, "checksums": checksums}
-      text = json.dumps(mark, ensure_ascii=False) + "\n"
-      storage.write_atomically(self.folder / MARK, text)
+      storage.write_atomically(self.folder / MARK, storage.dump_line(self._mark))
 
 
 def _digest(prompts: Iterable[Prompt]) -> str:
@@ -176,10 +172,9 @@ def _check_mark(
   prompts_digest: str,
   positions: list[int],
   about: dict[str, Any],
-  checksums: dict[str, str],
   **others: Any,
 ) -> None:
-  del schema_version, kind, prompts_digest, checksums, others
+  del schema_version, kind, prompts_digest, others
   _check_shard(shard_id, num_shards)
   if not isinstance(about.get("procedure"), dict | None):
     raise ValueError(f"Expected `procedure` to be an object, got {about['procedure']!r:.60}")
@@ -232,7 +227,7 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
   """Merges shards into a folder (of `calm generate`) or a file; returns the number of prompts.
 
   Lines are copied as they are. GenerationsError as of `parts`, and where a file is not as its
-  shard left it, or `output` lies in a shard.
+  manifest says, or `output` lies in a shard.
   """
   marks, output = parts(places), pathlib.Path(output)
   if any(output.resolve().is_relative_to(folder.resolve()) for folder in marks):
@@ -241,8 +236,6 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
     )
   first = next(iter(marks.values()))
   marks = {folder: mark for folder, mark in marks.items() if mark["positions"]}
-  for folder, mark in marks.items():
-    generations.check_checksums(folder, mark["checksums"], manifest=MARK)
   if first["kind"] == "generate":
     _merge_generations(marks, output)
     return first["num_prompts"]
@@ -270,9 +263,6 @@ def _merge_generations(marks: Marks, output: pathlib.Path) -> None:
   """Writes one folder of cached generations, or goes on with it."""
   runs = [generations.load(folder) for folder in marks]
   prompts = list(_in_order(marks, [run.prompts for run in runs]))
-  if _digest(prompts) != next(iter(marks.values()))["prompts_digest"]:
-    expected = f"expected the prompts of the digest in {MARK}"
-    raise GenerationsError(f"{generations.PROMPTS}: {expected}, got others; {_AGAIN}")
   writer = generations.open_writer(
     output,
     prompts=prompts,
@@ -286,6 +276,6 @@ def _merge_generations(marks: Marks, output: pathlib.Path) -> None:
   ):
     done = writer.completed_ids(threshold)
     records = (record for record in _in_order(marks, column) if record.id not in done)
-    while some := list(itertools.islice(records, _AT_ONCE)):
+    while some := list(itertools.islice(records, 1024)):
       writer.append(threshold, some)
   writer.finish()

@@ -12,7 +12,6 @@ from calm.exits.rules import (
   TokenExit,
   allowed_layers,
   mapped_layers,
-  threshold_of,
   token_exit,
 )
 
@@ -31,7 +30,6 @@ __all__ = [
   "mapped_layers",
   "propagation",
   "schedules",
-  "threshold_of",
   "token_exit",
   "walk",
 ]

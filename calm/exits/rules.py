@@ -3,7 +3,6 @@ that has left keeps its exit state, whose keys and values the layers above write
 3.2)."""
 
 import dataclasses
-import decimal
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -279,21 +278,6 @@ class Speculative:
 
 # How a program goes through the layers: a token at a time, or in passes over drafts.
 Rule = StepRule | Speculative
-
-
-@arguments.checked()
-def threshold_of(slack: float) -> float:
-  """The threshold 1 - lambda that stands for a slack.
-
-  Raises:
-    ValueError: the slack is not in [0, 1).
-  """
-  if not 0 <= slack < 1:
-    raise ValueError(
-      f"Expected `slack` in [0, 1), got {slack}; 0 is exact, and 1 would accept every draft."
-    )
-  # In decimals: 1 - 0.7 is else 0.30000000000000004, in tables and in names of files.
-  return float(1 - decimal.Decimal(str(slack)))
 
 
 @arguments.checked()

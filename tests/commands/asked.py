@@ -9,8 +9,10 @@ import itertools
 import json
 import pathlib
 
+from rich import console as rich_console
+
 from calm import inference
-from calm.calibrate import Prompt, generations
+from calm.calibrate import Prompt
 from calm.commands import cli, merge
 from calm.data import prompt_files
 from tests.calibrate import small_cache
@@ -35,7 +37,6 @@ BESIDE = {
   "--at_most": ["--promise=cost"],
   "--depths": ["--promise=early_exits"],
   "--temperature": ["--max_decode_length=2"],
-  "--slacks": ["--measure=verified", "--exit_layers=1"],
   "--shard_id": ["--num_shards=2"],
   "--num_shards": ["--shard_id=0"],
   "--references": ["--kind=risk_signed"],
@@ -135,6 +136,6 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
   part = merge.Shard(prompt_files.Prompts([Prompt("a", "text")]), 0, 1, str(folder))
+  part.begin("generate", {"procedure": None, "thresholds": [0.5]}, rich_console.Console())
   small_cache.write(part.folder, part.prompts)
-  about = {"procedure": None, "thresholds": [0.5]}
-  part.finish("generate", about, generations.file_names([0.5]))
+  part.finish()

@@ -94,7 +94,6 @@ BORDER = {
   "speculative": (exits.Speculative, fields(exits.Speculative, draft_layer=1)),
   "decaying": (schedules.schedule, {"name": "decaying", "temperature": 1.0, "max_length": 8}),
   "threshold": (schedules.check_threshold, {"threshold": 0.5}),
-  "slack": (exits.threshold_of, {"slack": 0.5}),
   "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
   "measure": (confidence.measure, {"name": "softmax"}),
   "propagation": (propagation.propagation, {"name": "exit_state"}),

@@ -217,7 +217,7 @@ def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):
   assert again.completed_records(0.9, IDS) == {"id-000": Record("id-000", "x")}
   assert again.completed_records(0.5, IDS) == {}
   (report,) = again.reports
-  assert "threshold_0.9.jsonl:2: the last line was cut off" in report
+  assert "threshold_0.9.jsonl: the last line was cut off" in report
   again.append(0.9, [Record("id-001", "y")])
   edit(tmp_path / LATE, lambda b: b[:-1])  # a whole line that lost its newline is kept
   again = start(tmp_path)
