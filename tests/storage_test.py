@@ -185,36 +185,20 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def holder():
-  """Starts a process that holds the lock of a target until it is killed."""
-  started = []
-
-  def start(target: pathlib.Path) -> subprocess.Popen:
-    run = [sys.executable, "-c", HOLDER, str(target)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    started.append(process := subprocess.Popen(run, text=True, cwd=PACKAGE.parent, **pipes))
-    assert process.stdout.readline() == "held\n"
-    return process
-
-  yield start
-  for process in started:
-    process.kill()
-    process.communicate()
-
-
 @pytest.mark.parametrize("name", ["", "monitor.jsonl"])
-def test_the_second_writer_is_refused_and_the_first_named(tmp_path, holder, name):
+def test_the_second_writer_is_refused_and_the_first_named(tmp_path, name):
   target = tmp_path / name
-  first = holder(target)
   (link := tmp_path / "link").symlink_to(tmp_path)
-  for way in (target, link / name):
-    with pytest.raises(storage.LockedError, match=f"got 'process {first.pid} on .*wait for it"):
-      storage.lock(way)
-  storage.lock(tmp_path / "other.jsonl").release()  # does not meet it
+  run = [sys.executable, "-c", HOLDER, str(target)]
+  with subprocess.Popen(run, stdin=-1, stdout=-1, text=True, cwd=PACKAGE.parent) as first:
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    refused = f"got 'process {first.pid} on .*wait for it"
+    for way in (target, link / name):
+      with pytest.raises(storage.LockedError, match=refused):
+        storage.lock(way)
+    storage.lock(tmp_path / "other.jsonl").release()  # does not meet it
+    first.kill()
   path = tmp_path / (f".{name}.lock" if name else ".lock")
-  first.kill()
-  first.wait()
   assert path.exists()  # the dead process's lock
   with storage.lock(target):
     assert path.read_text().startswith(f"process {os.getpid()} ")

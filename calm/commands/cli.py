@@ -19,7 +19,7 @@ COMMANDS = {
   "calibrate": "choose the threshold, with a guarantee (no JAX)",
   "infer": "decode prompts under a calibrated threshold",
   "serve": "answer over HTTP, with a page: OpenAI's and TGI's requests",
-  "merge": "put the shards of `generate` or `infer` together",
+  "merge": "put the shards of `generate` together",
   "report": "make the paper's tables and figures, on one page",
 }
 _LINES = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())

@@ -11,6 +11,7 @@ compares.
 import argparse
 import pathlib
 import statistics
+import textwrap
 
 from rich import console as rich_console
 
@@ -40,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     for split in ("calibration", "unseen")
   )
   console = rich_console.Console()
-  with run_lib.naming_flag("--model"):
-    predictor = inference.load(arguments.model)
+  predictor = inference.load(arguments.model)
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
     f" over the grid of the measure '{predictor.options.measure}'."
@@ -110,10 +110,8 @@ def _print_examples(console, prompts, full, early) -> None:
   console.print("\n[bold]4. Outputs[/bold] and the decoder layers of each token")
   print(outputs.legend_terminal(early.num_layers))
   for prompt, whole, left in list(zip(prompts, full, early, strict=True))[:EXAMPLES]:
-    text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
-    shown = {"prompt": text, "reference": prompt.targets[0], "full": whole.text}
-    print_text(console, f"\n{prompt.id}", "dim")
-    for name, value in shown.items():
-      print_text(console, f"  {name:<10} {value}", soft_wrap=True)
-    print(f"  {'early':<10} {left.coloured()}")
-    print_text(console, f"  {'layers':<10} {left.mean_layers:.2f} a token", "dim")
+    text = textwrap.shorten(prompt.input, 160, placeholder="...")
+    print_text(console, f"\n{prompt.id}: {text}", "dim")
+    print_text(console, f"  reference  {prompt.targets[0]}", soft_wrap=True)
+    print_text(console, f"  full       {whole.text}", soft_wrap=True)
+    print(f"  early      {left.coloured()}")

@@ -4,8 +4,6 @@ import argparse
 import functools
 from typing import Any
 
-from calm.commands.run import naming_flag
-
 # The group of options that `--help` leaves out and `--help_all` lists.
 MORE = "more options"
 
@@ -180,11 +178,10 @@ def open_prompts(arguments: argparse.Namespace):
     prompts = prompt_files.Prompts(prompt_files.prompts_of(texts))
     prompts.taken = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
     return prompts
-  with naming_flag("--prompts"):
-    return prompt_files.open_prompts(
-      arguments.prompts,
-      limit=arguments.limit,
-      input_key=arguments.input_key,
-      target_key=arguments.target_key,
-      format=arguments.prompts_format,
-    )
+  return prompt_files.open_prompts(
+    arguments.prompts,
+    limit=arguments.limit,
+    input_key=arguments.input_key,
+    target_key=arguments.target_key,
+    format=arguments.prompts_format,
+  )

@@ -32,36 +32,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  shard = arguments.shard_id, arguments.num_shards, arguments.output
-  part = merge.Shard(flags.open_prompts(arguments), *shard)
+  prompts, mark, folder = flags.open_prompts(arguments), None, arguments.output
+  if arguments.num_shards is not None or arguments.shard_id is not None:
+    prompts, mark = merge.take_shard(prompts, arguments.shard_id, arguments.num_shards)
+    folder = merge.shard_folder(folder, mark)
   run_lib.use_compilation_cache()
   from calm import inference
 
   console = rich_console.Console()
-  print_text(console, f"{part.prompts.taken}.")
-  with run_lib.naming_flag("--model"):
-    predictor = inference.load(arguments.model, **flags.decode_options(arguments))
-  levels = _parse_grid(arguments, predictor.options)
-  about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
-  folder = arguments.output if part.folder is None else part.folder
-  if part.begin("generate", about, console):
-    if part.prompts:  # few prompts leave shards empty
-      writer = _decode(arguments, console, predictor, part.prompts, levels, folder)
-      if writer.procedure is not None:  # as an earlier version wrote it, where that goes on
-        about["procedure"] = writer.procedure.to_json()
-    part.finish()
-  if part.folder is not None:
+  print_text(console, f"{prompts.taken}.")
+  predictor = inference.load(arguments.model, **flags.decode_options(arguments))
+  if prompts or mark is None:  # few prompts leave shards empty
+    _decode(arguments, console, predictor, prompts, folder)
+  words = (f"Written to {folder}. Calibrate on it:", "calibrate", folder)
+  if mark is not None:
+    merge.write_mark(folder, mark)
     words = (f"{folder} is finished; when all are:", "merge", arguments.output)
-  else:
-    words = (f"Written to {folder}. Calibrate on it:", "calibrate", folder)
   run_lib.print_next(console, *words)
   return 0
 
 
-def _decode(arguments, console, predictor, prompts, levels, folder) -> generations.Writer:
+def _decode(arguments, console, predictor, prompts, folder) -> None:
   """Decodes what a folder of cached generations lacks."""
   from calm.inference import grid
 
+  levels = _parse_grid(arguments, predictor.options)
   writer = generations.open_writer(
     folder,
     prompts=prompts,
@@ -75,7 +70,6 @@ def _decode(arguments, console, predictor, prompts, levels, folder) -> generatio
     grid.generate(predictor, prompts, levels, writer, progress=progress)
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth.")
-  return writer
 
 
 def _parse_grid(arguments: argparse.Namespace, options) -> list[float]:

@@ -32,7 +32,7 @@ from rich import console as rich_console
 
 from calm import storage
 from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, clusters, thresholds
-from calm.commands import flags, merge
+from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, sanitize
 from calm.data import prompt_batches
@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
-  flags.add_shared(flags.more(parser), "num_shards", "shard_id")
 
 
 @run_lib.user_errors
@@ -65,9 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
-  shard = arguments.shard_id, arguments.num_shards, arguments.output
-  part = merge.Shard(flags.open_prompts(arguments), *shard)
-  print_text(console, f"{part.prompts.taken}.")
+  prompts = flags.open_prompts(arguments)
+  print_text(console, f"{prompts.taken}.")
   predictor = load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
   online = open_online(arguments, predictor)
@@ -83,14 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     print_text(console, "The calibration names no `platform`, which is not checked.")
   startup = time.monotonic() - start
   serving = Serving(arguments, predictor, threshold, online, console)
-  procedure = predictor.procedure.to_json()
-  about = {"threshold": serving.name, "procedure": procedure}
-  if part.begin("infer", about, console):
-    output = arguments.output if part.folder is None else part.folder / merge.OUTPUTS
-    if part.prompts:  # few prompts leave shards empty
-      serving.serve(part.prompts, output, {"threshold": serving.name, **procedure})
-      serving.report(startup)
-    part.finish()
+  serving.serve(prompts)
+  serving.report(startup)
   return 0
 
 
@@ -113,19 +105,18 @@ def _check(arguments: argparse.Namespace) -> None:
   # A folder that is not there is named by what reads it.
   serves_itself |= arguments.model != "packed" and not own.exists()
   named = arguments.calibration is not None or arguments.threshold is not None
-  sharded = arguments.num_shards is not None
   ways = sum(map(bool, (named, arguments.exact, arguments.online)))
   if not ways and not serves_itself:
     raise ValueError(
       "Expected `--calibration`, `--threshold` or `--exact`, or `--online`, got none, and no"
       " calibration.json in the folder of `--model`; without a guarantee: --threshold=0.9."
     )
-  if ways > 1 or (arguments.online and sharded):
+  if ways > 1:
     raise ValueError(
-      "Expected `--calibration` and `--threshold`, `--exact`, or `--online` in one process, got"
-      " several of them."
+      "Expected `--calibration` and `--threshold`, `--exact`, or `--online`, got several of"
+      " them."
     )
-  if arguments.output and not sharded:
+  if arguments.output:
     read = (arguments.prompts, arguments.calibration, arguments.online)
     run_lib.check_output(arguments.output, read=read)
 
@@ -139,7 +130,7 @@ def load(arguments: argparse.Namespace, threshold: float | None):
   if (digest := arguments.expect_digest) is not None:
     own = pathlib.Path(arguments.model) / "calibration.json"
     calibration = Calibration.load(calibration or own, expect_digest=digest)
-  with run_lib.naming_flag("--model"), warnings.catch_warnings():
+  with warnings.catch_warnings():
     if threshold == NEVER_EXIT:
       warnings.simplefilter("ignore", inference.UntrainedExits)
     return inference.load(
@@ -165,8 +156,10 @@ class Serving:
     self._sample: tuple[str, ...] = ()  # texts that are timed
     self.name = "online" if online else thresholds.format_threshold(threshold)
 
-  def serve(self, prompts: Sequence[Prompt], output, about: Mapping[str, Any]) -> None:
+  def serve(self, prompts: Sequence[Prompt]) -> None:
     """Decodes the prompts into a file or a stream, or onto the screen."""
+    output, about = self._arguments.output, self._predictor.procedure.to_json()
+    about |= {"threshold": self.name}
     coloured = self._arguments.colour and not output
     opened = open_output(output, prompts, about) if output else None
     with opened or contextlib.nullcontext((0, None)) as (done, write):

@@ -1,11 +1,10 @@
-"""Put the shards of `calm generate` or `calm infer` together, in order.
+"""Put the shards of `calm generate` together, in order.
 
 Refuses shards of unlike procedures, grids or prompts, and shards that are
 missing, doubled or not finished; names the shard, the field or the id. Needs
 no JAX.
 
   calm merge runs/cache  # -> runs/cache/merged, for `calm calibrate`
-  calm merge runs/outputs --output=outputs.jsonl
 """
 
 import argparse
@@ -13,13 +12,12 @@ import hashlib
 import heapq
 import itertools
 import json
-import operator
-import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from rich import console as rich_console
 
 from calm import arguments as arguments_lib
@@ -31,8 +29,6 @@ from calm.console import print_text
 
 # A shard's folder is done when this file is there, which says what the shard is of.
 MARK = "complete.json"
-# What the shards of `calm infer` write.
-OUTPUTS = "outputs.jsonl"
 MOST_SHARDS = 99_999
 _FOLDER = re.compile(r"shard-\d{5}-of-\d{5}")
 _AGAIN = "take the folder away and run the shard again."
@@ -43,22 +39,17 @@ Marks = Mapping[pathlib.Path, Mapping[str, Any]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "the folder with all shards in it, or each shard"
   parser.add_argument("shards", nargs="+", metavar="DIR", type=flags.filled, help=text)
-  without = "merged, or outputs.jsonl of `calm infer`, beside the shards"
-  flags.add(parser, "output", "PLACE", "where to write", without=without)
+  flags.add(parser, "output", "DIR", "folder to write", without="merged, beside the shards")
 
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   marks = parts(arguments.shards)
-  folder, mark = next(iter(marks.items()))
-  generated = mark["kind"] == "generate"
-  name = "merged" if generated else OUTPUTS
-  output = pathlib.Path(arguments.output or folder.parent / name)
+  output = pathlib.Path(arguments.output or next(iter(marks)).parent / "merged")
   count = merge(arguments.shards, output)
   console = rich_console.Console(highlight=False)
   print_text(console, f"{count} prompts of {len(marks)} shards: {output}")
-  if generated:
-    run_lib.print_next(console, "Calibrate on them:", "calibrate", output)
+  run_lib.print_next(console, "Calibrate on them:", "calibrate", output)
   return 0
 
 
@@ -83,59 +74,39 @@ def _check_shard(number: int, count: int) -> None:
     )
 
 
-class Shard:
-  """The prompts of one shard, decoded by a process that talks to no other, and its `folder`.
+def take_shard(
+  prompts: Any, number: int | None, count: int | None
+) -> tuple[Any, dict[str, Any]]:
+  """(the prompts of one shard, its mark); its process talks to no other."""
+  if number is None or count is None:
+    raise ValueError(
+      "Expected both `--num_shards` and `--shard_id`, got one; in a Slurm array these are"
+      " $SLURM_ARRAY_TASK_COUNT and $SLURM_ARRAY_TASK_ID, from 0 on."
+    )
+  _check_shard(number, count)
+  positions = [at for at, prompt in enumerate(prompts) if shard_of(prompt, count) == number]
+  mark = {
+    "schema_version": generations.SCHEMA_VERSION,
+    "num_shards": count,
+    "shard_id": number,
+    "num_prompts": len(prompts),
+    "prompts_digest": _digest(prompts),
+    "positions": positions,
+  }
+  mine = type(prompts)(prompts[at] for at in positions)
+  mine.taken = f"{prompts.taken}; {len(positions)} of them are in shard {number}"
+  return mine, mark
 
-  Where `number` and `count` are None, it has all prompts, and no folder.
-  """
 
-  def __init__(self, prompts: Any, number: int | None, count: int | None, output: str | None):
-    self.prompts, self.folder = prompts, None
-    if number is None and count is None:
-      return
-    if number is None or count is None:
-      raise ValueError(
-        "Expected both `--num_shards` and `--shard_id`, got one; in a Slurm array these are"
-        " $SLURM_ARRAY_TASK_COUNT and $SLURM_ARRAY_TASK_ID, from 0 on."
-      )
-    _check_shard(number, count)
-    if not output or output == "-" or (os.path.exists(output) and not os.path.isdir(output)):
-      raise ValueError(f"`--num_shards` needs `--output`, the shards' folder; got {output!r}.")
-    self.folder = pathlib.Path(output) / f"shard-{number:05d}-of-{count:05d}"
-    positions = [at for at, prompt in enumerate(prompts) if shard_of(prompt, count) == number]
-    self._mark = {
-      "schema_version": generations.SCHEMA_VERSION,
-      "num_shards": count,
-      "shard_id": number,
-      "num_prompts": len(prompts),
-      "prompts_digest": _digest(prompts),
-      "positions": positions,
-    }
-    self.prompts = type(prompts)(prompts[at] for at in positions)
-    mine = f"{len(positions)} of them are in {self.folder.name}"
-    self.prompts.taken = f"{prompts.taken}; {mine}"
+def shard_folder(output: str, mark: Mapping[str, Any]) -> pathlib.Path:
+  """Where a shard is written to, below the folder of all."""
+  return pathlib.Path(output) / f"shard-{mark['shard_id']:05d}-of-{mark['num_shards']:05d}"
 
-  def begin(self, kind: str, about: dict[str, Any], console: rich_console.Console) -> bool:
-    """Makes the folder; False where the shard is finished, an error where of another run.
 
-    `kind` is 'generate' or 'infer', `about` what the outputs depend on.
-    """
-    if self.folder is None:
-      return True
-    self._mark |= {"kind": kind, "about": about}
-    if (there := read_mark(self.folder)) is None:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      return True
-    if text := _differences(self._mark, there):
-      got = f"expected a finished shard of this run, got another's: {text}"
-      raise GenerationsError(f"{self.folder / MARK}: {got}; take it away.")
-    print_text(console, f"{self.folder} is finished already.", soft_wrap=True)
-    return False
-
-  def finish(self) -> None:
-    """Marks the shard as done; its files are whole."""
-    if self.folder is not None:
-      storage.write_atomically(self.folder / MARK, storage.dump_line(self._mark))
+def write_mark(folder: pathlib.Path, mark: Mapping[str, Any]) -> None:
+  """Marks a shard as done; it may have no prompts."""
+  folder.mkdir(parents=True, exist_ok=True)
+  storage.write_atomically(folder / MARK, storage.dump_line(mark))
 
 
 def _digest(prompts: Iterable[Prompt]) -> str:
@@ -145,39 +116,22 @@ def _digest(prompts: Iterable[Prompt]) -> str:
   return digest.hexdigest()
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-  """What keeps two marks from being of one run, in words."""
-  names = ("kind", "num_shards", "num_prompts", "prompts_digest")
-  sides = []
-  for mark in json.loads(json.dumps((one, other))):  # as it is when it is read
-    procedure = mark["about"].pop("procedure", None)
-    sides.append({name: mark[name] for name in names} | mark["about"] | (procedure or {}))
-  ours, theirs = sides
-  differ = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-  return "; ".join(
-    f"`{name}`: {theirs.get(name)!r:.200} for {ours.get(name)!r:.200}" for name in differ
-  )
-
-
 # ---- All shards
 
 
 @arguments_lib.checked()
 def _check_mark(
   schema_version: Literal[1],
-  kind: Literal["generate", "infer"],
   num_shards: int,
   shard_id: int,
   num_prompts: int,
   prompts_digest: str,
   positions: list[int],
-  about: dict[str, Any],
+  kind: Literal["generate"] = "generate",  # of earlier versions
   **others: Any,
 ) -> None:
   del schema_version, kind, prompts_digest, others
   _check_shard(shard_id, num_shards)
-  if not isinstance(about.get("procedure"), dict | None):
-    raise ValueError(f"Expected `procedure` to be an object, got {about['procedure']!r:.60}")
   if not all(a < b for a, b in itertools.pairwise([-1, *positions, max(0, num_prompts)])):
     text = f"from 0 to below `num_prompts` {num_prompts}, got {positions!r:.60}"
     raise ValueError(f"Expected `positions` to rise, {text}")
@@ -211,9 +165,9 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
     )
   first, *others = marks
   for other in others:
-    if text := _differences(marks[first], marks[other]):
+    if marks[first]["prompts_digest"] != marks[other]["prompts_digest"]:
       raise GenerationsError(
-        f"Expected shards of one run, got two: {first} and {other} differ: {text}."
+        f"Expected shards of one list of prompts, got two: {first} and {other}."
       )
   positions = [at for mark in marks.values() for at in mark["positions"]]
   wanted, different = marks[first]["num_prompts"], len(set(positions))
@@ -224,58 +178,41 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
 
 
 def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> int:
-  """Merges shards into a folder (of `calm generate`) or a file; returns the number of prompts.
+  """Merges shards into a folder, or goes on with it; returns the number of prompts.
 
-  Lines are copied as they are. GenerationsError as of `parts`, and where a file is not as its
-  manifest says, or `output` lies in a shard.
+  GenerationsError as of `parts` and `generations.load`, and where shards are of unlike
+  procedures or grids, or `output` lies in a shard.
   """
   marks, output = parts(places), pathlib.Path(output)
   if any(output.resolve().is_relative_to(folder.resolve()) for folder in marks):
     raise GenerationsError(
       f"Expected `output` beside the shards, got {output}, in one of them."
     )
-  first = next(iter(marks.values()))
   marks = {folder: mark for folder, mark in marks.items() if mark["positions"]}
-  if first["kind"] == "generate":
-    _merge_generations(marks, output)
-    return first["num_prompts"]
-  lines = [
-    [line.raw.removesuffix(b"\n") + b"\n" for line in storage.read_lines(folder / OUTPUTS)]
-    for folder in marks
-  ]
-  ordered = list(_in_order(marks, lines))
-  with storage.replacing(output) as file:
-    file.writelines(ordered)
-  return first["num_prompts"]
-
-
-def _in_order(marks: Marks, columns: Sequence[Sequence[Any]]) -> Iterator[Any]:
-  """Items of all shards, one a prompt, in the order of the list."""
-  for (folder, mark), column in zip(marks.items(), columns, strict=True):
-    if len(column) != len(mark["positions"]):
-      expected = f"expected outputs of {len(mark['positions'])} prompts, as {MARK} says"
-      raise GenerationsError(f"{folder}: {expected}, got {len(column)}; {_AGAIN}")
-  pairs = map(zip, (mark["positions"] for mark in marks.values()), columns)
-  return (item for _, item in heapq.merge(*pairs, key=operator.itemgetter(0)))
-
-
-def _merge_generations(marks: Marks, output: pathlib.Path) -> None:
-  """Writes one folder of cached generations, or goes on with it."""
   runs = [generations.load(folder) for folder in marks]
-  prompts = list(_in_order(marks, [run.prompts for run in runs]))
+  for (folder, mark), run in zip(marks.items(), runs, strict=True):
+    differ = generations.describe_differences(runs[0].procedure, run.procedure)
+    if not np.array_equal(runs[0].thresholds, run.thresholds):
+      differ = f"`thresholds`: expected {runs[0].thresholds}, got {run.thresholds}"
+    if len(run.prompts) != len(mark["positions"]):
+      differ = f"{MARK} names {len(mark['positions'])} prompts, got {len(run.prompts)}"
+    if differ:
+      raise GenerationsError(f"{folder}: expected a shard of one run: {differ}; {_AGAIN}")
+  places = [mark["positions"] for mark in marks.values()]
+  in_order = lambda columns: (item for _, item in heapq.merge(*map(zip, places, columns)))
   writer = generations.open_writer(
     output,
-    prompts=prompts,
+    prompts=list(in_order([run.prompts for run in runs])),
     thresholds=runs[0].thresholds,
     procedure=runs[0].procedure,
     provenance=runs[0].provenance,
   )
+  levels = (NEVER_EXIT, *runs[0].thresholds.tolist())
   columns = zip(*((run.full, *run.records) for run in runs), strict=True)
-  for threshold, column in zip(
-    (NEVER_EXIT, *runs[0].thresholds.tolist()), columns, strict=True
-  ):
+  for threshold, column in zip(levels, columns, strict=True):
     done = writer.completed_ids(threshold)
-    records = (record for record in _in_order(marks, column) if record.id not in done)
+    records = (record for record in in_order(column) if record.id not in done)
     while some := list(itertools.islice(records, 1024)):
       writer.append(threshold, some)
   writer.finish()
+  return sum(map(len, places))

@@ -108,8 +108,7 @@ def _tasks(arguments: argparse.Namespace, places):
   models = {}
   for name, flag in _MODELS.items():
     if (path := getattr(arguments, flag)) is not None:
-      with run_lib.naming_flag(f"--{flag}"):
-        models[name] = inference.load(path, batch_size=arguments.batch_size)
+      models[name] = inference.load(path, batch_size=arguments.batch_size)
   if arguments.train:
     given = [_own_task(arguments, models["predictor"])]
   else:
@@ -133,10 +132,9 @@ def _own_task(arguments: argparse.Namespace, predictor):
   options = request.FitOptions(
     error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
   )
-  with run_lib.naming_flag("--train"):
-    rows = request.read_rows(arguments.train, options)
-    limits, _ = request.length_limits(predictor, rows, options.prefix)
-    splits = request.split(rows, options, trains=True)
+  rows = request.read_rows(arguments.train, options)
+  limits, _ = request.length_limits(predictor, rows, options.prefix)
+  splits = request.split(rows, options, trains=True)
   title = pathlib.Path(arguments.train).name.split(".")[0] or "rows"
   settings = bench.TaskSettings(
     name=re.sub(r"[^A-Za-z0-9_-]+", "_", title),

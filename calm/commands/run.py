@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich import console as rich_console
@@ -89,18 +89,7 @@ def _message(error: Exception) -> str | None:
     return "Files or bindings lie too deep in one another; use fewer levels."
   if not isinstance(error, USER_ERRORS):
     return None
-  return " ".join([text, *getattr(error, "__notes__", ())])
-
-
-@contextlib.contextmanager
-def naming_flag(flag: str) -> Iterator[None]:
-  """Adds to an error about a function's `path` the option that it came from."""
-  try:
-    yield
-  except (ValueError, OSError) as error:
-    if "`path`" in str(error):
-      error.add_note(f"(`path` is `{flag}` here.)")
-    raise
+  return text
 
 
 def check_output(path: str, read: Iterable[str | None]) -> None:

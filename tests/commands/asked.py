@@ -9,8 +9,6 @@ import itertools
 import json
 import pathlib
 
-from rich import console as rich_console
-
 from calm import inference
 from calm.calibrate import Prompt
 from calm.commands import cli, merge
@@ -135,7 +133,6 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
 
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
-  part = merge.Shard(prompt_files.Prompts([Prompt("a", "text")]), 0, 1, str(folder))
-  part.begin("generate", {"procedure": None, "thresholds": [0.5]}, rich_console.Console())
-  small_cache.write(part.folder, part.prompts)
-  part.finish()
+  prompts, mark = merge.take_shard(prompt_files.Prompts([Prompt("a", "text")]), 0, 1)
+  small_cache.write(place := merge.shard_folder(str(folder), mark), prompts)
+  merge.write_mark(place, mark)

@@ -164,13 +164,3 @@ def test_the_cheapest_of_several_folders(tmp_path, calm):
     (["--configurations", one, f"--output={output}"], "NAME=DIR"),
   ):
     assert message in calm("calibrate", *odd, code=2)
-
-
-def test_configurations_count_groups_too(tmp_path, calm):
-  output = tmp_path / "chosen.json"
-  pairs = [f"{way}={grid(tmp_path / way, [0.01], [4], way, size=4)}" for way in ("a", "b")]
-  for flags, clusters, count in (((), True, 100), (("--ungrouped",), False, 400)):
-    calm("calibrate", "--configurations", *pairs, f"--output={output}", *flags)
-    found = Calibration.load(output)
-    assert (found.clusters, found.num_examples) == (clusters, count)
-    assert found.groups_ignored != clusters

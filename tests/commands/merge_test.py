@@ -5,7 +5,6 @@ import shutil
 import tracemalloc
 
 import pytest
-from rich import console as rich_console
 
 from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
 from calm.commands import merge
@@ -13,7 +12,6 @@ from calm.data.prompt_files import Prompts
 from tests.calibrate import laws
 
 GRID, COUNT = (0.9, 0.5), 60
-CONSOLE = rich_console.Console(quiet=True)
 PROMPTS = [
   Prompt(f"id-{i}", f"input {i}", (), None if i % 3 else f"group-{i // 9}")
   for i in range(COUNT)
@@ -28,16 +26,15 @@ def record(prompt: Prompt, threshold: float) -> Record:
 def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GRID):
   """One shard, as `calm generate` writes it, batches of like prompts first."""
   procedure = procedure or laws.procedure()
-  part = merge.Shard(Prompts(prompts), number, count, str(folder))
-  about = {"procedure": procedure.to_json(), "thresholds": list(grid)}
-  part.begin("generate", about, CONSOLE)
-  if mine := part.prompts:
-    writer = open_writer(part.folder, prompts=mine, thresholds=grid, procedure=procedure)
+  mine, mark = merge.take_shard(Prompts(prompts), number, count)
+  at = merge.shard_folder(str(folder), mark)
+  if mine:
+    writer = open_writer(at, prompts=mine, thresholds=grid, procedure=procedure)
     for threshold in (float("inf"), *grid):
       backwards = sorted(mine, key=lambda p: p.id[::-1])
       writer.append(threshold, [record(prompt, threshold) for prompt in backwards])
     writer.finish()
-  part.finish()
+  merge.write_mark(at, mark)
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +83,6 @@ def test_four_shards_are_the_whole_byte_for_byte_again_and_after_a_stop(four, wh
   (four / "merged" / generations.MANIFEST).unlink()
   merge.merge(sorted(four.glob("shard-*"))[::-1], four / "merged")
   assert contents(four / "merged") == contents(whole)
-
-
-def test_outputs_of_shards_are_one_file_in_the_order_of_the_list(tmp_path):
-  def infer(number, lines=None):
-    """As `calm infer` writes them, with no newline at the end."""
-    part = merge.Shard(Prompts(PROMPTS), number, 2, str(tmp_path))
-    lines = lines or [json.dumps({"id": p.id, "prediction": p.input}) for p in part.prompts]
-    part.begin("infer", {"threshold": 0.5}, CONSOLE)
-    (part.folder / merge.OUTPUTS).write_text("\n".join(lines))
-    part.finish()
-    return lines
-
-  output, lines = tmp_path / "all.jsonl", [infer(number) for number in range(2)]
-  assert merge.merge([tmp_path], output) == COUNT
-  rows = [json.loads(line) for line in output.read_text().splitlines()]
-  assert rows == [{"id": p.id, "prediction": p.input} for p in PROMPTS]
-  infer(1, lines[1][1:])
-  output.unlink()
-  with pytest.raises(GenerationsError, match=rf"of {len(lines[1])} prompts, .* got"):
-    merge.merge([tmp_path], output)
-  assert not output.exists()
 
 
 def test_few_prompts_leave_shards_empty(tmp_path):
@@ -158,8 +134,13 @@ OTHER = laws.procedure(measure="state")
     ),
     (lambda f: shutil.rmtree(place(f, 1)), r"got the --shard_id \[0, 2, 3\] of \[4\]"),
     (lambda f: shutil.copytree(place(f), place(f, 9)), r"the --shard_id \[0, 0, 1, 2, 3\]"),
-    (lambda f: anew(f, procedure=OTHER), r"got two: .* differ: `measure`: 'state' for 'soft"),
-    (lambda f: anew(f, prompts=[*PROMPTS[:-1], Prompt("a", "b")]), r"differ: `prompts_digest`"),
+    (lambda f: anew(f, procedure=OTHER), r"a shard of one run: `measure`: expected 'softmax'"),
+    (lambda f: anew(f, grid=(0.9, 0.4)), r"a shard of one run: `thresholds`: expected \[0.9 0"),
+    (lambda f: mark(f, lambda _: {"kind": "infer"}), r"`kind` to be one of 'generate'"),
+    (
+      lambda f: anew(f, prompts=[*PROMPTS[:-1], Prompt("a", "b")]),
+      "one list of prompts, got two",
+    ),
     (shutil.rmtree, "no complete.json"),
   ],
 )
@@ -183,18 +164,11 @@ def test_what_a_mark_claims_is_not_made_room_for(four, claim):
     tracemalloc.stop()
 
 
-def test_nothing_else_is_written_over(four, tmp_path):
+def test_no_shard_is_written_over(four):
   before = contents(place(four))
-  for inside in ("", "outputs.jsonl"):
-    with pytest.raises(GenerationsError, match="`output` beside the shards"):
-      merge.merge([four], place(four) / inside)
+  with pytest.raises(GenerationsError, match="`output` beside the shards"):
+    merge.merge([four], place(four))
   assert contents(place(four)) == before
-  write(tmp_path / "other", prompts=[Prompt(f"other-{row}", "text") for row in range(3)])
-  merge.merge([tmp_path / "other"], tmp_path / "out")
-  before = contents(tmp_path / "out")
-  with pytest.raises(GenerationsError, match="`prompt_ids`: expected"):
-    merge.merge([four], tmp_path / "out")
-  assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(
@@ -205,34 +179,27 @@ def test_nothing_else_is_written_over(four, tmp_path):
     (2, 2, "got 2 of 2; the first shard is 0"),
   ],
 )
-def test_a_shard_that_is_not_known_is_refused(count, number, message, tmp_path):
+def test_a_shard_that_is_not_known_is_refused(count, number, message):
   with pytest.raises(ValueError, match=message):
-    merge.Shard(Prompts(PROMPTS), number, count, str(tmp_path))
+    merge.take_shard(Prompts(PROMPTS), number, count)
 
 
-def test_shards_of_generate_and_infer_are_one_run(model, tmp_path, calm):
+def test_shards_are_one_run(model, tmp_path, calm):
   """One row at a time: no prompt's numbers depend on those that are decoded beside it."""
   prompts = tmp_path / "prompts.jsonl"
   rows = [{"id": f"p{i + 5}", "input": f"text {i}", "target": ["x"]} for i in range(7)]
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  named = [f"--model={model}", f"--prompts={prompts}"]
+  named = ["generate", f"--model={model}", f"--prompts={prompts}", "--thresholds=0.9,0.5"]
   named += ["--max_input_length=32", "--max_decode_length=4", "--batch_size=1"]
-  for command, option in (("generate", "--thresholds=0.9,0.5"), ("infer", "--threshold=0.5")):
-    one, many = tmp_path / f"{command}-one", tmp_path / command
-    calm(command, *named, option, f"--output={one}")
-    for number in (1, 0, 1):  # the last is done already
-      part = ["--num_shards=2", f"--shard_id={number}", f"--output={many}"]
-      printed = calm(command, *named, option, *part)
-    assert "shard-00001-of-00002 is finished already" in printed
-    calm("merge", many)
-  merged = tmp_path / "generate" / "merged"
+  one, many = tmp_path / "one", tmp_path / "many"
+  calm(*named, f"--output={one}")
+  for number in (1, 0, 1):  # the last is done already
+    part = ["--num_shards=2", f"--shard_id={number}", f"--output={many}"]
+    assert f"shard-0000{number}-of-00002 is finished" in calm(*named, *part)
+  calm("merge", many)
   for name in generations.file_names((0.9, 0.5)):
     ours, theirs = (
-      sorted((at / name).read_text().splitlines()) for at in (merged, tmp_path / "generate-one")
+      sorted((at / name).read_text().splitlines()) for at in (many / "merged", one)
     )
     assert ours == theirs and len(ours) == 7
-  outputs = tmp_path / "infer" / "outputs.jsonl"
-  assert outputs.read_text() == (tmp_path / "infer-one").read_text()
-  # Another run in the folder of a shard.
-  printed = calm("infer", *named, "--threshold=never", *part, code=2)
-  assert "`threshold`: '0.5' for 'never'" in printed
+  assert "`measure`" in calm(*named, *part, "--measure=state", code=2)  # another run

@@ -1,13 +1,11 @@
 """The benchmark at a tiny shape: forced exits come out, tables are whole, peers are named."""
 
-import dataclasses
 import json
 import pathlib
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,34 +56,6 @@ def test_forced_exits_are_exact_for_every_row_and_token(measure):
   np.testing.assert_array_equal(got, system.exact[0])
   assert len(np.unique(got)) > 2
   assert (got[0] != got[1]).any()
-
-
-def test_a_forced_measure_depends_on_what_it_measures():
-  """Meta: a measure whose value could not matter might not be computed."""
-
-  @dataclasses.dataclass(frozen=True)
-  class Given:
-    name, uses_head, uses_shortlist, part, bound = "given", False, False, None, None
-
-    def __call__(self, view):
-      return view.hidden
-
-  forced = models.ForcedMeasure(Given(), 4)
-  view = lambda value: dataclasses.make_dataclass("View", ["layer", "hidden"])(
-    2, jnp.asarray(value)
-  )
-  low, high = forced(view(0.0)), forced(view(1.0))
-  assert low < high
-  trace = models.Trace((2, 3), 4)
-  two, three = (trace(jnp.asarray(0.0), jnp.asarray(t)) for t in (0, 1))
-  assert two <= low and high < three
-
-
-def test_the_packed_model_has_real_prompts():
-  setting = models.Setting("packed", 2, 256, 8, num_prompts=4)
-  made = models.batches(models.load("packed", "float32", 8), setting)
-  assert [batch.shape for batch in made] == [(2, 256)] * 2
-  assert all((batch[:, 0] > 2).all() and (batch == 1).any() for batch in made)
 
 
 def test_a_peer_that_is_not_there_is_named_and_rows_are_counted_to_their_end():

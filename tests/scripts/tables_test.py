@@ -64,16 +64,3 @@ def test_a_changed_figure_is_found(tmp_path, monkeypatch, capsys):
   assert tables.main(["--check"]) == 0
   with pytest.raises(FileNotFoundError):
     tables.rendered("<!-- table: missing -->\n<!-- end -->")
-
-
-def test_rows_and_columns_of_objects_can_be_chosen(tmp_path, monkeypatch):
-  rows = [{"model": name, "task": "qa", "ms": 1.0} for name in "abc"]
-  result = {"command": "c", "columns": ["model", "task", "ms"], "rows": rows, "versions": {}}
-  (tmp_path / "a.json").write_text(json.dumps(result))
-  monkeypatch.setattr(tables, "RESULTS", tmp_path)
-  mark = "<!-- table: a rows: 3 1 columns: ms; model -->"
-  made = tables.rendered(f"{mark}\nold\n<!-- end -->\n")
-  assert made.splitlines()[:5] == [mark, "| ms | model |", "| ---: | --- |"] + [
-    f"| 1.00 | {name} |" for name in "ca"
-  ]
-  assert tables.rendered(made) == made
