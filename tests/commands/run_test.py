@@ -110,7 +110,7 @@ def test_a_new_cache_is_its_users_alone_whatever_the_umask(cache_in_tmp, tmp_pat
     ("xdg", 0o777, True),  # anybody may put another `calm` there
     ("xdg", 0o1777, False),  # as /tmp
     ("xdg/calm/xla", 0o755, False),
-    ("xdg/calm", 0o700, True),  # of another user
+    ("xdg/calm/xla", 0o700, True),  # of another user
   ],
 )
 def test_a_cache_that_others_may_write_is_refused(
