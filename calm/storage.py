@@ -140,8 +140,9 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
       target = destination(path)
       partial = None if target is None else stack.enter_context(temporary(target))
       sys.stdout.flush()
-      place: Any = contextlib.nullcontext(sys.stdout.buffer)
-      if str(path) != "-":
+      if str(path) == "-":
+        place: Any = contextlib.nullcontext(sys.stdout.buffer)
+      else:
         place = open(partial or path, "ab")  # noqa: SIM115
     with _explaining(path, _FULL), place as file:
       yield file

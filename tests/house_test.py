@@ -61,12 +61,12 @@ BUDGETS = {
   "paper": (1595, 5),
   "serve": (828, 4),
   "signals.py": (73, 1),
-  "storage.py": (408, 1),
+  "storage.py": (409, 1),
   "t5": (2842, 16),
   "t5x": (1113, 4),
   "training": (1392, 8),
 }
-WHOLE = {"calm": (24_648, 116), "tests": (20_271, 136), "scripts": (4_424, 25)}
+WHOLE = {"calm": (24_649, 116), "tests": (20_271, 136), "scripts": (4_424, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
