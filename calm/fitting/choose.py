@@ -450,20 +450,14 @@ def timed(
   rounds counts, prompt by prompt: other work only ever adds."""
   length = predictor.options.max_decode_length
   able = [i for i, e in enumerate(tried) if np.isfinite(e.threshold) and np.isnan(e.speedup)]
-  # Weights that serve every measure, a shortlist's too.
-  listed = any(tried[i].candidate.measure == "shortlist" for i in able)
-  serving = predictor.with_options(measure="shortlist") if listed else predictor
-  narrow: dict[str, inference.Predictor | None] = {"": None}
   settings = []
-  for i in able:
-    way, threshold = tried[i].candidate, tried[i].threshold
-    if way.in_8_bits not in narrow:
-      narrow[way.in_8_bits] = serving.with_options(**IN_8_BITS[way.in_8_bits])
-    rule = predictor.with_options(**way.options(length)).options.rule
-    settings.append(timing.Setting(str(way), rule, threshold, narrow[way.in_8_bits]))
+  for entry in (tried[i] for i in able):
+    model = predictor.with_options(**entry.candidate.options(length))
+    name, rule = str(entry.candidate), model.options.rule
+    settings.append(timing.Setting(name, rule, entry.threshold, model))
   chosen = timing.of_one_length(predictor, prompts, size[0])
   found = timing.measure(
-    serving, chosen, settings, rounds=size[1], of_rounds=np.min, progress=progress
+    predictor, chosen, settings, rounds=size[1], of_rounds=np.min, progress=progress
   )
   made = list(tried)
   for i, row in zip(able, found.rows[1:], strict=True):

@@ -173,14 +173,9 @@ def write(
     exact = dataclasses.asdict(inference.exact_rule(predictor)) if result.exact else None
     put(inference.FULL_DEPTH, {"reason": result.reason, "exact": exact})
   whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
-  storage.write_atomically(output / SUMMARY, summary(result, options, str(output)))
+  environment = panel.environment("calm.fitting", result.num_layers)
+  page = environment.get_template(f"{SUMMARY}.j2")
+  shown = page.render(result=result, options=options, folder=str(output))
+  storage.write_atomically(output / SUMMARY, shown)
   # The last file: a fit that has it is whole.
   put(f"{request.WORK}/{RESULT}", {**whole, **result_cache.to_json(result)})
-
-
-def summary(result: Result, options: request.FitOptions, folder: str) -> str:
-  """The summary as a page of HTML, which needs no network; its commands name the `folder`."""
-  environment = panel.environment("calm.fitting", result.num_layers)
-  return environment.get_template(f"{SUMMARY}.j2").render(
-    result=result, options=options, folder=folder
-  )

@@ -6,9 +6,7 @@ alone orders the layers; HTML has tooltips besides, a terminal without colour ha
 
 import dataclasses
 import html
-import importlib
 import io
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -169,7 +167,9 @@ class Outputs(Sequence[Output]):
 def _new_axes() -> Any:
   # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
   # which ask for what pyplot made, need to be told.
-  figure = importlib.import_module("matplotlib.figure").Figure((6, 4), layout="constrained")
+  from matplotlib.figure import Figure  # of the extra `report`
+
+  figure: Any = Figure((6, 4), layout="constrained")
   axes = figure.subplots()
 
   def png() -> bytes:
@@ -204,13 +204,9 @@ def _rgb(colour: str) -> list[int]:
 
 def text_colour(background: str) -> str:
   """Black or white, whichever has more contrast: at least 4.5 on any background (WCAG 2)."""
-  linear = [
-    c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-    for c in (channel / 255 for channel in _rgb(background))
-  ]
-  luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-  # (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
-  return "#000000" if luminance > math.sqrt(0.0525) - 0.05 else "#ffffff"
+  red, green, blue = ((channel / 255) ** 2.2 for channel in _rgb(background))
+  # Relative luminance L, where (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
+  return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 
 
 def printable(piece: str) -> str:

@@ -204,7 +204,6 @@ class Predictor:
     online: Online | None = None,
     ids: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    parts: Callable[[int, outputs.Output], None] | None = None,
   ) -> outputs.Outputs:
     """Decodes prompts greedily.
 
@@ -222,7 +221,6 @@ class Predictor:
         None takes the texts.
       progress: told how many prompts are done of how many; None shows it where someone looks
         on (a terminal or a notebook) and it takes long.
-      parts: told of a prompt's number and its output so far, after each of its tokens.
 
     Raises:
       ValueError: there is neither a threshold nor a calibration nor a rule without one, or an
@@ -233,7 +231,7 @@ class Predictor:
     if online is not None:
       if threshold is not None or rule is not None:
         raise ValueError("`online` needs neither `threshold` nor `rule`; leave these out.")
-      return grid.serve_online(self, online, texts, ids, progress, parts)
+      return grid.serve_online(self, online, texts, ids, progress)
     if threshold is None and rule is None:
       threshold = self.threshold
       if threshold is None:
@@ -251,7 +249,7 @@ class Predictor:
       model, rule = self.reference, self.exact or exits.StaticExit()
     with contextlib.ExitStack() as stack:
       report = progress or stack.enter_context(Progress()).count("prompts")
-      decoded = model.decode_texts(texts, threshold, rule, report, parts)
+      decoded = model.decode_texts(texts, threshold, rule, report)
     made = self.calibration if promised else None
     if made is None or threshold != made.threshold or self.platform_mismatch:
       return decoded
@@ -263,7 +261,6 @@ class Predictor:
     threshold: float | None,
     rule: exits.Rule | None,
     progress: Callable[[int, int], None],
-    parts: Callable[[int, outputs.Output], None] | None = None,
   ) -> outputs.Outputs:
     """Decodes prompts by one program and without a promise; arguments as for `generate`."""
     programs, compiling = compiled.num_made(), timing.compile_seconds()
@@ -275,12 +272,7 @@ class Predictor:
       start = timing.now()
       encoded = jax.block_until_ready(self.encode(batch))
       encode, start = encode + timing.now() - start, timing.now()
-      if parts is None:
-        generation = self.decode(encoded, batch.active, level, rule)
-      else:
-        for generation in self.stream(encoded, batch.active, level, rule, steps=1):
-          for i, row in enumerate(batch.rows):
-            parts(int(row), self.output(generation, i))
+      generation = self.decode(encoded, batch.active, level, rule)
       decode += timing.now() - start
       for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)

@@ -200,12 +200,6 @@ class Bench:
     """`whole` under a measure (and other options)."""
     return under(self.whole, measure, **options)
 
-  @functools.cached_property
-  def timed_model(self) -> inference.Predictor:
-    """A predictor whose weights serve every measure."""
-    listed = [name for name in self.measures if self.model(name).options.uses_shortlist]
-    return under(self.predictor, (listed or self.measures)[0])
-
   def step(self, text: str) -> Report:
     return self.announce(f"{self.settings.title}: {text}")
 
@@ -277,7 +271,7 @@ class Bench:
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
     rounds = self.options.rounds
     make = lambda: timing.measure(
-      self.timed_model,
+      self.predictor,
       prompts,
       settings,
       rounds=rounds,

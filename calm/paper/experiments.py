@@ -211,7 +211,7 @@ def tradeoff(of: bench.Bench) -> Curves:
   settings = of.timed_settings({measure: of.grid(measure) for measure in grids})
   settings += [timing.Setting(f"{STATIC} {k}", exits.StaticExit(k)) for k in depths]
   settings.append(timing.Setting(ORACLE, exits.OracleExit()))
-  timed = timing.of_one_length(of.timed_model, of.validation, of.options.timed)
+  timed = timing.of_one_length(of.predictor, of.validation, of.options.timed)
   timings, full = of.time("tradeoff", timed, settings), of.full
   more: dict[str, Any] = {"bleu": of.settings.bleu, "timings": timings}
   scored = functools.partial(
@@ -437,7 +437,7 @@ def gains(
     measure: list(dict.fromkeys(c.threshold for c in cells if c.measure == measure and c.exits))
     for measure in of.measures
   }
-  alone = timing.of_one_length(of.timed_model, of.unseen, 2 * of.options.timed)
+  alone = timing.of_one_length(of.predictor, of.unseen, 2 * of.options.timed)
   timings = of.time("gains", alone, of.timed_settings(chosen))
 
   def measured(cell: Gain) -> Gain:

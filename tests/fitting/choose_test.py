@@ -1,4 +1,4 @@
-"""Ranking, grids and forecasts by hand; which head and which drafts are timed and taken."""
+"""Ranking, grids and forecasts by hand."""
 
 import dataclasses
 import math
@@ -6,11 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from calm import inference
-from calm.calibrate import Prompt
 from calm.fitting import choose
 from calm.fitting.choose import Candidate
-from calm.inference import timing
 
 
 @pytest.fixture
@@ -78,23 +75,3 @@ def test_ways_are_told_by_their_seconds_and_8_bits_must_gain_clearly():
     "  softmax after layer 1: no threshold within the tolerance",
     "  softmax after layer 1: x2.70 in a first timing, at threshold 0.4",
   ]
-
-
-PROMPTS = [Prompt(text, text) for text in ("some words", "other words", "more of them")]
-
-
-@pytest.mark.parametrize(
-  ("alone", "batched", "served"), [(1.5, 1.1, True), (1.5, 0.9, False), (0.9, 1.1, False)]
-)
-def test_drafts_are_served_where_they_are_faster(model, monkeypatch, alone, batched, served):
-  pair = lambda size, x: timing.Pair(size, 3, x, 1.0, x, x)
-
-  def measure(predictor, texts, threshold, *, rule):
-    assert texts == [prompt.input for prompt in PROMPTS] and threshold == 1.0
-    assert rule == inference.exact_rule(predictor)
-    return timing.Seconds(pair(1, alone), pair(8, batched))
-
-  monkeypatch.setattr(inference.timing, "beside_full_depth", measure)
-  assert bool(choose.faster_exact(model, PROMPTS)) == served
-  coded = model.with_options(weights_dtype="int8")  # states are rounded to few bits
-  assert choose.faster_exact(coded, PROMPTS) is None

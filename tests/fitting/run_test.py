@@ -97,6 +97,13 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
     fitting.fit(directory, rows[:45], output=output, **{**OPTIONS, "tolerance": 0.6})
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(directory, rows[:44], output=output, **OPTIONS)
+  with (
+    monkeypatch.context() as other,
+    pytest.raises(ValueError, match=r"`metric` \('/x.py:run'"),
+  ):
+    stored = {"options": {**OPTIONS, "metric": "/x.py:run"}}  # compared, and not imported
+    other.setattr(result.storage, "parse_json", lambda content: stored)
+    fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   monkeypatch.setattr(run, "make", None)  # what is done is not done again
   again = fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   assert again.calibration == served.calibration
@@ -163,7 +170,7 @@ def test_stages_train_what_they_should(trained):
   written = [json.loads(line) for line in lines]
   after = inference.load(output / "fit" / "stage_one" / "model", batch_size=4)
   texts = after.generate([row["input"] for row in written], rule=exits.StaticExit()).texts
-  assert [row["target"] for row in written] == [[text] for text in texts]
+  assert [row["targets"] for row in written] == [[text] for text in texts]
 
 
 def test_trained_weights_are_certified_against_the_given_models_texts(trained):
@@ -275,23 +282,15 @@ def test_options_and_rows_that_cannot_do_are_named_before_any_work(
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("model_type", ["bart", "t5"])
-def test_models_that_are_not_the_rows_are_named_before_any_work(
-  directory, rows, tmp_path, model_type
+def test_a_tokenizer_that_does_not_know_the_texts_is_named_before_any_work(
+  directory, rows, tmp_path
 ):
-  """Another architecture, and a tokenizer that does not know the texts."""
-  folder, words = tmp_path / "model", "`model_type` in config.json"
-  if model_type == "t5":
-    words = "unknown"
-    rows = [dataclasses.replace(r, input="日 本 語 の 文 " + r.id) for r in rows]
-    pieces = vocabulary.SentencePieceVocabulary(toy_vocabulary.train(tmp_path / "toy.model"))
-    opened = inference.load(directory)
-    checkpoints.save(folder, opened.params, opened.config, vocabulary=pieces)
-  else:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-  with pytest.raises(ValueError, match=words):
-    fitting.fit(folder, rows[:45], output=tmp_path / "out", **OPTIONS)
+  rows = [dataclasses.replace(r, input="日 本 語 の 文 " + r.id) for r in rows]
+  pieces = vocabulary.SentencePieceVocabulary(toy_vocabulary.train(tmp_path / "toy.model"))
+  opened = inference.load(directory)
+  checkpoints.save(tmp_path / "model", opened.params, opened.config, vocabulary=pieces)
+  with pytest.raises(ValueError, match="unknown"):
+    fitting.fit(tmp_path / "model", rows[:45], output=tmp_path / "out", **OPTIONS)
   assert not (tmp_path / "out").exists()
 
 

@@ -8,20 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, fitting, inference
+from calm import exits, fitting
 from calm.exits import confidence, propagation, schedules
-from calm.fitting import result
 from calm.inference import DecodeOptions
 from tests import odd_arguments
-from tests.inference import predictor_test
 
 TEXTS = ["a", "some words"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  folder = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
-  return inference.load(str(folder), **{**predictor_test.OPTIONS, "max_decode_length": 3})
 
 
 def test_options_and_rules_take_names_and_lists():
@@ -59,25 +51,6 @@ def test_generate_needs_a_threshold_and_layers_that_there_are(model):
   ):
     with pytest.raises(ValueError, match=re.escape(message)):
       model.generate(TEXTS, **options)
-
-
-def first_letter(prediction, references):
-  return float(any(prediction[:1] == text[:1] for text in references))
-
-
-def test_a_fit_goes_on_by_the_name_of_a_metric(tmp_path):
-  asked = fitting.FitOptions(metric=f"{__name__}:first_letter")
-  begin = lambda options: result.open_folder(
-    tmp_path / "fit", {"model": "a", "rows": "b", "options": dataclasses.asdict(options)}
-  )
-  begin(asked)
-  begin(asked)
-  # A name that the file alone has is compared, and not imported.
-  (tmp_path / "harmful.py").write_text("raise SystemExit('imported')\n")
-  request = tmp_path / "fit" / "fit" / "request.json"
-  request.write_text(request.read_text().replace(asked.metric, f"{tmp_path}/harmful.py:run"))
-  with pytest.raises(ValueError, match=r"`metric` \('.*harmful.py:run' there"):
-    begin(asked)
 
 
 def fields(kind, **changes):

@@ -29,11 +29,6 @@ ONLINE = {"tolerance": 0.8, "error_rate": 0.3, "thresholds": GRID}
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
-
-
-@pytest.fixture(scope="module")
 def model(directory):
   return inference.load(directory, **{**predictor_test.OPTIONS, "max_input_length": 32})
 

@@ -19,8 +19,7 @@ NONSENSE = exits.Speculative(2, 3, stop_below=0.0)
 
 
 @pytest.fixture(scope="module")
-def verified(tmp_path_factory):
-  directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+def verified(directory):
   opened = inference.load(directory, **OPTIONS)
   return opened.with_options(measure="verified", exit_layers=(2,))
 

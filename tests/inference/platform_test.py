@@ -16,17 +16,7 @@ from calm.exits import schedules
 from calm.inference import options as options_lib
 from calm.t5 import eight_bits, network
 from calm.t5 import layers as layers_lib
-from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return save(tmp_path_factory.mktemp("platform") / "toy")
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-  return inference.load(directory, **OPTIONS)
+from tests.inference.predictor_test import OPTIONS, TEXTS, rows
 
 
 @pytest.fixture(scope="module")

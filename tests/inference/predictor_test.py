@@ -37,16 +37,6 @@ def save(directory, seed=1, with_vocabulary=True):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return save(tmp_path_factory.mktemp("model") / "toy")
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-  return inference.load(directory, **OPTIONS)
-
-
-@pytest.fixture(scope="module")
 def calibration(model):
   grid = [0.9, 0.6, 0.3]
   made = calibrate.calibrate(np.zeros((200, 3)), grid, tolerance=0.1, error_rate=0.05)

@@ -9,7 +9,7 @@ from calm import calibrate, exits, inference
 from calm.calibrate import Prompt, metrics
 from calm.exits import schedules
 from calm.inference import grid
-from tests.inference.predictor_test import OPTIONS, save
+from tests.inference.predictor_test import OPTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::calm.inference.SlowerThanFullDepth")
 TEXTS = [f"{word} {i}" for i in range(6) for word in ("some", "words", "to", "read")]
@@ -21,13 +21,8 @@ NAMES = ["-".join(f"{name}-{value}" for name, value in given.items()) for given 
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return save(tmp_path_factory.mktemp("reference") / "toy")
-
-
-@pytest.fixture(scope="module")
-def full(directory):
-  return inference.load(directory, **OPTIONS)
+def full(model):
+  return model
 
 
 def load(directory, given):

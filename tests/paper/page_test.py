@@ -1,7 +1,6 @@
 """The page, its figures and tables from made-up results; no model is decoded."""
 
 import csv
-import html.parser
 import io
 import re
 import shutil
@@ -17,6 +16,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 from calm.inference import panel
 from calm.paper import page
 from calm.paper import sections as sections_lib
+from tests import renderers_test
 from tests.paper import samples
 
 
@@ -35,48 +35,22 @@ def text(made):
   return page.render(made)
 
 
-class Outline(html.parser.HTMLParser):
-  """Ids, links, tags and the addresses that a page would fetch."""
-
-  VOID = {"meta", "link", "input", "br", "path", "use"}
-
-  def __init__(self, text: str):
-    super().__init__()
-    self.ids, self.references, self.fetched, self.open = [], [], [], []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attrs):
-    for name, value in attrs:
-      if name == "id":
-        self.ids.append(value)
-      if name in ("href", "xlink:href") and value.startswith("#"):
-        self.references.append(value[1:])
-      elif name in ("src", "href", "xlink:href") and not value.startswith("data:"):
-        self.fetched.append(value)
-    if tag not in self.VOID:
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    if tag not in self.VOID:
-      assert self.open.pop() == tag
-
-
 def test_the_page_is_whole_and_fetches_nothing(sections, text):
-  outline = Outline(text)
-  assert not outline.open
-  assert not outline.fetched and "@import" not in text and "url(http" not in text
-  assert len(outline.ids) == len(set(outline.ids))
-  assert set(outline.references) <= set(outline.ids)
+  given = renderers_test.Page(text).attributes
+  links = [value for name, value in given if name in ("src", "href", "xlink:href")]
+  assert all(link.startswith(("data:", "#")) for link in links)
+  assert "@import" not in text and "url(http" not in text
+  ids = [value for name, value in given if name == "id"]
+  assert len(ids) == len(set(ids))
   used = set(re.findall(r"url\(#([^)]+)\)", text))
-  assert used and used <= set(outline.ids)
+  assert used and used | {link[1:] for link in links if link[0] == "#"} <= set(ids)
   assert "<up>" not in text and "none &amp; &lt;nothing&gt;" in text
   assert "</script>" not in re.sub(r"</script>\n", "", text)  # not from a prompt's text
   assert [section.name for section in sections] == list(sections_lib.SECTIONS)
   for section in sections:
     assert section.figures or section.tables or section.panels
     shown = [*(f.name for f in section.figures), *(f"table-{t.name}" for t in section.tables)]
-    assert set(shown) <= set(outline.ids)
+    assert set(shown) <= set(ids)
 
 
 def test_the_slider_has_what_the_generations_have(sections):

@@ -107,7 +107,6 @@ class Task(experiments.Task):
   validation_grids = test_grids = property(
     lambda self: dict.fromkeys(MEASURES, cached(len(self.test)))
   )
-  timed_model = property(lambda self: self.predictor)
   static = property(lambda self: {k: self._static(k) for k in range(1, 5)})
 
   def _static(self, depth):

@@ -27,22 +27,6 @@ def test_violations_stay_within_the_error_rate(method):
     assert broken.pvalue > 1e-3 and found.interval[0] <= found.share <= found.interval[1]
 
 
-def test_a_wrong_method_would_be_caught(monkeypatch):
-  """With p-values that ignore chance (mean below tolerance: 0) violations exceed the rate."""
-
-  def p_value(sums, count, tolerance, log=False):
-    low = np.asarray(sums) / count < tolerance
-    return np.where(low, -9.0, 0.0) if log else np.where(low, 1e-4, 1.0)
-
-  naive = methods.Method("naive", p_value)
-  monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "naive": naive})
-  monkeypatch.setattr(methods, "NAMES", ("naive",))
-  pool = losses(means=(0.05,))
-  tolerance = float(pool.values.mean()) - 1e-4
-  (found,) = experiments.repeat(pool, "naive", [tolerance], 0.05, 500)
-  assert found.interval[0] > 0.05
-
-
 def test_splits_report_risk_layers_and_spread():
   layers = np.tile([12, 8, 4], (500, 1)), np.full((500, 3), 2), 8
   options = {"layers": layers, "splits": 20}

@@ -1,0 +1,18 @@
+"""A toy of bytes that tests of predictors share."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+  from tests.inference import predictor_test
+
+  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture(scope="session")
+def model(directory):
+  from calm import inference
+  from tests.inference import predictor_test
+
+  return inference.load(directory, **predictor_test.OPTIONS)
