@@ -5,6 +5,7 @@ import collections
 import contextlib
 import functools
 import pathlib
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,6 +18,7 @@ MAPS_PART = 0.5
 
 # Programs made so far by method, those that are compiled into another's too.
 _made: collections.Counter[str] = collections.Counter()
+_seconds = 0.0  # of the calls that made them
 
 
 class Method:
@@ -36,7 +38,12 @@ class Method:
     return self if instance is None else functools.partial(self, instance)
 
   def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
-    return self._compiled(instance, args, kwargs)(*args, **kwargs)
+    global _seconds
+    made, before, start = num_made(), _seconds, time.perf_counter()
+    result = self._compiled(instance, args, kwargs)(*args, **kwargs)
+    if num_made() > made:  # of methods that it calls the seconds are in its own
+      _seconds = before + time.perf_counter() - start
+    return result
 
   def lower(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
     """As `jax.jit(...).lower`, for who reads the compiled program."""
@@ -67,6 +74,11 @@ def maps_part() -> float:
     most = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
     return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") / most
   return 0.0
+
+
+def seconds() -> float:
+  """Seconds that this process has spent on calls that traced and compiled a program."""
+  return _seconds
 
 
 def num_made(method: str | None = None) -> int:

@@ -60,9 +60,7 @@ class LearnedExits:
   # model's, without the translator and with it.
   agreement_before: tuple[float, ...]
   agreement_after: tuple[float, ...]
-  rank: int  # of learned propagation
   num_tokens: int  # tokens of the model's own texts that were read
-  penalty: float  # of the ridge regressions, relative to the mean square of a state's entry
   seconds: float  # of learning, without decoding these texts
   base_digest: str  # of the model's own parameters
 
@@ -126,7 +124,7 @@ def fit(
   before, after = zip(*agreement, strict=True)
   count, seconds = sum(map(len, tokens)), time.monotonic() - start
   base_digest = parameters.base_digest(predictor.params)
-  learned = LearnedExits(layers, before, after, rank, count, penalty, seconds, base_digest)
+  learned = LearnedExits(layers, before, after, count, seconds, base_digest)
   return {
     f"decoder/{path}": np.asarray(leaf, np.float32) for path, leaf in flat.items()
   }, learned

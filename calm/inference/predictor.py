@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -263,21 +264,22 @@ class Predictor:
     progress: Callable[[int, int], None],
   ) -> outputs.Outputs:
     """Decodes prompts by one program and without a promise; arguments as for `generate`."""
-    programs, compiling = compiled.num_made(), timing.compile_seconds()
+    programs, compiling = compiled.num_made(), compiled.seconds()
+    now = lambda: time.perf_counter() - compiled.seconds()
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
     encode = decode = 0.0
     for batch in self.plan(texts):
       progress(len(items), len(texts))
-      start = timing.now()
+      start = now()
       encoded = jax.block_until_ready(self.encode(batch))
-      encode, start = encode + timing.now() - start, timing.now()
+      encode, start = encode + now() - start, now()
       generation = self.decode(encoded, batch.active, level, rule)
-      decode += timing.now() - start
+      decode += now() - start
       for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)
     progress(len(texts), len(texts))
-    made, compiling = compiled.num_made() - programs, timing.compile_seconds() - compiling
+    made, compiling = compiled.num_made() - programs, compiled.seconds() - compiling
     seconds = outputs.Timing(encode, decode, made, compiling)
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs.Outputs(in_order, self.num_layers, threshold, None, seconds)

@@ -2,14 +2,12 @@
 that other work of the machine falls on all alike. Compiling is not counted."""
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax import monitoring
 
 from calm import arguments, exits
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt
@@ -253,41 +251,3 @@ def _rounds(
       done = (number + (place + 1) / len(batches)) / (rounds + 1)
       progress(done, f"round {number + 1} of {rounds + 1}")
   return seconds[1:], encode[1:]
-
-
-# ---- Seconds without those of compiling
-
-_lock = threading.Lock()
-_spans: list[tuple[float, float]] = []
-_compile_seconds = 0.0
-
-
-def _listen(event: str, duration_secs: float, **_) -> None:
-  global _compile_seconds
-  if not event.startswith("/jax/core/compile/"):
-    return
-  end = time.perf_counter()
-  start = end - duration_secs
-  with _lock:
-    # A span is reported when it ends, after those within it, which it replaces.
-    while _spans and _spans[-1][0] >= start:
-      first, last = _spans.pop()
-      _compile_seconds -= last - first
-    if _spans:
-      start = max(start, _spans[-1][1])
-    _spans.append((start, end))
-    _compile_seconds += end - start
-    del _spans[:-64]
-
-
-monitoring.register_event_duration_secs_listener(_listen)
-
-
-def compile_seconds() -> float:
-  """Seconds that JAX has spent on tracing, lowering and compiling in this process."""
-  return _compile_seconds
-
-
-def now() -> float:
-  """Seconds of a clock that stands still while JAX traces, lowers and compiles."""
-  return time.perf_counter() - _compile_seconds

@@ -474,7 +474,7 @@ class Trial:
   tolerance: float  # delta
   risk_mean: float  # mean over splits of the mean test loss at the chosen threshold
   risk_spread: float
-  layers_mean: float  # mean of decoder layers a token on the test part; NaN without layers
+  layers_mean: float  # mean of decoder layers a token on the test part
   layers_spread: float
   certified_share: float  # share of splits with any threshold certified
   draws: int  # calibration sets drawn
@@ -493,9 +493,9 @@ def repeat(
   tolerances: Sequence[float],
   error_rate: float,
   size: int,
+  layers: tuple[np.ndarray, np.ndarray, int],
   *,
   measure: str = "",
-  layers: tuple[np.ndarray, np.ndarray, int] | None = None,
   splits: int = SPLITS,
   draws: int = DRAWS,
 ) -> tuple[Trial, ...]:
@@ -519,16 +519,12 @@ def repeat(
   # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
   true_risk, found = np.append(values.mean(axis=0), 0.0), []
 
-  def depth(column: int, rows: np.ndarray) -> float:
-    if layers is None or column < 0:
-      return np.nan if layers is None else float(layers[2])
-    return layers[0][rows, column].sum() / layers[1][rows, column].sum()
-
+  depth = lambda c, rows: layers[0][rows, c].sum() / layers[1][rows, c].sum()
   for place, tolerance in enumerate(tolerances):
     columns = chosen[:, place].tolist()
     pairs = list(zip(columns, orders[:, cut:], strict=True))
     risks = np.array([0.0 if c < 0 else values[rows, c].mean() for c, rows in pairs])
-    depths = np.array([depth(c, rows) for c, rows in pairs])
+    depths = np.array([layers[2] if c < 0 else depth(c, rows) for c, rows in pairs])
     certified = sum(column >= 0 for column in columns) / splits
     column = of_draws[:, place]
     broken = int(np.sum((column >= 0) & (true_risk[column] > tolerance)))
@@ -579,7 +575,7 @@ def validity(of: bench.Bench) -> tuple[Trial, ...]:
   count, found, progress = len(of.test), [], of.step("repeated calibration")
   rows = sorted(range(count), key=str)  # the order that splits were always drawn from
   for number, (measure, cached) in enumerate(of.test_grids.items()):
-    counts = cached.layer_counts()
+    counts: Any = cached.layer_counts()
     for turn, method in enumerate(METHODS):
       progress((number + turn / 2) / len(of.measures), f"{measure}, {method}")
       found += repeat(
@@ -588,8 +584,8 @@ def validity(of: bench.Bench) -> tuple[Trial, ...]:
         TOLERANCES,
         of.options.error_rate,
         min(300, count),
+        (counts[0][rows], counts[1][rows], of.num_layers),
         measure=measure,
-        layers=counts and (counts[0][rows], counts[1][rows], of.num_layers),
         splits=SPLITS,
         draws=DRAWS,
       )

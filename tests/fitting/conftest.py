@@ -39,15 +39,6 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(directory):
-  """The toy, opened."""
-  from calm import inference
-  from tests.inference import predictor_test
-
-  return inference.load(directory, **predictor_test.OPTIONS)
-
-
-@pytest.fixture(scope="module")
 def promotion():
   import jax
 

@@ -21,10 +21,6 @@ pytestmark = pytest.mark.usefixtures("promotion", "few_rounds")
 OPTIONS = conftest.OPTIONS
 
 
-def silent(share, text):
-  del share, text
-
-
 def sums_of(x, last, inputs, squares=None):
   """Normal equations of one layer's states."""
   rows = np.concatenate([x, np.ones((len(x), 1))], axis=1)
@@ -154,4 +150,4 @@ def test_states_that_are_not_finite_are_refused(directory):
   flat["decoder/layers_0/mlp/wo/kernel"] = flat["decoder/layers_0/mlp/wo/kernel"] * np.inf
   broken = dataclasses.replace(model, params=parameters.unflatten(flat))
   with pytest.raises(ValueError, match="finite states"):
-    exit_maps.fit(broken, ["a b"], [[3, 1]], (1, 2), rank=2, progress=silent)
+    exit_maps.fit(broken, ["a b"], [[3, 1]], (1, 2), rank=2, progress=grid.silent)

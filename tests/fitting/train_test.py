@@ -1,4 +1,4 @@
-"""Stages of `train_all`: recipes, a budget, and rows of the model's own texts."""
+"""Stages of `train_all`: a budget, and rows of the model's own texts."""
 
 import pytest
 from rich import console
@@ -43,16 +43,6 @@ def test_a_budget_stops_a_stage_which_is_exported_then(directory, source, parts,
   made = train.train_stage(fit, *given)
   assert [step for step, _ in made.losses] == [1]
   assert inference.load(fit.work / "stage_two" / "model").options.shortlist
-
-
-def test_recipes_by_size_are_the_papers_and_the_packed_models():
-  rows, dropout_rate, config = train.recipe("one", 250_000_000, 10_000)
-  assert rows == 64 and train.recipe("one", 250_000_000, 150)[0] == 32
-  schedule = config.schedule
-  assert (schedule.peak, schedule.final_fraction, dropout_rate) == (1e-3, 1.0, 0.1)
-  assert config.num_steps == 3 * 10_000 // 64
-  _, dropout_rate, config = train.recipe("one", 5_000_000, 10_000)
-  assert config.schedule.peak == 1e-2 and dropout_rate == 0.05
 
 
 def test_no_end_is_learned_that_a_text_does_not_have(directory, source, parts, tmp_path):

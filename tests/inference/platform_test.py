@@ -90,8 +90,6 @@ def test_narrow_weights_are_a_model_of_rounded_weights(directory):
   assert rows(got) == rows(expected)
   for ours, theirs in zip(got, expected, strict=True):
     np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-5)
-  matrices = [leaf for leaf in jax.tree.leaves(narrow.weights) if leaf.ndim > 1]
-  assert sum(leaf.dtype != jnp.bfloat16 for leaf in matrices) <= 2  # the position biases
   assert narrow.weights.decoder.head.dtype == jnp.bfloat16
   batch = narrow.plan(["a"])[0]
   generation = narrow.decode(narrow.encode(batch), batch.active, 0.5)

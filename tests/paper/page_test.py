@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-from calm.inference import panel
 from calm.paper import page
 from calm.paper import sections as sections_lib
 from tests import renderers_test
@@ -51,19 +50,6 @@ def test_the_page_is_whole_and_fetches_nothing(sections, text):
     assert section.figures or section.tables or section.panels
     shown = [*(f.name for f in section.figures), *(f"table-{t.name}" for t in section.tables)]
     assert set(shown) <= set(ids)
-
-
-def test_the_slider_has_what_the_generations_have(sections):
-  (report,) = next(section.panels for section in sections if section.panels)
-  softmax = panel.panel_data(report.examples)[0]
-  assert softmax["thresholds"] == ["never", "0.9", "0.6", "0.3"]
-  at_lowest, record = softmax["items"][0][3], samples.record(0, 1, wrong=True)
-  assert at_lowest["exit_layers"] == list(record.exit_layers)
-  assert len(at_lowest["pieces"]) == len(record.tokens)
-  assert at_lowest["pieces"][0][0] != " " and at_lowest["pieces"][1][0] == " "
-  tolerance, at, promise = softmax["promised"][-1]
-  assert (tolerance, at) == (0.2, 3)
-  assert "at threshold 0.3 the mean distance is at most" in promise
 
 
 def test_files_are_written_with_figures_in_the_pages_ink(tmp_path, made, sections):

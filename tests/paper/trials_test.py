@@ -9,6 +9,8 @@ from calm.paper import experiments
 from tests.calibrate import laws
 
 FINE = np.linspace(0.95, 0.1, 17)
+# Of three thresholds, summed over a prompt's two tokens; 8 at full depth.
+LAYERS = np.tile([12, 8, 4], (500, 1)), np.full((500, 3), 2), 8
 TOLERANCES = [0.001, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7]
 
 
@@ -22,16 +24,14 @@ def losses(means=(0.02, 0.06, 0.2), count=500, law=laws.mostly_zero, **fields):
 def test_violations_stay_within_the_error_rate(method):
   pool = losses()
   boundary = [float(mean) - 1e-4 for mean in pool.values.mean(axis=0)]
-  for found in experiments.repeat(pool, method, boundary, 0.2, 80):
+  for found in experiments.repeat(pool, method, boundary, 0.2, 80, LAYERS):
     broken = stats.binomtest(found.violations, 200, 0.2, alternative="greater")
     assert broken.pvalue > 1e-3 and found.interval[0] <= found.share <= found.interval[1]
 
 
 def test_splits_report_risk_layers_and_spread():
-  layers = np.tile([12, 8, 4], (500, 1)), np.full((500, 3), 2), 8
-  options = {"layers": layers, "splits": 20}
-  asked = losses(), "auto", [0.01, 0.1, 0.4], 0.05, 80
-  strict, middle, loose = experiments.repeat(*asked, **options)
+  asked = losses(), "auto", [0.01, 0.1, 0.4], 0.05, 80, LAYERS
+  strict, middle, loose = experiments.repeat(*asked, splits=20)
   assert (strict.certified_share, strict.risk_mean) == (0.0, 0.0)
   assert (strict.layers_mean, strict.layers_spread) == (8.0, 0.0)
   assert middle.certified_share == 1.0 and 0.0 < middle.risk_mean < 0.1
