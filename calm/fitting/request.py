@@ -237,7 +237,11 @@ def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) ->
   """Writes `train.jsonl`, `validation.jsonl`, ... as rows that `calm train` reads too."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in names:
-    lines = [storage.dump_line(row.to_json()) for row in getattr(splits, name)]
+    lines = []
+    for row in getattr(splits, name):
+      value = {"id": row.id, "source": row.group, "input": row.input, "target": row.targets}
+      kept = {key: entry for key, entry in value.items() if entry not in (None, ())}
+      lines.append(storage.dump_line(kept))
     storage.write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 

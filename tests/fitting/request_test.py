@@ -87,4 +87,4 @@ def test_what_is_written_is_read_by_training(tmp_path):
     read = prompt_files.open_prompts(tmp_path / f"{name}.jsonl")
     assert read == getattr(made, name)
   line = json.loads((tmp_path / "last.jsonl").read_text().splitlines()[0])
-  assert set(line) == {"id", "group", "input", "targets"}
+  assert set(line) == {"id", "source", "input", "target"}

@@ -170,7 +170,7 @@ def test_stages_train_what_they_should(trained):
   written = [json.loads(line) for line in lines]
   after = inference.load(output / "fit" / "stage_one" / "model", batch_size=4)
   texts = after.generate([row["input"] for row in written], rule=exits.StaticExit()).texts
-  assert [row["targets"] for row in written] == [[text] for text in texts]
+  assert [row["target"] for row in written] == [[text] for text in texts]
 
 
 def test_trained_weights_are_certified_against_the_given_models_texts(trained):
