@@ -2,7 +2,7 @@
 are sentences made from their numbers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from calm.inference.panel import number, threshold
@@ -10,17 +10,17 @@ from calm.paper import experiments, page
 from calm.paper.experiments import FULL, ORACLE, Task
 from calm.paper.page import Column, Figure, Table, interval, percent, series_title, times
 
-Tasks = Sequence[Task]
 _PARTS: Any = (Figure, Table, Task)
 _MEAN_LAYERS = "mean decoder layers a token"
 
 
-def sections(tasks: Tasks, names: Sequence[str] = ()) -> list[page.Section]:
+def sections(tasks: Sequence[Task], names: Sequence[str] = ()) -> list[page.Section]:
   """The sections of some names in `SECTIONS`, or all that have something to show."""
   found = []
   for name in names or SECTIONS:
     title, text, make = SECTIONS[name]
-    if drawn := list(make(tasks)):
+    parts = make(tasks) if name == "lengths" else (p for task in tasks for p in make(task))
+    if drawn := list(parts):
       parts = ([part for part in drawn if isinstance(part, kind)] for kind in _PARTS)
       found.append(page.Section(name, title, text, *parts))
   return found
@@ -100,13 +100,7 @@ _BAND = (
 )
 
 
-def _tradeoff(tasks: Tasks) -> Iterator[Figure | Table]:
-  for task in tasks:
-    yield from _quality_figures(task)
-    yield _points(task, "fig3", "the numbers of Fig. 3", task.tradeoff.points)
-
-
-def _quality_figures(task: Task) -> Iterator[Figure]:
+def _tradeoff(task: Task) -> Iterator[Figure | Table]:
   """Fig. 3, one point a threshold: against layers, and against seconds where measured."""
   found, settings, curves = task.tradeoff, task.settings, dict(task.tradeoff.curves)
   (full,), label = curves.pop(FULL), f"{settings.metric_title} against references"
@@ -130,12 +124,10 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
     page.curve_series(curves, "layers", "quality"),
     over_layers,
   )
+  yield _points(task, "fig3", "the numbers of Fig. 3", found.points)
   if not found.num_timed:
     return
   del curves[ORACLE]
-  timed = {
-    name: [p for p in made if not math.isnan(p.seconds)] for name, made in curves.items()
-  }
   yield page.draw(
     f"fig3_seconds_{settings.name}",
     f"{settings.title}: {settings.metric_title} by decode time",
@@ -144,7 +136,7 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
     f" model (static, no confidence). {_BAND} The oracle, which runs every layer to know where"
     " it may leave, is not shown.",
     ("measured decode time a prompt, ms", label),
-    page.curve_series(timed, "seconds", "quality"),
+    page.curve_series(curves, "seconds", "quality"),
     over_seconds,
   )
 
@@ -152,7 +144,7 @@ def _quality_figures(task: Task) -> Iterator[Figure]:
 # Table 2
 
 
-def _gains(tasks: Tasks) -> Iterator[Table]:
+def _gains(task: Task) -> Iterator[Table]:
   columns: list[Column] = [
     ("consistency", lambda gain: gain.consistency),
     ("δ", lambda gain: f"{gain.tolerance:g}"),
@@ -166,7 +158,7 @@ def _gains(tasks: Tasks) -> Iterator[Table]:
     ("95 %", lambda gain: interval(gain.speedup_interval) if gain.exits else "–"),
     ("total", lambda gain: times(gain.end_to_end)),
   ]
-  for task, method in ((task, method) for task in tasks for method in ("auto", "paper")):
+  for method in ("auto", "paper"):
     cells, unseen = [gain for gain in task.gains if gain.method == method], len(task.unseen)
     above = sum(gain.above for gain in cells)
     note = (
@@ -189,7 +181,7 @@ def _gains(tasks: Tasks) -> Iterator[Table]:
 # App. B
 
 
-def _validity(tasks: Tasks) -> Iterator[Figure | Table]:
+def _validity(task: Task) -> Iterator[Figure | Table]:
   columns: list[Column] = [
     ("measure", lambda trial: trial.measure),
     ("method", lambda trial: trial.method),
@@ -203,11 +195,10 @@ def _validity(tasks: Tasks) -> Iterator[Figure | Table]:
     ("95 % interval", lambda trial: " - ".join(map(percent, trial.interval))),
   ]
   note = "Violations: of draws from a known pool; the others: of 50 splits, 80 / 20."
-  for task in tasks:
-    yield from _validity_figures(task)
-    title = "risk, layers and violations per δ"
-    options = {"note": note, "text_columns": 2}
-    yield _table(task, "validity", title, columns, task.validity, **options)
+  yield from _validity_figures(task)
+  title = "risk, layers and violations per δ"
+  options = {"note": note, "text_columns": 2}
+  yield _table(task, "validity", title, columns, task.validity, **options)
 
 
 def _validity_figures(task: Task) -> Iterator[Figure]:
@@ -252,96 +243,91 @@ def _validity_figures(task: Task) -> Iterator[Figure]:
 # Section 3.3.1
 
 
-def _oracles(tasks: Tasks) -> Iterator[Table]:
+def _oracles(task: Task) -> Iterator[Table]:
   note = (
     "The oracle leaves at the first layer whose first choice is the last layer's, so that only"
     " what the skipped layers store can change the text: dʲ (exit_state), d¹ always"
     " (first_state), Kʲ and Vʲ copied (copy_projections). Paper, ROUGE-L on CNN/DM at 1.53 of 8"
     " layers: 38.24, 38.31 and 23.02; the full model 38.32."
   )
-  for task in tasks:
-    title, points = "what skipped layers store", task.propagations.points
-    yield _points(task, "propagation", title, points, note=note)
+  title, points = "what skipped layers store", task.propagations.points
+  yield _points(task, "propagation", title, points, note=note)
 
 
 # Fig. 2a
 
 
-def _perturbations(tasks: Tasks) -> Iterator[Figure | Table]:
-  for task in tasks:
-    settings, series, kinds = task.settings, [], dict(task.perturbations.curves)
-    del kinds[experiments.UNPERTURBED]
-    for turn, name in enumerate(kinds):
-      values = [100 * point.similarity for point in kinds[name]]
-      errors = [100 * point.similarity_error for point in kinds[name]]
-      # Shifted, or bars would hide bars.
-      positions = [point.threshold + 1 + 0.08 * turn for point in kinds[name]]
-      ends = list(map(experiments.normal_interval, values, errors))
-      series.append(page.Series(name, positions, values, ends))
-    yield page.draw(
-      f"fig2a_{settings.name}",
-      f"{settings.title}: similarity by the position of a wrong token",
-      f"{task.perturbations.num_prompts} validation prompts; fewer at later positions (see the"
-      " table). Bars are 95 % intervals.",
-      ("position of the replaced token", f"{settings.metric_title}, to the unperturbed text"),
-      series,
-      lambda axes: axes.set_ylim(top=101),
-    )
-    title, points = "the numbers of Fig. 2a", task.perturbations.points
-    yield _points(task, "fig2a", title, points, "position, from 0")
+def _perturbations(task: Task) -> Iterator[Figure | Table]:
+  settings, series, kinds = task.settings, [], dict(task.perturbations.curves)
+  del kinds[experiments.UNPERTURBED]
+  for turn, name in enumerate(kinds):
+    values = [100 * point.similarity for point in kinds[name]]
+    errors = [100 * point.similarity_error for point in kinds[name]]
+    # Shifted, or bars would hide bars.
+    positions = [point.threshold + 1 + 0.08 * turn for point in kinds[name]]
+    ends = list(map(experiments.normal_interval, values, errors))
+    series.append(page.Series(name, positions, values, ends))
+  yield page.draw(
+    f"fig2a_{settings.name}",
+    f"{settings.title}: similarity by the position of a wrong token",
+    f"{task.perturbations.num_prompts} validation prompts; fewer at later positions (see the"
+    " table). Bars are 95 % intervals.",
+    ("position of the replaced token", f"{settings.metric_title}, to the unperturbed text"),
+    series,
+    lambda axes: axes.set_ylim(top=101),
+  )
+  title, points = "the numbers of Fig. 2a", task.perturbations.points
+  yield _points(task, "fig2a", title, points, "position, from 0")
 
 
 # Fig. 2b and 2c
 
 
-def _schedules(tasks: Tasks) -> Iterator[Figure | Table]:
-  length = tasks[0].settings.max_decode_length
+def _schedules(task: Task) -> Iterator[Figure | Table]:
+  found, settings, length = task.decay, task.settings, task.settings.max_decode_length
   values, every = experiments.schedule_values(length), {"markevery": max(1, length // 8)}
   yield page.draw(
-    "fig2b",
-    f"The threshold of each token, λ = {experiments.SHOWN_THRESHOLD:g}",
+    f"fig2b_{settings.name}",
+    f"{settings.title}: the threshold of each token, λ = {experiments.SHOWN_THRESHOLD:g}",
     f"Eq. 5 over N = {length} tokens.",
     ("token", "its threshold"),
     [page.Series(n, range(length), values[n].tolist(), None, every) for n in values],
     lambda axes: axes.set_ylim(0.6, 1.0),
   )
-  for task in tasks:
-    found, settings = task.decay, task.settings
-    yield page.draw(
-      f"fig2c_{settings.name}",
-      f"{settings.title}: similarity by decoder layers",
-      f"{found.num_prompts} validation prompts, measure {task.measures[0]}, λ in steps of"
-      f" {task.options.step:g}.",
-      (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),
-      page.curve_series(found.curves, "layers", "similarity"),
-    )
-    yield _points(task, "fig2c", "the numbers of Fig. 2c", found.points)
+  yield page.draw(
+    f"fig2c_{settings.name}",
+    f"{settings.title}: similarity by decoder layers",
+    f"{found.num_prompts} validation prompts, measure {task.measures[0]}, λ in steps of"
+    f" {task.options.step:g}.",
+    (_MEAN_LAYERS, f"{settings.metric_title}, to the full model's text"),
+    page.curve_series(found.curves, "layers", "similarity"),
+  )
+  yield _points(task, "fig2c", "the numbers of Fig. 2c", found.points)
 
 
 # App. D and Eq. 6
 
 
-def _trainings(tasks: Tasks) -> Iterator[Figure]:
-  for task in tasks:
-    for kind, title in (("classifiers", "exit classifiers"), ("objectives", "Eq. 6")):
-      found, settings = getattr(task, kind), task.settings
-      if found is None:
-        continue
-      error = max(point.quality_error for point in found.points)
-      yield page.draw(
-        f"{kind}_{settings.name}",
-        f"{settings.title}: {title}, {settings.metric_title} by decoder layers",
-        f"{found.num_prompts} validation prompts, the same for both; a point's standard error"
-        f" is at most {100 * error:.1f}.",
-        (_MEAN_LAYERS, f"{settings.metric_title} against references"),
-        page.curve_series(found.curves, "layers", "quality"),
-      )
+def _trainings(task: Task) -> Iterator[Figure]:
+  for kind, title in (("classifiers", "exit classifiers"), ("objectives", "Eq. 6")):
+    found, settings = getattr(task, kind), task.settings
+    if found is None:
+      continue
+    error = max(point.quality_error for point in found.points)
+    yield page.draw(
+      f"{kind}_{settings.name}",
+      f"{settings.title}: {title}, {settings.metric_title} by decoder layers",
+      f"{found.num_prompts} validation prompts, the same for both; a point's standard error"
+      f" is at most {100 * error:.1f}.",
+      (_MEAN_LAYERS, f"{settings.metric_title} against references"),
+      page.curve_series(found.curves, "layers", "quality"),
+    )
 
 
 # Table 1
 
 
-def _lengths(tasks: Tasks) -> Iterator[Table]:
+def _lengths(tasks: Sequence[Task]) -> Iterator[Table]:
   heads = ("task", "prompts", "references", "full model's outputs", "inputs", "inputs cut, %")
   rows = [
     (s.title, *task.lengths, s.stands_for or "–", s.paper_length or "–")
@@ -352,8 +338,9 @@ def _lengths(tasks: Tasks) -> Iterator[Table]:
   yield Table("table1", "Table 1", (*heads, "paper's task", "paper"), tuple(rows), note)
 
 
-# Name -> (title, text, tasks -> figures, tables and panels), in the order of reading.
-SECTIONS: dict[str, tuple[str, str, Callable[[Tasks], Iterator]]] = {
+# Name -> (title, text, task -> figures, tables and panels), in the order of reading; the
+# lengths are a table of all tasks.
+SECTIONS: dict[str, tuple[str, str, Callable[[Any], Iterable]]] = {
   "tradeoff": (
     "Quality against cost (Fig. 3)",
     "Every confidence measure over its grid of thresholds, beside models that always run the"
@@ -378,7 +365,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Tasks], Iterator]]] = {
     " itself, kept where it was chosen before looking. D is the distance to the full model's"
     " text, R the change of the loss against the reference (negative: better than the full"
     " model).",
-    iter,
+    lambda task: [task],
   ),
   "validity": (
     "Does the promise hold? (App. B)",
