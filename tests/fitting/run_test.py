@@ -14,7 +14,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, calibrate, generations
 from calm.data import vocabulary
-from calm.fitting import choose, request, result, run, train
+from calm.fitting import choose, request, run, train
 from calm.inference import timing
 from tests import toy_vocabulary
 from tests.fitting import conftest
@@ -97,13 +97,12 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
     fitting.fit(directory, rows[:45], output=output, **{**OPTIONS, "tolerance": 0.6})
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(directory, rows[:44], output=output, **OPTIONS)
-  with (
-    monkeypatch.context() as other,
-    pytest.raises(ValueError, match=r"`metric` \('/x.py:run'"),
-  ):
-    stored = {"options": {**OPTIONS, "metric": "/x.py:run"}}  # compared, and not imported
-    other.setattr(result.storage, "parse_json", lambda content: stored)
+  asked = output / "fit" / "request.json"
+  text = asked.read_text()
+  asked.write_text(text.replace('"chrf"', '"/x.py:run"'))  # is compared, and not imported
+  with pytest.raises(ValueError, match=r"`metric` \('/x.py:run' there"):
     fitting.fit(directory, rows[:45], output=output, **OPTIONS)
+  asked.write_text(text)
   monkeypatch.setattr(run, "make", None)  # what is done is not done again
   again = fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   assert again.calibration == served.calibration
