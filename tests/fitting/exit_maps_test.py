@@ -112,10 +112,6 @@ def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted, rows):
   assert full(before) == full(inference.load(output))
   assert served.config.exit_translators == (1, 2) == served.config.exit_propagation
   assert served.config.exit_probes and served.config.exit_classifier
-
-
-def test_translators_agree_with_the_full_model_more_often(fitted):
-  _, output, _, _ = fitted
   learned = json.loads((output / "fit" / "result.json").read_text("utf-8"))["learned"]
   assert learned["layers"] == [1, 2] and learned["num_tokens"] > 0
   assert np.mean(learned["agreement_after"]) > np.mean(learned["agreement_before"])

@@ -20,11 +20,6 @@ NARROW = ({"dtype": "bfloat16"}, {"weights_dtype": "bfloat16", "encoder_dtype": 
 NAMES = ["-".join(f"{name}-{value}" for name, value in given.items()) for given in NARROW]
 
 
-@pytest.fixture(scope="module")
-def full(model):
-  return model
-
-
 def load(directory, given):
   return inference.load(directory, reference_dtype="float32", **given, **OPTIONS)
 
@@ -34,56 +29,56 @@ def tokens(outputs):
 
 
 @pytest.mark.parametrize("given", NARROW, ids=NAMES)
-def test_what_is_compared_with_is_the_float32_text_token_by_token(directory, full, given):
-  model, full_tokens = load(directory, given), tokens(full.generate(TEXTS, threshold=NEVER))
-  assert model.reference is model.reference and model.reference.params is model.params
-  assert model.reference.procedure == full.procedure
-  assert tokens(model.generate(TEXTS, threshold=NEVER)) == full_tokens
+def test_what_is_compared_with_is_the_float32_text_token_by_token(directory, model, given):
+  narrow, full_tokens = load(directory, given), tokens(model.generate(TEXTS, threshold=NEVER))
+  assert narrow.reference is narrow.reference and narrow.reference.params is narrow.params
+  assert narrow.reference.procedure == model.procedure
+  assert tokens(narrow.generate(TEXTS, threshold=NEVER)) == full_tokens
   options = {"tolerance": 0.99, "error_rate": 0.3, "thresholds": [1.0, 0.6]}
-  _, cached = grid.certify(model, PROMPTS, **options)
+  _, cached = grid.certify(narrow, PROMPTS, **options)
   assert [tuple(record.tokens) for record in cached.full] == full_tokens
-  served = model.generate(TEXTS, threshold=0.6)
+  served = narrow.generate(TEXTS, threshold=0.6)
   assert [tuple(record.tokens) for record in cached.records[1]] == tokens(served)
 
 
-def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(directory, full):
+def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(directory, model):
   """At a threshold that no confidence of a toy reaches."""
-  model = load(directory, {"weights_dtype": "int8"})
-  own = model.generate(TEXTS, rule=exits.StaticExit()).texts
-  pairs = zip(own, full.generate(TEXTS, threshold=NEVER).texts, strict=True)
+  narrow = load(directory, {"weights_dtype": "int8"})
+  own = narrow.generate(TEXTS, rule=exits.StaticExit()).texts
+  pairs = zip(own, model.generate(TEXTS, threshold=NEVER).texts, strict=True)
   # A text without words is like itself, too.
   expected = np.mean([0 if a == b else 1 - metrics.rouge_l(a, [b]) for a, b in pairs])
   options = {"tolerance": 0.99, "error_rate": 0.3, "thresholds": [1.0]}
-  made, _ = grid.certify(model, PROMPTS, **options)
+  made, _ = grid.certify(narrow, PROMPTS, **options)
   assert made.rows[0].mean == pytest.approx(expected) and expected > 0
-  alone, _ = grid.certify(model.with_options(reference_dtype=None), PROMPTS, **options)
+  alone, _ = grid.certify(narrow.with_options(reference_dtype=None), PROMPTS, **options)
   assert alone.rows[0].mean == 0.0
 
 
-def test_where_nothing_approximates_the_model_is_its_own_reference(full):
-  assert full.reference is full
-  alike = full.with_options(reference_dtype="float32", weights_dtype="float32")
+def test_where_nothing_approximates_the_model_is_its_own_reference(model):
+  assert model.reference is model
+  alike = model.with_options(reference_dtype="float32", weights_dtype="float32")
   assert alike.reference is alike
-  assert full.with_options(weights_dtype="int8").reference.options.weights_dtype == "int8"
+  assert model.with_options(weights_dtype="int8").reference.options.weights_dtype == "int8"
 
 
-def test_both_precisions_are_in_refusals_and_guarantees(full):
-  model = full.with_options(encoder_dtype="int8", reference_dtype="float32")
+def test_both_precisions_are_in_refusals_and_guarantees(model):
+  narrow = model.with_options(encoder_dtype="int8", reference_dtype="float32")
   made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
-  made = dataclasses.replace(made, procedure=full.procedure, kind="textual", metric="rouge_l")
+  made = dataclasses.replace(made, procedure=model.procedure, kind="textual", metric="rouge_l")
   with pytest.raises(
     ValueError, match="`encoder_dtype`: expected None, got 'int8'; `reference"
   ):
-    model.under(made)
+    narrow.under(made)
   assert "dissimilarity to the full model, 1" in made.guarantee
   for kind, words in (("textual", "dissimilarity to"), ("risk_signed", "against references,")):
-    under = dataclasses.replace(made, procedure=model.procedure, kind=kind)
+    under = dataclasses.replace(made, procedure=narrow.procedure, kind=kind)
     assert words in under.guarantee and "the full model in float32" in under.guarantee
-    assert model.under(under).generate(["a"]).guarantee == under.guarantee
+    assert narrow.under(under).generate(["a"]).guarantee == under.guarantee
 
 
 def test_seconds_of_full_depth_are_those_of_the_reference(directory, monkeypatch):
-  model, decoded = load(directory, {"encoder_dtype": "int8"}), set()
+  narrow, decoded = load(directory, {"encoder_dtype": "int8"}), set()
   decode = inference.Predictor.decode
 
   def noted(self, encoded, active, threshold, rule=None):
@@ -92,5 +87,5 @@ def test_seconds_of_full_depth_are_those_of_the_reference(directory, monkeypatch
     return decode(self, encoded, active, threshold, rule)
 
   monkeypatch.setattr(inference.Predictor, "decode", noted)
-  inference.timing.beside_full_depth(model, TEXTS[:4], 0.6, rounds=1)
+  inference.timing.beside_full_depth(narrow, TEXTS[:4], 0.6, rounds=1)
   assert decoded == {None}
