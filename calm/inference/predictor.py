@@ -264,6 +264,7 @@ class Predictor:
     progress: Callable[[int, int], None],
   ) -> outputs.Outputs:
     """Decodes prompts by one program and without a promise; arguments as for `generate`."""
+    jax.block_until_ready(self.weights)  # laid out once, and not timed
     programs, compiling = compiled.num_made(), compiled.seconds()
     now = lambda: time.perf_counter() - compiled.seconds()
     level = NEVER_EXIT if threshold is None else threshold
