@@ -1,14 +1,15 @@
-"""The T5 network: prompts, and what it refuses; `network_golden_test` holds trees and logits
-against T5X's own."""
+"""The T5 network: prompts, biases, what it refuses; `network_golden_test` has trees and logits
+of T5X."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.t5 import network
+from calm.t5 import layers, network
 from tests import engine, toys
 
 
@@ -43,3 +44,56 @@ def test_a_call_for_t5xs_own_cache_is_refused():
     network.Transformer(toy.config).apply(
       {"params": toy.params}, tokens, tokens, tokens, decode=True
     )
+
+
+HEADS, BUCKETS, DISTANCE = 3, 32, 128
+TABLE = np.random.default_rng(0).normal(size=(HEADS, BUCKETS)).astype(np.float32)
+LENGTHS = [(1, 7), (40, 23), (300, 300)]
+
+
+def biases(table, *call, dtype=jnp.float32) -> Any:
+  module = layers.RelativePositionBiases(network.T5Config(8, dtype, num_heads=HEADS))
+  return module.apply({"params": {"rel_embedding": table}}, *call)
+
+
+def pair_buckets(lengths: tuple[int, int], bidirectional: bool) -> np.ndarray:
+  queries, keys = lengths
+  relative = np.arange(keys)[None, :] - np.arange(queries)[:, None]
+  return layers.relative_position_buckets(relative, bidirectional, BUCKETS, DISTANCE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_biases_are_the_tables_numbers_to_the_bit(lengths, bidirectional, dtype):
+  expected = TABLE.astype(dtype)[:, pair_buckets(lengths, bidirectional)]
+  got = biases(TABLE, *lengths, bidirectional, dtype=dtype)
+  assert got.dtype == dtype and got.shape == (1, HEADS, *lengths)
+  np.testing.assert_array_equal(got[0], expected)
+
+
+def test_biases_and_their_gradient_neither_gather_nor_scatter():
+  """TPUs and partitioned programs are slow at both."""
+  loss = lambda table: biases(table, 5, 9, True).sum()
+  text = str(jax.make_jaxpr(jax.value_and_grad(loss))(TABLE))
+  assert "dot_general" in text and "gather" not in text and "scatter" not in text
+
+
+def constant_bytes(length: int, **changes) -> int:
+  """What `encode` of prompts of that length embeds in its program."""
+  model = network.Transformer(dataclasses.replace(engine.toy().config, **changes))
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  make = lambda tokens: model.init(
+    jax.random.key(0), tokens, tokens[:, :4], tokens[:, :4], enable_dropout=False
+  )
+  run = lambda params, tokens: model.apply(
+    params, tokens, enable_dropout=False, method="encode"
+  )
+  traced = jax.make_jaxpr(run)(jax.eval_shape(make, tokens), tokens)
+  return sum(np.asarray(constant).nbytes for constant in traced.consts)
+
+
+def test_an_encoders_constants_grow_with_its_length_not_its_square():
+  short, long = constant_bytes(512), constant_bytes(1024)
+  assert long < 1024 * 1024 * 8
+  assert 0 < long <= 2 * short + 2**10
