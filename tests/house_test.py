@@ -49,14 +49,14 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4681, 20),
+  "calibrate": (4674, 20),
   "checkpoints": (988, 5),
   "commands": (2023, 13),
   "console.py": (146, 1),
   "data": (1464, 6),
   "decode": (1726, 7),
   "exits": (1053, 7),
-  "fitting": (1871, 7),
+  "fitting": (1879, 7),
   "inference": (2115, 8),
   "paper": (1572, 5),
   "serve": (828, 4),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1113, 4),
   "training": (1392, 8),
 }
-WHOLE = {"calm": (24_575, 116), "tests": (19_971, 136), "scripts": (4_424, 25)}
+WHOLE = {"calm": (24_576, 116), "tests": (19_971, 136), "scripts": (4_424, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -42,13 +42,6 @@ def fold_text(text: str) -> str:
   return " ".join(text.casefold().split())
 
 
-def letters(text: str) -> str:
-  """What twins share: the text in lower case without punctuation, symbols and spaces."""
-  folded = fold_text(text)
-  others = {ord(c): None for c in set(folded) if unicodedata.category(c)[0] not in "LMN"}
-  return folded.translate(others) or text
-
-
 def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
   """[num_rows] cluster of each row: rows of one name, or of equal text, are in one.
 

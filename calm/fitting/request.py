@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -189,7 +190,7 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
   tolerance, error_rate = options.tolerance, options.error_rate
   lower = losses.kind_support(options.kind, options.metric).lower
   names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
-  texts = [clusters.letters(row.input) for row in rows]
+  texts = [_letters(row.input) for row in rows]
   members: dict[str, list[Prompt]] = {}
   for row, name in zip(rows, clusters.join_equal(names, texts), strict=True):
     members.setdefault(name, []).append(row)
@@ -220,6 +221,13 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
     )
   repeats = len(texts) - len(set(texts))
   return Splits(**parts, num_groups=groups, num_repeats=repeats, population=population)
+
+
+def _letters(text: str) -> str:
+  """What twins share: the text in lower case without punctuation, symbols and spaces."""
+  folded = clusters.fold_text(text)
+  others = {ord(c): None for c in set(folded) if unicodedata.category(c)[0] not in "LMN"}
+  return folded.translate(others) or text
 
 
 def _sizes(groups: int, trains: bool, needed: int) -> dict[str, int]:
