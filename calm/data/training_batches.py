@@ -5,7 +5,7 @@ So a run that was killed and resumed sees exactly the batches of an uninterrupte
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -190,10 +190,3 @@ class Mixture:
     source = int(pattern[offset])
     local = period * self.counts[source] + int(np.sum(pattern[:offset] == source))
     return self.sources[source].batch(local)
-
-
-def encode_all(
-  texts: Iterable[str], encode: Callable[[str], list[int]], eos_id: int
-) -> list[np.ndarray]:
-  """Token ids with EOS of every text."""
-  return [np.array([*encode(text), eos_id], np.int32) for text in texts]

@@ -27,18 +27,8 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 def gin_folder() -> pathlib.Path:
   """The folder that holds `configs/`, which `include "configs/..."` is written from: beside the
-  package, or the package itself once it is installed.
-
-  Raises:
-    FileNotFoundError: this copy of the package has none.
-  """
-  for folder in (_PACKAGE, _PACKAGE.parent):
-    if (folder / "configs" / "runs").is_dir():
-      return folder
-  raise FileNotFoundError(
-    f"Expected `configs/` in or beside {str(_PACKAGE)!r}, got none; install the package whole,"
-    " or run from its repository."
-  )
+  package, or the package itself once it is installed."""
+  return _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 @arguments.checked()

@@ -53,7 +53,7 @@ def supervised(
     )
   file = pathlib.Path(root) / path
   examples = prompt_files.open_prompts(file, require_target=not outputs)[::every]
-  encode, eos_id = vocabulary.encode, vocabulary.eos_id
+  encoded = lambda text: np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
   if outputs:
     own = _tokens_of(pathlib.Path(outputs))
     examples = [e for e in examples if e.id in own]
@@ -64,9 +64,9 @@ def supervised(
       )
     targets = [np.array(own[e.id], np.int32) for e in examples]
   else:
-    targets = training_batches.encode_all([e.targets[0] for e in examples], encode, eos_id)
+    targets = [encoded(e.targets[0]) for e in examples]
   return training_batches.Supervised(
-    training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
+    [encoded(prefix + e.input) for e in examples],
     targets,
     tuple((inputs, targets) for inputs, targets in buckets),
     batch_size,

@@ -52,6 +52,8 @@ FILES = [
   ("rows.json", lines(ROWS), "JSON Lines, key 'input'", PROMPTS),
   ("rows", json.dumps(ROWS, indent=2).encode(), "a JSON array, key 'input'", PROMPTS),
   ("texts.json", b'["one", "two"]', "a JSON array", TEXTS),
+  ("odd", b"{not json}\n", PLAIN_TEXT, [Prompt("odd/1", "{not json}")]),
+  ("note", b"[Note] a text\n", PLAIN_TEXT, [Prompt("note/1", "[Note] a text")]),
   ("some.txt", b"\xef\xbb\xbf[1] one\r\n\n{two\xe2\x80\xa8lines\n", PLAIN_TEXT, PLAIN),
   ("rows.csv", QUOTED, "CSV, column 'text'", TABLE),
   ("a.tsv", b"n\tinput\n1\tgood, very\n", "TSV, column 'input'", [Prompt("a/1", "good, very")]),
@@ -133,24 +135,12 @@ def test_a_folder_that_is_not_as_datasets_writes_it_is_refused(
     prompt_files.open_prompts(folder)
 
 
-@pytest.mark.parametrize(
-  ("content", "taken", "texts"),
-  [
-    (PACKED, "JSON Lines", ["one, two", "three\u2028four"]),
-    (b"{not json}\n", "plain text", ["{not json}"]),
-    (b"[Note] a text\n", "plain text", ["[Note] a text"]),
-    (lines([{"input": "x" * 2**17}]), "JSON Lines", ["x" * 2**17]),
-  ],
-)
-def test_standard_input_is_told_by_how_it_begins(tmp_path, monkeypatch, content, taken, texts):
-  with write(tmp_path, "stream", content).open() as stream:
+def test_standard_input_is_a_file_too_and_a_format_may_be_named(tmp_path, monkeypatch):
+  with write(tmp_path, "stream", PACKED).open() as stream:
     monkeypatch.setattr(sys, "stdin", stream)
     opened = prompt_files.open_prompts("-")
-  assert opened.taken.startswith("standard input: ") and taken in opened.taken
-  assert [prompt.input for prompt in opened] == texts
-
-
-def test_a_format_may_be_named(tmp_path, monkeypatch):
+  assert opened.taken == "standard input: 2 prompts, JSON Lines, key 'input'"
+  assert list(opened) == PROMPTS
   with write(tmp_path, "stream", b'{"input": "a"}\n').open() as stream:
     monkeypatch.setattr(sys, "stdin", stream)
     (named,) = prompt_files.open_prompts("-", format="text")

@@ -151,13 +151,6 @@ def test_a_run_that_was_killed_ends_as_if_it_never_was(whole, tmp_path):
   assert read(tmp_path) == read(folder)
 
 
-def test_a_finished_run_runs_no_further(whole):
-  folder, _, expected = whole
-  again = Toy(CONFIG)
-  same(again.fit(folder), expected)
-  assert again.losses == {}
-
-
 def test_early_stopping_returns_the_best_parameters(tmp_path):
   config = dataclasses.replace(CONFIG, eval_every=2, patience=2)
   values = iter([3.0, 1.0, 2.0, 1.5, 0.0])

@@ -12,10 +12,44 @@ from flax import traverse_util
 
 from calm import training
 from calm.exits import confidence
-from calm.t5 import caches, decoder, decoder_weights
-from calm.training import losses, objectives
+from calm.t5 import caches, decoder, decoder_weights, network
+from calm.training import distillation, losses, objectives, updates
 from tests import toys
-from tests.training.samples import batch_of, model_of, trained
+
+TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)
+
+
+def model_of(toy=TOY, dropout_rate=0.0):
+  config = network.T5Config(
+    **toys.network_fields(toy), dropout_rate=dropout_rate, one_hot_embedding=False
+  )
+  params = jax.tree.map(jnp.asarray, toys.params(toy, seed=1, sharpness=1.0))
+  return network.Transformer(config), params
+
+
+def batch_of(seed=2, batch=4):
+  rows = lambda seed, length: jnp.asarray(
+    toys.prompts(seed, batch=batch, length=length, num_pieces=TOY.num_pieces)
+  )
+  targets = rows(seed + 1, 6)
+  return {
+    "encoder_input_tokens": rows(seed, 7),
+    "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    "decoder_target_tokens": targets,
+    "decoder_loss_weights": (targets > 0).astype(jnp.float32),
+  }
+
+
+def trained(objective, module, params, batches, schedule=None, **options):
+  """(the state after a step on every batch, the last step's metrics)."""
+  schedule = schedule or training.Schedule(3e-2, 4)
+  config = training.TrainConfig(len(batches), schedule, **options)
+  step = updates.make_train_step(module, config, objective, params)
+  state, metrics = updates.init_state(jax.tree.map(jnp.copy, params), config, objective), None
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    for batch in batches:
+      state, metrics = step(state, batch)
+  return state, metrics
 
 
 def loss_of(objective, module, params, batch, key=None):
@@ -23,32 +57,34 @@ def loss_of(objective, module, params, batch, key=None):
   return jax.jit(lambda p, b, k: objective.loss(module, p, b, k))(params, batch, key)
 
 
+NAMES = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+
+
 def hidden_states(module, params, batch):
   """(the network at these parameters, every layer's states)."""
   bound = module.bind({"params": params})
-  names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-  return bound, bound.hidden_states(*(batch[name] for name in names))
+  return bound, bound.hidden_states(*(batch[name] for name in NAMES))
 
 
-def layer_losses(module, params, batch):
-  """Mean NLL of each layer by the network's own logits, one layer at a time."""
+def log_probabilities(module, params, batch):
+  """[layers, batch, length, vocab] by the network's own heads."""
   bound, hidden = hidden_states(module, params, batch)
-  weights, targets = np.asarray(batch["decoder_loss_weights"]), batch["decoder_target_tokens"]
-  values = []
-  for layer, state in enumerate(hidden, start=1):
-    logits = jax.nn.log_softmax(bound.decoder.logits(state, layer))
-    picked = np.take_along_axis(np.asarray(logits), np.asarray(targets)[..., None], -1)
-    values.append(-float((picked[..., 0] * weights).sum()))
-  return np.array(values)
+  logits = [bound.decoder.logits(hidden[i], i + 1) for i in range(hidden.shape[0])]
+  return jax.nn.log_softmax(jnp.stack(logits))
+
+
+def likelihoods(found, batch):
+  """Of every layer, the sum over tokens of its negative log-likelihood."""
+  label = jnp.take_along_axis(found, batch["decoder_target_tokens"][None, ..., None], axis=-1)
+  return -jnp.sum(label[..., 0] * batch["decoder_loss_weights"][None], axis=(1, 2))
 
 
 @pytest.mark.parametrize("options", [{}, {"logits_via_embedding": True}])
 def test_stage_one_is_equation_6_over_the_networks_own_heads(options):
-  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, **options)
-  module, params = model_of(toy)
+  module, params = model_of(dataclasses.replace(TOY, **options))
   batch = batch_of()
   loss, metrics = loss_of(objectives.LayerWeighted(z_loss=0.0), module, params, batch)
-  expected = layer_losses(module, params, batch)
+  expected = np.asarray(likelihoods(log_probabilities(module, params, batch), batch))
   np.testing.assert_allclose(metrics.cross_entropy, expected, rtol=1e-4)
   np.testing.assert_allclose(loss, expected @ np.array([1, 2, 3]) / 6, rtol=1e-4)
   assert int(metrics.weight) == int((batch["decoder_target_tokens"] > 0).sum())
@@ -76,26 +112,8 @@ def test_sampled_layers_are_an_unbiased_estimate(monkeypatch):
   np.testing.assert_allclose(expectation, everything, rtol=1e-5)
 
 
-PROBED = toys.Config(
-  num_decoder_layers=3, num_encoder_layers=1, exit_probes=True, exit_translators=(1, 2)
-)
+PROBED = dataclasses.replace(TOY, exit_probes=True, exit_translators=(1, 2))
 PROBES = objectives.ExitProbes(shortlist=toys.shortlist(PROBED))
-
-
-@pytest.mark.parametrize(
-  "objective",
-  [
-    objectives.ExitClassifier(losses.classifier_loss),
-    objectives.ExitClassifier(losses.geometric_classifier_loss),
-    PROBES,
-  ],
-)
-def test_gradients_of_stage_two_are_exactly_zero_outside_its_part(objective):
-  module, params = model_of(PROBED, dropout_rate=0.5)
-  loss = lambda p: objective.loss(module, p, batch_of(), jax.random.key(0))[0]
-  gradients = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params))
-  for path, gradient in gradients.items():
-    assert bool(jnp.any(gradient != 0)) == (objective.parts[0] in path), path
 
 
 def test_probes_read_what_inference_reads():
@@ -126,21 +144,20 @@ def test_probes_read_what_inference_reads():
   )
 
 
-@pytest.mark.parametrize(
-  ("objective", "classifier_moves"),
-  [(objectives.ExitClassifier(), True), (objectives.LayerWeighted(), False)],
-)
-def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_moves):
-  module, params = model_of()
+GEOMETRIC = objectives.ExitClassifier(losses.geometric_classifier_loss)
+
+
+@pytest.mark.parametrize("objective", [GEOMETRIC, PROBES, objectives.LayerWeighted()])
+def test_neither_gradient_nor_weight_decay_reaches_what_a_stage_freezes(objective):
+  module, params = model_of(dataclasses.replace(TOY, exit_probes=True), dropout_rate=0.5)
   optimizer = lambda rate: optax.adamw(rate, weight_decay=0.1)
   batches, schedule = [batch_of(seed) for seed in range(3)], training.Schedule(0.05, 1)
   state, _ = trained(objective, module, params, batches, schedule, optimizer=optimizer)
   after = traverse_util.flatten_dict(state.params)
   for path, before in traverse_util.flatten_dict(params).items():
-    if ("exit_classifier" in path) != classifier_moves:
-      np.testing.assert_array_equal(after[path], before, err_msg=str(path))
-    else:
-      assert np.any(np.asarray(after[path]) != np.asarray(before)), path
+    part = {"exit_classifier", "exit_probes"}.intersection(path)
+    moved = np.any(np.asarray(after[path]) != np.asarray(before))
+    assert bool(moved) == (part == {*objective.parts}), path
 
 
 def test_a_batch_in_parts_makes_the_step_of_the_whole():
@@ -167,14 +184,90 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole():
     stepped(rows + 1)
 
 
-def test_stage_two_reads_what_inference_reads():
-  module, params = model_of()
+def plain_loss(module, params, batch, share):
+  """The docstring's equation, word for word."""
+  found = log_probabilities(module, params, batch)
+  wanted = jax.lax.stop_gradient(found[-1:])
+  apart = jnp.sum(jnp.exp(wanted) * (wanted - found[:-1]), axis=-1)
+  apart = jnp.sum(jnp.mean(apart, axis=0) * batch["decoder_loss_weights"])
+  return likelihoods(found, batch)[-1] + share * apart
+
+
+@pytest.mark.parametrize("options", [{}, {"logits_via_embedding": True}])
+def test_self_distillation_is_its_equation_in_value_and_gradients(options):
+  module, params = model_of(dataclasses.replace(TOY, **options))
   batch = batch_of()
-  _, metrics = loss_of(objectives.ExitClassifier(), module, params, batch)
+  objective = distillation.SelfDistilled(share=2.0, z_loss=0.0)
+  ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(module, p, batch, None)[0]))
+  plain = jax.jit(jax.value_and_grad(lambda p: plain_loss(module, p, batch, 2.0)))
+  (loss, gradient), (expected, wanted) = ours(params), plain(params)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted)) > 0.1
+  jax.tree.map(
+    lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4),
+    gradient,
+    wanted,
+  )
+
+
+MAPPED = dataclasses.replace(
+  TOY, num_decoder_layers=4, exit_translators=(1, 2), exit_propagation=(1, 3),
+  exit_propagation_rank=8,
+)  # fmt: skip
+
+
+def plain_maps_losses(module, params, batch):
+  """The docstring's terms, word for word, without the full model's entropy."""
+  found, weights = log_probabilities(module, params, batch), batch["decoder_loss_weights"]
+  apart = jnp.sum(jnp.exp(found[-1:]) * (found[-1:] - found[:2]), axis=-1)
   bound, hidden = hidden_states(module, params, batch)
-  logits = [np.asarray(bound.decoder.logits(h, i + 1)).argmax(-1) for i, h in enumerate(hidden)]
-  real = np.asarray(batch["decoder_loss_weights"])
-  part, read = params["decoder"]["exit_classifier"], np.asarray(bound.decoder.read(hidden))
-  exits = (read @ np.asarray(part["kernel"]))[..., 0] + np.asarray(part["bias"]) > 0
-  hits = (exits == (np.stack(logits) == logits[-1])) * real
-  np.testing.assert_array_equal(metrics.correct, hits.sum((1, 2)))
+  x = bound.decoder.normed(hidden)
+  square = lambda state: jnp.sum(jnp.square(state) * weights[..., None])
+  errors = []
+  for j, k in ((1, 3), (1, 4)):  # from 3 no input is skipped that is not d^3 itself
+    part = params["decoder"]["exit_propagation"][f"layers_{j - 1}"]
+    code = x[j - 1] @ part["down"]["kernel"] + part["down"]["bias"][None, None]
+    predicted = hidden[j - 1] + code @ part["up"]["kernel"][k - j - 1]
+    errors.append(square(predicted - hidden[k - 2]) / square(hidden[k - 2]))
+  part = params["decoder"]["exit_classifier"]
+  read = jax.lax.stop_gradient(bound.decoder.read(hidden))
+  told = (read @ part["kernel"])[..., 0] + part["bias"][0]
+  agrees = jnp.argmax(found, -1) == jnp.argmax(found[-1:], -1)
+  sure = jnp.where(agrees, jax.nn.softplus(-told), jax.nn.softplus(told))[:-1]
+  return (
+    jnp.sum(jnp.mean(apart, axis=0) * weights),
+    sum(errors) / 2 * jnp.sum(weights),
+    jnp.sum(jnp.mean(sure, axis=0) * weights),
+  )
+
+
+def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base():
+  module, params = model_of(MAPPED, dropout_rate=0.5)
+  batch = batch_of()
+  objective = distillation.ExitMaps()
+  plain = lambda p: sum(plain_maps_losses(module, p, batch))
+  ours = lambda p: objective.loss(module, p, batch, jax.random.key(0))
+  expected, wanted = jax.jit(jax.value_and_grad(plain))(params)
+  (loss, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+  sure = log_probabilities(module, params, batch)[-1]
+  weights = batch["decoder_loss_weights"]
+  entropy = -jnp.sum(jnp.exp(sure) * sure * weights[..., None])
+  np.testing.assert_allclose(loss, expected + entropy, rtol=1e-5)
+  assert (np.asarray(metrics.layer_weight) > 0).tolist() == [True, True, False, True]
+  np.testing.assert_allclose(metrics.cross_entropy[-1], entropy, rtol=1e-5)
+  assert metrics.correct[-1] == metrics.weight > metrics.correct[0]
+  trained, wanted = set(), traverse_util.flatten_dict(wanted)
+  for path, leaf in traverse_util.flatten_dict(gradient).items():
+    if objective.trains(path):
+      np.testing.assert_allclose(leaf, wanted[path], rtol=1e-3, atol=1e-3, err_msg=str(path))
+    if np.any(leaf):
+      trained.add(path[1:3])
+  names = ("exit_translators", "layers_0"), ("exit_translators", "layers_1")
+  classifier = {("exit_classifier", name) for name in ("kernel", "bias")}
+  assert trained == {*names, ("exit_propagation", "layers_0"), *classifier}
+
+
+def test_maps_of_no_layer_are_refused_by_name():
+  module, params = model_of()
+  with pytest.raises(ValueError, match=r"Expected `exit_translators` .* got no layers"):
+    distillation.ExitMaps().loss(module, params, batch_of(), None)

@@ -104,25 +104,6 @@ def test_a_finished_run_is_only_exported_again_and_says_what_decodes_it(
   assert checkpoints.load(stage_one / "model").exits_trained
 
 
-def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
-  args = arguments(
-    CONFIGS / "local_tiny.gin",
-    tmp_path,
-    *bindings(files, num_steps=6),
-    "run.train.model = None",
-    f"run.train.initial = '{stage_one}'",
-    "run.train.objective = @objectives.ExitClassifier()",
-  )
-  assert train.run(args) == 0
-  first, second = (checkpoints.load(path / "model") for path in (stage_one, tmp_path))
-  for path, leaf in jax.tree_util.tree_leaves_with_path(second.params):
-    before = first.params
-    for key in path:
-      before = before[key.key]
-    changed = bool(np.any(leaf != before))
-    assert changed == ("exit_classifier" in jax.tree_util.keystr(path)), path
-
-
 def test_scalars_are_kept(tmp_path):
   monitor = train.Monitor(tmp_path, rich_console.Console(), None)
   monitor.start(0, 3)
