@@ -23,12 +23,6 @@ def test_a_model_is_loaded_decodes_and_leaves_early():
   assert early.mean_layers < full.mean_layers
 
 
-def test_losses_are_calibrated():
-  losses = np.tile([[0.0, 0.0], [0.0, 1.0]], (80, 1))
-  found = calm.calibrate.calibrate(losses, [0.9, 0.5], tolerance=0.1, error_rate=0.05)
-  assert found.threshold == 0.9 and "0.95" in found.guarantee
-
-
 def test_logits_are_those_of_the_golden_file():
   folder = pathlib.Path(__file__).parent / "golden" / "huggingface" / "t5_1_1"
   checkpoint, expected = checkpoints.load(folder), np.load(folder / "expected.npz")

@@ -110,12 +110,6 @@ def anew(folder, **changes):
   write(folder, 3, 4, **changes)
 
 
-def swapped_positions(folder):
-  """Two shards claim one prompt, and one prompt is claimed by none."""
-  (other, *_) = merge.read_mark(place(folder, 1))["positions"]
-  mark(folder, lambda value: {"positions": sorted({*value["positions"][1:], other})})
-
-
 OTHER = laws.procedure(measure="state")
 
 
@@ -126,7 +120,6 @@ OTHER = laws.procedure(measure="state")
       lambda f: mark(f, lambda value: {"positions": value["positions"][1:]}),
       r"every prompt of the list in one shard, got 1 in none and 0 in several",
     ),
-    (swapped_positions, r"every prompt of the list in one shard, got 1 in none and 1 in s"),
     (lambda f: edited(f, "prompts.jsonl"), r"prompts\.jsonl: .*SHA-256 .* of manifest"),
     (
       lambda f: (place(f, 2) / merge.MARK).unlink(),
