@@ -20,7 +20,6 @@ from tests import engine, reference_speculative, toys
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
 STATIC = exits.StaticExit()
 RULE = exits.Speculative(2, num_drafts=5, adapts=False)
-BATCH = len(engine.PROMPTS)
 
 
 @functools.cache
@@ -183,22 +182,6 @@ def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   monkeypatch.setattr(speculative.Speculation, "_draft_head", lambda self, hidden: eos)
   got = engine.run(toy(), rule, 1.0, prompts=prompts)
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
-
-
-def test_rows_that_hold_no_prompt_stay_empty():
-  active = np.arange(BATCH) % 3 != 1
-  prompts = np.where(active[:, None], engine.PROMPTS, 0)
-  got = engine.run(toy(), RULE, 1.0, prompts=prompts, active=active)
-  everything = engine.run(toy(), RULE, 1.0)
-  # How many were drafted for a row is for its mates to say too.
-  generations = []
-  for state in (got, everything):
-    seen = state.generation.verification
-    seen = dataclasses.replace(seen, drafts=seen.drafts * 0)
-    generations.append(dataclasses.replace(state.generation, verification=seen))
-  for leaf, whole in zip(*map(jax.tree.leaves, generations), strict=True):
-    assert not np.asarray(leaf)[~active].any()
-    np.testing.assert_allclose(np.asarray(leaf)[active], np.asarray(whole)[active], atol=1e-4)
 
 
 def test_bad_drafts_are_not_made():

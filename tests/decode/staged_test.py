@@ -113,6 +113,7 @@ def test_drafts_in_stages_are_those_of_one_program(short):
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
   for a, b in zip(jax.tree.leaves(stages), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert not np.any(a[1])
   np.testing.assert_array_equal(stages.tokens, whole.tokens)
 
 

@@ -36,6 +36,13 @@ def test_prompts_are_encoded_as_the_network_encodes_them(monkeypatch, per_layer)
   narrow = dataclasses.replace(config, dtype="bfloat16")
   assert network.encode(params, narrow, jnp.asarray(prompts)).dtype == jnp.bfloat16
   assert len(laid_out) == sizes.num_encoder_layers
+  # Embedded by their rows of the table, where training multiplies with it.
+  whole = network.Transformer(config).bind({"params": params})
+  ways = lambda x: network.encode(params, config, x), lambda x: whole.encode(x, None, False)
+  one_hot = [
+    f"4x9x{config.vocab_size}xf32" in jax.jit(w).lower(prompts).as_text() for w in ways
+  ]
+  assert one_hot == [False, True]
 
 
 def test_a_call_for_t5xs_own_cache_is_refused():

@@ -314,17 +314,6 @@ def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():
   assert all(row in ours[i] for i, row in rows)
 
 
-def test_prompts_are_embedded_by_their_rows_and_not_by_a_product_with_the_table():
-  toy, batch = engine.toy(), setup.training_batch(engine.toy())
-  ours, params = setup.model(toy), setup.params(toy)
-  rows, length = batch["encoder_input_tokens"].shape
-  one_hot = f"tensor<{rows}x{length}x{toy.config.vocab_size}xf32>"
-  predicts = jax.jit(ours.predict_batch_with_aux).lower(params, batch).as_text()
-  learns = jax.jit(lambda p, b: ours.loss_fn(p, b, None)[0]).lower(params, batch).as_text()
-  assert one_hot not in predicts
-  assert one_hot in learns, "as T5X trains, and where the check finds it"
-
-
 def in_pairs(batch):
   """Rows 2i and 2i + 1 one behind the other, as seqio packs examples."""
   made = {name: x.reshape(x.shape[0] // 2, -1) for name, x in batch.items()}
