@@ -57,16 +57,16 @@ BUDGETS = {
   "decode": (1726, 7),
   "exits": (1053, 7),
   "fitting": (1879, 7),
-  "inference": (2115, 8),
+  "inference": (2120, 8),
   "paper": (1572, 5),
   "serve": (828, 4),
   "signals.py": (73, 1),
   "storage.py": (409, 1),
-  "t5": (2842, 16),
+  "t5": (2967, 17),
   "t5x": (1113, 4),
   "training": (1382, 8),
 }
-WHOLE = {"calm": (24_559, 116), "tests": (19_810, 133), "scripts": (4_424, 25)}
+WHOLE = {"calm": (24_689, 117), "tests": (19_842, 133), "scripts": (4_424, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

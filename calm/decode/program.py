@@ -45,9 +45,9 @@ def model_weights(
     num_pieces: pieces of the vocabulary; rows beyond them are never emitted. None: all rows.
     shortlist: likely token ids, for the measure 'shortlist'; None: no such head.
     weights_dtype: what matrices and heads are rounded to and stored in; None: the encoder's
-      as they are, the decoder's in the activation dtype, heads in float32. 'int8' multiplies
-      the layers of both in 8 bits and leaves the rest as None does.
-    head_dtype: 'int8' reads heads in 8 bits first; None: as they are stored.
+      as they are, the decoder's in the activation dtype, heads in float32. 'int8' rounds
+      matrices of the decoder's layers and its head to 8 bits, and the rest as None does.
+    head_dtype: 'int8' reads float32 heads in 8 bits first; None: as `weights_dtype`.
     encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits, and its states with what
       makes the decoder's keys and values of them; None: as `weights_dtype`.
 

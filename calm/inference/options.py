@@ -25,8 +25,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "head_dtype": ("int8",),
 }
 _NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
-# Of `weights_dtype`: products of layers, not weights alone.
 IN_8_BITS = "int8"
+# What a `Procedure` calls it: 'int8' there says that states were rounded, too.
+_RECORDED = {IN_8_BITS: "int8, states whole"}
 # The measure that is no confidence of a layer but the full model's own, of drafts.
 VERIFIED = "verified"
 
@@ -54,8 +55,9 @@ class DecodeOptions:
     matmul_precision: of products of float32 matrices, as in `jax.default_matmul_precision`;
       None takes JAX's configuration. A CPU has one only.
     weights_dtype: type of stored matrices and output heads, 'float32' or 'bfloat16' (products,
-      logits and confidences keep their width); 'int8' multiplies the layers of encoder and
-      decoder in 8 bits. None: matrices in the activation dtype, heads in float32.
+      logits and confidences keep their width); 'int8' rounds the decoder's matrices and head
+      to 8 bits, and multiplies the encoder as `encoder_dtype` does. None: matrices in the
+      activation dtype, heads in float32.
     encoder_dtype: 'int8' multiplies the encoder's layers and the decoder's cross-attention keys
       and values in 8 bits. None: as `weights_dtype` has it.
     reference_dtype: 'float32': full depth, which a promise compares with, has states and
@@ -230,7 +232,7 @@ def _schedule_record(schedule: schedules.Schedule) -> dict[str, Any]:
 # Fields that have the same name and value in options and in their procedure.
 _SAME = (
   *("task_prefix", "max_input_length", "max_decode_length", "measure", "propagation"),
-  *("weights_dtype", "head_dtype", "encoder_dtype", "reference_dtype", "reference_digest"),
+  *("head_dtype", "encoder_dtype", "reference_dtype", "reference_digest"),
 )
 # Fields of a network's configuration that decoding does not read, or that stand in the
 # procedure under a name of their own, or that follow from the tree of its parameters.
@@ -264,6 +266,7 @@ def procedure(model: Any) -> Procedure:
     configuration={name: fields[name] for name in fields if name not in _NOT_DECODED},
     platform=jax.default_backend(),
     matmul_precision=_precision_name(options),
+    weights_dtype=_RECORDED.get(options.weights_dtype or "", options.weights_dtype),
     **{name: getattr(options, name) for name in _SAME},
   )
 
@@ -283,7 +286,7 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
   size = procedure.shortlist["size"] if procedure.shortlist else None
   if procedure.measure == VERIFIED and size is None:  # it drafts with the full head
     shortlist = None
-  precision = procedure.matmul_precision
+  precision, weights = procedure.matmul_precision, procedure.weights_dtype
   return DecodeOptions(
     schedule=schedules.schedule(**procedure.schedule),
     exit_layers=procedure.exit_layers,
@@ -291,5 +294,6 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     # An algorithm's name is for JAX's configuration.
     matmul_precision=precision if precision in CHOICES["matmul_precision"] else None,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
+    weights_dtype=IN_8_BITS if weights == _RECORDED[IN_8_BITS] else weights,
     **{name: getattr(procedure, name) for name in _SAME},
   )

@@ -344,14 +344,15 @@ class Predictor:
   @property
   def decoder_rounds(self) -> bool:
     """Whether the decoder's states are rounded to few bits."""
-    return self.config.dtype != "float32" or self.options.weights_dtype == options_lib.IN_8_BITS
+    return self.config.dtype != "float32"
 
   @property
   def batch_size_affects_output(self) -> bool:
     """Whether a text depends on the rows that are decoded together with it: where states are
     rounded to few bits, a sum's last bit may decide which token follows. Texts from drafts are
     then not those of full depth: passes over several positions are rounded otherwise."""
-    return self.decoder_rounds or self.options.encoder_dtype == options_lib.IN_8_BITS
+    dtypes = self.options.weights_dtype, self.options.encoder_dtype
+    return self.decoder_rounds or options_lib.IN_8_BITS in dtypes
 
   @functools.cached_property
   def reference(self) -> "Predictor":

@@ -101,13 +101,15 @@ def decoding_costs(
   size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
   width = config.num_heads * config.head_dim
   stored = size if weights_dtype is None else jnp.dtype(weights_dtype).itemsize
-  # Layers in 8 bits leave the heads as they are.
+  # Translators and shortlists stay as they are beside matrices in 8 bits.
   heads = 4 if weights_dtype in (None, "int8") else stored
   matrix = lambda rows, columns, item=stored: Cost(2.0 * rows * columns, item * rows * columns)
   # Scores and the weighted sum are a product each, over every position.
   attended = lambda length: Cost(4.0 * width * length, 2.0 * width * length * size)
   written = Cost(0.0, 2.0 * width * size)
-  head = matrix(emb, num_pieces or config.vocab_size, 1 if head_dtype == "int8" else heads)
+  head = matrix(
+    emb, num_pieces or config.vocab_size, 1 if "int8" in (head_dtype, weights_dtype) else heads
+  )
   measured, emitted = _measure_costs(rule, emb, head, matrix(emb, shortlist, heads))
   allowed = rule.allowed if isinstance(rule, exits.DynamicExits) else ()
   propagation = (

@@ -17,7 +17,7 @@ from calm.t5 import kernels, network, platforms
 from calm.t5.attention import Attention, WindowAttention, of_layer
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights, Matrix
-from calm.t5.eight_bits import EightBits, QuantizedHead
+from calm.t5.eight_bits import QuantizedHead, RoundedMatrix
 from calm.t5.layers import activation_fn
 
 
@@ -88,7 +88,12 @@ class DecoderStep:
   def _single_threaded(self, states: jax.Array) -> bool:
     """Whether a kernel makes products of so many rows in one thread."""
     # Where nothing is native their number may be a symbol.
-    return self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(states))
+    if not self.native:
+      return False
+    largest, rows = self.weights.layers[0].mlp_out, len(states)
+    if isinstance(largest, RoundedMatrix):
+      return rows * largest.codes.size < kernels.SHARED_PRODUCTS
+    return kernels.single_threaded(largest, rows)
 
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
@@ -154,12 +159,16 @@ class DecoderStep:
   def logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the full head."""
     head = self.weights.head
-    return head.logits(read) if isinstance(head, QuantizedHead) else self._times(read, head)
+    return (
+      head.logits(read, self.native)
+      if isinstance(head, QuantizedHead)
+      else self._times(read, head)
+    )
 
   def greedy(self, read: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
     head = self.weights.head
-    return head.greedy(read) if isinstance(head, QuantizedHead) else None
+    return head.greedy(read, self.native) if isinstance(head, QuantizedHead) else None
 
   def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
@@ -201,8 +210,8 @@ class DecoderStep:
 
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
     """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
-    if isinstance(matrix, EightBits):
-      return matrix.product(x)
+    if isinstance(matrix, RoundedMatrix):
+      return matrix.product(x, self.native)
     made = kernels.product(x, matrix) if self._single_threaded(x) else None
     return platforms.product(x, matrix.astype(x.dtype)) if made is None else made
 

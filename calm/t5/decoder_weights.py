@@ -15,7 +15,7 @@ from calm.t5 import eight_bits, network, parameters, platforms
 from calm.t5.network import Params
 
 # A matrix of a layer: whole or in 8 bits.
-Matrix = jax.Array | eight_bits.EightBits
+Matrix = jax.Array | eight_bits.RoundedMatrix
 
 
 @struct.dataclass
@@ -31,7 +31,7 @@ class LayerWeights:
   self_out: Matrix  # [heads * head_dim, emb_dim]
   cross_norm: jax.Array
   cross_query: Matrix
-  cross_key_value: Matrix  # [emb_dim, 2 * heads * head_dim]
+  cross_key_value: jax.Array | eight_bits.EightBits  # [emb_dim, 2 * heads * head_dim]
   cross_out: Matrix
   mlp_norm: jax.Array
   # One matrix [emb_dim, mlp_dim] an activation; apart: XLA:CPU takes a twelfth more time for
@@ -79,7 +79,7 @@ class DecoderWeights:
   relpos: tuple[jax.Array, ...]  # [heads, buckets]: one for all layers, or one a layer
   layers: tuple[LayerWeights, ...]
   decoder_norm: jax.Array  # [emb_dim]
-  head: jax.Array | eight_bits.QuantizedHead  # of all layers, [emb_dim, num_pieces]
+  head: Matrix | eight_bits.QuantizedHead  # of all layers, [emb_dim, num_pieces]
   exit_kernel: jax.Array | None  # [emb_dim], or None without a classifier
   exit_bias: jax.Array | None  # []
   shortlist: jax.Array | None = None  # the head's columns for likely tokens
@@ -124,6 +124,11 @@ def decoder_weights(
   head = parameters.head_kernel(params, config)[:, :num_pieces]
   if weights_dtype is not None and not in_8_bits:
     head = head.astype(matrices)
+  stored_head = head
+  if head_dtype == "int8":
+    stored_head = eight_bits.quantize_head(head)
+  elif in_8_bits:
+    stored_head = eight_bits.rounded(head)
   classifier = decoder.get("exit_classifier")
   layers = [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
   translators = parameters.by_layer(decoder.get("exit_translators", {}))
@@ -138,7 +143,7 @@ def decoder_weights(
       for layer in layers
     ),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
-    head=eight_bits.quantize_head(head) if head_dtype == "int8" else head,
+    head=stored_head,
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
     shortlist=None if shortlist is None else _shortlist_head(head, shortlist),
@@ -178,7 +183,7 @@ def _layer_weights(
   """One layer, its matrices `in_8_bits`, and what multiplies `prompts`."""
   kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
   beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
-  stored = eight_bits.quantize if in_8_bits else lambda matrix: matrix
+  stored = eight_bits.rounded if in_8_bits else lambda matrix: matrix
   scale = lambda name: jnp.asarray(layer[name]["scale"], config.dtype)
   names = ["key", "value"]
   apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]

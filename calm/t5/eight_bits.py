@@ -1,8 +1,9 @@
-"""Products in 8 bits, and output heads that are read in 8 bits first.
+"""Matrices in 8 bits, and output heads that are read in 8 bits first.
 
-A column of a matrix, and a row when it is multiplied, is rounded by a step of its own, whose
-code 127 is its largest number, as in CTranslate2. Sums of codes are whole numbers: a row's
-product depends on nothing beside it.
+A column of a matrix is rounded by a step of its own, whose code 127 is its largest number. Few
+rows wait for the codes to be read, and stay float32 (`RoundedMatrix`). Many rows wait for the
+products, and are rounded as columns are, as in CTranslate2 (`EightBits`): sums of codes are
+whole numbers, and a row's product depends on nothing beside it.
 
 Of a head, a bound on what rounding can change says which pieces may be the most likely one, and
 those are scored again in float32: the largest logit and its place are the float32 head's."""
@@ -18,28 +19,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
 
 from calm.exits import layers
-from calm.t5 import platforms
+from calm.t5 import kernels, platforms
 
 _ONE_CODE = np.float32(1 / 127)  # codes lie in -127 ... 127
-# 8-bit products have at least so many rows: XLA:CPU multiplies a single one number by number,
-# and two in half the time in which it reads a float32 matrix for one.
-LEAST_ROWS = 2
 # Added to codes that must have no sign.
 _SHIFT = 128
 # Pieces that are scored again, most.
 CANDIDATES = 32
-# What the first code of a state leaves is coded again, so much finer, where there are rows to
-# spare.
-_FINER = 254.0
 # Of float32 sums, relative to the norms of what is multiplied.
 _ROUNDING = 1e-5
 # Pieces of which one is looked at first, where the largest are sought.
 _GROUP = 16
-
-
-def least_rows() -> int:
-  """Rows that take no longer than one."""
-  return max(LEAST_ROWS, platforms.least_rows())
 
 
 def step(numbers: Float[Array, "rows inputs"]) -> Float[Array, "rows 1"]:
@@ -63,14 +53,7 @@ class EightBits:
     """
     wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     one = step(wide)
-    sums = self.sums_of(jnp.round(wide / one)).astype(jnp.float32)
-    made = (sums * (one * self.scales[None, :])).astype(x.dtype)
-    return made.reshape(*x.shape[:-1], -1)
-
-  def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
-    """Sums of products of codes, which 32 bits hold."""
-    count = len(codes)
-    codes = jnp.pad(codes, ((0, max(0, least_rows() - count)), (0, 0)))
+    codes = jnp.round(wide / one)
     shift = _SHIFT if platforms.multiplies_unsigned() else 0  # (c + 128) w = c w + 128 w
     rows = (codes + shift).astype(jnp.uint8) if shift else codes.astype(jnp.int8)
     sums = lax.dot_general(
@@ -80,8 +63,10 @@ class EightBits:
       # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one has a sign.
       precision=lax.DotAlgorithmPreset.DEFAULT,
       preferred_element_type=jnp.int32,
-    )[:count]
-    return sums - shift * self.sums[None, :] if shift else sums
+    )
+    sums = sums - shift * self.sums[None, :] if shift else sums
+    made = (sums.astype(jnp.float32) * (one * self.scales[None, :])).astype(x.dtype)
+    return made.reshape(*x.shape[:-1], -1)
 
 
 def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
@@ -93,30 +78,64 @@ def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
 
 
 @struct.dataclass
+class RoundedMatrix:
+  """A matrix of 8-bit numbers for states that are not rounded: column j is nearly
+  `codes[:, :, j] * scales[j]`, the tiles side by side."""
+
+  # One tile, or those that `kernels.rounded_product` reads.
+  codes: Int8[Array, "tiles inputs width"]
+  scales: Float[Array, " columns"]
+  outputs: int = struct.field(pytree_node=False)  # columns; those of the last tile behind are 0
+
+  def product(
+    self, x: Float[Array, "rows inputs"], native: bool
+  ) -> Float[Array, "rows outputs"]:
+    """Nearly `x @ matrix`, in the dtype of `x`; `native` as in `engines.Task`."""
+    if native and self.codes.shape[2] == platforms.WIDTH and kernels.available():
+      return kernels.rounded_product(x, self.codes, self.scales)[:, : self.outputs]
+    matrix = jnp.moveaxis(self.codes, 0, 1).reshape(x.shape[1], -1)
+    made = platforms.product(x, matrix.astype(x.dtype)) * self.scales[None, :]
+    return made[:, : self.outputs].astype(x.dtype)
+
+
+def rounded(matrix: Shaped[Array, "inputs outputs"]) -> RoundedMatrix:
+  """A matrix, its columns rounded."""
+  made = quantize(matrix)
+  codes, (outputs, inputs) = made.codes, made.codes.shape
+  width = platforms.WIDTH if kernels.available() else outputs
+  codes = jnp.pad(codes, ((0, -outputs % width), (0, 0)))
+  tiles = codes.reshape(-1, width, inputs).swapaxes(1, 2)
+  return RoundedMatrix(tiles, jnp.pad(made.scales, (0, -outputs % width)), outputs)
+
+
+@struct.dataclass
 class QuantizedHead:
   """One output head."""
 
   rows: Float[Array, "pieces emb"]  # transposed, in the dtype of the matrices
-  coded: EightBits
+  coded: RoundedMatrix
   # Norms of what the codes leave of the pieces, and of what they keep.
   left: Float[Array, " pieces"]
   norms: Float[Array, " pieces"]
 
-  def logits(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
-    """float32 logits of decoder_norm(d^i), the largest of each row that of the float32 head."""
+  def logits(
+    self, states: Float[Array, "batch emb"], native: bool = False
+  ) -> Float[Array, "batch pieces"]:
+    """float32 logits of decoder_norm(d^i), the largest of each row that of the float32 head;
+    `native` as in `engines.Task`."""
     if len(self.rows) <= CANDIDATES:
       return self.whole(states)
-    logits, places, scored, certain = self._candidates(states)
+    logits, places, scored, certain = self._candidates(states, native)
     batch = jnp.arange(len(states))[:, None]
     return lax.cond(
       certain, lambda: logits.at[batch, places].set(scored), lambda: self.whole(states)
     )
 
-  def greedy(self, states: Float[Array, "batch emb"]) -> layers.Greedy:
+  def greedy(self, states: Float[Array, "batch emb"], native: bool = False) -> layers.Greedy:
     """The argmax of these logits and its log-probability, without writing them all."""
     if len(self.rows) <= CANDIDATES:
       return layers.greedy(self.whole(states))
-    logits, places, scored, certain = self._candidates(states)
+    logits, places, scored, certain = self._candidates(states, native)
     return lax.cond(
       certain,
       lambda: _greedy(logits, places, scored),
@@ -131,33 +150,25 @@ class QuantizedHead:
     wide = jnp.expand_dims(states, tuple(range(1, pieces.ndim)))
     return jnp.sum(self.rows[pieces].astype(jnp.float32) * wide, axis=-1)
 
-  def _candidates(self, states: jax.Array) -> tuple[jax.Array, ...]:
+  def _candidates(self, states: jax.Array, native: bool) -> tuple[jax.Array, ...]:
     """Rounded logits; the pieces that may be the most likely, their float32 logits, and whether
     the most likely one of every row is among them."""
-    logits, slack = self.rounded(states)
+    logits, slack = self.rounded(states, native)
     upper, places = largest(logits + slack, CANDIDATES)
     scored = self.score(states, places)
     certain = jnp.all(jnp.max(scored, axis=1) > jnp.min(upper, axis=1))
     return logits, places, scored, certain
 
   def rounded(
-    self, states: Float[Array, "batch emb"]
+    self, states: Float[Array, "batch emb"], native: bool = False
   ) -> tuple[Float[Array, "batch pieces"], Float[Array, "batch pieces"]]:
     """Logits of the 8-bit head, and the most that the float32 head's differ from them.
 
-    With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
-    most |w - v| |x| + |v| |x - y|.
+    With a piece w coded as v and a state x, w x - v x is at most |w - v| |x|.
     """
-    codes, steps = _codes(states)
-    count = len(states)
-    sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
-    logits = sum(sums[i * count : (i + 1) * count] * one for i, one in enumerate(steps))
-    norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
-    coded_as = functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
-    of_left = norm(states)
-    of_norms = norm(states - coded_as) + _ROUNDING * of_left
-    slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
-    return logits * self.coded.scales[None, :], slack
+    norms = jnp.linalg.norm(states, axis=1, keepdims=True)
+    slack = norms * (self.left + _ROUNDING * self.norms)[None, :]
+    return self.coded.product(states, native), slack
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """Logits of the float32 head."""
@@ -193,15 +204,6 @@ def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
   )
 
 
-def _codes(states: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Codes of states, and what they are multiplied with: their sum is nearly the states."""
-  one = step(states)
-  coarse = jnp.round(states / one)
-  if 2 * len(states) > least_rows():
-    return [coarse], [one]
-  return [coarse, jnp.round((states / one - coarse) * _FINER)], [one, one / _FINER]
-
-
 def largest(
   values: Float[Array, "batch pieces"], count: int
 ) -> tuple[Float[Array, "batch count"], Int[Array, "batch count"]]:
@@ -226,7 +228,8 @@ def largest(
 
 def quantize_head(head: Float[Array, "emb pieces"]) -> QuantizedHead:
   """A head, float32 or narrower, rounded; it is the one that `QuantizedHead` is exact for."""
-  rows, coded = head.T, quantize(head)
-  decoded = coded.codes.astype(jnp.float32) * coded.scales[:, None]
+  rows, coded = head.T, rounded(head)
+  codes = jnp.moveaxis(coded.codes, 1, 2).reshape(-1, len(head))[: coded.outputs]
+  decoded = codes.astype(jnp.float32) * coded.scales[: coded.outputs, None]
   left = jnp.linalg.norm(rows.astype(jnp.float32) - decoded, axis=1)
   return QuantizedHead(rows, coded, left, jnp.linalg.norm(decoded, axis=1))

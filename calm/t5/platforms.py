@@ -68,6 +68,10 @@ def product(
   return (jnp.pad(x, ((0, least_rows() - rows), (0, 0))) @ matrix)[:rows]
 
 
+# Columns of 8-bit codes that lie together on a CPU: a row of them fills a line of memory.
+WIDTH = 64
+
+
 def is_cpu() -> bool:
   """Whether XLA:CPU computes: in this process, whose functions it may call (`kernels`).
 

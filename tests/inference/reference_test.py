@@ -9,7 +9,7 @@ from calm import calibrate, exits, inference
 from calm.calibrate import Prompt, metrics
 from calm.exits import schedules
 from calm.inference import grid
-from tests.inference.predictor_test import OPTIONS
+from tests.inference.predictor_test import OPTIONS, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::calm.inference.SlowerThanFullDepth")
 TEXTS = [f"{word} {i}" for i in range(6) for word in ("some", "words", "to", "read")]
@@ -41,9 +41,10 @@ def test_what_is_compared_with_is_the_float32_text_token_by_token(directory, mod
   assert [tuple(record.tokens) for record in cached.records[1]] == tokens(served)
 
 
-def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(directory, model):
-  """At a threshold that no confidence of a toy reaches."""
-  narrow = load(directory, {"weights_dtype": "int8"})
+def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(tmp_path):
+  """At a threshold that no confidence of a toy reaches, of weights that rounding changes."""
+  folder = save(tmp_path / "toy", seed=4)
+  model, narrow = inference.load(folder, **OPTIONS), load(folder, {"weights_dtype": "int8"})
   own = narrow.generate(TEXTS, rule=exits.StaticExit()).texts
   pairs = zip(own, model.generate(TEXTS, threshold=NEVER).texts, strict=True)
   # A text without words is like itself, too.

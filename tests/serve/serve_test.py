@@ -188,8 +188,9 @@ def test_generations_have_the_shape_of_tgi(served, expected):
     assert len(made["details"]["tokens"]) == 3
 
 
-def test_prompts_that_are_encoded_alone_in_8_bits_are_decoded_together(folder):
-  narrow = {**SIZES, "encoder_dtype": "int8", "reference_dtype": "float32", "batch_size": 1}
+@pytest.mark.parametrize("part", ["encoder", "weights"])
+def test_prompts_that_are_encoded_alone_in_8_bits_are_decoded_together(folder, part):
+  narrow = {**SIZES, f"{part}_dtype": "int8", "reference_dtype": "float32", "batch_size": 1}
   model = inference.load(folder, **narrow)
   texts = TEXTS[:9]
   with Running(model, 0.5, workers=2) as running:

@@ -1,6 +1,7 @@
 """Kernels, functions of this process that XLA calls: the numbers of XLA's, in every engine."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
-from calm.t5 import caches, kernels, layers, platforms
+from calm.t5 import caches, eight_bits, kernels, layers, platforms
 from calm.t5.kernels import attention_kernel, llvm
 from calm.t5x import loops
 from tests import engine
@@ -188,3 +189,23 @@ def test_a_row_is_the_same_whoever_stands_beside_it():
   whole = kernels.product(x, matrix)
   for rows in range(2, 16):
     np.testing.assert_array_equal(kernels.product(x[:rows], matrix), whole[:rows])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 9, 32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 17), (17, 250), (33, 128)])
+def test_products_of_codes_are_those_of_numpy(monkeypatch, rows, inputs, outputs):
+  """In one piece and in several, and by XLA."""
+  x, matrix = drawn(rows, inputs), eight_bits.rounded(drawn(inputs, outputs))
+  codes = np.moveaxis(np.asarray(matrix.codes, np.float64), 0, 1).reshape(inputs, -1)
+  expected = (np.asarray(x, np.float64) @ codes * np.asarray(matrix.scales))[:, :outputs]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+  close(matrix.product(x, native=False), expected)
+  whole = matrix.product(x, native=True)
+  close(whole, expected)
+  monkeypatch.setattr(kernels, "SHARED_PRODUCTS", 0)
+  monkeypatch.setattr(llvm, "num_cores", lambda: 2)
+  np.testing.assert_array_equal(matrix.product(x, native=True), whole)
+  # So a text does not depend on the prompts that it is decoded with.
+  for i in range(rows):
+    alone = matrix.product(x[i : i + 1], native=True)
+    np.testing.assert_array_equal(alone[0], whole[i])

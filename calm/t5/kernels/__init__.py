@@ -7,16 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from calm.t5 import platforms
 
-__all__ = ["attend", "available", "is_small", "product", "reads", "single_threaded"]
+__all__ = [
+  "attend",
+  "available",
+  "is_small",
+  "product",
+  "reads",
+  "rounded_product",
+  "single_threaded",
+]
 
 _HAS_LLVMLITE = importlib.util.find_spec("llvmlite") is not None
 # Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
 # wakes a second thread for less.
 MOST_ROWS, MOST_NUMBERS = 16, 2**17
+# Products of a number and a code that are worth a second thread.
+SHARED_PRODUCTS = 2**22
 # Numbers of any matrix beside such layers: a head.
 _MOST_NUMBERS_OF_HEADS = 2**20
 
@@ -80,3 +90,20 @@ def product(
   from calm.t5.kernels import product_kernel
 
   return product_kernel.product(x, matrix)
+
+
+def rounded_product(
+  x: Float[Array, "rows inputs"],
+  codes: Int8[Array, "tiles inputs width"],
+  scales: Float[Array, " columns"],
+) -> Float[Array, "rows columns"]:
+  """The product with a matrix of 8-bit numbers, of rows that are not rounded.
+
+  Args:
+    x: float32 rows.
+    codes: the matrix, in tiles of `platforms.WIDTH` columns that lie side by side.
+    scales: what each column's codes are multiplied with.
+  """
+  from calm.t5.kernels import rounded_kernel
+
+  return rounded_kernel.product(x, codes, scales, len(x) * codes.size >= SHARED_PRODUCTS)

@@ -12,7 +12,7 @@ from calm.t5.kernels import llvm
 from calm.t5.kernels.llvm import FLOAT, INT, LANES, LEAST, Frame, Writer, constant, number
 
 # XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
-_PIECES = 12
+PIECES = 12
 # Keys and values of so many numbers are worth a second thread: one that is awake, or one that
 # has to be woken for them.
 AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
@@ -24,7 +24,7 @@ def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.A
   queries, heads, head_dim = query.shape
   enough = ASLEEP_NUMBERS if single_threaded else AWAKE_NUMBERS
   shared = keys[0].size * queries >= enough and llvm.num_cores() > 1
-  pieces = min(_PIECES, queries * heads) if shared else 1
+  pieces = min(PIECES, queries * heads) if shared else 1
   # Their numbers, written out, are one operation more of every layer of a step.
   rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
   given = rows, *(x.astype(jnp.float32) for x in (query, keys, values, bias, *(now or ())))
