@@ -9,6 +9,7 @@ A calibration for another model or other options is refused. A model folder of
   calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=-
   calm infer --online=state.jsonl --tolerance=0.1 --prompts=today.jsonl
   calm infer --threshold=never --color "a long text"
+  calm infer --model=mine --stream "a long text"
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
 score}, first into FILE.(digest).partial, with which the same command goes on
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
+  add(parser, "stream", None, "print every token as it comes")
 
 
 @run_lib.user_errors
@@ -116,6 +118,8 @@ def _check(arguments: argparse.Namespace) -> None:
       "Expected `--calibration` and `--threshold`, `--exact`, or `--online`, got several of"
       " them."
     )
+  if arguments.stream and (arguments.output or arguments.colour):
+    raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
   if arguments.output:
     read = (arguments.prompts, arguments.calibration, arguments.online)
     run_lib.check_output(arguments.output, read=read)
@@ -154,6 +158,7 @@ class Serving:
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
     self._sample: tuple[str, ...] = ()  # texts that are timed
+    self._shown = ""  # of a text that is printed as it comes
     self.name = "online" if online else thresholds.format_threshold(threshold)
 
   def serve(self, prompts: Sequence[Prompt]) -> None:
@@ -165,14 +170,17 @@ class Serving:
     with opened or contextlib.nullcontext((0, None)) as (done, write):
       if done:
         print_text(self._console, f"{done} prompts' outputs are there already; going on.")
-      with Progress(self._console) as progress:
+      quiet = rich_console.Console(quiet=True)  # a bar would be drawn into the text
+      with Progress(quiet if self._arguments.stream else self._console) as progress:
         for chunk, made in self._decode(prompts[done:]):
           if write is not None:
             write(_lines(chunk, made))
           else:
             if sys.stdout.isatty():  # texts would be printed into the bar
               progress.hide()
-            _print_texts(made, coloured)
+            for text in [o.coloured() if coloured else _plain(o) for o in made]:
+              print(text.removeprefix(self._shown), flush=True)
+            self._shown = ""
           done += len(chunk)
           progress.count("prompts")(done, len(prompts))
     if coloured:
@@ -182,7 +190,7 @@ class Serving:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
     options, batches = self._predictor.options, FIRST_BATCHES
     batch, start = options.batch_size * options.num_devices, 0
-    while chunk := prompts[start : start + batches * batch]:
+    while chunk := prompts[start : start + (1 if self._arguments.stream else batches * batch)]:
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = self._generate(chunk)
@@ -211,7 +219,15 @@ class Serving:
       # Prompts of one group, and prompts that say the same, are checked once.
       ids = [clusters.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
       way = {"online": self._online, "ids": ids}
-    return self._predictor.generate([prompt.input for prompt in chunk], **way)
+    parts = self._show if self._arguments.stream else None
+    return self._predictor.generate([prompt.input for prompt in chunk], parts=parts, **way)
+
+  def _show(self, row: int, output: outputs.Output) -> None:
+    """Prints what came of a text since the last call."""
+    text = _plain(output).rstrip("\ufffd ")  # a character may lack bytes, a space its word
+    if text.startswith(self._shown):
+      print(text.removeprefix(self._shown), end="", flush=True)
+      self._shown = text
 
   def report(self, startup: float) -> None:
     """Prints what it took, and the guarantee."""
@@ -277,10 +293,8 @@ def _count(number: int, thing: str) -> str:
   return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _print_texts(made: Sequence[outputs.Output], coloured: bool) -> None:
-  for output in made:
-    text = sanitize(output.text) if sys.stdout.isatty() else output.text
-    print(output.coloured() if coloured else text, flush=True)
+def _plain(output: outputs.Output) -> str:
+  return sanitize(output.text) if sys.stdout.isatty() else output.text
 
 
 def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:

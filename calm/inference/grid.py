@@ -314,6 +314,7 @@ def serve_online(
   texts: Sequence[str],
   ids: Sequence[str] | None,
   progress: Any,
+  parts: Any = None,
 ) -> outputs.Outputs:
   """Texts at the threshold of a state, which learns from those of them that it draws."""
   if online.about.get("procedure") != model.procedure.digest():
@@ -325,7 +326,7 @@ def serve_online(
   if len(names) != len(texts):
     raise ValueError(f"Expected `ids` of {len(texts)} texts, got {len(names)}.")
   served = online.threshold
-  made = model.generate(texts, threshold=served, progress=progress)
+  made = model.generate(texts, threshold=served, progress=progress, parts=parts)
   drawn: dict[str, int] = {}
   for row, name in enumerate(names):
     if online.should_check(name):

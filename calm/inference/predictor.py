@@ -205,6 +205,7 @@ class Predictor:
     online: Online | None = None,
     ids: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    parts: Callable[[int, outputs.Output], None] | None = None,
   ) -> outputs.Outputs:
     """Decodes prompts greedily.
 
@@ -222,6 +223,7 @@ class Predictor:
         None takes the texts.
       progress: told how many prompts are done of how many; None shows it where someone looks
         on (a terminal or a notebook) and it takes long.
+      parts: told of a prompt's number and its output so far, after each of its tokens.
 
     Raises:
       ValueError: there is neither a threshold nor a calibration nor a rule without one, or an
@@ -232,7 +234,7 @@ class Predictor:
     if online is not None:
       if threshold is not None or rule is not None:
         raise ValueError("`online` needs neither `threshold` nor `rule`; leave these out.")
-      return grid.serve_online(self, online, texts, ids, progress)
+      return grid.serve_online(self, online, texts, ids, progress, parts)
     if threshold is None and rule is None:
       threshold = self.threshold
       if threshold is None:
@@ -250,7 +252,7 @@ class Predictor:
       model, rule = self.reference, self.exact or exits.StaticExit()
     with contextlib.ExitStack() as stack:
       report = progress or stack.enter_context(Progress()).count("prompts")
-      decoded = model.decode_texts(texts, threshold, rule, report)
+      decoded = model.decode_texts(texts, threshold, rule, report, parts)
     made = self.calibration if promised else None
     if made is None or threshold != made.threshold or self.platform_mismatch:
       return decoded
@@ -262,6 +264,7 @@ class Predictor:
     threshold: float | None,
     rule: exits.Rule | None,
     progress: Callable[[int, int], None],
+    parts: Callable[[int, outputs.Output], None] | None = None,
   ) -> outputs.Outputs:
     """Decodes prompts by one program and without a promise; arguments as for `generate`."""
     jax.block_until_ready(self.weights)  # laid out once, and not timed
@@ -275,7 +278,12 @@ class Predictor:
       start = now()
       encoded = jax.block_until_ready(self.encode(batch))
       encode, start = encode + now() - start, now()
-      generation = self.decode(encoded, batch.active, level, rule)
+      if parts is None:
+        generation = self.decode(encoded, batch.active, level, rule)
+      else:
+        for generation in self.stream(encoded, batch.active, level, rule, steps=1):
+          for i, row in enumerate(batch.rows):
+            parts(int(row), self.output(generation, i))
       decode += now() - start
       for i, row in enumerate(batch.rows):
         items[int(row)] = self.output(generation, i)
@@ -522,11 +530,11 @@ class Predictor:
     steps: int,
     limit: int | None = None,
   ) -> Iterator[loop.Generation]:
-    """`decode` in parts on one device: the generation after the first token and every `steps`
-    more of them, at last the whole, or its first `limit` positions. Passes over drafts come in
-    one part, and a limit of 0 compiles what any other needs."""
+    """`decode` in parts: the generation after the first token and every `steps` more of them,
+    at last the whole, or its first `limit` positions. Passes over drafts come in one part, as
+    all does from several devices, and a limit of 0 compiles what any other needs."""
     program = self.program(rule)
-    if program.rule.speculates:
+    if program.rule.speculates or self.options.num_devices > 1:
       yield self.decode(encoded, active, threshold, rule)
       return
     weights, level = dataclasses.replace(self.weights, encoder={}), np.float32(threshold)

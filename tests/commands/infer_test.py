@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calm import calibrate, inference, storage
-from calm.commands import infer
+from calm.commands import cli, infer
 from calm.inference import predictor, timing
 from tests.commands import toy
 
@@ -117,6 +117,23 @@ def test_lines_go_to_pipes_and_standard_output(calm_infer, expected, tmp_path):
   reader.join()
   assert got == [expected] and stat.S_ISFIFO(pipe.stat().st_mode)
   assert calm_infer("--output=-").startswith('{"id": "p0"')
+
+
+def test_tokens_are_shown_as_they_come(model, prompts, capsys, monkeypatch):
+  words = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", *toy.DECODE]
+  words = ["infer", *words, "--threshold=never"]
+  assert cli.main(words) == 0
+  whole, shown, show = capsys.readouterr().out, [], infer.Serving._show
+  counted = lambda self, row, output: (
+    shown.append(len(output.tokens)),
+    show(self, row, output),
+  )
+  monkeypatch.setattr(infer.Serving, "_show", counted)
+  assert cli.main([*words, "--stream"]) == 0
+  assert capsys.readouterr().out == whole
+  assert shown[:2] == [1, 2] and shown.count(1) == len(TEXTS)
+  assert cli.main([*words, "--stream", "--output=-"]) == 2
+  assert "leave `--output` and `--color` out" in capsys.readouterr().err
 
 
 def test_what_was_read_and_what_it_took_is_said_once(calm_infer):
