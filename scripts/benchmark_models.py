@@ -119,7 +119,7 @@ def _read(model: Model, name: str) -> Model:
       model.num_pieces,
       model.shortlist,
       "int8" if name == "layers" else None,
-      "int8",
+      None if name == "layers" else "int8",
       encoder_dtype="int8",
     )
     return dataclasses.replace(model, weights=weights)

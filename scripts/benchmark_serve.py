@@ -41,8 +41,8 @@ from calm.inference import outputs
 from calm.serve.device import Part, workers_that_pay
 
 SHARES = (0.3, 0.6, 0.9)
-# Exits under the promise, without and with an encoder that multiplies in 8 bits.
-CALIBRATED = {"calm, calibrated": "calibration", "calm, calibrated, 8-bit encoder": "narrow"}
+# Exits under the promise, of float32 and with matrices in 8 bits.
+CALIBRATED = {"calm, calibrated": "calibration", "calm, calibrated, 8 bits": "narrow"}
 SYSTEMS = {
   **{
     "calm, full depth": (),
@@ -153,13 +153,14 @@ def device(options: argparse.Namespace) -> serve.Device:
   name, early = options.system, options.system in CALIBRATED
   if options.model == "small":
     lengths: Any = {"max_input_length": 128, "max_decode_length": 64}
-    decoding = inference.DecodeOptions("classifier", **lengths, head_dtype=options.head_dtype)
+    if CALIBRATED.get(name) == "narrow":
+      lengths |= {"weights_dtype": "int8", "reference_dtype": "float32", "batch_size": 1}
+    decoding = inference.DecodeOptions("classifier", **lengths)
     random = models.load("small", "float32", 512)
     model = inference.Predictor(random.config, random.params, Numbers(), decoding)
   else:
     calibration = getattr(options, CALIBRATED[name]) if early else None
-    head: Any = {"head_dtype": options.head_dtype}
-    model = inference.load(options.model, calibration=calibration, **head)
+    model = inference.load(options.model, calibration=calibration)
   others: dict[str, Callable[[], Decode]] = {
     "no model": lambda: lambda rows, limit, first: [[model.eos_id]] * len(rows),
     "transformers": lambda: transformers(model),
@@ -316,9 +317,8 @@ def main() -> None:
   add = parser.add_argument
   add("--model", default="packed", help="'packed', 'small' (random weights) or a folder")
   add("--calibration", help="of 'calm, calibrated'; a folder of `calm fit` has its own")
-  add("--narrow", help="the calibration of 'calm, calibrated, 8-bit encoder'")
+  add("--narrow", help="the calibration of 'calm, calibrated, 8 bits'")
   add("--threshold", type=float, help="of 'calm, calibrated', in its place")
-  add("--head_dtype", help="calm's: int8")
   add("--prompts", default=inference.PACKED / "prompts_unseen.jsonl")
   add("--count", type=int, default=300, help="requests of each kind of arrivals")
   add("--clients", type=int, default=16)
@@ -334,7 +334,7 @@ def main() -> None:
   rounds: dict[tuple[str, str], list] = {}
   try:
     for name in options.systems.split(";"):
-      if name == "calm, calibrated, 8-bit encoder" and not options.narrow:
+      if name == "calm, calibrated, 8 bits" and not (options.narrow or options.threshold):
         continue
       if why := peers.not_installed(*SYSTEMS[name]):
         print(f"not installed: {name} ({why})", file=sys.stderr)
