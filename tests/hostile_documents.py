@@ -89,10 +89,9 @@ def _files(base: pathlib.Path) -> None:
   Online(base / "watch.jsonl", **small_cache.ONLINE)
   row = {"id": "a", "source": "s", "input": "text", "target": ["one", "two"]}
   shutil.copytree(GOLDEN / "codet5", base / "codet5")
-  mark = {"schema_version": 1, "kind": "infer", "num_shards": 2, "shard_id": 0}
+  mark = {"schema_version": 1, "num_shards": 2, "shard_id": 0}
   mark |= {"num_prompts": 3, "prompts_digest": "d", "positions": [0, 2]}
   (base / "shard").mkdir()
-  mark |= {"about": {"x": 1}, "checksums": {"a": "b"}}
   (base / "shard" / merge.MARK).write_text(json.dumps(mark))
   _tokenizer(base / "tokenizer.json")
   for name, value in (
