@@ -67,7 +67,7 @@ class Result:
   certified_threshold: float  # the lowest certified, also where it is not served
   seconds: timing.Seconds | None  # on the last part; None where nothing was certified
   last: LastLook  # the evaluation of the last part
-  shown: tuple[panel.ShownPrompt, ...]  # some of its prompts at full depth and as served
+  panel: panel.Panel  # some of its prompts at every threshold; what other tolerances certify
   # Seconds of full depth from the model's own verified drafts on the last part, where these are
   # faster; where full depth is served, it is served so.
   exact: timing.Seconds | None

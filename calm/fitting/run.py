@@ -142,12 +142,12 @@ def make(fit: Fit) -> None:
   choice = result_cache.cached(fit.results, choose.Choice, "chosen", key, compute)
   for line in choice.lines():
     say(line)
-  calibration = None
+  calibration, promised = None, ((fit.options.tolerance, 0),)
   if choice.best is not None:
     ways = choice.best.candidate.options(predictor.options.max_decode_length)
     predictor = predictor.with_options(**ways, grid=choice.grid)
-    calibration = certify(fit, predictor)
-  result, served = look(fit, predictor, choice, calibration)
+    calibration, promised = certify(fit, predictor)
+  result, served = look(fit, predictor, choice, calibration, promised)
   result = dataclasses.replace(result, trained=trained, learned=learned)
   if served is None:
     predictor = untouched(fit, predictor)
@@ -200,12 +200,14 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   return dataclasses.replace(source, config=config, params=params), learned
 
 
-def certify(fit: Fit, predictor: inference.Predictor) -> Calibration:
-  """The calibration of the chosen candidate."""
+def certify(
+  fit: Fit, predictor: inference.Predictor
+) -> tuple[Calibration, tuple[tuple[float, int], ...]]:
+  """The calibration of the chosen candidate, and what other tolerances certify."""
   rows, full, options = fit.splits.calibration, None, fit.options
   if options.train_all:
     full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
-  calibration, _ = grid.certify(
+  calibration, cached = grid.certify(
     grid.in_bulk(predictor),  # of the procedure that is served
     rows,
     tolerance=options.tolerance,
@@ -216,7 +218,9 @@ def certify(fit: Fit, predictor: inference.Predictor) -> Calibration:
     full=full,
     progress=fit.step("Certify the threshold"),
   )
-  return calibration
+  lost = losses.compute(cached, options.kind, metric=options.metric)
+  asked = (*panel.TOLERANCES, options.tolerance)
+  return calibration, panel.promised(lost, options.error_rate, asked)
 
 
 def why_full_depth(
@@ -250,6 +254,7 @@ def look(
   predictor: inference.Predictor,
   choice: choose.Choice,
   calibration: Calibration | None,
+  promised: tuple[tuple[float, int], ...],
 ) -> tuple[result_lib.Result, Calibration | None]:
   """The result, and the calibration that is served; None where full depth is."""
   progress = fit.step("Look at the last part")
@@ -265,14 +270,17 @@ def look(
   # The batches that certified: their programs are compiled.
   reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)
   told = part(progress, 0.6, 0.8)
-  early = full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
-  if served is not None:
-    told, model = part(progress, 0.8, 1.0), grid.in_bulk(predictor)
-    early = grid.with_rule(model, prompts, None, level, progress=told)
+  full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
+  levels, columns = (), (full,)
+  if calibration is not None:
+    levels, model = tuple(grid.default_grid(predictor.options)), grid.in_bulk(predictor)
+    told, folder = part(progress, 0.8, 1.0), fit.work / "last"
+    columns += grid.on_grid(model, prompts, levels, folder, full=full, progress=told).records
+  early = columns[0 if served is None else 1 + levels.index(level)]
   given = predictor.vocabulary.piece, options.metric, predictor.eos_id
   shown = (
     panel.shown_prompt(prompt, records, *given)
-    for prompt, *records in zip(prompts[:EXAMPLES], full, early, strict=False)
+    for prompt, *records in zip(prompts[:EXAMPLES], *columns, strict=False)
   )
   result = result_lib.Result(
     model=str(fit.initial),
@@ -286,7 +294,14 @@ def look(
     certified_threshold=level,
     seconds=measured,
     last=evaluate(prompts, full, early, options),
-    shown=tuple(shown),
+    panel=panel.Panel(
+      predictor.options.measure,
+      (NEVER, *levels),
+      tuple(shown),
+      options.error_rate,
+      promised,
+      first=[tolerance for tolerance, _ in promised].index(options.tolerance),
+    ),
     exact=choose.faster_exact(untouched(fit, predictor), prompts),
     tested=() if calibration is None else calibration.rows,
   )

@@ -5,9 +5,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calm.calibrate import NEVER_EXIT, Prompt, Record, metrics, thresholds
+from calm.calibrate import (
+  NEVER_EXIT,
+  Prompt,
+  Record,
+  SequenceLosses,
+  calibrate,
+  metrics,
+  thresholds,
+)
 from calm.console import sanitize
 from calm.inference import outputs, result_cache
+
+# Tolerances that a reader may ask about.
+TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +55,17 @@ class Panel:
   # (delta, position of the threshold that is certified for it; 0 where none is), ascending.
   promised: tuple[tuple[float, int], ...]
   first: int  # position in `promised` of the tolerance that is shown first
+
+
+def promised(
+  losses: SequenceLosses, error_rate: float, tolerances: Sequence[float]
+) -> tuple[tuple[float, int], ...]:
+  """`Panel.promised` of losses on a grid; each tolerance is tested by itself."""
+  levels, found = [NEVER_EXIT, *losses.thresholds.tolist()], []
+  for tolerance in sorted({*tolerances}):
+    made = calibrate(losses, tolerance=tolerance, error_rate=error_rate)
+    found.append((tolerance, levels.index(made.threshold)))
+  return tuple(found)
 
 
 def shown_prompt(
@@ -131,6 +153,6 @@ def promise_text(panel: Panel, tolerance: float, at: int) -> str:
   if not at:
     return f"δ = {tolerance:g}: nothing is certified, the full model serves"
   return (
-    f"δ = {tolerance:g}: at threshold {threshold(panel.thresholds[at])} the mean distance is"
+    f"δ = {tolerance:g}: at threshold {threshold(panel.thresholds[at])} the mean loss is"
     f" at most {tolerance:g}, with probability {1.0 - panel.error_rate:.10g}"
   )

@@ -39,7 +39,7 @@ TARGETS = (("textual", 0.1), ("textual", 0.25), ("risk", 0.02), ("risk", 0.05))
 # takes signed losses, which reward prompts whose output improves.
 METHODS = {"paper": "risk_clipped", "auto": "risk_signed"}
 # App. B: deltas, random splits of figure (a), calibration sets of figure (b).
-TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+TOLERANCES = panel.TOLERANCES
 SPLITS, DRAWS = 50, 200
 MAX_TOKENS = 60  # of an output that is shown
 
@@ -608,18 +608,16 @@ def examples(of: bench.Bench) -> tuple[panel.Panel, ...]:
   given = of.predictor.vocabulary.piece, of.settings.metric, of.predictor.eos_id
   for measure, cached in of.test_grids.items():
     calibrated = of.textual[measure].rows(range(cut))
+    promised = panel.promised(calibrated, of.options.error_rate, TOLERANCES)
     columns = cached.full, *cached.records
     items = [
       panel.shown_prompt(cached.prompts[row], [c[row] for c in columns], *given) for row in rows
     ]
-    levels, promised = (schedules.NEVER_EXIT, *cached.thresholds.tolist()), []
-    for tolerance in TOLERANCES:
-      made = calibrate(calibrated, tolerance=tolerance, error_rate=of.options.error_rate)
-      promised.append((tolerance, levels.index(made.threshold)))
+    levels = schedules.NEVER_EXIT, *cached.thresholds.tolist()
     # The least tolerance that something is certified for.
     start = next((i for i, (_, at) in enumerate(promised) if at), 0)
     sizes = measure, levels, tuple(items), of.options.error_rate
-    shown.append(panel.Panel(*sizes, tuple(promised), first=start))
+    shown.append(panel.Panel(*sizes, promised, first=start))
   return tuple(shown)
 
 

@@ -55,6 +55,8 @@ def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
   assert grid[-1] == pytest.approx(0.281818, abs=1e-5)
   near = ((grid > 0.4) & (grid < 0.7)).sum()
   assert near > len(grid) / 2
+  cut = dataclasses.replace(best, thresholds=(0.0,), losses=(0.05,), threshold=0.0)
+  assert choose.final_grid(cut, 0.1) == (0.0,)
 
 
 def test_ways_are_told_by_their_seconds_and_8_bits_must_gain_clearly():
@@ -74,4 +76,10 @@ def test_ways_are_told_by_their_seconds_and_8_bits_must_gain_clearly():
     "  softmax after layer 1: x2.10 as fast at threshold 0.5 (chosen)",
     "  softmax after layer 1: no threshold within the tolerance",
     "  softmax after layer 1: x2.70 in a first timing, at threshold 0.4",
+    "  no cut decoder keeps the promise; exits: x2.10",
   ]
+  cut = dataclasses.replace(chosen, thresholds=(0.0,), threshold=0.0, speedup=1.5)
+  choice = choose.Choice((looked, chosen, cut), 1, (0.5,), 2.0, 20)
+  lines = [line.strip() for line in choice.lines()]
+  assert lines[1] == "cut after layer 1: x1.50 as fast at threshold 0"
+  assert lines[3] == "cut after layer 1: x1.50 under the same promise; exits: x2.10"

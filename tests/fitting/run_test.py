@@ -82,10 +82,17 @@ def test_the_summary_says_what_was_found(made):
     "a first timing",
     "What was certified",
     'title="layer 1"',
+    '<input class="promised" type="range"',
   ):
     assert words in page
   assert "http" not in page
   result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
+  # The slider has texts of the last part at every threshold, and starts at what is promised.
+  shown, grid = result["panel"], served.options.grid
+  assert shown["thresholds"][1:] == list(grid) and len(shown["items"]) == 6
+  assert {len(item["levels"]) for item in shown["items"]} == {1 + len(grid)}
+  tolerance, at = shown["promised"][shown["first"]]
+  assert tolerance == 0.5 and shown["thresholds"][at] == served.threshold
   assert result["last"]["risk"]["count"] == 11 and result["threshold"] == served.threshold
 
 
@@ -121,17 +128,39 @@ def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
 
   monkeypatch.setattr(choose, "timed", faster_in_8_bits)
   output, said = tmp_path / "mine", conftest.Said()
-  served = fitting.fit(directory, rows[:45], output=output, console=said.console, **OPTIONS)
+  options = {**OPTIONS, "tolerance": 0.7}
+  served = fitting.fit(directory, rows[:45], output=output, console=said.console, **options)
   assert served.calibration is not None and served.calibration.procedure == served.procedure
   procedure = served.calibration.procedure
-  assert (procedure.weights_dtype, procedure.encoder_dtype) == ("int8", "int8")
+  dtypes = procedure.weights_dtype, procedure.encoder_dtype
+  assert dtypes == ("int8, states whole", "int8")
   assert procedure.reference_dtype == "float32" and "float32" in served.calibration.guarantee
-  assert any(", layers in 8 bits" in line and "(chosen)" in line for line in said.lines)
+  assert any(", matrices in 8 bits" in line and "(chosen)" in line for line in said.lines)
   assert any(", encoder in 8 bits: x" in line for line in said.lines)
   # What it is held against is what the given model writes, token by token.
   given = inference.load(directory, **limits_of(served))
   written = [output.tokens for output in served.generate(WORDS, threshold="never")]
   assert written == full_tokens(given)
+
+
+def test_the_cut_decoder_is_served_under_its_promise_where_it_is_faster(
+  directory, rows, always_faster, monkeypatch, tmp_path
+):
+  timed = choose.timed
+
+  def faster_cut(*arguments):
+    found, full = timed(*arguments)
+    return [dataclasses.replace(e, end_to_end=3.0 if e.cut else 1.5) for e in found], full
+
+  monkeypatch.setattr(choose, "timed", faster_cut)
+  output, options = tmp_path / "mine", {**OPTIONS, "tolerance": 0.99}
+  served = fitting.fit(directory, rows[:45], output=output, **options)
+  assert served.options.grid == (0.0,) == (served.calibration.threshold,)
+  (layer,) = served.options.exit_layers
+  cut = served.generate(WORDS, rule=exits.StaticExit(layer))
+  assert served.generate(WORDS).texts == cut.texts
+  page = (output / "summary.html").read_text("utf-8")
+  assert f"Cut after layer {layer}: x1.50 under the same promise; exits: x1.50." in page
 
 
 @pytest.fixture(scope="module")
