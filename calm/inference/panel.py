@@ -5,15 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  Prompt,
-  Record,
-  SequenceLosses,
-  calibrate,
-  metrics,
-  thresholds,
-)
+from calm.calibrate import Prompt, Record, SequenceLosses, calibrate, metrics, thresholds
 from calm.console import sanitize
 from calm.inference import outputs, result_cache
 
@@ -61,7 +53,7 @@ def promised(
   losses: SequenceLosses, error_rate: float, tolerances: Sequence[float]
 ) -> tuple[tuple[float, int], ...]:
   """`Panel.promised` of losses on a grid; each tolerance is tested by itself."""
-  levels, found = [NEVER_EXIT, *losses.thresholds.tolist()], []
+  levels, found = [thresholds.NEVER_EXIT, *losses.thresholds.tolist()], []
   for tolerance in sorted({*tolerances}):
     made = calibrate(losses, tolerance=tolerance, error_rate=error_rate)
     found.append((tolerance, levels.index(made.threshold)))
@@ -132,7 +124,7 @@ def number(value: float, digits: int = 2) -> str:
 
 def threshold(value: float) -> str:
   """A threshold, short; `never` for the full model."""
-  return thresholds.NEVER_EXIT_TEXT if value == NEVER_EXIT else f"{value:.4g}"
+  return thresholds.NEVER_EXIT_TEXT if value == thresholds.NEVER_EXIT else f"{value:.4g}"
 
 
 def panel_data(panels: Sequence[Panel]) -> list[dict[str, Any]]:
