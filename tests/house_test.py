@@ -51,7 +51,7 @@ BUDGETS = {
   "arguments.py": (176, 1),
   "calibrate": (4674, 20),
   "checkpoints": (988, 5),
-  "commands": (2037, 13),
+  "commands": (2096, 13),
   "console.py": (146, 1),
   "data": (1457, 6),
   "decode": (1726, 7),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1113, 4),
   "training": (1382, 8),
 }
-WHOLE = {"calm": (24_776, 117), "tests": (19_895, 133), "scripts": (4_424, 25)}
+WHOLE = {"calm": (24_835, 117), "tests": (19_909, 133), "scripts": (4_424, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -33,7 +33,7 @@ from rich import console as rich_console
 
 from calm import storage
 from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, clusters, thresholds
-from calm.commands import flags
+from calm.commands import flags, merge
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, sanitize
 from calm.data import prompt_batches
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
   add(parser, "stream", None, "print every token as it comes")
+  flags.add_shared(flags.more(parser), "num_shards", "shard_id")
 
 
 @run_lib.user_errors
@@ -66,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
-  prompts = flags.open_prompts(arguments)
+  prompts, mark = flags.open_prompts(arguments), None
+  if _is_sharded(arguments):
+    prompts, mark = merge.take_shard(prompts, arguments.shard_id, arguments.num_shards)
   print_text(console, f"{prompts.taken}.")
   predictor = load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
@@ -83,9 +86,30 @@ def run(arguments: argparse.Namespace) -> int:
     print_text(console, "The calibration names no `platform`, which is not checked.")
   startup = time.monotonic() - start
   serving = Serving(arguments, predictor, threshold, online, console)
-  serving.serve(prompts)
-  serving.report(startup)
+  if mark is not None:
+    about = {"threshold": serving.name, "procedure": predictor.procedure.to_json()}
+    mark |= {"kind": "infer", "about": about}
+    folder = merge.shard_folder(arguments.output, mark)
+    if (there := merge.read_mark(folder)) is not None:
+      if there != json.loads(json.dumps(mark)):
+        got = "got another's (threshold, prompts or procedure)"
+        raise ValueError(
+          f"{folder}: expected a finished shard of this run, {got}; take it away."
+        )
+      print_text(console, f"{folder} is finished already.", soft_wrap=True)
+      return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments.output = str(folder / merge.OUTPUTS)
+  if prompts or mark is None:  # few prompts leave shards empty
+    serving.serve(prompts)
+    serving.report(startup)
+  if mark is not None:
+    merge.write_mark(folder, mark)
   return 0
+
+
+def _is_sharded(arguments: argparse.Namespace) -> bool:
+  return arguments.num_shards is not None or arguments.shard_id is not None
 
 
 def open_online(arguments: argparse.Namespace, predictor) -> Online | None:
@@ -120,7 +144,13 @@ def _check(arguments: argparse.Namespace) -> None:
     )
   if arguments.stream and (arguments.output or arguments.colour):
     raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
-  if arguments.output:
+  sharded = _is_sharded(arguments)
+  if sharded and (arguments.online or arguments.output in (None, "-")):
+    raise ValueError(
+      "`--num_shards` needs `--output`, the shards' folder, and no `--online`, whose state one"
+      f" process keeps; got {arguments.output!r}."
+    )
+  if arguments.output and not sharded:
     read = (arguments.prompts, arguments.calibration, arguments.online)
     run_lib.check_output(arguments.output, read=read)
 

@@ -1,10 +1,11 @@
-"""Put the shards of `calm generate` together, in order.
+"""Put the shards of `calm generate` or `calm infer` together, in order.
 
 Refuses shards of unlike procedures, grids or prompts, and shards that are
 missing, doubled or not finished; names the shard, the field or the id. Needs
 no JAX.
 
   calm merge runs/cache  # -> runs/cache/merged, for `calm calibrate`
+  calm merge runs/outputs --output=outputs.jsonl
 """
 
 import argparse
@@ -29,6 +30,8 @@ from calm.console import print_text
 
 # A shard's folder is done when this file is there, which says what the shard is of.
 MARK = "complete.json"
+# What a shard of `calm infer` writes.
+OUTPUTS = "outputs.jsonl"
 MOST_SHARDS = 99_999
 _FOLDER = re.compile(r"shard-\d{5}-of-\d{5}")
 _AGAIN = "take the folder away and run the shard again."
@@ -39,17 +42,23 @@ Marks = Mapping[pathlib.Path, Mapping[str, Any]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "the folder with all shards in it, or each shard"
   parser.add_argument("shards", nargs="+", metavar="DIR", type=flags.filled, help=text)
-  flags.add(parser, "output", "DIR", "folder to write", without="merged, beside the shards")
+  without = "merged, or outputs.jsonl of `calm infer`, beside the shards"
+  flags.add(parser, "output", "PLACE", "where to write", without=without)
 
 
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   marks = parts(arguments.shards)
-  output = pathlib.Path(arguments.output or next(iter(marks)).parent / "merged")
+  folder, mark = next(iter(marks.items()))
+  generated = mark.get("kind") != "infer"
+  output = pathlib.Path(
+    arguments.output or folder.parent / ("merged" if generated else OUTPUTS)
+  )
   count = merge(arguments.shards, output)
   console = rich_console.Console(highlight=False)
   print_text(console, f"{count} prompts of {len(marks)} shards: {output}")
-  run_lib.print_next(console, "Calibrate on them:", "calibrate", output)
+  if generated:
+    run_lib.print_next(console, "Calibrate on them:", "calibrate", output)
   return 0
 
 
@@ -127,7 +136,7 @@ def _check_mark(
   num_prompts: int,
   prompts_digest: str,
   positions: list[int],
-  kind: Literal["generate"] = "generate",  # of earlier versions
+  kind: Literal["generate", "infer"] = "generate",
   **others: Any,
 ) -> None:
   del schema_version, kind, prompts_digest, others
@@ -169,6 +178,8 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
       raise GenerationsError(
         f"Expected shards of one list of prompts, got two: {first} and {other}."
       )
+    if any(marks[first].get(name) != marks[other].get(name) for name in ("kind", "about")):
+      raise GenerationsError(f"Expected shards of one run, got two: {first} and {other}.")
   positions = [at for mark in marks.values() for at in mark["positions"]]
   wanted, different = marks[first]["num_prompts"], len(set(positions))
   if not len(positions) == different == wanted > 0:
@@ -178,7 +189,8 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
 
 
 def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> int:
-  """Merges shards into a folder, or goes on with it; returns the number of prompts.
+  """Merges shards into a folder, or goes on with it, those of `calm infer` into a file; returns
+  the number of prompts.
 
   GenerationsError as of `parts` and `generations.load`, and where shards are of unlike
   procedures or grids, or `output` lies in a shard.
@@ -188,7 +200,10 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
     raise GenerationsError(
       f"Expected `output` beside the shards, got {output}, in one of them."
     )
+  outputs = next(iter(marks.values())).get("kind") == "infer"
   marks = {folder: mark for folder, mark in marks.items() if mark["positions"]}
+  if outputs:
+    return _merge_outputs(marks, output)
   runs = [generations.load(folder) for folder in marks]
   for (folder, mark), run in zip(marks.items(), runs, strict=True):
     differ = generations.describe_differences(runs[0].procedure, run.procedure)
@@ -216,3 +231,17 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
       writer.append(threshold, some)
   writer.finish()
   return sum(map(len, places))
+
+
+def _merge_outputs(marks: Marks, output: pathlib.Path) -> int:
+  """Copies lines as they are."""
+  columns = []
+  for folder, mark in marks.items():
+    lines = [line.raw.removesuffix(b"\n") for line in storage.read_lines(folder / OUTPUTS)]
+    if len(lines) != len(mark["positions"]):
+      expected = f"expected outputs of {len(mark['positions'])} prompts, as {MARK} says"
+      raise GenerationsError(f"{folder}: {expected}, got {len(lines)}; {_AGAIN}")
+    columns.append(zip(mark["positions"], lines, strict=True))
+  with storage.replacing(output) as file:
+    file.writelines(line + b"\n" for _, line in heapq.merge(*columns))
+  return sum(len(mark["positions"]) for mark in marks.values())

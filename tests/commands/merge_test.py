@@ -129,7 +129,7 @@ OTHER = laws.procedure(measure="state")
     (lambda f: shutil.copytree(place(f), place(f, 9)), r"the --shard_id \[0, 0, 1, 2, 3\]"),
     (lambda f: anew(f, procedure=OTHER), r"a shard of one run: `measure`: expected 'softmax'"),
     (lambda f: anew(f, grid=(0.9, 0.4)), r"a shard of one run: `thresholds`: expected \[0.9 0"),
-    (lambda f: mark(f, lambda _: {"kind": "infer"}), r"`kind` to be one of 'generate'"),
+    (lambda f: mark(f, lambda _: {"kind": "infer"}), r"shards of one run, got two"),
     (
       lambda f: anew(f, prompts=[*PROMPTS[:-1], Prompt("a", "b")]),
       "one list of prompts, got two",
@@ -196,3 +196,17 @@ def test_shards_are_one_run(model, tmp_path, calm):
     )
     assert ours == theirs and len(ours) == 7
   assert "`measure`" in calm(*named, *part, "--measure=state", code=2)  # another run
+  named, many = ["infer", *named[1:3], "--threshold=0.5", *named[4:]], tmp_path / "outputs"
+  calm(*named, f"--output={tmp_path / 'one.jsonl'}")
+  for number in (1, 0, 1):
+    part = ["--num_shards=2", f"--shard_id={number}", f"--output={many}"]
+    printed = calm(*named, *part)
+  assert "shard-00001-of-00002 is finished already" in printed
+  calm("merge", many)
+  assert (many / merge.OUTPUTS).read_text() == (tmp_path / "one.jsonl").read_text()
+  assert "got another's" in calm(*named, *part, "--batch_size=2", "--threshold=never", code=2)
+  lines = (many / "shard-00001-of-00002" / merge.OUTPUTS).read_text().splitlines()
+  (many / "shard-00001-of-00002" / merge.OUTPUTS).write_text("\n".join(lines[1:]))
+  with pytest.raises(GenerationsError, match=rf"of {len(lines)} prompts, .* got"):
+    merge.merge([many], tmp_path / "again.jsonl")
+  assert not (tmp_path / "again.jsonl").exists()
