@@ -32,7 +32,6 @@ FIRST, LAST = (6, 3), (12, 5)
 # Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be, and
 # a candidate in 8 bits.
 LEAST_NUMBERS, LEAST_LAYERS, MARGIN, CLEARLY = 2**20, 2**20, 1.05, 1.15
-_NAN = float("nan")
 # The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
 # which needs the fewest layers on the translations of the model in the box; None: constant.
 TEMPERATURES = (None, 4.0, 8.0)
@@ -103,10 +102,10 @@ class Tried:
   losses: tuple[float, ...] = ()  # [num_thresholds] mean loss there
   # The lowest that calibration will probably certify; `NEVER_EXIT` where none. Of one that was
   # only timed, the ranking's forecast.
-  threshold: float = _NAN
-  milliseconds: float = _NAN  # measured decode time a prompt at that threshold
-  speedup: float = _NAN  # full depth's over these, the fastest of rounds in turn
-  end_to_end: float = _NAN  # as `speedup`, with the encoder's time on both sides
+  threshold: float = float("nan")
+  milliseconds: float = float("nan")  # measured decode time a prompt at that threshold
+  speedup: float = float("nan")  # full depth's over these, the fastest of rounds in turn
+  end_to_end: float = float("nan")  # as `speedup`, with the encoder's time on both sides
 
   @property
   def decoded(self) -> bool:
@@ -132,9 +131,8 @@ class Tried:
   @property
   def way(self) -> str:
     """The candidate in words."""
-    return (
-      f"cut after layer {self.candidate.exit_layers[0]}" if self.cut else f"{self.candidate}"
-    )
+    layer = self.candidate.exit_layers[0]
+    return f"cut after layer {layer}" if self.cut else str(self.candidate)
 
   def __str__(self) -> str:
     if np.isnan(self.speedup):

@@ -350,17 +350,12 @@ class Predictor:
     return self.changed(options=made, calibration=None, threshold=None, exact=None)
 
   @property
-  def decoder_rounds(self) -> bool:
-    """Whether the decoder's states are rounded to few bits."""
-    return self.config.dtype != "float32"
-
-  @property
   def batch_size_affects_output(self) -> bool:
     """Whether a text depends on the rows that are decoded together with it: where states are
     rounded to few bits, a sum's last bit may decide which token follows. Texts from drafts are
     then not those of full depth: passes over several positions are rounded otherwise."""
     dtypes = self.options.weights_dtype, self.options.encoder_dtype
-    return self.decoder_rounds or options_lib.IN_8_BITS in dtypes
+    return self.config.dtype != "float32" or options_lib.IN_8_BITS in dtypes
 
   @functools.cached_property
   def reference(self) -> "Predictor":
@@ -446,7 +441,7 @@ class Predictor:
       rule or self.options.rule,
       self.options.max_decode_length,
       self.eos_id,
-      native=not self.decoder_rounds,
+      native=self.config.dtype == "float32",
     )
 
   def _sharded(self, program: Program) -> Program | sharded.ShardedProgram:

@@ -121,7 +121,7 @@ class Device(threading.Thread):
     # Whether a batch's shape is part of the procedure. With the encoder in 8 bits it is, but
     # prompts that are encoded alone may be decoded together.
     self._whole, self._size = model.batch_size_affects_output, options.batch_size
-    if self._whole and not model.decoder_rounds:
+    if self._whole and model.config.dtype == "float32":
       self._whole = self._size > 1
       self._size = max(self._size, inference.DecodeOptions.batch_size)
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
