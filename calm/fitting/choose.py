@@ -448,6 +448,7 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
       start, end = (0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1))
       entry = decode(entry.candidate, part(progress, start, end))
     tried.append(entry)
+  able = [entry.candidate for entry in tried if np.isfinite(entry.threshold) and entry.decoded]
   # The decoder cut after the first layer whose texts will probably be certified.
   for layer in sorted({entry.candidate.exit_layers[0] for entry in ranked}):
     cut = Candidate("softmax", (layer,), None, ranked[0].candidate.propagation)
@@ -456,16 +457,15 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
       if np.isfinite(entry.threshold):
         tried.append(entry)
         break
-  certain = (entry for entry in tried if entry.decoded and np.isfinite(entry.threshold))
-  best = next(certain, fastest[0]).candidate
   leaves = parameters.flatten(predictor.params).items()
   numbers = sum(leaf.size for path, leaf in leaves if "/layers_" in path)
   narrows = numbers >= LEAST_LAYERS and not predictor.batch_size_affects_output
   narrows = narrows and predictor.options.weights_dtype is None
   # They change texts, which the promise covers.
-  for name in filter(None, IN_8_BITS if narrows else ()):
-    narrow = dataclasses.replace(best, in_8_bits=name)
-    tried.append(decode(narrow, part(progress, 0.85, 0.85)))
+  for number, candidate in enumerate(able or [fastest[0].candidate] if narrows else ()):
+    for name in ("layers",) if number else ("layers", "encoder"):
+      narrow = dataclasses.replace(candidate, in_8_bits=name)
+      tried.append(decode(narrow, part(progress, 0.85, 0.85)))
   tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
   faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
   chosen = max(faster, key=lambda i: tried[i].score, default=None)
