@@ -178,8 +178,10 @@ def described(candidate: dict) -> str:
   """A way to leave in a few words."""
   layers = ",".join(map(str, candidate["exit_layers"]))
   decays = "" if candidate["temperature"] is None else f", tau {candidate['temperature']:g}"
-  bits = f", {part} in 8 bits" if (part := candidate.get("in_8_bits")) else ""
-  return f"{candidate['measure']} after {layers}{decays}{bits}"
+  bits = {"layers": ", matrices in 8 bits", "encoder": ", encoder in 8 bits"}
+  return (
+    f"{candidate['measure']} after {layers}{decays}{bits.get(candidate.get('in_8_bits'), '')}"
+  )
 
 
 def main() -> None:
