@@ -1,21 +1,17 @@
 """The benchmark at a tiny shape: forced exits come out, tables are whole, peers are named."""
 
 import json
-import pathlib
-import sys
 import time
 
-import jax
-import numpy as np
-import pytest
-
 # As `python scripts/benchmark.py` finds them.
-sys.path.append(str(pathlib.Path(__file__).parents[2] / "scripts"))
 import benchmark
 import benchmark_models as models
 import benchmark_peers as peers
 import benchmark_systems as systems
 import harness
+import jax
+import numpy as np
+import pytest
 import tables
 
 TINY = ("--shapes=tiny", "--batch_sizes=2", "--input_lengths=16", "--decode_lengths=6")
