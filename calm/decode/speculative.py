@@ -384,7 +384,7 @@ class Speculation:
     read = decoder.read(last, hidden)
     head = self.task.weights.head
     if isinstance(head, eight_bits.QuantizedHead):
-      best = head.greedy(read, self.task.native)
+      best = head.greedy(read)
       score = lambda token: head.score(read, token)
     else:
       logits = decoder.logits(read)

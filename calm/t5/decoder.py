@@ -159,16 +159,12 @@ class DecoderStep:
   def logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the full head."""
     head = self.weights.head
-    return (
-      head.logits(read, self.native)
-      if isinstance(head, QuantizedHead)
-      else self._times(read, head)
-    )
+    return head.logits(read) if isinstance(head, QuantizedHead) else self._times(read, head)
 
   def greedy(self, read: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
     head = self.weights.head
-    return head.greedy(read, self.native) if isinstance(head, QuantizedHead) else None
+    return head.greedy(read) if isinstance(head, QuantizedHead) else None
 
   def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""

@@ -22,14 +22,25 @@ from calm.exits import layers
 from calm.t5 import kernels, platforms
 
 _ONE_CODE = np.float32(1 / 127)  # codes lie in -127 ... 127
+# 8-bit products have at least so many rows: XLA:CPU multiplies a single one number by number,
+# and two in half the time in which it reads a float32 matrix for one.
+LEAST_ROWS = 2
 # Added to codes that must have no sign.
 _SHIFT = 128
 # Pieces that are scored again, most.
 CANDIDATES = 32
+# What the first code of a state leaves is coded again, so much finer, where there are rows to
+# spare.
+_FINER = 254.0
 # Of float32 sums, relative to the norms of what is multiplied.
 _ROUNDING = 1e-5
 # Pieces of which one is looked at first, where the largest are sought.
 _GROUP = 16
+
+
+def least_rows() -> int:
+  """Rows that take no longer than one."""
+  return max(LEAST_ROWS, platforms.least_rows())
 
 
 def step(numbers: Float[Array, "rows inputs"]) -> Float[Array, "rows 1"]:
@@ -53,7 +64,14 @@ class EightBits:
     """
     wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     one = step(wide)
-    codes = jnp.round(wide / one)
+    sums = self.sums_of(jnp.round(wide / one)).astype(jnp.float32)
+    made = (sums * (one * self.scales[None, :])).astype(x.dtype)
+    return made.reshape(*x.shape[:-1], -1)
+
+  def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
+    """Sums of products of codes, which 32 bits hold."""
+    count = len(codes)
+    codes = jnp.pad(codes, ((0, max(0, least_rows() - count)), (0, 0)))
     shift = _SHIFT if platforms.multiplies_unsigned() else 0  # (c + 128) w = c w + 128 w
     rows = (codes + shift).astype(jnp.uint8) if shift else codes.astype(jnp.int8)
     sums = lax.dot_general(
@@ -63,10 +81,8 @@ class EightBits:
       # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one has a sign.
       precision=lax.DotAlgorithmPreset.DEFAULT,
       preferred_element_type=jnp.int32,
-    )
-    sums = sums - shift * self.sums[None, :] if shift else sums
-    made = (sums.astype(jnp.float32) * (one * self.scales[None, :])).astype(x.dtype)
-    return made.reshape(*x.shape[:-1], -1)
+    )[:count]
+    return sums - shift * self.sums[None, :] if shift else sums
 
 
 def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
@@ -113,29 +129,26 @@ class QuantizedHead:
   """One output head."""
 
   rows: Float[Array, "pieces emb"]  # transposed, in the dtype of the matrices
-  coded: RoundedMatrix
+  coded: EightBits
   # Norms of what the codes leave of the pieces, and of what they keep.
   left: Float[Array, " pieces"]
   norms: Float[Array, " pieces"]
 
-  def logits(
-    self, states: Float[Array, "batch emb"], native: bool = False
-  ) -> Float[Array, "batch pieces"]:
-    """float32 logits of decoder_norm(d^i), the largest of each row that of the float32 head;
-    `native` as in `engines.Task`."""
+  def logits(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
+    """float32 logits of decoder_norm(d^i), the largest of each row that of the float32 head."""
     if len(self.rows) <= CANDIDATES:
       return self.whole(states)
-    logits, places, scored, certain = self._candidates(states, native)
+    logits, places, scored, certain = self._candidates(states)
     batch = jnp.arange(len(states))[:, None]
     return lax.cond(
       certain, lambda: logits.at[batch, places].set(scored), lambda: self.whole(states)
     )
 
-  def greedy(self, states: Float[Array, "batch emb"], native: bool = False) -> layers.Greedy:
+  def greedy(self, states: Float[Array, "batch emb"]) -> layers.Greedy:
     """The argmax of these logits and its log-probability, without writing them all."""
     if len(self.rows) <= CANDIDATES:
       return layers.greedy(self.whole(states))
-    logits, places, scored, certain = self._candidates(states, native)
+    logits, places, scored, certain = self._candidates(states)
     return lax.cond(
       certain,
       lambda: _greedy(logits, places, scored),
@@ -150,25 +163,33 @@ class QuantizedHead:
     wide = jnp.expand_dims(states, tuple(range(1, pieces.ndim)))
     return jnp.sum(self.rows[pieces].astype(jnp.float32) * wide, axis=-1)
 
-  def _candidates(self, states: jax.Array, native: bool) -> tuple[jax.Array, ...]:
+  def _candidates(self, states: jax.Array) -> tuple[jax.Array, ...]:
     """Rounded logits; the pieces that may be the most likely, their float32 logits, and whether
     the most likely one of every row is among them."""
-    logits, slack = self.rounded(states, native)
+    logits, slack = self.rounded(states)
     upper, places = largest(logits + slack, CANDIDATES)
     scored = self.score(states, places)
     certain = jnp.all(jnp.max(scored, axis=1) > jnp.min(upper, axis=1))
     return logits, places, scored, certain
 
   def rounded(
-    self, states: Float[Array, "batch emb"], native: bool = False
+    self, states: Float[Array, "batch emb"]
   ) -> tuple[Float[Array, "batch pieces"], Float[Array, "batch pieces"]]:
     """Logits of the 8-bit head, and the most that the float32 head's differ from them.
 
-    With a piece w coded as v and a state x, w x - v x is at most |w - v| |x|.
+    With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
+    most |w - v| |x| + |v| |x - y|.
     """
-    norms = jnp.linalg.norm(states, axis=1, keepdims=True)
-    slack = norms * (self.left + _ROUNDING * self.norms)[None, :]
-    return self.coded.product(states, native), slack
+    codes, steps = _codes(states)
+    count = len(states)
+    sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
+    logits = sum(sums[i * count : (i + 1) * count] * one for i, one in enumerate(steps))
+    norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
+    coded_as = functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
+    of_left = norm(states)
+    of_norms = norm(states - coded_as) + _ROUNDING * of_left
+    slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
+    return logits * self.coded.scales[None, :], slack
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """Logits of the float32 head."""
@@ -204,6 +225,15 @@ def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
   )
 
 
+def _codes(states: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Codes of states, and what they are multiplied with: their sum is nearly the states."""
+  one = step(states)
+  coarse = jnp.round(states / one)
+  if 2 * len(states) > least_rows():
+    return [coarse], [one]
+  return [coarse, jnp.round((states / one - coarse) * _FINER)], [one, one / _FINER]
+
+
 def largest(
   values: Float[Array, "batch pieces"], count: int
 ) -> tuple[Float[Array, "batch count"], Int[Array, "batch count"]]:
@@ -228,8 +258,7 @@ def largest(
 
 def quantize_head(head: Float[Array, "emb pieces"]) -> QuantizedHead:
   """A head, float32 or narrower, rounded; it is the one that `QuantizedHead` is exact for."""
-  rows, coded = head.T, rounded(head)
-  codes = jnp.moveaxis(coded.codes, 1, 2).reshape(-1, len(head))[: coded.outputs]
-  decoded = codes.astype(jnp.float32) * coded.scales[: coded.outputs, None]
+  rows, coded = head.T, quantize(head)
+  decoded = coded.codes.astype(jnp.float32) * coded.scales[:, None]
   left = jnp.linalg.norm(rows.astype(jnp.float32) - decoded, axis=1)
   return QuantizedHead(rows, coded, left, jnp.linalg.norm(decoded, axis=1))
