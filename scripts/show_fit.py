@@ -178,10 +178,9 @@ def described(candidate: dict) -> str:
   """A way to leave in a few words."""
   layers = ",".join(map(str, candidate["exit_layers"]))
   decays = "" if candidate["temperature"] is None else f", tau {candidate['temperature']:g}"
-  bits = {"layers": ", matrices in 8 bits", "encoder": ", encoder in 8 bits"}
-  return (
-    f"{candidate['measure']} after {layers}{decays}{bits.get(candidate.get('in_8_bits'), '')}"
-  )
+  in_8_bits = candidate.get("in_8_bits") or ""
+  bits = {"layers": ", matrices in 8 bits", "encoder": ", encoder in 8 bits"}.get(in_8_bits, "")
+  return f"{candidate['measure']} after {layers}{decays}{bits}"
 
 
 def main() -> None:
