@@ -62,11 +62,11 @@ BUDGETS = {
   "serve": (828, 4),
   "signals.py": (73, 1),
   "storage.py": (409, 1),
-  "t5": (2992, 17),
+  "t5": (3115, 18),
   "t5x": (1113, 4),
   "training": (1382, 8),
 }
-WHOLE = {"calm": (24_853, 117), "tests": (19_905, 133), "scripts": (4_426, 25)}
+WHOLE = {"calm": (24_976, 118), "tests": (19_919, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

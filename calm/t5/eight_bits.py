@@ -148,6 +148,10 @@ class QuantizedHead:
     """The argmax of these logits and its log-probability, without writing them all."""
     if len(self.rows) <= CANDIDATES:
       return layers.greedy(self.whole(states))
+    rounded, factors = self._rounded(states)
+    found = kernels.likeliest(rounded, factors, self.left, self.norms, states, self.rows)
+    if found is not None:
+      return layers.Greedy(found[0], -jnp.log(found[1]))
     logits, places, scored, certain = self._candidates(states)
     return lax.cond(
       certain,
@@ -180,6 +184,11 @@ class QuantizedHead:
     With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
     most |w - v| |x| + |v| |x - y|.
     """
+    logits, factors = self._rounded(states)
+    return logits, factors[:, :1] * self.left[None, :] + factors[:, 1:] * self.norms[None, :]
+
+  def _rounded(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits of the 8-bit head; [batch, 2] what `left` and `norms` are multiplied with."""
     codes, steps = _codes(states)
     count = len(states)
     sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
@@ -188,8 +197,7 @@ class QuantizedHead:
     coded_as = functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
     of_left = norm(states)
     of_norms = norm(states - coded_as) + _ROUNDING * of_left
-    slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
-    return logits * self.coded.scales[None, :], slack
+    return logits * self.coded.scales[None, :], jnp.concatenate([of_left, of_norms], axis=1)
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """Logits of the float32 head."""

@@ -15,6 +15,7 @@ __all__ = [
   "attend",
   "available",
   "is_small",
+  "likeliest",
   "product",
   "reads",
   "rounded_product",
@@ -27,6 +28,8 @@ _HAS_LLVMLITE = importlib.util.find_spec("llvmlite") is not None
 MOST_ROWS, MOST_NUMBERS = 16, 2**17
 # Products of a number and a code that are worth a second thread.
 SHARED_PRODUCTS = 2**22
+# Rounded logits that are fewer are looked through in less time than the calls cost.
+_LEAST_LOGITS = 2**16
 # Numbers of any matrix beside such layers: a head.
 _MOST_NUMBERS_OF_HEADS = 2**20
 
@@ -107,3 +110,27 @@ def rounded_product(
   from calm.t5.kernels import rounded_kernel
 
   return rounded_kernel.product(x, codes, scales, len(x) * codes.size >= SHARED_PRODUCTS)
+
+
+def likeliest(
+  logits: Float[Array, "rows pieces"],
+  factors: Float[Array, "rows two"],
+  left: Float[Array, " pieces"],
+  norms: Float[Array, " pieces"],
+  states: Float[Array, "rows inputs"],
+  head: Float[Array, "pieces inputs"],
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]] | None:
+  """The argmax of `states @ head.T` and sum e^(logit - largest), by rounded logits; None where
+  XLA is as fast.
+
+  Args:
+    logits: at most `factors @ (left, norms)` away from the product's.
+    factors, left, norms: see there.
+    states, head: float32; the pieces that may be the largest are multiplied again.
+  """
+  whole = logits.shape[1] % 16 == 0 and head.dtype == jnp.float32
+  if not whole or len(logits) == 1 or logits.size < _LEAST_LOGITS or not available():
+    return None
+  from calm.t5.kernels import likeliest_kernel
+
+  return likeliest_kernel.likeliest(logits, factors, left, norms, states, head)
