@@ -20,7 +20,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
 
 from calm import calibrate, checkpoints, inference, storage
 from calm.data import vocabulary
@@ -81,7 +80,8 @@ def fitted(stored, sweep: str, layers, rank: int, listed) -> checkpoints.Checkpo
     )
   base, _ = parameters.split(stored.params)
   plain = {"measure": "softmax", "exit_layers": None, "propagation": "exit_state"}
-  options = dataclasses.replace(inference.options_of(found.procedure), **plain)
+  options = inference.options_of(found.procedure)
+  options = dataclasses.replace(options, **plain, shortlist=listed)
   predictor = inference.Predictor(stored.config, stored.params, stored.vocabulary, options)
   own, theirs = predictor.procedure.to_json(), found.procedure.to_json()
   if theirs["parameters_digest"] == parameters.digest(base):  # T5X reads no exits unasked
@@ -95,8 +95,7 @@ def fitted(stored, sweep: str, layers, rank: int, listed) -> checkpoints.Checkpo
   inputs = [prompt.input for prompt in found.prompts]
   outputs = [record.tokens or () for record in found.full]
   show = lambda share, text: print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr)
-  given: dict[str, Any] = {"rank": rank, "listed": listed, "progress": show}
-  made, _ = exit_maps.fit(predictor, inputs, outputs, layers, **given)
+  made, _ = exit_maps.fit(predictor, inputs, outputs, layers, rank=rank, progress=show)
   print(file=sys.stderr)
   config = dataclasses.replace(stored.config, **parameters.exit_fields(made))
   params = parameters.unflatten(parameters.flatten(base) | made)

@@ -24,7 +24,7 @@ from calm.console import print_text
 
 _OPTIONS = (
   *("tolerance", "error_rate", "train_all", "stages", "consistency", "metric", "prefix"),
-  *("input_key", "target_key", "seed", "batch_size"),
+  *("input_key", "target_key", "budget", "seed", "batch_size"),
 )
 
 
@@ -56,8 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
 
   console = rich_console.Console(highlight=False)
   options = {name: getattr(arguments, name) for name in _OPTIONS}
-  if arguments.budget is not None:
-    options["budget"] = fitting.parse_budget(arguments.budget)
   output = arguments.output
   served = fitting.fit(
     arguments.model, arguments.train, output=output, console=console, **options

@@ -61,18 +61,18 @@ class Candidate:
   # float32 model.
   in_8_bits: str = ""
 
-  def options(self, max_decode_length: int) -> dict[str, Any]:
-    """Fields of `DecodeOptions`."""
+  def applied(self, predictor: inference.Predictor) -> inference.Predictor:
+    """The model, leaving this way."""
     schedule: schedules.Schedule = schedules.Constant()
     if self.temperature is not None:
-      schedule = schedules.Decaying(self.temperature, max_decode_length)
-    return {
-      "measure": self.measure,
-      "exit_layers": self.exit_layers,
-      "schedule": schedule,
-      "propagation": self.propagation,
+      schedule = schedules.Decaying(self.temperature, predictor.options.max_decode_length)
+    return predictor.with_options(
+      measure=self.measure,
+      exit_layers=self.exit_layers,
+      schedule=schedule,
+      propagation=self.propagation,
       **IN_8_BITS[self.in_8_bits],
-    }
+    )
 
   def __str__(self) -> str:
     several = "s" if len(self.exit_layers) > 1 else ""
@@ -189,15 +189,10 @@ def exit_layers(num_layers: int) -> tuple[int, ...]:
 class Reading:
   """Every layer at every token of the full model's texts, one text after another."""
 
-  confidences: Mapping[str, np.ndarray]  # measure -> [num_tokens, num_layers] in [0, 1]
+  # Measure -> [num_tokens, num_layers] in [0, 1]; a shortlist's are softmax's.
+  confidences: Mapping[str, np.ndarray]
   agrees: np.ndarray  # [num_tokens, num_layers] whether the argmax is the last layer's
   positions: np.ndarray  # [num_tokens] of a token in its text
-
-  def of(self, candidate: Candidate, layers: Sequence[int]) -> np.ndarray:
-    """[num_tokens, len(layers)] confidences of a candidate's measure; a shortlist's is
-    softmax's."""
-    measure = "softmax" if candidate.measure == "shortlist" else candidate.measure
-    return self.confidences[measure][:, np.asarray(layers) - 1]
 
 
 def read_layers(
@@ -221,7 +216,9 @@ def read_layers(
     share = (number + 1) / len(batches)
     progress(share, f"reading layers, batch {number + 1} of {len(batches)}")
   agrees, *values, positions = map(np.concatenate, zip(*found, strict=True))
-  return Reading(dict(zip(names, values, strict=True)), agrees, positions)
+  confidences = dict(zip(names, values, strict=True))
+  confidences["shortlist"] = confidences["softmax"]
+  return Reading(confidences, agrees, positions)
 
 
 def _read(
@@ -230,30 +227,28 @@ def _read(
   """Whether layers agree with the last, and their confidences, [layers, batch, length] each."""
   config, shape = predictor.config, targets.shape
   states, *_ = exit_maps.full_states(config, params, inputs, targets)
-  states = [state.reshape(-1, config.emb_dim) for state in states]
+  states = [state.reshape(-1, config.emb_dim) for state in (jnp.zeros_like(states[0]), *states)]
   nothing = caches.Encoded((), jnp.zeros(0))  # no layer attends to anything
   heads = decoder.DecoderStep(weights, config, nothing, (), ())
-  last, columns = None, []
-  for layer in range(len(states), 0, -1):
-    hidden = states[layer - 1]
-    previous = states[layer - 2] if layer > 1 else jnp.zeros_like(hidden)
+
+  def after(layer: int) -> tuple[jax.Array, ...]:
+    hidden, previous = states[layer], states[layer - 1]
     read = heads.read(layer, hidden)
     logits = heads.logits(read)
-    best = jnp.argmax(logits, axis=-1)
-    last = best if last is None else last
-    given = layer, read, hidden, previous
     view = confidence.LayerView(
       layer,
       hidden,
       previous,
-      logits=lambda logits=logits: logits,
-      exit_logit=lambda read=read: heads.exit_logit(read),
-      shortlist_logits=lambda read=read: heads.shortlist_logits(read),
-      probe_logit=lambda given=given: heads.probe_logit(*given),
+      logits=lambda: logits,
+      exit_logit=lambda: heads.exit_logit(read),
+      shortlist_logits=lambda: heads.shortlist_logits(read),
+      probe_logit=lambda: heads.probe_logit(layer, read, hidden, previous),
     )
-    columns.append((best == last, *(confidence.measure(name)(view) for name in names)))
-  stacked = (jnp.stack(part) for part in zip(*columns[::-1], strict=True))
-  return tuple(part.reshape(-1, *shape) for part in stacked)
+    return jnp.argmax(logits, axis=-1), *(confidence.measure(name)(view) for name in names)
+
+  columns = zip(*map(after, range(1, len(states))), strict=True)
+  best, *values = (jnp.stack(column).reshape(-1, *shape) for column in columns)
+  return best == best[-1:], *values
 
 
 # ---- Simulation and ranking
@@ -266,7 +261,7 @@ def simulate(
   propagated: the mean share of a text's tokens from the first changed one on, times
   `_CHANGED`."""
   layers = np.array([*candidate.exit_layers, reading.agrees.shape[1]])
-  sure = reading.of(candidate, layers.tolist())
+  sure = reading.confidences[candidate.measure][:, layers - 1]
   sure[:, -1] = np.inf
   levels = thresholds[:, None]
   if candidate.temperature is not None:
@@ -286,7 +281,7 @@ def simulate(
 
 def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
   """Thresholds between which tokens change their layer: quantiles of the confidence."""
-  values = np.sort(reading.of(candidate, candidate.exit_layers).ravel())
+  values = reading.confidences[candidate.measure][:, np.array(candidate.exit_layers) - 1]
   shares = np.concatenate([_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]])
   levels = np.unique(np.round(np.quantile(values, shares), 6))[::-1]
   return levels[(levels > 0.0) & (levels <= 1.0)]
@@ -320,7 +315,7 @@ def rank(
     depths, threshold = np.full(1, predictor.num_layers), float("inf")
     if len(within):
       depths, threshold = depth[within[-1]], float(levels[within[-1]])
-    costs = predictor.with_options(**candidate.options(length)).step_costs(input_length)
+    costs = candidate.applied(predictor).step_costs(input_length)
     counts = np.bincount(depths, minlength=costs.num_layers + 1)
     moved = sum(costs.early(int(i)).bytes * int(counts[i]) for i in np.flatnonzero(counts))
     share = moved / (costs.full.bytes * counts.sum())
@@ -369,7 +364,7 @@ def forecast(
   bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
   if bound[0] > tolerance:
     return float("inf")
-  return _crossing(np.asarray(thresholds), bound, tolerance)
+  return float(np.round(np.interp(tolerance, bound, thresholds), 6))
 
 
 def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
@@ -377,22 +372,12 @@ def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
   if best.cut:
     return best.thresholds
   levels, rising = np.asarray(best.thresholds), np.maximum.accumulate(best.losses)
-  points = {_crossing(levels, rising, level * tolerance) for level in _FINE}
-  points |= set(levels[rising <= tolerance].tolist())
+  wanted = tolerance * np.array(_FINE)  # above threshold 1 nothing is lost
+  crossed = np.interp(wanted, [0.0, *rising], [1.0, *levels])
+  points = {*np.round(crossed, 6).tolist(), *levels[rising <= tolerance].tolist()}
   if np.isfinite(best.threshold):
     points.add(best.threshold)
   return tuple(sorted((t for t in points if 0.0 < t <= 1.0), reverse=True))
-
-
-def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float:
-  """Where losses, which rise along the grid, reach a level; its lowest threshold if nowhere."""
-  above = np.flatnonzero(losses > level)
-  if not len(above):
-    return float(thresholds[-1])
-  last = int(above[0])
-  start, before = (1.0, 0.0) if last == 0 else (thresholds[last - 1], losses[last - 1])
-  share = (level - before) / (losses[last] - before)
-  return float(np.round(start + max(share, 0.0) * (thresholds[last] - start), 6))
 
 
 # ---- The choice
@@ -427,9 +412,9 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
 
   def decode(candidate: Candidate, progress: Report, levels: tuple[float, ...] = ()) -> Tried:
     """A finalist decoded over a grid, else the one that its confidences ask for."""
-    model = grid.in_bulk(predictor.with_options(**candidate.options(length)))
+    model = grid.in_bulk(candidate.applied(predictor))
     levels = levels or coarse_grid(reading, candidate, options.tolerance, length)
-    told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
+    told = part(progress, 0.0, 1.0, f"{candidate}, ")
     cached = grid.on_grid(model, prompts, levels, folder, full=full, progress=told)
     values = losses.compute(cached, options.kind, metric=options.metric).values
     count = len(fit.splits.calibration)
@@ -483,11 +468,10 @@ def timed(
   """Finalists with their seconds beside full depth's, and its milliseconds a prompt. Those with
   a threshold and no seconds yet take turns on (prompts, rounds) of `size`; the fastest of the
   rounds counts, prompt by prompt: other work only ever adds."""
-  length = predictor.options.max_decode_length
   able = [i for i, e in enumerate(tried) if np.isfinite(e.threshold) and np.isnan(e.speedup)]
   settings = []
   for entry in (tried[i] for i in able):
-    model = predictor.with_options(**entry.candidate.options(length))
+    model = entry.candidate.applied(predictor)
     name, rule = str(entry.candidate), model.options.rule
     settings.append(timing.Setting(name, rule, entry.threshold, model))
   chosen = timing.of_one_length(predictor, prompts, size[0])

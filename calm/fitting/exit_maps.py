@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from scipy import optimize
 
 from calm import inference
@@ -89,16 +90,16 @@ def fit(
   layers: Sequence[int],
   *,
   rank: int,
-  listed: Sequence[int] | None = None,
   seed: int = 0,
   progress: Report,
 ) -> tuple[dict[str, np.ndarray], LearnedExits]:
   """Fits translators, learned propagation of some `rank`, classifier and probes at 1-based exit
-  `layers`; nothing of the model changes.
+  `layers`; nothing of the model changes. Probes read the shortlist of its options; without one
+  there are none.
 
-  `tokens` [num_texts] are what the full model writes for `texts`, EOS included; `listed` is the
-  shortlist that probes read, None: no probes. Returns leaves of the parameter tree by path,
-  float32, and the report; ValueError where states are not finite."""
+  `tokens` [num_texts] are what the full model writes for `texts`, EOS included. Returns leaves
+  of the parameter tree by path, float32, and the report; ValueError where states are not
+  finite."""
   start = time.monotonic()
   config, layers = predictor.config, tuple(layers)
   report = lambda done, of: progress(0.3 * done / of, f"states of text {done} of {of}")
@@ -109,9 +110,7 @@ def fit(
   report = part(progress, 0.3, 0.9)
   translators = _train_translators(sample, head, starts, seed, report)
   progress(0.9, "classifier and probes")
-  flat, agreement = _confidence_heads(
-    sample, layers, translators, head, listed, config.num_decoder_layers
-  )
+  flat, agreement = _confidence_heads(predictor, sample, layers, translators, head)
   for layer, translator, each in zip(layers, translators, sums, strict=True):
     names = [f"exit_translators/layers_{layer - 1}/{name}" for name in ("kernel", "bias")]
     flat |= zip(names, translator, strict=True)
@@ -125,9 +124,8 @@ def fit(
   count, seconds = sum(map(len, tokens)), time.monotonic() - start
   base_digest = parameters.base_digest(predictor.params)
   learned = LearnedExits(layers, before, after, count, seconds, base_digest)
-  return {
-    f"decoder/{path}": np.asarray(leaf, np.float32) for path, leaf in flat.items()
-  }, learned
+  made = {f"decoder/{path}": np.asarray(leaf, np.float32) for path, leaf in flat.items()}
+  return made, learned
 
 
 # ---- The full model reading its own texts
@@ -283,8 +281,6 @@ def _low_rank(sums: _Sums, penalty: float, rank: int, skipped: int):
 
 def _train_translators(sample: _Sample, head, starts: _Maps, seed, progress):
   """(A_j, b_j) of every exit layer, at the evaluation with the least held-out loss."""
-  import optax
-
   maps: Any = tuple(
     jnp.asarray(np.stack(part), jnp.float32) for part in zip(*starts, strict=True)
   )
@@ -361,13 +357,13 @@ def _drawn(rng, columns: np.ndarray, head: np.ndarray, num_steps: int) -> np.nda
 # ---- Classifier and probes on held-out tokens
 
 
-def _confidence_heads(sample: _Sample, layers, maps: _Maps, head, listed, count):
-  """Leaves of the classifier and, with a shortlist, of the probes of `count` layers; shares of
-  tokens that agree with the full model, (without the translator, with it) a layer."""
-  held, emb_dim = sample.held_out, sample.last.shape[1]
+def _confidence_heads(predictor, sample: _Sample, layers, maps: _Maps, head):
+  """Leaves of the classifier and, with a shortlist, of the probes; shares of tokens that agree
+  with the full model, (without the translator, with it) a layer."""
+  held, emb_dim, listed = sample.held_out, sample.last.shape[1], predictor.options.shortlist
   best = np.argmax(sample.last[held] @ head, axis=1)
   read, agrees, agreement = [], [], []
-  probes = np.zeros((emb_dim + confidence.NUM_FEATURES + 1, count - 1))
+  probes = np.zeros((emb_dim + confidence.NUM_FEATURES + 1, predictor.num_layers - 1))
   for number, (layer, (kernel, bias)) in enumerate(zip(layers, maps, strict=True)):
     x = sample.exits[number, held]
     read.append(x + x @ kernel + bias)

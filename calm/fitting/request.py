@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from rich import console as rich_console
 
 from calm import arguments, inference, storage
 from calm.calibrate import Prompt, clusters, losses, metrics, planning
-from calm.console import Report, print_text
+from calm.console import Report
 from calm.data import prompt_files
 from calm.inference import grid
 from calm.t5 import limits
@@ -35,7 +34,21 @@ _COMFORT = 4
 _WHOLE, _LONGEST_INPUT, _LONGEST_TEXT = 0.99, 1024, 256
 
 
-@arguments.checked()
+def parse_budget(text: str) -> float:
+  """Seconds of '90s', '30m', '1.5h', '1h30m'.
+
+  Raises:
+    ValueError: the text is no time.
+  """
+  lower, units = text.strip().lower(), {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+  time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+  seconds = sum(float(number) * units[unit] for number, unit in time.findall(lower))
+  if time.sub("", lower).strip() or not seconds > 0:
+    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
+  return seconds
+
+
+@arguments.checked(budget=parse_budget)
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
   """The options of `fit`; with the rows and the model they determine its output.
@@ -52,8 +65,8 @@ class FitOptions:
     prefix: text put before every input; None uses the model's own.
     input_key, target_key: keys of the text and of the references in a row; None: the first
       of `prompt_files.INPUT_KEYS` and of `TARGET_KEYS`.
-    budget: seconds after which `train_all` stops training, shared by its stages; None: it makes
-      the recipe's steps.
+    budget: seconds after which `train_all` stops training, shared by its stages, or a time like
+      '30m'; None: it makes the recipe's steps.
     seed: of splits, training and sampling.
     batch_size: prompts that are decoded together; 1 where a candidate in 8 bits is chosen.
   """
@@ -95,20 +108,6 @@ class FitOptions:
   def learns_exits(self) -> bool:
     """Whether exits are learned beside frozen weights."""
     return not self.train_all and self.stages != "none"
-
-
-def parse_budget(text: str) -> float:
-  """Seconds of '90s', '30m', '1.5h', '1h30m'.
-
-  Raises:
-    ValueError: the text is no time.
-  """
-  lower, units = text.strip().lower(), {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-  time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
-  seconds = sum(float(number) * units[unit] for number, unit in time.findall(lower))
-  if time.sub("", lower).strip() or not seconds > 0:
-    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
-  return seconds
 
 
 # ---- Rows
@@ -160,10 +159,9 @@ def length_limits(
   if targets:
     decode_length = min(_LONGEST_TEXT, -(-quantile(targets) // 8) * 8)
   input_length = -(-min(quantile([*map(len, inputs)]), _LONGEST_INPUT) // 32) * 32
-  lengths = {"max_input_length": input_length, "max_decode_length": decode_length}
-  return {"task_prefix": prefix, **lengths}, sum(
-    len(tokens) >= input_length for tokens in inputs
-  )
+  made = {"max_input_length": input_length, "max_decode_length": decode_length}
+  cut = sum(len(tokens) >= input_length for tokens in inputs)
+  return {"task_prefix": prefix, **made}, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +195,14 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
   needed = max(
     planning.min_calibration_size(tolerance, error_rate, lower=low) for low in (lower, 0.0)
   )
-  groups, sizes = len(members), _sizes(len(members), trains, needed)
+  groups, shares = len(members), _SHARES[trains].items()
+  # With few rows calibration comes first, then choosing.
+  sizes = {name: min(round(share * groups), most) for name, (share, most) in shares}
+  sizes |= {name: max(sizes[name], least) for name, least in _LEAST.items()}
+  third = groups // (3 if trains else 2)
+  sizes["calibration"] = max(sizes["calibration"], min(third, _COMFORT * needed))
+  left = groups - sum(sizes.values()) - (sizes["validation"] if trains else 0)
+  sizes["calibration"] += min(0, left)
   least = (needed + sum(_LEAST.values())) * (2 if trains else 1)
   if groups < least or sizes["calibration"] < needed:
     raise ValueError(
@@ -230,17 +235,6 @@ def _letters(text: str) -> str:
   return folded.translate(others) or text
 
 
-def _sizes(groups: int, trains: bool, needed: int) -> dict[str, int]:
-  """Prompts of the parts that measure; with few rows calibration comes first, then choosing."""
-  sizes = {n: min(round(share * groups), most) for n, (share, most) in _SHARES[trains].items()}
-  sizes |= {name: max(sizes[name], least) for name, least in _LEAST.items()}
-  third = groups // (3 if trains else 2)
-  sizes["calibration"] = max(sizes["calibration"], min(third, _COMFORT * needed))
-  left = groups - sum(sizes.values()) - (sizes["validation"] if trains else 0)
-  sizes["calibration"] += min(0, left)
-  return sizes
-
-
 def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) -> None:
   """Writes `train.jsonl`, `validation.jsonl`, ... as rows that `calm train` reads too."""
   folder.mkdir(parents=True, exist_ok=True)
@@ -265,12 +259,8 @@ class Fit:
   splits: Splits
   output: pathlib.Path
   options: FitOptions
-  console: rich_console.Console
+  say: Callable[[str], object]  # prints a sentence
   step: Callable[[str], Report]  # called with the title of a step; returns its progress
-
-  def say(self, text: str) -> None:
-    """Prints a sentence."""
-    print_text(self.console, text, soft_wrap=True)
 
   @property
   def work(self) -> pathlib.Path:

@@ -56,9 +56,6 @@ class Result:
   """The numbers of a fit."""
 
   model: str  # the given one
-  sizes: str  # rows of every part, in words
-  # The prompts that the promise is about, and other fits that certified on the same rows.
-  population: str
   num_layers: int  # decoder layers of the model
   choice: Choice  # of the validation part
   threshold: float  # served; `NEVER_EXIT` where full depth is
@@ -172,10 +169,10 @@ def write(
   else:
     exact = dataclasses.asdict(inference.exact_rule(predictor)) if result.exact else None
     put(inference.FULL_DEPTH, {"reason": result.reason, "exact": exact})
-  whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
   environment = panel.environment("calm.fitting", result.num_layers)
   page = environment.get_template(f"{SUMMARY}.j2")
-  shown = page.render(result=result, options=options, folder=str(output))
+  shown = page.render(fit=fit, result=result, options=options, folder=str(output))
   storage.write_atomically(output / SUMMARY, shown)
   # The last file: a fit that has it is whole.
-  put(f"{request.WORK}/{RESULT}", {**whole, **result_cache.to_json(result)})
+  about = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
+  put(f"{request.WORK}/{RESULT}", about | result_cache.to_json(result))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,16 +12,8 @@ import numpy as np
 from rich import console as rich_console
 
 from calm import arguments, checkpoints, exits, inference, storage
-from calm.calibrate import (
-  Calibration,
-  Prompt,
-  Record,
-  generations,
-  losses,
-  metrics,
-  thresholds,
-)
-from calm.console import Progress, Report
+from calm.calibrate import NEVER_EXIT, Calibration, Record, generations, losses, metrics
+from calm.console import Progress, Report, print_text
 from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
@@ -33,7 +26,6 @@ from calm.t5 import parameters
 # Rows whose texts exits are learned from, and that are decoded together; rank of learned
 # propagation; examples on the page.
 MOST_ROWS, TEXTS_BATCH, RANK, EXAMPLES = 2000, 64, 16, 6
-NEVER = thresholds.NEVER_EXIT
 
 
 @arguments.checked()
@@ -72,8 +64,9 @@ def fit(
   asked = FitOptions(tolerance=tolerance, **options)
   with contextlib.ExitStack() as stack:
     console = console or rich_console.Console(stderr=True, highlight=False)
-    progress = stack.enter_context(Progress(console))
-    begun = begin(str(model), train, pathlib.Path(output), asked, console, progress.step)
+    say = functools.partial(print_text, console, soft_wrap=True)
+    step = stack.enter_context(Progress(console)).step
+    begun = begin(str(model), train, pathlib.Path(output), asked, say, step)
     stack.enter_context(storage.lock(output))
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it began
@@ -87,7 +80,7 @@ def begin(
   rows: str | pathlib.Path | request.Rows,
   output: pathlib.Path,
   options: FitOptions,
-  console: rich_console.Console,
+  say: Callable[[str], object],
   step: Callable[[str], Report],
 ) -> Fit:
   """Finds everything that may be wrong before any work."""
@@ -114,14 +107,13 @@ def begin(
   request.write(output / "splits", splits)
   longer = f" ({cut} of {len(prompts)} inputs are longer and cut at their end)" if cut else ""
   given = source.with_options(**lengths)
-  begun = Fit(source, given, initial, splits, output, options, console, step)
-  begun.say(
+  say(
     f"Rows: {splits}. Prefix {limits['task_prefix']!r}; inputs of at most"
     f" {limits['max_input_length']} tokens{longer}, texts of at most"
     f" {limits['max_decode_length']}."
   )
-  begun.say(splits.population)
-  return begun
+  say(splits.population)
+  return Fit(source, given, initial, splits, output, options, say, step)
 
 
 def make(fit: Fit) -> None:
@@ -144,8 +136,7 @@ def make(fit: Fit) -> None:
     say(line)
   calibration, promised = None, ((fit.options.tolerance, 0),)
   if choice.best is not None:
-    ways = choice.best.candidate.options(predictor.options.max_decode_length)
-    predictor = predictor.with_options(**ways, grid=choice.grid)
+    predictor = choice.best.candidate.applied(predictor).with_options(grid=choice.grid)
     calibration, promised = certify(fit, predictor)
   result, served = look(fit, predictor, choice, calibration, promised)
   result = dataclasses.replace(result, trained=trained, learned=learned)
@@ -185,7 +176,6 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
       tokens,
       choose.exit_layers(source.num_layers),
       rank=RANK,
-      listed=source.options.shortlist,
       seed=fit.options.seed,
       progress=progress,
     )
@@ -260,7 +250,7 @@ def look(
   progress = fit.step("Look at the last part")
   prompts, options = fit.splits.last, fit.options
   measured, served = None, None
-  level = NEVER if calibration is None else calibration.threshold
+  level = NEVER_EXIT if calibration is None else calibration.threshold
   if np.isfinite(level):
     texts, told = [row.input for row in prompts], part(progress, 0.0, 0.6)
     measured = timing.beside_full_depth(predictor, texts, level, progress=told)
@@ -284,19 +274,17 @@ def look(
   )
   result = result_lib.Result(
     model=str(fit.initial),
-    sizes=str(fit.splits),
-    population=fit.splits.population,
     num_layers=predictor.num_layers,
     choice=choice,
-    threshold=NEVER if served is None else level,
+    threshold=NEVER_EXIT if served is None else level,
     reason=reason,
     guarantee="" if served is None else served.guarantee,
     certified_threshold=level,
     seconds=measured,
-    last=evaluate(prompts, full, early, options),
+    last=evaluate(fit, full, early),
     panel=panel.Panel(
       predictor.options.measure,
-      (NEVER, *levels),
+      (NEVER_EXIT, *levels),
       tuple(shown),
       options.error_rate,
       promised,
@@ -308,14 +296,9 @@ def look(
   return result, served
 
 
-def evaluate(
-  prompts: Sequence[Prompt],
-  full: Sequence[Record],
-  early: Sequence[Record],
-  options: FitOptions,
-) -> result_lib.LastLook:
+def evaluate(fit: Fit, full: Sequence[Record], early: Sequence[Record]) -> result_lib.LastLook:
   """The numbers of the last part at full depth and as it is served; the same: full depth."""
-  metric = metrics.get_metric(options.metric)
+  prompts, metric = fit.splits.last, metrics.get_metric(fit.options.metric)
 
   def quality(records: Sequence[Record]) -> result_lib.Mean | None:
     if not all(prompt.targets for prompt in prompts):
@@ -326,6 +309,6 @@ def evaluate(
   layers = grid.mean_layers(early)
   if early is full:
     return result_lib.LastLook(quality(full), None, None, layers)
-  pair = generations.Generations(tuple(prompts), np.array([0.5]), (tuple(early),), tuple(full))
-  risk = result_lib.Mean.of(losses.prefix_losses(pair, options.kind, metric=metric)[0])
+  pair = generations.Generations(prompts, np.array([0.5]), (tuple(early),), tuple(full))
+  risk = result_lib.Mean.of(losses.prefix_losses(pair, fit.options.kind, metric=metric)[0])
   return result_lib.LastLook(quality(full), quality(early), risk, layers)

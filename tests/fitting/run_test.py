@@ -334,6 +334,7 @@ def test_a_folder_with_other_files_is_left_alone(directory, rows, tmp_path):
 def test_budgets_are_times():
   read = [fitting.parse_budget(text) for text in ("90", "90s", "30m", "1.5h", "1h30m")]
   assert read == [90, 90, 1800, 5400, 5400]
+  assert fitting.FitOptions(train_all=True, budget="30m").budget == 1800
   for text in ("", "soon", "-3m", "5 apples"):
     with pytest.raises(ValueError, match="`budget`"):
       fitting.parse_budget(text)

@@ -1,7 +1,6 @@
 """Stages of `train_all`: a budget, and rows of the model's own texts."""
 
 import pytest
-from rich import console
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
@@ -28,8 +27,7 @@ def source(directory):
 def fit_of(source, directory, parts, folder):
   options = fitting.FitOptions(train_all=True, batch_size=8)
   given = source, source, directory, parts, folder, options
-  quiet = console.Console(quiet=True)
-  return request.Fit(*given, quiet, lambda title: lambda share, text: None)
+  return request.Fit(*given, lambda text: None, lambda title: lambda share, text: None)
 
 
 def full_depth(model, rows):
