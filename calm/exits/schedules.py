@@ -80,12 +80,3 @@ def schedule(name: str, **options: Any) -> Schedule:
       f"Expected `schedule` to be a name and its numbers, got {name!r} with {options}"
       f" ({error}); give `schedules.Decaying(temperature, max_length)`."
     ) from error
-
-
-@arguments.checked()
-def check_threshold(threshold: float) -> None:
-  """ValueError where a threshold is neither in [0, 1] nor `NEVER_EXIT`."""
-  if not (0.0 <= threshold <= 1.0 or threshold == NEVER_EXIT):
-    raise ValueError(
-      f"Expected `threshold` in [0, 1], or calm.exits.schedules.NEVER_EXIT, got {threshold!r}."
-    )

@@ -75,7 +75,7 @@ class FitOptions:
   error_rate: float = 0.05
   train_all: bool = False
   stages: Literal["all", "none"] = "all"
-  consistency: str = "textual"
+  consistency: grid.Consistency = "textual"
   metric: str = "rouge_l"
   prefix: str | None = None
   input_key: str | None = None
@@ -96,13 +96,12 @@ class FitOptions:
         f" and {self.train_all}; exits beside frozen weights need none."
       )
     limits.whole("seed", self.seed, 0, 2**32 - 1, "give a number in that range")
-    grid.kind_of(self.consistency)
     metrics.get_metric(self.metric)
 
   @property
   def kind(self) -> str:
     """The loss that is controlled."""
-    return grid.kind_of(self.consistency)
+    return grid.KINDS[self.consistency]
 
   @property
   def learns_exits(self) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from calm.calibrate import (
   Calibration,
   Online,
   Prompt,
-  Provenance,
   Record,
   calibrate,
   clusters,
@@ -191,26 +190,24 @@ def on_grid(
   path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
-  named = lambda share, text: progress(share, f"{procedure.measure} at {text}")
-  return _in_folder(model, examples, thresholds, path, full=full, progress=named)
+  return _in_folder(model, examples, thresholds, path, full, progress)
 
 
 def _in_folder(
-  model: "Predictor", prompts, thresholds, folder, full, progress, provenance=None
+  model: "Predictor", prompts, thresholds, folder, full, progress
 ) -> generations.Generations:
   """`generate` into a folder, which is read back; None: a temporary one."""
-  with contextlib.ExitStack() as stack:
-    temporary = folder is None
+  place = tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder)
+  with place as path:
     writer = generations.open_writer(
-      stack.enter_context(tempfile.TemporaryDirectory()) if temporary else folder,
+      path,
       prompts=prompts,
       thresholds=thresholds,
       procedure=model.procedure,
-      provenance=provenance,
     )
     generate(model, prompts, thresholds, writer, full=full, progress=progress)
     writer.finish()
-    return generations.load(writer.directory, in_memory=temporary)
+    return generations.load(path, in_memory=folder is None)
 
 
 def with_rule(
@@ -247,15 +244,9 @@ def in_bulk(model: "Predictor") -> "Predictor":
 
 # ---- Certified on a grid
 
-# The paper's word for a consistency, or our own, and the kind of loss that it means.
-_KINDS = {"risk": "risk_signed", **{k: k for k in ("textual", "risk_signed", "risk_clipped")}}
-
-
-def kind_of(consistency: str) -> str:
-  """The kind of loss by the paper's word for it."""
-  if consistency in _KINDS:
-    return _KINDS[consistency]
-  raise ValueError(f"Expected `consistency` to be 'textual' or 'risk', got {consistency!r}.")
+Consistency = Literal["textual", "risk"]
+# The kind of loss by the paper's word for it.
+KINDS: Mapping[Consistency, str] = {"textual": "textual", "risk": "risk_signed"}
 
 
 def default_grid(options: options_lib.DecodeOptions) -> Sequence[float]:
@@ -268,7 +259,7 @@ def certify(
   *,
   tolerance: float,
   error_rate: float = 0.05,
-  consistency: str = "textual",
+  consistency: Consistency = "textual",
   metric: metrics.MetricLike = "rouge_l",
   thresholds: Sequence[float] | None = None,
   folder: str | pathlib.Path | None = None,
@@ -284,7 +275,7 @@ def certify(
     ValueError: too few prompts for any threshold (says how many are needed), or prompts without
       references for 'risk'. Nothing is decoded then.
   """
-  prompts, kind = prompt_files.prompts_of(prompts), kind_of(consistency)
+  prompts, kind = prompt_files.prompts_of(prompts), KINDS[consistency]
   support = sequence_losses.kind_support(kind, metric)
   count = len(set(clusters.prompt_clusters(prompts)))
   unit = "prompts" if count == len(prompts) else "clusters of prompts"
@@ -302,8 +293,7 @@ def certify(
       f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
     )
   levels = thresholds or default_grid(model.options)
-  about = Provenance(grid=tuple(map(float, levels)), num_examples=len(prompts))
-  cached = _in_folder(model, prompts, levels, folder, full, progress, about)
+  cached = _in_folder(model, prompts, levels, folder, full, progress)
   losses = sequence_losses.compute(cached, kind, metric=metric)
   return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -17,13 +17,7 @@ from calm.checkpoints import files
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import costs, limits, network
 
-CHOICES: dict[str, tuple[str, ...]] = {
-  "matmul_precision": ("default", "high", "highest"),
-  "weights_dtype": ("float32", "bfloat16", "int8"),
-  "encoder_dtype": ("int8",),
-  "reference_dtype": ("float32",),
-  "head_dtype": ("int8",),
-}
+Precision = Literal["default", "high", "highest"]
 _NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
 IN_8_BITS = "int8"
 # What a `Procedure` calls it: 'int8' there says that states were rounded, too.
@@ -81,12 +75,12 @@ class DecodeOptions:
   task_prefix: str = ""
   max_input_length: int = 512
   max_decode_length: int = 64
-  matmul_precision: str | None = None
-  weights_dtype: str | None = None
-  encoder_dtype: str | None = None
-  reference_dtype: str | None = None
+  matmul_precision: Precision | None = None
+  weights_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+  encoder_dtype: Literal["int8"] | None = None
+  reference_dtype: Literal["float32"] | None = None
   reference_digest: str | None = None
-  head_dtype: str | None = None
+  head_dtype: Literal["int8"] | None = None
   batch_size: int = 8
   num_devices: int = 1
   grid: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
@@ -100,11 +94,6 @@ class DecodeOptions:
       limits.whole("exit_layers", layer, 1, most_layers, "name layers")
     if self.grid is not None:
       thresholds_lib.validate_grid(self.grid)
-    for name, values in CHOICES.items():
-      if (value := getattr(self, name)) not in (None, *values):
-        raise ValueError(
-          f"Expected `{name}` to be one of {', '.join(values)}, or None, got {value!r}."
-        )
 
   @property
   def uses_shortlist(self) -> bool:
@@ -286,13 +275,14 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
   size = procedure.shortlist["size"] if procedure.shortlist else None
   if procedure.measure == VERIFIED and size is None:  # it drafts with the full head
     shortlist = None
-  precision, weights = procedure.matmul_precision, procedure.weights_dtype
+  precision: Any = procedure.matmul_precision
+  weights: Any = procedure.weights_dtype
   return DecodeOptions(
     schedule=schedules.schedule(**procedure.schedule),
     exit_layers=procedure.exit_layers,
     shortlist=None if shortlist is None else shortlist[:size],
     # An algorithm's name is for JAX's configuration.
-    matmul_precision=precision if precision in CHOICES["matmul_precision"] else None,
+    matmul_precision=precision if precision in get_args(Precision) else None,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
     weights_dtype=IN_8_BITS if weights == _RECORDED[IN_8_BITS] else weights,
     **{name: getattr(procedure, name) for name in _SAME},

@@ -6,7 +6,6 @@ alone orders the layers; HTML has tooltips besides, a terminal without colour ha
 
 import dataclasses
 import html
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -154,7 +153,10 @@ class Outputs(Sequence[Output]):
 
   def plot(self, axes: Any = None) -> Any:
     """Draws the share of tokens by exit layer on axes of matplotlib, new ones if None."""
-    axes = _new_axes() if axes is None else axes
+    if axes is None:
+      from matplotlib import pyplot  # of the extra `report`
+
+      axes = pyplot.subplots(layout="constrained")[1]
     layers = [layer for output in self.items for layer in output.exit_layers]
     places = range(1, self.num_layers + 1)
     shares = [100 * layers.count(layer) / max(1, len(layers)) for layer in places]
@@ -164,25 +166,7 @@ class Outputs(Sequence[Output]):
     return axes
 
 
-def _new_axes() -> Any:
-  # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
-  # which ask for what pyplot made, need to be told.
-  from matplotlib.figure import Figure  # of the extra `report`
-
-  figure: Any = Figure((6, 4), layout="constrained")
-  axes = figure.subplots()
-
-  def png() -> bytes:
-    written = io.BytesIO()
-    figure.savefig(written, format="png")
-    return written.getvalue()
-
-  figure._repr_png_ = axes._repr_png_ = png
-  return axes
-
-
 # ---- Colours of exit layers
-
 
 _CIVIDIS = (
   *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
@@ -193,18 +177,14 @@ _CIVIDIS = (
 def scale(num_layers: int) -> list[str]:
   """One background colour a decoder layer, `#rrggbb`, first layer first and brightest."""
   at = np.arange(num_layers)[::-1] * (len(_CIVIDIS) - 1) / max(1, num_layers - 1)
-  stops = zip(*map(_rgb, _CIVIDIS), strict=True)
+  stops = zip(*(bytes.fromhex(colour[1:]) for colour in _CIVIDIS), strict=True)
   channels = [np.interp(at, range(len(_CIVIDIS)), stop).round().astype(int) for stop in stops]
   return ["#{:02x}{:02x}{:02x}".format(*mixed) for mixed in zip(*channels, strict=True)]
 
 
-def _rgb(colour: str) -> list[int]:
-  return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-
-
 def text_colour(background: str) -> str:
   """Black or white, whichever has more contrast: at least 4.5 on any background (WCAG 2)."""
-  red, green, blue = ((channel / 255) ** 2.2 for channel in _rgb(background))
+  red, green, blue = ((channel / 255) ** 2.2 for channel in bytes.fromhex(background[1:]))
   # Relative luminance L, where (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
   return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 

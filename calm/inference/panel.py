@@ -53,11 +53,9 @@ def promised(
   losses: SequenceLosses, error_rate: float, tolerances: Sequence[float]
 ) -> tuple[tuple[float, int], ...]:
   """`Panel.promised` of losses on a grid; each tolerance is tested by itself."""
-  levels, found = [thresholds.NEVER_EXIT, *losses.thresholds.tolist()], []
-  for tolerance in sorted({*tolerances}):
-    made = calibrate(losses, tolerance=tolerance, error_rate=error_rate)
-    found.append((tolerance, levels.index(made.threshold)))
-  return tuple(found)
+  levels = [thresholds.NEVER_EXIT, *losses.thresholds.tolist()]
+  certified = lambda tolerance: calibrate(losses, tolerance=tolerance, error_rate=error_rate)
+  return tuple((t, levels.index(certified(t).threshold)) for t in sorted({*tolerances}))
 
 
 def shown_prompt(
@@ -107,8 +105,7 @@ def environment(package: str, num_layers: int) -> Any:
     finalize=lambda value: sanitize(value) if type(value) is str else value,
   )
   scale = enumerate(outputs.scale(num_layers), start=1)
-  made.filters["number"] = number
-  made.filters["threshold"] = threshold
+  made.filters |= {"number": number, "threshold": threshold}
   made.globals |= {
     "palette": [(layer, colour, outputs.text_colour(colour)) for layer, colour in scale],
     "panel_data": panel_data,

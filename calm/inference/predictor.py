@@ -1,6 +1,5 @@
 """A model that decodes prompts under its promise, and how its folder is opened."""
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -14,15 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import arguments, checkpoints, exits
-from calm.calibrate import (
-  NEVER_EXIT,
-  Calibration,
-  Online,
-  Procedure,
-  Prompt,
-  losses,
-  metrics,
-)
+from calm.calibrate import NEVER_EXIT, Calibration, Online, Procedure, Prompt, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
 from calm.checkpoints import files
@@ -30,7 +21,6 @@ from calm.console import Progress, Report
 from calm.data import prompt_batches, prompt_files
 from calm.decode import compiled, loop, sharded, speculative
 from calm.decode.program import ModelWeights, Program, model_weights
-from calm.exits import schedules
 from calm.inference import grid, outputs, timing
 from calm.inference import options as options_lib
 from calm.t5 import caches, costs, limits, network, parameters
@@ -109,7 +99,7 @@ class Predictor:
     *,
     tolerance: float,
     error_rate: float = 0.05,
-    consistency: str = "textual",
+    consistency: grid.Consistency = "textual",
     metric: metrics.MetricLike = "rouge_l",
     thresholds: Sequence[float] | None = None,
     folder: str | pathlib.Path | None = None,
@@ -133,10 +123,9 @@ class Predictor:
     Returns a predictor whose `generate` needs no threshold; the promise is in `calibration`,
     and the seconds beside full depth in its notes (`timing.noted`).
     """
-    prompts = prompt_files.prompts_of(prompts)
-    with contextlib.ExitStack() as stack:
-      shown = progress or stack.enter_context(Progress())
-      calibration, _ = grid.certify(
+    with Progress() as bar:
+      shown = progress or bar
+      calibration, cached = grid.certify(
         self,
         prompts,
         tolerance=tolerance,
@@ -150,7 +139,7 @@ class Predictor:
       if calibration.certified:
         found = timing.beside_full_depth(
           self,
-          [prompt.input for prompt in prompts],
+          [prompt.input for prompt in cached.prompts],
           calibration.threshold,
           prompts=8,
           rounds=3,
@@ -183,7 +172,6 @@ class Predictor:
     Raises:
       ValueError: an argument has no meaning, or the file is another's.
     """
-    losses.kind_support("textual", metric)  # refuses a metric that has none
     return Online(
       path,
       thresholds or grid.default_grid(self.options),
@@ -243,15 +231,15 @@ class Predictor:
           " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
         )
     if threshold is not None:
-      schedules.check_threshold(threshold)
+      threshold = thresholds_lib.parse_threshold(threshold)
     if rule is not None:
       rule.depth(self.num_layers)  # the rule's own check of its layers
     promised, model = rule is None, self
     if promised and threshold == NEVER_EXIT:
       # Where no token can leave early, no confidence is asked for.
       model, rule = self.reference, self.exact or exits.StaticExit()
-    with contextlib.ExitStack() as stack:
-      report = progress or stack.enter_context(Progress()).count("prompts")
+    with Progress() as bar:
+      report = progress or bar.count("prompts")
       decoded = model.decode_texts(texts, threshold, rule, report, parts)
     made = self.calibration if promised else None
     if made is None or threshold != made.threshold or self.platform_mismatch:

@@ -2,6 +2,7 @@
 that other work of the machine falls on all alike. Compiling is not counted."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 FULL = "full depth"
 _NOTE = "seconds"  # in the notes of a calibration's provenance
-# Prompts that `beside_full_depth` times one at a time, and rounds.
-PROMPTS, ROUNDS = 24, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +142,9 @@ def measure(
     of_rounds: what counts of the rounds: `np.median`, or `np.min` where they are few.
   """
   settings = [Setting(FULL, exits.StaticExit(), model=full), *settings]
-  models = {id(each): each for each in (model, *(s.model or model for s in settings))}
-  sized = {key: each.with_options(batch_size=batch_size) for key, each in models.items()}
-  ways = [(sized[id(s.model or model)], s.rule, s.threshold) for s in settings]
-  batches = sized[id(model)].plan([prompt.input for prompt in prompts])
+  sized = functools.cache(lambda each: each.with_options(batch_size=batch_size))
+  ways = [(sized(s.model or model), s.rule, s.threshold) for s in settings]
+  batches = sized(model).plan([prompt.input for prompt in prompts])
   batches.sort(key=lambda batch: batch.rows[0])
   seconds, encode = _rounds(ways, batches, rounds, progress)
   seconds, encode = of_rounds(seconds, axis=0), of_rounds(encode, axis=0)
@@ -171,10 +169,8 @@ def of_one_length(
 ) -> tuple[Prompt, ...]:
   """The first prompts that have the commonest padded length: one compilation times them all."""
   batches = model.with_options(batch_size=1).plan([example.input for example in examples])
-  lengths = [batch.tokens.shape[1] for batch in batches]
-  common = np.bincount(lengths).argmax() if lengths else 0
-  pairs = zip(batches, lengths, strict=True)
-  rows = sorted(int(batch.rows[0]) for batch, length in pairs if length == common)
+  common = np.bincount([b.tokens.shape[1] for b in batches], minlength=1).argmax()
+  rows = sorted(int(b.rows[0]) for b in batches if b.tokens.shape[1] == common)
   return tuple(examples[row] for row in rows[:limit])
 
 
@@ -183,8 +179,8 @@ def beside_full_depth(
   texts: Sequence[str],
   threshold: float,
   *,
-  prompts: int = PROMPTS,
-  rounds: int = ROUNDS,
+  prompts: int = 24,
+  rounds: int = 5,
   rule: exits.Rule | None = None,
   progress: Report = grid.silent,
 ) -> Seconds:

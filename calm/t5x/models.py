@@ -45,6 +45,7 @@ from t5x import partitioning as t5x_partitioning
 from t5x import train_state as t5x_train_state
 
 from calm import arguments, exits, inference
+from calm.calibrate import thresholds
 from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, costs, network
@@ -73,7 +74,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     shortlist: Sequence[int] | None = None,
     objective: objectives.Objective | None = None,
     whole_decoder: bool = False,
-    matmul_precision: str | None = None,
+    matmul_precision: inference.options.Precision | None = None,
     exit_maps: tuple[Any, int] | None = None,
     calibration: stored.Calibrated | None = None,
     **kwargs: Any,
@@ -238,7 +239,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     asked = options.pop("threshold", None)
     if asked is not None and not isinstance(asked, jax.core.Tracer):
       for value in np.ravel(asked).tolist():
-        schedules.check_threshold(value)
+        thresholds.parse_threshold(value)
     threshold, rule = self.threshold if asked is None else asked, self.rule
     never = asked is None and threshold == schedules.NEVER_EXIT
     if never and isinstance(rule, exits.DynamicExits):
@@ -366,7 +367,7 @@ def _check(
   theirs: Mapping[str, Any],
 ) -> None:
   """Raises for what would not decode, or not train as it says."""
-  schedules.check_threshold(float(threshold))
+  thresholds.parse_threshold(threshold)
   if threshold != schedules.NEVER_EXIT and not rule.reads_threshold:
     raise ValueError(
       f"Expected no `threshold` with {type(rule).__name__}, which compares"

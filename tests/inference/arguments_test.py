@@ -66,7 +66,6 @@ BORDER = {
   "dynamic": (exits.DynamicExits, fields(exits.DynamicExits, measure="softmax")),
   "speculative": (exits.Speculative, fields(exits.Speculative, draft_layer=1)),
   "decaying": (schedules.schedule, {"name": "decaying", "temperature": 1.0, "max_length": 8}),
-  "threshold": (schedules.check_threshold, {"threshold": 0.5}),
   "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
   "measure": (confidence.measure, {"name": "softmax"}),
   "propagation": (propagation.propagation, {"name": "exit_state"}),

@@ -106,6 +106,14 @@ def test_lightness_alone_orders_the_layers_and_text_reads_on_all(num_layers):
     assert contrast(colour, outputs.text_colour(colour)) >= 4.5
 
 
+def test_the_share_of_tokens_by_layer_is_drawn():
+  pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+  axes = dataclasses.replace(several(1), items=(output("abc", (1, 4, 4)),)).plot()
+  heights = [bar.get_height() for bar in axes.patches]
+  assert heights == pytest.approx([100 / 3, 0, 0, 200 / 3])
+  assert several(2).plot(axes) is axes
+
+
 def test_html_has_one_span_a_token_and_a_legend_that_numbers_every_layer():
   made = output(pieces=("▁a", "<b>&", "▁\"c'", "</s>"))
   (_, spans), colours = parsed(made._repr_html_()), outputs.scale(4)

@@ -38,9 +38,7 @@ def test_a_procedure_says_where_it_decodes(directory, model):
   # JAX has several names for one precision.
   with jax.default_matmul_precision("float32"):
     assert model.procedure.matmul_precision == "highest"
-  with pytest.raises(
-    ValueError, match="`matmul_precision` to be one of default, high, highest"
-  ):
+  with pytest.raises(ValueError, match="`matmul_precision` to be one of 'default', 'high', "):
     model.with_options(matmul_precision="great")
 
 
@@ -201,7 +199,7 @@ def test_files_of_before_are_read_and_what_is_no_option_is_refused(tmp_path):
     assert options_lib.stored_options(tmp_path) == {"measure": "state"}
   for stored, message in (
     ({"weights_layout": "rows"}, "weights_layout.*by another program"),
-    ({"head_dtype": "int4"}, "`head_dtype` to be one of int8, or None, got 'int4'"),
+    ({"head_dtype": "int4"}, "`head_dtype` to be one of 'int8' or None, got 'int4'"),
     ({"shortlist": [10**30]}, "`shortlist` to be in 0"),
     ({"schedule": {"name": "constant", "x": 1}}, "json: Expected `schedule`"),
   ):

@@ -204,7 +204,7 @@ def test_the_threshold_stays_here_and_odd_calls_are_refused():
   for message, rule, options in (
     ("no prefix with OracleExit", exits.OracleExit(), {"prompt_with_targets": True}),
     ("one random key", None, {"rng": key, "decoder_params": {"decode_rng": key}}),
-    ("Expected `threshold` in", None, {"decoder_params": {"threshold": wrong}}),
+    ("Expected `threshold` to be", None, {"decoder_params": {"threshold": wrong}}),
   ):
     with pytest.raises(ValueError, match=message):
       setup.model(toy, rule=rule).predict_batch_with_aux(*inputs, **options)
