@@ -19,9 +19,8 @@ from calm.t5 import costs, limits, network
 
 Precision = Literal["default", "high", "highest"]
 _NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
-IN_8_BITS = "int8"
 # What a `Procedure` calls it: 'int8' there says that states were rounded, too.
-_RECORDED = {IN_8_BITS: "int8, states whole"}
+_RECORDED = {"int8": "int8, states whole"}
 # The measure that is no confidence of a layer but the full model's own, of drafts.
 VERIFIED = "verified"
 
@@ -284,6 +283,6 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     # An algorithm's name is for JAX's configuration.
     matmul_precision=precision if precision in get_args(Precision) else None,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
-    weights_dtype=IN_8_BITS if weights == _RECORDED[IN_8_BITS] else weights,
+    weights_dtype="int8" if weights == _RECORDED["int8"] else weights,
     **{name: getattr(procedure, name) for name in _SAME},
   )

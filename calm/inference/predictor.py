@@ -343,7 +343,7 @@ class Predictor:
     rounded to few bits, a sum's last bit may decide which token follows. Texts from drafts are
     then not those of full depth: passes over several positions are rounded otherwise."""
     dtypes = self.options.weights_dtype, self.options.encoder_dtype
-    return self.config.dtype != "float32" or options_lib.IN_8_BITS in dtypes
+    return self.config.dtype != "float32" or "int8" in dtypes
 
   @functools.cached_property
   def reference(self) -> "Predictor":
