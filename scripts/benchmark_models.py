@@ -88,12 +88,13 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
 READINGS: Mapping[str, str] = {
   "int8": "head in 8 bits",
   "layers": "layers and head in 8 bits",
+  "both": "layers in 8 bits, head read so first",
   "encoder": "encoder and head in 8 bits",
   "learned": "translators and learned propagation",  # of every exit layer, rank 16
   "xla": "all by XLA",  # not a reading: programs without functions of this process
 }
 # Those of which the encoder's weights are read otherwise, too.
-ENCODES = ("layers", "encoder")
+ENCODES = ("layers", "both", "encoder")
 
 
 def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
@@ -118,7 +119,7 @@ def _read(model: Model, name: str) -> Model:
       model.config,
       model.num_pieces,
       model.shortlist,
-      "int8" if name == "layers" else None,
+      None if name == "encoder" else "int8",
       None if name == "layers" else "int8",
       encoder_dtype="int8",
     )
