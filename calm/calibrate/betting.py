@@ -162,7 +162,7 @@ def log_p_value(losses: np.ndarray, design: Design, bets: np.ndarray | None = No
   """
   wealth = log_wealth(losses, design, bets)
   highest = np.maximum(wealth.max(axis=0), wealth[-1] - np.log(design.uniform))
-  return np.minimum(-np.maximum(0.0, highest), 0.0)
+  return np.minimum(-highest, 0.0)
 
 
 def upper_bound(

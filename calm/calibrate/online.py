@@ -55,8 +55,8 @@ class Wealth:
 
 
 def _log_waiting(count: int) -> float:
-  """log of the weight of all gamblers who begin at check `count` or later."""
-  return math.log(LATE * math.log(2.0) / math.log(count + 2.0)) if count else 0.0
+  """log of the weight of all gamblers who begin at check `count` >= 1 or later."""
+  return math.log(LATE * math.log(2.0) / math.log(count + 2.0))
 
 
 def _log_start(count: int) -> float:
@@ -149,7 +149,7 @@ class Online:
     self._share, self._least_share = share, least_share
     self._alarm_level, self._patience = alarm_level, patience
     self.served = self.checked = 0
-    self.life, self._since = -1, (0, 0)
+    self.life = -1
     # Drawn and without a loss yet: {mark: (life, first open threshold)}, in order.
     self._waiting: dict[str, tuple[int, int]] = {}
     self._labels: dict[str, np.ndarray | None] = {}
@@ -185,7 +185,7 @@ class Online:
     if self._certified == len(self._grid):
       return self._least_share
     idle = self.checked - self._progress
-    return max(self._least_share, self._share * min(1.0, STALL / max(1, idle)))
+    return max(self._least_share, self._share * (STALL / max(STALL, idle)))
 
   @property
   def missing(self) -> int:
@@ -341,15 +341,15 @@ class Online:
       storage.write_atomically(path, storage.dump_line(settings))
       return
     with open(path, "rb") as file:
-      raw = file.readline(storage.LONGEST_LINE + 1)
+      raw = file.readline(storage.LONGEST_LINE)
     stored = storage.parse_line(raw.removesuffix(b"\n"))[0] or {}
     if stored.get("format") != FORMAT:
       raise storage.FormatError(
         f"{path}:1: expected a state of `calibrate.Online`, got the file of another program, or"
         " the monitor of an earlier version; name another file."
       )
-    for name, value in settings.items():
-      if json.dumps(stored.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
+    for name, value in json.loads(storage.dump_line(settings)).items():
+      if stored.get(name) != value:
         raise storage.FormatError(
           f"{path}:1: expected `{name}` {value!r}, got {stored.get(name)!r:.300}; give what the"
           " state began with, or name another file."

@@ -60,7 +60,7 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   weights = np.full(count, 0.5 / max(1, count - 1))
   weights[0] = first_share("fallback", count)
   waiting = np.ones(count, bool)
-  adjusted, visited, highest = np.ones(count), [], 0.0
+  adjusted, visited, highest = np.empty(count), [], 0.0
   while waiting.any():
     ratios = np.where(waiting, np.minimum(p_values / weights, 1.0), np.inf)
     chosen = int(np.argmin(ratios))

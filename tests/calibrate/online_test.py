@@ -26,8 +26,8 @@ def serve(state, count, *risks, start=0, seed=0):
   return named
 
 
-def wealth_by_hand(losses, tolerance):
-  bets = [0.99 * 0.5**k / (1.0 - tolerance) for k in range(6)]
+def wealth_by_hand(losses, tolerance, worst=1.0):
+  bets = [0.99 * 0.5**k / (worst - tolerance) for k in range(6)]
   weights = [0.6**k / sum(0.6**j for j in range(6)) for k in range(6)]
   factors = [math.prod(1.0 + bet * (tolerance - loss) for loss in losses) for bet in bets]
   return sum(weight * factor for weight, factor in zip(weights, factors, strict=True))
@@ -63,6 +63,27 @@ def test_wealth_has_expectation_one_at_the_bound(restarts):
   assert np.sum(chance * (wealth.highest >= math.log(20.0))) <= 0.05
 
 
+def alarm_by_hand(losses, tolerance, low):
+  """A quarter of the weight begins with the first loss, the rest with any."""
+  late = [0.75 * math.log(2.0) / math.log(k + 2.0) for k in range(len(losses) + 1)]
+  begun = [wealth_by_hand(losses[k:], tolerance, low) for k in range(len(losses))]
+  return 0.25 * begun[0] + late[-1] + np.dot(-np.diff(late), begun)
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_the_alarm_is_raised_where_its_formula_reaches_the_level(low):
+  state, served = Online(None, [0.5], **RATES, support=Support(low), least_share=1.0), []
+  for number, bad in enumerate(np.random.default_rng(3).random(200) < 0.6):
+    assert state.should_check(number)
+    if state.threshold == 0.5:
+      served.append(float(bad))
+    state.observe(number, {0.5: served[-1] if served else 0.0})
+    assert state.life == (bool(served) and alarm_by_hand(served, 0.1, low) >= 20.0)
+    if state.life:
+      break
+  assert state.life == 1 and len(served) > 3
+
+
 def test_lives_share_the_error_rate():
   levels = [online.life_level(0.05, life) for life in range(100_000)]
   assert levels[0] == pytest.approx(0.04) and sum(levels) == pytest.approx(0.05, rel=1e-4)
@@ -82,11 +103,16 @@ def test_it_serves_the_safe_setting_first_and_lowers_it_as_far_as_it_may():
 
 def test_the_share_falls_when_nothing_new_is_certified():
   state = Online(None, GRID, **RATES, share=0.8, least_share=0.1)
-  shares = []
+  shares, named, since = [], NEVER_EXIT, 0
   for number in range(12_000):
     shares.append(state.share)
+    idle = max(1, state.checked - since)
+    assert state.share == max(0.1, 0.8 * min(1.0, 300 / idle))
     if state.should_check(number):
-      state.observe(number, dict.fromkeys(GRID, 1.0))
+      state.observe(number, {**dict.fromkeys(GRID, 1.0), 0.9: 0.0})
+    if state.threshold != named:
+      named, since = state.threshold, state.checked
+  assert named == 0.9 and since > 0
   assert shares[0] == 0.8 and shares[-1] == 0.1 and shares == sorted(shares, reverse=True)
   assert state.checked == pytest.approx(sum(shares), abs=4 * math.sqrt(sum(shares)))
   done = Online(None, [0.5], **RATES, least_share=0.2)
@@ -113,7 +139,8 @@ def test_late_losses_count_in_the_order_of_serving():
   for number, loss in enumerate(losses):
     assert at_once.should_check(number) and late.should_check(number)
     at_once.observe(number, {0.5: float(loss)})
-  for number in np.random.default_rng(2).permutation(300).tolist():
+  for place, number in enumerate(np.random.default_rng(2).permutation(300).tolist()):
+    assert late.missing == 300 - place
     late.observe(number, {0.5: float(losses[number])})
   assert late.threshold == at_once.threshold == 0.5 and late.missing == 0
   np.testing.assert_array_equal(late._wealth.highest, at_once._wealth.highest)
@@ -124,10 +151,11 @@ def test_a_loss_that_never_comes_is_the_worst():
   for number in range(30):
     for state in (known, unknown, lost):
       state.should_check(number)
-      if number != 3:
-        state.observe(number, {0.5: 0.0})
+      if number != 3:  # rounding is put back into the range
+        state.observe(number, {0.5: -1e-9 if state is known else 0.0})
       elif state is not lost:
-        state.observe(number, None if state is unknown else {0.5: 1.0})
+        state.observe(number, None if state is unknown else {0.5: 1.0 + 1e-9})
+    assert lost.missing == (3 <= number < 8)  # until 5 later ones were drawn
   assert lost.checked == 30 and lost.missing == 0
   for state in (unknown, lost):
     np.testing.assert_array_equal(state._wealth.highest, known._wealth.highest)
@@ -154,6 +182,7 @@ def test_losses_that_are_none_change_nothing(tmp_path):
   for name, losses, message in (
     ("a", {0.9: 0.0}, "threshold 0.6, got nan"),
     ("a", dict.fromkeys(GRID, 1.1), "0.9, got 1.1"),
+    ("a", dict.fromkeys(GRID, -0.1), "0.9, got -0.1"),
     ("b", dict.fromkeys(GRID, 0.0), "one that was drawn, got 'b'"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -199,9 +228,19 @@ def test_a_kill_loses_nothing(tmp_path):
   assert (state.checked, state.missing) == (22, 0)
 
 
+def test_settings_out_of_their_range_are_refused():
+  Online(None, GRID, **RATES, patience=1)
+  for name, value in (
+    *(("error_rate", 1.0), ("alarm_level", 1.0), ("share", 1.1), ("least_share", 1.1)),
+    *(("patience", 0), ("patience", 2**53)),
+  ):
+    with pytest.raises(ValueError, match=rf"Expected `{name}` to be in \(0, "):
+      Online(None, GRID, **{**RATES, name: value})
+
+
 def test_a_state_of_other_settings_is_refused(tmp_path):
   path = tmp_path / "state.jsonl"
-  Online(path, GRID, **RATES)
+  Online(path, GRID, tolerance=0.1)  # by default the error rate is 0.05
   before = path.read_bytes()
   for name, value in (
     *(("tolerance", 0.2), ("error_rate", 0.1), ("thresholds", [0.9]), ("share", 0.9)),
@@ -223,6 +262,7 @@ DRAWN = {"draw": "0" * 16, "served": 1}
     [DRAWN, {"observe": "0" * 16, "losses": [0.0, 0.0, True]}],
     [DRAWN, DRAWN],
     [{"draw": "0" * 16, "served": 0}],
+    [{"draw": "0" * 16}],
     [{"served": 1, "sampled": True}],
   ],
 )

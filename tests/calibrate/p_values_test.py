@@ -38,27 +38,22 @@ def test_super_uniform_for_bernoulli_losses_exactly(p_value, tolerance):
     laws.assert_super_uniform(p_value(counts, size, tolerance), weights)
 
 
-def cases():
-  for law in laws.UNIT_LAWS:
-    for name in ("hoeffding", "hoeffding_bentkus", "convex_order", "betting", "fixed_level"):
-      yield law, name
-  yield laws.bernoulli, "binomial"
-  for law in laws.SIGNED_LAWS:
-    yield law, "betting"
-    yield law, "fixed_level"
+BETS = ("betting", "fixed_level")
+CASES = [
+  *itertools.product(laws.UNIT_LAWS, ("hoeffding", "hoeffding_bentkus", "convex_order", *BETS)),
+  *itertools.product(laws.SIGNED_LAWS, BETS),
+  (laws.bernoulli, "binomial"),
+]
 
 
 def compute(name, losses, tolerance):
-  if name in ("betting", "fixed_level"):
-    hedges = name == "fixed_level"
-    design = Design(tolerance, 0.05, len(losses), hedges=hedges)
+  if name in BETS:
+    design = Design(tolerance, 0.05, len(losses), hedges=name == "fixed_level")
     return np.exp(log_p_value(losses, design))
   return getattr(p_values, name)(losses.sum(axis=0), len(losses), tolerance)
 
 
-@pytest.mark.parametrize(
-  ("law", "name"), list(cases()), ids=lambda v: getattr(v, "__name__", v)
-)
+@pytest.mark.parametrize(("law", "name"), CASES, ids=lambda v: getattr(v, "__name__", v))
 def test_super_uniform_at_the_boundary_by_simulation(law, name):
   size, draws = 100, 2000
   for tolerance in (0.05, 0.25):
@@ -129,6 +124,7 @@ def test_tails_beyond_float64_join_the_rest():
   counts = np.array([0, 5, 300])
   logs = p_values.binomial(counts, [3000, 3000, 3000], 0.3, log=True)
   table = p_values.log_binomial_cdf_table(3000, 0.3)
+  assert np.all(p_values.log_binomial_cdf_table(3000, 0.1) <= 0.0)  # rounding is cut
   np.testing.assert_allclose(logs, table[counts], rtol=1e-10)
   mixed = p_values.binomial([[0, 5], [0, 900]], 3000, [[0.3, 0.3], [0.4, 0.3]], log=True)
   assert mixed[1, 0] == pytest.approx(3000 * math.log(0.6)) and mixed[1, 1] > -1.0
@@ -145,8 +141,9 @@ def test_means_that_are_not_quite_whole_do_not_move_the_ceiling():
     for total in (100 * (count / 100), 100 * (1 - (1 - count / 100)), count * (1 + 1e-10)):
       exact = p_values.binomial(total, 100, 0.7)
       assert exact == pytest.approx(stats.binom.cdf(count, 100, 0.7), rel=1e-9)
-  at = lambda total: p_values.hoeffding_bentkus(total, 100, 0.7)
-  assert at(29.001) >= at(29)
+  for count in (0, 1, 57):  # more than 1e-9 of it (of 1 at least) is no rounding
+    over = p_values.binomial(count + 1.5e-9 * max(1, count), 100, 0.7)
+    assert over == p_values.binomial(count + 1, 100, 0.7)
 
 
 @pytest.mark.parametrize(("count", "tolerance"), [(4950, 0.05), (9900, 0.1), (24_900, 0.25)])
@@ -182,14 +179,15 @@ def test_betting_is_super_uniform_exactly(hedges, values, chances, size):
   np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
 
 
-def test_betting_by_hand():
+@pytest.mark.parametrize("planned", [2, 200])  # bets are cut, or not
+def test_betting_by_hand(planned):
   # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
-  tolerance, losses = 0.5, np.array([0.2, 0.4])
-  first = min(math.sqrt(math.log(20.0)) / 0.5, 0.9 / 0.5)
+  tolerance, losses, pace = 0.5, np.array([0.2, 0.4]), math.sqrt(2 * math.log(20.0) / planned)
+  first = min(pace / 0.5, 0.9 / 0.5)
   mean = 0.2 / 2
-  second = min(math.sqrt(math.log(20.0)) / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
+  second = min(pace / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
   wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
-  found = log_p_value(losses[:, None], Design(tolerance, 0.05, 2))
+  found = log_p_value(losses[:, None], Design(tolerance, 0.05, planned))
   assert found == pytest.approx(-math.log(max(wealth)), rel=1e-12)
 
 
@@ -207,38 +205,45 @@ def test_bets_see_the_past_only():
     assert design.cap == pytest.approx((0.99 if hedges else 0.9) / 0.9)
 
 
-def hedge_by_hand(losses, tolerance, error_rate, planned):
-  """One column, its wealth looked at before every loss; see `betting.hedge_bets`."""
+def hedge_by_hand(losses, tolerance, error_rate, planned, upper=1.0):
+  """One column, its wealth looked at after every 64th of what is left (`hedge_bets`)."""
   target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
-  wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
-  bets = []
+  share = min(max(tolerance / upper, 0.01), 0.5)
+  wealth, highest, squares, total = 0.0, 0.0, 8 * upper**2 * share * (1 - share), 0.0
+  bets, look = [], 0
   for row, loss in enumerate(losses):
     deviation = math.sqrt(squares / (row + 8))
-    chance = min(1.0, error_rate * math.exp(wealth))
-    if highest < target and chance > error_rate**2:
-      z = stats.norm.ppf(chance)
-      bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
-    else:
-      bet = pace / deviation
-    bets.append(bet)
-    wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
+    if row == look:
+      chance, left = min(1.0, error_rate * math.exp(wealth)), planned - row
+      look += max(1, left // 64)
+      aim = pace
+      if highest < target and chance > error_rate**2:
+        z = stats.norm.ppf(chance)
+        aim = stats.norm.pdf(z) / (chance * math.sqrt(left))
+    bets.append(aim / deviation)
+    wealth += math.log(1 + min(bets[-1], 0.99 / (upper - tolerance)) * (tolerance - loss))
     highest = max(highest, wealth)
     total += loss
     squares += (loss - total / (row + 2)) ** 2
   return np.array(bets), highest
 
 
-@pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
 @pytest.mark.parametrize("error_rate", [0.05, 0.3])
-def test_the_hedge_by_hand(mean, reached, error_rate):
-  losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
-  bets, highest = hedge_by_hand(losses, 0.1, error_rate, 120)
-  design = Design(0.1, error_rate, 120, hedges=True)
+@pytest.mark.parametrize(
+  ("mean", "tolerance", "upper", "planned"),
+  [
+    *((mean, 0.1, 1.0, 120) for mean in (0.01, 0.1, 0.3)),
+    *((0.05, 0.1, 1.0, 300), (0.1, 0.3, 0.5, 120), (0.001, 0.002, 0.5, 120)),
+  ],
+)
+def test_the_hedge_by_hand(mean, tolerance, upper, planned, error_rate):
+  losses = upper * laws.mostly_zero(np.random.default_rng(8), mean / upper, 90)
+  bets, highest = hedge_by_hand(losses, tolerance, error_rate, planned, upper)
+  design = Design(tolerance, error_rate, planned, upper, hedges=True)
   found = design.bets(losses[:, None])[:, 0]
   # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
   np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
-  p = np.exp(log_p_value(losses[:, None], design))
-  assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
+  assert log_p_value(losses[:, None], design) == pytest.approx(-highest, rel=1e-6)
 
 
 @pytest.mark.parametrize("p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__)
@@ -258,6 +263,7 @@ def test_binomial_bound_is_clopper_pearson():
     found = p_values.invert(p_values.binomial, count, size, error_rate=0.05)
     assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
   assert p_values.invert(p_values.binomial, 3, 10, error_rate=0.9) == 0.3  # no bound is below
+  assert p_values.invert(p_values.binomial, 0, 1, error_rate=1e-10) == 1.0  # nor above 1
 
 
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
@@ -296,7 +302,7 @@ def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
   chance = np.prod(np.where(paths == 1.0, tolerance, 1.0 - tolerance), axis=0)
   without = np.sum(chance * (wealth.max(axis=0) >= 1 / level))
   assert without < np.sum(chance * rejects) <= level + 1e-12
-  # p-values and bounds are of this test, for each uniform.
+  # p-values are of this test, for each uniform.
   columns = np.random.default_rng(0).integers(paths.shape[1], size=200)
   uniforms = np.random.default_rng(1).random(200)
   some = paths[:, columns]
@@ -305,8 +311,20 @@ def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
   end = wealth[-1, columns] / uniforms
   expected = np.minimum(1.0, 1.0 / np.maximum(wealth.max(axis=0)[columns], end))
   np.testing.assert_allclose(p, expected, rtol=1e-9)
-  bounds = upper_bound(some, drawn)
-  np.testing.assert_array_equal(bounds <= tolerance, p <= level)
+
+
+@pytest.mark.parametrize("hedges", [False, True])
+@pytest.mark.parametrize("size", [50, 150])
+def test_a_bound_is_the_least_that_is_rejected_up_to_its_precision(size, hedges):
+  generator = np.random.default_rng(4)
+  losses = 0.5 * laws.mostly_zero(generator, np.linspace(0.05, 0.3, 30), (size, 30))
+  losses.sort(axis=0)  # wealth is highest in the middle
+  design = Design(0.05, 0.05, size, 0.5, hedges=hedges, uniform=generator.random(30))
+  bets, bounds = design.bets(losses), upper_bound(losses, design)
+  at = lambda bound: log_p_value(losses, dataclasses.replace(design, tolerance=bound), bets)
+  assert np.all(at(bounds) <= math.log(0.05)) and bounds.max() < 0.5
+  np.testing.assert_array_equal(bounds <= 0.05, at(0.05) <= math.log(0.05))
+  assert np.all(at(bounds - 0.5 * 1.01e-4) > math.log(0.05))
 
 
 def test_a_seed_draws_one_uniform():

@@ -45,7 +45,7 @@ LOSSES = SequenceLosses(
 )
 # The user answers for a procedure that is unknown.
 HALF = dataclasses.replace(LOSSES, values=VALUES / 2, procedure=None)
-WEIGHTS = np.array([0.0, 0.5, 2.0])
+WEIGHTS = np.array([0.0, 0.5, 1.25])
 MEAN = "an expected loss of at most 0.25"
 
 
@@ -57,10 +57,10 @@ def where(counts):
 BY_HAND = [
   (risks.Mean(), [Test("", 0.25, SIGNED)], [VALUES], MEAN),
   (
-    risks.Quantile(0.9),
-    [Test("", 0.1, Support(binary=True))],
+    risks.Quantile(),
+    [Test("", 0.05, Support(binary=True))],
     [VALUES > 0.25],
-    "a loss of at most 0.25 for at least 90 % of texts",
+    "a loss of at most 0.25 for at least 95 % of texts",
   ),
   (
     risks.EveryGroup(labels=["b", "a", "b"]),
@@ -75,16 +75,16 @@ BY_HAND = [
     f"{MEAN} among texts of mean depth at most t, for each t of 2, 4",
   ),
   (
-    risks.TailMean(0.75, 0.2),
-    [Test("", 0.25, Support(0.2, 0.2 + 0.8 / 0.25))],
-    [0.2 + 4.0 * np.maximum(0.0, VALUES - 0.2)],
-    "a mean loss over the worst 25 % of texts of at most 0.25",
+    risks.TailMean(start=0.2),
+    [Test("", 0.25, Support(0.2, 0.2 + 0.8 / (1.0 - 0.9)))],
+    [0.2 + 10.0 * np.maximum(0.0, VALUES - 0.2)],
+    "a mean loss over the worst 10 % of texts of at most 0.25",
   ),
   (
-    risks.KnownMixture(2.0, weights=WEIGHTS),
-    [Test("", 0.25, Support(0.25 - 2.0 * 1.25, 0.25 + 2.0 * 0.75))],
+    risks.KnownMixture(1.25, weights=WEIGHTS),
+    [Test("", 0.25, Support(0.25 - 1.25 * 1.25, 0.25 + 1.25 * 0.75))],
     [0.25 + WEIGHTS[:, None] * (VALUES - 0.25)],
-    f"{MEAN} over the mixture that the caller's weights (at most 2) describe",
+    f"{MEAN} over the mixture that the caller's weights (at most 1.25) describe",
   ),
   (
     risks.SeveralRisks(risks=[Risk(LOSSES, 0.25), Risk(HALF, 0.5, "answers")]),
@@ -120,7 +120,7 @@ def test_what_is_tested_and_said_by_hand(promise, tests, tested, sentence):
   assert promise.statement(calibration, "loss") == sentence
   assert "nothing of" in promise.limits and "{unit}" in promise.limits
   # A file has numbers alone: no rows of prompts, which are neither shown nor compared.
-  stored = risks.from_json(promise.to_json())
+  stored = risks.from_json(json.loads(json.dumps(promise.to_json())))
   assert stored == promise and repr(stored) == repr(promise)
   if any(not field.compare for field in dataclasses.fields(promise)):
     with pytest.raises(ValueError, match=r"promise\s+read from a file"):
@@ -153,7 +153,7 @@ def two(**changes):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    *((lambda s=s: risks.Quantile(s), "`share` to be in") for s in (0.0, True)),
+    *((lambda s=s: risks.Quantile(s), "`share` to be in") for s in (0.0, 1.0, True)),
     (lambda: risks.EveryGroup(labels=["a", ""]), "`labels` to name a group of every prompt"),
     (lambda: risks.EveryGroup(labels=["a"]).parts(LOSSES, 0.1), r"`labels` of shape \(3,\)"),
     *(
@@ -165,12 +165,12 @@ def two(**changes):
       (lambda d=d: risks.EarlyExits((1.0,), depths=d).parts(LOSSES, 0.1), "`depths` to be fin")
       for d in (DEPTHS - 3.0, DEPTHS * np.nan, DEPTHS * np.inf)
     ),
-    (lambda: risks.TailMean(0.0), "`beta` to be in"),
+    *((lambda b=b: risks.TailMean(b), "`beta` to be in") for b in (0.0, 1.0)),
     *((lambda x=x: risks.TailMean(0.5, x), r"`start` to be in \(-2, 1\)") for x in (-2.0, 1)),
-    (lambda: risks.TailMean(0.5, 0.2).tests(0.2, Support()), "`start` below the tolerance"),
+    (lambda: risks.TailMean(0.5).tests(0.0, SIGNED), "`start` below the tolerance 0.0"),
     *((lambda m=m: risks.KnownMixture(m), "`most` of at least 1") for m in (0.99, np.inf)),
-    *((lambda w=w: risks.KnownMixture(2.0, weights=[w]), f"up to {w}") for w in (2.1, np.nan)),
-    (lambda: risks.Cost(0.0), "`at_most`"),
+    *((lambda w=w: risks.KnownMixture(2, weights=[1, w]), f"up to {w}") for w in (2.1, np.nan)),
+    *((lambda x=x: risks.Cost(*x), "`at_m|`sh") for x in ((0.0,), (1.0,), (0.5, 1.0))),
     (lambda: risks.SeveralRisks(), "at least one `Risk`"),
     (lambda: risks.SeveralRisks(("a",), (0.1, 0.2)), "at least one `Risk`"),
     (two(ids=("a", "b", "x")), "same prompts, got .*'x'"),
@@ -186,6 +186,7 @@ def two(**changes):
     (lambda: chosen(costs=(1.0, 2.0)), "finite cost each, .*got 3, 2 costs"),
     (lambda: chosen(costs=(1.0, np.nan, 2.0)), "a finite cost each"),
     (lambda: chosen(grids=(3, 0)), "`grids` that have them all"),
+    (lambda: chosen(configurations=(), costs=()), "got 0, 0 costs"),
     *((lambda j=j: risks.from_json(j), "name one of") for j in ({"name": "luck"}, ["mean"])),
     (lambda: risks.from_json({"name": "quantile"}), "with the fields"),
   ],
@@ -193,12 +194,14 @@ def two(**changes):
 def test_what_cannot_be_promised_is_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+  assert risks.KnownMixture().most == 1.0  # the least that can be
 
 
 def test_the_cheapest_configuration_is_served_and_of_equal_ones_the_safest():
   promise = chosen()
   assert promise.place([True, True, True]) == promise.place([False, True, True]) == 1
   assert promise.place([True, False, True]) == 2 and promise.place([False] * 3) is None
+  assert chosen(configurations=("a",), costs=(3.0,)).place([True]) == 0
   place = risks.Mean().place
   assert place([True, True, False]) == 1 and place([False, False]) is None
   for rejected, said in (([True, False, False], "(a) expected values"), ([False] * 3, "exp")):
@@ -212,6 +215,9 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
   assert calibrated(losses).certified
   found = calibrated(losses, risks.EveryGroup(labels=labels))
   assert not found.certified and "(fr)" in found.reason
+  for count, end in ((12, ", '12'"), (13, ", '12' and 1 more")):
+    many = risks.EveryGroup(tuple(f"{number:02d}" for number in range(1, count + 1)))
+    assert many.statement(found, "loss").endswith(end)
   few = risks.EveryGroup(labels=["rare" if row < 5 else "en" for row in range(400)])
   assert "rare: expected at least 11 prompts" in calibrated(table(np.zeros(400)), few).reason
   (test,) = risks.Quantile(0.9).tests(0.3, Support())
@@ -223,8 +229,7 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
 
 
 def test_where_no_text_leaves_nothing_is_certified():
-  depths = np.full((400, 1), 8.0)
-  nobody = risks.EarlyExits((1.0,), depths=depths)
+  nobody = risks.EarlyExits((1.0,), depths=np.full((400, 1), 8.0))
   assert not calibrated(table(np.zeros(400)), nobody).certified
 
 
@@ -232,7 +237,8 @@ def test_a_cost_is_tested_from_the_cheap_end_and_several_risks_need_all_toleranc
   generator = np.random.default_rng(0)
   losses = table(0.01 * generator.random(400), 0.1 * generator.random(400))
   costs = np.stack([np.full(400, 0.9), np.full(400, 0.4)], axis=1)
-  found = calibrated(losses, risks.Cost(0.5, costs=costs))
+  found = calibrated(losses, risks.Cost(costs=costs))
+  assert "another kind, and nothing of seconds" in found.guarantee
   assert found.threshold == 0.5 and found.column("rejected").tolist() == [False, True]
   assert [part.share for part in found.parts] == [0.5, 0.5]
   risky = table(losses.values[:, 0], np.full(400, 0.9), kind="risk_signed", metric="f1")

@@ -58,10 +58,17 @@ def test_family_wise_error_by_enumeration(name, tolerance):
 
 @given(P_VALUES, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 def test_adjusted_p_values_decide_at_every_level(p, first, second):
-  for procedure in testing.PROCEDURES.values():
+  for name, procedure in PROCEDURES.items():
     (low, visited), (high, _) = procedure(p, first), procedure(p, second)
     np.testing.assert_array_equal(low, high)
-    assert np.all(low >= np.array(p) - 1e-15) and len(set(visited)) == len(visited)
+    assert np.all((low >= np.array(p) - 1e-15) & (low <= 1.0))
+    assert len(set(visited)) == len(visited)
+    if name != "bonferroni":  # of stored calibrations alone
+      # The first hypothesis, the only good one, is certified up to its share of the level.
+      share = testing.first_share(name, len(p)) * first
+      for good, certified in ((0.999 * share, True), (1.001 * share, False)):
+        adjusted, _ = procedure([good, *[1.0] * (len(p) - 1)], first)
+        assert (adjusted[0] <= first) == certified
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,7 @@ def test_fallback_equals_its_definition(p):
   adjusted, _ = testing.fallback(p, 0.3)
   assert (adjusted <= 0.3).tolist() == expected
   assert testing.fallback([0.2], 0.3)[0] == 0.2  # alone it has the whole level
+  assert testing.fallback([0.4, 0.1], 0.3)[0].tolist() == [0.8, 0.2]
 
 
 GRID = [0.9, 0.6, 0.3]
@@ -135,10 +143,10 @@ def test_what_is_tested_from_either_end_has_shares_and_needs_both():
   risk = part([0.01, 0.02, 0.024], share=0.5)
   costs = [
     part([0.4, 0.012, 0.006], share=0.5, ascending=True),
-    part([0.5, 0.01, 0.008], share=0.5, ascending=True),
+    part([0.6, 0.01, 0.008], share=0.5, ascending=True),
   ]
   found = decide([risk, *costs], GRID, "fixed_sequence", 0.05)
-  # Over its share, a p-value of 1/2 is 1. Costs are accumulated from the last threshold up.
+  # Over its share, a p-value above 1/2 is 1. Costs are accumulated from the last threshold up.
   largest, adjusted = [1.0, 0.04, 0.048], [1.0, 0.04, 0.048]
   check(found, largest, [2, 0, 0], [False, True, True], adjusted, (0, 1, 2))
   found = decide([part([0.01, 0.02, 0.3], share=0.5), *costs], GRID, "fixed_sequence", 0.05)
@@ -147,7 +155,14 @@ def test_what_is_tested_from_either_end_has_shares_and_needs_both():
 
 def test_grids_are_tested_each_for_itself():
   parts = [part([0.01, 0.03, 0.02], share=0.5), part([0.02, 0.001, 0.024], share=0.5)]
-  found = decide(parts, GRID, "fixed_sequence", 0.05, (2, 1))
-  check(
-    found, [0.04, 0.06, 0.048], [1, 0, 1], [True, False, True], [0.04, 0.06, 0.048], (0, 1, 2)
-  )
+  p, certified = [0.04, 0.06, 0.048], [True, False, True]
+  for lengths in ((2, 1), (1, 1, 1)):
+    found = decide(parts, GRID, "fixed_sequence", 0.05, lengths)
+    check(found, p, [1, 0, 1], certified, p, (0, 1, 2))
+
+
+def test_a_p_value_equal_to_its_level_is_rejected_and_the_next_is_tested():
+  assert list(testing.fixed_sequence([0.25, 0.5], 0.25)[1]) == [0, 1]
+  assert testing.holm([0.125, 0.5], 0.25)[1] == [0, 1]
+  rows, visited, _ = decide([part([0.25, 0.5, 0.1])], GRID, "fixed_sequence", 0.25)
+  assert rows[0].rejected and visited == (0, 1)
