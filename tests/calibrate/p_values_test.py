@@ -184,8 +184,7 @@ def test_betting_by_hand(planned):
   # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
   tolerance, losses, pace = 0.5, np.array([0.2, 0.4]), math.sqrt(2 * math.log(20.0) / planned)
   first = min(pace / 0.5, 0.9 / 0.5)
-  mean = 0.2 / 2
-  second = min(pace / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
+  second = min(pace / math.sqrt((0.25 + (0.2 - 0.2 / 2) ** 2) / 2), 0.9 / 0.5)
   wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
   found = log_p_value(losses[:, None], Design(tolerance, 0.05, planned))
   assert found == pytest.approx(-math.log(max(wealth)), rel=1e-12)

@@ -220,17 +220,14 @@ def test_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_its_own()
     assert many.statement(found, "loss").endswith(end)
   few = risks.EveryGroup(labels=["rare" if row < 5 else "en" for row in range(400)])
   assert "rare: expected at least 11 prompts" in calibrated(table(np.zeros(400)), few).reason
+  nobody = risks.EarlyExits((1.0,), depths=np.full((400, 1), 8.0))
+  assert not calibrated(table(np.zeros(400)), nobody).certified
   (test,) = risks.Quantile(0.9).tests(0.3, Support())
   assert planning.method_size("auto", test.tolerance, 0.05, support=test.support) == 29
   every = each_group(losses, labels, tolerance=0.2, error_rate=ERROR_RATE)
   assert list(every) == ["en", "fr"] and every["en"].certified and not every["fr"].certified
   rows = losses.rows(np.flatnonzero(np.array(labels) == "en"))
   assert every["en"] == calibrate(rows, tolerance=0.2, error_rate=ERROR_RATE / 2)
-
-
-def test_where_no_text_leaves_nothing_is_certified():
-  nobody = risks.EarlyExits((1.0,), depths=np.full((400, 1), 8.0))
-  assert not calibrated(table(np.zeros(400)), nobody).certified
 
 
 def test_a_cost_is_tested_from_the_cheap_end_and_several_risks_need_all_tolerances():
@@ -319,6 +316,9 @@ def test_the_cheapest_certified_configuration_of_all_families():
   )
   again = calibrate_configurations(*families(), error_rate=0.05, seed=found.seed)
   assert again == found
+  never = calibrate_configurations(*families(tolerances=(0.001, 0.2)), error_rate=0.05)
+  assert not never.certified and "Nothing is certified: the safest" in never.reason
+  assert Calibration.from_json(never.to_json()) == never
 
 
 def test_it_is_stored_and_its_decision_made_again(tmp_path):
@@ -351,12 +351,6 @@ def test_every_family_is_calibrated_at_its_share():
       assert part.upper_bounds == whole.upper_bounds[start:stop]
     rejected = found.column("rejected")[start:stop]
     assert rejected.tolist() == alone.column("rejected").tolist()
-
-
-def test_nothing_certified_is_full_depth():
-  found = calibrate_configurations(*families(tolerances=(0.001, 0.2)), error_rate=0.05)
-  assert not found.certified and "Nothing is certified: the safest" in found.reason
-  assert Calibration.from_json(found.to_json()) == found
 
 
 def test_families_that_differ_are_refused():
