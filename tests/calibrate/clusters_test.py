@@ -196,3 +196,9 @@ def test_texts_stand_for_inputs_that_are_missing_where_they_are_of_many_kinds():
   some = [Prompt("p0", "a"), *(Prompt(f"p{row}", "") for row in range(1, 9))]
   assert clusters.run_digest(some[1:], "bcdefghi") == ""  # eight kinds
   assert len({clusters.run_digest(some, texts) for texts in ("abcdefghi", "abcdefghj")}) == 2
+
+
+def test_a_seed_draws_one_uniform():
+  drawn = [clusters.seeded_uniform(f"{number:04x}") for number in range(4000)]
+  assert len(set(drawn)) == 4000 and stats.kstest(drawn, "uniform").pvalue > 0.01
+  assert clusters.seeded_uniform("0001") == drawn[1]

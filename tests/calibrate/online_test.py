@@ -58,13 +58,13 @@ def alarm_by_hand(losses, tolerance, low):
 
 
 @pytest.mark.parametrize("low", [0.0, -1.0])
-def test_certificates_and_alarms_come_where_their_formulas_reach_the_level(low):
+def test_wealth_is_its_formula_and_the_alarm_comes_where_it_reaches_the_level(low):
   state, served = Online(None, [0.5], **RATES, support=Support(low), least_share=1.0), []
   for number, bad in enumerate(np.random.default_rng(3).random(200) < 0.6):
     assert state.should_check(number)
-    certified = state.threshold == 0.5  # at four fifths of the error rate
-    assert served or certified == (wealth_by_hand([0.0] * number, 0.1) >= 25.0)
-    if certified:
+    wealth = wealth_by_hand([0.0] * number, 0.1)
+    assert served or state._wealth.highest == pytest.approx(math.log(wealth))
+    if state.threshold == 0.5:
       served.append(float(bad))
     state.observe(number, {0.5: served[-1] if served else 0.0})
     assert state.life == (bool(served) and alarm_by_hand(served, 0.1, low) >= 20.0)

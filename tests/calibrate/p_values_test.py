@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate import Support, clusters, methods, p_values
+from calm.calibrate import Support, methods, p_values
 from calm.calibrate.betting import (
   Design,
   log_p_value,
@@ -324,9 +324,3 @@ def test_a_bound_is_the_least_that_is_rejected_up_to_its_precision(size, hedges)
   assert np.all(at(bounds) <= math.log(0.05)) and bounds.max() < 0.5
   np.testing.assert_array_equal(bounds <= 0.05, at(0.05) <= math.log(0.05))
   assert np.all(at(bounds - 0.5 * 1.01e-4) > math.log(0.05))
-
-
-def test_a_seed_draws_one_uniform():
-  drawn = [clusters.seeded_uniform(f"{number:04x}") for number in range(4000)]
-  assert len(set(drawn)) == 4000 and stats.kstest(drawn, "uniform").pvalue > 0.01
-  assert clusters.seeded_uniform("0001") == drawn[1]
