@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import datetime
+import functools
 import sys
 import time
 import unicodedata
@@ -79,9 +80,13 @@ class Progress:
       _quiet.get() or not (self._console.is_terminal or self._console.is_jupyter)
     )
     self._drawn = self._console.is_terminal and not self._console.is_jupyter
+    self._since = self._last = time.monotonic()
+
+  @functools.cached_property  # one prompt alone decodes in less time than it is made in
+  def _bar(self) -> rich_progress.Progress:
     cut = rich_table.Column(ratio=1, no_wrap=True)  # the remaining time is not
     # Texts that are printed go to where standard output goes, beside the bar or not.
-    self._bar = rich_progress.Progress(
+    bar = rich_progress.Progress(
       rich_progress.BarColumn(bar_width=12),
       rich_progress.TimeRemainingColumn(),
       rich_progress.TextColumn("{task.description}", markup=False, table_column=cut),
@@ -92,8 +97,8 @@ class Progress:
       speed_estimate_period=3600,
       get_time=time.monotonic,
     )
-    self._task = self._bar.add_task("", total=1.0)
-    self._since = self._last = time.monotonic()
+    bar.add_task("", total=1.0)
+    return bar
 
   def __enter__(self) -> "Progress":
     self._outer = _quiet.set(True)
@@ -108,7 +113,7 @@ class Progress:
     if self._silent:
       return
     now = time.monotonic()
-    self._bar.update(self._task, completed=share, description=sanitize(text))
+    self._bar.update(self._bar.task_ids[0], completed=share, description=sanitize(text))
     if self._drawn:
       if now - self._since >= LEAST_SECONDS:
         self._bar.start()
@@ -120,7 +125,7 @@ class Progress:
 
   def hide(self) -> None:
     """Takes the bar off the terminal, until the next report, so that texts can be printed."""
-    if self._bar.live.is_started:
+    if not self._silent and self._bar.live.is_started:
       self._bar.stop()
 
   def count(self, things: str) -> Callable[[int, int], None]:
@@ -136,10 +141,9 @@ class Progress:
 
     def report(share: float, text: str) -> None:
       nonlocal begun
-      if not begun:
-        self._bar.reset(self._task)  # the last part's time says nothing of this one's
-        if not self._silent:
-          print_text(self._console, f"{title} ...", soft_wrap=True)
+      if not begun and not self._silent:
+        self._bar.reset(self._bar.task_ids[0])  # the last part's time tells nothing of this one
+        print_text(self._console, f"{title} ...", soft_wrap=True)
       begun = True
       self(share, text)
 

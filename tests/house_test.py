@@ -52,7 +52,7 @@ BUDGETS = {
   "calibrate": (4674, 20),
   "checkpoints": (988, 5),
   "commands": (2094, 13),
-  "console.py": (146, 1),
+  "console.py": (150, 1),
   "data": (1457, 6),
   "decode": (1726, 7),
   "exits": (1044, 7),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1114, 4),
   "training": (1382, 8),
 }
-WHOLE = {"calm": (24_855, 118), "tests": (19_985, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_859, 118), "tests": (19_985, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
