@@ -318,7 +318,7 @@ def test_a_bound_is_the_least_that_is_rejected_up_to_its_precision(size, hedges)
   generator = np.random.default_rng(4)
   losses = 0.5 * laws.mostly_zero(generator, np.linspace(0.05, 0.3, 30), (size, 30))
   losses.sort(axis=0)  # wealth is highest in the middle
-  design = Design(0.05, 0.05, size, 0.5, hedges=hedges, uniform=generator.random(30))
+  design = Design(0.05, 0.05, size, 0.5, hedges=hedges, uniform=generator.random(30) ** 2)
   bets, bounds = design.bets(losses), upper_bound(losses, design)
   at = lambda bound: log_p_value(losses, dataclasses.replace(design, tolerance=bound), bets)
   assert np.all(at(bounds) <= math.log(0.05)) and bounds.max() < 0.5
