@@ -49,7 +49,7 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4674, 20),
+  "calibrate": (4675, 20),
   "checkpoints": (988, 5),
   "commands": (2094, 13),
   "console.py": (150, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1114, 4),
   "training": (1382, 8),
 }
-WHOLE = {"calm": (24_859, 118), "tests": (19_985, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_860, 118), "tests": (19_985, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

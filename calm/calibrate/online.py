@@ -341,15 +341,16 @@ class Online:
       storage.write_atomically(path, storage.dump_line(settings))
       return
     with open(path, "rb") as file:
-      raw = file.readline(storage.LONGEST_LINE)
+      raw = file.readline(storage.LONGEST_LINE + 1)
     stored = storage.parse_line(raw.removesuffix(b"\n"))[0] or {}
     if stored.get("format") != FORMAT:
       raise storage.FormatError(
         f"{path}:1: expected a state of `calibrate.Online`, got the file of another program, or"
         " the monitor of an earlier version; name another file."
       )
-    for name, value in json.loads(storage.dump_line(settings)).items():
-      if stored.get(name) != value:
+    for name, value in settings.items():
+      # As JSON: 1 is not true there, nor 0 false.
+      if json.dumps(stored.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
         raise storage.FormatError(
           f"{path}:1: expected `{name}` {value!r}, got {stored.get(name)!r:.300}; give what the"
           " state began with, or name another file."
