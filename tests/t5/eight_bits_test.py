@@ -1,5 +1,6 @@
 """8 bits: products are whole sums of codes; the largest logit is the float32 head's."""
 
+import itertools
 import re
 
 import hypothesis
@@ -115,8 +116,11 @@ def finds(request, monkeypatch):
   return request.param
 
 
-@pytest.mark.parametrize("batch", [1, 8, 13])
-@pytest.mark.parametrize("pieces", [24, PIECES, 1040])
+@pytest.mark.parametrize(
+  ("finds", "batch", "pieces"),
+  [*itertools.product(["xla"], [1, 8], [24, PIECES, 1040]), ("kernel", 13, 1040)],
+  indirect=["finds"],
+)
 @pytest.mark.usefixtures("unsigned")
 def test_the_most_likely_piece_is_known_without_all_logits(finds, batch, pieces):
   """Pieces of whole groups, of a group that is not whole, and too few for candidates."""
