@@ -8,6 +8,7 @@ which drafts were accepted. Shares no function with the library, like `reference
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,7 @@ class Text:
     scores: log-probability of each emitted token under the full head, nats.
     gaps: least distance to another decision, at each: of the two largest logits, of the two
       largest of the draft head, of the ratio from the threshold.
+    confidences: each draft's probability under the draft head.
   """
 
   tokens: list[int]
@@ -36,19 +38,23 @@ class Text:
   ratios: list[float]
   scores: list[float]
   gaps: list[float]
+  confidences: list[float]
 
-  def passes(self, num_drafts: int, exact: bool) -> tuple[int, list[bool]]:
-    """Passes of `num_drafts` drafts at most, which end at a draft of EOS or the limit, and
-    whether each token is an accepted draft."""
+  def passes(self, rule, exact: bool) -> tuple[int, list[bool]]:
+    """Passes of `num_drafts` drafts at most, which end at a draft of EOS, the limit, or where
+    all their drafts together are too improbable; and whether each token is an accepted draft.
+    """
     at, passes, drafted = 0, 0, [False] * len(self.tokens)
     while at < len(self.tokens):
       passes += 1
-      for i in range(num_drafts + 1):
+      begin = at
+      for i in range(rule.num_drafts + 1):
         # Without slack the last position of a pass has no draft.
-        last = i == num_drafts and exact
+        last = i == rule.num_drafts and exact
         drafted[at] = self.agrees[at] and not last
         at += 1
-        if at == len(self.tokens) or not drafted[at - 1]:
+        probable = math.prod(self.confidences[begin:at]) >= rule.stop_below
+        if at == len(self.tokens) or not drafted[at - 1] or not probable:
           break
     return passes, drafted
 
@@ -70,7 +76,7 @@ def decode(
   memory = network.Memory([[] for _ in range(layers)], [[] for _ in range(layers)])
   ids = np.arange(model.num_pieces or model.config.vocab_size)
   ids = ids if shortlist is None else np.asarray(shortlist)
-  out, token = Text([], [], [], [], [], []), reference.START_ID
+  out, token = Text([], [], [], [], [], [], []), reference.START_ID
   while len(out.tokens) < max_decode_length:
     states = [network.embed(model, token)]
     for layer in range(1, layers + 1):
@@ -91,6 +97,7 @@ def decode(
     out.agrees.append(bool(agrees))
     out.ratios.append(ratio)
     out.scores.append(float(probabilities[token]))
+    out.confidences.append(float(np.exp(network.log_softmax(listed).max())))
     if token == reference.EOS_ID:
       break
   return out

@@ -25,6 +25,8 @@ from calm.t5 import decoder_weights, eight_bits, kernels, network, platforms
 MOST_BATCHES = 64  # most batches in turn that make no draft
 GOOD = 0.9  # drafts that are accepted so often have to save steps, else none is made
 MARGIN = 0.05  # part of the steps that drafts must save at least: passes take a little more
+NARROW = 4  # positions of a pass that is verified in less time than one of a whole window
+PRIOR = 2.0  # refused drafts that a text begins with, as many as their probabilities say
 MEMORY = 0.8  # weight of the steps that an earlier batch saved, after the next one
 
 
@@ -111,6 +113,7 @@ class Pending:
   ended: jax.Array  # it has several positions, and reads on from the last draft no more, []
   tokens: jax.Array  # the draft after each position, [batch, window]
   reads_on: jax.Array  # rows whose drafts so far are read, [batch]
+  doubts: jax.Array  # -log of how probable all drafts up to each were, [batch, window]
   hidden: jax.Array  # d^k of each position, [batch, window, emb]
 
 
@@ -122,6 +125,7 @@ class Learned:
   due: Int[Array, ""]  # passes before the next one that drafts, of the whole text
   drafts: Int[Array, " batch"]  # tokens drafted
   refused: Int[Array, " batch"]  # passes with a draft that was refused
+  doubt: Float[Array, " batch"]  # -log of how probable drafts were, those of refused ones too
   accepted: Bool[Array, "batch length"]  # tokens that are accepted drafts
   # An accepted draft's log-probability less that of the argmax.
   gaps: Float[Array, "batch length"]
@@ -159,6 +163,7 @@ class Speculation:
     rows, window, task = len(active), self.rule.window, self.task
     ints, none = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
     zero, columns = jnp.zeros((), jnp.int32), jnp.zeros((rows, self.length), jnp.float32)
+    doubt = jnp.zeros((rows,), jnp.float32)
     drafted = jnp.zeros((rows, window), jnp.int32)
     hidden = jnp.zeros((rows, window, task.config.emb_dim), jnp.dtype(task.config.dtype))
     return SpeculativeState(
@@ -168,8 +173,8 @@ class Speculation:
       generation=loop.empty_generation(rows, self.length),
       log_probabilities=columns,
       ahead=ints,
-      learned=Learned(zero, zero, ints, ints, columns > 0, columns, columns),
-      pending=Pending(zero, zero > 0, drafted, none, hidden),
+      learned=Learned(zero, zero, ints, ints, doubt, columns > 0, columns, columns),
+      pending=Pending(zero, zero > 0, drafted, none, drafted.astype(jnp.float32), hidden),
       cache=task.empty_caches(),
     )
 
@@ -186,7 +191,11 @@ class Speculation:
 
     def one_pass(state: SpeculativeState) -> SpeculativeState:
       state = lax.while_loop(drafting, self._advance, state)
-      return loop.run_if(state.pending.ended, self._verify, state)
+      window = self.rule.window
+      for width in (NARROW, window) if window >= 2 * NARROW else (window,):
+        fits = state.pending.ended & (state.pending.count < width)
+        state = loop.run_if(fits, functools.partial(self._verify, width=width), state)
+      return state
 
     return self._finish(lax.while_loop(unfinished, one_pass, state))
 
@@ -235,14 +244,18 @@ class Speculation:
     """The position that was read, with the draft after it; whether the pass reads on there."""
     pending, _ = carry
     at, window = pending.count, self.rule.window
-    blank = jnp.zeros_like(state.current), jnp.zeros(state.current.shape)
+    blank = jnp.zeros_like(state.current), jnp.ones(state.current.shape)
     wanted = self._drafts(state) & (self._every | (at + 1 < window))
     token, confidence = lax.cond(wanted, self._draft_head, lambda hidden: blank, hidden)
     has_room = state.active & (state.positions + at + 1 < self.length)
-    refused, least = state.learned.refused, self.rule.stop_below
-    if self.rule.adapts:  # by the drafts that said how far passes went, and an accepted one
-      least = jnp.maximum(least, refused / (1 + refused + state.ahead))
-    follows = (confidence >= least) & (token != self.eos_id)
+    before = jnp.take(pending.doubts, jnp.maximum(at - 1, 0), axis=1)
+    doubt = jnp.where(at > 0, before, 0.0) - jnp.log(confidence)
+    learned, rate = state.learned, 1.0
+    if self.rule.adapts:
+      # A draft of probability p is taken to be accepted with p^rate: heads, layers and texts
+      # differ in how often drafts are refused beside how often their probabilities say.
+      rate = (PRIOR + learned.refused.astype(jnp.float32)) / (PRIOR + learned.doubt)
+    follows = (jnp.exp(-rate * doubt) >= self.rule.stop_below) & (token != self.eos_id)
     reads_on = has_room & follows & wanted & ((at == 0) | pending.reads_on)
     goes_on = jnp.any(reads_on) & (at + 1 < window)
     put = lambda array, column: lax.dynamic_update_slice_in_dim(
@@ -253,6 +266,7 @@ class Speculation:
       ended=~goes_on & (at > 0),
       tokens=put(pending.tokens, token),
       reads_on=reads_on,
+      doubts=put(pending.doubts, doubt),
       hidden=put(pending.hidden, hidden),
     )
     return pending, token
@@ -286,37 +300,41 @@ class Speculation:
       judged = verdict(best.token, gap_of(drafted), drafted, made[0], self.task.threshold)
       judged = jax.tree.map(lambda x: x[:, None], judged)
       passes = jnp.max(positions - state.ahead)
-      learned = self._learn(carry[1], judged, made, positions, count, passes)
+      doubts = state.pending.doubts[:, :1]
+      learned = self._learn(carry[1], judged, doubts, made, positions, count, passes)
       return judged[0], learned
 
     # A pass without a draft has to cost as little as a step of the full model.
     token, learned = loop.run_if(drafts, judge, (best.token[:, None], state.learned))
     return self._emit(state, learned, token, best.log_probability[:, None], count)
 
-  def _verify(self, state: SpeculativeState) -> SpeculativeState:
-    """The end of a pass of several positions."""
-    pending, at = state.pending, jnp.arange(self.rule.window, dtype=jnp.int32)
+  def _verify(self, state: SpeculativeState, width: int) -> SpeculativeState:
+    """The end of a pass of several positions, `width` at most."""
+    pending, at = state.pending, jnp.arange(width, dtype=jnp.int32)
+    drafts, doubts, states = (
+      x[:, :width] for x in (pending.tokens, pending.doubts, pending.hidden)
+    )
     # Without slack the last of the window has no draft.
     made = (at <= pending.count) & self._drafts(state)
     made &= self._every | (at + 1 < self.rule.window)
-    k, cache, shape = self.rule.draft_layer, state.cache, pending.tokens.shape
-    hidden, upper = self._several(pending.hidden, cache[k:], state.positions)
+    k, cache = self.rule.draft_layer, state.cache
+    hidden, upper = self._several(states, cache[k:], state.positions)
     best, gap_of = self._said(hidden)
-    said = best.token, best.log_probability, gap_of(pending.tokens.reshape(-1))
-    token, log_probability, gap = (x.reshape(shape) for x in said)
+    said = best.token, best.log_probability, gap_of(drafts.reshape(-1))
+    token, log_probability, gap = (x.reshape(drafts.shape) for x in said)
     threshold = self.task.threshold
     threshold = threshold if threshold.ndim == 0 else threshold[:, None]
-    judged = verdict(token, gap, pending.tokens, made[None], threshold)
+    judged = verdict(token, gap, drafts, made[None], threshold)
     inside = jnp.minimum(pending.count + 1, self.length - state.positions)
     # Up to the first whose token is not what the next position read, or ends the row.
     leads = judged[1] & (judged[0] != self.eos_id)
-    last = jnp.min(jnp.where(leads, self.rule.window, at), axis=1)
+    last = jnp.min(jnp.where(leads, width, at), axis=1)
     count = jnp.minimum(last + 1, jnp.where(state.active, inside, 0))
     # One after the other, or a thread would be woken for half of it.
     positions = engines.after(state.positions, log_probability)
     moved, ahead = positions + count, state.ahead + jnp.maximum(count - 1, 0)
     learn = lambda learned: self._learn(
-      learned, judged, made, moved, count, jnp.max(moved - ahead)
+      learned, judged, doubts, made, moved, count, jnp.max(moved - ahead)
     )
     learned = loop.run_if(made[0], learn, state.learned)
     state = dataclasses.replace(
@@ -352,9 +370,10 @@ class Speculation:
       learned=learned,
     )
 
-  def _learn(self, old: Learned, judged, made, positions, count, passes) -> Learned:
-    """With what became of a pass's drafts: `made` [positions] have one, `count` [batch] are
-    emitted, after which rows are at `positions` [batch] and there were `passes` []."""
+  def _learn(self, old: Learned, judged, doubts, made, positions, count, passes) -> Learned:
+    """With what became of a pass's drafts: `made` [positions] have one, of `doubts` [batch,
+    positions]; `count` [batch] are emitted, after which rows are at `positions` [batch] and
+    there were `passes` []."""
     _, accepted, gap, rejected_confidence = judged
     positions -= count
     emitted = np.arange(len(made))[None] < count[:, None]
@@ -371,6 +390,7 @@ class Speculation:
       # Not all at once, or a thread would be woken for half of it.
       drafts=old.drafts + engines.after(number, gap),
       refused=old.refused + refused,
+      doubt=old.doubt + jnp.max(jnp.where(emitted & made[None], doubts, 0.0), axis=1),
       accepted=put(old.accepted, accepted),
       gaps=put(old.gaps, jnp.where(accepted, gap, 0.0)),
       rejected_confidences=put(old.rejected_confidences, rejected_confidence),

@@ -236,9 +236,10 @@ class Speculative:
     num_drafts: most tokens that are drafted before a pass verifies them, 1 ... 31.
     draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
       the whole vocabulary.
-    stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
-    adapts: whether it ends at drafts too that are less probable than a text's refused ones are
-      frequent, and no token is drafted for a while where drafts gained nothing.
+    stop_below: drafting ends where the draft head finds it less probable than this that all
+      drafts of the pass are accepted, [0, 1].
+    adapts: whether that probability is corrected by how often the text's drafts were refused,
+      and no token is drafted for a while where drafts gained nothing.
     measures: whether every token is drafted, even where no pass can use it, so that the
       refused confidences of a text tell at which slack it would be another. With slack it is.
   """
@@ -246,7 +247,7 @@ class Speculative:
   draft_layer: int
   num_drafts: int = 7
   draft_head: DraftHead = "shortlist"
-  stop_below: float = 0.2
+  stop_below: float = 0.5
   adapts: bool = True
   measures: bool = False
   speculates: ClassVar[bool] = True  # see `StepRule`

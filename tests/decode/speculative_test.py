@@ -19,7 +19,7 @@ from tests import engine, reference_speculative, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
 STATIC = exits.StaticExit()
-RULE = exits.Speculative(2, num_drafts=5, adapts=False)
+RULE = exits.Speculative(2, num_drafts=5, stop_below=0.0, adapts=False)
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
     np.testing.assert_allclose(got.generation.scores[i], sum(row.scores), rtol=1e-4)
     if not rule.adapts:
       drafted = np.asarray(seen.drafted[i])[:length].tolist()
-      assert (seen.passes[i], drafted) == row.passes(rule.num_drafts, exact=threshold >= 1)
+      assert (seen.passes[i], drafted) == row.passes(rule, exact=threshold >= 1)
     assert not np.asarray(seen.drafted[i])[length:].any()
     refused = np.asarray(got.generation.rejected_confidences[i])[:length]
     expected = np.where(row.agrees, 0.0, row.ratios)
@@ -95,8 +95,8 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
   ("rule", "batch"),
   [
     (RULE, 8),
-    (exits.Speculative(1, num_drafts=9, draft_head="full", adapts=False), 3),
-    (exits.Speculative(3, num_drafts=2, stop_below=0.5, draft_head="full"), 3),
+    (dataclasses.replace(RULE, draft_layer=1, num_drafts=9, draft_head="full"), 3),
+    (exits.Speculative(3, num_drafts=2, draft_head="full"), 3),
   ],
 )
 def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
@@ -113,6 +113,18 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
   assert accepted == {False, True}
   # One program, whatever was accepted.
   assert engine._decode_state._cache_size() == before + 1
+
+
+def test_a_pass_ends_where_all_its_drafts_together_are_improbable():
+  """Of one row: a pass reads on for any, and is verified in a part of a window or a whole one."""
+  passes = set()
+  for stop_below in (0.0, 0.6):
+    rule = dataclasses.replace(RULE, num_drafts=7, stop_below=stop_below)
+    got = engine.run(toy(), rule, 1.0, prompts=engine.PROMPTS[3:4])
+    rows = reference_rows(toy(), rule, prompts=engine.PROMPTS[3:4])
+    compare_with_reference(got, rows, rule, 1.0)
+    passes.add(int(got.generation.verification.passes[0]))
+  assert passes == {1, 4}
 
 
 def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
@@ -176,11 +188,11 @@ def test_of_equal_logits_the_first_is_emitted():
 
 def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   """It drafts EOS: such a pass went on for ever."""
-  rule, prompts = dataclasses.replace(RULE, stop_below=0.0), engine.PROMPTS[:1]
+  prompts = engine.PROMPTS[:1]
   full = engine.run(toy(), STATIC, prompts=prompts)
   eos = jnp.ones(1, jnp.int32), jnp.ones(1)
   monkeypatch.setattr(speculative.Speculation, "_draft_head", lambda self, hidden: eos)
-  got = engine.run(toy(), rule, 1.0, prompts=prompts)
+  got = engine.run(toy(), RULE, 1.0, prompts=prompts)
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
 
 
