@@ -76,9 +76,20 @@ newest() {
   .venv-newest/bin/python -W default -m pytest -p no:cacheprovider -W default tests/smoke_test.py
 }
 
-# These tests use one core, and so do the type checker and a TPU's compiler for most of their
-# time: they run side by side.
-(set -e; without_jax; echo "== the smoke group with the newest JAX"; newest) > "$log" 2>&1 &
+for_a_tpu() {
+  if [[ -d .venv-tpu ]]; then
+    .venv-tpu/bin/python -m pytest -p no:cacheprovider -rsx tests/tpu
+  fi
+}
+
+# These use one core, the compiler for TPUs most of its time. They run beside the rest, and what
+# they said comes last.
+(
+  set -e
+  echo "== calm.calibrate without JAX"; without_jax
+  echo "== the smoke group with the newest JAX"; newest
+  echo "== compiled for a TPU"; for_a_tpu
+) > "$log" 2>&1 &
 beside=$!
 
 echo "== lint and types"
@@ -86,20 +97,11 @@ echo "== lint and types"
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
-if [[ -d .venv-tpu ]]; then
-  echo "== compiled for a TPU"
-  SECONDS=0
-  .venv-tpu/bin/python -m pytest -p no:cacheprovider -rsx tests/tpu
-  echo "tests/tpu took $SECONDS s"
-fi
-
-echo "== calm.calibrate without JAX"
-finished "$beside"
-rm "$log"
-trap - EXIT
-
 echo "== tests"
-# Those of calm.calibrate have just run. Most of the time goes to compilation, on one core. The
-# order of files is that of tests/conftest.py.
-exec .venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  "${@:---ignore=tests/calibrate}"
+# Those of calm.calibrate run beside. Most of the time goes to compilation, on one core. The order
+# of files is that of tests/conftest.py.
+status=0
+.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+  "${@:---ignore=tests/calibrate}" || status=$?
+finished "$beside"
+exit "$status"

@@ -41,9 +41,8 @@ class Text:
   confidences: list[float]
 
   def passes(self, rule, exact: bool) -> tuple[int, list[bool]]:
-    """Passes of `num_drafts` drafts at most, which end at a draft of EOS, the limit, or where
-    all their drafts together are too improbable; and whether each token is an accepted draft.
-    """
+    """Passes, which end at a draft of EOS, the limit, or where all drafts together are too
+    improbable, and whether each token is an accepted draft."""
     at, passes, drafted = 0, 0, [False] * len(self.tokens)
     while at < len(self.tokens):
       passes += 1
