@@ -76,19 +76,25 @@ newest() {
   .venv-newest/bin/python -W default -m pytest -p no:cacheprovider -W default tests/smoke_test.py
 }
 
-for_a_tpu() {
-  if [[ -d .venv-tpu ]]; then
-    .venv-tpu/bin/python -m pytest -p no:cacheprovider -rsx tests/tpu
-  fi
+some_rooms() {
+  # shellcheck disable=SC2086  # words
+  .venv-test/bin/python -m pytest -p no:cacheprovider $rooms
 }
 
-# These use one core, the compiler for TPUs most of its time. They run beside the rest, and what
-# they said comes last.
+# All tests, unless arguments choose: those of some rooms run beside the compiler for TPUs, which
+# uses one core most of its time.
+rooms=""
+if [[ $# -eq 0 ]]; then
+  rooms="tests/checkpoints tests/paper tests/scripts tests/t5x"
+  set -- --ignore=tests/calibrate
+  for room in $rooms; do set -- "$@" --ignore="$room"; done
+fi
+
 (
   set -e
   echo "== calm.calibrate without JAX"; without_jax
   echo "== the smoke group with the newest JAX"; newest
-  echo "== compiled for a TPU"; for_a_tpu
+  if [[ -n "$rooms" ]]; then echo "== $rooms"; some_rooms; fi
 ) > "$log" 2>&1 &
 beside=$!
 
@@ -97,11 +103,16 @@ echo "== lint and types"
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
-echo "== tests"
-# Those of calm.calibrate run beside. Most of the time goes to compilation, on one core. The order
-# of files is that of tests/conftest.py.
-status=0
-.venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  "${@:---ignore=tests/calibrate}" || status=$?
+if [[ -d .venv-tpu ]]; then
+  echo "== compiled for a TPU"
+  .venv-tpu/bin/python -m pytest -p no:cacheprovider -rsx tests/tpu
+fi
+
 finished "$beside"
-exit "$status"
+rm "$log"
+trap - EXIT
+
+echo "== tests"
+# Most of the time goes to compilation, on one core. The order of files is that of
+# tests/conftest.py.
+exec .venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
