@@ -85,7 +85,7 @@ some_rooms() {
 # uses one core most of its time.
 rooms=""
 if [[ $# -eq 0 ]]; then
-  rooms="tests/checkpoints tests/paper tests/scripts tests/t5x"
+  rooms="tests/checkpoints tests/scripts tests/t5x"
   set -- --ignore=tests/calibrate
   for room in $rooms; do set -- "$@" --ignore="$room"; done
 fi
