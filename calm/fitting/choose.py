@@ -29,7 +29,6 @@ FINALISTS, DECODED = 5, 2
 DECODE_TEXTS = "Decode the rows that train, at full depth"
 # (prompts, rounds) of the first timing and of the last one.
 FIRST, LAST = (6, 3), (12, 5)
-DRAFTING = (2, 3, 4)  # eighths of the layers that are tried as drafting ones
 # Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be, and
 # a candidate in 8 bits.
 LEAST_NUMBERS, LEAST_LAYERS, MARGIN, CLEARLY = 2**20, 2**20, 1.05, 1.15
@@ -516,20 +515,11 @@ def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.
 
 def faster_exact(
   predictor: inference.Predictor, prompts: Sequence[Prompt]
-) -> tuple[int, timing.Seconds] | None:
-  """The layer whose verified drafts decode full texts fastest, and their seconds beside full
-  depth's; None where these are not faster, there is one layer, or states are rounded to few
-  bits."""
+) -> timing.Seconds | None:
+  """Seconds of full texts from the model's own verified drafts, beside full depth's; None where
+  these are not faster, there is one layer, or states are rounded to few bits."""
   if predictor.num_layers == 1 or predictor.batch_size_affects_output:
     return None
-  drafting = sorted({max(1, predictor.num_layers * n // 8) for n in DRAFTING})
-  rules = [inference.exact_rule(predictor.with_options(draft_layer=k)) for k in drafting]
-  settings = [timing.Setting(str(rule.draft_layer), rule, 1.0) for rule in rules]
-  best = rules[0]
-  if len(rules) > 1:
-    some = timing.of_one_length(predictor, prompts, LAST[0])
-    rows = timing.measure(predictor, some, settings, of_rounds=np.min).rows[1:]
-    best = rules[int(np.argmax([row.speedup for row in rows]))]
-  texts = [prompt.input for prompt in prompts]
-  found = timing.beside_full_depth(predictor, texts, 1.0, rule=best)
-  return None if found.slower else (best.draft_layer, found)
+  rule, texts = inference.exact_rule(predictor), [prompt.input for prompt in prompts]
+  found = timing.beside_full_depth(predictor, texts, 1.0, rule=rule)
+  return None if found.slower else found

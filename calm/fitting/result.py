@@ -68,7 +68,6 @@ class Result:
   # Seconds of full depth from the model's own verified drafts on the last part, where these are
   # faster; where full depth is served, it is served so.
   exact: timing.Seconds | None
-  draft_layer: int | None = None  # whose drafts these are
   trained: tuple[Trained, ...] = ()  # the stages
   learned: LearnedExits | None = None  # beside frozen weights, where exits were learned
   tested: tuple[Row, ...] = ()  # thresholds on the calibration part

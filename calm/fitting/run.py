@@ -142,7 +142,6 @@ def make(fit: Fit) -> None:
   result = dataclasses.replace(result, trained=trained, learned=learned)
   if served is None:
     predictor = untouched(fit, predictor)
-  predictor = predictor.with_options(draft_layer=result.draft_layer)
   result_lib.write(fit, predictor, result, served)
   say(result.headline(fit.options))
   if served is not None:
@@ -273,8 +272,6 @@ def look(
     panel.shown_prompt(prompt, records, *given)
     for prompt, *records in zip(prompts[:EXAMPLES], *columns, strict=False)
   )
-  faster = choose.faster_exact(untouched(fit, predictor), prompts)
-  draft_layer, exact = faster or (None, None)
   result = result_lib.Result(
     model=str(fit.initial),
     num_layers=predictor.num_layers,
@@ -293,8 +290,7 @@ def look(
       promised,
       first=[tolerance for tolerance, _ in promised].index(options.tolerance),
     ),
-    exact=exact,
-    draft_layer=draft_layer,
+    exact=choose.faster_exact(untouched(fit, predictor), prompts),
     tested=() if calibration is None else calibration.rows,
   )
   return result, served

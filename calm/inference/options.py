@@ -63,8 +63,7 @@ class DecodeOptions:
     num_devices: devices that the prompts are spread over.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
-    num_drafts: most tokens drafted before a pass.
-    draft_layer: the layer that drafts in exact decoding; None: a quarter of the layers.
+    num_drafts: of 'verified', most tokens drafted before a pass.
   """
 
   measure: str = "softmax"
@@ -85,7 +84,6 @@ class DecodeOptions:
   num_devices: int = 1
   grid: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
   num_drafts: int = 7
-  draft_layer: int | None = None
 
   def __post_init__(self):
     for name in _NUMBERS:
@@ -93,7 +91,6 @@ class DecodeOptions:
     most_layers = limits.SIZES["num_decoder_layers"][1]
     for layer in self.exit_layers or ():
       limits.whole("exit_layers", layer, 1, most_layers, "name layers")
-    limits.whole("draft_layer", self.draft_layer or 1, 1, most_layers, "name a layer")
     if self.grid is not None:
       thresholds_lib.validate_grid(self.grid)
 

@@ -556,9 +556,8 @@ class Predictor:
 def exact_rule(model: Predictor) -> exits.Speculative:
   """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
 
-  A quarter of the layers drafts, or as many as `DecodeOptions.draft_layer` says, by the
-  shortlist of the model's options where the head has more weights than these layers, else by
-  the whole head (`options.draft_head`).
+  A quarter of the layers drafts, by the shortlist of the model's options where the head has
+  more weights than these layers, else by the whole head (`options.draft_head`).
 
   Raises:
     ValueError: there is one layer only, or it would not be exact
@@ -572,7 +571,7 @@ def exact_rule(model: Predictor) -> exits.Speculative:
       f" {options.encoder_dtype!r}, with which passes over drafts round otherwise than full"
       " depth's tokens; give `dtype` 'float32' and leave 'int8' out."
     )
-  layer = options.draft_layer or max(1, config.num_decoder_layers // 4)
+  layer = max(1, config.num_decoder_layers // 4)
   head = options_lib.draft_head(config, options, layer)
   rule = exits.Speculative(layer, options.num_drafts, head)
   rule.depth(config.num_decoder_layers)

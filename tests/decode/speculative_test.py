@@ -27,10 +27,13 @@ def toy(**changes) -> engine.Toy:
   """Layers 3 and 4 change little, so that drafts of layer 2 are accepted and refused."""
   sizes = toys.Config(**changes)
   params = toys.params(sizes, seed=1)
-  outputs = {"self_attention": "out", "encoder_decoder_attention": "out", "mlp": "wo"}
   for i in range(sizes.num_decoder_layers):
     layer = params["decoder"][f"layers_{i}"]
-    for block, name in outputs.items():
+    for block, name in (
+      ("self_attention", "out"),
+      ("encoder_decoder_attention", "out"),
+      ("mlp", "wo"),
+    ):
       layer[block][name]["kernel"] *= 0.1 if i > 1 else 1.0
   return with_shortlist(engine.of_params(params, sizes))
 
@@ -175,10 +178,11 @@ def test_of_equal_logits_the_first_is_emitted():
 
 def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   """It drafts EOS: such a pass went on for ever."""
-  full = engine.run(toy(), STATIC, prompts=engine.PROMPTS[:1])
+  prompts = engine.PROMPTS[:1]
+  full = engine.run(toy(), STATIC, prompts=prompts)
   eos = jnp.ones(1, jnp.int32), jnp.ones(1)
   monkeypatch.setattr(speculative.Speculation, "_draft_head", lambda self, hidden: eos)
-  got = engine.run(toy(), RULE, 1.0, prompts=engine.PROMPTS[:1])
+  got = engine.run(toy(), RULE, 1.0, prompts=prompts)
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
 
 

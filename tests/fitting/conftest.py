@@ -53,8 +53,7 @@ def few_rounds():
   from calm.fitting import choose
 
   patch = pytest.MonkeyPatch()
-  sizes = {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1, "DRAFTING": (2,)}
-  for name, value in sizes.items():
+  for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
   patch.setattr(inference.options, "measures", lambda predictor: ("softmax",))
   few = functools.partial(inference.timing.beside_full_depth, prompts=2, rounds=1)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -263,16 +262,11 @@ def test_full_depth_is_served_from_drafts_where_they_are_faster_and_exits_are_no
   fast = timing.Seconds(timing.Pair(1, 2, 1.2, 1.0, 1.2, 1.1), None)
   told = lambda *args, rule=None, **more: SLOW if rule is None else fast
   monkeypatch.setattr(inference.timing, "beside_full_depth", told)
-  monkeypatch.setattr(choose, "DRAFTING", (2, 6))
-  found = [types.SimpleNamespace(speedup=speedup) for speedup in (1.0, 1.1, 1.2)]
-  timed = types.SimpleNamespace(rows=found)
-  monkeypatch.setattr(inference.timing, "measure", lambda *args, **more: timed)
   # The last look only: what was chosen and certified is there.
   output = shutil.copytree(made[0], tmp_path / "mine")
   (output / "fit" / "result.json").unlink()
   served = fitting.fit(directory, rows[:45], output=output, **OPTIONS)
   assert served.calibration is None and served.exact == inference.exact_rule(served)
-  assert served.exact.draft_layer == 2 == inference.load(output).options.draft_layer
   got = served.generate(WORDS)
   given = inference.load(directory, **limits_of(served))
   assert [output.tokens for output in got] == full_tokens(given)

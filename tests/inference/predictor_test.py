@@ -140,7 +140,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model, tmp_pat
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
   assert fields == {
     *(name for name, _ in CHANGES),
-    *("batch_size", "num_devices", "shortlist", "grid", "num_drafts", "draft_layer"),
+    *("batch_size", "num_devices", "shortlist", "grid", "num_drafts"),
   }
   for name, value in CHANGES:
     other = model.with_options(**{name: value})
