@@ -26,7 +26,9 @@ MOST_BATCHES = 64  # most batches in turn that make no draft
 GOOD = 0.9  # drafts that are accepted so often have to save steps, else none is made
 MARGIN = 0.05  # part of the steps that drafts must save at least: passes take a little more
 NARROW = 4  # positions of a pass that is verified in less time than one of a whole window
-PRIOR = 2.0  # refused drafts that a text begins with, as many as their probabilities say
+PRIOR = 2.0  # nats of doubt that a text begins with
+# Refused drafts of a nat: a layer doubts more than it errs, a shortlist lacks what would do so.
+REFUSED = {"full": 0.5, "shortlist": 1.0}
 MEMORY = 0.8  # weight of the steps that an earlier batch saved, after the next one
 
 
@@ -254,7 +256,8 @@ class Speculation:
     if self.rule.adapts:
       # A draft of probability p is taken to be accepted with p^rate: heads, layers and texts
       # differ in how often drafts are refused beside how often their probabilities say.
-      rate = (PRIOR + learned.refused.astype(jnp.float32)) / (PRIOR + learned.doubt)
+      refused = PRIOR * REFUSED[self.rule.draft_head] + learned.refused.astype(jnp.float32)
+      rate = refused / (PRIOR + learned.doubt)
     follows = (jnp.exp(-rate * doubt) >= self.rule.stop_below) & (token != self.eos_id)
     reads_on = has_room & follows & wanted & ((at == 0) | pending.reads_on)
     goes_on = jnp.any(reads_on) & (at + 1 < window)
