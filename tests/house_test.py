@@ -54,7 +54,7 @@ BUDGETS = {
   "commands": (2094, 13),
   "console.py": (150, 1),
   "data": (1457, 6),
-  "decode": (1749, 7),
+  "decode": (1750, 7),
   "exits": (1045, 7),
   "fitting": (1878, 7),
   "inference": (2078, 8),
@@ -66,7 +66,7 @@ BUDGETS = {
   "t5x": (1114, 4),
   "training": (1382, 8),
 }
-WHOLE = {"calm": (24_884, 118), "tests": (19_994, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_885, 118), "tests": (19_994, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -27,7 +27,8 @@ GOOD = 0.9  # drafts that are accepted so often have to save steps, else none is
 MARGIN = 0.05  # part of the steps that drafts must save at least: passes take a little more
 NARROW = 4  # positions of a pass that is verified in less time than one of a whole window
 PRIOR = 2.0  # nats of doubt that a text begins with
-# Refused drafts of a nat: a layer doubts more than it errs, a shortlist lacks what would do so.
+# Refused drafts per nat that a text begins with: under the whole head a layer's drafts are
+# accepted more often than their probabilities say, under a shortlist about as often.
 REFUSED = {"full": 0.5, "shortlist": 1.0}
 MEMORY = 0.8  # weight of the steps that an earlier batch saved, after the next one
 
