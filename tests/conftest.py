@@ -39,11 +39,10 @@ _check_annotations()
 
 # Files that take longest, these first: else one of two workers ends long after the other.
 LONGEST = (
-  *("fitting/run_test.py", "decode/program_test.py", "paper/bench_test.py"),
-  *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
-  *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
-  *("decode/engines_test.py", "fitting/train_test.py"),
-  *("decode/speculative_test.py", "decode/sharded_test.py"),
+  *("fitting/run_test.py", "decode/program_test.py", "decode/hlo_test.py"),
+  *("serve/serve_test.py", "training/loop_test.py", "training/objectives_test.py"),
+  *("t5/kernels_test.py", "training/run_test.py", "decode/engines_test.py"),
+  *("paper/bench_test.py", "fitting/exit_maps_test.py", "decode/staged_test.py"),
 )
 
 
@@ -53,13 +52,13 @@ def pytest_collection_modifyitems(items):
 
 
 # Rooms and files that are about what programs do, not how fast or by which instructions. What
-# reads HLO or holds kernels is compiled as users do, and so is the smoke group.
+# reads HLO is compiled as users do, and so is the smoke group.
 QUICK = re.compile(
   r"/tests/(commands/|fitting/|paper/|scripts/|serve/|checkpoints/|readme_test"
   r"|decode/(engines|layout|loop|program|resume|speculative|staged)_test"
   r"|exits/(confidence|rules)_test"
   r"|inference/(arguments|calibrating|drafts|platform|predictor|reference)_test"
-  r"|t5/(costs|decoder|layers|network|network_golden)_test|t5x/loops_test"
+  r"|t5/(costs|decoder|eight_bits|kernels|layers|network|network_golden)_test|t5x/loops_test"
   r"|training/(distillation|loop|losses|objectives|run)_test)"
 )
 # LLVM need not try hard, and XLA's older code generator takes two thirds of the newer's time.

@@ -1,7 +1,6 @@
 """The direction of dependence: what importing loads, and which file may import what."""
 
 import ast
-import functools
 import pathlib
 import re
 import subprocess
@@ -25,16 +24,6 @@ FOLDERS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Distributions that are imported by another name; else "-" is "_".
 MODULES = {"gin-config": "gin", "orbax-checkpoint": "orbax", "pytest-xdist": "xdist"}
 WITH_FLAX = {"optax", "orbax", "tensorstore"}  # what flax requires itself
-DECODE = ("checkpoints", "decode", "exits", "inference", "t5")
-
-
-@functools.cache
-def loaded(statement: str) -> set[str]:
-  """Top-level modules that a fresh interpreter has after `statement`."""
-  code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-  words = [sys.executable, "-c", code]
-  done = subprocess.run(words, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
-  return set(done.stdout.split())
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -57,15 +46,16 @@ def modules_of(*rooms: str) -> list[str]:
   ]
 
 
-def test_importing_loads_what_is_needed_alone():
-  assert loaded("import calm") - loaded("pass") == {"calm"}
-  got = loaded("import " + ", ".join(modules_of("calibrate")))
-  assert {"calm", "numpy"} <= got and got.isdisjoint({*FRAMEWORKS, "sacrebleu"})
-  got = loaded("import " + ", ".join(f"calm.{name}" for name in sorted(FLOORS[-1])))
-  assert got.isdisjoint({*FRAMEWORKS, "numpy"})
-  got = loaded("import calm.inference")
-  assert {"jax", "flax"} <= got
-  assert got.isdisjoint({"clu", "optax", "seqio", "t5x", "tensorflow"})
+def loaded(*imports: list[str]) -> list[set[str]]:
+  """Top-level modules that a fresh interpreter has before it imports anything, after the first
+  of these lists of modules, after the second, ..."""
+  names = "print(*{name.split('.')[0] for name in sys.modules})"
+  lines = ["import sys", names]
+  for modules in imports:
+    lines += [f"import {', '.join(modules)}", names]
+  words = [sys.executable, "-c", "\n".join(lines)]
+  done = subprocess.run(words, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+  return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def brought_by(requirements: list[str], extras: dict[str, list[str]]) -> set[str]:
@@ -80,28 +70,38 @@ def brought_by(requirements: list[str], extras: dict[str, list[str]]) -> set[str
   return found
 
 
-def test_the_first_pages_installations_are_enough():
+def test_importing_loads_what_is_needed_alone_and_what_installations_bring():
+  lowest = [f"calm.{name}" for name in sorted(FLOORS[-1])]
+  command = lambda *names: [f"calm.commands.{name}" for name in names]
+  to_calibrate = [*modules_of("calibrate"), *command("cli", "calibrate", "merge")]
+  decode = "checkpoints", "decode", "exits", "inference", "t5"
+  to_decode = [*modules_of(*decode), *command("demo", "generate", "infer")]
+  to_fit = [*modules_of("fitting", "training"), *command("fit", "report", "train")]
+  to_serve = [*modules_of("serve"), *command("serve"), "uvicorn"]
+  python, calm, low, calibrating, inference, decoding, fitting = loaded(
+    ["calm"], lowest, to_calibrate, ["calm.inference"], to_decode, to_fit
+  )
+  assert calm - python == {"calm"} and low.isdisjoint({*FRAMEWORKS, "numpy"})
+  assert "numpy" in calibrating and calibrating.isdisjoint({*FRAMEWORKS, "sacrebleu"})
+  assert {"jax", "flax"} <= inference
+  assert inference.isdisjoint({"clu", "optax", "seqio", "t5x", "tensorflow"})
+
+  # What the first page says to install.
   root = PACKAGE.parent
   project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
   base, extras = project["dependencies"], project["optional-dependencies"]
-  to_fit, to_serve, to_decode = re.findall(
-    r"pip install '(\.\[[\w,]+\])'", (root / "README.md").read_text()
-  )
+  words = re.findall(r"pip install '(\.\[[\w,]+\])'", (root / "README.md").read_text())
   every = set().union(*(brought_by(extras[extra], extras) for extra in extras))
-  command = lambda *names: [f"calm.commands.{name}" for name in names]
 
-  def missing(said: str, modules: list[str]) -> set[str]:
-    """What some modules load, and an installation does not bring."""
+  def missing(said: str, loaded: set[str]) -> set[str]:
+    """What is loaded, and an installation does not bring."""
     brought = brought_by([*base, *([f"calm-t5x{said[1:]}"] if said else [])], extras)
-    return (every - brought - WITH_FLAX) & loaded("import " + ", ".join(modules))
+    return (every - brought - WITH_FLAX) & loaded
 
-  assert not missing("", [*modules_of("calibrate"), *command("cli", "calibrate", "merge")])
-  decoding = [*modules_of(*DECODE), *command("demo", "generate", "infer")]
-  assert not missing(to_decode, decoding) and missing("", decoding)
-  serving = [*modules_of("serve"), *command("serve"), "uvicorn"]
-  assert not missing(to_serve, serving)
-  fitting = [*modules_of("fitting", "training"), *command("fit", "report", "train")]
-  assert not missing(to_fit, fitting)
+  assert not missing("", calibrating)
+  assert not missing(words[2], decoding) and missing("", decoding)
+  assert not missing(words[0], fitting) and len(words) == 3
+  assert not missing(words[1], loaded(to_serve)[-1])
 
 
 def test_dependence_goes_one_way():

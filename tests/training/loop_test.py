@@ -98,7 +98,11 @@ SCRIPT = """
 import os, pathlib, signal, sys
 from calm import training
 from calm.training import loop
+from tests import conftest
 from tests.training import loop_test as t
+
+conftest.compile_quickly(t.pytest.MonkeyPatch())
+conftest.keep_programs(sys.argv[2])
 
 save = loop._save
 
@@ -131,12 +135,12 @@ def same(state, expected):
     np.testing.assert_array_equal(left, right)
 
 
-def test_a_run_that_was_killed_ends_as_if_it_never_was(whole, tmp_path):
+def test_a_run_that_was_killed_ends_as_if_it_never_was(whole, programs, tmp_path):
   folder, uninterrupted, expected = whole
   environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
   environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
   killed = subprocess.run(
-    [sys.executable, "-c", SCRIPT, str(tmp_path)],
+    [sys.executable, "-c", SCRIPT, str(tmp_path), programs],
     env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY,
   )  # fmt: skip
   assert killed.returncode == -signal.SIGKILL, killed.stderr
