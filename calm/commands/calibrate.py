@@ -75,7 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   console = rich_console.Console()
   if arguments.output:

@@ -52,6 +52,7 @@ def make_parser(command: str, *, every_option: bool = True) -> argparse.Argument
   Where not `every_option`, its help leaves out the group of more options.
   """
   from calm.commands import flags
+  from calm.commands import run as run_lib
 
   module = importlib.import_module(f"calm.commands.{command}")
   parser = Parser(
@@ -66,7 +67,7 @@ def make_parser(command: str, *, every_option: bool = True) -> argparse.Argument
   module.add_arguments(parser)
   for action in () if every_option else flags.more(parser)._group_actions:
     action.help = argparse.SUPPRESS
-  parser.set_defaults(run=module.run, command=command)
+  parser.set_defaults(run=run_lib.user_errors(module.run), command=command)
   return parser
 
 

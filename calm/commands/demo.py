@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add(parser, "output", "DIR", text)
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   run_lib.use_compilation_cache()
   from calm import inference

@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add(parser, "output_dir", "DIR", text)
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   import gin
 
