@@ -15,17 +15,13 @@ run goes on with the same command.
 """
 
 import argparse
+import dataclasses
 
 from rich import console as rich_console
 
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import print_text
-
-_OPTIONS = (
-  *("tolerance", "error_rate", "train_all", "stages", "consistency", "metric", "prefix"),
-  *("input_key", "target_key", "budget", "seed", "batch_size"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "batch_size", "N", "prompts decoded together", 8)
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   run_lib.use_compilation_cache()
   from calm import fitting
 
   console = rich_console.Console(highlight=False)
-  options = {name: getattr(arguments, name) for name in _OPTIONS}
+  names = [field.name for field in dataclasses.fields(fitting.FitOptions)]
+  options = {name: getattr(arguments, name) for name in names}
   output = arguments.output
   served = fitting.fit(
     arguments.model, arguments.train, output=output, console=console, **options

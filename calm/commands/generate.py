@@ -30,12 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_shared(parser, "num_shards", "shard_id")
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  prompts, mark, folder = flags.open_prompts(arguments), None, arguments.output
-  if arguments.num_shards is not None or arguments.shard_id is not None:
-    prompts, mark = merge.take_shard(prompts, arguments.shard_id, arguments.num_shards)
-    folder = merge.shard_folder(folder, mark)
+  prompts, mark = merge.take_shard(
+    flags.open_prompts(arguments), arguments.shard_id, arguments.num_shards
+  )
+  folder = arguments.output if mark is None else merge.shard_folder(arguments.output, mark)
   run_lib.use_compilation_cache()
   from calm import inference
 
@@ -56,7 +55,9 @@ def _decode(arguments, console, predictor, prompts, folder) -> None:
   """Decodes what a folder of cached generations lacks."""
   from calm.inference import grid
 
-  levels = _parse_grid(arguments, predictor.options)
+  levels = grid.default_grid(predictor.options)
+  if arguments.thresholds is not None:
+    levels = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
   writer = generations.open_writer(
     folder,
     prompts=prompts,
@@ -70,13 +71,3 @@ def _decode(arguments, console, predictor, prompts, folder) -> None:
     grid.generate(predictor, prompts, levels, writer, progress=progress)
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth.")
-
-
-def _parse_grid(arguments: argparse.Namespace, options) -> list[float]:
-  """The grid of --thresholds, that of the model, or its measure's default."""
-  from calm import inference
-
-  if arguments.thresholds is None:
-    return list(inference.grid.default_grid(options))
-  values = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
-  return [float(t) for t in thresholds.validate_grid(values)]

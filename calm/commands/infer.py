@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_shared(flags.more(parser), "num_shards", "shard_id")
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   start = time.monotonic()
   _check(arguments)
@@ -67,9 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
-  prompts, mark = flags.open_prompts(arguments), None
-  if _is_sharded(arguments):
-    prompts, mark = merge.take_shard(prompts, arguments.shard_id, arguments.num_shards)
+  prompts, mark = merge.take_shard(
+    flags.open_prompts(arguments), arguments.shard_id, arguments.num_shards
+  )
   print_text(console, f"{prompts.taken}.")
   predictor = load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
@@ -108,10 +107,6 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _is_sharded(arguments: argparse.Namespace) -> bool:
-  return arguments.num_shards is not None or arguments.shard_id is not None
-
-
 def open_online(arguments: argparse.Namespace, predictor) -> Online | None:
   """The state that --online names."""
   given = {name: getattr(arguments, name) for name in flags.ONLINE}
@@ -144,7 +139,7 @@ def _check(arguments: argparse.Namespace) -> None:
     )
   if arguments.stream and (arguments.output or arguments.colour):
     raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
-  sharded = _is_sharded(arguments)
+  sharded = arguments.num_shards is not None or arguments.shard_id is not None
   if sharded and (arguments.online or arguments.output in (None, "-")):
     raise ValueError(
       "`--num_shards` needs `--output`, the shards' folder, and no `--online`, whose state one"

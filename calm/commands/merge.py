@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add(parser, "output", "PLACE", "where to write", without=without)
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   marks = parts(arguments.shards)
   folder, mark = next(iter(marks.items()))
@@ -85,8 +84,11 @@ def _check_shard(number: int, count: int) -> None:
 
 def take_shard(
   prompts: Any, number: int | None, count: int | None
-) -> tuple[Any, dict[str, Any]]:
-  """(the prompts of one shard, its mark); its process talks to no other."""
+) -> tuple[Any, dict[str, Any] | None]:
+  """(the prompts of one shard, its mark); its process talks to no other. All prompts and None
+  where neither number is given."""
+  if number is None and count is None:
+    return prompts, None
   if number is None or count is None:
     raise ValueError(
       "Expected both `--num_shards` and `--shard_id`, got one; in a Slurm array these are"

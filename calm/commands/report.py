@@ -71,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "all_layers_model", "FOLDER", "the same trained with Eq. 6", without="--model")
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   run_lib.use_compilation_cache()
   # A missing package is reported before an hour of decoding.
@@ -153,16 +152,14 @@ def _facts(arguments: argparse.Namespace, predictor, seconds: float):
   import jax
 
   limit = "one of every source" if arguments.limit is None else str(arguments.limit)
-  device = jax.devices()[0].device_kind
+  versions = f"JAX {jax.__version__}, calm {calm.__version__}"
+  machine = f"{jax.devices()[0].device_kind}, {platform.machine()}, {versions}"
   return (
     ("model", str(arguments.model)),
     ("parameters", predictor.procedure.parameters_digest[:16]),
     ("prompts of each split", limit),
     ("command", shlex.join(["calm", *sys.argv[1:]])),
-    (
-      "machine",
-      f"{device}, {platform.machine()}, JAX {jax.__version__}, calm {calm.__version__}",
-    ),
+    ("machine", machine),
     ("this run", f"{seconds:.0f} s; what was cached before is not in it"),
     ("written", time.strftime("%Y-%m-%d")),
   )

@@ -23,7 +23,6 @@ from rich import console as rich_console
 from calm import signals, storage
 from calm.calibrate import NEVER_EXIT, thresholds
 from calm.commands import flags, infer
-from calm.commands import run as run_lib
 from calm.console import print_text
 
 MOST_CONNECTIONS = 1024
@@ -42,14 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_decoding(parser)
 
 
-@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   import uvicorn
 
   from calm import serve
 
   console = rich_console.Console(stderr=True, highlight=False)
-  key, loopback = _key(arguments.api_key_file), arguments.host in serve.LOOPBACK
+  path, key, loopback = arguments.api_key_file, "", arguments.host in serve.LOOPBACK
+  if path is not None:
+    key = storage.content(path, 4096).decode("utf-8", "replace").strip()
+    if len(key) < 8 or not key.isascii():
+      raise ValueError(f"Expected {path!r} to hold 8 ASCII characters or more, got others.")
   if not (loopback or key or arguments.open):
     host = f"`--host={arguments.host}` lets other machines ask"
     raise ValueError(f"{host}; give `--api_key_file`, or `--open`.")
@@ -95,13 +97,6 @@ def _ending(server) -> Iterator[None]:
 
   with signals.handling(end):
     yield
-
-
-def _key(path: str | None) -> str:
-  key = "" if path is None else storage.content(path, 4096).decode("utf-8", "replace").strip()
-  if path is not None and (len(key) < 8 or not key.isascii()):
-    raise ValueError(f"Expected {path!r} to hold 8 ASCII characters or more, got others.")
-  return key
 
 
 def _listen(host: str, port: int) -> socket.socket:
