@@ -269,16 +269,10 @@ class Bench:
     return self.static[self.num_layers]
 
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
-    rounds = self.options.rounds
-    make = lambda: timing.measure(
-      self.predictor,
-      prompts,
-      settings,
-      rounds=rounds,
-      progress=self.step(f"seconds, {name}"),
-    )
-    key: dict[str, Any] = {"settings": [[s.name, s.threshold] for s in settings]}
-    key["rounds"] = rounds
+    options: dict[str, Any] = {"rounds": self.options.rounds}
+    told = self.step(f"seconds, {name}")
+    make = lambda: timing.measure(self.predictor, prompts, settings, progress=told, **options)
+    key = options | {"settings": [[s.name, s.threshold] for s in settings]}
     return self.result(timing.Timings, f"seconds-{name}", make, prompts=prompts, **key)
 
   def timed_settings(self, grids: Mapping[str, Sequence[float]]) -> list[timing.Setting]:

@@ -305,28 +305,16 @@ class PerturbedRule(exits.StepRule):
   layer: int | None = None
   rank: int = 10  # of the last layer's tokens, 1 = the most likely (sampling-based)
 
-  def depth(self, num_layers: int) -> int:
-    return num_layers
-
   def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
-    rows, other = [], None
-    for layer in range(1, layers.num_layers + 1):
-      hidden, row = layers.run(layer, hidden)
-      rows.append(row)
-      if layer == self.layer:
-        other = layers.logits(layers.read(layer, hidden))
-    logits = layers.logits(layers.read(layers.num_layers, hidden))
-    other = self._ranked(logits) if other is None else other
+    given = layers, hidden, active, threshold, generated
+    full = exits.StaticExit()(*given)
+    if self.layer is None:
+      other = self._ranked(full.logits)
+    else:
+      other = exits.StaticExit(self.layer)(*given).logits
     here = jnp.asarray(generated, jnp.float32) == jnp.asarray(threshold, jnp.float32)
-    here = jnp.broadcast_to(here, active.shape)
-    zeros = jnp.zeros(active.shape, jnp.float32)
-    return exits.TokenExit(
-      jnp.where(here[:, None], other, logits),
-      jnp.where(active, layers.num_layers, 0).astype(jnp.int32),
-      zeros,
-      zeros,
-      tuple(rows),
-    )
+    here = jnp.broadcast_to(here, active.shape)[:, None]
+    return dataclasses.replace(full, logits=jnp.where(here, other, full.logits), greedy=None)
 
   def _ranked(self, logits: jax.Array) -> jax.Array:
     rank = min(self.rank, logits.shape[-1])

@@ -63,9 +63,7 @@ class Figure:
     svg = self.svg[self.svg.index("<svg") :]
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<0>{self.name}-", svg)
     # The page sets the width; the view box keeps the shape.
     for size in ("height", "width"):
       svg = re.sub(rf'<svg ([^>]*?){size}="[^"]*" ?', r"<svg \1", svg, count=1)
