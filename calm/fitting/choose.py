@@ -270,13 +270,9 @@ def simulate(
   choice = np.argmax(sure[None] >= levels[..., None], axis=-1)
   wrong = ~np.take_along_axis(reading.agrees[:, layers - 1], choice.T, axis=1).T
   # Tokens of a text lie one after another; after a wrong one the text is another to its end.
-  starts = np.flatnonzero(reading.positions == 0)
-  lengths = np.diff(np.append(starts, len(reading.positions)))
-  seen = np.cumsum(wrong, axis=1)
-  before = (seen - wrong)[:, starts]
-  changed = seen > np.repeat(before, lengths, axis=1)
-  sums = np.add.reduceat(changed.astype(float), starts, axis=1)
-  return layers[choice], _CHANGED * (sums / lengths).mean(axis=1)
+  texts = np.split(wrong, np.flatnonzero(reading.positions == 0)[1:], axis=1)
+  shares = [np.logical_or.accumulate(text, axis=1).mean(axis=1) for text in texts]
+  return layers[choice], _CHANGED * np.mean(shares, axis=0)
 
 
 def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
