@@ -312,11 +312,8 @@ def rank(
     if len(within):
       depths, threshold = depth[within[-1]], float(levels[within[-1]])
     costs = candidate.applied(predictor).step_costs(input_length)
-    counts = np.bincount(depths, minlength=costs.num_layers + 1)
-    moved = sum(costs.early(int(i)).bytes * int(counts[i]) for i in np.flatnonzero(counts))
-    share = moved / (costs.full.bytes * counts.sum())
-    found.append((share, Tried(candidate, threshold=threshold)))
-  return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+    found.append((costs.savings([depths]).bytes, Tried(candidate, threshold=threshold)))
+  return [entry for _, entry in sorted(found, key=lambda pair: -pair[0])]
 
 
 def finalists(ranked: Sequence[Tried], most: int) -> list[Tried]:

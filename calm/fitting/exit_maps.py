@@ -341,8 +341,8 @@ def _columns(sample: _Sample, head: np.ndarray) -> np.ndarray:
   if count <= _MOST_COLUMNS:
     return np.arange(count)
   seen = np.zeros(count)
-  for start in range(0, len(sample.last), 1024):
-    logits = sample.last[start : start + 1024] @ head
+  for states in np.split(sample.last, range(1024, len(sample.last), 1024)):
+    logits = states @ head
     np.add.at(seen, np.argpartition(-logits, _TOP, axis=1)[:, :_TOP].ravel(), 1)
   return np.sort(np.argsort(-seen, kind="stable")[: _MOST_COLUMNS // 2])
 
