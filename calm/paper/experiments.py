@@ -308,19 +308,17 @@ class PerturbedRule(exits.StepRule):
   def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
     given = layers, hidden, active, threshold, generated
     full = exits.StaticExit()(*given)
+    logits = full.logits
     if self.layer is None:
-      other = self._ranked(full.logits)
+      rank = min(self.rank, logits.shape[-1])
+      token = jax.lax.top_k(logits, rank)[1][:, rank - 1]
+      chosen = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
+      other = jnp.where(chosen, jnp.max(logits, axis=-1, keepdims=True) + 1.0, logits)
     else:
       other = exits.StaticExit(self.layer)(*given).logits
     here = jnp.asarray(generated, jnp.float32) == jnp.asarray(threshold, jnp.float32)
     here = jnp.broadcast_to(here, active.shape)[:, None]
-    return dataclasses.replace(full, logits=jnp.where(here, other, full.logits), greedy=None)
-
-  def _ranked(self, logits: jax.Array) -> jax.Array:
-    rank = min(self.rank, logits.shape[-1])
-    token = jax.lax.top_k(logits, rank)[1][:, rank - 1]
-    chosen = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
-    return jnp.where(chosen, jnp.max(logits, axis=-1, keepdims=True) + 1.0, logits)
+    return dataclasses.replace(full, logits=jnp.where(here, other, logits), greedy=None)
 
 
 # Curve -> rule.
