@@ -50,9 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
   marks = parts(arguments.shards)
   folder, mark = next(iter(marks.items()))
   generated = mark.get("kind") != "infer"
-  output = pathlib.Path(
-    arguments.output or folder.parent / ("merged" if generated else OUTPUTS)
-  )
+  beside = folder.parent / ("merged" if generated else OUTPUTS)
+  output = pathlib.Path(arguments.output or beside)
   count = merge(arguments.shards, output)
   console = rich_console.Console(highlight=False)
   print_text(console, f"{count} prompts of {len(marks)} shards: {output}")

@@ -36,13 +36,8 @@ from calm.data import prompt_batches
 
 TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
 _MEASURES = ["softmax", "shortlist", "classifier", "state"]
-# What a model is compared for, and the option that names it.
-_MODELS = {
-  "predictor": "model",
-  "geometric": "geometric_model",
-  "last_layer": "last_layer_model",
-  "all_layers": "all_layers_model",
-}
+# Models that are compared with the model, by the options of these names and `_model`.
+_COMPARED = ("geometric", "last_layer", "all_layers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +99,10 @@ def _tasks(arguments: argparse.Namespace, places):
   names = ("timed", "rounds", "examples", "ablated", "step", "error_rate")
   options = {name: getattr(arguments, name) for name in names}
   options = bench.Options(measures=tuple(arguments.measures), **options)
+  paths = {name: getattr(arguments, f"{name}_model") for name in _COMPARED}
   models = {}
-  for name, flag in _MODELS.items():
-    if (path := getattr(arguments, flag)) is not None:
+  for name, path in {"predictor": arguments.model, **paths}.items():
+    if path is not None:
       models[name] = inference.load(path, batch_size=arguments.batch_size)
   if arguments.train:
     given = [_own_task(arguments, models["predictor"])]
