@@ -205,7 +205,7 @@ def read_layers(
   longest = max(len(record.tokens or ()) for record in full)
   read = jax.jit(functools.partial(_read, predictor, tuple(names)))
   found: list[tuple[np.ndarray, ...]] = []
-  for number, batch in enumerate(batches):
+  for number, batch in enumerate(batches, start=1):
     rows = [full[int(row)].tokens or () for row in batch.rows]
     targets = exit_maps.padded_targets(rows, len(batch.tokens), longest)
     given = predictor.weights.decoder, predictor.params, batch.tokens, targets
@@ -213,8 +213,7 @@ def read_layers(
     for i, tokens in enumerate(rows):
       columns = [array[:, i, : len(tokens)].T for array in layers]
       found.append((*columns, np.arange(len(tokens))))
-    share = (number + 1) / len(batches)
-    progress(share, f"reading layers, batch {number + 1} of {len(batches)}")
+    progress(number / len(batches), f"reading layers, batch {number} of {len(batches)}")
   agrees, *values, positions = map(np.concatenate, zip(*found, strict=True))
   confidences = dict(zip(names, values, strict=True))
   confidences["shortlist"] = confidences["softmax"]

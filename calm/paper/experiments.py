@@ -512,8 +512,7 @@ def repeat(
     risks = np.array([0.0 if c < 0 else values[rows, c].mean() for c, rows in pairs])
     depths = np.array([layers[2] if c < 0 else depth(c, rows) for c, rows in pairs])
     certified = sum(column >= 0 for column in columns) / splits
-    column = of_draws[:, place]
-    broken = int(np.sum((column >= 0) & (true_risk[column] > tolerance)))
+    broken = int(np.sum(true_risk[of_draws[:, place]] > tolerance))
     low, high = stats.binomtest(broken, draws).proportion_ci(0.95)
     trial = Trial(
       measure,
