@@ -63,8 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
   start = time.monotonic()
   _check(arguments)
   threshold = thresholds.NEVER_EXIT_TEXT if arguments.exact else arguments.threshold
-  if threshold is not None:
-    threshold = thresholds.parse_threshold(threshold)
+  threshold = threshold and thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
   prompts, mark = merge.take_shard(
     flags.open_prompts(arguments), arguments.shard_id, arguments.num_shards

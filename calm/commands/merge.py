@@ -15,7 +15,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -95,12 +95,15 @@ def take_shard(
     )
   _check_shard(number, count)
   positions = [at for at, prompt in enumerate(prompts) if shard_of(prompt, count) == number]
+  digest = hashlib.sha256()
+  for prompt in prompts:
+    digest.update(json.dumps(prompt.to_json(), sort_keys=True).encode() + b"\n")
   mark = {
     "schema_version": generations.SCHEMA_VERSION,
     "num_shards": count,
     "shard_id": number,
     "num_prompts": len(prompts),
-    "prompts_digest": _digest(prompts),
+    "prompts_digest": digest.hexdigest(),
     "positions": positions,
   }
   mine = type(prompts)(prompts[at] for at in positions)
@@ -117,13 +120,6 @@ def write_mark(folder: pathlib.Path, mark: Mapping[str, Any]) -> None:
   """Marks a shard as done; it may have no prompts."""
   folder.mkdir(parents=True, exist_ok=True)
   storage.write_atomically(folder / MARK, storage.dump_line(mark))
-
-
-def _digest(prompts: Iterable[Prompt]) -> str:
-  digest = hashlib.sha256()
-  for prompt in prompts:
-    digest.update(json.dumps(prompt.to_json(), sort_keys=True).encode() + b"\n")
-  return digest.hexdigest()
 
 
 # ---- All shards
