@@ -185,27 +185,19 @@ def upper_bound(
   uniform = np.broadcast_to(design.uniform, count)
   while np.any(active := high - low > PRECISION * (design.upper - lower)):
     (at,) = np.nonzero(active)
-    tried = dataclasses.replace(design, tolerance=middle[at], uniform=uniform[at])
-    rejected = _reaches(losses, bets, at, tried)
+    tolerance, cap = middle[at], dataclasses.replace(design, tolerance=middle[at]).cap
+    wealth, reached = np.zeros(len(at)), np.zeros(len(at), bool)
+    size = max(_BLOCK, _CELLS // len(at))
+    for start in range(0, len(losses), size):
+      rows = slice(start, start + size)
+      (going,) = np.nonzero(~reached)
+      gains = np.minimum(bets[rows][:, at[going]], cap[going])
+      gains *= tolerance[going] - losses[rows][:, at[going]]
+      highest, last = _follow(gains)
+      reached[going] = wealth[going] + highest >= design.target
+      wealth[going] += last
+    rejected = reached | (wealth >= design.target + np.log(uniform[at]))
     high[at] = np.where(rejected, middle[at], high[at])
     low[at] = np.where(rejected, low[at], middle[at])
     middle = (low + high) / 2.0
   return high
-
-
-def _reaches(
-  losses: np.ndarray, bets: np.ndarray, columns: np.ndarray, design: Design
-) -> np.ndarray:
-  """[number of columns] whether wealth certifies, at a tolerance for each of some columns."""
-  tolerance, cap = np.asarray(design.tolerance), design.cap
-  wealth, reached = np.zeros(len(columns)), np.zeros(len(columns), bool)
-  size = max(_BLOCK, _CELLS // max(1, len(columns)))
-  for start in range(0, len(losses), size):
-    rows = slice(start, start + size)
-    (going,) = np.nonzero(~reached)
-    gains = np.minimum(bets[rows][:, columns[going]], cap[going])
-    gains *= tolerance[going] - losses[rows][:, columns[going]]
-    highest, last = _follow(gains)
-    reached[going] = wealth[going] + highest >= design.target
-    wealth[going] += last
-  return reached | (wealth >= design.target + np.log(design.uniform))

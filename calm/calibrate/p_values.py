@@ -142,25 +142,22 @@ def invert(
   p_value: SumPValue, sums: npt.ArrayLike, num_examples: int, *, error_rate: float
 ) -> np.ndarray:
   """[num_thresholds] largest tolerances that are not rejected, rounded up by at most 1e-9."""
-  totals, level = np.asarray(sums, np.float64), np.log(error_rate)
-  different, places = np.unique(totals, return_inverse=True)
-  bounds = [_invert_one(p_value, total, num_examples, level) for total in different.tolist()]
-  return np.array(bounds)[places].reshape(totals.shape)
+  level = np.log(error_rate)
 
-
-def _invert_one(p_value: SumPValue, total: float, num_examples: int, level: float) -> float:
-  def excess(tolerance: float) -> float:
-    return float(p_value(total, num_examples, tolerance, log=True)) - level
-
-  low = min(max(total / num_examples, _LEAST), _MOST)
-  # Hoeffding's own bound is near, and hardly any p-value is worse; far tails take longest.
-  high = min(low + np.sqrt(-level / (2 * num_examples)), _MOST)
-  if excess(high) > 0.0:
-    high = _MOST
+  @functools.cache
+  def bound(total: float) -> float:
+    excess = lambda at: float(p_value(total, num_examples, at, log=True)) - level
+    low = min(max(total / num_examples, _LEAST), _MOST)
+    # Hoeffding's own bound is near, and hardly any p-value is worse; far tails take longest.
+    high = min(low + np.sqrt(-level / (2 * num_examples)), _MOST)
     if excess(high) > 0.0:
-      return 1.0
-  if excess(low) <= 0.0:
-    return low
-  root = float(optimize.brentq(excess, low, high, xtol=_PRECISION / 4))  # type: ignore
-  # The root may lie a hair on the unrejected side; the bound may not.
-  return min(1.0, root + _PRECISION)
+      high = _MOST
+      if excess(high) > 0.0:
+        return 1.0
+    if excess(low) <= 0.0:
+      return low
+    root = float(optimize.brentq(excess, low, high, xtol=_PRECISION / 4))  # type: ignore
+    # The root may lie a hair on the unrejected side; the bound may not.
+    return min(1.0, root + _PRECISION)
+
+  return np.vectorize(bound, otypes=[float])(np.asarray(sums, np.float64))
