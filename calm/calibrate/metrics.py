@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -106,8 +107,7 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
   positions: dict[str, int] = collections.defaultdict(int)
   for index, word in enumerate(first):
     positions[word] |= 1 << index
-  mask = (1 << len(first)) - 1
-  row = mask
+  row = mask = (1 << len(first)) - 1
   for word in second:
     matched = row & positions.get(word, 0)
     row = ((row + matched) | (row - matched)) & mask
@@ -124,10 +124,9 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
   2 LCS(prediction, reference) / (words of prediction + words of reference)
   """
   words = unicode_words(prediction)
-  others = [unicode_words(reference) for reference in references]
   return max(
     _f_measure(_longest_common_subsequence(words, other), len(words), len(other))
-    for other in others
+    for other in map(unicode_words, references)
   )
 
 
@@ -192,11 +191,8 @@ def corpus_scores(
   """
   import sacrebleu
 
-  # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
-  streams = [
-    [texts[min(i, len(texts) - 1)] for texts in references]
-    for i in range(max(map(len, references)))
-  ]
+  # sacrebleu wants one stream a reference number, with None where an example has fewer.
+  streams: Any = list(itertools.zip_longest(*references))
   return {
     "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
     "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
@@ -238,32 +234,27 @@ def get_metric(name: MetricLike) -> Metric:
   references) -> [0, 1]`. A function with a true attribute `binary` declares values 0 and 1
   only. ValueError where the name is unknown or cannot be imported.
   """
-  if not isinstance(name, str):
-    return _of_function(name)
-  if name in METRICS:
-    return METRICS[name]
-  module, _, attribute = name.partition(":")
-  if not attribute:
-    raise ValueError(
-      f"Expected `metric` to be one of {sorted(METRICS)} or an import path"
-      f" 'package.module:function', got {name!r}."
-    )
-  try:
-    function = getattr(_module(module), attribute)
-  except (ImportError, AttributeError, OSError, SyntaxError) as error:
-    text = f"Expected `metric` {name!r} to be a function that can be imported, got: {error}."
-    raise ValueError(text) from error
-  return _of_function(function, name)
-
-
-def _of_function(function: Any, name: str = "") -> Metric:
-  """A metric of a function, named by its import path where that leads to it."""
+  function: Any = name
+  if isinstance(name, str):
+    if name in METRICS:
+      return METRICS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+      raise ValueError(
+        f"Expected `metric` to be one of {sorted(METRICS)} or an import path"
+        f" 'package.module:function', got {name!r}."
+      )
+    try:
+      function = getattr(_module(module), attribute)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+      text = f"Expected `metric` {name!r} to be a function that can be imported, got: {error}."
+      raise ValueError(text) from error
   if isinstance(function, Metric):
     return function
   for metric in METRICS.values():
     if metric.function is function:
       return metric
-  if not name:
+  if not isinstance(name, str):  # its import path, where that leads to it
     name = getattr(function, "__qualname__", type(function).__name__)
     module = str(getattr(function, "__module__", None))
     if getattr(sys.modules.get(module), name, None) is function:
