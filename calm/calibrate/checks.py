@@ -12,7 +12,7 @@ from scipy import special
 # Losses that are looked at at once.
 _CELLS = 2**18
 # How often a prompt may have been copied: all primes that are likely.
-_COPIES = (2, 3, 5, 7, 11, 13)
+_COPIES = np.array([2, 3, 5, 7, 11, 13])
 # Characters of a name (a knob, a label, a metric, a risk) in a calibration's file.
 LONGEST_NAME = 500
 LONGEST_KIND = 200
@@ -33,16 +33,6 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   if array.dtype.kind not in "fiub":
     raise ValueError(f"Expected `{name}` to be real numbers, got an array of {array.dtype}.")
   return np.asarray(array, np.float64)
-
-
-def as_amounts(values: Any, name: str) -> np.ndarray:
-  """`as_numbers`, finite and at least 0; ValueError otherwise."""
-  array = as_numbers(values, name)
-  odd = array[~((array >= 0.0) & (array < np.inf))]
-  if odd.size:
-    got = odd.flat[0].item()
-    raise ValueError(f"Expected `{name}` to be finite and at least 0, got {got!r}.")
-  return array
 
 
 def in_range(name: str, value: Any, low: float, high: float) -> float:
@@ -69,8 +59,7 @@ def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
 
 def repeated(names: Iterable[str]) -> list[str]:
   """Names that occur more than once, sorted."""
-  seen: set[str] = set()
-  return sorted({name for name in names if name in seen or seen.add(name)})
+  return sorted(name for name, times in collections.Counter(names).items() if times > 1)
 
 
 def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
@@ -126,15 +115,13 @@ def warn_of_copies(values: np.ndarray) -> None:
     finite = block[np.isfinite(block).all(axis=1)] + 0.0  # -0 is 0
     kinds.update(hash(row.tobytes()) for row in finite)
   sizes = np.array([*kinds.values()])
-  for times in _COPIES:
-    hits = int((sizes % times == 0).sum())
-    if hits and special.bdtrc(hits - 1, len(sizes), max(1.0 / times, 0.2)) < 1e-6:
-      warnings.warn(
-        "rows of losses repeat as copies of a prompt do, and copies count once: give those of"
-        " one prompt one of the `groups`.",
-        stacklevel=5,
-      )
-      return
+  hits = (sizes[:, None] % _COPIES == 0).sum(axis=0)
+  if (special.bdtrc(hits - 1, len(sizes), np.maximum(1.0 / _COPIES, 0.2)) < 1e-6).any():
+    warnings.warn(
+      "rows of losses repeat as copies of a prompt do, and copies count once: give those of"
+      " one prompt one of the `groups`.",
+      stacklevel=5,
+    )
 
 
 def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -87,14 +87,16 @@ class Promise:
 def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> np.ndarray:
   """Data of a promise as an array with a row a prompt, and a column a threshold of a table."""
   shape = losses.values.shape if table else losses.values.shape[:1]
-  array = None if values is None else np.asarray(values)
-  if array is not None and table:
-    array = checks.as_amounts(array, name)
-  if array is None or array.shape != shape:
-    got = "none: a promise read from a file cannot be tested again; make it anew"
-    got = got if array is None else f"shape {array.shape}; give a row of each prompt"
-    raise ValueError(f"Expected `{name}` of shape {shape}, as `losses`, got {got}.")
-  return array
+  got = "none: a promise read from a file cannot be tested again; make it anew"
+  if values is not None:
+    array = np.asarray(values)
+    array = checks.as_numbers(array, name) if table else array
+    if table and (odd := array[~((array >= 0.0) & (array < np.inf))].tolist()):
+      raise ValueError(f"Expected `{name}` to be finite and at least 0, got {odd[0]!r}.")
+    if array.shape == shape:
+      return array
+    got = f"shape {array.shape}; give a row of each prompt"
+  raise ValueError(f"Expected `{name}` of shape {shape}, as `losses`, got {got}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,8 +346,8 @@ class SeveralRisks(Promise):
 
   def __post_init__(self):
     if self.risks is not None:
-      words = [f"{r.losses.kind} loss ({r.losses.metric})" for r in self.risks]
-      names = tuple(r.name or word for r, word in zip(self.risks, words, strict=True))
+      named = lambda risk: risk.name or f"{risk.losses.kind} loss ({risk.losses.metric})"
+      names = tuple(map(named, self.risks))
       vars(self).update(names=names, tolerances=tuple(float(r.tolerance) for r in self.risks))
     if not self.names or len(self.names) != len(self.tolerances):
       raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
