@@ -140,9 +140,8 @@ class Calibration:
       )
     difference = describe_differences(self.procedure, procedure, allow_platform=allow_platform)
     if difference:
-      check = ""
-      if not describe_differences(self.procedure, procedure, allow_platform=True):
-        check = " decode without it (`--allow_platform`),"
+      same = not describe_differences(self.procedure, procedure, allow_platform=True)
+      check = " decode without it (`--allow_platform`)," if same else ""
       raise ValueError(
         "Expected a calibration for this model and these options, got one for another"
         f" procedure: {difference}; calibrate again under this one,{check} {void}"
@@ -155,12 +154,9 @@ class Calibration:
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, the guarantee for people who read the file, and a digest."""
-    fields = {
-      name: value for name, value in vars(self).items() if value or name not in _OPTIONAL
-    }
     value = {
       "schema_version": SCHEMA_VERSION,
-      **{name: _to_json(value) for name, value in fields.items()},
+      **{name: _to_json(v) for name, v in vars(self).items() if v or name not in _OPTIONAL},
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
       "guarantee": self.guarantee,
     }

@@ -196,8 +196,8 @@ def calibrate_configurations(
   grids = tuple(len(tables[0].thresholds) for tables in families)
   promise = Configurations(one.names, one.tolerances, None, tuple(names), tuple(amounts), grids)
   parts = []
-  for place, test in enumerate(promise.tests(promise.tolerances[0], first.support)):
-    tables = [of_family[place] for of_family in families]
+  tests = promise.tests(promise.tolerances[0], first.support)
+  for test, tables in zip(tests, zip(*families, strict=True), strict=True):
     if len({table.support for table in tables}) > 1:
       raise ValueError(f"Expected `risks` with one support of {test.name!r}, got several.")
     parts.append(Part(test, _side_by_side(tables)))
@@ -295,7 +295,7 @@ class Run:
     level, clustered = self.error_rate * test.share, np.array(groups or ())
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
-    for rows, places in _alike(part.rows, size):
+    for rows, places in _alike(part.rows):
       units, orders = values[:, places][rows], [np.argsort(rank[rows]) for rank in self.ranks]
       if groups is not None:
         fill = float(test.tolerance)
@@ -318,18 +318,16 @@ class Run:
     )
 
 
-def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[Any, Any]]:
+def _alike(rows: np.ndarray | None) -> Iterator[tuple[Any, Any]]:
   """(rows that count, places in the grid) of the thresholds at which the same rows count."""
   if rows is None:
     yield slice(None), slice(None)
     return
-  alike: dict[bytes, list[int]] = {}
-  for column in range(size):
-    alike.setdefault(np.packbits(rows[:, column]).tobytes(), []).append(column)
-  for places in alike.values():
-    index = np.flatnonzero(rows[:, places[0]])
+  columns = [column.tobytes() for column in rows.T]
+  for column in dict.fromkeys(columns):
+    index = np.flatnonzero(np.frombuffer(column, bool))
     if len(index):  # no rows, no evidence
-      yield index, places
+      yield index, [place for place, other in enumerate(columns) if other == column]
 
 
 def _certify(
@@ -435,10 +433,8 @@ def _reason(
     return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
   first = int(np.argmin(rejected))
   part = parts[worst[first]]
-  why = f" ({part.test.name})" if part.test.name else ""
-  if fault := _fault(part.losses, first):
-    why += f": {fault}"
-  why += "."
+  why, fault = f" ({part.test.name})" if part.test.name else "", _fault(part.losses, first)
+  why += f": {fault}." if fault else "."
   plain = len(parts) == 1 and part.rows is None and part.losses.support == Support()
   if plain and sample.groups is None and _is_binary(part.losses):
     why += " Declare losses that are 0 or 1 alone, `Support(binary=True)`: the test is exact."

@@ -8,8 +8,6 @@ from calm.calibrate.losses import UNKNOWN
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
-_HEADS = ("mean loss", "upper bound", "p-value", "certified")
-
 
 def names(calibration: Any) -> tuple[str, ...]:
   """What its rows are called: its knobs or configurations, or its thresholds."""
@@ -34,7 +32,7 @@ def table(calibration: Any, cached: Any = None) -> str:
   There is a column of decoder layers a token where `cached`, the `Generations` that were
   calibrated on, knows them.
   """
-  rows: list[tuple[str, ...]] = [(unit(calibration), *_HEADS)]
+  rows = [(unit(calibration), "mean loss", "upper bound", "p-value", "certified")]
   for name, row in zip(names(calibration), calibration.rows, strict=True):
     numbers = (f"{row.mean:.4f}", f"{row.upper_bound:.4f}", f"{row.p_value:.2g}")
     rows.append((name, *numbers, "yes" if row.rejected else "no"))

@@ -144,8 +144,7 @@ def compute(
   groups = clusters.known_groups(clusters.prompt_clusters(prompts))
   if groups is None and not all(prompt.input for prompt in prompts):
     # Copies of a prompt have one text of the full model, too.
-    numbers: dict[str, int] = {}
-    texts = [numbers.setdefault(t, len(numbers)) for t in predictions(generations.full)]
+    texts = [hash(text) for text in predictions(generations.full)]
     checks.warn_of_copies(np.column_stack([values, texts]))
   return SequenceLosses(
     values=values,
@@ -184,8 +183,8 @@ def prefix_losses(
     differ = {row for row, (text, reference) in pairs if text != reference}
     bare += [some[row].id for row in sorted(differ) if not known[row]]
     if not bare:
-      loss = functools.partial(_loss, functools.cache(metric), full, known, KINDS[kind])
-      pieces.append([np.array([*map(loss, itertools.count(), texts)]) for texts in early])
+      loss = functools.partial(_loss, functools.cache(metric), KINDS[kind])
+      pieces.append([np.array([*map(loss, full, known, texts)]) for texts in early])
     if progress is not None:
       progress(min(first + PROMPTS, count), count)
   if bare:
@@ -197,11 +196,9 @@ def prefix_losses(
   return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
 
-def _loss(similarity, full: Sequence[str], known, least: float, row: int, text: str) -> float:
+def _loss(similarity, least: float, full: str, known: tuple[str, ...], text: str) -> float:
   """similarity(full, known) - similarity(text, known), 0 where texts are equal."""
-  if text == full[row]:
-    return 0.0
-  return max(similarity(full[row], known[row]) - similarity(text, known[row]), least)
+  return max(similarity(full, known) - similarity(text, known), least) if text != full else 0.0
 
 
 @arguments.checked()

@@ -158,10 +158,11 @@ def gather(full: Path, by_threshold: Mapping[float, Path] | Mapping[str, Path]) 
   grid, knobs = thresholds_lib.grid_of_knobs(order)
   known, outputs = read_predictions(full, math.inf)
   by_id = {prompt.id: prompt for prompt in known}
-
-  def column(path: Path, said: tuple[Prompt, ...], outputs: tuple[Record, ...]):
-    """The records in the order of `known`."""
-    by_name = {record.id: record for record in outputs}
+  records = []
+  for knob in order:
+    path = by_threshold[knob]
+    said, early = read_predictions(path, None if knobs else float(knob))
+    by_name = {record.id: record for record in early}
     missing = [name for name in by_id if name not in by_name]
     unknown = [name for name in by_name if name not in by_id]
     if missing or unknown:
@@ -177,8 +178,5 @@ def gather(full: Path, by_threshold: Mapping[float, Path] | Mapping[str, Path]) 
           f" {ours[:60]!r}, got {other.input[:60]!r}: the files are not aligned; decode the"
           " same prompts in one order, or give them ids."
         )
-    return tuple(by_name[name] for name in by_id)
-
-  files = [(by_threshold[knob], None if knobs else float(knob)) for knob in order]
-  records = tuple(column(path, *read_predictions(path, level)) for path, level in files)
-  return Generations(known, grid, records, outputs, knobs=knobs)
+    records.append(tuple(by_name[name] for name in by_id))
+  return Generations(known, grid, tuple(records), outputs, knobs=knobs)
