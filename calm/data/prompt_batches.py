@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -106,8 +105,7 @@ def plan(
     waiting = members[taken:]
     for start in range(0, taken, batch_size):
       rows = members[start : min(start + batch_size, taken)]
-      power = 2 ** math.ceil(math.log2(len(rows)))
-      size = batch_size if whole else min(power, batch_size)
+      size = batch_size if whole else min(1 << (len(rows) - 1).bit_length(), batch_size)
       padded = np.zeros((size, int(length)), np.int32)
       for i, row in enumerate(rows):
         padded[i, : len(tokens[row])] = tokens[row]

@@ -36,7 +36,6 @@ _SUFFIXES = {
 }
 # What lists the files, or the splits, of a folder of Hugging Face's datasets; bytes of that.
 _STATE, _SPLITS, _MOST_STATE = "state.json", "dataset_dict.json", 2**24
-_NULL = os.stat(os.devnull)
 # Bytes that every line and row counts for besides its own: each takes time, even when empty.
 # Bytes of a number, and rows by column that are written out at once.
 _ROW, _NUMBER, _ROWS_AT_ONCE = 256, 8, 1024
@@ -50,7 +49,7 @@ class TextTask:
   prefix: str  # what T5 reads before the input to know the task
   metrics: tuple[str, ...]  # names that `seqio_tasks.metric_fn` knows, the usual one first
 
-  def path(self, root: str | pathlib.Path, split: str) -> pathlib.Path:
+  def path(self, root: str | os.PathLike, split: str) -> pathlib.Path:
     """The file of one split; the plain `.jsonl` only where there is no `.jsonl.gz`."""
     folder = pathlib.Path(root) / self.name
     packed, plain = folder / f"{split}.jsonl.gz", folder / f"{split}.jsonl"
@@ -189,9 +188,8 @@ def _opened(path: str | os.PathLike) -> Iterator[_Opened]:
       most = storage.most_unpacked(sum(file.seek(0, os.SEEK_END) for file in files))
       for i, file in enumerate(files):
         file.seek(0)
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        files[i] = stack.enter_context(gzip.GzipFile(fileobj=file)) if packed else file
+        if file.peek(2).startswith(b"\x1f\x8b"):
+          files[i] = stack.enter_context(gzip.GzipFile(fileobj=file))
       stem = "stdin" if mode is None else pathlib.Path(name).absolute().name.split(".")[0]
       yield _Opened(files, name, stem, most)
     except (EOFError, OSError, zlib.error) as error:  # of gzip and Arrow those without a number
@@ -230,7 +228,7 @@ def _kept(stream: BinaryIO, name: str, stack: contextlib.ExitStack) -> BinaryIO:
   status = os.fstat(stream.fileno())
   if stream.isatty():
     print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
-  elif stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, _NULL):
+  elif stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):
     raise ValueError(f"Expected {name} to be a file or a pipe, got a device.")
   kept: BinaryIO = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
   shutil.copyfileobj(stream, kept)
@@ -499,10 +497,9 @@ def _prompt_of(row: _Row, input_key: str | None, target_key: str | None) -> Prom
 def check_texts(texts: Any) -> tuple[str, ...]:
   """Texts of any ordered iterable; TypeError where it is something else that iterates."""
   listed = not isinstance(texts, str) and arguments.is_listing(texts)
-  made = tuple(texts) if listed else (texts,)
-  if not listed or not all(isinstance(text, str) for text in made):
-    odd = texts if not listed else next(text for text in made if not isinstance(text, str))
-    got = "a table" if arguments.is_table(texts) else f"{odd!r:.60}"
+  made = tuple(texts) if listed else ()
+  if odd := [text for text in made if not isinstance(text, str)] if listed else [texts]:
+    got = "a table" if arguments.is_table(texts) else f"{odd[0]!r:.60}"
     raise TypeError(
       f"Expected `texts` to be a list of texts, got {got}; put it in a list, or give"
       " `table['input']`, or `[prompt.input, ...]`."

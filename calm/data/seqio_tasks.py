@@ -122,9 +122,7 @@ def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary
   if task not in prompt_files.DEBIAN:
     raise ValueError(f"Expected `task` to be one of {list(prompt_files.DEBIAN)}, got {task!r}.")
   known = prompt_files.DEBIAN[task]
-  paths = {
-    split: known.path(os.fspath(root), split) for split in ("train", "validation", "test")
-  }
+  paths = {split: known.path(root, split) for split in ("train", "validation", "test")}
   return jsonl(task, paths, vocabulary, prefix=known.prefix, metrics=known.metrics)
 
 
@@ -194,9 +192,7 @@ def squad(vocabulary: seqio.Vocabulary | str) -> str:
 
 def _tfds(name: str, tfds_name: str, preprocess: Any, metrics: Any, vocabulary: Any) -> str:
   source = seqio.TfdsDataSource(tfds_name=tfds_name)
-  mapped = functools.partial(
-    tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
-  )
+  mapped = seqio.map_over_dataset(preprocess)
   return _register(f"calm_{name}", source, [mapped], vocabulary, metrics)
 
 

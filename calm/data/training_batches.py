@@ -132,11 +132,9 @@ class Denoising:
   def _corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> TokenPair:
     start = rng.integers(0, max(1, len(tokens) - self.length + 1))
     tokens = tokens[start : start + self.length]
-    is_noise = noise_mask(len(tokens), self.noise_density, self.mean_span_length, rng)
-    eos = np.array([self.eos_id], np.int32)
-    inputs = replace_spans(tokens, is_noise, self.first_sentinel)
-    targets = replace_spans(tokens, ~is_noise, self.first_sentinel)
-    return np.concatenate([inputs, eos]), np.concatenate([targets, eos])
+    noise = noise_mask(len(tokens), self.noise_density, self.mean_span_length, rng)
+    replaced = lambda hidden: replace_spans(tokens, hidden, self.first_sentinel)
+    return np.append(replaced(noise), self.eos_id), np.append(replaced(~noise), self.eos_id)
 
 
 def _check_enough(num_examples: int, batch_size: int) -> None:
