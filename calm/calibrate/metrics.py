@@ -235,6 +235,7 @@ def get_metric(name: MetricLike) -> Metric:
   only. ValueError where the name is unknown or cannot be imported.
   """
   function: Any = name
+  path = name if isinstance(name, str) else ""
   if isinstance(name, str):
     if name in METRICS:
       return METRICS[name]
@@ -254,12 +255,12 @@ def get_metric(name: MetricLike) -> Metric:
   for metric in METRICS.values():
     if metric.function is function:
       return metric
-  if not isinstance(name, str):  # its import path, where that leads to it
-    name = getattr(function, "__qualname__", type(function).__name__)
+  if not path:  # its import path, where that leads to it
+    path = getattr(function, "__qualname__", type(function).__name__)
     module = str(getattr(function, "__module__", None))
-    if getattr(sys.modules.get(module), name, None) is function:
-      name = f"{module}:{name}"
-  return Metric(name, function, binary=bool(getattr(function, "binary", False)))
+    if getattr(sys.modules.get(module), path, None) is function:
+      path = f"{module}:{path}"
+  return Metric(path, function, binary=bool(getattr(function, "binary", False)))
 
 
 def compute(metric: Metric, pairs: Sequence[Pair]) -> np.ndarray:

@@ -43,10 +43,9 @@ class Wealth:
 
   def bet(self, gains: np.ndarray | float) -> None:
     """Follows one check; `gains` are tolerance - loss, or the reverse for an alarm."""
-    started = self._log
     if self._restarts:
-      started = np.logaddexp(started, np.log(WEIGHTS) + _log_start(self._count))
-    self._log = started + np.log1p(self._bets * np.asarray(gains)[..., None])
+      self._log = np.logaddexp(self._log, np.log(WEIGHTS) + _log_start(self._count))
+    self._log = self._log + np.log1p(self._bets * np.asarray(gains)[..., None])
     self._count += 1
     wealth = np.logaddexp.reduce(self._log, axis=-1)
     if self._restarts:

@@ -192,7 +192,7 @@ def squad(vocabulary: seqio.Vocabulary | str) -> str:
 
 def _tfds(name: str, tfds_name: str, preprocess: Any, metrics: Any, vocabulary: Any) -> str:
   source = seqio.TfdsDataSource(tfds_name=tfds_name)
-  mapped = seqio.map_over_dataset(preprocess)
+  mapped: Any = seqio.map_over_dataset(preprocess)
   return _register(f"calm_{name}", source, [mapped], vocabulary, metrics)
 
 
