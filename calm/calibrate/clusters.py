@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
 from calm.calibrate import checks
 from calm.calibrate.generations.records import Prompt
@@ -47,19 +48,15 @@ def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
 
   A cluster has the name that is first of its names, sorted. '' is equal to no text.
   """
-  parent: dict[str, str] = {}
-
-  def root(name: str) -> str:
-    while (above := parent.setdefault(name, name)) != name:
-      parent[name] = name = parent[above]
-    return name
-
-  first: dict[str, str] = {}
-  for name, text in zip(names, texts, strict=True):
-    if text:
-      a, b = sorted((root(name), root(first.setdefault(text, name))))
-      parent[b] = a
-  return tuple(map(root, names))
+  ordered, first = sorted(set(names)), dict[str, str]()
+  place = {name: number for number, name in enumerate(ordered)}
+  said = ((name, text) for name, text in zip(names, texts, strict=True) if text)
+  pairs = [(place[name], place[first.setdefault(text, name)]) for name, text in said]
+  ends = tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
+  graph = sparse.coo_array((np.ones(len(pairs)), ends), shape=(len(ordered), len(ordered)))
+  _, labels = sparse.csgraph.connected_components(graph, directed=False)
+  _, least = np.unique(labels, return_index=True)
+  return tuple(ordered[least[labels[place[name]]]] for name in names)
 
 
 def prompt_clusters(prompts: Sequence[Prompt]) -> tuple[str, ...]:
