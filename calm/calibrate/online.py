@@ -156,22 +156,20 @@ class Online:
     self._restart()
     self._path = None if path is None else pathlib.Path(path)
     if self._path is not None:
-      self._open(
-        self._path,
-        {
-          "format": FORMAT,
-          "thresholds": self._grid.tolist(),
-          "tolerance": tolerance,
-          "error_rate": error_rate,
-          "support": [support.lower, support.upper],
-          "share": share,
-          "least_share": least_share,
-          "alarm_level": alarm_level,
-          "patience": patience,
-          "seed": seed,
-          "about": self.about,
-        },
-      )
+      settings = {
+        "format": FORMAT,
+        "thresholds": self._grid.tolist(),
+        "tolerance": tolerance,
+        "error_rate": error_rate,
+        "support": [support.lower, support.upper],
+        "share": share,
+        "least_share": least_share,
+        "alarm_level": alarm_level,
+        "patience": patience,
+        "seed": seed,
+        "about": self.about,
+      }
+      self._open(self._path, settings)
 
   @property
   def threshold(self) -> float:
@@ -227,9 +225,7 @@ class Online:
       raise ValueError(f"Expected `id` to be one that was drawn, got {id!r:.60}.")
     if mark not in self._waiting or mark in self._labels:
       return self.threshold
-    values = None
-    if losses is not None:
-      values = [losses.get(level, math.nan) for level in self.wanted(id)]
+    values = None if losses is None else [losses.get(at, math.nan) for at in self.wanted(id)]
     self._take({"observe": mark, "losses": values})
     return self.threshold
 
