@@ -3,7 +3,7 @@ length, emb_dim], and the head's kernel; one layer's logits live at a time, and 
 0."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +36,7 @@ def last_layer_weights(num_layers: int) -> np.ndarray:
   return np.eye(num_layers, dtype=np.float32)[-1]
 
 
-def _layer_terms(x, kernel, targets, weights, z_loss):
-  """Of one layer: logits' gradient, weighted loss, cross entropy and argmaxes."""
-  logits = x.astype(jnp.float32) @ kernel
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  label = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-  cross_entropy = jnp.sum((log_z - label) * weights)
-  loss = cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * weights)
-  probabilities = jnp.exp(logits - log_z[:, None])
-  is_label = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
-  grad = probabilities * (1.0 + 2.0 * z_loss * log_z)[:, None] - is_label.astype(jnp.float32)
-  return grad * weights[:, None], loss, cross_entropy, jnp.argmax(logits, axis=-1)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def layer_cross_entropy(
   normed: Float[Array, "layers batch length emb"],
   kernel: Float[Array, "emb vocab"],
@@ -64,53 +52,42 @@ def layer_cross_entropy(
 
   `weights` are w_i. The loss is a sum, not a mean; the metrics carry no gradient.
   """
-  result: Any = _cross_entropy(normed, kernel, targets, token_weights, weights, z_loss)
-  return result
+  return _forward(normed, kernel, targets, token_weights, weights, z_loss)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _cross_entropy(normed, kernel, targets, token_weights, weights, z_loss):
-  loss, metrics, _ = _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, False)
-  return loss, metrics
-
-
-def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gradients):
-  num_layers, _, _, emb_dim = normed.shape
-  flat = normed.reshape(num_layers, -1, emb_dim)
-  flat_targets, flat_weights = targets.reshape(-1), token_weights.reshape(-1)
+def _forward(normed, kernel, targets, token_weights, weights, z_loss):
+  """(loss, metrics), gradients; XLA leaves the gradients out where nothing reads them."""
+  flat = normed.reshape(len(normed), -1, normed.shape[-1])
+  targets, token_weights = targets.reshape(-1), token_weights.reshape(-1)
   kernel = kernel.astype(jnp.float32)
 
   def one_layer(carry, inputs):
     loss, kernel_grad = carry
     x, weight = inputs
-    grad, layer_loss, cross_entropy, best = _layer_terms(
-      x, kernel, flat_targets, flat_weights, z_loss
-    )
-    loss, x_grad = loss + weight * layer_loss, None
-    if with_gradients:
-      grad = grad * weight
-      kernel_grad = kernel_grad + x.astype(jnp.float32).T @ grad
-      x_grad = (grad @ kernel.T).astype(x.dtype)
-    return (loss, kernel_grad), (cross_entropy, best, x_grad)
+    logits = x.astype(jnp.float32) @ kernel
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    label = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    cross_entropy = jnp.sum((log_z - label) * token_weights)
+    layer_loss = cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * token_weights)
+    probabilities = jnp.exp(logits - log_z[:, None])
+    is_label = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
+    grad = probabilities * (1.0 + 2.0 * z_loss * log_z)[:, None] - is_label.astype(jnp.float32)
+    grad = grad * token_weights[:, None] * weight
+    kernel_grad = kernel_grad + x.astype(jnp.float32).T @ grad
+    made = cross_entropy, jnp.argmax(logits, axis=-1), (grad @ kernel.T).astype(x.dtype)
+    return (loss + weight * layer_loss, kernel_grad), made
 
-  start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients else None)
+  start = jnp.zeros(()), jnp.zeros_like(kernel)
   (loss, kernel_grad), (cross_entropy, best, x_grads) = lax.scan(
     one_layer, start, (flat, weights.astype(jnp.float32))
   )
-  gradients = None if x_grads is None else (x_grads.reshape(normed.shape), kernel_grad)
-  counted = lambda hits: jnp.sum(jnp.where(hits, flat_weights, 0.0), axis=-1)
-  correct, agreement = counted(best == flat_targets[None]), counted(best == best[-1:])
-  return loss, LayerMetrics(cross_entropy, correct, agreement), gradients
+  counted = lambda hits: jnp.sum(jnp.where(hits, token_weights, 0.0), axis=-1)
+  correct, agreement = counted(best == targets[None]), counted(best == best[-1:])
+  metrics = LayerMetrics(cross_entropy, correct, agreement)
+  return (loss, metrics), (x_grads.reshape(normed.shape), kernel_grad)
 
 
-def _cross_entropy_forward(normed, kernel, targets, token_weights, weights, z_loss):
-  loss, metrics, gradients = _layer_scan(
-    normed, kernel, targets, token_weights, weights, z_loss, True
-  )
-  return (loss, metrics), gradients
-
-
-def _cross_entropy_backward(z_loss, gradients, cotangents):
+def _backward(z_loss, gradients, cotangents):
   del z_loss
   loss_cotangent, _ = cotangents
   normed_grad, kernel_grad = gradients
@@ -119,7 +96,7 @@ def _cross_entropy_backward(z_loss, gradients, cotangents):
   return scaled.astype(normed_grad.dtype), kernel_grad * loss_cotangent, None, None, None
 
 
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+layer_cross_entropy.defvjp(_forward, _backward)
 
 
 def layer_predictions(
