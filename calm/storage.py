@@ -50,15 +50,12 @@ class LockedError(OSError):
   """Another process writes there; the message names it."""
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager):
   """A held lock; let go of by `release`, at the end of a block, or with the last reference."""
 
   def __init__(self, path: pathlib.Path, target: pathlib.Path):
     self.path = path
     self.release = weakref.finalize(self, _release, path, _acquire(path, target))
-
-  def __enter__(self) -> "Lock":
-    return self
 
   def __exit__(self, *_: object) -> None:
     self.release()
@@ -337,9 +334,7 @@ class Line:
 
 def lines(file: BinaryIO, name: str | pathlib.Path) -> Iterator[bytes]:
   """Lines of a binary file, with their ends; FormatError beyond `LONGEST_LINE` bytes."""
-  number = 0
-  while line := file.readline(LONGEST_LINE + 1):
-    number += 1
+  for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
     if len(line) > LONGEST_LINE:
       raise FormatError(
         f"{name}:{number}: expected lines of at most {LONGEST_LINE} bytes, got a longer one; it"
