@@ -107,9 +107,7 @@ class DynamicExits(StepRule):
   propagation: propagation_lib.Propagation = propagation_lib.ExitState()
   reads_threshold: ClassVar[bool] = True  # see `StepRule`
 
-  def __call__(
-    self, layers: layers_lib.Layers, hidden, active, threshold, generated
-  ) -> TokenExit:
+  def __call__(self, layers, hidden, active, threshold, generated):
     walk = self.walk(layers, threshold, generated)
     state, rows = _walk_from(walk, 1, walk_lib.start(hidden, active))
     return token_exit(walk, state, active, rows)
@@ -160,9 +158,7 @@ class StaticExit(StepRule):
       raise ValueError(f"Expected `layer` in 1 ... {num_layers}, got {depth}.")
     return depth
 
-  def __call__(
-    self, layers: layers_lib.Layers, hidden, active, threshold, generated
-  ) -> TokenExit:
+  def __call__(self, layers, hidden, active, threshold, generated):
     del threshold, generated
     depth = self.depth(layers.num_layers)
     rows = []
@@ -186,9 +182,7 @@ class OracleExit(StepRule):
   allowed: tuple[int, ...] | None = None
   propagation: propagation_lib.Propagation = propagation_lib.ExitState()
 
-  def __call__(
-    self, layers: layers_lib.Layers, hidden, active, threshold, generated
-  ) -> TokenExit:
+  def __call__(self, layers, hidden, active, threshold, generated):
     del threshold, generated
     allowed = allowed_layers(self.allowed, layers.num_layers)
     ran = []

@@ -85,15 +85,11 @@ class Walk:
 
   def logits(self, state: WalkState) -> jax.Array:
     """Logits at every row's exit, after the last layer that ran."""
-    if state.logits is not None:
-      return state.logits
-    return self.layers.logits(self._read(state))
+    return self.layers.logits(self._read(state)) if state.logits is None else state.logits
 
   def greedy(self, state: WalkState) -> layers_lib.Greedy | None:
     """What these logits say, where the head knows without all of them."""
-    if state.logits is not None:
-      return None
-    return self.layers.greedy(self._read(state))
+    return self.layers.greedy(self._read(state)) if state.logits is None else None
 
   def _read(self, state: WalkState) -> jax.Array:
     last = self.layers.num_layers
