@@ -195,10 +195,8 @@ def _take_embedding_and_head(
   """Removes both from `weights`; the head is None where it is the embedding."""
   copies = {n: weights.pop(n) for n in _COPIES_OF_EMBEDDING if n in weights}
   head = weights.pop(_HEAD, None)
-  embedding = weights.pop(_EMBEDDING, None)
-  if embedding is None:
-    # Tied weights are stored once, under any of their names.
-    embedding = next(iter(copies.values()), head)
+  # Tied weights are stored once, under any of their names.
+  embedding = weights.pop(_EMBEDDING, next(iter(copies.values()), head))
   if embedding is None:
     raise ValueError(f"Expected `path` to hold the token embedding {_EMBEDDING!r}, got none")
   for name, copy in copies.items():
