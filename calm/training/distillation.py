@@ -40,8 +40,7 @@ class SelfDistilled(objectives.Objective):
     early = normed.shape[0] - 1
     chosen = jnp.arange(early)
     if rng is not None and self.sampled_layers is not None:
-      draw = jax.random.fold_in(rng, 1)
-      chosen = jax.random.choice(draw, early, (self.sampled_layers,))
+      chosen = jax.random.choice(jax.random.fold_in(rng, 1), early, (self.sampled_layers,))
     kernel = parameters.head_kernel(params, module.config)
     targets, token_weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     loss, metrics = losses.layer_cross_entropy(

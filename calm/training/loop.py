@@ -191,8 +191,7 @@ def check_identity(
 
   A run that is only to become longer goes on where its learning rate does not depend on the
   length. ValueError where those steps were made otherwise."""
-  steps = [0, *(2**i for i in range(config.num_steps.bit_length()))]
-  steps = [step for step in steps if step < config.num_steps]
+  steps = [0, *(2**i for i in range((config.num_steps - 1).bit_length()))]
   schedule = config.schedule(config.num_steps)
   now: dict[str, Any] = {
     "seed": int(config.seed),

@@ -3,7 +3,7 @@ length, emb_dim], and the head's kernel; one layer's logits live at a time, and 
 0."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,11 @@ def last_layer_weights(num_layers: int) -> np.ndarray:
   return np.eye(num_layers, dtype=np.float32)[-1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+# Any: type checkers lose the function's type in `partial`.
+_differentiable: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+
+
+@_differentiable
 def layer_cross_entropy(
   normed: Float[Array, "layers batch length emb"],
   kernel: Float[Array, "emb vocab"],

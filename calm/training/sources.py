@@ -65,13 +65,8 @@ def supervised(
     targets = [np.array(own[e.id], np.int32) for e in examples]
   else:
     targets = [encoded(e.targets[0]) for e in examples]
-  return training_batches.Supervised(
-    [encoded(prefix + e.input) for e in examples],
-    targets,
-    tuple((inputs, targets) for inputs, targets in buckets),
-    batch_size,
-    seed,
-  )
+  inputs = [encoded(prefix + e.input) for e in examples]
+  return training_batches.Supervised(inputs, targets, tuple(buckets), batch_size, seed)
 
 
 def _tokens_of(path: pathlib.Path) -> dict[str, Any]:
@@ -105,8 +100,7 @@ def frequent_tokens(
     for example in examples:
       counts.update(vocabulary.encode(example.targets[0]))
     total = counts.total()
-    for token, count in counts.items():
-      shares[token] += count / total  # pyright: ignore[reportArgumentType]
+    shares.update({token: count / total for token, count in counts.items()})
   # Ties by id, so that the same files give the same list.
   found = sorted(shares, key=lambda token: (-shares[token], token))
   if len(found) < 2:
