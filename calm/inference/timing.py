@@ -224,22 +224,19 @@ def _rounds(
   the seconds of one."""
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
   encode = np.zeros_like(seconds)
-  encoders = [
-    (model.config.dtype, model.options.weights_dtype, model.options.encoder_dtype)
-    for model, _, _ in ways
-  ]
+  alike = lambda of: (of.config.dtype, of.options.weights_dtype, of.options.encoder_dtype)
+  turn = [(way, alike(each[0]), *each) for way, each in enumerate(ways)]
   # Of the first round, which compiles, nothing counts.
   for number in range(rounds + 1):
     for place, batch in enumerate(batches):
       encoded: dict[Any, tuple[Any, float]] = {}
-      turn = list(enumerate(zip(encoders, ways, strict=True)))
-      for way, (encoder, (model, _, _)) in turn:
+      for way, encoder, model, _, _ in turn:
         if encoder not in encoded:
           start = time.perf_counter()
           state = jax.block_until_ready(model.encode(batch))
           encoded[encoder] = state, time.perf_counter() - start
         encode[number, way, place] = encoded[encoder][1]
-      for way, (encoder, (model, rule, threshold)) in turn if number % 2 else turn[::-1]:
+      for way, encoder, model, rule, threshold in turn if number % 2 else turn[::-1]:
         model.expect_drafts()
         start = time.perf_counter()
         model.decode(encoded[encoder][0], batch.active, threshold, rule)
