@@ -36,7 +36,7 @@ clone google flaxformer 399ea3a # only to compare with t5x/contrib/calm
 pip=("$folder/env/bin/python" -m pip install --quiet)
 "${pip[@]}" --upgrade pip
 "${pip[@]}" -c "$here/scripts/constraints.txt" "$here[seqio]" \
-  cached_property==2.0.1 chex==0.1.92 fiddle==0.3.1 grain==0.2.18
+  cached_property==2.0.1 chex==0.1.92 fiddle==0.3.1 grain==0.2.18 tensorboard
 site=$("$folder/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n' "$folder"/src/{t5x,airio,jestimator,flaxformer} > "$site/t5x_sources.pth"
 "$folder/env/bin/python" -W ignore -c 'import calm.t5x.models' 2> /dev/null
