@@ -18,6 +18,7 @@ gin = pytest.importorskip("gin")
 
 from calm import checkpoints, inference
 from calm.commands import cli, train
+from calm.commands.run import user_errors
 from calm.data import vocabulary
 from calm.t5 import network, parameters
 from calm.training import run, sources, updates
@@ -124,16 +125,17 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
     "TRAIN = '...'": (f"VOCABULARY_PATH = '{files[1]}'", "TRAIN = %gin.REQUIRED"),
     "got INITIAL, which nothing reads": (*bindings(files), "INITIAL = 'model'"),
   }
+  run = user_errors(train.run)
   for message, given in cases.items():
     gin.clear_config()
-    assert train.run(arguments(CONFIGS / "local_tiny.gin", tmp_path / "run", *given)) == 2
+    assert run(arguments(CONFIGS / "local_tiny.gin", tmp_path / "run", *given)) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("calm: ") and "Traceback" not in error
   gin.clear_config()
-  assert train.run(arguments(CONFIGS / "missing.gin", tmp_path)) == 2
+  assert run(arguments(CONFIGS / "missing.gin", tmp_path)) == 2
   assert "missing.gin" in capsys.readouterr().err
   gin.clear_config()
-  assert train.run(arguments(CONFIGS / "local_tiny.gin", None, *bindings(files))) == 2
+  assert run(arguments(CONFIGS / "local_tiny.gin", None, *bindings(files))) == 2
   assert "--output_dir" in capsys.readouterr().err
 
 
