@@ -100,7 +100,7 @@ def compiled(
   if name != "static":
     propagated = propagated or propagation.ExitState()
     rule = exits.DynamicExits(confidence.Classifier(), propagation=propagated)
-    engine = engines.ENGINES[name]
+    engine = getattr(engines, name.title())
   program = program_lib.Program(config, rule, length, engine=engine)
 
   def laid_out(params, tokens, active, threshold):

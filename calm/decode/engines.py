@@ -501,14 +501,6 @@ _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
 }
 
 
-# Names of options; all engines decode the same.
-ENGINES: Mapping[str, Engine] = {
-  "eager": Eager,
-  "deferred": Deferred,
-  "compacted": Compacted,
-}
-
-
 def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
   """The engine that is fastest for a rule and a number of rows on a platform.
 

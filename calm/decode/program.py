@@ -139,10 +139,13 @@ class Program:
 
   @compiled.Method
   def encode(
-    self, weights: ModelWeights, tokens: Int[Array, "batch input_length"]
+    self,
+    weights: ModelWeights,
+    tokens: Int[Array, "batch input_length"],
+    packed: network.Packed | None = None,
   ) -> caches.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
-    encoded = network.encode(weights.encoder, self.config, tokens)
+    encoded = network.encode(weights.encoder, self.config, tokens, packed)
     return caches.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
 
   @compiled.Method

@@ -23,7 +23,7 @@ from calm.decode import compiled, loop, sharded, speculative
 from calm.decode.program import ModelWeights, Program, model_weights
 from calm.inference import grid, outputs, timing
 from calm.inference import options as options_lib
-from calm.t5 import caches, costs, limits, network, parameters
+from calm.t5 import caches, costs, kernels, limits, network, parameters
 
 # Beside a model with a promise, or beside one that full depth serves best.
 CALIBRATION, FULL_DEPTH = "calibration.json", "full_depth.json"
@@ -345,6 +345,13 @@ class Predictor:
     dtypes = self.options.weights_dtype, self.options.encoder_dtype
     return self.config.dtype != "float32" or "int8" in dtypes
 
+  @property
+  def packs(self) -> bool:
+    """Whether prompts are encoded without the padding of their batch, in 8 bits: what one gets
+    depends on no other then. Float32 sums depend on how many rows there are anyway."""
+    plain = self.config.dtype == "float32" and self.options.num_devices == 1
+    return plain and self.batch_size_affects_output and kernels.available()
+
   @functools.cached_property
   def reference(self) -> "Predictor":
     """The model that writes the texts of full depth which a promise compares with.
@@ -460,8 +467,9 @@ class Predictor:
     """Encodes a batch once, for any number of thresholds."""
     # The rule has no part in it: one compiled encoder serves all of them.
     program = Program(self.config, exits.StaticExit(), 1, self.eos_id)
+    packed = [network.pack(batch.tokens)] if self.packs else []
     with compiled.at_precision(self.options.matmul_precision):
-      return self._sharded(program).encode(self.weights, batch.tokens)
+      return self._sharded(program).encode(self.weights, batch.tokens, *packed)
 
   def decode(
     self,

@@ -22,7 +22,7 @@ from calm.console import Progress, print_text
 from calm.data import prompt_batches
 from calm.decode import program
 from calm.inference import grid, outputs
-from calm.t5 import caches, platforms
+from calm.t5 import platforms
 
 STEPS = 4  # tokens of a part of a streamed text, after its first token
 LEAST_SERVED = 4  # batches of a kind whose mean seconds are believed
@@ -119,9 +119,9 @@ class Device(threading.Thread):
     )
     options, most = model.options, model.options.max_input_length
     # Whether a batch's shape is part of the procedure. With the encoder in 8 bits it is, but
-    # prompts that are encoded alone may be decoded together.
+    # prompts that are encoded packed get what they get alone.
     self._whole, self._size = model.batch_size_affects_output, options.batch_size
-    if self._whole and model.config.dtype == "float32":
+    if self._whole and model.packs:
       self._whole = self._size > 1
       self._size = max(self._size, inference.DecodeOptions.batch_size)
     # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
@@ -204,16 +204,19 @@ class Device(threading.Thread):
         for made, level in ((full, NEVER_EXIT), (model, 1.0)):
           if self._stopping:
             return
+          for part in (2, 3) if made.packs else ():  # of four that packed prompts may have
+            shorter = np.where(np.arange(shape[1]) < part * shape[1] // 4, batch.tokens, 0)
+            made.encode(dataclasses.replace(batch, tokens=shorter))
           for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
             made.expect_drafts()
-            made.decode(self._encode(made, batch), batch.active, level, rule)
+            made.decode(made.encode(batch), batch.active, level, rule)
           run = functools.partial(self._first_tokens, made, batch, level)
           run(0)
           self._seconds[shape] = min(
             timeit.repeat(functools.partial(run, 8), number=1, repeat=3)
           )
         if self.online is not None and len(batch.tokens) == 1:
-          model.resume(self._encode(model, batch), None, batch.active, 1.0, np.zeros(1))
+          model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
         progress.count("shapes of batches")(*self.compiled)
     batch = self._batch([], min(sizes), self._lengths[len(self._lengths) // 2])
@@ -227,7 +230,7 @@ class Device(threading.Thread):
 
   def _first_tokens(self, model: inference.Predictor, batch, level: float, count: int) -> None:
     rule, _ = self._rules(level)
-    given = self._encode(model, batch), batch.active, level, rule
+    given = model.encode(batch), batch.active, level, rule
     collections.deque(model.stream(*given, steps=8, limit=count), maxlen=0)
 
   def _next(self) -> list[Job] | None:
@@ -284,19 +287,6 @@ class Device(threading.Thread):
     active = np.arange(size) < (len(jobs) or size)
     return prompt_batches.PromptBatch(np.arange(len(jobs)), tokens, active)
 
-  def _encode(
-    self, model: inference.Predictor, batch: prompt_batches.PromptBatch
-  ) -> caches.Encoded:
-    """Encodes a batch, on a CPU prompt by prompt, which takes as long but for padding."""
-    if self._whole or len(batch.tokens) == 1 or not platforms.is_cpu():
-      return model.encode(batch)
-    rows, made = np.flatnonzero(batch.active), []
-    for tokens in batch.tokens[rows]:
-      length = self._bucket(int(np.count_nonzero(tokens)))
-      tokens = tokens[None, :length]
-      made.append(model.encode(prompt_batches.PromptBatch(rows[:1], tokens, np.ones(1, bool))))
-    return caches.join(made, *batch.tokens.shape)
-
   def _rules(self, level: float) -> tuple[exits.Rule | None, exits.Rule | None]:
     """Of a batch, and of a prompt alone: drafts, where they were measured to be faster."""
     full = exits.StaticExit()
@@ -331,7 +321,7 @@ class Device(threading.Thread):
     model = self.model.reference if level == NEVER_EXIT else self.model
     size = 1 if len(jobs) == 1 and not self._whole else self._size
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
-    encoded, (rule, alone) = self._encode(model, batch), self._rules(level)
+    encoded, (rule, alone) = model.encode(batch), self._rules(level)
     most, limits = model.options.max_decode_length, np.zeros(size, int)
     limits[: len(jobs)] = [job.limit for job in jobs]
     limit, streams = int(limits.max()), any(job.stream for job in jobs)

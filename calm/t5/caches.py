@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -57,24 +56,6 @@ def cross_attention_inputs(
     cross.append(Cache(*jnp.transpose(made.reshape(shape), (2, 0, 3, 1, 4))))
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
   return Encoded(tuple(cross), bias.astype(config.dtype))
-
-
-def join(prompts: Sequence[Encoded], batch_size: int, length: int) -> Encoded:
-  """Prompts that were encoded alone, each with padding of its own, as one batch with `length`
-  positions; rows behind the last repeat the first."""
-
-  def put(*rows: jax.Array, axis: int = -2, fill: float = 0.0) -> jax.Array:
-    shape = [batch_size, *rows[0].shape[1:]]
-    shape[axis] = length
-    made = np.full(shape, fill, rows[0].dtype)
-    for i, target in enumerate(np.moveaxis(made, axis, 1)):
-      row = np.moveaxis(np.asarray(rows[i if i < len(rows) else 0])[0], axis, 0)
-      target[: len(row)] = row
-    return jnp.asarray(made)
-
-  cross = [prompt.cross for prompt in prompts]
-  bias = put(*(prompt.bias for prompt in prompts), axis=-1, fill=layers.MASK_BIAS)
-  return Encoded(jax.tree.map(put, *cross), bias)
 
 
 def empty_caches(

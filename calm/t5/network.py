@@ -5,16 +5,18 @@ additions. `decoder` decodes from the same parameters."""
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from calm.exits.confidence import NUM_FEATURES
-from calm.t5 import layers, platforms
+from calm.t5 import kernels, layers, platforms
 from calm.t5.eight_bits import EightBits
 from calm.t5.limits import T5Config
 
@@ -104,27 +106,61 @@ class Transformer(nn.Module):
     return self.decoder.hidden_states(encoded, decoder_input_tokens, *masks, not enable_dropout)
 
 
+class Packed(NamedTuple):
+  """The tokens of a batch's prompts one behind the other, padded at their end alone; int32."""
+
+  tokens: Any  # [tokens]
+  begins: Any  # where each prompt begins, then how many tokens, [prompts + 1]
+  counts: Any  # tokens of each prompt, [prompts]
+
+
+def pack(tokens: np.ndarray) -> Packed:
+  """The prompts of a batch [batch, length], which have 0 behind their ends. They are padded to
+  two, three or four quarters of the batch, so that few programs are compiled."""
+  counts = np.count_nonzero(tokens, axis=1).astype(np.int32)
+  quarter = -(-tokens.size // 4)
+  flat = np.zeros(quarter * max(2, -(-counts.sum() // quarter)), np.int32)
+  flat[: counts.sum()] = tokens[tokens > 0]
+  begins = np.concatenate([[0], np.cumsum(counts)[:-1], [len(flat)]])
+  return Packed(flat, begins.astype(np.int32), counts)
+
+
 def encode(
-  params: Params, config: T5Config, encoder_input_tokens: Int[Array, "batch length"]
+  params: Params,
+  config: T5Config,
+  encoder_input_tokens: Int[Array, "batch length"],
+  packed: Packed | None = None,
 ) -> Float[Array, "batch length emb"]:
   """Encoder states of prompts, which have 0 behind their ends, for decoding: without dropout,
-  embedded by a gather; kernels of `params` may be in 8 bits (`eight_bits.EightBits`)."""
+  embedded by a gather; kernels of `params` may be in 8 bits (`eight_bits.EightBits`). Prompts
+  that are given `packed`, too, are encoded so: on a CPU, in float32, with `kernels`."""
   network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
-  with nn.intercept_methods(_once_a_prompt):
-    encoded = network.apply(
-      {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
-    )
+  tokens = encoder_input_tokens if packed is None else packed.tokens[None]
+  length = encoder_input_tokens.shape[1]
+  with nn.intercept_methods(functools.partial(_once_a_prompt, packed, length)):
+    encoded = network.apply({"params": params}, tokens, enable_dropout=False, method="encode")
   assert isinstance(encoded, jax.Array)
-  return encoded
+  if packed is None:
+    return encoded
+  room = jnp.pad(encoded[0], ((0, length), (0, 0)))
+  rows = [lax.dynamic_slice_in_dim(room, begin, length) for begin in packed.begins[:-1]]
+  return jnp.stack(rows)
 
 
-def _once_a_prompt(call, arguments, named, context):
+def _once_a_prompt(packed: Packed | None, length: int, call, arguments, named, context):
   """A call of a module: attention as a CPU likes it, linear maps in 8 bits if stored so."""
-  module = context.module
-  mixes = isinstance(module, layers.Attention) and context.method_name == "mix"
+  module, called = context.module, context.method_name
+  if packed is not None and isinstance(module, layers.RelativePositionBiases):
+    sizes = module.config.relpos_buckets, module.config.relpos_max_distance
+    buckets = layers.relative_position_buckets(np.arange(1 - length, length), True, *sizes)
+    return module.variables["params"]["rel_embedding"][:, buckets]
+  mixes = isinstance(module, layers.Attention) and called == "mix"
+  if packed is not None and mixes:
+    query, key, value = (states[0] for states in arguments[:3])
+    return kernels.attend_within(*packed[1:], query, key, value, arguments[4])[None]
   if mixes and platforms.is_cpu() and module.config.dtype == "float32":
     return _mix(*arguments[:5])
-  if isinstance(module, layers.Dense) and context.method_name == "__call__":
+  if isinstance(module, layers.Dense) and called == "__call__":
     kernel = module.variables["params"]["kernel"]
     if isinstance(kernel, EightBits):
       return kernel.product(jnp.asarray(arguments[0], module.dtype))

@@ -17,7 +17,7 @@ from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches, eight_bits, kernels, layers, platforms
-from calm.t5.kernels import attention_kernel, llvm
+from calm.t5.kernels import attention_kernel, llvm, prompt_kernel
 from calm.t5x import loops
 from tests import engine
 
@@ -177,18 +177,12 @@ def test_loops_of_others_do_not_call_it(small):
 @pytest.mark.parametrize("rows", [2, 7, 9, 16])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 17), (17, 250), (33, 31)])
 def test_products_are_those_of_numpy(rows, inputs, outputs):
-  x, matrix = drawn(rows, inputs), drawn(inputs, outputs)
-  made = jax.jit(kernels.product)(x, matrix)
-  expected = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64)
+  """To the bit whoever stands beside a row: its text does not depend on the batch's size."""
+  x, matrix = drawn(16, inputs), drawn(inputs, outputs)
+  made = jax.jit(kernels.product)(x[:rows], matrix)
+  expected = np.asarray(x[:rows], np.float64) @ np.asarray(matrix, np.float64)
   np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-5 * np.sqrt(inputs))
-
-
-def test_a_row_is_the_same_whoever_stands_beside_it():
-  """So a text does not depend on its batch, but for the sizes at which XLA takes over."""
-  x, matrix = drawn(16, 100), drawn(100, 250)
-  whole = kernels.product(x, matrix)
-  for rows in range(2, 16):
-    np.testing.assert_array_equal(kernels.product(x[:rows], matrix), whole[:rows])
+  np.testing.assert_array_equal(made, kernels.product(x, matrix)[:rows])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 9, 32])
@@ -209,3 +203,23 @@ def test_products_of_codes_are_those_of_numpy(monkeypatch, rows, inputs, outputs
   for i in range(rows):
     alone = matrix.product(x[i : i + 1], native=True)
     np.testing.assert_array_equal(alone[0], whole[i])
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "cores"), [(3, 24, 1), (2, 64, 2), (1, 200, 2)])
+def test_prompts_attend_to_themselves_alone(monkeypatch, heads, head_dim, cores):
+  """The equation's numbers, zeros behind the end, and to the bit what a prompt gets alone."""
+  monkeypatch.setattr(llvm, "num_cores", lambda: cores)
+  monkeypatch.setattr(prompt_kernel, "_SHARED_PRODUCTS", 0)
+  counts, begins = np.array([5, 0, 1, 40], np.int32), np.array([0, 7, 9, 10, 60], np.int32)
+  states, biases = drawn(3, 60, heads, head_dim), drawn(heads, 95)
+  attend = jax.jit(kernels.attend_within)
+  got = attend(begins, counts, *states, biases)
+  for begin, count, end in zip(begins, counts, begins[1:], strict=False):
+    rows, distance = slice(begin, begin + count), np.arange(count) - np.arange(count)[:, None]
+    q, k, v = np.moveaxis(np.asarray(states[:, rows], float), 2, 1)
+    weights = np.exp(q @ k.swapaxes(1, 2) + np.asarray(biases, float)[:, distance + 47])
+    expected = np.moveaxis(weights / weights.sum(-1, keepdims=True) @ v, 0, 1)
+    np.testing.assert_allclose(got[rows], expected, rtol=2e-5, atol=2e-5)
+    assert not np.any(got[begin + count : end])
+    alone = attend(np.array([0, count]), np.array([count]), *states[:, rows], biases)
+    np.testing.assert_array_equal(alone, got[rows])

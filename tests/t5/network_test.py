@@ -14,8 +14,9 @@ from tests import engine, toys
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_prompts_are_encoded_as_the_network_encodes_them(monkeypatch, per_layer):
-  """However attention is laid out; of padding, which nobody reads, nothing is said."""
+def test_prompts_are_encoded_as_the_network_encodes_them(per_layer):
+  """Packed, too; of padding, which nobody reads, nothing is said."""
+  pytest.importorskip("llvmlite")
   sizes = toys.Config(num_heads=3)
   config = network.T5Config(**toys.network_fields(sizes), relpos_per_layer=per_layer)
   params = network.Transformer(config).init(
@@ -27,15 +28,13 @@ def test_prompts_are_encoded_as_the_network_encodes_them(monkeypatch, per_layer)
     {"params": params}, prompts, enable_dropout=False, method="encode"
   )
   real = prompts > 0
-  laid_out = []
-  mix = network._mix
-  monkeypatch.setattr(network, "_mix", lambda *a: laid_out.append(len(a)) or mix(*a))
-  made = network.encode(params, config, jnp.asarray(prompts))
-  assert len(laid_out) == sizes.num_encoder_layers and np.isfinite(made).all()
-  np.testing.assert_allclose(made[real], expected[real], rtol=1e-5, atol=1e-5)
+  packed = network.pack(prompts)
+  assert len(packed.tokens) == 27 and packed.counts.tolist() == [9, 5, 0, 9]
+  for given in ((), (packed,)):
+    made = network.encode(params, config, jnp.asarray(prompts), *given)
+    np.testing.assert_allclose(made[real], expected[real], rtol=1e-5, atol=1e-5)
   narrow = dataclasses.replace(config, dtype="bfloat16")
   assert network.encode(params, narrow, jnp.asarray(prompts)).dtype == jnp.bfloat16
-  assert len(laid_out) == sizes.num_encoder_layers
   # Embedded by their rows of the table, where training multiplies with it.
   whole = network.Transformer(config).bind({"params": params})
   ways = lambda x: network.encode(params, config, x), lambda x: whole.encode(x, None, False)

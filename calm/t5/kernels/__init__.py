@@ -13,6 +13,7 @@ from calm.t5 import platforms
 
 __all__ = [
   "attend",
+  "attend_within",
   "available",
   "is_small",
   "likeliest",
@@ -68,6 +69,27 @@ def attend(
   from calm.t5.kernels import attention_kernel
 
   return attention_kernel.attend(rows, query, keys, values, bias, now, single_threaded)
+
+
+def attend_within(
+  begins: Int[Array, " prompts_and_end"],
+  counts: Int[Array, " prompts"],
+  query: Float[Array, "tokens heads head_dim"],
+  key: Float[Array, "tokens heads head_dim"],
+  value: Float[Array, "tokens heads head_dim"],
+  biases: Float[Array, "heads distances"],
+) -> Float[Array, "tokens heads head_dim"]:
+  """softmax(keys query + bias) values, of every token over its own prompt.
+
+  Args:
+    begins: where each prompt begins, then how many tokens there are.
+    counts: tokens of each prompt; behind them, up to where the next begins, the result is 0.
+    query, key, value: float32.
+    biases: by position of the key less the query's, from 1 - n to n - 1, n of the longest.
+  """
+  from calm.t5.kernels import prompt_kernel
+
+  return prompt_kernel.attend(begins, counts, query, key, value, biases)
 
 
 def single_threaded(matrix: Any, rows: int) -> bool:

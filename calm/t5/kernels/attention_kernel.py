@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from llvmlite import ir
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import FLOAT, INT, LANES, LEAST, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import FLOAT, INT, LEAST, Frame, Writer, constant, number
 
 # XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
 PIECES = 12
@@ -61,9 +61,7 @@ class _Piece:
     self._bias_rows, self._bias_heads = frame.size(arrays[5], 0), frame.size(arrays[5], 1)
     self._count, self._out = frame.size(frame.result(0), 0), frame.numbers(frame.result(0))
     self._weights = w.ptrtoint(w.alloca(FLOAT, self._length), llvm.INDEX)
-    full, left = divmod(head_dim, LANES)
-    masks = [None] * full + ([w.first_lanes(number(left))] if left else [])
-    self._parts = [(number(LANES * i), mask) for i, mask in enumerate(masks)]
+    self._parts = w.parts_of(head_dim)
 
   def write(self) -> None:
     w, zero = self._w, number(0)

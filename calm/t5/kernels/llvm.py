@@ -142,6 +142,12 @@ class Writer(ir.IRBuilder):
     mask = self.first_lanes(self.sub(end, whole))
     yield whole, self.read_some(self.item(row, whole), mask, instead), mask
 
+  def parts_of(self, size: int) -> list[tuple[Any, Any]]:
+    """(place, mask) of every vector of a row of so many numbers; only the last may have one."""
+    left = size % LANES
+    masks = [None] * (size // LANES) + ([self.first_lanes(number(left))] if left else [])
+    return [(number(LANES * i), mask) for i, mask in enumerate(masks)]
+
   def word(self, address: Any, index: int) -> Any:
     return self.read(self.add(address, number(_WORD * index)), INDEX)
 
