@@ -60,14 +60,14 @@ BUDGETS = {
   "fitting": (1870, 7),
   "inference": (2083, 8),
   "paper": (1547, 5),
-  "serve": (818, 4),
+  "serve": (740, 4),
   "signals.py": (73, 1),
   "storage.py": (404, 1),
   "t5": (3315, 19),
   "t5x": (1114, 4),
   "training": (1355, 8),
 }
-WHOLE = {"calm": (24_900, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_822, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

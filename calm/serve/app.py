@@ -6,7 +6,6 @@ import functools
 import hmac
 import json
 import pathlib
-import queue
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -50,18 +49,28 @@ class Api:
     self, device: Device, name: str, key: str = "", timeout: float = 60.0, loopback: bool = True
   ):
     self.device, self.name, self._key, self._timeout = device, name, key, timeout
-    self._late = Refusal(f"It took more than {timeout:g} seconds.", None, 504, "timeout")
-    self._add_metrics()
-    text = pathlib.Path(__file__).with_name("page.html").read_text("utf-8")
-    page = HTMLResponse(text, headers={"Content-Security-Policy": _NO_NETWORK})
-    asks = lambda kind, stream=None: self._guard(functools.partial(self._ask, kind, stream))
+    self._registry = add = prometheus.CollectorRegistry()
+    kind, labels = functools.partial(prometheus.Summary, registry=add), ["route", "status"]
+    self._requests = kind("calm_requests", "Requests, and seconds before answers.", labels)
+    self._layers = kind("calm_tokens", "Tokens, and their decoder layers.")
+    online = device.online
+    for gauge, text, value in (
+      ("queue", "Prompts that wait.", lambda: len(device.waiting)),
+      ("ready", "1 when every program is compiled.", lambda: device.ready),
+      ("threshold", "Threshold that is served; +Inf: full depth.", lambda: device.threshold),
+      ("checks", "Served prompts that were checked.", lambda: online.checked if online else 0),
+      ("alarms", "Alarms of the online calibration.", lambda: online.life if online else 0),
+    ):
+      prometheus.Gauge(f"calm_{gauge}", text, registry=add).set_function(value)
+    page = pathlib.Path(__file__).with_name("page.html").read_text("utf-8")
+    asks = lambda kind, stream=False: self._guard(functools.partial(self._ask, kind, stream))
     post = functools.partial(Route, methods=["POST"])
     # A page of another site whose name was made to lead here (DNS rebinding) is refused.
     known = Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
     self.app = Starlette(
       routes=[
         post("/", asks(protocol.Generation)),  # as huggingface_hub's client asks
-        Route("/", page),
+        Route("/", HTMLResponse(page, headers={"Content-Security-Policy": _NO_NETWORK})),
         Route("/health", self._health),
         Route("/metrics", self._guard(self._metrics)),
         Route("/v1/models", self._guard(self._models)),
@@ -70,7 +79,7 @@ class Api:
         post("/generate_stream", asks(protocol.Generation, True)),
       ],
       middleware=[known] if loopback else [],
-      exception_handlers={HTTPException: lambda request, error: _refused(error)},
+      exception_handlers={HTTPException: lambda request, error: self._refused(error)},
       lifespan=self._lifespan,
     )
 
@@ -78,22 +87,8 @@ class Api:
   async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
     self.device.start()
     yield
-    await asyncio.to_thread(self.device.stop)
-
-  def _add_metrics(self) -> None:
-    self._registry = add = prometheus.CollectorRegistry()
-    kind, labels = functools.partial(prometheus.Summary, registry=add), ["route", "status"]
-    self._requests = kind("calm_requests", "Requests, and seconds before answers.", labels)
-    self._layers = kind("calm_tokens", "Tokens, and their decoder layers.")
-    device, online = self.device, self.device.online
-    for name, text, value in (
-      ("queue", "Prompts that wait.", lambda: len(device.waiting)),
-      ("ready", "1 when every program is compiled.", lambda: device.ready),
-      ("threshold", "Threshold that is served; +Inf: full depth.", lambda: device.threshold),
-      ("checks", "Served prompts that were checked.", lambda: online.checked if online else 0),
-      ("alarms", "Alarms of the online calibration.", lambda: online.life if online else 0),
-    ):
-      prometheus.Gauge(f"calm_{name}", text, registry=add).set_function(value)
+    self.device.stop()
+    await asyncio.to_thread(self.device.join)
 
   def _guard(self, handler: Handler) -> Handler:
     """Asks for the key, counts requests, and answers errors as JSON."""
@@ -107,20 +102,25 @@ class Api:
           raise Refusal(expected, None, 401, "invalid_api_key")
         async with asyncio.timeout(self._timeout):
           response = await handler(request)
-      except TimeoutError:
-        response = _refused(self._late)
-      except Refusal as refusal:
-        response = _refused(refusal)
-      except ClientDisconnect:
-        response = Response(status_code=499)
       except Exception as error:
-        self.device.say(f"{route} failed: {type(error).__name__}: {error}")
-        response = _refused(Refusal("The server failed; its log says why.", None, 500))
-      spent = time.perf_counter() - start
-      self._requests.labels(route, str(response.status_code)).observe(spent)
+        response = self._refused(error)
+      self._requests.labels(route, response.status_code).observe(time.perf_counter() - start)
       return response
 
     return guarded
+
+  def _refused(self, error: Exception) -> JSONResponse:
+    """What a client gets for an error."""
+    if isinstance(error, HTTPException):  # the router: no such path, or another method
+      error = Refusal(f"{error.detail}.", None, error.status_code)
+    elif isinstance(error, TimeoutError):
+      error = Refusal(f"It took more than {self._timeout:g} seconds.", None, 504, "timeout")
+    elif isinstance(error, ClientDisconnect):
+      error = Refusal("The client left.", None, 499)
+    elif not isinstance(error, Refusal):
+      self.device.say(f"A request failed: {type(error).__name__}: {error}")
+      error = Refusal("The server failed; its log says why.", None, 500)
+    return JSONResponse(error.body, error.status, headers=error.headers)
 
   async def _health(self, request: Request) -> Response:
     status = "failed" if self.device.failed else "ok" if self.device.ready else "compiling"
@@ -137,9 +137,7 @@ class Api:
     options, layers = device.model.options, device.model.num_layers
     as_json = thresholds.threshold_to_json
     history = [(count, as_json(level), mean) for count, level, mean in list(device.history)]
-    state = None
-    if online is not None:
-      state = {"served": online.served, "checked": online.checked, "alarms": online.life}
+    state = online and dict(served=online.served, checked=online.checked, alarms=online.life)
     about = {
       "max_input_tokens": options.max_input_length,
       "max_new_tokens": options.max_decode_length,
@@ -152,34 +150,28 @@ class Api:
     model = {"id": self.name, "object": "model", "created": 0, "owned_by": "calm"}
     return JSONResponse({"object": "list", "data": [model | {"calm": about}]})
 
-  async def _ask(self, kind: Any, stream: bool | None, request: Request) -> Response:
-    """One shape of requests; `stream` None: as the request has it."""
+  async def _ask(self, kind: Any, stream: bool, request: Request) -> Response:
+    """One shape of requests; `stream`: in events, even if the request does not ask for them."""
     body = await self._body(request)
     if not self.device.ready:
       raise Refusal("Programs are being compiled.", None, 503, Retry_After="5")
     asked = kind(body, self.device, self.name)
-    asked.stream = asked.stream if stream is None else stream
-    loop, came = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Part]]()
-
-    def deliver(index: int, part: Part) -> None:
-      with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(came.put_nowait, (index, part))
-
+    stream, came = stream or asked.stream, asyncio.Queue[tuple[int, Part | Exception]]()
+    tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, came.put_nowait)
     for index, job in enumerate(asked.jobs):
-      job.stream, job.deliver = asked.stream, functools.partial(deliver, index)
-    try:
-      self.device.submit(asked.jobs)
-    except queue.Full:
-      raise Refusal("The queue is full.", None, 429, "queue_full", Retry_After="1") from None
+      job.stream, job.deliver = stream, lambda part, index=index: tell((index, part))
+    if not self.device.submit(asked.jobs):
+      raise Refusal("The queue is full.", None, 429, "queue_full", Retry_After="1")
     parts = self._receive(asked.jobs, came)
-    if asked.stream:
+    if stream:
       return StreamingResponse(self._events(asked, parts), media_type="text/event-stream")
-    watching = asyncio.create_task(_watch(request, came))
+    # After its body, all that can come of a request is that its client has left.
+    leaving = asyncio.ensure_future(request.receive())
+    leaving.add_done_callback(lambda _: came.put_nowait((0, ClientDisconnect())))
     try:
-      async with contextlib.aclosing(parts):
-        found = {index: part async for index, part in parts}
+      found = {index: part async for index, part in parts}
     finally:
-      watching.cancel()
+      leaving.cancel()
     return JSONResponse(asked.whole([found[index] for index in range(len(found))]))
 
   async def _body(self, request: Request) -> Any:
@@ -203,10 +195,8 @@ class Api:
     try:
       while left:
         index, part = await asyncio.wait_for(came.get(), end - time.monotonic())
-        if index < 0:
-          raise ClientDisconnect
-        if part.error:
-          raise Refusal(part.error, None, 500)
+        if isinstance(part, Exception):
+          raise part
         left -= part.reason is not None
         for layers in part.output.exit_layers if part.reason else ():
           self._layers.observe(layers)
@@ -216,30 +206,9 @@ class Api:
         job.gone = True
 
   async def _events(self, asked: Any, parts) -> AsyncIterator[str]:
-    found = [Part() for _ in asked.jobs]
-    data = lambda text: f"data: {text}\n\n"
     try:
       async with contextlib.aclosing(parts):
-        async for index, part in parts:
-          for event in asked.events(index, part, found[index]):
-            yield data(json.dumps(event))
-          found[index] = part
-      for line in asked.end(found):
-        yield data(line)
-    except (Refusal, TimeoutError) as error:
-      refusal = error if isinstance(error, Refusal) else self._late
-      yield data(json.dumps(refusal.body))
-
-
-async def _watch(request: Request, came: asyncio.Queue) -> None:
-  """Ends the waiting for parts when the client has left."""
-  while (await request.receive())["type"] != "http.disconnect":
-    pass
-  came.put_nowait((-1, Part()))
-
-
-def _refused(error: Exception) -> JSONResponse:
-  if isinstance(error, HTTPException):  # the router: no such path, or another method
-    error = Refusal(f"{error.detail}.", None, error.status_code)
-  assert isinstance(error, Refusal)
-  return JSONResponse(error.body, error.status, headers=error.headers)
+        async for event in asked.events(parts):
+          yield f"data: {event}\n\n"
+    except Exception as error:
+      yield f"data: {bytes(self._refused(error).body).decode()}\n\n"

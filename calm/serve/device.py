@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import os
-import queue
 import threading
 import time
 import timeit
@@ -30,24 +29,19 @@ LEAST_GAIN = 1.2  # of texts a second, by twice as many threads
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
 MOST_POINTS = 1000  # of the page's history
 FULL_DEPTH = "The full model is used; no guarantee is needed."
+NOTHING = outputs.Output("", (), (), (), (), (), 0.0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """What is known of a prompt's output; `error` is what went wrong."""
+  """What is known of a prompt's output."""
 
-  output: Any = None  # `outputs.Output` so far
+  output: outputs.Output = NOTHING  # so far
   text: str = ""  # what the client may have of it; it stays, whatever comes
   reason: str | None = None  # why it ended: 'stop', 'length' or 'stop_sequence'
   threshold: float = NEVER_EXIT
   guarantee: str | None = None
   seconds: float = 0.0  # since its batch began
-  error: str = ""
-
-  @property
-  def count(self) -> int:
-    """Tokens so far."""
-    return 0 if self.output is None else len(self.output.tokens)
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,16 +54,16 @@ class Job:
   limit: int  # most tokens
   stop: Sequence[str]  # texts that end the output, which is cut before them
   stream: bool = False  # parts are wanted before the end
-  deliver: Callable[[Part], None] = lambda part: None  # called in a thread of the device
+  # Called in a thread of the device, at last with what went wrong, if something did.
+  deliver: Callable[[Part | Exception], None] = lambda part: None
   gone: bool = False  # nobody waits any more
 
   def visible(self, output: outputs.Output, text: str) -> tuple[str, str | None]:
     """The text that the client may have after `text`, and why it ended, if it has."""
-    whole, count = output.text, len(output.tokens)
-    ends = count > 0 and output.tokens[-1] == output.eos_id
+    whole, ends = output.text, output.tokens[-1:] == (output.eos_id,)
     if places := [at for stop in self.stop if (at := whole.find(stop)) >= 0]:
       return whole[: min(places)], "stop_sequence"
-    if ends or count >= self.limit:
+    if ends or len(output.tokens) >= self.limit:
       return whole, "stop" if ends else "length"
     whole = whole.rstrip("\ufffd ")  # a character may lack bytes, a space its word
     begun = (stop[:n] for stop in self.stop for n in range(len(stop)))
@@ -114,9 +108,7 @@ class Device(threading.Thread):
     self._stopping, self._condition = False, threading.Condition()
     self._seconds: dict[tuple[int, int], float] = {}  # of the first tokens, by shape
     # Seconds of the last batches, by their shape and whether they were at full depth.
-    self._spent = collections.defaultdict[tuple[int, int, bool], collections.deque[float]](
-      lambda: collections.deque(maxlen=20)
-    )
+    self._spent = collections.defaultdict(lambda: collections.deque[float](maxlen=20))
     options, most = model.options, model.options.max_input_length
     # Whether a batch's shape is part of the procedure. With the encoder in 8 bits it is, but
     # prompts that are encoded packed get what they get alone.
@@ -135,52 +127,39 @@ class Device(threading.Thread):
 
   def guarantee(self, threshold: float) -> str | None:
     """What holds of texts at a threshold; None: nothing."""
-    made = self.model.calibration
     if threshold == NEVER_EXIT:
       return FULL_DEPTH
-    if self.online is not None:
-      return self.online.guarantee if self.online.threshold == threshold else None
-    if made is None or threshold != made.threshold or self.model.platform_mismatch:
-      return None
-    return made.guarantee
+    made = self.online or (None if self.model.platform_mismatch else self.model.calibration)
+    return made.guarantee if made is not None and made.threshold == threshold else None
 
-  def submit(self, jobs: Sequence[Job]) -> None:
-    """Queues prompts; `queue.Full` where there is no room for all of them."""
+  def submit(self, jobs: Sequence[Job]) -> bool:
+    """Queues prompts, unless there is no room for all of them; whether there was."""
     with self._condition:
       self.waiting = [job for job in self.waiting if not job.gone]
       if self._stopping or len(self.waiting) + len(jobs) > self.most_waiting:
-        raise queue.Full
+        return False
       self.waiting += jobs
       self._condition.notify(len(jobs))
+      return True
 
   def stop(self) -> None:
-    """Ends the threads when the queue is empty, or between two programs that are compiled."""
-    self._finish()
-    self.join()
-
-  def _finish(self) -> None:
+    """Lets the threads end with the queue, or between two programs; `join` waits for them."""
     with self._condition:
       self._stopping = True
       self._condition.notify_all()
 
   def run(self) -> None:
     self._guarded(self._compile)
-    beside = [
-      threading.Thread(target=self._guarded, args=(self._work,), daemon=True)
-      for _ in range(1, self.workers)
-    ]
-    for thread in beside:
-      thread.start()
-    self._guarded(self._work)
-    for thread in beside:
-      thread.join()
+    with futures.ThreadPoolExecutor(self.workers or 1) as pool:
+      for _ in range(self.workers):
+        pool.submit(self._guarded, self._work)
 
   def _guarded(self, work: Callable[[], None]) -> None:
     try:
       work()
     except BaseException as error:
       self.failed, self.ready = error, False
-      self._finish()
+      self.stop()
       self._ended()
 
   def _work(self) -> None:
@@ -212,9 +191,8 @@ class Device(threading.Thread):
             made.decode(made.encode(batch), batch.active, level, rule)
           run = functools.partial(self._first_tokens, made, batch, level)
           run(0)
-          self._seconds[shape] = min(
-            timeit.repeat(functools.partial(run, 8), number=1, repeat=3)
-          )
+          spent = timeit.repeat(functools.partial(run, 8), number=1, repeat=3)
+          self._seconds[shape] = min(spent)
         if self.online is not None and len(batch.tokens) == 1:
           model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
@@ -223,9 +201,8 @@ class Device(threading.Thread):
     decode = functools.partial(self._first_tokens, model, batch, 1.0, 8)
     self.workers = self.workers or workers_that_pay(decode)
     self.ready, level = True, thresholds.format_threshold(self.threshold)
-    threads = f", {self.workers} threads decode" if self.workers > 1 else ""
-    spent = f"programs took {time.monotonic() - start:.1f} s"
-    self.say(f"Ready: {spent}{threads}; threshold {level}.")
+    spent = f"programs took {time.monotonic() - start:.1f} s, decoding threads {self.workers}"
+    self.say(f"Ready: {spent}; threshold {level}.")
     self.say(self.guarantee(self.threshold) or "No guarantee: nothing was calibrated.")
 
   def _first_tokens(self, model: inference.Predictor, batch, level: float, count: int) -> None:
@@ -252,32 +229,23 @@ class Device(threading.Thread):
       lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
       near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
       batch = [job for job in self.waiting if near(job)][: self._size]
-      one, whole = self._costs(length, self._level(first))
+      # A batch lasts as long as its longest text and its rows leave after different layers, so
+      # that only served ones tell; until there are enough, seconds of the first tokens do.
+      shapes = [(size, length) for size in (1, self._size)]
+      served = [self._spent[*shape, self._level(first) == NEVER_EXIT] for shape in shapes]
+      one, whole = (self._seconds.get(shape, math.inf) for shape in shapes)
+      if min(map(len, served)) >= LEAST_SERVED:
+        one, whole = (sum(seconds) / len(seconds) for seconds in served)
+      # Few may take less one after another.
       batch = batch if len(batch) * one > whole else batch[:1]
       self.waiting = [job for job in self.waiting if job not in batch]
       return batch
-
-  def _costs(self, length: int, level: float) -> tuple[float, float]:
-    """Seconds of a prompt alone and of a batch: few may take less one after another.
-
-    Those of the first tokens until enough of both were served. A batch lasts as long as its
-    longest text and its rows leave after different layers, so that only served ones tell.
-    """
-    shapes = [(size, length) for size in (1, self._size)]
-    served = [self._spent[*shape, level == NEVER_EXIT] for shape in shapes]
-    if min(map(len, served)) >= LEAST_SERVED:
-      one, whole = (sum(seconds) / len(seconds) for seconds in served)
-      return one, whole
-    return self._seconds.get(shapes[0], math.inf), self._seconds[shapes[1]]
 
   def _level(self, job: Job) -> float:
     return self.threshold if job.threshold is None else job.threshold
 
   def _length(self, job: Job) -> int:
-    return self._bucket(len(job.tokens))
-
-  def _bucket(self, count: int) -> int:
-    return next(length for length in self._lengths if length >= count)
+    return prompt_batches.bucket_length(len(job.tokens), self._lengths[-1])
 
   def _batch(self, jobs: Sequence[Job], size: int, length: int) -> prompt_batches.PromptBatch:
     tokens = np.zeros((size, length), np.int32)
@@ -295,19 +263,17 @@ class Device(threading.Thread):
   def _serve(self, batch: Sequence[Job]) -> None:
     start, level = time.perf_counter(), self._level(batch[0])
     guarantee, layers = self.guarantee(level), []
-    size = 1 if len(batch) == 1 else self._size
     try:
       for job, output, text, reason in self._decode(batch, level):
         spent = time.perf_counter() - start
         job.deliver(Part(output, text, reason, level, guarantee, spent))
         layers += output.exit_layers if reason else ()
     except Exception as error:
-      self.say(f"A batch failed: {type(error).__name__}: {error}")
       for job in batch:
-        job.deliver(Part(error="The server failed to decode this prompt."))
+        job.deliver(error)
       return
-    shape = size, self._length(batch[0]), level == NEVER_EXIT
-    self._spent[shape].append(time.perf_counter() - start)
+    shape = 1 if len(batch) == 1 else self._size, self._length(batch[0])
+    self._spent[*shape, level == NEVER_EXIT].append(time.perf_counter() - start)
     if self.online is not None and batch[0].threshold is None:
       with self._condition:
         served = len(batch) + (self.history[-1][0] if self.history else 0)
@@ -322,20 +288,18 @@ class Device(threading.Thread):
     size = 1 if len(jobs) == 1 and not self._whole else self._size
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
     encoded, (rule, alone) = model.encode(batch), self._rules(level)
-    most, limits = model.options.max_decode_length, np.zeros(size, int)
-    limits[: len(jobs)] = [job.limit for job in jobs]
-    limit, streams = int(limits.max()), any(job.stream for job in jobs)
-    if size == self._alone and not streams and limit == most:
+    limit, streams = max(job.limit for job in jobs), any(job.stream for job in jobs)
+    if size == self._alone and not streams and limit == model.options.max_decode_length:
       parts = iter([model.decode(encoded, batch.active, level, alone)])
     else:
       steps = STEPS if streams else limit
       parts = model.stream(encoded, batch.active, level, rule, steps=steps, limit=limit)
     left = dict.fromkeys(range(len(jobs)), "")
     for made in parts:
-      within = made.exit_layers * (np.arange(most) < limits[:, None])
-      made = dataclasses.replace(made, exit_layers=within)
       for row, before in list(left.items()):
-        job, output = jobs[row], model.output(made, row)
+        job = jobs[row]
+        within = made.exit_layers * (np.arange(made.exit_layers.shape[1]) < job.limit)
+        output = model.output(dataclasses.replace(made, exit_layers=within), row)
         left[row], reason = job.visible(output, before)
         if reason or job.stream:
           yield job, output, left[row], reason
@@ -359,12 +323,8 @@ def workers_that_pay(decode: Callable[[], Any]) -> int:
   model keep one core busy, those of a larger one keep them all. `decode` decodes a prompt."""
   most, count = os.cpu_count() or 1 if platforms.is_cpu() else 1, 1
   with futures.ThreadPoolExecutor(most) as pool:
-
-    def seconds(count: int) -> float:
-      start = time.perf_counter()
-      futures.wait([pool.submit(decode) for _ in range(count)])
-      return time.perf_counter() - start
-
+    run = lambda count: futures.wait([pool.submit(decode) for _ in range(count)])
+    seconds = lambda count: timeit.timeit(functools.partial(run, count), number=1)
     while 2 * count <= most:
       turns = [(seconds(count), seconds(2 * count)) for _ in range(20)]
       fewer, more = map(min, zip(*turns, strict=True))

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from calm.calibrate import NEVER_EXIT, thresholds
@@ -26,31 +26,24 @@ def _texts(value: Any) -> list[Any]:
   return value if isinstance(value, list) else [value]
 
 
-def _is_threshold(value: Any) -> bool:
-  number = type(value) in (int, float) and 0.0 <= value <= 1.0
-  return number or value == thresholds.NEVER_EXIT_TEXT
-
-
 # Kinds of fields: what holds of a value, and that in words.
-_Kind = tuple[Callable[[Any], bool], str]
-TEXTS: _Kind = (
-  lambda v: all(isinstance(text, str) for text in _texts(v)),
-  "a text or a list of texts",
+TEXTS = (lambda v: all(isinstance(t, str) for t in _texts(v)), "a text or a list of texts")
+TEXT = (lambda value: isinstance(value, str), "a text")
+COUNT = (lambda value: type(value) is int, "a whole number")
+LEVEL = (
+  lambda value: value == "never" or (type(value) in (int, float) and 0.0 <= value <= 1.0),
+  "a number in [0, 1] or 'never'",
 )
-TEXT: _Kind = (lambda value: isinstance(value, str), "a text")
-COUNT: _Kind = (lambda value: type(value) is int and value >= 1, "a whole number from 1 on")
-SEED: _Kind = (lambda value: type(value) is int, "a whole number")
-SWITCH: _Kind = (lambda value: isinstance(value, bool), "true or false")
-OBJECT: _Kind = (lambda value: isinstance(value, dict), "an object")
-OWN = {"threshold": (_is_threshold, "a number in [0, 1] or 'never'"), "exact": SWITCH}
-OWN |= {"stop": TEXTS, "seed": SEED}  # nothing is drawn: any seed will do
-# What greedy decoding does anyway, if somebody says it.
+SWITCH = (lambda value: isinstance(value, bool), "true or false")
+OBJECT = (lambda value: isinstance(value, dict), "an object")
+OWN = {"threshold": LEVEL, "exact": SWITCH, "stop": TEXTS, "seed": COUNT}
+# What greedy decoding does anyway, if somebody says it; it draws nothing, so any seed will do.
 GREEDY = {"temperature": 0, "top_p": 1, "n": 1, "best_of": 1, "echo": False, "logit_bias": {}}
 GREEDY |= {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
 GREEDY |= {"do_sample": False, "return_full_text": False, "watermark": False}
 
 
-def _fields(body: Any, kinds: Mapping[str, _Kind], needed: str = "") -> dict[str, Any]:
+def _fields(body: Any, kinds: Mapping[str, Any], needed: str = "") -> dict[str, Any]:
   """The fields that are given, checked; null is as good as none."""
   if not isinstance(body, dict):
     raise Refusal(f"Expected a JSON object, got {_shown(body)}.")
@@ -58,7 +51,7 @@ def _fields(body: Any, kinds: Mapping[str, _Kind], needed: str = "") -> dict[str
   for name, value in given.items():
     if name in kinds and not kinds[name][0](value):
       raise Refusal(f"Expected `{name}` to be {kinds[name][1]}, got {_shown(value)}.", name)
-    if name not in kinds and (name not in GREEDY or json.dumps(GREEDY[name]) != _shown(value)):
+    if name not in kinds and (name not in GREEDY or GREEDY[name] != value):
       only = f" but for {json.dumps(GREEDY[name])}" if name in GREEDY else ""
       got = f"`{name:.60}` ({_shown(value)}) is not supported{only}; decoding is greedy"
       raise Refusal(f"{got}: leave it out.", name[:60], code="unsupported_parameter")
@@ -68,7 +61,6 @@ def _fields(body: Any, kinds: Mapping[str, _Kind], needed: str = "") -> dict[str
 
 
 def _shown(value: Any) -> str:
-  value = int(value) if isinstance(value, float) and value.is_integer() else value
   return json.dumps(value)[:60]
 
 
@@ -79,8 +71,9 @@ def _jobs(
   options, model = device.model.options, device.model
   longest, most = options.max_input_length, options.max_decode_length
   count, stop = given.get(limit, most), _texts(given.get("stop", []))
-  if count > most:
-    raise Refusal(f"Expected `{limit}` of at most {most}, got {count}.", limit)
+  if not 1 <= count <= most:
+    whole = f"a whole number of at least 1 and at most {most}"
+    raise Refusal(f"Expected `{limit}` to be {whole}, got {_shown(count)}.", limit)
   if len(stop) > MOST_STOPS or not all(stop):
     raise Refusal(f"Expected at most {MOST_STOPS} texts as `stop`, none empty.", "stop")
   if not 1 <= len(prompts) <= device.most_waiting:
@@ -130,26 +123,28 @@ class Completion:
   def _choice(self, index: int, part: Part, before: Part) -> dict[str, Any]:
     reason = part.reason and part.reason.removesuffix("_sequence")
     choice = {"index": index, "text": part.text[len(before.text) :], "logprobs": None}
-    layers = part.output.exit_layers[before.count :]
+    layers = part.output.exit_layers[len(before.output.tokens) :]
     return choice | {"finish_reason": reason, "exit_layers": layers}
 
   def _usage(self, parts: Sequence[Part]) -> dict[str, int]:
-    read, made = sum(len(job.tokens) for job in self.jobs), sum(part.count for part in parts)
+    read = sum(len(job.tokens) for job in self.jobs)
+    made = sum(len(part.output.tokens) for part in parts)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
   def whole(self, parts: Sequence[Part]) -> dict[str, Any]:
     choices = [self._choice(index, part, Part()) for index, part in enumerate(parts)]
-    made = {"choices": choices, "usage": self._usage(parts)}
-    return self._same | made | {"calm": about(parts)}
+    return self._same | {"choices": choices, "usage": self._usage(parts), "calm": about(parts)}
 
-  def events(self, index: int, part: Part, before: Part) -> list[dict[str, Any]]:
-    """Events of what a part adds to the one before."""
-    event = self._same | {"choices": [self._choice(index, part, before)]}
-    return [event | ({"calm": about([part])} if part.reason else {})]
-
-  def end(self, parts: Sequence[Part]) -> list[str]:
-    usage = self._same | {"choices": [], "usage": self._usage(parts)}
-    return [*([json.dumps(usage)] if self._counts else []), "[DONE]"]
+  async def events(self, parts: AsyncIterator[tuple[int, Part]]) -> AsyncIterator[str]:
+    """The data of each event: what a part adds to the one before of its prompt."""
+    found = [Part() for _ in self.jobs]
+    async for index, part in parts:
+      event = self._same | {"choices": [self._choice(index, part, found[index])]}
+      yield json.dumps(event | ({"calm": about([part])} if part.reason else {}))
+      found[index] = part
+    if self._counts:
+      yield json.dumps(self._same | {"choices": [], "usage": self._usage(found)})
+    yield "[DONE]"
 
 
 class Generation:
@@ -166,28 +161,26 @@ class Generation:
     self.jobs = _jobs(device, [given["inputs"]], parameters, "inputs", "max_new_tokens")
 
   def _tokens(self, output: Any) -> list[dict[str, Any]]:
-    columns = output.tokens, output.pieces, output.exit_layers
-    names = "id", "text", "exit_layer"
-    made = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    return [t | {"logprob": None, "special": t["id"] == output.eos_id} for t in made]
+    names, end = ("id", "text", "exit_layer", "special", "logprob"), output.eos_id
+    rows = zip(output.tokens, output.pieces, output.exit_layers, strict=True)
+    return [dict(zip(names, (*row, row[0] == end, None), strict=True)) for row in rows]
 
   def _details(self, part: Part) -> dict[str, Any]:
     details = {"finish_reason": part.reason if part.reason != "stop" else "eos_token"}
-    return details | {"generated_tokens": part.count, "seed": None, "calm": about([part])}
+    count = len(part.output.tokens)
+    return details | {"generated_tokens": count, "seed": None, "calm": about([part])}
 
   def whole(self, parts: Sequence[Part]) -> dict[str, Any]:
     (part,) = parts
     details = self._details(part) | {"prefill": [], "tokens": self._tokens(part.output)}
     return {"generated_text": part.text, "details": details}
 
-  def events(self, index: int, part: Part, before: Part) -> list[dict[str, Any]]:
-    """Events of what a part adds to the one before."""
-    none = {"generated_text": None, "details": None}
-    made = list(enumerate(self._tokens(part.output), 1))[before.count :]
-    events = [{"index": number, "token": token, **none} for number, token in made]
-    if part.reason:
-      events[-1] |= {"generated_text": part.text, "details": self._details(part)}
-    return events
-
-  def end(self, parts: Sequence[Part]) -> list[str]:
-    return []
+  async def events(self, parts: AsyncIterator[tuple[int, Part]]) -> AsyncIterator[str]:
+    """The data of each event: a token, and with the last one the whole text."""
+    seen = 0
+    async for _, part in parts:
+      for token in self._tokens(part.output)[seen:]:
+        seen += 1
+        end = part if part.reason and seen == len(part.output.tokens) else None
+        told = {"generated_text": end and end.text, "details": end and self._details(end)}
+        yield json.dumps({"index": seen, "token": token, **told})

@@ -380,7 +380,7 @@ def test_nobody_waits_any_more_and_the_next_one_is_served(model):
   made.submit([dataclasses.replace(gone, prompt="next", gone=False)])
   thread.join(WAIT)
   assert [job.prompt for job in found[0]] == ["next"]
-  made._finish()
+  made.stop()
   assert made._next() is None
 
 
@@ -415,7 +415,7 @@ def test_served_batches_tell_whether_the_next_one_pays(model):
   made.submit([job("a"), job("b"), job("c")])
   made._spent[1, 32, False].extend([1.0] * 4)
   made._spent[4, 32, False].extend([2.5] * 3)
-  assert [len(made._next()), made.submit([job("d"), job("e")])] == [3, None]
+  assert [len(made._next()), made.submit([job("d"), job("e")])] == [3, True]
   made._spent[4, 32, False].append(2.5)  # two take 2.0 one after another
   assert len(made._next()) == 1
 
