@@ -8,6 +8,7 @@ on where they do not (`reusable_tokens`).
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from calm.console import Report
 from calm.data import prompt_files
 from calm.inference import options as options_lib
 from calm.inference import outputs, result_cache
+from calm.t5 import caches
 
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
@@ -58,36 +60,37 @@ class _Batch:
 
   def __init__(self, model: "Predictor", batch, ids: Sequence[str]):
     self._model, self._batch, self._ids = model, batch, ids
-    # Each device would need its own loop's state; passes over drafts keep none.
-    self._resumes = model.options.num_devices == 1 and not model.options.rule.speculates
-    self._encoded = self._state = None
-    self._last: dict[str, Record] = {}  # of every row, as it was decoded last
+    self._state = None
+    self._last: list[Record] = []  # of every row, as it was decoded last
 
-  def decode(self, ids: Sequence[str], threshold: float) -> list[Record]:
-    """Records at one threshold, some of them those of the threshold before."""
-    positions = jnp.arange(self._model.options.max_decode_length)
+  @functools.cached_property
+  def _encoded(self) -> caches.Encoded:
+    return self._model.encode(self._batch)
+
+  def decode(self, threshold: float) -> list[Record]:
+    """Every row's record at one threshold, some of them those of the threshold before."""
+    options, active = self._model.options, self._batch.active.copy()
+    positions = jnp.arange(options.max_decode_length)
     # In float32, as the decoder has it.
-    values = self._model.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
-    values = np.broadcast_to(np.asarray(values), positions.shape)
-    same = {i: reusable_tokens(self._last[i], values) for i in ids if i in self._last}
-    fresh = [i for i in ids if i not in same or same[i] < len(self._last[i].tokens or ())]
-    if fresh:
-      if self._encoded is None:
-        self._encoded = self._model.encode(self._batch)
-      places = [self._ids.index(i) for i in fresh]
-      active = np.zeros(len(self._batch.active), bool)
-      active[places] = True
-      if self._resumes:
-        resume_at = np.zeros(len(active), np.int32)
-        resume_at[places] = [same.get(i, 0) for i in fresh]
-        given = self._encoded, self._state, active, threshold, resume_at
-        self._state = self._model.resume(*given)
-        generation = jax.device_get(self._state.generation)
-      else:
-        generation = self._model.decode(self._encoded, active, threshold)
-      for i, place in zip(fresh, places, strict=True):
-        self._last[i] = record(self._model.output(generation, place), i)
-    return [self._last[i] for i in ids]
+    level = jnp.full(positions.shape, threshold, jnp.float32)
+    values = np.asarray(options.schedule(level, positions))
+    resume_at = np.zeros(len(active), np.int32)
+    for row, last in enumerate(self._last):
+      resume_at[row] = reusable_tokens(last, values)
+      active[row] = resume_at[row] < len(last.tokens or ())
+    if not active.any():
+      return self._last
+    # Each device would need its own loop's state; passes over drafts keep none.
+    if options.num_devices == 1 and not options.rule.speculates:
+      given = self._encoded, self._state, active, threshold, resume_at
+      self._state = self._model.resume(*given)
+      generation = jax.device_get(self._state.generation)
+    else:
+      generation = self._model.decode(self._encoded, active, threshold)
+    made = lambda row: record(self._model.output(generation, row), self._ids[row])
+    rows = range(len(self._ids))
+    self._last = [made(row) if active[row] else self._last[row] for row in rows]
+    return self._last
 
 
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
@@ -140,30 +143,27 @@ def generate(
       " promise about this model's own full depth."
     )
   known = None if full is None else {record.id: record for record in full}
-  # Full depth is then a program that refuses nothing: no record follows from it.
-  apart = known is not None or model.reference is not model
   levels, in_memory = (NEVER_EXIT, *thresholds), isinstance(writer, dict)
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
     work = _Batch(model, batch, ids)
     for place, threshold in enumerate(levels):
-      records = {} if in_memory else writer.completed_records(threshold, ids)
-      if missing := [i for i in ids if i not in records]:
+      done = {} if in_memory else writer.completed_records(threshold, ids)
+      if len(done) < len(ids):
         if place == 0 and known is not None:
-          made = [known[i] for i in missing]
-        elif place == 0 and apart:
-          reference = model.reference
+          made = [known[i] for i in ids]
+        elif place == 0 and (reference := model.reference) is not model:
+          # A program that refuses nothing: no record follows from it.
           given = reference.encode(batch), batch.active, NEVER_EXIT, exits.StaticExit()
           generation = reference.decode(*given)
-          made = [record(reference.output(generation, ids.index(i)), i) for i in missing]
+          made = [record(reference.output(generation, row), i) for row, i in enumerate(ids)]
         else:
-          made = work.decode(missing, threshold)
-        records.update({record.id: record for record in made})
+          made = work.decode(threshold)
         if in_memory:
-          writer.setdefault(threshold, {}).update(records)
+          writer.setdefault(threshold, {}).update({each.id: each for each in made})
         else:
-          writer.append(threshold, made)
+          writer.append(threshold, [each for each in made if each.id not in done])
       text = f"batch {number + 1} of {len(batches)}, threshold"
       share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
       progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")
@@ -276,15 +276,11 @@ def certify(
       references for 'risk'. Nothing is decoded then.
   """
   prompts, kind = prompt_files.prompts_of(prompts), KINDS[consistency]
-  support = sequence_losses.kind_support(kind, metric)
-  count = len(set(clusters.prompt_clusters(prompts)))
-  unit = "prompts" if count == len(prompts) else "clusters of prompts"
-  if count < len(prompts):  # means of several losses of 0 or 1 are neither
-    support = dataclasses.replace(support, binary=False)
-  refusal = planning.refusal(
-    count, tolerance, error_rate, support=support, method="auto", unit=unit
-  )
-  if refusal:
+  support, unit = sequence_losses.kind_support(kind, metric), "prompts"
+  if (count := len(set(clusters.prompt_clusters(prompts)))) < len(prompts):
+    # Means of several losses of 0 or 1 are neither.
+    support, unit = dataclasses.replace(support, binary=False), "clusters of prompts"
+  if refusal := planning.refusal(count, tolerance, error_rate, support=support, unit=unit):
     raise ValueError(refusal)
   bare = [prompt.id for prompt in prompts if not prompt.targets]
   if kind != "textual" and bare:
@@ -317,12 +313,12 @@ def serve_online(
     raise ValueError(f"Expected `ids` of {len(texts)} texts, got {len(names)}.")
   served = online.threshold
   made = model.generate(texts, threshold=served, progress=progress, parts=parts)
-  drawn: dict[str, int] = {}
-  for row, name in enumerate(names):
+  drawn: dict[str, str] = {}
+  for name, text in zip(names, texts, strict=True):
     if online.should_check(name):
-      drawn.setdefault(name, row)
+      drawn.setdefault(name, text)
   if drawn:
-    observe(model, online, {name: texts[row] for name, row in drawn.items()})
+    observe(model, online, drawn)
   held = served != NEVER_EXIT and online.threshold <= served
   return dataclasses.replace(made, guarantee=online.guarantee if held else None)
 
