@@ -1,5 +1,6 @@
 """Decoding options, their stored form (`inference.json`), and their `Procedure`."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -93,13 +94,6 @@ class DecodeOptions:
       limits.whole("exit_layers", layer, 1, most_layers, "name layers")
     if self.grid is not None:
       thresholds_lib.validate_grid(self.grid)
-
-  @property
-  def uses_shortlist(self) -> bool:
-    """Whether results depend on the shortlist."""
-    if self.measure == VERIFIED:
-      return self.shortlist is not None
-    return confidence.measure(self.measure).uses_shortlist
 
   @functools.cached_property
   def rule(self) -> exits.Rule:
@@ -201,13 +195,11 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
 
 def to_stored(options: DecodeOptions) -> dict[str, Any]:
   """The options as `inference.json` keeps them, without defaults and those of a machine."""
-  stored = {}
-  for field in dataclasses.fields(options):
-    value = getattr(options, field.name)
-    differs = value != field.default and field.name != "num_devices"
-    if field.name in _ALWAYS_STORED or differs:
-      is_schedule = field.name == "schedule"
-      stored[field.name] = _schedule_record(value) if is_schedule else value
+  values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+  kept = lambda name: name in _ALWAYS_STORED or values[name] != getattr(DecodeOptions, name)
+  stored = {name: values[name] for name in values if kept(name) and name != "num_devices"}
+  if "schedule" in stored:
+    stored["schedule"] = _schedule_record(options.schedule)
   return stored
 
 
@@ -234,9 +226,13 @@ _NOT_DECODED = (
 def procedure(model: Any) -> Procedure:
   """The procedure for which a calibration of a `Predictor`'s outputs is valid."""
   config, options, shortlist = model.config, model.options, None
-  if options.uses_shortlist:
+  drafts = options.measure == VERIFIED  # by the shortlist where there is one
+  if options.shortlist if drafts else confidence.measure(options.measure).uses_shortlist:
     ids = np.asarray(options.shortlist or (), np.int64)
     shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
+  precision = options.matmul_precision or jax.config.jax_default_matmul_precision or "default"  # pyright: ignore[reportAttributeAccessIssue]
+  with contextlib.suppress(ValueError):  # of several names for one; an algorithm has its own
+    precision = lax.Precision(precision).name.lower()
   # `per_layer_heads` is in every record so far: models might have a head a layer once.
   fields = dataclasses.asdict(config) | {"per_layer_heads": False}
   return Procedure(
@@ -253,19 +249,10 @@ def procedure(model: Any) -> Procedure:
     batch_bucket=options.batch_size if model.batch_size_affects_output else None,
     configuration={name: fields[name] for name in fields if name not in _NOT_DECODED},
     platform=jax.default_backend(),
-    matmul_precision=_precision_name(options),
+    matmul_precision=precision,
     weights_dtype=_RECORDED.get(options.weights_dtype or "", options.weights_dtype),
     **{name: getattr(options, name) for name in _SAME},
   )
-
-
-def _precision_name(options: DecodeOptions) -> str:
-  """The precision of products as a `Procedure` names it: JAX has several names for one."""
-  name = options.matmul_precision or jax.config.jax_default_matmul_precision or "default"  # pyright: ignore[reportAttributeAccessIssue]
-  try:
-    return lax.Precision(name).name.lower()
-  except ValueError:  # the name of an algorithm
-    return name
 
 
 def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
