@@ -3,6 +3,7 @@ that other work of the machine falls on all alike. Compiling is not counted."""
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from calm import arguments, exits
+from calm import exits
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt
 from calm.calibrate.thresholds import format_threshold
 from calm.console import Report
-from calm.inference import grid
+from calm.inference import grid, result_cache
 
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
@@ -57,7 +58,6 @@ class Timings:
     return next((r for r in self.rows if r.name == name and r.threshold == threshold), None)
 
 
-@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Pair:
   """Decode milliseconds a prompt, the fastest of rounds in which both took their turn."""
@@ -102,11 +102,9 @@ def note(calibration: Calibration, seconds: Seconds) -> Calibration:
 
 def noted(calibration: Calibration) -> Seconds | None:
   """What was measured for a calibration; None where nothing was, or the note is another's."""
-  value: Any = (calibration.provenance.notes or {}).get(_NOTE)
   try:
-    single, batched = value["single"], value["batched"]
-    return Seconds(Pair(**single), None if batched is None else Pair(**batched))
-  except (KeyError, TypeError, ValueError):
+    return result_cache.from_json(Seconds, (calibration.provenance.notes or {}).get(_NOTE))
+  except (AttributeError, TypeError):
     return None
 
 
@@ -143,11 +141,30 @@ def measure(
   """
   settings = [Setting(FULL, exits.StaticExit(), model=full), *settings]
   sized = functools.cache(lambda each: each.with_options(batch_size=batch_size))
-  ways = [(sized(s.model or model), s.rule, s.threshold) for s in settings]
+  turn = [(way, sized(s.model or model), s) for way, s in enumerate(settings)]
   batches = sized(model).plan([prompt.input for prompt in prompts])
   batches.sort(key=lambda batch: batch.rows[0])
-  seconds, encode = _rounds(ways, batches, rounds, progress)
-  seconds, encode = of_rounds(seconds, axis=0), of_rounds(encode, axis=0)
+  spent = np.zeros((2, rounds + 1, len(turn), len(batches)))  # decoding, and encoding
+  for number, (place, batch) in itertools.product(range(rounds + 1), enumerate(batches)):
+    # Ways whose encoders compute alike share the seconds of one.
+    encoded: dict[Any, tuple[Any, float]] = {}
+    alike = lambda of: (of.config.dtype, of.options.weights_dtype, of.options.encoder_dtype)
+    for way, own, _ in turn:
+      if alike(own) not in encoded:
+        start = time.perf_counter()
+        state = jax.block_until_ready(own.encode(batch))
+        encoded[alike(own)] = state, time.perf_counter() - start
+      spent[1, number, way, place] = encoded[alike(own)][1]
+    for way, own, setting in turn if number % 2 else turn[::-1]:
+      state, _ = encoded[alike(own)]
+      own.expect_drafts()
+      start = time.perf_counter()
+      own.decode(state, batch.active, setting.threshold, setting.rule)
+      spent[0, number, way, place] = time.perf_counter() - start
+    done = (number + (place + 1) / len(batches)) / (rounds + 1)
+    progress(done, f"round {number + 1} of {rounds + 1}")
+  # Of the first round, which compiles, nothing counts.
+  seconds, encode = of_rounds(spent[:, 1:], axis=1)
   totals = seconds.sum(axis=1)
   whole = totals + encode.sum(axis=1)
   rows = tuple(
@@ -215,32 +232,3 @@ def beside_full_depth(
       spent = 1e3 * full.decode_seconds, 1e3 * row.decode_seconds
       pairs.append(Pair(batch_size, count, *spent, row.speedup, row.end_to_end))
   return Seconds(*pairs)
-
-
-def _rounds(
-  ways: Sequence[tuple["Predictor", exits.Rule, float]], batches, rounds: int, progress
-) -> tuple[np.ndarray, np.ndarray]:
-  """Decode and encode seconds [rounds, ways, batches]. Ways whose encoders compute alike share
-  the seconds of one."""
-  seconds = np.zeros((rounds + 1, len(ways), len(batches)))
-  encode = np.zeros_like(seconds)
-  alike = lambda of: (of.config.dtype, of.options.weights_dtype, of.options.encoder_dtype)
-  turn = [(way, alike(each[0]), *each) for way, each in enumerate(ways)]
-  # Of the first round, which compiles, nothing counts.
-  for number in range(rounds + 1):
-    for place, batch in enumerate(batches):
-      encoded: dict[Any, tuple[Any, float]] = {}
-      for way, encoder, model, _, _ in turn:
-        if encoder not in encoded:
-          start = time.perf_counter()
-          state = jax.block_until_ready(model.encode(batch))
-          encoded[encoder] = state, time.perf_counter() - start
-        encode[number, way, place] = encoded[encoder][1]
-      for way, encoder, model, rule, threshold in turn if number % 2 else turn[::-1]:
-        model.expect_drafts()
-        start = time.perf_counter()
-        model.decode(encoded[encoder][0], batch.active, threshold, rule)
-        seconds[number, way, place] = time.perf_counter() - start
-      done = (number + (place + 1) / len(batches)) / (rounds + 1)
-      progress(done, f"round {number + 1} of {rounds + 1}")
-  return seconds[1:], encode[1:]
