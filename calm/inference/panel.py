@@ -48,6 +48,25 @@ class Panel:
   promised: tuple[tuple[float, int], ...]
   first: int  # position in `promised` of the tolerance that is shown first
 
+  @property
+  def data(self) -> dict[str, Any]:
+    """The sliders' numbers, without the prompts, which stand on the page already."""
+    return {
+      "thresholds": list(map(threshold, self.thresholds)),
+      "first": self.first,
+      "promised": [[delta, at, self.promise_text(delta, at)] for delta, at in self.promised],
+      "items": [result_cache.to_json(item.levels) for item in self.items],
+    }
+
+  def promise_text(self, tolerance: float, at: int) -> str:
+    """The sentence under the sliders about a tolerance."""
+    if not at:
+      return f"δ = {tolerance:g}: nothing is certified, the full model serves"
+    return (
+      f"δ = {tolerance:g}: at threshold {threshold(self.thresholds[at])} the mean loss is"
+      f" at most {tolerance:g}, with probability {1.0 - self.error_rate:.10g}"
+    )
+
 
 def promised(
   losses: SequenceLosses, error_rate: float, tolerances: Sequence[float]
@@ -106,11 +125,8 @@ def environment(package: str, num_layers: int) -> Any:
   )
   scale = enumerate(outputs.scale(num_layers), start=1)
   made.filters |= {"number": number, "threshold": threshold}
-  made.globals |= {
-    "palette": [(layer, colour, outputs.text_colour(colour)) for layer, colour in scale],
-    "panel_data": panel_data,
-    "promise_text": promise_text,
-  }
+  palette = [(layer, colour, outputs.text_colour(colour)) for layer, colour in scale]
+  made.globals["palette"] = palette
   return made
 
 
@@ -122,26 +138,3 @@ def number(value: float, digits: int = 2) -> str:
 def threshold(value: float) -> str:
   """A threshold, short; `never` for the full model."""
   return thresholds.NEVER_EXIT_TEXT if value == thresholds.NEVER_EXIT else f"{value:.4g}"
-
-
-def panel_data(panels: Sequence[Panel]) -> list[dict[str, Any]]:
-  """The sliders' numbers, without the prompts, which stand on the page already."""
-  return [
-    {
-      "thresholds": list(map(threshold, panel.thresholds)),
-      "first": panel.first,
-      "promised": [[delta, at, promise_text(panel, delta, at)] for delta, at in panel.promised],
-      "items": [result_cache.to_json(item.levels) for item in panel.items],
-    }
-    for panel in panels
-  ]
-
-
-def promise_text(panel: Panel, tolerance: float, at: int) -> str:
-  """The sentence under the sliders about a tolerance."""
-  if not at:
-    return f"δ = {tolerance:g}: nothing is certified, the full model serves"
-  return (
-    f"δ = {tolerance:g}: at threshold {threshold(panel.thresholds[at])} the mean loss is"
-    f" at most {tolerance:g}, with probability {1.0 - panel.error_rate:.10g}"
-  )
