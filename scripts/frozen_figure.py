@@ -60,7 +60,7 @@ def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[
       path = pathlib.Path(folder)
       cached = grid.on_grid(decoder, prompts, THRESHOLDS, path, full=full)
       losses = sequence_losses.compute(cached, "textual", metric=metric).values
-      depths = [grid.mean_layers(records) for records in cached.records]
+      depths = [outputs.mean_layers(records) for records in cached.records]
     curves[name] = [depths, losses.mean(axis=0).tolist()]
   decoder, cut = grid.in_bulk(served), ([], [])
   for layer in range(2, served.num_layers):

@@ -29,7 +29,7 @@ from calm.calibrate import losses as sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import run as run_lib
 from calm.data import prompt_files
-from calm.inference import grid
+from calm.inference import grid, outputs
 from calm.t5 import network
 
 TOLERANCE = 0.1
@@ -142,7 +142,7 @@ def certified_layers(output: pathlib.Path, task: str) -> str:
   for tolerance in (0.05, 0.2):
     made = calibrate(losses, tolerance=tolerance, error_rate=0.05)
     certified = [i for i, t in enumerate(cached.thresholds) if t == made.threshold]
-    depth = grid.mean_layers(cached.records[certified[0]]) if certified else None
+    depth = outputs.mean_layers(cached.records[certified[0]]) if certified else None
     found.append("full" if depth is None else f"{depth:.2f}")
   return ", ".join(found)
 

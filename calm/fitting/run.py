@@ -18,7 +18,7 @@ from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
 from calm.fitting.request import Fit, FitOptions
-from calm.inference import grid, panel, result_cache, timing
+from calm.inference import grid, outputs, panel, result_cache, timing
 from calm.inference import options as options_lib
 from calm.inference.grid import part
 from calm.t5 import parameters
@@ -306,7 +306,7 @@ def evaluate(fit: Fit, full: Sequence[Record], early: Sequence[Record]) -> resul
     pairs = [(r.prediction, tuple(p.targets)) for r, p in zip(records, prompts, strict=True)]
     return result_lib.Mean.of(metrics.compute(metric, pairs))
 
-  layers = grid.mean_layers(early)
+  layers = outputs.mean_layers(early)
   if early is full:
     return result_lib.LastLook(quality(full), None, None, layers)
   pair = generations.Generations(prompts, np.array([0.5]), (tuple(early),), tuple(full))

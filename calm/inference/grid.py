@@ -87,9 +87,10 @@ class _Batch:
       generation = jax.device_get(self._state.generation)
     else:
       generation = self._model.decode(self._encoded, active, threshold)
-    made = lambda row: record(self._model.output(generation, row), self._ids[row])
-    rows = range(len(self._ids))
-    self._last = [made(row) if active[row] else self._last[row] for row in rows]
+    self._last = [
+      record(self._model.output(generation, row), name) if active[row] else self._last[row]
+      for row, name in enumerate(self._ids)
+    ]
     return self._last
 
 
@@ -220,15 +221,8 @@ def with_rule(
 ) -> tuple[Record, ...]:
   """One record a prompt, in their order, of a rule (None: the model's own) at one threshold."""
   report = lambda done, of: progress(done / max(of, 1), f"{done} of {of} prompts")
-  texts = [example.input for example in examples]
-  made = model.decode_texts(texts, threshold, rule, report)
+  made = model.decode_texts([example.input for example in examples], threshold, rule, report)
   return tuple(record(o, example.id) for o, example in zip(made, examples, strict=True))
-
-
-def mean_layers(records: Sequence[Record]) -> float:
-  """Mean decoder layers over real tokens (NaN without tokens)."""
-  layers = [layer for record in records for layer in record.exit_layers or () if layer]
-  return float(np.mean(layers)) if layers else float("nan")
 
 
 def in_bulk(model: "Predictor") -> "Predictor":

@@ -14,6 +14,7 @@ from rich import console as rich_console
 from rich import style as rich_style
 from rich import text as rich_text
 
+from calm.calibrate import Record
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
@@ -54,7 +55,7 @@ class Output:
   @property
   def mean_layers(self) -> float:
     """Mean decoder layers a token (NaN without tokens)."""
-    return _mean(self.exit_layers)
+    return mean_layers([self])
 
   @property
   def visible(self) -> tuple[str, ...]:
@@ -81,10 +82,6 @@ class Output:
     body = _spans(tokens, self.num_layers)
     body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
     return f"<div>{body}{legend_html(self.num_layers)}</div>" if legend else body
-
-
-def _mean(numbers: Sequence[int]) -> float:
-  return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Outputs(Sequence[Output]):
   @property
   def mean_layers(self) -> float:
     """Mean decoder layers over every real token, EOS included (NaN without tokens)."""
-    return _mean([layer for output in self.items for layer in output.exit_layers])
+    return mean_layers(self.items)
 
   def _heading(self, separator: str) -> str:
     threshold = "none" if self.threshold is None else format_threshold(self.threshold)
@@ -164,6 +161,12 @@ class Outputs(Sequence[Output]):
     axes.set(xlabel="decoder layers", ylabel="tokens, %", title=self._heading(", "))
     axes.set_xticks(places)
     return axes
+
+
+def mean_layers(made: Iterable[Output | Record]) -> float:
+  """Mean decoder layers over all real tokens of outputs or records (NaN without tokens)."""
+  layers = [layer for each in made for layer in each.exit_layers or () if layer]
+  return sum(layers) / len(layers) if layers else float("nan")
 
 
 # ---- Colours of exit layers

@@ -218,7 +218,7 @@ def beside_full_depth(
     if count := min(most, len(chosen)) // batch_size * batch_size:
       how = "one at a time" if batch_size == 1 else f"batches of {batch_size}"
       share = (0.6, 1.0) if pairs else (0.0, 0.6)
-      found = measure(
+      full, row = measure(
         model,
         chosen[:count],
         [setting],
@@ -227,8 +227,7 @@ def beside_full_depth(
         rounds=rounds,
         of_rounds=np.min,
         progress=grid.part(progress, *share, f"{how}, "),
-      )
-      full, row = found.rows
+      ).rows
       spent = 1e3 * full.decode_seconds, 1e3 * row.decode_seconds
       pairs.append(Pair(batch_size, count, *spent, row.speedup, row.end_to_end))
   return Seconds(*pairs)

@@ -25,7 +25,7 @@ from calm.calibrate import (
 )
 from calm.data import prompt_batches
 from calm.exits import propagation, schedules
-from calm.inference import grid, panel, timing
+from calm.inference import grid, outputs, panel, timing
 from calm.paper import bench
 
 FULL, STATIC, ORACLE = "full model", "static", "oracle"
@@ -115,7 +115,7 @@ def point(
     name,
     threshold,
     len(texts),
-    grid.mean_layers(records),
+    outputs.mean_layers(records),
     *(*_mean(quality), *_mean(similarity)),
     identical=sum(same) / len(same),
     **more,
