@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import arguments, checkpoints, exits
-from calm.calibrate import NEVER_EXIT, Calibration, Online, Procedure, Prompt, metrics
+from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import describe_differences
 from calm.checkpoints import files
@@ -223,13 +223,11 @@ class Predictor:
       if threshold is not None or rule is not None:
         raise ValueError("`online` needs neither `threshold` nor `rule`; leave these out.")
       return grid.serve_online(self, online, texts, ids, progress, parts)
-    if threshold is None and rule is None:
-      threshold = self.threshold
-      if threshold is None:
-        raise ValueError(
-          "Expected `threshold`, or a model loaded with a `calibration`, got neither; pass a"
-          " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
-        )
+    if threshold is None and rule is None and (threshold := self.threshold) is None:
+      raise ValueError(
+        "Expected `threshold`, or a model loaded with a `calibration`, got neither; pass a"
+        " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
+      )
     if threshold is not None:
       threshold = thresholds_lib.parse_threshold(threshold)
     if rule is not None:
@@ -407,10 +405,7 @@ class Predictor:
     """Decoder layers."""
     return self.config.num_decoder_layers
 
-  @property
-  def procedure(self) -> Procedure:
-    """The procedure for which a calibration of this model's outputs is valid."""
-    return options_lib.procedure(self)
+  procedure = property(options_lib.procedure)
 
   def step_costs(self, input_length: int) -> costs.DecodingCosts:
     """FLOPs and bytes of a decode step, by the layer at which tokens leave, of prompts that are
@@ -524,27 +519,23 @@ class Predictor:
     """`decode` in parts: the generation after the first token and every `steps` more of them,
     at last the whole, or its first `limit` positions. Passes over drafts come in one part, as
     all does from several devices, and a limit of 0 compiles what any other needs."""
-    program = self.program(rule)
+    program, state, position = self.program(rule), None, 0
     if program.rule.speculates or self.options.num_devices > 1:
       yield self.decode(encoded, active, threshold, rule)
       return
     weights, level = dataclasses.replace(self.weights, encoder={}), np.float32(threshold)
-    stages = program.stages
-    with compiled.at_precision(self.options.matmul_precision):
-      state = stages[0].start(weights, encoded, active, level)
-    position, limit = 0, program.length if limit is None else min(limit, program.length)
-    for stage in stages:
-      if limit == 0:
+    for stage in program.stages:
+      end = stage.length if limit is None else min(stage.length, limit)
+      while position < end or limit == 0:
+        position = min(position + (steps if position else 1), end)
         with compiled.at_precision(self.options.matmul_precision):
-          state = stage.go_on(weights, encoded, state, level, np.int32(0))
-      while position < min(stage.length, limit):
-        position = min(position + (steps if position else min(steps, 1)), stage.length, limit)
-        with compiled.at_precision(self.options.matmul_precision):
+          state = state or stage.start(weights, encoded, active, level)
           state = stage.go_on(weights, encoded, state, level, np.int32(position))
-        going = np.asarray(state.active).any()
         yield jax.tree.map(np.asarray, state.generation)
-        if not going:
+        if not np.asarray(state.active).any():
           return
+        if limit == 0:
+          break
 
   def resume(
     self,
