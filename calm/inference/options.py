@@ -199,12 +199,8 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
   kept = lambda name: name in _ALWAYS_STORED or values[name] != getattr(DecodeOptions, name)
   stored = {name: values[name] for name in values if kept(name) and name != "num_devices"}
   if "schedule" in stored:
-    stored["schedule"] = _schedule_record(options.schedule)
+    stored["schedule"] = {"name": options.schedule.name, **vars(options.schedule)}
   return stored
-
-
-def _schedule_record(schedule: schedules.Schedule) -> dict[str, Any]:
-  return {"name": schedule.name, **dataclasses.asdict(schedule)}  # pyright: ignore
 
 
 # ---- The procedure
@@ -241,7 +237,7 @@ def procedure(model: Any) -> Procedure:
     eos_id=model.eos_id,
     base_digest=model.base_digest,
     exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
-    schedule=_schedule_record(options.schedule),
+    schedule={"name": options.schedule.name, **vars(options.schedule)},
     shortlist=shortlist,
     heads="shared",
     activation_dtype=config.dtype,
