@@ -125,8 +125,7 @@ def environment(package: str, num_layers: int) -> Any:
   )
   scale = enumerate(outputs.scale(num_layers), start=1)
   made.filters |= {"number": number, "threshold": threshold}
-  palette = [(layer, colour, outputs.text_colour(colour)) for layer, colour in scale]
-  made.globals["palette"] = palette
+  made.globals["palette"] = [(n, back, outputs.text_colour(back)) for n, back in scale]
   return made
 
 

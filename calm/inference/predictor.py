@@ -301,7 +301,6 @@ class Predictor:
       **drafts,
     )
 
-  @arguments.checked()
   def fit(self, rows: Any, *, output: str | pathlib.Path, **options: Any) -> "Predictor":
     """`calm.fit` of the folder that this model was loaded from; what `load` was asked besides
     is not read. Returns the model in `output`, under its promise.
