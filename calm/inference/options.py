@@ -222,8 +222,8 @@ _NOT_DECODED = (
 def procedure(model: Any) -> Procedure:
   """The procedure for which a calibration of a `Predictor`'s outputs is valid."""
   config, options, shortlist = model.config, model.options, None
-  drafts = options.measure == VERIFIED  # by the shortlist where there is one
-  if options.shortlist if drafts else confidence.measure(options.measure).uses_shortlist:
+  drafts, measure = options.shortlist is not None, options.measure
+  if drafts if measure == VERIFIED else confidence.measure(measure).uses_shortlist:
     ids = np.asarray(options.shortlist or (), np.int64)
     shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
   precision = options.matmul_precision or jax.config.jax_default_matmul_precision or "default"  # pyright: ignore[reportAttributeAccessIssue]
