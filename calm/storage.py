@@ -1,4 +1,4 @@
-"""Files that are read and written whole, locks, and JSON lines.
+"""Files that are read and written whole, locks, JSON lines, and results under their digests.
 
 New content goes to a temporary file of a name that nobody can guess, which is renamed at the
 end: a kill or a full disk leaves the old file as it was. Only a regular file is replaced (at
@@ -20,9 +20,11 @@ import secrets
 import stat
 import sys
 import time
+import types
+import typing
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 try:
   import fcntl
@@ -41,6 +43,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 # Nobody has written for so long to a temporary file that a killed process left.
 _ABANDONED_SECONDS = 86_400
+# Of results; raised whenever numbers change their meaning: older files are not read again.
+_VERSION = 1
+
+T = TypeVar("T")
 
 
 # ---- Locks
@@ -402,3 +408,78 @@ def drop_partial_line(path: pathlib.Path) -> str | None:
     return None
   os.truncate(path, size - len(last))
   return f"{path}: the last line was cut off and has been dropped ({len(last)} bytes)."
+
+
+# ---- Results: dataclasses of numbers, texts, tuples and other such dataclasses
+
+
+def to_json(value: Any) -> Any:
+  """A result as JSON values; NaN is null and infinity (never exit) is "never"."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, Mapping):
+    return {str(key): to_json(entry) for key, entry in value.items()}
+  if isinstance(value, list | tuple):
+    return [to_json(entry) for entry in value]
+  if isinstance(value, float):
+    return None if math.isnan(value) else "never" if value == math.inf else value
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  raise TypeError(f"Expected numbers, texts, tuples and dataclasses, got {value!r}.")
+
+
+def from_json(kind: Any, value: Any) -> Any:
+  """The inverse of `to_json` for a result of the annotated type `kind`; TypeError for a field
+  that is missing or of another type. Fields of an earlier version are passed over."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    some = next(each for each in inner if each is not type(None))
+    return None if value is None and type(None) in inner else from_json(some, value)
+  if origin is tuple and type(value) in (list, tuple):
+    kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+    return tuple(from_json(each, entry) for each, entry in zip(kinds, value, strict=True))
+  if dataclasses.is_dataclass(kind):
+    hints, make = typing.get_type_hints(kind.__init__), typing.cast(Callable[..., Any], kind)
+    return make(**{n: from_json(hints[n], entry) for n, entry in value.items() if n in hints})
+  if kind is float and (value is None or value == "never"):
+    return math.nan if value is None else math.inf
+  if type(value) is kind or (kind is float and type(value) is int):
+    return kind(value)
+  raise TypeError(f"Expected {kind} in a stored result, got {value!r}; measure again.")
+
+
+def digest(value: Any) -> str:
+  """SHA-256 (hexadecimal, 16 digits) of JSON values; the same anywhere."""
+  text = json.dumps(to_json(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+  return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def prompts_digest(prompts: Sequence[Any]) -> str:
+  """Digest of prompts with their references, in order."""
+  return digest([prompt.to_json() for prompt in prompts])
+
+
+def cached(
+  folder: pathlib.Path,
+  kind: type[T],
+  name: str,
+  key: Mapping[str, Any],
+  make: Callable[[], T],
+) -> T:
+  """The result `name`, of type `kind`, that `folder` has, or what `make` computes, stored;
+  `key` holds all JSON values that it depends on. ValueError: a damaged file."""
+  path = folder / f"{name}-{digest({'experiment': name, 'version': _VERSION, **key})}.json"
+  if path.exists():
+    try:
+      return from_json(kind, parse_json(content(path))["result"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
+        " the file to have it computed again."
+      ) from error
+  result = to_json(make())
+  folder.mkdir(parents=True, exist_ok=True)
+  stored = {"experiment": name, "key": to_json(dict(key)), "result": result}
+  write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+  # As it will be read again, so that the first run and the second one draw the same.
+  return from_json(kind, result)

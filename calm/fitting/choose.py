@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, inference
+from calm import exits, inference, storage
 from calm.calibrate import Prompt, Record, losses
 from calm.console import Report
 from calm.exits import confidence, schedules
 from calm.fitting import exit_maps, request
-from calm.inference import grid, result_cache, timing
+from calm.inference import grid, timing
 from calm.inference.grid import part
 from calm.t5 import caches, decoder, parameters
 
@@ -382,9 +382,9 @@ def full_texts(
   progress: Report,
 ) -> tuple[Record, ...]:
   """[num_prompts] full-depth records, decoded once into a `folder`."""
-  key = {"model": model.procedure.to_json(), "prompts": result_cache.prompts_digest(prompts)}
+  key = {"model": model.procedure.to_json(), "prompts": storage.prompts_digest(prompts)}
   make = lambda: grid.with_rule(model, prompts, exits.StaticExit(), progress=progress)
-  return result_cache.cached(folder, tuple[Record, ...], "full_texts", key, make)
+  return storage.cached(folder, tuple[Record, ...], "full_texts", key, make)
 
 
 def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -> Choice:

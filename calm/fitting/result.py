@@ -18,7 +18,7 @@ from calm.fitting.choose import Choice
 from calm.fitting.exit_maps import LearnedExits
 from calm.fitting.train import Trained
 from calm.inference import options as options_lib
-from calm.inference import panel, result_cache, timing
+from calm.inference import panel, timing
 
 RESULT, SUMMARY = "result.json", "summary.html"
 
@@ -175,4 +175,4 @@ def write(
   storage.write_atomically(output / SUMMARY, shown)
   # The last file: a fit that has it is whole.
   about = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
-  put(f"{request.WORK}/{RESULT}", about | result_cache.to_json(result))
+  put(f"{request.WORK}/{RESULT}", about | storage.to_json(result))

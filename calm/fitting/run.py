@@ -18,7 +18,7 @@ from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
 from calm.fitting import result as result_lib
 from calm.fitting.request import Fit, FitOptions
-from calm.inference import grid, outputs, panel, result_cache, timing
+from calm.inference import grid, outputs, panel, timing
 from calm.inference import options as options_lib
 from calm.inference.grid import part
 from calm.t5 import parameters
@@ -101,7 +101,7 @@ def begin(
   }
   asked = dataclasses.asdict(options)
   del asked["target_key"]  # its rows say what it read
-  digest = result_cache.prompts_digest(prompts)
+  digest = storage.prompts_digest(prompts)
   whole = {"model": source.parameters_digest, "rows": digest, "options": asked}
   result_lib.open_folder(output, whole)
   request.write(output / "splits", splits)
@@ -131,7 +131,7 @@ def make(fit: Fit) -> None:
   progress = fit.step("Choose measure, layers and grid")
   key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
   compute = lambda: choose.choose(fit, predictor, progress)
-  choice = result_cache.cached(fit.results, choose.Choice, "chosen", key, compute)
+  choice = storage.cached(fit.results, choose.Choice, "chosen", key, compute)
   for line in choice.lines():
     say(line)
   calibration, promised = None, ((fit.options.tolerance, 0),)
@@ -184,7 +184,7 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
 
   # The file is written first: a report without it was never stored.
   kind, key = exit_maps.LearnedExits, {"base": base}
-  learned = result_cache.cached(fit.results, kind, "exits", key, learn)
+  learned = storage.cached(fit.results, kind, "exits", key, learn)
   fit.say(str(learned))
   config, params = checkpoints.with_exits(source.config, source.params, file)
   return dataclasses.replace(source, config=config, params=params), learned

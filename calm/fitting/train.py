@@ -13,7 +13,6 @@ import numpy as np
 from calm import inference, storage, training
 from calm.fitting import request
 from calm.fitting.choose import DECODE_TEXTS, full_texts
-from calm.inference import result_cache
 from calm.training import losses, objectives, read_history, run, sources
 
 OUTPUTS = "outputs.jsonl"
@@ -70,7 +69,7 @@ def train_stages(fit: request.Fit) -> tuple[inference.Predictor, tuple[Trained, 
     given = fit, name, predictor, initial, rows, folder, seconds
     make = functools.partial(train_stage, *given)
     key = {"initial": str(initial)}
-    done.append(result_cache.cached(fit.results, Trained, f"trained_{name}", key, make))
+    done.append(storage.cached(fit.results, Trained, f"trained_{name}", key, make))
     initial = fit.work / f"stage_{name}" / sources.MODEL_FOLDER
     predictor = inference.load(initial, batch_size=fit.options.batch_size)
   return predictor, tuple(done)

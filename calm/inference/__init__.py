@@ -1,7 +1,7 @@
 """A model that decodes under a threshold: one prompt, or a grid."""
 
 from calm.checkpoints import PACKED
-from calm.inference import grid, options, outputs, result_cache, timing
+from calm.inference import grid, options, outputs, timing
 from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import (
   CALIBRATION,
@@ -27,6 +27,5 @@ __all__ = [
   "options",
   "options_of",
   "outputs",
-  "result_cache",
   "timing",
 ]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from calm import exits
+from calm import exits, storage
 from calm.calibrate import (
   NEVER_EXIT,
   Calibration,
@@ -37,7 +37,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.console import Report
 from calm.data import prompt_files
 from calm.inference import options as options_lib
-from calm.inference import outputs, result_cache
+from calm.inference import outputs
 from calm.t5 import caches
 
 if TYPE_CHECKING:
@@ -184,11 +184,11 @@ def on_grid(
   procedure = model.procedure
   key = {
     "procedure": procedure.to_json(),
-    "prompts": result_cache.prompts_digest(examples),
+    "prompts": storage.prompts_digest(examples),
     "grid": list(map(float, thresholds)),
     **({} if full is None else {"full": "static"}),
   }
-  path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
+  path = folder / f"{procedure.measure}-{storage.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
   return _in_folder(model, examples, thresholds, path, full, progress)

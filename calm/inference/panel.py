@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calm import storage
 from calm.calibrate import Prompt, Record, SequenceLosses, calibrate, metrics, thresholds
 from calm.console import sanitize
-from calm.inference import outputs, result_cache
+from calm.inference import outputs
 
 # Tolerances that a reader may ask about.
 TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -55,7 +56,7 @@ class Panel:
       "thresholds": list(map(threshold, self.thresholds)),
       "first": self.first,
       "promised": [[delta, at, self.promise_text(delta, at)] for delta, at in self.promised],
-      "items": [result_cache.to_json(item.levels) for item in self.items],
+      "items": [storage.to_json(item.levels) for item in self.items],
     }
 
   def promise_text(self, tolerance: float, at: int) -> str:

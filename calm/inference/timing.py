@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from calm import exits
+from calm import exits, storage
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt
 from calm.calibrate.thresholds import format_threshold
 from calm.console import Report
-from calm.inference import grid, result_cache
+from calm.inference import grid
 
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
@@ -103,7 +103,7 @@ def note(calibration: Calibration, seconds: Seconds) -> Calibration:
 def noted(calibration: Calibration) -> Seconds | None:
   """What was measured for a calibration; None where nothing was, or the note is another's."""
   try:
-    return result_cache.from_json(Seconds, (calibration.provenance.notes or {}).get(_NOTE))
+    return storage.from_json(Seconds, (calibration.provenance.notes or {}).get(_NOTE))
   except (AttributeError, TypeError):
     return None
 

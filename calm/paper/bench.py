@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from calm import exits, inference
+from calm import exits, inference, storage
 from calm.calibrate import Prompt, Record, SequenceLosses, generations, losses, thresholds
 from calm.console import Report
 from calm.data import prompt_files
 from calm.exits import confidence, schedules
-from calm.inference import grid, result_cache, timing
+from calm.inference import grid, timing
 from calm.inference.options import VERIFIED
 
 
@@ -209,9 +209,9 @@ class Bench:
     key |= {
       "procedure": self.predictor.procedure.to_json(),
       "metric": self.settings.metric,
-      "prompts": result_cache.prompts_digest(prompts),
+      "prompts": storage.prompts_digest(prompts),
     }
-    return result_cache.cached(folder, kind, name, key, make)
+    return storage.cached(folder, kind, name, key, make)
 
   def records(
     self, name: str, rule: exits.Rule | None, prompts: Sequence[Prompt], measure: str = ""

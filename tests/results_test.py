@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from calm import storage
 from calm.calibrate import Prompt, Record
-from calm.inference import result_cache, timing
+from calm.inference import timing
 
 RECORD = Record("p", "text", (5, 1), (2, 4), (0.5, 0.25), (0.0, 0.125), -1.5)
 PAIR = timing.Pair(1, 2, 2.0, 1.0, 2.0, 1.5)
@@ -22,23 +23,23 @@ RESULTS = (
 
 def test_a_result_reads_back():
   for kind, value in RESULTS:
-    stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))
-    back = result_cache.from_json(kind, stored)
-    assert type(back) is type(value) and result_cache.to_json(back) == stored
+    stored = json.loads(json.dumps(storage.to_json(value), allow_nan=False))
+    back = storage.from_json(kind, stored)
+    assert type(back) is type(value) and storage.to_json(back) == stored
     assert repr(back) == repr(value)
 
 
 def test_what_is_no_result_is_refused():
   with pytest.raises(TypeError, match="numbers, texts, tuples and dataclasses"):
-    result_cache.to_json({"x": object()})
+    storage.to_json({"x": object()})
   for kind, stored in ((tuple[str, ...], [3]), (float, "much"), (int, True)):
     with pytest.raises(TypeError, match=r"Expected .* in a stored result, got"):
-      result_cache.from_json(kind, stored)
+      storage.from_json(kind, stored)
 
 
 def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(tmp_path):
   folder, calls = tmp_path / "new" / "folder", []
-  cached = functools.partial(result_cache.cached, folder, tuple[int, ...])
+  cached = functools.partial(storage.cached, folder, tuple[int, ...])
 
   def make():
     calls.append(1)
@@ -57,4 +58,4 @@ def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(tmp_path)
 def test_prompts_differ_by_text_reference_and_order():
   one, two = Prompt("a", "x", ("r",)), Prompt("b", "y", ("r",))
   lists = ([one, two], [two, one], [one], [Prompt("a", "x", ("s",)), two])
-  assert len(set(map(result_cache.prompts_digest, lists))) == 4
+  assert len(set(map(storage.prompts_digest, lists))) == 4
