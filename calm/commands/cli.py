@@ -52,7 +52,6 @@ def make_parser(command: str, *, every_option: bool = True) -> argparse.Argument
   Where not `every_option`, its help leaves out the group of more options.
   """
   from calm.commands import flags
-  from calm.commands import run as run_lib
 
   module = importlib.import_module(f"calm.commands.{command}")
   parser = Parser(
@@ -67,7 +66,7 @@ def make_parser(command: str, *, every_option: bool = True) -> argparse.Argument
   module.add_arguments(parser)
   for action in () if every_option else flags.more(parser)._group_actions:
     action.help = argparse.SUPPRESS
-  parser.set_defaults(run=run_lib.user_errors(module.run), command=command)
+  parser.set_defaults(run=module.run, command=command)
   return parser
 
 
@@ -82,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   first = words[0] if words else ""
   if first in COMMANDS:
-    parser = make_parser(first, every_option="--help_all" in words)
-    arguments = parser.parse_args(words[1:])
-    return arguments.run(arguments)
+    from calm.commands import run as run_lib
+
+    arguments = make_parser(first, every_option="--help_all" in words).parse_args(words[1:])
+    return run_lib.guarded(arguments.run, arguments)
   if first in ("-h", "--help", "--version"):
     print(f"calm {calm.__version__}" if first == "--version" else HELP)
     return 0

@@ -39,30 +39,24 @@ _EXTRAS = {
 }
 
 
-def user_errors(
-  run: Callable[[argparse.Namespace], int],
-) -> Callable[[argparse.Namespace], int]:
-  """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback.
+def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+  """Runs a command; prints a user's error as one message and returns 2 (CALM_DEBUG=1 shows the
+  traceback).
 
   SIGINT and SIGTERM end the process with one line that says what is kept (`signals.ending`).
   """
-
-  @functools.wraps(run)
-  def guarded(arguments: argparse.Namespace) -> int:
-    warnings.showwarning = _show_warning
-    try:
-      with signals.ending(_KEPT.get(getattr(arguments, "command", ""), _NOTHING)):
-        return run(arguments)
-    except BrokenPipeError:  # its reader has what it wanted, like `head`
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return 0
-    except (*USER_ERRORS, RuntimeError, MemoryError) as error:
-      if (message := _message(error)) is None or os.environ.get("CALM_DEBUG"):
-        raise
-      _print_error(message)
-      return 2
-
-  return guarded
+  warnings.showwarning = _show_warning
+  try:
+    with signals.ending(_KEPT.get(getattr(arguments, "command", ""), _NOTHING)):
+      return run(arguments)
+  except BrokenPipeError:  # its reader has what it wanted, like `head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except (*USER_ERRORS, RuntimeError, MemoryError) as error:
+    if (message := _message(error)) is None or os.environ.get("CALM_DEBUG"):
+      raise
+    _print_error(message)
+    return 2
 
 
 def _print_error(text: str) -> None:

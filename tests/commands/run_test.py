@@ -20,7 +20,7 @@ def clean():
 
 
 def ended(capsys, run, **arguments) -> tuple[int, str]:
-  code = run_lib.user_errors(run)(argparse.Namespace(**arguments))
+  code = run_lib.guarded(run, argparse.Namespace(**arguments))
   return code, capsys.readouterr().err
 
 
