@@ -27,11 +27,11 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import clusters, generations, methods, metrics, testing
+from calm.calibrate import Prompt, clusters, generations, methods, metrics, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import foreign
+from calm.calibrate.generations import foreign, records
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -81,10 +81,22 @@ def run(arguments: argparse.Namespace) -> int:
     named = (pair.rpartition("=")[2] for pair in arguments.outputs or ())
     read = (arguments.full, arguments.references, *named)
     run_lib.check_output(arguments.output, read=read)
-  if arguments.configurations:
-    found, cached = _cheapest_configuration(arguments)
-    _save(arguments, console, found, cached)
-    return 0
+  choose = _cheapest_configuration if arguments.configurations else _threshold
+  found, cached = choose(arguments, console)
+  path = pathlib.Path(arguments.output or f"{arguments.directory or '.'}/calibration.json")
+  found.save(path)
+  run_lib.print_calibration(console, found, None if arguments.configurations else cached)
+  print_text(console, f"Written to {path}, digest {found.digest}", soft_wrap=True)
+  model = (cached.provenance.notes or {}).get("model")  # as the user named it
+  if found.procedure is not None and isinstance(model, str):
+    named = [] if model == "packed" else [f"--model={model}"]
+    words = ("infer", *named, f"--calibration={path}", "a long text")
+    run_lib.print_next(console, "Serve it:", *words)
+  return 0
+
+
+def _threshold(arguments, console: rich_console.Console):
+  """(the calibration of one grid, the outputs that it is of)."""
   cached = _read(arguments)
   rates = {
     "error_rate": arguments.error_rate,
@@ -100,29 +112,13 @@ def run(arguments: argparse.Namespace) -> int:
     text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
     print_text(console, f"{text} equal input); {counted}", "yellow")
   if arguments.risks:
-    found = calibrate_lib.calibrate(risks=_risks(arguments, cached), **rates)
-  else:
-    promise = _promise(arguments, cached)  # refused before any text is compared
-    with Progress(console) as progress:
-      report = progress.count(f"{arguments.metric} losses")
-      losses = _losses(arguments, cached, arguments.kind, arguments.metric, report)
-    rates["tolerance"] = arguments.tolerance
-    found = calibrate_lib.calibrate(losses, promise=promise, **rates)
-  _save(arguments, console, found, cached, shown=cached)
-  return 0
-
-
-def _save(arguments, console, result, cached, *, shown=None) -> None:
-  """Writes a calibration, prints it and how it is served."""
-  path = pathlib.Path(arguments.output or f"{arguments.directory or '.'}/calibration.json")
-  result.save(path)
-  run_lib.print_calibration(console, result, shown)
-  print_text(console, f"Written to {path}, digest {result.digest}", soft_wrap=True)
-  model = (cached.provenance.notes or {}).get("model")  # as the user named it
-  if result.procedure is not None and isinstance(model, str):
-    named = [] if model == "packed" else [f"--model={model}"]
-    words = ("infer", *named, f"--calibration={path}", "a long text")
-    run_lib.print_next(console, "Serve it:", *words)
+    return calibrate_lib.calibrate(risks=_risks(arguments, cached), **rates), cached
+  promise = _promise(arguments, cached)  # refused before any text is compared
+  with Progress(console) as progress:
+    report = progress.count(f"{arguments.metric} losses")
+    losses = _losses(arguments, cached, arguments.kind, arguments.metric, report)
+  rates["tolerance"] = arguments.tolerance
+  return calibrate_lib.calibrate(losses, promise=promise, **rates), cached
 
 
 def _read(arguments: argparse.Namespace) -> generations.Generations:
@@ -200,14 +196,13 @@ def _labels(arguments, cached: generations.Generations) -> list[str]:
 
 def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[str, ...]]:
   """{id: its text, or `several`} of a file of {id, `field`}."""
-  found: dict[str, tuple[str, ...]] = {}
-  for line in storage.read_lines(path, pipes=True):
-    name, value = line.value.get("id"), line.value.get(field)
-    texts = value if several and isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in (name, *texts)) or name in found:
-      raise line.error(f"expected an `id` that is new and `{field}`, got {line.value!r:.100}")
-    found[str(name)] = tuple(map(str, texts))
-  return found
+
+  def parse(line: storage.Line) -> Prompt:
+    given: Any = line.value.get
+    return Prompt(given("id"), "", given(field) if several else [given(field)])
+
+  found = records.read_each(path, parse, f"an `id` and its `{field}`", pipes=True)
+  return {prompt.id: prompt.targets for _, prompt in found}
 
 
 def _parse_risk(text: str) -> tuple[str, str, float]:
@@ -233,7 +228,7 @@ def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
   ]
 
 
-def _cheapest_configuration(arguments):
+def _cheapest_configuration(arguments, console: rich_console.Console):
   """(the cheapest certified threshold of all folders, the outputs that it is of, or any)."""
   others = ("directory", "full", "outputs")
   odd = any(getattr(arguments, name) for name in others) or arguments.promise != "mean"

@@ -71,19 +71,13 @@ def supervised(
 
 def _tokens_of(path: pathlib.Path) -> dict[str, Any]:
   """{id: generated tokens} of an output file of `calm infer`."""
-  found = {}
-  for line in storage.read_lines(path):
+
+  def parse(line: storage.Line) -> records.Record:
     given: Any = line.value.get
-    tokens: Any = given("tokens") or "none"
-    try:
-      record = records.Record(given("id"), "", tokens)
-    except ValueError as error:
-      raise ValueError(
-        f"Expected `outputs` to have lines of `calm infer --output`, got {path}:{line.number}"
-        f" ({error})."
-      ) from error
-    found[record.id] = record.tokens
-  return found
+    return records.Record(given("id"), "", given("tokens") or "none")
+
+  found = records.read_each(path, parse, "a line of `calm infer --output`, as `outputs` has")
+  return {record.id: record.tokens for _, record in found}
 
 
 @arguments.checked()

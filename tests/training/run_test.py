@@ -18,7 +18,7 @@ gin = pytest.importorskip("gin")
 
 from calm import checkpoints, inference
 from calm.commands import cli, train
-from calm.commands.run import user_errors
+from calm.commands.run import guarded
 from calm.data import vocabulary
 from calm.t5 import network, parameters
 from calm.training import run, sources, updates
@@ -125,7 +125,7 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
     "TRAIN = '...'": (f"VOCABULARY_PATH = '{files[1]}'", "TRAIN = %gin.REQUIRED"),
     "got INITIAL, which nothing reads": (*bindings(files), "INITIAL = 'model'"),
   }
-  run = user_errors(train.run)
+  run = lambda given: guarded(train.run, given)
   for message, given in cases.items():
     gin.clear_config()
     assert run(arguments(CONFIGS / "local_tiny.gin", tmp_path / "run", *given)) == 2
@@ -233,7 +233,7 @@ def test_outputs_stand_in_for_targets(files, tmp_path):
   with pytest.raises(ValueError, match=r"`outputs`.*calm infer --threshold=never"):
     sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
   own.write_text("{}", encoding="utf-8")
-  with pytest.raises(ValueError, match=r"calm infer --output.*own.jsonl:1 \(Expected `id`"):
+  with pytest.raises(ValueError, match=r"own.jsonl:1: .* `calm infer --output`.*Expected `id`"):
     sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
 
 
