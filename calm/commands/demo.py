@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   run_lib.use_compilation_cache()
   from calm import inference
+  from calm.inference import outputs
 
   calibration_prompts, unseen_prompts = (
     records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[: arguments.limit]
@@ -66,7 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
     " and calibrated early exit, in turn."
   )
   full, early = _compare(console, predictor, calibration, unseen_prompts)
-  _print_examples(console, unseen_prompts, full, early)
+  console.print("\n[bold]4. Outputs[/bold] and the decoder layers of each token")
+  print(outputs.legend_terminal(early.num_layers))
+  for prompt, whole, left in list(zip(unseen_prompts, full, early, strict=True))[:EXAMPLES]:
+    text = textwrap.shorten(prompt.input, 160, placeholder="...")
+    print_text(console, f"\n{prompt.id}: {text}", "dim")
+    print_text(console, f"  reference  {prompt.targets[0]}", soft_wrap=True)
+    print_text(console, f"  full       {whole.text}", soft_wrap=True)
+    print(f"  early      {left.coloured()}")
   said = "its promise" if arguments.output else "this threshold (with --output: its promise)"
   named = [] if arguments.model == "packed" else [f"--model={arguments.model}"]
   words = ("infer", *named, served, "a long text")
@@ -100,17 +108,3 @@ def _compare(console, predictor, calibration: Calibration, prompts):
     f" {thresholds.format_threshold(threshold)}."
   )
   return full, early
-
-
-def _print_examples(console, prompts, full, early) -> None:
-  """A few outputs, every token marked by its exit layer, beside the full model's."""
-  from calm.inference import outputs
-
-  console.print("\n[bold]4. Outputs[/bold] and the decoder layers of each token")
-  print(outputs.legend_terminal(early.num_layers))
-  for prompt, whole, left in list(zip(prompts, full, early, strict=True))[:EXAMPLES]:
-    text = textwrap.shorten(prompt.input, 160, placeholder="...")
-    print_text(console, f"\n{prompt.id}: {text}", "dim")
-    print_text(console, f"  reference  {prompt.targets[0]}", soft_wrap=True)
-    print_text(console, f"  full       {whole.text}", soft_wrap=True)
-    print(f"  early      {left.coloured()}")

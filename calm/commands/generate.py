@@ -42,32 +42,25 @@ def run(arguments: argparse.Namespace) -> int:
   print_text(console, f"{prompts.taken}.")
   predictor = inference.load(arguments.model, **flags.decode_options(arguments))
   if prompts or mark is None:  # few prompts leave shards empty
-    _decode(arguments, console, predictor, prompts, folder)
+    levels = inference.grid.default_grid(predictor.options)
+    if arguments.thresholds is not None:
+      levels = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
+    writer = generations.open_writer(
+      folder,
+      prompts=prompts,
+      thresholds=levels,
+      procedure=predictor.procedure,
+      provenance=Provenance(notes={"model": str(arguments.model)}),
+    )
+    for report in writer.reports:
+      print_text(console, report, "yellow")
+    with Progress(console) as progress:
+      inference.grid.generate(predictor, prompts, levels, writer, progress=progress)
+    writer.finish()
+    console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth.")
   words = (f"Written to {folder}. Calibrate on it:", "calibrate", folder)
   if mark is not None:
     merge.write_mark(folder, mark)
     words = (f"{folder} is finished; when all are:", "merge", arguments.output)
   run_lib.print_next(console, *words)
   return 0
-
-
-def _decode(arguments, console, predictor, prompts, folder) -> None:
-  """Decodes what a folder of cached generations lacks."""
-  from calm.inference import grid
-
-  levels = grid.default_grid(predictor.options)
-  if arguments.thresholds is not None:
-    levels = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
-  writer = generations.open_writer(
-    folder,
-    prompts=prompts,
-    thresholds=levels,
-    procedure=predictor.procedure,
-    provenance=Provenance(notes={"model": str(arguments.model)}),
-  )
-  for report in writer.reports:
-    print_text(console, report, "yellow")
-  with Progress(console) as progress:
-    grid.generate(predictor, prompts, levels, writer, progress=progress)
-  writer.finish()
-  console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth.")

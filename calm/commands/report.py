@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
   run_lib.use_compilation_cache()
+  import jax
+
   # A missing package is reported before an hour of decoding.
   from calm.paper import page
   from calm.paper import sections as sections_lib
@@ -81,8 +83,21 @@ def run(arguments: argparse.Namespace) -> int:
   with storage.lock(output), Progress(console) as progress:
     tasks = _tasks(arguments, {"folder": output / "cache", "announce": progress.step})
     sections, headlines = sections_lib.sections(tasks), tuple(map(sections_lib.headline, tasks))
-  facts = _facts(arguments, tasks[0].predictor, time.monotonic() - start)
-  about = f"calm report: {arguments.model}", facts, sections, tasks[0].num_layers, headlines
+  model, seconds = tasks[0].predictor, time.monotonic() - start
+  facts = (
+    ("model", str(arguments.model)),
+    ("parameters", model.procedure.parameters_digest[:16]),
+    ("prompts of each split", str(arguments.limit or "one of every source")),
+    ("command", shlex.join(["calm", *sys.argv[1:]])),
+    (
+      "machine",
+      f"{jax.devices()[0].device_kind}, {platform.machine()}, JAX {jax.__version__}, calm"
+      f" {calm.__version__}",
+    ),
+    ("this run", f"{seconds:.0f} s; what was cached before is not in it"),
+    ("written", time.strftime("%Y-%m-%d")),
+  )
+  about = f"calm report: {arguments.model}", facts, sections, model.num_layers, headlines
   written = page.write(output, page.Page(*about))
   for _, sentence in headlines:
     print_text(console, f"\n{sentence}", "bold")
@@ -141,21 +156,3 @@ def _own_task(arguments: argparse.Namespace, predictor):
   )
   # Calibrated on four fifths of the test prompts; the rest is evaluated only.
   return settings, splits.validation, splits.calibration + splits.last
-
-
-def _facts(arguments: argparse.Namespace, predictor, seconds: float):
-  """What the page says about its making."""
-  import jax
-
-  limit = "one of every source" if arguments.limit is None else str(arguments.limit)
-  versions = f"JAX {jax.__version__}, calm {calm.__version__}"
-  machine = f"{jax.devices()[0].device_kind}, {platform.machine()}, {versions}"
-  return (
-    ("model", str(arguments.model)),
-    ("parameters", predictor.procedure.parameters_digest[:16]),
-    ("prompts of each split", limit),
-    ("command", shlex.join(["calm", *sys.argv[1:]])),
-    ("machine", machine),
-    ("this run", f"{seconds:.0f} s; what was cached before is not in it"),
-    ("written", time.strftime("%Y-%m-%d")),
-  )
