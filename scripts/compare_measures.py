@@ -54,7 +54,7 @@ def cell(gain: experiments.Gain) -> str:
 def rows(of: experiments.Task) -> list[list[str]]:
   """A row a measure by delta, and the oracle's."""
   title = of.settings.title
-  full = of.records(f"static {of.num_layers} test", exits.StaticExit(of.num_layers), of.test)
+  full = of.records("full depth test", exits.StaticExit(), of.test)
   early = of.records("oracle test", exits.OracleExit(), of.test)
   oracle = experiments.point("oracle", early, full, of.test, of.settings.metric)
   gains = experiments.gains(of, targets=TARGETS, methods=METHODS)

@@ -175,10 +175,6 @@ class Bench:
   all_layers: inference.Predictor | None = None
 
   @property
-  def num_layers(self) -> int:
-    return self.predictor.num_layers
-
-  @property
   def num_calibration(self) -> int:
     """Test prompts that calibrate: four fifths, the paper's share."""
     return round(0.8 * len(self.test))
@@ -241,10 +237,6 @@ class Bench:
     return self.over(self.model(measure), prompts, levels, f"grid of {measure}")
 
   @functools.cached_property
-  def validation_grids(self) -> Mapping[str, generations.Generations]:
-    return {measure: self.decoded(measure, self.validation) for measure in self.measures}
-
-  @functools.cached_property
   def test_grids(self) -> Mapping[str, generations.Generations]:
     return {measure: self.decoded(measure, self.test) for measure in self.measures}
 
@@ -261,12 +253,12 @@ class Bench:
     """Depth -> validation prompts through that many layers."""
     return {
       depth: self.records(f"static {depth}", exits.StaticExit(depth), self.validation)
-      for depth in range(1, self.num_layers + 1)
+      for depth in range(1, self.predictor.num_layers + 1)
     }
 
   @property
   def full(self) -> tuple[Record, ...]:
-    return self.static[self.num_layers]
+    return self.static[self.predictor.num_layers]
 
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
     options: dict[str, Any] = {"rounds": self.options.rounds}

@@ -207,7 +207,8 @@ def lengths(of: bench.Bench) -> tuple[str, ...]:
 def tradeoff(of: bench.Bench) -> Curves:
   """Fig. 3: quality against layers, and against measured seconds, which the paper lacks."""
   oracle = of.records("oracle", exits.OracleExit(), of.validation)
-  grids, depths = of.validation_grids, range(1, of.num_layers + 1)
+  grids = {measure: of.decoded(measure, of.validation) for measure in of.measures}
+  depths = range(1, of.predictor.num_layers + 1)
   settings = of.timed_settings({measure: of.grid(measure) for measure in grids})
   settings += [timing.Setting(f"{STATIC} {k}", exits.StaticExit(k)) for k in depths]
   settings.append(timing.Setting(ORACLE, exits.OracleExit()))
@@ -418,7 +419,7 @@ def gains(
       error_rate=of.options.error_rate,
       method=method,
     )
-    cells.append(Gain(*target, measure, method, made.threshold, float(of.num_layers)))
+    cells.append(Gain(*target, measure, method, made.threshold, float(of.predictor.num_layers)))
   chosen = {
     measure: list(dict.fromkeys(c.threshold for c in cells if c.measure == measure and c.exits))
     for measure in of.measures
@@ -569,7 +570,7 @@ def validity(of: bench.Bench) -> tuple[Trial, ...]:
         TOLERANCES,
         of.options.error_rate,
         min(300, count),
-        (counts[0][rows], counts[1][rows], of.num_layers),
+        (counts[0][rows], counts[1][rows], of.predictor.num_layers),
         measure=measure,
         splits=SPLITS,
         draws=DRAWS,

@@ -107,7 +107,7 @@ def _tradeoff(task: Task) -> Iterator[Figure | Table]:
 
   def over_layers(axes) -> None:
     page.full_depth(axes, full)
-    axes.set_xlim(0.8, task.num_layers + 0.2)
+    axes.set_xlim(0.8, task.predictor.num_layers + 0.2)
 
   def over_seconds(axes) -> None:
     page.full_depth(axes, full)
