@@ -115,17 +115,7 @@ class Walk:
   def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool):
     """Confidence of every row after `layer`, and logits of the full head, None where one head
     after the chain will do."""
-    layers, hidden = self.layers, state.hidden
-    read = lambda: layers.read(layer, hidden)
-    view = confidence_lib.LayerView(
-      layer,
-      hidden,
-      previous,
-      logits=lambda: layers.logits(read()),
-      exit_logit=lambda: layers.exit_logit(read()),
-      shortlist_logits=lambda: layers.shortlist_logits(read()),
-      probe_logit=lambda: layers.probe_logit(layer, read(), hidden, previous),
-    )
+    view = view_after(self.layers, layer, state.hidden, previous)
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))
     return self._with_logits(view) if self.measure.uses_head else (self.measure(view), None)
@@ -149,6 +139,22 @@ class Walk:
       return jnp.where(passes, confidence, bound), logits
 
     return lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
+
+
+def view_after(
+  layers: layers_lib.Layers, layer: int, hidden: jax.Array, previous: jax.Array
+) -> confidence_lib.LayerView:
+  """What a measure may look at after `layer`, which made `hidden` of `previous`."""
+  read = lambda: layers.read(layer, hidden)
+  return confidence_lib.LayerView(
+    layer,
+    hidden,
+    previous,
+    logits=lambda: layers.logits(read()),
+    exit_logit=lambda: layers.exit_logit(read()),
+    shortlist_logits=lambda: layers.shortlist_logits(read()),
+    probe_logit=lambda: layers.probe_logit(layer, read(), hidden, previous),
+  )
 
 
 def _chosen(

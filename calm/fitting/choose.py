@@ -18,7 +18,7 @@ import numpy as np
 from calm import exits, inference, storage
 from calm.calibrate import Prompt, Record, losses
 from calm.console import Report
-from calm.exits import confidence, schedules
+from calm.exits import confidence, schedules, walk
 from calm.fitting import exit_maps, request
 from calm.inference import grid, timing
 from calm.inference.grid import part
@@ -201,18 +201,16 @@ def read_layers(
   """Reads every layer at every token of `full`, the full-depth records of `texts`."""
   names = [name for name in inference.options.measures(predictor) if name != "shortlist"]
   bulk = predictor.with_options(batch_size=exit_maps.BATCH).changed(one_shape=True)
-  batches = bulk.plan(texts)
-  longest = max(len(record.tokens or ()) for record in full)
+  tokens = [record.tokens or () for record in full]
+  batches = list(exit_maps.with_targets(bulk.plan(texts), tokens))
   read = jax.jit(functools.partial(_read, predictor, tuple(names)))
   found: list[tuple[np.ndarray, ...]] = []
-  for number, batch in enumerate(batches, start=1):
-    rows = [full[int(row)].tokens or () for row in batch.rows]
-    targets = exit_maps.padded_targets(rows, len(batch.tokens), longest)
-    given = predictor.weights.decoder, predictor.params, batch.tokens, targets
-    layers = [np.asarray(x) for x in read(*given)]
-    for i, tokens in enumerate(rows):
-      columns = [array[:, i, : len(tokens)].T for array in layers]
-      found.append((*columns, np.arange(len(tokens))))
+  for number, (rows, *given) in enumerate(batches, start=1):
+    made = read(predictor.weights.decoder, predictor.params, *given)
+    layers = [np.asarray(x) for x in made]
+    for i, length in enumerate(len(tokens[row]) for row in rows):
+      columns = [array[:, i, :length].T for array in layers]
+      found.append((*columns, np.arange(length)))
     progress(number / len(batches), f"reading layers, batch {number} of {len(batches)}")
   agrees, *values, positions = map(np.concatenate, zip(*found, strict=True))
   confidences = dict(zip(names, values, strict=True))
@@ -228,21 +226,12 @@ def _read(
   states, *_ = exit_maps.full_states(config, params, inputs, targets)
   states = [state.reshape(-1, config.emb_dim) for state in (jnp.zeros_like(states[0]), *states)]
   nothing = caches.Encoded((), jnp.zeros(0))  # no layer attends to anything
-  heads = decoder.DecoderStep(weights, config, nothing, (), ())
+  heads = decoder.DecoderStep(weights, config, nothing, (), ()).layers(())
 
   def after(layer: int) -> tuple[jax.Array, ...]:
-    hidden, previous = states[layer], states[layer - 1]
-    read = heads.read(layer, hidden)
-    logits = heads.logits(read)
-    view = confidence.LayerView(
-      layer,
-      hidden,
-      previous,
-      logits=lambda: logits,
-      exit_logit=lambda: heads.exit_logit(read),
-      shortlist_logits=lambda: heads.shortlist_logits(read),
-      probe_logit=lambda: heads.probe_logit(layer, read, hidden, previous),
-    )
+    view = walk.view_after(heads, layer, states[layer], states[layer - 1])
+    logits = view.logits()
+    view = dataclasses.replace(view, logits=lambda: logits)
     return jnp.argmax(logits, axis=-1), *(confidence.measure(name)(view) for name in names)
 
   columns = zip(*map(after, range(1, len(states))), strict=True)

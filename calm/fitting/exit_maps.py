@@ -16,7 +16,7 @@ the layer's token is the full model's. Memory is bounded: normal equations, a sa
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from scipy import optimize
 
 from calm import inference
 from calm.console import Report
+from calm.data import prompt_batches
 from calm.exits import confidence
 from calm.inference.grid import part
 from calm.t5 import network, parameters
@@ -140,12 +141,17 @@ def full_states(config: network.T5Config, params, inputs, targets):
   return states
 
 
-def padded_targets(rows: Sequence[Sequence[int]], num_rows: int, longest: int) -> np.ndarray:
-  """Texts as [num_rows, length], one length for all: one program is compiled."""
-  targets = np.zeros((num_rows, -(-max(longest, 1) // _BUCKET) * _BUCKET), np.int32)
-  for i, row in enumerate(rows):
-    targets[i, : len(row)] = row
-  return targets
+def with_targets(
+  batches: Sequence[prompt_batches.PromptBatch], tokens: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+  """(rows, inputs, targets) of every batch; targets are the `tokens` of all prompts, of one
+  length: one program is compiled."""
+  length = -(-max(1, *map(len, tokens)) // _BUCKET) * _BUCKET
+  for batch in batches:
+    rows, targets = batch.rows.tolist(), np.zeros((len(batch.tokens), length), np.int32)
+    for i, row in enumerate(rows):
+      targets[i, : len(tokens[row])] = tokens[row]
+    yield rows, batch.tokens, targets
 
 
 class _Sums(NamedTuple):
@@ -183,13 +189,11 @@ def _read_all(predictor, layers, texts, tokens, seed, progress) -> tuple[list[_S
   held_out[chosen[: max(1, round(_HELD_OUT * len(chosen)))]] = len(chosen) > 1
   read = jax.jit(functools.partial(_read_batch, config, layers))
   sums, found, done = None, [], 0
-  for batch in predictor.with_options(batch_size=BATCH).plan(list(texts)):
-    rows = [int(row) for row in batch.rows]
-    longest = int(lengths.max(initial=1))
-    targets = padded_targets([tokens[row] for row in rows], len(batch.tokens), longest)
+  batches = predictor.with_options(batch_size=BATCH).plan(list(texts))
+  for rows, inputs, targets in with_targets(batches, tokens):
     weights = np.zeros(targets.shape, np.float32)
     weights[: len(rows)] = (targets[: len(rows)] > 0) & ~held_out[rows, None]
-    made, *states = read(predictor.params, batch.tokens, targets, weights)
+    made, *states = read(predictor.params, inputs, targets, weights)
     made = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
     sums = made if sums is None else jax.tree.map(np.add, sums, made)
     for i, row in enumerate(rows):
