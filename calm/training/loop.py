@@ -85,7 +85,6 @@ def fit(
   scalars. FloatingPointError: the loss is no longer finite, and nothing of that is saved;
   ValueError: `output_dir` holds another run: model, learning rate, seed or data."""
   listener = listener or Listener()
-  check_writable(output_dir)
   validations = output_dir / "validation.json"
   newest = _checkpointer(output_dir, "checkpoints", 1)
   with newest as newest, _checkpointer(output_dir, "best", 2) as bests:
@@ -168,15 +167,13 @@ def _save(manager, step: int, tree: Any) -> None:
   import orbax.checkpoint as ocp
 
   manager.save(step, args=ocp.args.StandardSave(tree), force=True)
-  manager.wait_until_finished()
 
 
 def _restore(manager, step: int, like: Any) -> Any:
   """The checkpoint of a step, with the structure and shapes of `like`."""
   import orbax.checkpoint as ocp
 
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+  return manager.restore(step, args=ocp.args.StandardRestore(like))
 
 
 def check_identity(
