@@ -249,17 +249,13 @@ class Deferred(Eager):
     for layer, fill in zip(segment, fills, strict=True):
       if segment[0] > 1:  # the layers before the first exit are never behind
         fill = self.fill(decoder, layer, fill, position, states)
-      state, fill = self._run_layer(walk, decoder, layer, position, state, fill)
-      made.append(fill)
+      hidden, row = decoder.run(layer, walk.layer_input(layer, state), fill.cache)
+      row = walk.stored(layer, state, row)
+      state, end = walk.after(layer, state, hidden, row), after(position, hidden)
+      keeps = self.task.keeps(position)
+      (cache,) = caches_lib.write_rows((fill.cache,), (row,), (end,), keeps)
+      made.append(LayerFill(cache, position + 1))
     return state, tuple(made)
-
-  def _run_layer(self, walk, decoder, layer, position, state, fill):
-    hidden, row = decoder.run(layer, walk.layer_input(layer, state), fill.cache)
-    row = walk.stored(layer, state, row)
-    made = walk.after(layer, state, hidden, row)
-    end = after(position, hidden)
-    (cache,) = caches_lib.write_rows((fill.cache,), (row,), (end,), self.task.keeps(position))
-    return made, LayerFill(cache, position + 1)
 
   def fill(
     self, decoder, layer: int, fill: LayerFill, position, states, needed: Any = True
