@@ -14,6 +14,8 @@ Batch = dict[str, np.ndarray]
 TokenPair = tuple[np.ndarray, np.ndarray]  # inputs, targets; each ends with EOS
 # Padded lengths of inputs and of targets, in tokens with EOS, of one compiled training program.
 Bucket = tuple[int, int]
+# T5's: share of a text's tokens that are hidden, and tokens of a span on average.
+NOISE_DENSITY, SPAN_LENGTH = 0.15, 3.0
 
 
 @runtime_checkable
@@ -35,11 +37,6 @@ class Supervised:
 
   def __post_init__(self):
     _check_enough(len(self.inputs), self.batch_size)
-    if not self.buckets or (np.diff(self.buckets, axis=0) < 0).any():
-      raise ValueError(
-        "Expected `buckets` to be one or more, ascending in both lengths, got"
-        f" {self.buckets}; reorder them."
-      )
 
   def batch(self, step: int) -> Batch:
     epoch, index = divmod(step, len(self.inputs) // self.batch_size)
@@ -96,7 +93,7 @@ class Denoising:
   """T5 span corruption over plain texts (Raffel et al. 2020, section 3.1.4).
 
   Each text is cut at a random offset to at most `length` tokens; spans of
-  `mean_span_length` tokens on average, `noise_density` of all, are replaced by sentinels
+  `SPAN_LENGTH` tokens on average, `NOISE_DENSITY` of all, are replaced by sentinels
   (`first_sentinel`, then downward); the target lists sentinel and span in turn.
   """
 
@@ -106,21 +103,19 @@ class Denoising:
   seed: int
   first_sentinel: int
   eos_id: int = 1
-  noise_density: float = 0.15
-  mean_span_length: float = 3.0
 
   def __post_init__(self):
     _check_enough(len(self.texts), self.batch_size)
 
   @property
   def bucket(self) -> Bucket:
-    num_noise, num_spans = round(self.length * self.noise_density), self.max_spans
+    num_noise, num_spans = round(self.length * NOISE_DENSITY), self.max_spans
     return self.length - num_noise + num_spans + 1, num_noise + num_spans + 1
 
   @property
   def max_spans(self) -> int:
     """Sentinels that the longest text needs."""
-    return max(1, round(round(self.length * self.noise_density) / self.mean_span_length))
+    return max(1, round(round(self.length * NOISE_DENSITY) / SPAN_LENGTH))
 
   def batch(self, step: int) -> Batch:
     epoch, index = divmod(step, len(self.texts) // self.batch_size)
@@ -132,7 +127,7 @@ class Denoising:
   def _corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> TokenPair:
     start = rng.integers(0, max(1, len(tokens) - self.length + 1))
     tokens = tokens[start : start + self.length]
-    noise = noise_mask(len(tokens), self.noise_density, self.mean_span_length, rng)
+    noise = noise_mask(len(tokens), rng)
     replaced = lambda hidden: replace_spans(tokens, hidden, self.first_sentinel)
     return np.append(replaced(noise), self.eos_id), np.append(replaced(~noise), self.eos_id)
 
@@ -145,12 +140,10 @@ def _check_enough(num_examples: int, batch_size: int) -> None:
     )
 
 
-def noise_mask(
-  length: int, density: float, mean_span_length: float, rng: np.random.Generator
-) -> np.ndarray:
+def noise_mask(length: int, rng: np.random.Generator) -> np.ndarray:
   """Boolean [length]: alternating spans of kept and noise tokens, noise last."""
-  num_noise = min(max(round(length * density), 1), max(length - 1, 1))
-  num_spans = min(max(round(num_noise / mean_span_length), 1), max(length - num_noise, 1))
+  num_noise = min(max(round(length * NOISE_DENSITY), 1), max(length - 1, 1))
+  num_spans = min(max(round(num_noise / SPAN_LENGTH), 1), max(length - num_noise, 1))
   kept = _random_parts(max(length - num_noise, 0), num_spans, rng)
   noise = _random_parts(num_noise, num_spans, rng)
   lengths = np.stack([kept, noise], axis=1).reshape(-1)

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -46,16 +47,25 @@ def supervised(
       learns from them without references, on the texts that it will decide about.
   """
   limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
-  if any(len(pair) != 2 or not all(0 < n <= limits.LONGEST for n in pair) for pair in buckets):
+  rising = itertools.pairwise([(1, 1), *buckets, (limits.LONGEST,) * 2])
+  fits = lambda one, next: len(next) == 2 and one[0] <= next[0] and one[1] <= next[1]
+  if not buckets or not all(itertools.starmap(fits, rising)):
     raise ValueError(
-      f"Expected `buckets` to be pairs of lengths in 1 ... {limits.LONGEST}, as ((64, 32),),"
-      f" got {buckets!r}."
+      f"Expected `buckets` to be pairs of lengths in 1 ... {limits.LONGEST}, ascending in both,"
+      f" as ((64, 32),), got {buckets!r}."
     )
   file = pathlib.Path(root) / path
   examples = prompt_files.open_prompts(file, require_target=not outputs)[::every]
   encoded = lambda text: np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
   if outputs:
-    own = _tokens_of(pathlib.Path(outputs))
+
+    def parse(line: storage.Line) -> records.Record:
+      given: Any = line.value.get
+      tokens: Any = given("tokens") or "none"
+      return records.Record(given("id"), "", tokens)
+
+    lines = records.read_each(outputs, parse, "a line of `calm infer --output`")
+    own: Any = {record.id: record.tokens for _, record in lines}
     examples = [e for e in examples if e.id in own]
     if not examples:
       raise ValueError(
@@ -67,17 +77,6 @@ def supervised(
     targets = [encoded(e.targets[0]) for e in examples]
   inputs = [encoded(prefix + e.input) for e in examples]
   return training_batches.Supervised(inputs, targets, tuple(buckets), batch_size, seed)
-
-
-def _tokens_of(path: pathlib.Path) -> dict[str, Any]:
-  """{id: generated tokens} of an output file of `calm infer`."""
-
-  def parse(line: storage.Line) -> records.Record:
-    given: Any = line.value.get
-    return records.Record(given("id"), "", given("tokens") or "none")
-
-  found = records.read_each(path, parse, "a line of `calm infer --output`, as `outputs` has")
-  return {record.id: record.tokens for _, record in found}
 
 
 @arguments.checked()
