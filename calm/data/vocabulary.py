@@ -225,11 +225,8 @@ class TokenizerVocabulary(Vocabulary):
   @functools.cached_property
   def _special(self) -> set[int]:
     """Ids of the special tokens that are no text, so without the sentinels."""
-    return {
-      token["id"]
-      for token in self._content.get("added_tokens") or ()
-      if token.get("special") and not SENTINEL.fullmatch(token["content"])
-    }
+    added = self._tokenizer.get_added_tokens_decoder().items()
+    return {i for i, t in added if t.special and not SENTINEL.fullmatch(t.content)}
 
   @functools.cached_property
   def vocab_size(self) -> int:
