@@ -200,13 +200,12 @@ def check_identity(
     try:
       before = storage.parse_json(storage.content(path))
       rates, batches = dict(before["learning_rates"]), dict(before["batches"])
-      found = (
-        [] if before["seed"] == now["seed"] else [f"seed {before['seed']}, now {now['seed']}"]
-      )
-      for step, rate in now["learning_rates"]:
-        if step < reached and not math.isclose(rates[step], rate, rel_tol=1e-4):
-          found.append(f"learning rate {rates[step]:g} at step {step}, now {rate:g}")
-          break
+      found = [f"seed {before['seed']}, now {now['seed']}"] * (before["seed"] != now["seed"])
+      found += [
+        f"learning rate {rates[step]:g} at step {step}, now {rate:g}"
+        for step, rate in now["learning_rates"]
+        if step < reached and not math.isclose(rates[step], rate, rel_tol=1e-4)
+      ][:1]
       if any(batches[step] != digest for step, digest in now["batches"] if step < reached):
         found.append("other data (or their seed, prefix, lengths or batch size)")
       if before.get("shapes", now["shapes"]) != now["shapes"]:

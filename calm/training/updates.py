@@ -60,9 +60,8 @@ def adafactor(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
   return optax.adafactor(learning_rate, multiply_by_parameter_scale=True)
 
 
-def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """Adam; for the exit classifier, whose zero start Adafactor's scaling would hold back."""
-  return optax.adam(learning_rate)
+# For the exit classifier, whose zero start Adafactor's scaling would hold back.
+adam = optax.adam
 
 
 @arguments.checked()
