@@ -102,8 +102,9 @@ def point(
   Its seconds are those of the setting `timed_as`, or `name`, at that threshold.
   """
   texts, references = [r.prediction for r in records], [prompt.targets for prompt in prompts]
-  quality = _similarities(texts, references, metric)
-  similarity = _similarities(texts, [(r.prediction,) for r in full], metric)
+  metric, pairs = metrics.get_metric(metric), functools.partial(zip, texts, strict=True)
+  quality = metrics.compute(metric, list(pairs(references)))
+  similarity = metrics.compute(metric, list(pairs([(r.prediction,) for r in full])))
   same = [text == record.prediction for text, record in zip(texts, full, strict=True)]
   more: dict[str, Any] = {}
   if bleu:
@@ -134,12 +135,6 @@ def curve(
     point(name, records, full, cached.prompts, metric, float(level), **more)
     for level, records in zip(cached.thresholds, cached.records, strict=True)
   ]
-
-
-def _similarities(texts, references, metric: metrics.MetricLike) -> np.ndarray:
-  """The metric of each text against its references, [num_examples] in [0, 1]."""
-  pairs = [(text, tuple(theirs)) for text, theirs in zip(texts, references, strict=True)]
-  return metrics.compute(metrics.get_metric(metric), pairs)
 
 
 def _mean(values: np.ndarray) -> Interval:

@@ -55,8 +55,15 @@ def _points(task: Task, name: str, title: str, points, at: str = "threshold", no
 
 
 def headline(task: Task) -> tuple[str, str]:
-  """The speed-up of a task in a word, like `×1.90`, and its result in a sentence or two."""
-  title, best = task.settings.title.capitalize(), best_gain(task.gains)
+  """The speed-up of a task in a word, like `×1.90`, and its result in a sentence or two: of the
+  tightest tolerance of texts that is faster than full depth, else of the fastest certified."""
+  title = task.settings.title.capitalize()
+  cells = [cell for cell in task.gains if cell.consistency == "textual" and cell.exits]
+  faster = [cell for cell in cells if cell.speedup > 1.0]
+  tightest = min((cell.tolerance for cell in faster), default=None)
+  among = [cell for cell in faster if cell.tolerance == tightest] or cells
+  speed = lambda cell: -math.inf if math.isnan(cell.speedup) else cell.speedup
+  best = max(among, key=speed, default=None)
   pace = "" if best is None else f"{times(best.speedup)} as fast{ends(best.speedup_interval)}"
   if best is None or not best.speedup > 1.0:
     slower = pace and f"; the fastest that is certified runs {pace}"
@@ -77,19 +84,6 @@ def ends(bounds: experiments.Interval) -> str:
   """Like ` (0.02 to 0.12)`, or nothing where it is unknown."""
   text = interval(bounds)
   return "" if text == "–" else f" ({text})"
-
-
-def best_gain(table: Sequence[experiments.Gain]) -> experiments.Gain | None:
-  """The cell for textual consistency at the tightest tolerance that is faster than full depth.
-
-  Where none is faster, the fastest that was certified; None where nothing was.
-  """
-  cells = [cell for cell in table if cell.consistency == "textual" and cell.exits]
-  faster = [cell for cell in cells if cell.speedup > 1.0]
-  tightest = min((cell.tolerance for cell in faster), default=None)
-  among = [cell for cell in faster if cell.tolerance == tightest] or cells
-  speed = lambda cell: -math.inf if math.isnan(cell.speedup) else cell.speedup
-  return max(among, key=speed, default=None)
 
 
 # Fig. 3
