@@ -236,7 +236,19 @@ def _read(
       raise ValueError(
         f"Expected `exits_trained` in {where!r} to be true or false, got {trained!r}"
       )
-    config = _config_of(fields, path)
+    known = {field.name for field in dataclasses.fields(network.T5Config)}
+    stored_format = fields.pop("format", None)
+    if fields.get("per_layer_heads") is False:  # of earlier versions
+      del fields["per_layer_heads"]
+    unknown = sorted(set(fields) - known)
+    if stored_format != FORMAT or unknown or "vocab_size" not in fields:
+      raise ValueError(
+        f"Expected a config.json with format {FORMAT!r} and fields of T5Config, got"
+        f" {str(path)!r} with format {stored_format!r}, unknown fields {unknown}; open it with"
+        " the version of calm that wrote it."
+      )
+    with files.naming(path / "config.json"):
+      config = network.T5Config(**limits.check(fields))
     flat, _ = files.read_safetensors(path / "params.safetensors")
     return config, flat, _read_vocabulary(path), trained
   found = t5x.find(path)
@@ -249,22 +261,6 @@ def _read(
   # T5X's own models have no exit parts: somebody trained those that are there.
   grown = any(getattr(config, part) for part in parameters.EXIT_PARTS)
   return config, flat, None, None if grown else False
-
-
-def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
-  known = {field.name for field in dataclasses.fields(network.T5Config)}
-  stored_format = fields.pop("format", None)
-  if fields.get("per_layer_heads") is False:  # of earlier versions, whose layers could have one
-    del fields["per_layer_heads"]
-  unknown = sorted(set(fields) - known)
-  if stored_format != FORMAT or unknown or "vocab_size" not in fields:
-    raise ValueError(
-      f"Expected a config.json with format {FORMAT!r} and fields of T5Config, got {str(path)!r}"
-      f" with format {stored_format!r}, unknown fields {unknown}; open it with the version of"
-      " calm that wrote it."
-    )
-  with files.naming(path / "config.json"):
-    return network.T5Config(**limits.check(fields))
 
 
 def _vocabulary_writers(vocabulary: Vocabulary) -> dict[str, Callable[[pathlib.Path], Any]]:

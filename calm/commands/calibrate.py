@@ -199,7 +199,7 @@ def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[
 
   def parse(line: storage.Line) -> Prompt:
     given: Any = line.value.get
-    return Prompt(given("id"), "", given(field) if several else [given(field)])
+    return Prompt(given("id"), "", given(field) if several else (given(field),))
 
   found = records.read_each(path, parse, f"an `id` and its `{field}`", pipes=True)
   return {prompt.id: prompt.targets for _, prompt in found}

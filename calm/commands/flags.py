@@ -42,7 +42,6 @@ METRICS = "rouge_l, token_f1, exact_match, chrf, file.py:function, or module:fun
 _KEYS = "the first of input, inputs, prompt, text, question"
 _TARGETS = "the first of target(s), reference(s), output, answer"
 _INPUT = "JSON Lines, JSON, text, CSV, TSV or Parquet; '-': standard input"
-_SHARD = "decode one of N parts into OUTPUT/shard-..."
 # Options of several commands: (metavar, help), and the rest of the arguments of `add`.
 _SHARED = {
   "model": ("FOLDER", "checkpoint folder, or 'packed'", {"default": "packed"}),
@@ -54,7 +53,7 @@ _SHARED = {
   "error_rate": ("RATE", "probability that the guarantee fails (epsilon)", {"default": 0.05}),
   "metric": ("NAME", METRICS, {"default": "rouge_l"}),
   "ungrouped": (None, "take prompts of one group or equal input as independent", {}),
-  "num_shards": ("N", _SHARD, {}),
+  "num_shards": ("N", "decode one of N parts into OUTPUT/shard-...", {}),
   "shard_id": ("K", "which part, from 0 on", {}),
 }
 # Options of `inference.load`: (name, metavar, help, value where neither the option, nor the

@@ -213,10 +213,16 @@ class Serving:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
     options, batches = self._predictor.options, FIRST_BATCHES
     batch, start = options.batch_size * options.num_devices, 0
-    while chunk := prompts[start : start + (1 if self._arguments.stream else batches * batch)]:
+    parts = self._show if self._arguments.stream else None
+    while chunk := prompts[start : start + (1 if parts else batches * batch)]:
+      way = {"threshold": self._threshold, "rule": self._rule}
+      if self._online is not None:
+        # Prompts of one group, and prompts that say the same, are checked once.
+        ids = [clusters.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
+        way = {"online": self._online, "ids": ids}
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = self._generate(chunk)
+        made = self._predictor.generate([p.input for p in chunk], parts=parts, **way)
       for warning in caught:
         if isinstance(warning.message, prompt_batches.CutPrompts):
           self._cut.append(warning.message)
@@ -235,15 +241,6 @@ class Serving:
       start += len(chunk)
       affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(MOST_BATCHES, 4 * batches, affordable))
-
-  def _generate(self, chunk: Sequence[Prompt]):
-    way = {"threshold": self._threshold, "rule": self._rule}
-    if self._online is not None:
-      # Prompts of one group, and prompts that say the same, are checked once.
-      ids = [clusters.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
-      way = {"online": self._online, "ids": ids}
-    parts = self._show if self._arguments.stream else None
-    return self._predictor.generate([prompt.input for prompt in chunk], parts=parts, **way)
 
   def _show(self, row: int, output: outputs.Output) -> None:
     """Prints what came of a text since the last call."""

@@ -35,9 +35,6 @@ from calm.console import Progress, print_text
 from calm.data import prompt_batches
 
 TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
-_MEASURES = ["softmax", "shortlist", "classifier", "state"]
-# Models that are compared with the model, by the options of these names and `_model`.
-_COMPARED = ("geometric", "last_layer", "all_layers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "tasks", "TASK", text, list(TASKS), nargs="+", without="all")
   add(parser, "metric", "NAME", f"of --train: {flags.METRICS}", "rouge_l")
   add(parser, "limit", "N", "prompts of each split", without="one of every source")
-  text = "confidence measures"
-  add(parser, "measures", "NAME", text, _MEASURES, nargs="+", without="all of the model")
+  measures = ["softmax", "shortlist", "classifier", "state"]
+  options = {"nargs": "+", "without": "all of the model"}
+  add(parser, "measures", "NAME", "confidence measures", measures, **options)
   add(more, "prefix", "TEXT", "of --train: put before every input", without="the model's own")
   flags.add_shared(more, "error_rate")
   add(more, "step", "STEP", "between the thresholds of Fig. 2c", 0.02)
@@ -114,7 +112,8 @@ def _tasks(arguments: argparse.Namespace, places):
   names = ("timed", "rounds", "examples", "ablated", "step", "error_rate")
   options = {name: getattr(arguments, name) for name in names}
   options = bench.Options(measures=tuple(arguments.measures), **options)
-  paths = {name: getattr(arguments, f"{name}_model") for name in _COMPARED}
+  compared = ("geometric", "last_layer", "all_layers")
+  paths = {name: getattr(arguments, f"{name}_model") for name in compared}
   models = {}
   for name, path in {"predictor": arguments.model, **paths}.items():
     if path is not None:

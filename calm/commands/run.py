@@ -158,21 +158,17 @@ def parse_gin(arguments: argparse.Namespace) -> None:
     known = ("t5x", *itertools.chain(*_EXTRAS.values()))
     if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in known:
       raise
-    raise ValueError(_gin_message(arguments, error)) from error
+    read, text = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200], str(error)
+    what = f"got, in {read}: {' '.join(text.split())[:300]}."  # gin says in which line
+    message = f"Expected `--gin_file` and `--gin_bindings` that gin reads, {what}"
+    missing = sorted(name for name, value in _macros().items() if value == "%gin.REQUIRED")
+    if "gin.REQUIRED" in text and missing:
+      bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
+      message = f"{read} needs a value for {', '.join(missing)}; give {bindings}."
+    raise ValueError(message) from error
   finally:
     readers[:] = before
     logging.getLogger().removeFilter(keep)
-
-
-def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
-  """One line, of the files and bindings that were read; gin itself says in which line."""
-  read, text = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200], str(error)
-  missing = sorted(name for name, value in _macros().items() if value == "%gin.REQUIRED")
-  if "gin.REQUIRED" in text and missing:
-    bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
-    return f"{read} needs a value for {', '.join(missing)}; give {bindings}."
-  what = " ".join(text.split())[:300]
-  return f"Expected `--gin_file` and `--gin_bindings` that gin reads, got, in {read}: {what}."
 
 
 def _macros() -> dict[str, str]:

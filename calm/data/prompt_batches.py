@@ -35,8 +35,7 @@ class CutPrompts(UserWarning):
       f" longest has {longest}{' or more' if part else ''}) and were cut at their end; raise"
       " `max_input_length` to read them whole."
     )
-    self.cut, self.count, self.longest, self.limit = cut, count, longest, limit
-    self.part = part
+    self.cut, self.longest, self.limit, self.part = cut, longest, limit, part
 
 
 def tokenize(
