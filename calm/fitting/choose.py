@@ -206,8 +206,7 @@ def read_layers(
   read = jax.jit(functools.partial(_read, predictor, tuple(names)))
   found: list[tuple[np.ndarray, ...]] = []
   for number, (rows, *given) in enumerate(batches, start=1):
-    made = read(predictor.weights.decoder, predictor.params, *given)
-    layers = [np.asarray(x) for x in made]
+    layers = jax.device_get(read(predictor.weights.decoder, predictor.params, *given))
     for i, length in enumerate(len(tokens[row]) for row in rows):
       columns = [array[:, i, :length].T for array in layers]
       found.append((*columns, np.arange(length)))

@@ -113,14 +113,12 @@ def fit(
   progress(0.9, "classifier and probes")
   flat, agreement = _confidence_heads(predictor, sample, layers, translators, head)
   for layer, translator, each in zip(layers, translators, sums, strict=True):
-    names = [f"exit_translators/layers_{layer - 1}/{name}" for name in ("kernel", "bias")]
-    flat |= zip(names, translator, strict=True)
-    names = [
-      f"exit_propagation/layers_{layer - 1}/{name}"
-      for name in ("down/kernel", "down/bias", "up/kernel")
-    ]
-    maps = _low_rank(each, penalty, rank, config.num_decoder_layers - layer)
-    flat |= zip(names, maps, strict=True)
+    here = f"layers_{layer - 1}"
+    names = [f"exit_translators/{here}/{name}" for name in ("kernel", "bias")]
+    down_up = ("down/kernel", "down/bias", "up/kernel")
+    names += [f"exit_propagation/{here}/{name}" for name in down_up]
+    leaves = *translator, *_low_rank(each, penalty, rank, config.num_decoder_layers - layer)
+    flat |= zip(names, leaves, strict=True)
   before, after = zip(*agreement, strict=True)
   count, seconds = sum(map(len, tokens)), time.monotonic() - start
   base_digest = parameters.base_digest(predictor.params)
@@ -132,13 +130,12 @@ def fit(
 # ---- The full model reading its own texts
 
 
-def full_states(config: network.T5Config, params, inputs, targets):
+def full_states(config: network.T5Config, params, inputs, targets) -> Any:
   """States of a teacher-forced pass, [layers, batch, length, emb] each: d^i, decoder_norm(d^i),
   and what the head reads of d^i, which the translator has changed."""
   module = network.Transformer(config)
   shifted = jnp.concatenate([jnp.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
-  states: Any = module.apply({"params": params}, inputs, shifted, targets, method="states")
-  return states
+  return module.apply({"params": params}, inputs, shifted, targets, method="states")
 
 
 def with_targets(

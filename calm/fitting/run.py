@@ -150,10 +150,10 @@ def make(fit: Fit) -> None:
 
 def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
   """The given model, with the exits that were learned beside its weights."""
-  options = {"head_dtype": predictor.options.head_dtype}
+  given = fit.given.with_options(head_dtype=predictor.options.head_dtype)
   if fit.options.train_all:
-    return fit.given.with_options(**options)
-  given = fit.given.with_options(**options, shortlist=predictor.options.shortlist)
+    return given
+  given = given.with_options(shortlist=predictor.options.shortlist)
   return dataclasses.replace(given, config=predictor.config, params=predictor.params)
 
 
