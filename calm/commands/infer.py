@@ -20,6 +20,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import hashlib
 import json
 import pathlib
 import sys
@@ -36,7 +37,7 @@ from calm.commands import flags, merge
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, sanitize
 from calm.data import prompt_batches
-from calm.inference import exact_rule, outputs, result_cache, timing
+from calm.inference import exact_rule, outputs, timing
 
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
@@ -362,8 +363,10 @@ def partial_path(
 
   So the same command goes on after a kill, and another one has a file of its own.
   """
-  digest = result_cache.digest([about, [(prompt.id, prompt.input) for prompt in prompts]])
-  return target.with_name(f"{target.name}.{digest}.partial")
+  digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+  for prompt in prompts:
+    digest.update(json.dumps([prompt.id, prompt.input]).encode() + b"\n")
+  return target.with_name(f"{target.name}.{digest.hexdigest()[:16]}.partial")
 
 
 def count_lines(partial: pathlib.Path, prompts: Sequence[Prompt]) -> int:
