@@ -233,7 +233,7 @@ def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
   for _ in range(draws):
     values = stored(order, law(generator, TOLERANCE, (count, 1)))
     losses = SequenceLosses(values, np.array([0.5]))
-    rows = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
+    rows = clusters.tested_orders(losses)[2]
     tables.append(values[np.stack(rows, axis=1), 0])
   sizes = np.array([table.shape[1] for table in tables])
   values = np.concatenate(tables, axis=1)

@@ -348,12 +348,11 @@ def _certify(
   run, groups = dataclasses.replace(run, groups=sample.groups), sample.groups
   grid = () if isinstance(promise, Configurations) else thresholds
   ordered = not grid or any(run.method_of(part.losses).ordered for part in parts)
-  seeds, drawn, ranks = (seed or clusters.order_seed(sample),), False, ()
   if ordered:
-    seeds, drawn = clusters.order_seeds(sample, seed)
-    if groups is None:
-      ranks = tuple(map(np.argsort, clusters.tested_orders(sample, seeds)))
-  randomized = run.randomized and drawn
+    seeds, drawn, orders = clusters.tested_orders(sample, seed)
+  else:
+    seeds, drawn, orders = (seed or clusters.order_seed(sample),), False, []
+  randomized, ranks = run.randomized and drawn, tuple(map(np.argsort, orders))
   run = dataclasses.replace(run, randomized=randomized, seeds=seeds, ranks=ranks)
   evidence = tuple(run.test(part) for part in parts)
   numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)

@@ -126,35 +126,42 @@ def order_seed(losses: "SequenceLosses") -> str:
   procedure, names = losses.procedure, losses.groups or losses.ids
   digest = hashlib.sha256(b"null" if procedure is None else procedure.digest().encode("ascii"))
   digest.update(losses.contents.encode("ascii"))
-  for name in sorted(set(names or (f"{row:09d}" for row in range(len(losses.values))))):
-    digest.update(b"\n" + name.encode("utf-8"))
+  count = len(losses.values)
+  ordered = sorted(set(names)) if names else [f"{row:09d}" for row in range(count)]
+  digest.update("\n".join(("", *ordered)).encode("utf-8"))
   return digest.hexdigest()[:16]
 
 
-def order_seeds(
+def tested_orders(
   losses: "SequenceLosses", seed: str | None = None
-) -> tuple[tuple[str, ...], bool]:
-  """Hexadecimal seeds of the orders in which rows, or clusters, are tested.
+) -> tuple[tuple[str, ...], bool, list[np.ndarray]]:
+  """Hexadecimal seeds of the orders in which rows, or clusters, are tested, and the orders.
 
   Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1 fixed
   orders, with a level of up to 0.26 where 0.05 is promised. There 16 orders are tested and the
   largest p-value counts. Another `seed` than that of the contents is of one order. Returns
-  seeds, of which the first is kept, and whether it is as good as drawn.
+  seeds, of which the first is kept; whether it is as good as drawn; and row numbers in each
+  of the orders, however rows are stored (none where `losses` have groups).
   """
-  kinds = FEW_KINDS + 1
+  kinds, names, groups = FEW_KINDS + 1, losses.ids, losses.groups
+  digests = np.array([], "S32")
+  if not losses.contents or not (names or groups):
+    digests = _row_digests(losses.values if groups is None else means(losses.values, groups)[1])
   if not losses.contents:
     # A digest of the losses, where no text of a prompt is known.
-    groups, values = losses.groups, losses.values
-    digests = _row_digests(values if groups is None else means(values, groups)[1])
     kinds = len(np.unique(digests))
     losses = dataclasses.replace(losses, contents=digest_of_digests(digests))
   own = order_seed(losses)
-  if seed not in (None, own):
-    return (seed,), True
-  drawn = kinds > FEW_KINDS
+  drawn = kinds > FEW_KINDS or seed not in (None, own)
   many = range(1, 1 if drawn or kinds == 1 else _ORDERS)
   more = (hashlib.sha256(f"{own}/{number}".encode()) for number in many)
-  return (own, *(digest.hexdigest()[:16] for digest in more)), drawn
+  seeds = (own if seed is None else seed, *(digest.hexdigest()[:16] for digest in more))
+  if groups is not None:
+    return seeds, drawn, []
+  if not names:  # numbers that rows keep
+    places = np.argsort(np.argsort(digests, kind="stable"), kind="stable")
+    names = [f"{place:09d}" for place in places.tolist()]
+  return seeds, drawn, [seeded_order(names, each) for each in seeds]
 
 
 def _row_digests(values: np.ndarray) -> np.ndarray:
@@ -167,15 +174,6 @@ def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
   """[num_examples] row numbers sorted by SHA-256 of seed and (unique) name."""
   keys = content_digests(f"{seed}\n{name}".encode() for name in names)
   return np.argsort(keys, kind="stable")
-
-
-def tested_orders(losses: "SequenceLosses", seeds: Sequence[str]) -> list[np.ndarray]:
-  """Row numbers of `losses` in each of the tested orders, however they are stored."""
-  names = losses.ids
-  if not names:  # numbers that rows keep
-    places = np.argsort(np.argsort(_row_digests(losses.values), kind="stable"), kind="stable")
-    names = [f"{place:09d}" for place in places.tolist()]
-  return [seeded_order(names, seed) for seed in seeds]
 
 
 def seeded_uniform(seed: str) -> float:

@@ -55,7 +55,7 @@ def test_the_level_of_every_table_of_zeros_and_ones_is_exact(count, tolerance, m
   chosen, passed = methods.get_method(method, Support()), []
   for ones in range(most + 1):
     losses = SequenceLosses((np.arange(count) < ones).astype(float)[:, None], [0.5])
-    orders = clusters.tested_orders(losses, clusters.order_seeds(losses)[0])
+    orders = clusters.tested_orders(losses)[2]
     assert len(orders) == (16 if ones else 1)
     columns = losses.values[np.stack(orders, axis=1), 0]
     log_p = chosen.log_p_values(columns, chosen.design(tolerance, 0.05, count))
@@ -87,14 +87,15 @@ def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, m
   for cells in (2**18, 8 * 3, 1):
     monkeypatch.setattr(checks, "_CELLS", cells)
     losses = SequenceLosses(table, [0.5])
-    seeds, drawn = clusters.order_seeds(losses)
+    seeds, drawn, _ = clusters.tested_orders(losses)
     assert drawn == (kinds > 8) and len(set(seeds)) == len(seeds) == (
       16 if 1 < kinds <= 8 else 1
     )
     assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
-    assert clusters.order_seeds(losses, "ab") == (("ab",), True)  # as earlier versions drew it
-    assert clusters.order_seeds(losses, seeds[0]) == (seeds, drawn)
-    texts, drawn = clusters.order_seeds(dataclasses.replace(losses, contents="c"))
+    # As earlier versions drew it.
+    assert clusters.tested_orders(losses, "ab")[:2] == (("ab",), True)
+    assert clusters.tested_orders(losses, seeds[0])[:2] == (seeds, drawn)
+    texts, drawn, _ = clusters.tested_orders(dataclasses.replace(losses, contents="c"))
     assert len(texts) == 1 and drawn
 
 
