@@ -26,6 +26,7 @@ MOST_BATCHES = 64  # most batches in turn that make no draft
 GOOD = 0.9  # drafts that are accepted so often have to save steps, else none is made
 MARGIN = 0.05  # part of the steps that drafts must save at least: passes take a little more
 NARROW = 4  # positions of a pass that is verified in less time than one of a whole window
+SURE = 0.65  # least chance of a first draft that is read on from: several positions cost more
 PRIOR = 2.0  # nats of doubt that a text begins with
 # Refused drafts per nat that a text begins with: under the whole head a layer's drafts are
 # accepted more often than their probabilities say, under a shortlist about as often.
@@ -253,18 +254,17 @@ class Speculation:
     has_room = state.active & (state.positions + at + 1 < self.length)
     before = jnp.take(pending.doubts, jnp.maximum(at - 1, 0), axis=1)
     doubt = jnp.where(at > 0, before, 0.0) - jnp.log(confidence)
-    learned, rate = state.learned, 1.0
+    learned, rate, least = state.learned, 1.0, self.rule.stop_below
     if self.rule.adapts:
       # A draft of probability p is taken to be accepted with p^rate: heads, layers and texts
       # differ in how often drafts are refused beside how often their probabilities say.
       refused = PRIOR * REFUSED[self.rule.draft_head] + learned.refused.astype(jnp.float32)
       rate = refused / (PRIOR + learned.doubt)
-    follows = (jnp.exp(-rate * doubt) >= self.rule.stop_below) & (token != self.eos_id)
+      least = jnp.where(at == 0, max(least, SURE), least)
+    follows = (jnp.exp(-rate * doubt) >= least) & (token != self.eos_id)
     reads_on = has_room & follows & wanted & ((at == 0) | pending.reads_on)
     goes_on = jnp.any(reads_on) & (at + 1 < window)
-    put = lambda array, column: lax.dynamic_update_slice_in_dim(
-      array, column[:, None], at, axis=1
-    )
+    put = lambda array, x: lax.dynamic_update_slice_in_dim(array, x[:, None], at, axis=1)
     pending = Pending(
       count=at + goes_on.astype(jnp.int32),
       ended=~goes_on & (at > 0),

@@ -233,7 +233,7 @@ class Speculative:
     stop_below: drafting ends where the draft head finds it less probable than this that all
       drafts of the pass are accepted, [0, 1].
     adapts: whether that probability is corrected by how often the text's drafts were refused,
-      and no token is drafted for a while where drafts gained nothing.
+      a first draft has to be surer, and none is made for a while where drafts gained nothing.
     measures: whether every token is drafted, even where no pass can use it, so that the
       refused confidences of a text tell at which slack it would be another. With slack it is.
   """
