@@ -88,12 +88,12 @@ def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, m
     monkeypatch.setattr(checks, "_CELLS", cells)
     losses = SequenceLosses(table, [0.5])
     seeds, drawn, _ = clusters.tested_orders(losses)
-    assert drawn == (kinds > 8) and len(set(seeds)) == len(seeds) == (
-      16 if 1 < kinds <= 8 else 1
-    )
+    count = 16 if 1 < kinds <= 8 else 1
+    assert drawn == (kinds > 8) and len(set(seeds)) == len(seeds) == count
     assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
-    # As earlier versions drew it.
-    assert clusters.tested_orders(losses, "ab")[:2] == (("ab",), True)
+    assert clusters.tested_orders(losses, "ab")[:2] == (("ab",), True)  # as it once was
+    named = dataclasses.replace(losses, ids=tuple(map(str, range(3 * kinds))))
+    assert clusters.tested_orders(named)[1] == drawn
     assert clusters.tested_orders(losses, seeds[0])[:2] == (seeds, drawn)
     texts, drawn, _ = clusters.tested_orders(dataclasses.replace(losses, contents="c"))
     assert len(texts) == 1 and drawn
