@@ -69,7 +69,7 @@ def model_weights(
 def _stored(name: str, leaf: jax.Array, dtype: str | None) -> jax.Array | eight_bits.EightBits:
   """A parameter of the encoder as it is read."""
   if dtype == "int8":
-    return eight_bits.quantize(leaf) if name == "kernel" else leaf
+    return eight_bits.quantize(leaf, tiled=True) if name == "kernel" else leaf
   # Scales of norms are vectors, and few; they stay.
   return leaf if dtype is None or leaf.ndim < 2 else leaf.astype(jnp.dtype(dtype))
 
@@ -145,8 +145,8 @@ class Program:
     packed: network.Packed | None = None,
   ) -> caches.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
-    encoded = network.encode(weights.encoder, self.config, tokens, packed)
-    return caches.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
+    states = network.encode(weights.encoder, self.config, tokens, packed)
+    return caches.cross_attention_inputs(weights.decoder, self.config, states, tokens, packed)
 
   @compiled.Method
   def decode(

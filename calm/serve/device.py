@@ -183,9 +183,6 @@ class Device(threading.Thread):
         for made, level in ((full, NEVER_EXIT), (model, 1.0)):
           if self._stopping:
             return
-          for part in (2, 3) if made.packs else ():  # of four that packed prompts may have
-            shorter = np.where(np.arange(shape[1]) < part * shape[1] // 4, batch.tokens, 0)
-            made.encode(dataclasses.replace(batch, tokens=shorter))
           for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
             made.expect_drafts()
             made.decode(made.encode(batch), batch.active, level, rule)

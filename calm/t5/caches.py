@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calm.exits.layers import KeyValue
-from calm.t5 import layers, network, platforms
+from calm.t5 import kernels, layers, network, platforms
 from calm.t5.decoder_weights import DecoderWeights
 from calm.t5.eight_bits import EightBits
 
@@ -35,14 +35,25 @@ class Encoded:
 def cross_attention_inputs(
   weights: DecoderWeights,
   config: network.T5Config,
-  encoded: Float[Array, "batch input_length emb"],
+  encoded: Float[Array, "*batch_and_length emb"],
   encoder_input_tokens: Int[Array, "batch input_length"],
+  packed: network.Packed | None = None,
 ) -> Encoded:
-  """Every decoder layer's cross-attention keys and values, once a prompt."""
-  encoded = encoded.astype(config.dtype)
-  cross = []
-  for layer in weights.layers:
-    matrix = layer.cross_key_value
+  """Every decoder layer's cross-attention keys and values, once a prompt, of states as
+  `network.encode` makes them."""
+  heads, head_dim = config.num_heads, config.head_dim
+  batch, length = encoder_input_tokens.shape
+  matrices = [layer.cross_key_value for layer in weights.layers]
+  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
+  encoded, cross = encoded.astype(config.dtype), []
+  tiled = all(isinstance(matrix, EightBits) and matrix.tiled for matrix in matrices)
+  if packed is not None and tiled and kernels.writes_heads(heads, head_dim):
+    given, lines = (encoded, packed.begins, packed.counts), (batch, heads, length, head_dim)
+    of = lambda matrix, first: kernels.coded_heads(*given, matrix, first, lines)
+    cross, matrices = [Cache(of(m, 0), of(m, heads * head_dim)) for m in matrices], ()
+  elif packed is not None:
+    encoded = network.apart(encoded, packed, length)
+  for matrix in matrices:
     if isinstance(matrix, EightBits):
       made = matrix.product(encoded)
     else:
@@ -52,9 +63,8 @@ def cross_attention_inputs(
       # it likes them only where nothing but straight code reads them.
       cross.append(Cache(*jnp.split(made, 2, axis=-1)))
       continue
-    shape = (*made.shape[:2], 2, config.num_heads, config.head_dim)
+    shape = batch, length, 2, heads, head_dim
     cross.append(Cache(*jnp.transpose(made.reshape(shape), (2, 0, 3, 1, 4))))
-  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
   return Encoded(tuple(cross), bias.astype(config.dtype))
 
 

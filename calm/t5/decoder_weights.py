@@ -196,7 +196,7 @@ def _layer_weights(
     self_out=stored(kernel("self_attention", "out")),
     cross_norm=scale("pre_cross_attention_layer_norm"),
     cross_query=stored(kernel("encoder_decoder_attention", "query")),
-    cross_key_value=eight_bits.quantize(cross) if prompts else cross,
+    cross_key_value=eight_bits.quantize(cross, tiled=True) if prompts else cross,
     cross_out=stored(kernel("encoder_decoder_attention", "out")),
     mlp_norm=scale("pre_mlp_layer_norm"),
     mlp_in=tuple(stored(kernel("mlp", name)) for name in mlp_names),

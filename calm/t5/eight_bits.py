@@ -53,27 +53,40 @@ def step(numbers: Float[Array, "rows inputs"]) -> Float[Array, "rows 1"]:
 class EightBits:
   """A matrix in 8 bits: column j is nearly `codes[j] * scales[j]`."""
 
-  codes: Int8[Array, "outputs inputs"]  # of the matrix, transposed
-  sums: Int32[Array, " outputs"]  # of each column's codes
+  # Of the matrix, transposed; or in tiles, as `kernels.coded_product` reads it.
+  codes: Int8[Array, "outputs inputs"] | Int8[Array, "tiles groups codes"]
+  shifts: Int32[Array, " outputs"]  # -128 times the sums of each column's codes
   scales: Float[Array, " outputs"]
+  outputs: int = struct.field(pytree_node=False)  # columns; those of tiles behind them are 0
 
-  def product(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-    """Nearly `x @ matrix`, in the dtype of `x`: rows are rounded to 8 bits, too.
+  @property
+  def tiled(self) -> bool:
+    """Whether it lies in tiles."""
+    return self.codes.ndim == 3
+
+  def product(
+    self, x: Float[Array, "*rows inputs"], count: Int[Array, ""] | None = None
+  ) -> Float[Array, "*rows outputs"]:
+    """Nearly `x @ matrix`, in the dtype of `x`: rows are rounded to 8 bits, too, of which only
+    the first `count` are asked for, if that is given.
 
     sum_i round(x_i / s) codes_ji  *  s scales_j,   s = max_i |x_i| / 127
     """
     wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    one = step(wide)
-    sums = self.sums_of(jnp.round(wide / one)).astype(jnp.float32)
-    made = (sums * (one * self.scales[None, :])).astype(x.dtype)
-    return made.reshape(*x.shape[:-1], -1)
+    if self.tiled:
+      made = kernels.coded_product(wide, [self], (), count)
+    else:
+      one = step(wide)
+      sums = self.sums_of(jnp.round(wide / one)).astype(jnp.float32)
+      made = sums * (one * self.scales[None, :])
+    return made.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
   def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
-    """Sums of products of codes, which 32 bits hold."""
+    """Sums of products of codes, which 32 bits hold, of a matrix that is not in tiles."""
     count = len(codes)
     codes = jnp.pad(codes, ((0, max(0, least_rows() - count)), (0, 0)))
-    shift = _SHIFT if platforms.multiplies_unsigned() else 0  # (c + 128) w = c w + 128 w
-    rows = (codes + shift).astype(jnp.uint8) if shift else codes.astype(jnp.int8)
+    unsigned = platforms.multiplies_unsigned()  # (c + 128) w = c w + 128 w
+    rows = (codes + _SHIFT).astype(jnp.uint8) if unsigned else codes.astype(jnp.int8)
     sums = lax.dot_general(
       rows,
       self.codes,
@@ -82,15 +95,23 @@ class EightBits:
       precision=lax.DotAlgorithmPreset.DEFAULT,
       preferred_element_type=jnp.int32,
     )[:count]
-    return sums - shift * self.sums[None, :] if shift else sums
+    return sums + self.shifts[None, :] if unsigned else sums
 
 
-def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
-  """A matrix, rounded."""
+def quantize(matrix: Shaped[Array, "inputs outputs"], tiled: bool = False) -> EightBits:
+  """A matrix, rounded; `tiled` for `kernels.coded_product`, where that is available."""
   wide = jnp.asarray(matrix).T.astype(jnp.float32)
-  scales = step(wide)
+  scales, outputs = step(wide), len(wide)
   codes = jnp.round(wide / scales).astype(jnp.int8)
-  return EightBits(codes, jnp.sum(codes, axis=1, dtype=jnp.int32), scales[:, 0])
+  shifts = -_SHIFT * jnp.sum(codes, axis=1, dtype=jnp.int32)
+  if not (tiled and kernels.multiplies_codes()):
+    return EightBits(codes, shifts, scales[:, 0], outputs)
+  width, group = platforms.WIDTH, platforms.GROUP
+  more = 0, -outputs % width
+  codes = jnp.pad(codes, (more, (0, -codes.shape[1] % group)))
+  groups = codes.reshape(len(codes) // width, width, -1, group).swapaxes(1, 2)
+  tiles = groups.reshape(*groups.shape[:2], -1)
+  return EightBits(tiles, jnp.pad(shifts, more), jnp.pad(scales[:, 0], more), outputs)
 
 
 @struct.dataclass

@@ -109,17 +109,15 @@ class Transformer(nn.Module):
 class Packed(NamedTuple):
   """The tokens of a batch's prompts one behind the other, padded at their end alone; int32."""
 
-  tokens: Any  # [tokens]
+  tokens: Any  # [batch * length]
   begins: Any  # where each prompt begins, then how many tokens, [prompts + 1]
   counts: Any  # tokens of each prompt, [prompts]
 
 
 def pack(tokens: np.ndarray) -> Packed:
-  """The prompts of a batch [batch, length], which have 0 behind their ends. They are padded to
-  two, three or four quarters of the batch, so that few programs are compiled."""
+  """The prompts of a batch [batch, length], which have 0 behind their ends."""
   counts = np.count_nonzero(tokens, axis=1).astype(np.int32)
-  quarter = -(-tokens.size // 4)
-  flat = np.zeros(quarter * max(2, -(-counts.sum() // quarter)), np.int32)
+  flat = np.zeros(tokens.size, np.int32)
   flat[: counts.sum()] = tokens[tokens > 0]
   begins = np.concatenate([[0], np.cumsum(counts)[:-1], [len(flat)]])
   return Packed(flat, begins.astype(np.int32), counts)
@@ -130,19 +128,24 @@ def encode(
   config: T5Config,
   encoder_input_tokens: Int[Array, "batch length"],
   packed: Packed | None = None,
-) -> Float[Array, "batch length emb"]:
+) -> Float[Array, "*batch_and_length emb"]:
   """Encoder states of prompts, which have 0 behind their ends, for decoding: without dropout,
-  embedded by a gather; kernels of `params` may be in 8 bits (`eight_bits.EightBits`). Prompts
-  that are given `packed`, too, are encoded so: on a CPU, in float32, with `kernels`."""
+  embedded by a gather; kernels of `params` may be in 8 bits. Those that are `packed`, too, are
+  encoded so by a CPU's `kernels`, [tokens, emb]."""
   network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
   tokens = encoder_input_tokens if packed is None else packed.tokens[None]
   length = encoder_input_tokens.shape[1]
   with nn.intercept_methods(functools.partial(_once_a_prompt, packed, length)):
     encoded = network.apply({"params": params}, tokens, enable_dropout=False, method="encode")
   assert isinstance(encoded, jax.Array)
-  if packed is None:
-    return encoded
-  room = jnp.pad(encoded[0], ((0, length), (0, 0)))
+  return encoded if packed is None else encoded[0]
+
+
+def apart(
+  encoded: Float[Array, "tokens emb"], packed: Packed, length: int
+) -> Float[Array, "batch length emb"]:
+  """The states of packed prompts, each at the begin of a row of its own."""
+  room = jnp.pad(encoded, ((0, length), (0, 0)))
   rows = [lax.dynamic_slice_in_dim(room, begin, length) for begin in packed.begins[:-1]]
   return jnp.stack(rows)
 
@@ -150,6 +153,7 @@ def encode(
 def _once_a_prompt(packed: Packed | None, length: int, call, arguments, named, context):
   """A call of a module: attention as a CPU likes it, linear maps in 8 bits if stored so."""
   module, called = context.module, context.method_name
+  count = None if packed is None else jnp.sum(packed.counts)  # real tokens
   if packed is not None and isinstance(module, layers.RelativePositionBiases):
     sizes = module.config.relpos_buckets, module.config.relpos_max_distance
     buckets = layers.relative_position_buckets(np.arange(1 - length, length), True, *sizes)
@@ -163,7 +167,14 @@ def _once_a_prompt(packed: Packed | None, length: int, call, arguments, named, c
   if isinstance(module, layers.Dense) and called == "__call__":
     kernel = module.variables["params"]["kernel"]
     if isinstance(kernel, EightBits):
-      return kernel.product(jnp.asarray(arguments[0], module.dtype))
+      return kernel.product(jnp.asarray(arguments[0], module.dtype), count)
+  if isinstance(module, layers.Mlp) and called == "__call__":
+    parts, activations = module.variables["params"], module.config.mlp_activations
+    matrices = [parts[name]["kernel"] for name in (*sorted({*parts} - {"wo"}), "wo")]
+    if getattr(matrices[-1], "tiled", False) and kernels.multiplies_codes(activations):
+      x = jnp.asarray(arguments[0], jnp.float32)
+      made = kernels.coded_product(x.reshape(-1, x.shape[-1]), matrices, activations, count)
+      return made.reshape(x.shape).astype(module.config.dtype)
   return call(*arguments, **named)
 
 

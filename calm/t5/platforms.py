@@ -68,8 +68,9 @@ def product(
   return (jnp.pad(x, ((0, least_rows() - rows), (0, 0))) @ matrix)[:rows]
 
 
-# Columns of 8-bit codes that lie together on a CPU: a row of them fills a line of memory.
-WIDTH = 64
+# Columns of 8-bit codes that lie together on a CPU: a row of them fills a line of memory; and
+# codes of a column that one instruction multiplies and adds.
+WIDTH, GROUP = 64, 4
 
 
 def is_cpu() -> bool:
@@ -87,6 +88,11 @@ def multiplies_unsigned() -> bool:
   """Whether 8-bit products are faster where one side has no sign, as with x86's VNNI: 2.6 ms
   for 4.6 of T5 1.1 small's head and 32 rows."""
   return _on("cpu") and "vnni" in _processor()
+
+
+def adds_products() -> bool:
+  """Whether an instruction multiplies four codes of 16 columns, and adds (AVX-512 VNNI)."""
+  return _on("cpu") and "avx512_vnni" in _processor()
 
 
 def has_wide_vectors() -> bool:

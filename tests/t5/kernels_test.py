@@ -17,7 +17,7 @@ from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches, eight_bits, kernels, layers, platforms
-from calm.t5.kernels import attention_kernel, llvm, prompt_kernel
+from calm.t5.kernels import attention_kernel, coded_kernel, llvm
 from calm.t5x import loops
 from tests import engine
 
@@ -205,11 +205,9 @@ def test_products_of_codes_are_those_of_numpy(monkeypatch, rows, inputs, outputs
     np.testing.assert_array_equal(alone[0], whole[i])
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "cores"), [(3, 24, 1), (2, 64, 2), (1, 200, 2)])
-def test_prompts_attend_to_themselves_alone(monkeypatch, heads, head_dim, cores):
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 24), (2, 64), (1, 200)])
+def test_prompts_attend_to_themselves_alone(heads, head_dim):
   """The equation's numbers, zeros behind the end, and to the bit what a prompt gets alone."""
-  monkeypatch.setattr(llvm, "num_cores", lambda: cores)
-  monkeypatch.setattr(prompt_kernel, "_SHARED_PRODUCTS", 0)
   counts, begins = np.array([5, 0, 1, 40], np.int32), np.array([0, 7, 9, 10, 60], np.int32)
   states, biases = drawn(3, 60, heads, head_dim), drawn(heads, 95)
   attend = jax.jit(kernels.attend_within)
@@ -223,3 +221,34 @@ def test_prompts_attend_to_themselves_alone(monkeypatch, heads, head_dim, cores)
     assert not np.any(got[begin + count : end])
     alone = attend(np.array([0, count]), np.array([count]), *states[:, rows], biases)
     np.testing.assert_array_equal(alone, got[rows])
+
+
+@pytest.mark.skipif(not kernels.multiplies_codes(), reason="needs AVX-512 VNNI")
+@pytest.mark.parametrize("names", [("gelu", "linear"), ("relu",)])
+def test_feed_forward_blocks_in_8_bits_are_their_products(monkeypatch, names):
+  """In one piece and in several, and zeros behind the rows that are asked for."""
+  assert not kernels.multiplies_codes(("silu",))
+  x, *inner = drawn(17, 18), *(drawn(18, 70 + i)[:, :70] for i in range(len(names)))
+  wide = *inner, drawn(70, 19)
+  *plain, outer = map(eight_bits.quantize, wide)
+  parts = [layers.activation_fn(n)(m.product(x)) for n, m in zip(names, plain, strict=True)]
+  expected = outer.product(functools.reduce(jnp.multiply, parts))
+  tiled = [eight_bits.quantize(w, tiled=True) for w in wide]
+  whole = kernels.coded_product(x, tiled, names)
+  np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+  monkeypatch.setattr(coded_kernel, "_SHARED_PRODUCTS", 0)
+  monkeypatch.setattr(llvm, "num_cores", lambda: 2)
+  made = jax.jit(lambda count: kernels.coded_product(x, tiled, names, count))(8)
+  np.testing.assert_array_equal(made, np.where(np.arange(17)[:, None] < 8, whole, 0))
+
+
+@pytest.mark.skipif(not kernels.multiplies_codes(), reason="needs AVX-512 VNNI")
+def test_heads_of_prompts_are_written_where_they_are_read():
+  counts, begins = np.array([5, 0, 1, 40], np.int32), np.array([0, 7, 9, 10, 60], np.int32)
+  x, matrix = drawn(60, 24), eight_bits.quantize(drawn(24, 256), tiled=True)
+  assert kernels.writes_heads(4, 32) and not kernels.writes_heads(16, 8)
+  made = kernels.coded_heads(x, begins, counts, matrix, 128, (4, 4, 45, 32))
+  rows = matrix.product(x)[:, 128:].reshape(60, 4, 32)
+  for prompt, begin, count in zip(made, begins, counts, strict=False):
+    np.testing.assert_array_equal(prompt[:, :count], rows[begin : begin + count].swapaxes(0, 1))
+    assert not np.any(prompt[:, count:])

@@ -2,6 +2,7 @@
 of T5X."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -29,9 +30,9 @@ def test_prompts_are_encoded_as_the_network_encodes_them(per_layer):
   )
   real = prompts > 0
   packed = network.pack(prompts)
-  assert len(packed.tokens) == 27 and packed.counts.tolist() == [9, 5, 0, 9]
-  for given in ((), (packed,)):
-    made = network.encode(params, config, jnp.asarray(prompts), *given)
+  assert len(packed.tokens) == 36 and packed.counts.tolist() == [9, 5, 0, 9]
+  encode = functools.partial(network.encode, params, config, jnp.asarray(prompts))
+  for made in (encode(), network.apart(encode(packed), packed, prompts.shape[1])):
     np.testing.assert_allclose(made[real], expected[real], rtol=1e-5, atol=1e-5)
   narrow = dataclasses.replace(config, dtype="bfloat16")
   assert network.encode(params, narrow, jnp.asarray(prompts)).dtype == jnp.bfloat16

@@ -3,6 +3,7 @@ Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA co
 it; texts are the same but for what a last bit decides."""
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,12 +16,16 @@ __all__ = [
   "attend",
   "attend_within",
   "available",
+  "coded_heads",
+  "coded_product",
   "is_small",
   "likeliest",
+  "multiplies_codes",
   "product",
   "reads",
   "rounded_product",
   "single_threaded",
+  "writes_heads",
 ]
 
 _HAS_LLVMLITE = importlib.util.find_spec("llvmlite") is not None
@@ -33,6 +38,11 @@ SHARED_PRODUCTS = 2**22
 _LEAST_LOGITS = 2**16
 # Numbers of any matrix beside such layers: a head.
 _MOST_NUMBERS_OF_HEADS = 2**20
+
+
+def _kernel(name: str) -> Any:
+  """The file of a kernel, which imports llvmlite."""
+  return importlib.import_module(f"calm.t5.kernels.{name}_kernel")
 
 
 def available() -> bool:
@@ -66,9 +76,7 @@ def attend(
     now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
     single_threaded: whether one thread makes the layer's products, the others asleep.
   """
-  from calm.t5.kernels import attention_kernel
-
-  return attention_kernel.attend(rows, query, keys, values, bias, now, single_threaded)
+  return _kernel("attention").attend(rows, query, keys, values, bias, now, single_threaded)
 
 
 def attend_within(
@@ -87,9 +95,7 @@ def attend_within(
     query, key, value: float32.
     biases: by position of the key less the query's, from 1 - n to n - 1, n of the longest.
   """
-  from calm.t5.kernels import prompt_kernel
-
-  return prompt_kernel.attend(begins, counts, query, key, value, biases)
+  return _kernel("prompt").attend(begins, counts, query, key, value, biases)
 
 
 def single_threaded(matrix: Any, rows: int) -> bool:
@@ -112,9 +118,7 @@ def product(
   float32 = x.dtype == matrix.dtype == jnp.float32
   if len(x) == 1 or matrix.size > _MOST_NUMBERS_OF_HEADS or not float32:
     return None
-  from calm.t5.kernels import product_kernel
-
-  return product_kernel.product(x, matrix)
+  return _kernel("product").product(x, matrix)
 
 
 def rounded_product(
@@ -129,9 +133,53 @@ def rounded_product(
     codes: the matrix, in tiles of `platforms.WIDTH` columns that lie side by side.
     scales: what each column's codes are multiplied with.
   """
-  from calm.t5.kernels import rounded_kernel
+  return _kernel("rounded").product(x, codes, scales, len(x) * codes.size >= SHARED_PRODUCTS)
 
-  return rounded_kernel.product(x, codes, scales, len(x) * codes.size >= SHARED_PRODUCTS)
+
+def multiplies_codes(activations: Sequence[str] = ()) -> bool:
+  """Whether there is `coded_product`, with these activations."""
+  known = {*activations} <= {"linear", "relu", "gelu"}
+  return known and platforms.adds_products() and available()
+
+
+def coded_product(
+  x: Float[Array, "rows inputs"],
+  matrices: Sequence[Any],
+  activations: Sequence[str] = (),
+  count: Int[Array, ""] | None = None,
+) -> Float[Array, "rows outputs"]:
+  """`EightBits.product`, or a feed-forward block of such products.
+
+  Args:
+    x: float32 rows.
+    matrices: in tiles; all but the last are multiplied with x, then with each other.
+    activations: of each of those, by name.
+    count: rows that are asked for; behind them the result is 0.
+  """
+  return _kernel("coded").product(x, matrices, activations, count)
+
+
+def writes_heads(heads: int, head_dim: int) -> bool:
+  """Whether `coded_heads` writes heads of so many numbers."""
+  return head_dim % 16 == heads * head_dim % platforms.WIDTH == 0
+
+
+def coded_heads(
+  x: Float[Array, "tokens inputs"],
+  begins: Int[Array, " prompts_and_end"],
+  counts: Int[Array, " prompts"],
+  matrix: Any,
+  first: int,
+  shape: tuple[int, int, int, int],
+) -> Float[Array, "prompts heads length head_dim"]:
+  """`EightBits.product` of the tokens of prompts; 0 behind a prompt's end.
+
+  Args:
+    x, begins, counts: float32 rows, and the prompts as in `attend_within`.
+    matrix, first: it lies in tiles, and is read from this column on.
+    shape: of the result.
+  """
+  return _kernel("coded").heads(x, [matrix], (), begins, counts, first, shape)
 
 
 def likeliest(
@@ -153,6 +201,4 @@ def likeliest(
   whole = logits.shape[1] % 16 == 0 and head.dtype == jnp.float32
   if not whole or len(logits) == 1 or logits.size < _LEAST_LOGITS or not available():
     return None
-  from calm.t5.kernels import likeliest_kernel
-
-  return likeliest_kernel.likeliest(logits, factors, left, norms, states, head)
+  return _kernel("likeliest").likeliest(logits, factors, left, norms, states, head)

@@ -1,7 +1,6 @@
 """Attention of one query a row, in pieces that XLA's threads share. A query reads its keys and
 values once, in order, and only those from the first to the last that it may see."""
 
-import itertools
 from typing import Any
 
 import jax
@@ -11,8 +10,6 @@ from llvmlite import ir
 from calm.t5.kernels import llvm
 from calm.t5.kernels.llvm import FLOAT, INT, LEAST, Frame, Writer, constant, number
 
-# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
-PIECES = 12
 # Keys and values of so many numbers are worth a second thread: one that is awake, or one that
 # has to be woken for them.
 AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
@@ -23,8 +20,6 @@ def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.A
   """See `kernels.attend`."""
   queries, heads, head_dim = query.shape
   enough = ASLEEP_NUMBERS if single_threaded else AWAKE_NUMBERS
-  shared = keys[0].size * queries >= enough and llvm.num_cores() > 1
-  pieces = min(PIECES, queries * heads) if shared else 1
   # Their numbers, written out, are one operation more of every layer of a step.
   rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
   given = rows, *(x.astype(jnp.float32) for x in (query, keys, values, bias, *(now or ())))
@@ -33,14 +28,13 @@ def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.A
     f"calm_attention_{head_dim}{'_now' if has_now else ''}",
     lambda w, frame: _Piece(w, frame, head_dim, has_now).write(),
   )
-  ends = [i * queries * heads // pieces for i in range(pieces + 1)]
-  made = [
-    jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((end - begin, head_dim), "float32"))(
-      jnp.full((), begin, jnp.int32), *given
-    )
-    for begin, end in itertools.pairwise(ends)
-  ]
-  return jnp.concatenate(made).reshape(queries, -1)
+
+  def piece(begin: int, end: int) -> jax.Array:
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((end - begin, head_dim), "float32"))
+    return call(jnp.full((), begin, jnp.int32), *given)
+
+  shared = keys[0].size * queries >= enough
+  return llvm.in_pieces(queries * heads, shared, piece).reshape(queries, -1)
 
 
 class _Piece:

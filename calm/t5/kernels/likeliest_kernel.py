@@ -2,14 +2,13 @@
 and pieces that may be the most likely are scored again in float32, however many they are:
 nothing is sorted, and no row needs another way."""
 
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from calm.t5.kernels import attention_kernel, llvm
+from calm.t5.kernels import llvm
 from calm.t5.kernels.llvm import FLOAT, INT, LANES, LEAST, Frame, Writer, constant, number
 
 _BITS = ir.IntType(LANES)  # one a lane
@@ -17,14 +16,13 @@ _BITS = ir.IntType(LANES)  # one a lane
 
 def likeliest(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
   """See `kernels.likeliest`."""
-  rows, target = len(arrays[0]), llvm.target("calm_likeliest", _write)
-  pieces = min(attention_kernel.PIECES, rows) if llvm.num_cores() > 1 else 1
-  ends, made = [i * rows // pieces for i in range(pieces + 1)], []
-  for begin, end in itertools.pairwise(ends):
+
+  def piece(begin: int, end: int) -> Any:
     shapes = [jax.ShapeDtypeStruct((end - begin,), kind) for kind in ("int32", "float32")]
-    made.append(jax.ffi.ffi_call(target, shapes)(jnp.full((), begin, jnp.int32), *arrays))
-  tokens, totals = (jnp.concatenate(parts) for parts in zip(*made, strict=True))
-  return tokens, totals
+    call = jax.ffi.ffi_call(llvm.target("calm_likeliest", _write), shapes)
+    return call(jnp.full((), begin, jnp.int32), *arrays)
+
+  return tuple(llvm.in_pieces(len(arrays[0]), True, piece))
 
 
 def _write(w: Writer, frame: Frame) -> None:

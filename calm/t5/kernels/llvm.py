@@ -5,15 +5,19 @@ rows three times as long, and compiles for two seconds.
 """
 
 import ctypes
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
+_PIECES = 12
 LANES = 16  # numbers of a vector
 LEAST = -3.0e38  # of numbers that are worth a comparison
 _BYTES, _WORD = 4, 8  # of a number, of a word of a frame
@@ -52,6 +56,15 @@ def target(name: str, write: Callable[["Writer", "Frame"], None]) -> str:
       jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
       _COMPILED[name] = engine, function
   return name
+
+
+def in_pieces(count: int, shared: bool, call: Callable[[int, int], Any], axis: int = 0) -> Any:
+  """Arrays that `call` makes of begin and end of pieces of `count` rows, heads or tiles, one
+  behind the other: of as many pieces as threads share, or of one."""
+  pieces = min(_PIECES, count) if shared and num_cores() > 1 else 1
+  ends = itertools.pairwise(i * count // pieces for i in range(pieces + 1))
+  together = lambda *parts: jnp.concatenate(parts, axis)
+  return jax.tree.map(together, *(call(begin, end) for begin, end in ends))
 
 
 def num_cores() -> int:
@@ -147,6 +160,11 @@ class Writer(ir.IRBuilder):
     left = size % LANES
     masks = [None] * (size // LANES) + ([self.first_lanes(number(left))] if left else [])
     return [(number(LANES * i), mask) for i, mask in enumerate(masks)]
+
+  def scratch(self, count: Any) -> Any:
+    """The address of so many bytes, or a vector more, of this call's own."""
+    vectors = self.add(self.udiv(count, number(_BYTES * LANES)), number(1))
+    return self.ptrtoint(self.alloca(FLOATS, vectors), INDEX)
 
   def word(self, address: Any, index: int) -> Any:
     return self.read(self.add(address, number(_WORD * index)), INDEX)

@@ -1,13 +1,12 @@
 """Attention of prompts that lie one behind the other, each to itself alone, without padding."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from calm.t5.kernels import attention_kernel, llvm
+from calm.t5.kernels import llvm
 from calm.t5.kernels.llvm import FLOAT, LANES, LEAST, Frame, Writer, constant, number
 
 _SUMS = 16  # vectors of sums, which registers hold
@@ -15,51 +14,38 @@ _SUMS = 16  # vectors of sums, which registers hold
 _LARGEST_TILE = _SUMS * LANES
 # Queries that meet a key at once.
 _num_rows = lambda head_dim: max(1, _SUMS // -(-head_dim // LANES))
-# Queries times keys times numbers that are worth a second thread.
-_SHARED_PRODUCTS = 2**22
 
 
 def attend(begins, counts, query, key, value, biases) -> jax.Array:
   """See `kernels.attend_within`."""
-  tokens, heads, head_dim = query.shape
-  longest, rows = biases.shape[1] // 2 + 1, _num_rows(head_dim)
-  shared = query.size * longest >= _SHARED_PRODUCTS and llvm.num_cores() > 1
-  pieces = min(attention_kernel.PIECES, heads) if shared else 1
+  head_dim, longest = query.shape[-1], biases.shape[1] // 2 + 1
+  rows = _num_rows(head_dim)
   target = llvm.target(
     f"calm_prompt_attention_{head_dim}", lambda w, frame: _write(w, frame, head_dim)
   )
   # Of one prompt: transposed keys, scores, and what sums of weights are multiplied with.
   scratch = (head_dim + rows) * (longest + _LARGEST_TILE) + rows
-  given = begins, counts, query, key, value, jnp.pad(biases, ((0, 0), (0, _LARGEST_TILE)))
-  made = []
-  for begin, end in itertools.pairwise(i * heads // pieces for i in range(pieces + 1)):
-    shapes = (tokens, end - begin, head_dim), (scratch,)
-    results = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
-    made.append(jax.ffi.ffi_call(target, results)(jnp.full((), begin, jnp.int32), *given)[0])
-  return jnp.concatenate(made, axis=1)
+  shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in (query.shape, (scratch,))]
+  biases = jnp.pad(biases, ((0, 0), (0, _LARGEST_TILE)))
+  return jax.ffi.ffi_call(target, shapes)(begins, counts, query, key, value, biases)[0]
 
 
 def _write(w: Writer, frame: Frame, head_dim: int) -> None:
-  arguments, results = [frame.argument(i) for i in range(7)], [frame.result(i) for i in (0, 1)]
-  first, begins, counts, query, key, value, biases, out, scratch = map(
+  arguments, results = [frame.argument(i) for i in range(6)], [frame.result(i) for i in (0, 1)]
+  begins, counts, query, key, value, biases, out, scratch = map(
     frame.numbers, (*arguments, *results)
   )
-  heads, here, row_size = (frame.size(x, 1) for x in (arguments[3], results[0], arguments[6]))
-  size = number(head_dim)
+  heads, row_size = frame.size(arguments[2], 1), frame.size(arguments[5], 1)
   index = lambda array, place: w.sext(w.read(w.item(array, place), llvm.INT), llvm.INDEX)
-  place = lambda row, columns, column: w.mul(w.add(w.mul(row, columns), column), size)
-  for i, _ in w.loop(number(0), here, 1):
-    head = w.add(index(first, number(0)), i)
-    no_distance = w.lshr(w.sub(row_size, number(_LARGEST_TILE)), number(1))
-    for prompt, _ in w.loop(number(0), frame.size(arguments[2], 0), 1):
+  no_distance = w.lshr(w.sub(row_size, number(_LARGEST_TILE)), number(1))
+  for head, _ in w.loop(number(0), heads, 1):
+    for prompt, _ in w.loop(number(0), frame.size(arguments[1], 0), 1):
       begin = index(begins, prompt)
+      first = w.mul(w.add(w.mul(begin, heads), head), number(head_dim))
       _Prompt(
-        w, head_dim, index(counts, prompt), w.mul(heads, size), w.mul(here, size), scratch,
-        query=w.item(query, place(begin, heads, head)),
-        key=w.item(key, place(begin, heads, head)),
-        value=w.item(value, place(begin, heads, head)),
+        w, head_dim, index(counts, prompt), w.mul(heads, number(head_dim)), scratch,
+        *(w.item(array, first) for array in (query, key, value, out)),
         bias=w.at(biases, row_size, head, no_distance),
-        out=w.item(out, place(begin, here, i)),
       ).write(w.sub(index(begins, w.add(prompt, number(1))), begin))  # fmt: skip
 
 
@@ -70,14 +56,13 @@ class _Prompt:
   w: Writer
   head_dim: int
   count: Any  # tokens
-  in_row: Any  # numbers of a token in the arrays that are read
-  out_row: Any  # and in the result
+  row_size: Any  # numbers of a token
   scratch: Any
   query: Any
   key: Any
   value: Any
-  bias: Any  # of distance 0
   out: Any
+  bias: Any  # of distance 0
 
   def __post_init__(self):
     w, self.rows = self.w, _num_rows(self.head_dim)
@@ -92,10 +77,10 @@ class _Prompt:
     w, zero = self.w, number(0)
     for token, _ in w.loop(self.count, room, 1):
       for part, mask in self.parts:
-        w.write(constant(0.0), w.at(self.out, self.out_row, token, part), mask)
+        w.write(constant(0.0), w.at(self.out, self.row_size, token, part), mask)
     for token, _ in w.loop(zero, self.count, 1):
       for d in map(number, range(self.head_dim)):
-        entry = w.read(w.at(self.key, self.in_row, token, d), FLOAT)
+        entry = w.read(w.at(self.key, self.row_size, token, d), FLOAT)
         w.write(entry, w.at(self.scratch, self.stride, d, token))
     last = w.sub(self.count, number(1))
     for row, _ in w.loop(zero, self.count, self.rows):
@@ -113,7 +98,7 @@ class _Prompt:
       sums: list[Any] = [constant(0.0)] * _SUMS
       for d, values in w.loop(number(0), number(self.head_dim), 1, sums):
         keys = w.at(self.scratch, self.stride, d, column)
-        factors = [w.read(w.at(self.query, self.in_row, token, d), FLOAT) for token in tokens]
+        factors = [w.read(w.at(self.query, self.row_size, token, d), FLOAT) for token in tokens]
         self._add_products(values, factors, [w.read(w.item(keys, v)) for v in vectors])
       for i, sum_ in enumerate(sums):
         r, v = divmod(i, len(vectors))
@@ -148,10 +133,10 @@ class _Prompt:
     w, rows = self.w, list(map(number, range(self.rows)))
     sums: list[Any] = [constant(0.0)] * (self.rows * len(self.parts))
     for key, values in w.loop(number(0), self.count, 1, sums):
-      places = [(w.at(self.value, self.in_row, key, part), mask) for part, mask in self.parts]
+      places = [(w.at(self.value, self.row_size, key, part), mask) for part, mask in self.parts]
       factors = [w.read(w.at(self.weights, self.stride, r, key), FLOAT) for r in rows]
       self._add_products(values, factors, [w.read_some(*place) for place in places])
     for i, sum_ in enumerate(sums):
       r, (part, mask) = i // len(self.parts), self.parts[i % len(self.parts)]
       scale = w.spread(w.read(w.item(self.scales, rows[r]), FLOAT))
-      w.write(w.fmul(sum_, scale), w.at(self.out, self.out_row, tokens[r], part), mask)
+      w.write(w.fmul(sum_, scale), w.at(self.out, self.row_size, tokens[r], part), mask)

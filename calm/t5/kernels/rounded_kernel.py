@@ -2,14 +2,13 @@
 float32 numbers. Codes become float32 in registers, where the sums stay, too; a row's sums are
 made in one order, whatever rows stand beside it."""
 
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from calm.t5.kernels import attention_kernel, llvm
+from calm.t5.kernels import llvm
 from calm.t5.kernels.llvm import FLOAT, FLOATS, LANES, Frame, Writer, constant, number
 from calm.t5.platforms import WIDTH
 
@@ -20,17 +19,13 @@ _CODES = ir.VectorType(ir.IntType(8), LANES)
 
 def product(x: jax.Array, codes: jax.Array, scales: jax.Array, shared: bool) -> jax.Array:
   """See `kernels.rounded_product`; `shared`: whether a second thread pays."""
-  rows, tiles = len(x), len(codes)
-  pieces = min(attention_kernel.PIECES, tiles) if shared and llvm.num_cores() > 1 else 1
   target = llvm.target("calm_rounded_product", _write)
-  ends = [i * tiles // pieces for i in range(pieces + 1)]
-  made = [
-    jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((rows, (end - begin) * WIDTH), "float32"))(
-      jnp.full((), begin, jnp.int32), x, codes, scales
-    )
-    for begin, end in itertools.pairwise(ends)
-  ]
-  return jnp.concatenate(made, axis=1)
+
+  def piece(begin: int, end: int) -> jax.Array:
+    shape = jax.ShapeDtypeStruct((len(x), (end - begin) * WIDTH), "float32")
+    return jax.ffi.ffi_call(target, shape)(jnp.full((), begin, jnp.int32), x, codes, scales)
+
+  return llvm.in_pieces(len(codes), shared, piece, axis=1)
 
 
 def _write(w: Writer, frame: Frame) -> None:
