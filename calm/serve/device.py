@@ -23,7 +23,8 @@ from calm.decode import program
 from calm.inference import grid, outputs
 from calm.t5 import platforms
 
-STEPS = 4  # tokens of a part of a streamed text, after its first token
+FIRST_TOKENS = 8  # of a batch that is timed before it serves
+PART = 0.02  # seconds of a part of a streamed text, after its first token; shorter cost more
 LEAST_SERVED = 4  # batches of a kind whose mean seconds are believed
 LEAST_GAIN = 1.2  # of texts a second, by twice as many threads
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
@@ -116,7 +117,7 @@ class Device(threading.Thread):
     if self._whole and model.packs:
       self._whole = self._size > 1
       self._size = max(self._size, inference.DecodeOptions.batch_size)
-    # Rows of a batch that is decoded in one go; none where texts come in stages anyway.
+    # Rows of a batch that is decoded in one go; none where texts come in stages.
     self._alone = 1 if len(program.stage_lengths(options.max_decode_length)) == 1 else 0
     self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
 
@@ -186,26 +187,24 @@ class Device(threading.Thread):
           for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
             made.expect_drafts()
             made.decode(made.encode(batch), batch.active, level, rule)
-          run = functools.partial(self._first_tokens, made, batch, level)
+          run = functools.partial(self._begin, made, batch, level)
           run(0)
-          spent = timeit.repeat(functools.partial(run, 8), number=1, repeat=3)
+          spent = timeit.repeat(run, number=1, repeat=3)
           self._seconds[shape] = min(spent)
         if self.online is not None and len(batch.tokens) == 1:
           model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
         progress.count("shapes of batches")(*self.compiled)
     batch = self._batch([], min(sizes), self._lengths[len(self._lengths) // 2])
-    decode = functools.partial(self._first_tokens, model, batch, 1.0, 8)
-    self.workers = self.workers or workers_that_pay(decode)
+    self.workers = self.workers or workers_that_pay(lambda: self._begin(model, batch, 1.0))
     self.ready, level = True, thresholds.format_threshold(self.threshold)
     spent = f"programs took {time.monotonic() - start:.1f} s, decoding threads {self.workers}"
     self.say(f"Ready: {spent}; threshold {level}.")
     self.say(self.guarantee(self.threshold) or "No guarantee: nothing was calibrated.")
 
-  def _first_tokens(self, model: inference.Predictor, batch, level: float, count: int) -> None:
-    rule, _ = self._rules(level)
-    given = model.encode(batch), batch.active, level, rule
-    collections.deque(model.stream(*given, steps=8, limit=count), maxlen=0)
+  def _begin(self, model: inference.Predictor, batch, level: float, count: int = FIRST_TOKENS):
+    given = model.encode(batch), batch.active, level, self._rules(level)[0]
+    collections.deque(model.stream(*given, steps=FIRST_TOKENS, limit=count), maxlen=0)
 
   def _next(self) -> list[Job] | None:
     """The next batch; [] where there is time for a check, None at the end."""
@@ -289,8 +288,9 @@ class Device(threading.Thread):
     if size == self._alone and not streams and limit == model.options.max_decode_length:
       parts = iter([model.decode(encoded, batch.active, level, alone)])
     else:
-      steps = STEPS if streams else limit
-      parts = model.stream(encoded, batch.active, level, rule, steps=steps, limit=limit)
+      steps = max(1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape]))
+      lengths = {"steps": steps if streams else limit, "limit": limit}
+      parts = model.stream(encoded, batch.active, level, rule, **lengths)
     left = dict.fromkeys(range(len(jobs)), "")
     for made in parts:
       for row, before in list(left.items()):

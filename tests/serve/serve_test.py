@@ -118,7 +118,7 @@ def told(answer):
 
 @pytest.mark.parametrize("workers", (1, 3))
 def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(
-  served, model, expected, workers
+  served, model, expected, workers, monkeypatch
 ):
   ways = [({}, 0.5), ({"threshold": 0.3}, 0.3), ({"exact": True}, NEVER_EXIT)]
   ways += [({"threshold": "never"}, NEVER_EXIT)]
@@ -143,6 +143,7 @@ def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(
   if workers == 1:
     asyncio.run(ask_all(served))
   else:
+    monkeypatch.setattr(device, "PART", 0.0)  # a token is a part
     with Running(model, 0.5, most_waiting=16, workers=workers) as running:
       asyncio.run(ask_all(running))
   assert compiled.num_made() == programs  # all of them were there before the first request
@@ -227,7 +228,7 @@ def test_the_client_of_openai(served, expected):
 
 
 def output_of(text):
-  """An output of one token a character, '|' being the end of the text."""
+  """One token a character, '|' ends the text."""
   tokens, ones = tuple(1 if c == "|" else ord(c) for c in text), (1.0,) * len(text)
   layers, pieces = (1,) * len(text), tuple(text)
   return outputs.Output(text.removesuffix("|"), tokens, pieces, layers, ones, ones, 0.0, 3)
@@ -254,9 +255,12 @@ def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(parts, stop, 
   assert found == said
 
 
-def test_a_stop_ends_a_stream_and_an_answer(served, expected):
+def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(served, expected, monkeypatch):
   row, text = next((i, o.text) for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
-  stop = text[2:4]
+  stop, count = text[2:4], len(expected[0.5][row].tokens)
+  for seconds, parts in ((1e-9, 2), (1.0, count)):  # of the first tokens
+    monkeypatch.setitem(served.device._seconds, (1, 32), seconds)
+    assert len(served.events(prompt=TEXTS[row], stream=True)) == parts + 1  # and [DONE]
   for stream in (False, True):
     body = {"prompt": TEXTS[row], "stop": [stop, "never there"], "stream": stream}
     answer = served.client.post("/v1/completions", json=body)
@@ -386,11 +390,7 @@ def test_nobody_waits_any_more_and_the_next_one_is_served(model):
 
 def test_as_many_threads_as_pay_decode_at_the_same_time(monkeypatch):
   lock = threading.Lock()
-
-  def alone():
-    with lock:
-      time.sleep(0.02)
-
+  alone = lambda: [lock.acquire(), time.sleep(0.02), lock.release()]
   monkeypatch.setattr(device.os, "cpu_count", lambda: 5)
   assert device.workers_that_pay(lambda: time.sleep(0.02)) == 4
   assert device.workers_that_pay(alone) == 1
@@ -416,8 +416,8 @@ def test_served_batches_tell_whether_the_next_one_pays(model):
   made._spent[1, 32, False].extend([1.0] * 4)
   made._spent[4, 32, False].extend([2.5] * 3)
   assert [len(made._next()), made.submit([job("d"), job("e")])] == [3, True]
-  made._spent[4, 32, False].append(2.5)  # two take 2.0 one after another
-  assert len(made._next()) == 1
+  made._spent[4, 32, False].append(2.5)
+  assert len(made._next()) == 1  # two take 2.0 one after another
 
 
 def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
