@@ -339,10 +339,11 @@ def forecast(
   thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
 ) -> float:
   """The lowest threshold that `num_calibration` prompts will probably certify, maybe between
-  two, by `losses` [num_prompts, num_thresholds] of the validation part; `inf`: none."""
-  error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
-  bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
-  if bound[0] > tolerance:
+  two, by `losses` [num_prompts, num_thresholds] of the validation part; `inf`: none, or the
+  first, without which no other is tested, is in doubt by what two draws of prompts differ."""
+  means, spread = losses.mean(axis=0), _QUANTILE * losses.std(axis=0, ddof=1)
+  bound = np.maximum.accumulate(means + spread / np.sqrt(num_calibration))
+  if means[0] + spread[0] * np.sqrt(1 / len(losses) + 1 / num_calibration) > tolerance:
     return float("inf")
   return float(np.round(np.interp(tolerance, bound, thresholds), 6))
 
@@ -397,12 +398,11 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
     told = part(progress, 0.0, 1.0, f"{candidate}, ")
     cached = grid.on_grid(model, prompts, levels, folder, full=full, progress=told)
     values = losses.compute(cached, options.kind, metric=options.metric).values
-    count = len(fit.splits.calibration)
     return Tried(
       candidate,
       levels,
       tuple(values.mean(axis=0).tolist()),
-      forecast(levels, values, options.tolerance, count),
+      forecast(levels, values, options.tolerance, len(fit.splits.calibration)),
     )
 
   tried: list[Tried] = []

@@ -38,12 +38,14 @@ def test_a_decaying_threshold_falls_with_the_position(tokens):
 
 def test_the_forecast_is_where_the_bound_crosses_the_tolerance():
   losses = np.tile([[0.0, 0.0, 0.0], [0.0, 0.2, 0.4]], (100, 1))
-  thresholds = (0.9, 0.5, 0.1)
-  # Means 0, 0.1, 0.2: with endless prompts the bound is the mean.
+  thresholds = (0.9, 0.5, 0.1)  # means 0, 0.1, 0.2: of endless prompts they are the bound
   assert choose.forecast(thresholds, losses, 0.15, 10**9) == pytest.approx(0.3, abs=1e-3)
   assert 0.5 < choose.forecast(thresholds, losses, 0.1, 100) < 0.9
   assert choose.forecast(thresholds, losses, 0.3, 10**9) == 0.1
   assert choose.forecast(thresholds, losses + 0.5, 0.1, 100) == math.inf
+  floor = np.repeat([[0.0], [0.7]], [36, 4], axis=0)  # 0.07 of 40 may be more of others
+  found = [choose.forecast((0.9,), np.tile(floor, (n, 1)), 0.1, 10**9) for n in (1, 1000)]
+  assert found == [math.inf, 0.9]
 
 
 def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
