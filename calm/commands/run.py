@@ -116,7 +116,7 @@ def use_compilation_cache() -> None:
       if hasattr(os, "geteuid"):  # on Windows modes say nothing
         _check_private(cache)
     jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def _check_private(cache: pathlib.Path) -> None:
