@@ -272,7 +272,7 @@ async def measure(
     return len(found) / made[name][0]
 
   client.free.clear()  # connections of another event loop
-  await one_after_another(client, bodies, clients)  # of idle servers memory is slow
+  await one_after_another(client, bodies, clients)  # every shape has run
   await timed("one client", one_after_another(client, bodies[: len(bodies) // 4], 1))
   most = await timed("capacity", one_after_another(client, bodies, clients))
   gaps = np.random.default_rng(seed).exponential(1 / (rate or most), len(bodies))
