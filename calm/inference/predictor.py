@@ -259,6 +259,7 @@ class Predictor:
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
     encode = decode = 0.0
+    every = range(1, self.options.max_decode_length + 1)
     for batch in self.plan(texts):
       progress(len(items), len(texts))
       start = now()
@@ -267,7 +268,7 @@ class Predictor:
       if parts is None:
         generation = self.decode(encoded, batch.active, level, rule)
       else:
-        for generation in self.stream(encoded, batch.active, level, rule, steps=1):
+        for generation in self.stream(encoded, batch.active, level, rule, ends=every):
           for i, row in enumerate(batch.rows):
             parts(int(row), self.output(generation, i))
       decode += now() - start
@@ -512,29 +513,23 @@ class Predictor:
     threshold: float,
     rule: exits.Rule | None = None,
     *,
-    steps: int,
-    limit: int | None = None,
+    ends: Sequence[int],
   ) -> Iterator[loop.Generation]:
-    """`decode` in parts: the generation after the first token and every `steps` more of them,
-    at last the whole, or its first `limit` positions. Passes over drafts come in one part, as
-    all does from several devices, and a limit of 0 compiles what any other needs."""
+    """`decode` in parts, after so many tokens as `ends` say, ascending; the last limits them.
+    Drafts, and several devices, give one part; an end of 0 compiles what any other needs."""
     program, state, position = self.program(rule), None, 0
     if program.rule.speculates or self.options.num_devices > 1:
       yield self.decode(encoded, active, threshold, rule)
       return
     weights, level = dataclasses.replace(self.weights, encoder={}), np.float32(threshold)
     for stage in program.stages:
-      end = stage.length if limit is None else min(stage.length, limit)
-      while position < end or limit == 0:
-        position = min(position + (steps if position else 1), end)
+      for position in sorted({min(n, stage.length) for n in ends if n > position or not n}):
         with compiled.at_precision(self.options.matmul_precision):
           state = state or stage.start(weights, encoded, active, level)
           state = stage.go_on(weights, encoded, state, level, np.int32(position))
         yield jax.tree.map(np.asarray, state.generation)
         if not np.asarray(state.active).any():
           return
-        if limit == 0:
-          break
 
   def resume(
     self,

@@ -24,9 +24,9 @@ from calm.inference import grid, outputs
 from calm.t5 import platforms
 
 FIRST_TOKENS = 8  # of a batch that is timed before it serves
-PART = 0.02  # seconds of a part of a streamed text, after its first token; shorter cost more
-LEAST_SERVED = 4  # batches of a kind whose mean seconds are believed
-LEAST_GAIN = 1.2  # of texts a second, by twice as many threads
+PART = 0.02  # seconds of a part of a stream, after its first token; shorter texts come whole
+LEAST_SERVED = 4  # batches of a kind whose seconds are believed
+LEAST_GAIN = 1.15  # of texts a second, by twice as many threads
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
 MOST_POINTS = 1000  # of the page's history
 FULL_DEPTH = "The full model is used; no guarantee is needed."
@@ -195,8 +195,9 @@ class Device(threading.Thread):
           model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
         progress.count("shapes of batches")(*self.compiled)
-    batch = self._batch([], min(sizes), self._lengths[len(self._lengths) // 2])
-    self.workers = self.workers or workers_that_pay(lambda: self._begin(model, batch, 1.0))
+    batches = [self._batch([], size, self._lengths[len(self._lengths) // 2]) for size in sizes]
+    begins = (functools.partial(self._begin, model, batch, 1.0) for batch in batches)
+    self.workers = self.workers or max(map(workers_that_pay, begins))
     self.ready, level = True, thresholds.format_threshold(self.threshold)
     spent = f"programs took {time.monotonic() - start:.1f} s, decoding threads {self.workers}"
     self.say(f"Ready: {spent}; threshold {level}.")
@@ -204,15 +205,14 @@ class Device(threading.Thread):
 
   def _begin(self, model: inference.Predictor, batch, level: float, count: int = FIRST_TOKENS):
     given = model.encode(batch), batch.active, level, self._rules(level)[0]
-    collections.deque(model.stream(*given, steps=FIRST_TOKENS, limit=count), maxlen=0)
+    collections.deque(model.stream(*given, ends=[count]), maxlen=0)
 
   def _next(self) -> list[Job] | None:
     """The next batch; [] where there is time for a check, None at the end."""
 
     def due() -> bool:
       self.waiting = [job for job in self.waiting if not job.gone]
-      checks = self._unchecked and not self._checking  # one at a time
-      return bool(self.waiting or checks or self._stopping)
+      return bool(self.waiting or self._stopping or (self._unchecked and not self._checking))
 
     with self._condition:
       self._condition.wait_for(due)
@@ -225,17 +225,22 @@ class Device(threading.Thread):
       lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
       near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
       batch = [job for job in self.waiting if near(job)][: self._size]
-      # A batch lasts as long as its longest text and its rows leave after different layers, so
-      # that only served ones tell; until there are enough, seconds of the first tokens do.
-      shapes = [(size, length) for size in (1, self._size)]
-      served = [self._spent[*shape, self._level(first) == NEVER_EXIT] for shape in shapes]
-      one, whole = (self._seconds.get(shape, math.inf) for shape in shapes)
-      if min(map(len, served)) >= LEAST_SERVED:
-        one, whole = (sum(seconds) / len(seconds) for seconds in served)
-      # Few may take less one after another.
-      batch = batch if len(batch) * one > whole else batch[:1]
+      # Few may take less one after another. Full batches are tried until enough were served.
+      (one, _), (whole, tried) = (self._expected(first, size) for size in (1, self._size))
+      if len(batch) * one <= whole and (tried or len(batch) < self._size):
+        batch = batch[:1]
       self.waiting = [job for job in self.waiting if job not in batch]
       return batch
+
+  def _expected(self, first: Job, size: int) -> tuple[float, bool]:
+    """Seconds of a batch that begins with this prompt, and whether enough were served to tell,
+    since it lasts as long as its longest text; seconds of the first tokens stand in."""
+    length, full = self._length(first), self._level(first) == NEVER_EXIT
+    served = [self._spent[each, length, full] for each in (size, 1, self._size)]
+    if min(map(len, served)) < LEAST_SERVED:
+      return self._seconds.get((size, length), math.inf), len(served[0]) >= LEAST_SERVED
+    # The slowest tenth may have waited for the machine: one pause is worth ten batches.
+    return float(np.mean(sorted(served[0])[: -len(served[0]) // 10])), True
 
   def _level(self, job: Job) -> float:
     return self.threshold if job.threshold is None else job.threshold
@@ -284,13 +289,14 @@ class Device(threading.Thread):
     size = 1 if len(jobs) == 1 and not self._whole else self._size
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
     encoded, (rule, alone) = model.encode(batch), self._rules(level)
-    limit, streams = max(job.limit for job in jobs), any(job.stream for job in jobs)
+    limit, long = max(job.limit for job in jobs), self._expected(jobs[0], size)[0] > PART
+    streams = long and any(job.stream for job in jobs)
     if size == self._alone and not streams and limit == model.options.max_decode_length:
       parts = iter([model.decode(encoded, batch.active, level, alone)])
     else:
-      steps = max(1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape]))
-      lengths = {"steps": steps if streams else limit, "limit": limit}
-      parts = model.stream(encoded, batch.active, level, rule, **lengths)
+      every = max(1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape]))
+      ends = [*range(1, limit, every), limit] if streams else [limit]
+      parts = model.stream(encoded, batch.active, level, rule, ends=ends)
     left = dict.fromkeys(range(len(jobs)), "")
     for made in parts:
       for row, before in list(left.items()):
@@ -317,15 +323,13 @@ class Device(threading.Thread):
 
 def workers_that_pay(decode: Callable[[], Any]) -> int:
   """Threads that give the most texts a second together, at most one a core: products of a small
-  model keep one core busy, those of a larger one keep them all. `decode` decodes a prompt."""
+  model keep one core busy, those of a larger one keep them all. `decode` decodes a batch."""
   most, count = os.cpu_count() or 1 if platforms.is_cpu() else 1, 1
   with futures.ThreadPoolExecutor(most) as pool:
     run = lambda count: futures.wait([pool.submit(decode) for _ in range(count)])
     seconds = lambda count: timeit.timeit(functools.partial(run, count), number=1)
-    while 2 * count <= most:
-      turns = [(seconds(count), seconds(2 * count)) for _ in range(20)]
-      fewer, more = map(min, zip(*turns, strict=True))
-      if 2.0 * fewer < LEAST_GAIN * more:
-        break
+    turns = lambda n: range(max(3, min(20, round(1.0 / seconds(n)))))
+    gain = lambda n: np.median([2.0 * seconds(n) / seconds(2 * n) for _ in turns(n)])
+    while 2 * count <= most and gain(count) >= LEAST_GAIN:
       count *= 2
   return count

@@ -258,7 +258,8 @@ def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(parts, stop, 
 def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(served, expected, monkeypatch):
   row, text = next((i, o.text) for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
   stop, count = text[2:4], len(expected[0.5][row].tokens)
-  for seconds, parts in ((1e-9, 2), (1.0, count)):  # of the first tokens
+  monkeypatch.setattr(device, "LEAST_SERVED", 1000)
+  for seconds, parts in ((0.01, 1), (1.0, count)):  # of the first tokens
     monkeypatch.setitem(served.device._seconds, (1, 32), seconds)
     assert len(served.events(prompt=TEXTS[row], stream=True)) == parts + 1  # and [DONE]
   for stream in (False, True):
@@ -410,14 +411,13 @@ def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
 
 def test_served_batches_tell_whether_the_next_one_pays(model):
   made = serve.Device(model.with_options(max_input_length=32))
-  made._seconds = {(1, 32): 1.0, (4, 32): 1.5}
-  job = lambda name: device.Job(name, [3] * 9, 0.5, 8, ())
-  made.submit([job("a"), job("b"), job("c")])
+  made._seconds = {(1, 32): 1.0, (4, 32): 9.0}
+  ask = lambda names: made.submit([device.Job(name, [3] * 9, 0.5, 8, ()) for name in names])
   made._spent[1, 32, False].extend([1.0] * 4)
   made._spent[4, 32, False].extend([2.5] * 3)
-  assert [len(made._next()), made.submit([job("d"), job("e")])] == [3, True]
-  made._spent[4, 32, False].append(2.5)
-  assert len(made._next()) == 1  # two take 2.0 one after another
+  assert ask("abcd") and len(made._next()) == 4  # a full one is tried
+  made._spent[4, 32, False].append(99.0)  # the machine had other work
+  assert [len(made._next()) for names in ("abc", "ab") if ask(names)] == [3, 1]  # 2.5 for all
 
 
 def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
@@ -447,7 +447,7 @@ def test_a_text_in_parts_is_the_text(model):
   encoded = long.encode(batch)
   for threshold, rule in ((0.5, None), (NEVER_EXIT, StaticExit())):
     whole = long.decode(encoded, batch.active, threshold, rule)
-    *_, last = long.stream(encoded, batch.active, threshold, rule, steps=50)
+    *_, last = long.stream(encoded, batch.active, threshold, rule, ends=[1, 50, 90, 128])
     np.testing.assert_array_equal(last.tokens, whole.tokens)
     np.testing.assert_array_equal(last.exit_layers, whole.exit_layers)
 
