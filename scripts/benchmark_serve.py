@@ -9,7 +9,7 @@ turns. 'A core each': CTranslate2 has one thread a prompt and a prompt a core, w
 it gives one prompt all cores. 'No model' answers with an empty text: what the server adds.
 Capacity is texts a second for --clients that ask one after another. Then prompts arrive as a
 Poisson process at shares of the first system's capacity, the same arrivals for every system;
-at once (burst); and as streams.
+at once (burst); and as streams. Numbers are medians of rounds.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class PeerDevice(serve.Device):
 
   def _compile(self) -> None:
     for length in self._lengths:
-      for size in (1, self._size):
+      for size in self._sizes:
         rows = [[3] * (length - 1) + [self.model.eos_id]] * size
         run = lambda rows=rows: self._peer(rows, 8, None)
         self._seconds[size, length] = min(timeit.repeat(run, number=1, repeat=4))
@@ -285,15 +285,15 @@ async def measure(
 
 
 def row(name: str, arrivals: str, rounds: list[tuple[float, float, list[Answer]]]) -> list[Any]:
-  """The rounds of one system and one kind of arrivals as a line of the table."""
-  answers = [answer for _, _, found in rounds for answer in found]
-  first, seconds = 1e3 * np.array([answer[:2] for answer in answers]).T
-  layers = [json.loads(answer[2])["calm"]["layers"] for answer in answers]
-  spent = sum(part[0] for part in rounds) / len(answers)
-  cpu = sum(part[1] for part in rounds) / len(answers)
-  percentiles = np.percentile(seconds, (50, 99)).tolist()
-  median = float(np.median(first)) if first.any() else None
-  return [name, arrivals, float(np.mean(layers)), 1 / spent, *percentiles, median, 1e3 * cpu]
+  """Medians of the rounds of one system and one kind of arrivals, as a line of the table."""
+  made = []
+  for spent, cpu, found in rounds:
+    numbers = [(*answer[:2], json.loads(answer[2])["calm"]["layers"]) for answer in found]
+    first, seconds, layers = np.array(numbers).T
+    times = *np.percentile(seconds, (50, 99)), np.median(first), cpu / len(found)
+    made.append([np.mean(layers), len(found) / spent, *1e3 * np.array(times)])
+  *rest, first, cpu = np.median(made, axis=0).tolist()
+  return [name, arrivals, *rest, first or None, cpu]
 
 
 def requests(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ from calm.t5 import platforms
 
 FIRST_TOKENS = 8  # of a batch that is timed before it serves
 PART = 0.02  # seconds of a part of a stream, after its first token; shorter texts come whole
-LEAST_SERVED = 4  # batches of a kind whose seconds are believed
 LEAST_GAIN = 1.15  # of texts a second, by twice as many threads
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
 MOST_POINTS = 1000  # of the page's history
@@ -111,12 +110,12 @@ class Device(threading.Thread):
     # Seconds of the last batches, by their shape and whether they were at full depth.
     self._spent = collections.defaultdict(lambda: collections.deque[float](maxlen=20))
     options, most = model.options, model.options.max_input_length
-    # Whether a batch's shape is part of the procedure. With the encoder in 8 bits it is, but
-    # prompts that are encoded packed get what they get alone.
-    self._whole, self._size = model.batch_size_affects_output, options.batch_size
+    # A batch's shape may be part of the procedure; not of an encoder in 8 bits that packs: its
+    # prompts get what they get alone.
+    self._whole, size = model.batch_size_affects_output, options.batch_size
     if self._whole and model.packs:
-      self._whole = self._size > 1
-      self._size = max(self._size, inference.DecodeOptions.batch_size)
+      self._whole, size = size > 1, max(size, inference.DecodeOptions.batch_size)
+    self._sizes = (size,) if self._whole else tuple(sorted({1, max(1, size // 2), size}))
     # Rows of a batch that is decoded in one go; none where texts come in stages.
     self._alone = 1 if len(program.stage_lengths(options.max_decode_length)) == 1 else 0
     self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
@@ -176,8 +175,7 @@ class Device(threading.Thread):
     if self.online is not None:
       self.online.give_up()
     model, full, start = self.model, self.model.reference, time.monotonic()
-    sizes = {self._size} if self._whole else sorted({1, self._size})
-    shapes = [(size, length) for length in self._lengths for size in sizes]
+    shapes = [(size, length) for length in self._lengths for size in self._sizes]
     with Progress(self._console) as progress:
       for number, shape in enumerate(shapes):
         batch = self._batch([], *shape)
@@ -195,7 +193,8 @@ class Device(threading.Thread):
           model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
         self.compiled = number + 1, len(shapes)
         progress.count("shapes of batches")(*self.compiled)
-    batches = [self._batch([], size, self._lengths[len(self._lengths) // 2]) for size in sizes]
+    middle = self._lengths[len(self._lengths) // 2]
+    batches = [self._batch([], size, middle) for size in {self._sizes[0], self._sizes[-1]}]
     begins = (functools.partial(self._begin, model, batch, 1.0) for batch in batches)
     self.workers = self.workers or max(map(workers_that_pay, begins))
     self.ready, level = True, thresholds.format_threshold(self.threshold)
@@ -224,26 +223,27 @@ class Device(threading.Thread):
       first, length = self.waiting[0], self._length(self.waiting[0])
       lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
       near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
-      batch = [job for job in self.waiting if near(job)][: self._size]
-      # Few may take less one after another. Full batches are tried until enough were served.
-      (one, _), (whole, tried) = (self._expected(first, size) for size in (1, self._size))
-      if len(batch) * one <= whole and (tried or len(batch) < self._size):
-        batch = batch[:1]
+      batch = [job for job in self.waiting if near(job)][: self._sizes[-1]]
+      # Few may take less one after another.
+      each = lambda size: self._expected(first, size) / min(size, len(batch))
+      batch = batch[: min((n for n in self._sizes if n <= self._size(batch)), key=each)]
       self.waiting = [job for job in self.waiting if job not in batch]
       return batch
 
-  def _expected(self, first: Job, size: int) -> tuple[float, bool]:
-    """Seconds of a batch that begins with this prompt, and whether enough were served to tell,
-    since it lasts as long as its longest text; seconds of the first tokens stand in."""
+  def _expected(self, first: Job, size: int) -> float:
+    """Seconds of a batch that begins with this prompt, by those served, as one lasts as long as
+    its longest text, and by the first tokens, which last less: every size is tried."""
     length, full = self._length(first), self._level(first) == NEVER_EXIT
-    served = [self._spent[each, length, full] for each in (size, 1, self._size)]
-    if min(map(len, served)) < LEAST_SERVED:
-      return self._seconds.get((size, length), math.inf), len(served[0]) >= LEAST_SERVED
+    begun = self._seconds.get((size, length), math.inf)
+    seconds = sorted([begun, *self._spent[size, length, full]])
     # The slowest tenth may have waited for the machine: one pause is worth ten batches.
-    return float(np.mean(sorted(served[0])[: -len(served[0]) // 10])), True
+    return float(np.mean(seconds[: max(1, len(seconds) * 9 // 10)]))
 
   def _level(self, job: Job) -> float:
     return self.threshold if job.threshold is None else job.threshold
+
+  def _size(self, jobs: Sequence[Job]) -> int:
+    return next(size for size in self._sizes if size >= len(jobs))
 
   def _length(self, job: Job) -> int:
     return prompt_batches.bucket_length(len(job.tokens), self._lengths[-1])
@@ -273,8 +273,8 @@ class Device(threading.Thread):
       for job in batch:
         job.deliver(error)
       return
-    shape = 1 if len(batch) == 1 else self._size, self._length(batch[0])
-    self._spent[*shape, level == NEVER_EXIT].append(time.perf_counter() - start)
+    kind = self._size(batch), self._length(batch[0]), level == NEVER_EXIT
+    self._spent[kind].append(time.perf_counter() - start)
     if self.online is not None and batch[0].threshold is None:
       with self._condition:
         served = len(batch) + (self.history[-1][0] if self.history else 0)
@@ -286,10 +286,10 @@ class Device(threading.Thread):
   ) -> Iterator[tuple[Job, outputs.Output, str, str | None]]:
     """(job, output, text, reason) of rows that end, and of parts of those that are streamed."""
     model = self.model.reference if level == NEVER_EXIT else self.model
-    size = 1 if len(jobs) == 1 and not self._whole else self._size
+    size = self._size(jobs)
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
     encoded, (rule, alone) = model.encode(batch), self._rules(level)
-    limit, long = max(job.limit for job in jobs), self._expected(jobs[0], size)[0] > PART
+    limit, long = max(job.limit for job in jobs), self._expected(jobs[0], size) > PART
     streams = long and any(job.stream for job in jobs)
     if size == self._alone and not streams and limit == model.options.max_decode_length:
       parts = iter([model.decode(encoded, batch.active, level, alone)])

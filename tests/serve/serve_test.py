@@ -258,9 +258,8 @@ def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(parts, stop, 
 def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(served, expected, monkeypatch):
   row, text = next((i, o.text) for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
   stop, count = text[2:4], len(expected[0.5][row].tokens)
-  monkeypatch.setattr(device, "LEAST_SERVED", 1000)
-  for seconds, parts in ((0.01, 1), (1.0, count)):  # of the first tokens
-    monkeypatch.setitem(served.device._seconds, (1, 32), seconds)
+  for part, parts in ((1e9, 1), (0.0, count)):  # seconds of a part
+    monkeypatch.setattr(device, "PART", part)
     assert len(served.events(prompt=TEXTS[row], stream=True)) == parts + 1  # and [DONE]
   for stream in (False, True):
     body = {"prompt": TEXTS[row], "stop": [stop, "never there"], "stream": stream}
@@ -381,7 +380,6 @@ def test_nobody_waits_any_more_and_the_next_one_is_served(model):
   thread.start()
   time.sleep(0.1)
   assert thread.is_alive() and not found  # the queue is empty, which is no end
-  made._seconds = {(1, 32): 1.0, (4, 32): 2.0}
   made.submit([dataclasses.replace(gone, prompt="next", gone=False)])
   thread.join(WAIT)
   assert [job.prompt for job in found[0]] == ["next"]
@@ -411,13 +409,15 @@ def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
 
 def test_served_batches_tell_whether_the_next_one_pays(model):
   made = serve.Device(model.with_options(max_input_length=32))
-  made._seconds = {(1, 32): 1.0, (4, 32): 9.0}
-  ask = lambda names: made.submit([device.Job(name, [3] * 9, 0.5, 8, ()) for name in names])
-  made._spent[1, 32, False].extend([1.0] * 4)
-  made._spent[4, 32, False].extend([2.5] * 3)
-  assert ask("abcd") and len(made._next()) == 4  # a full one is tried
-  made._spent[4, 32, False].append(99.0)  # the machine had other work
-  assert [len(made._next()) for names in ("abc", "ab") if ask(names)] == [3, 1]  # 2.5 for all
+  made._seconds, spent = {(1, 32): 1.0, (4, 32): 2.5}, made._spent
+  asked = [device.Job(name, [3] * 9, 0.5, 8, ()) for name in "abc"]
+  size = lambda: made.submit(asked) and len(made._next())
+  spent[4, 32, False].append(99.0)  # the machine had other work
+  assert size() == 3
+  spent[4, 32, False].extend([3.5] * 3)
+  assert size() == 1  # three take 3.0 one after another
+  spent[1, 32, False].extend([2.0] * 3)
+  assert size() == 4
 
 
 def test_a_batch_that_fails_is_an_error_of_its_requests_alone(served, monkeypatch):
