@@ -60,14 +60,14 @@ BUDGETS = {
   "fitting": (1858, 7),
   "inference": (1929, 7),
   "paper": (1529, 5),
-  "serve": (741, 4),
+  "serve": (742, 4),
   "signals.py": (73, 1),
   "storage.py": (485, 1),
   "t5": (3568, 20),
   "t5x": (1114, 4),
   "training": (1343, 8),
 }
-WHOLE = {"calm": (24_909, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_910, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

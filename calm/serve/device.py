@@ -24,7 +24,7 @@ from calm.inference import grid, outputs
 from calm.t5 import platforms
 
 FIRST_TOKENS = 8  # of a batch that is timed before it serves
-PART = 0.02  # seconds of a part of a stream, after its first token; shorter texts come whole
+PART = 0.02  # seconds of a part of a stream; the first is a token where texts last longer
 LEAST_GAIN = 1.15  # of texts a second, by twice as many threads
 MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
 MOST_POINTS = 1000  # of the page's history
@@ -289,13 +289,14 @@ class Device(threading.Thread):
     size = self._size(jobs)
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
     encoded, (rule, alone) = model.encode(batch), self._rules(level)
-    limit, long = max(job.limit for job in jobs), self._expected(jobs[0], size) > PART
-    streams = long and any(job.stream for job in jobs)
-    if size == self._alone and not streams and limit == model.options.max_decode_length:
+    ends = [limit := max(job.limit for job in jobs)]
+    if any(job.stream for job in jobs):
+      every = max(1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape]))
+      begin = 1 if self._expected(jobs[0], size) > PART else every
+      ends = [*range(begin, limit, every), limit]
+    if size == self._alone and ends == [model.options.max_decode_length]:
       parts = iter([model.decode(encoded, batch.active, level, alone)])
     else:
-      every = max(1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape]))
-      ends = [*range(1, limit, every), limit] if streams else [limit]
       parts = model.stream(encoded, batch.active, level, rule, ends=ends)
     left = dict.fromkeys(range(len(jobs)), "")
     for made in parts:

@@ -258,8 +258,9 @@ def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(parts, stop, 
 def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(served, expected, monkeypatch):
   row, text = next((i, o.text) for i, o in enumerate(expected[0.5]) if len(o.text) > 4)
   stop, count = text[2:4], len(expected[0.5][row].tokens)
-  for part, parts in ((1e9, 1), (0.0, count)):  # seconds of a part
-    monkeypatch.setattr(device, "PART", part)
+  monkeypatch.setattr(served.device, "_expected", lambda *_: 0.0)
+  for part, parts in ((1e9, 1), (0.0, count), (3, -(-count // 3))):  # in a token's seconds
+    monkeypatch.setattr(device, "PART", part * served.device._seconds[1, 32] / 8)
     assert len(served.events(prompt=TEXTS[row], stream=True)) == parts + 1  # and [DONE]
   for stream in (False, True):
     body = {"prompt": TEXTS[row], "stop": [stop, "never there"], "stream": stream}
@@ -436,8 +437,7 @@ def test_a_key_is_asked_for(model):
   assert client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
   right = {"authorization": "Bearer secret key"}
   assert client.get("/v1/models", headers=right).status_code == 200
-  # Programs are not compiled: no lifespan has begun.
-  assert client.get("/health").status_code == 503
+  assert client.get("/health").status_code == 503  # no lifespan: nothing is compiled
   assert client.post("/generate", json={"inputs": "a"}, headers=right).status_code == 503
 
 
