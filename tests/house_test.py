@@ -55,10 +55,10 @@ BUDGETS = {
   "commands": (2022, 13),
   "console.py": (150, 1),
   "data": (1435, 6),
-  "decode": (1741, 7),
+  "decode": (1752, 7),
   "exits": (1041, 7),
   "fitting": (1858, 7),
-  "inference": (1929, 7),
+  "inference": (1937, 7),
   "paper": (1529, 5),
   "serve": (742, 4),
   "signals.py": (73, 1),
@@ -67,7 +67,7 @@ BUDGETS = {
   "t5x": (1114, 4),
   "training": (1343, 8),
 }
-WHOLE = {"calm": (24_910, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_930, 119), "tests": (20_000, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
