@@ -385,11 +385,14 @@ class Predictor:
   def _parts(self) -> tuple[ModelWeights, ModelWeights]:
     """The weights that prompts are encoded with, and those of decoding: a program looks at its
     arguments one by one, a tenth of a short text's time if it is given all."""
-    weights, name = self.weights, jax.tree_util.GetAttrKey("cross_key_value")  # once a prompt
-    part = lambda cross: jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf if (name in path) == cross else None, weights.decoder
-    )
-    return ModelWeights(weights.encoder, part(True)), ModelWeights({}, part(False))
+    decoder, once = self.weights.decoder, "cross_key_value"  # read once a prompt
+    without = lambda part, kept: {f.name: None for f in dataclasses.fields(part)} | kept
+    of = lambda layer: without(layer, {once: getattr(layer, once)})
+    cross = [dataclasses.replace(layer, **of(layer)) for layer in decoder.layers]
+    rest = [dataclasses.replace(layer, **{once: None}) for layer in decoder.layers]
+    encodes = dataclasses.replace(decoder, **without(decoder, {"layers": tuple(cross)}))
+    decodes = dataclasses.replace(decoder, layers=tuple(rest))
+    return ModelWeights(self.weights.encoder, encodes), ModelWeights({}, decodes)
 
   @functools.cached_property
   def parameters_digest(self) -> str:
