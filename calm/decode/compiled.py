@@ -53,7 +53,7 @@ class Method:
 
   def _compiled(self, instance: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
     """The program, and what it is called with."""
-    # Taken apart once, a hundred microseconds for weights: `jax.jit` would do so again.
+    # Taken apart once, 35 microseconds for weights: `jax.jit` would do so again.
     leaves, tree = jax.tree.flatten((args, kwargs))
     shapes = tuple([getattr(leaf, "shape", ()) for leaf in leaves])
     return _program(self._function, instance, tree, shapes), leaves

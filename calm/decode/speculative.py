@@ -45,7 +45,7 @@ def draft_cost(
   are read, in steps of the full model; inf where not even good drafts would save steps."""
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
   whole, k, matrix = weights.head, rule.draft_layer, weights.layers[0].mlp_out
-  layer = size(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
+  layer = size(weights.layers[0])
   head = size(whole.coded if isinstance(whole, eight_bits.QuantizedHead) else whole)
   short = size(weights.shortlist) if rule.draft_head == "shortlist" else head
   drafted = k * layer + short + size(weights.translators.get(k))

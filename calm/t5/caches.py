@@ -43,7 +43,7 @@ def cross_attention_inputs(
   `network.encode` makes them."""
   heads, head_dim = config.num_heads, config.head_dim
   batch, length = encoder_input_tokens.shape
-  matrices = [layer.cross_key_value for layer in weights.layers]
+  matrices = weights.cross_key_value
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
   encoded, cross = encoded.astype(config.dtype), []
   tiled = all(isinstance(matrix, EightBits) and matrix.tiled for matrix in matrices)

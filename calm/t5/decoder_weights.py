@@ -31,7 +31,6 @@ class LayerWeights:
   self_out: Matrix  # [heads * head_dim, emb_dim]
   cross_norm: jax.Array
   cross_query: Matrix
-  cross_key_value: jax.Array | eight_bits.EightBits  # [emb_dim, 2 * heads * head_dim]
   cross_out: Matrix
   mlp_norm: jax.Array
   # One matrix [emb_dim, mlp_dim] an activation; apart: XLA:CPU takes a twelfth more time for
@@ -78,6 +77,8 @@ class DecoderWeights:
   embedding: jax.Array  # [vocab, emb_dim], in the dtype of the matrices
   relpos: tuple[jax.Array, ...]  # [heads, buckets]: one for all layers, or one a layer
   layers: tuple[LayerWeights, ...]
+  # Of every layer, [emb_dim, 2 * heads * head_dim]; apart, since it is read once a prompt.
+  cross_key_value: tuple[jax.Array | eight_bits.EightBits, ...]
   decoder_norm: jax.Array  # [emb_dim]
   head: Matrix | eight_bits.QuantizedHead  # of all layers, [emb_dim, num_pieces]
   exit_kernel: jax.Array | None  # [emb_dim], or None without a classifier
@@ -132,16 +133,16 @@ def decoder_weights(
   classifier = decoder.get("exit_classifier")
   layers = [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
   translators = parameters.by_layer(decoder.get("exit_translators", {}))
+  in_codes, cross = in_8_bits or encoder_dtype == "int8", "encoder_decoder_attention"
+  once = lambda matrix: eight_bits.quantize(matrix, tiled=True) if in_codes else matrix
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
       jnp.asarray(part["relpos_bias"]["rel_embedding"], dtype)
       for part in (layers if config.relpos_per_layer else [decoder])
     ),
-    layers=tuple(
-      _layer_weights(layer, config, matrices, in_8_bits, in_8_bits or encoder_dtype == "int8")
-      for layer in layers
-    ),
+    layers=tuple(_layer_weights(layer, config, matrices, in_8_bits) for layer in layers),
+    cross_key_value=tuple(once(_beside(layer[cross], matrices)) for layer in layers),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
     head=stored_head,
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
@@ -178,30 +179,32 @@ def _learned_propagation(
 
 
 def _layer_weights(
-  layer: Params, config: network.T5Config, matrices: Any, in_8_bits: bool, prompts: bool
+  layer: Params, config: network.T5Config, matrices: Any, in_8_bits: bool
 ) -> LayerWeights:
-  """One layer, its matrices `in_8_bits`, and what multiplies `prompts`."""
+  """One layer, its matrices `in_8_bits`."""
   kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
-  beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
   stored = eight_bits.rounded if in_8_bits else lambda matrix: matrix
   scale = lambda name: jnp.asarray(layer[name]["scale"], config.dtype)
   names = ["key", "value"]
   apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]
   mlp_names = sorted({*layer["mlp"]} - {"wo"})  # "wi", or "wi_0", "wi_1" ...
-  cross = beside("encoder_decoder_attention", names)
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),
     query=stored(kernel("self_attention", "query")),
-    key_value=tuple(stored(beside("self_attention", part)) for part in apart),
+    key_value=tuple(stored(_beside(layer["self_attention"], matrices, p)) for p in apart),
     self_out=stored(kernel("self_attention", "out")),
     cross_norm=scale("pre_cross_attention_layer_norm"),
     cross_query=stored(kernel("encoder_decoder_attention", "query")),
-    cross_key_value=eight_bits.quantize(cross, tiled=True) if prompts else cross,
     cross_out=stored(kernel("encoder_decoder_attention", "out")),
     mlp_norm=scale("pre_mlp_layer_norm"),
     mlp_in=tuple(stored(kernel("mlp", name)) for name in mlp_names),
     mlp_out=stored(kernel("mlp", "wo")),
   )
+
+
+def _beside(block: Params, dtype: Any, names: Sequence[str] = ("key", "value")) -> jax.Array:
+  """Matrices of an attention, one beside the other."""
+  return jnp.concatenate([jnp.asarray(block[n]["kernel"], dtype) for n in names], axis=1)
 
 
 def _shortlist_head(head: jax.Array, shortlist: Sequence[int]) -> jax.Array:

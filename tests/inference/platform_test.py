@@ -122,7 +122,7 @@ def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory, p
     isinstance(matrix, eight_bits.RoundedMatrix) == (part == "weights")
     for matrix in (first.query, *first.key_value, first.cross_query, *first.mlp_in)
   )
-  assert isinstance(first.cross_key_value, eight_bits.EightBits)
+  assert isinstance(coded.weights.decoder.cross_key_value[0], eight_bits.EightBits)
   once = lambda path: (
     path[:1] == ("encoder",)
     or (path[-2:-1] == ("encoder_decoder_attention",) and path[-1] in ("key", "value"))
