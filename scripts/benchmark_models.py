@@ -15,7 +15,7 @@ from calm import exits, inference
 from calm.data import prompt_batches, prompt_files
 from calm.decode import program
 from calm.exits import confidence
-from calm.t5 import eight_bits, network, parameters
+from calm.t5 import network, parameters
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
   config = network.T5Config(**SIZES[shape], dtype=dtype, exit_probes=True)
   params = random_params(config)
   ids = tuple(range(3, 3 + min(shortlist, config.vocab_size // 2)))
-  weights = program.model_weights(params, config, None, ids)
+  weights = program.model_weights(params, config, None, ids, native=dtype == "float32")
   return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
 
 
@@ -103,31 +103,23 @@ def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
 
 
 def _read(model: Model, name: str) -> Model:
+  params, config = model.params, model.config
+  dtypes: dict[str, Any] = {"native": config.dtype == "float32"}
   if name == "xla":
-    return model
-  if name == "learned":
-    below = tuple(range(1, model.config.num_decoder_layers))
+    dtypes = {}
+  elif name == "learned":
+    below = tuple(range(1, config.num_decoder_layers))
     config = dataclasses.replace(
-      model.config, exit_translators=below, exit_propagation=below, exit_propagation_rank=16
+      config, exit_translators=below, exit_propagation=below, exit_propagation_rank=16
     )
     params = random_params(config)
-    weights = program.model_weights(params, config, model.num_pieces, model.shortlist)
-    return dataclasses.replace(model, config=config, params=params, weights=weights)
-  if name in ENCODES:
-    weights = program.model_weights(
-      model.params,
-      model.config,
-      model.num_pieces,
-      model.shortlist,
-      None if name == "encoder" else "int8",
-      None if name == "layers" else "int8",
-      encoder_dtype="int8",
-    )
-    return dataclasses.replace(model, weights=weights)
-  decoder = model.weights.decoder
-  assert isinstance(decoder.head, jax.Array)
-  decoder = dataclasses.replace(decoder, head=eight_bits.quantize_head(decoder.head))
-  return dataclasses.replace(model, weights=dataclasses.replace(model.weights, decoder=decoder))
+  else:
+    dtypes["head_dtype"] = None if name == "layers" else "int8"
+    if name in ENCODES:
+      dtypes["weights_dtype"] = None if name == "encoder" else "int8"
+      dtypes["encoder_dtype"] = "int8"
+  weights = program.model_weights(params, config, model.num_pieces, model.shortlist, **dtypes)
+  return dataclasses.replace(model, config=config, params=params, weights=weights)
 
 
 def random_params(config: network.T5Config, seed: int = 0) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from calm.decode import engines, loop
 from calm.decode import program as program_lib
 from calm.exits import propagation, schedules
 from calm.t5 import caches as caches_lib
-from calm.t5 import network
+from calm.t5 import network, tiles
 from tests import reference, toys
 
 LENGTH = 8
@@ -62,10 +62,15 @@ def toy_for(rule: exits.DynamicExits, **changes) -> Toy:
 
 def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32") -> Toy:
   config = network.T5Config(dtype=dtype, **toys.network_fields(sizes))
-  listed = toys.shortlist(sizes)
-  weights = program_lib.model_weights(params, config, sizes.num_pieces, listed)
+  listed, native = toys.shortlist(sizes), dtype == "float32"
+  weights = program_lib.model_weights(params, config, sizes.num_pieces, listed, native=native)
   model = reference.Model(params, sizes, sizes.num_pieces, shortlist=listed)
   return Toy(sizes, params, config, weights, model)
+
+
+def columns(matrix: Any) -> int:
+  """Of its products, maybe in tiles."""
+  return matrix.numbers[:, 0].size if isinstance(matrix, tiles.Tiles) else matrix.shape[1]
 
 
 def sized(kind: engines.Engine, **values: Any) -> engines.Engine:

@@ -37,6 +37,7 @@ def model_weights(
   weights_dtype: str | None = None,
   head_dtype: str | None = None,
   encoder_dtype: str | None = None,
+  native: bool = False,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference.
 
@@ -50,6 +51,8 @@ def model_weights(
     head_dtype: 'int8' reads float32 heads in 8 bits first; None: as `weights_dtype`.
     encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits, and its states with what
       makes the decoder's keys and values of them; None: as `weights_dtype`.
+    native: whether float32 matrices of the decoder lie as kernels read them, for programs that
+      are `native`.
 
   Raises:
     ValueError: `num_pieces` or `shortlist` does not fit the model.
@@ -61,7 +64,7 @@ def model_weights(
       lambda path, leaf: _stored(path[-1].key, jnp.asarray(leaf), encoder_dtype), encoder
     ),
     decoder_weights.decoder_weights(
-      params, config, num_pieces, shortlist, weights_dtype, head_dtype, encoder_dtype
+      params, config, num_pieces, shortlist, weights_dtype, head_dtype, encoder_dtype, native
     ),
   )
 

@@ -39,7 +39,6 @@ def draft_cost(
   weights: decoder_weights.DecoderWeights,
   rule: exits.Speculative,
   batch: int,
-  is_native: bool,
 ) -> float:
   """What a token takes that is drafted, read and verified in a whole window, by the bytes that
   are read, in steps of the full model; inf where not even good drafts would save steps."""
@@ -56,8 +55,7 @@ def draft_cost(
   cost = (drafted + wider * (step - k * layer) / rule.num_drafts) / step
   # For products of one row of a small layer XLA:CPU wakes a thread: good drafts brought x0.92
   # to x1.08 of full depth there.
-  in_one_thread = is_native and kernels.single_threaded(matrix, 1)
-  if batch == 1 and platforms.is_cpu() and kernels.is_small(matrix) and not in_one_thread:
+  if batch == 1 and platforms.is_cpu() and kernels.is_small(matrix):
     return math.inf
   tokens = sum(GOOD**i for i in range(rule.window))
   return cost if 1.0 + rule.num_drafts * cost < (1.0 - MARGIN) * tokens else math.inf

@@ -378,6 +378,7 @@ class Predictor:
       options.weights_dtype,
       options.head_dtype,
       encoder_dtype=options.encoder_dtype,
+      native=self.config.dtype == "float32",
     )
     return sharded.replicate(weights, options.num_devices)
 
@@ -488,8 +489,8 @@ class Predictor:
       return self._run(rule, encoded, active, threshold)
     key = chosen, threshold, rows
     if key not in self.expected_drafts:
-      each, native = -(-rows // self.options.num_devices), self.program(chosen).native
-      cost = speculative.draft_cost(self.config, self.weights.decoder, chosen, each, native)
+      each = -(-rows // self.options.num_devices)
+      cost = speculative.draft_cost(self.config, self.weights.decoder, chosen, each)
       # Texts with slack are what drafts make of them, and full depth would round otherwise than
       # passes do where a text is not exact.
       must = threshold < 1 or chosen.measures or self.batch_size_affects_output

@@ -17,8 +17,9 @@ from calm.t5 import kernels, network, platforms
 from calm.t5.attention import Attention, WindowAttention, of_layer
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights, Matrix
-from calm.t5.eight_bits import QuantizedHead, RoundedMatrix
+from calm.t5.eight_bits import QuantizedHead
 from calm.t5.layers import activation_fn
+from calm.t5.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,11 @@ class DecoderStep:
 
   def _single_threaded(self, states: jax.Array) -> bool:
     """Whether a kernel makes products of so many rows in one thread."""
-    # Where nothing is native their number may be a symbol.
-    if not self.native:
-      return False
-    largest, rows = self.weights.layers[0].mlp_out, len(states)
-    if isinstance(largest, RoundedMatrix):
-      return rows * largest.codes.size < kernels.SHARED_PRODUCTS
-    return kernels.single_threaded(largest, rows)
+    largest = self.weights.layers[0].mlp_out
+    # Where nothing is native the number of rows may be a symbol.
+    if self.native and isinstance(largest, Tiles):
+      return kernels.one_thread(len(states), largest.numbers)
+    return False
 
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
@@ -206,10 +205,9 @@ class DecoderStep:
 
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
     """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
-    if isinstance(matrix, RoundedMatrix):
+    if isinstance(matrix, Tiles):
       return matrix.product(x, self.native)
-    made = kernels.product(x, matrix) if self._single_threaded(x) else None
-    return platforms.product(x, matrix.astype(x.dtype)) if made is None else made
+    return platforms.product(x, matrix.astype(x.dtype))
 
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)

@@ -1,7 +1,7 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,17 @@ from flax import struct
 
 from calm import exits
 from calm.exits.confidence import Probes
-from calm.t5 import eight_bits, network, parameters, platforms
+from calm.t5 import eight_bits, kernels, network, parameters, platforms
 from calm.t5.network import Params
+from calm.t5.tiles import Tiles, tiled
 
-# A matrix of a layer: whole or in 8 bits.
-Matrix = jax.Array | eight_bits.RoundedMatrix
+# A matrix that every step reads: as it is, or in tiles, maybe of 8-bit codes.
+Matrix = jax.Array | Tiles
 
 
 @struct.dataclass
 class LayerWeights:
-  """One decoder layer; every matrix may be in 8 bits."""
+  """One decoder layer."""
 
   self_norm: jax.Array  # scales, [emb_dim]
   query: Matrix  # [emb_dim, heads * head_dim]
@@ -83,12 +84,12 @@ class DecoderWeights:
   head: Matrix | eight_bits.QuantizedHead  # of all layers, [emb_dim, num_pieces]
   exit_kernel: jax.Array | None  # [emb_dim], or None without a classifier
   exit_bias: jax.Array | None  # []
-  shortlist: jax.Array | None = None  # the head's columns for likely tokens
+  shortlist: Matrix | None = None  # the head's columns for likely tokens
   probes: Probes | None = None
   shortlist_ids: jax.Array | None = None  # those tokens, int32
   # (A, b) of normed states x + x A + b, by 1-based exit layer, of those that have one: A in the
   # dtype of the heads, [emb_dim, emb_dim], b float32, [emb_dim].
-  translators: Mapping[int, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
+  translators: Mapping[int, tuple[Matrix, jax.Array]] = struct.field(default_factory=dict)
   propagation: LearnedPropagation | None = None
 
   def for_exits(self, rule: exits.Rule, num_layers: int) -> "DecoderWeights":
@@ -109,6 +110,7 @@ def decoder_weights(
   weights_dtype: Any = None,
   head_dtype: str | None = None,
   encoder_dtype: str | None = None,
+  native: bool = False,
 ) -> DecoderWeights:
   """Lays T5X-shaped `params` out for decoding; the arguments are those of
   `program.model_weights`. Columns beyond `num_pieces` are cut from the heads, which is the same
@@ -125,11 +127,8 @@ def decoder_weights(
   head = parameters.head_kernel(params, config)[:, :num_pieces]
   if weights_dtype is not None and not in_8_bits:
     head = head.astype(matrices)
-  stored_head = head
-  if head_dtype == "int8":
-    stored_head = eight_bits.quantize_head(head)
-  elif in_8_bits:
-    stored_head = eight_bits.rounded(head)
+  in_tiles = lambda x: tiled(x) if native and kernels.reads_tiles(x.dtype) else x
+  stored = eight_bits.rounded if in_8_bits else in_tiles
   classifier = decoder.get("exit_classifier")
   layers = [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
   translators = parameters.by_layer(decoder.get("exit_translators", {}))
@@ -141,17 +140,20 @@ def decoder_weights(
       jnp.asarray(part["relpos_bias"]["rel_embedding"], dtype)
       for part in (layers if config.relpos_per_layer else [decoder])
     ),
-    layers=tuple(_layer_weights(layer, config, matrices, in_8_bits) for layer in layers),
+    layers=tuple(_layer_weights(layer, config, matrices, stored) for layer in layers),
     cross_key_value=tuple(once(_beside(layer[cross], matrices)) for layer in layers),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
-    head=stored_head,
+    head=eight_bits.quantize_head(head) if head_dtype == "int8" else stored(head),
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
-    shortlist=None if shortlist is None else _shortlist_head(head, shortlist),
+    shortlist=None if shortlist is None else in_tiles(_shortlist_head(head, shortlist)),
     probes=parameters.probes(params),
     shortlist_ids=None if shortlist is None else jnp.asarray(shortlist, jnp.int32),
     translators={
-      layer: (jnp.asarray(part["kernel"], head.dtype), jnp.asarray(part["bias"], jnp.float32))
+      layer: (
+        in_tiles(jnp.asarray(part["kernel"], head.dtype)),
+        jnp.asarray(part["bias"], jnp.float32),
+      )
       for layer, part in translators.items()
     },
     propagation=_learned_propagation(decoder.get("exit_propagation", {}), config, matrices),
@@ -179,11 +181,10 @@ def _learned_propagation(
 
 
 def _layer_weights(
-  layer: Params, config: network.T5Config, matrices: Any, in_8_bits: bool
+  layer: Params, config: network.T5Config, matrices: Any, stored: Callable[[jax.Array], Matrix]
 ) -> LayerWeights:
-  """One layer, its matrices `in_8_bits`."""
+  """One layer, its matrices as they are `stored`."""
   kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
-  stored = eight_bits.rounded if in_8_bits else lambda matrix: matrix
   scale = lambda name: jnp.asarray(layer[name]["scale"], config.dtype)
   names = ["key", "value"]
   apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]

@@ -1,7 +1,7 @@
 """Matrices in 8 bits, and output heads that are read in 8 bits first.
 
 A column of a matrix is rounded by a step of its own, whose code 127 is its largest number. Few
-rows wait for the codes to be read, and stay float32 (`RoundedMatrix`). Many rows wait for the
+rows wait for the codes to be read, and stay float32 (`rounded`). Many rows wait for the
 products, and are rounded as columns are, as in CTranslate2 (`EightBits`): sums of codes are
 whole numbers, and a row's product depends on nothing beside it.
 
@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
 
 from calm.exits import layers
-from calm.t5 import kernels, platforms
+from calm.t5 import kernels, platforms, tiles
 
 _ONE_CODE = np.float32(1 / 127)  # codes lie in -127 ... 127
 # 8-bit products have at least so many rows: XLA:CPU multiplies a single one number by number,
@@ -110,39 +110,14 @@ def quantize(matrix: Shaped[Array, "inputs outputs"], tiled: bool = False) -> Ei
   more = 0, -outputs % width
   codes = jnp.pad(codes, (more, (0, -codes.shape[1] % group)))
   groups = codes.reshape(len(codes) // width, width, -1, group).swapaxes(1, 2)
-  tiles = groups.reshape(*groups.shape[:2], -1)
-  return EightBits(tiles, jnp.pad(shifts, more), jnp.pad(scales[:, 0], more), outputs)
+  codes = groups.reshape(*groups.shape[:2], -1)
+  return EightBits(codes, jnp.pad(shifts, more), jnp.pad(scales[:, 0], more), outputs)
 
 
-@struct.dataclass
-class RoundedMatrix:
-  """A matrix of 8-bit numbers for states that are not rounded: column j is nearly
-  `codes[:, :, j] * scales[j]`, the tiles side by side."""
-
-  # One tile, or those that `kernels.rounded_product` reads.
-  codes: Int8[Array, "tiles inputs width"]
-  scales: Float[Array, " columns"]
-  outputs: int = struct.field(pytree_node=False)  # columns; those of the last tile behind are 0
-
-  def product(
-    self, x: Float[Array, "rows inputs"], native: bool
-  ) -> Float[Array, "rows outputs"]:
-    """Nearly `x @ matrix`, in the dtype of `x`; `native` as in `engines.Task`."""
-    if native and self.codes.shape[2] == platforms.WIDTH and kernels.available():
-      return kernels.rounded_product(x, self.codes, self.scales)[:, : self.outputs]
-    matrix = jnp.moveaxis(self.codes, 0, 1).reshape(x.shape[1], -1)
-    made = platforms.product(x, matrix.astype(x.dtype)) * self.scales[None, :]
-    return made[:, : self.outputs].astype(x.dtype)
-
-
-def rounded(matrix: Shaped[Array, "inputs outputs"]) -> RoundedMatrix:
+def rounded(matrix: Shaped[Array, "inputs outputs"]) -> tiles.Tiles:
   """A matrix, its columns rounded."""
   made = quantize(matrix)
-  codes, (outputs, inputs) = made.codes, made.codes.shape
-  width = platforms.WIDTH if kernels.available() else outputs
-  codes = jnp.pad(codes, ((0, -outputs % width), (0, 0)))
-  tiles = codes.reshape(-1, width, inputs).swapaxes(1, 2)
-  return RoundedMatrix(tiles, jnp.pad(made.scales, (0, -outputs % width)), outputs)
+  return tiles.tiled(made.codes.T, made.scales)
 
 
 @struct.dataclass

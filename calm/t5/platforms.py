@@ -96,7 +96,7 @@ def adds_products() -> bool:
 
 
 def has_wide_vectors() -> bool:
-  """Whether a core has 32 registers of 16 numbers (AVX-512), which `kernels.product` fills."""
+  """Whether a core has 32 registers of 16 numbers (AVX-512), which `tiled_product` fills."""
   return _on("cpu") and "avx512f" in _processor()
 
 

@@ -109,7 +109,8 @@ def turns(text: str) -> list[int]:
   module = computations(text)
   size = lambda name: sum(each.opcode not in FREE for each in module[name])
   bodies = {name for operations in module.values() for name in _bodies(operations)}
-  multiply = [name for name in bodies if any(x.opcode == "dot" for x in module[name])]
+  product = lambda each: each.opcode == "dot" or "calm_tiles" in each.text
+  multiply = [name for name in bodies if any(map(product, module[name]))]
   return [size(name) + max(map(size, _bodies(module[name])), default=0) for name in multiply]
 
 

@@ -17,7 +17,6 @@ from calm.decode import compiled as compiled_lib
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
-from calm.t5 import platforms
 from tests import engine
 from tests.decode import hlo
 
@@ -54,7 +53,7 @@ def compiled(
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
   weights = toy.weights
   if read:
-    weights = program_lib.model_weights(toy.params, toy.config, **read)
+    weights = program_lib.model_weights(toy.params, toy.config, **read, native=native)
   args = weights, encoded, jnp.ones(rows, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
   return hlo_of(lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves)), leaves)
@@ -212,19 +211,11 @@ def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
   leaves, tree = jax.tree.flatten(args)
   chosen = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   text = hlo_of(lambda leaves: chosen.decode(*jax.tree.unflatten(tree, leaves)), leaves)
-  head = rf"f32\[{ROWS},{toy.sizes.num_pieces}\]\S* (?:dot|custom-call)\("
+  head = rf"f32\[{ROWS},{engine.columns(toy.weights.decoder.head)}\]\S* (?:dot|custom-call)\("
   branches = re.findall(r"= .* conditional\(", text)
   return len(re.findall(head, text)), len(branches), "confidence.py" in text
 
 
-@pytest.fixture(params=["products by XLA", "native products"])
-def products(request, monkeypatch):
-  """Both kinds, whatever this machine has."""
-  wide = request.param == "native products"
-  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: wide)
-
-
-@pytest.mark.usefixtures("products")
 def test_full_depth_holds_one_head_and_no_confidence_code():
   assert heads_and_branches(STATIC) == (1, 0, False)
   assert heads_and_branches(exits.StaticExit(2)) == (1, 0, False)

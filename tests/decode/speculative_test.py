@@ -14,7 +14,7 @@ from calm import exits
 from calm.decode import loop, speculative
 from calm.decode import program as program_lib
 from calm.exits import schedules
-from calm.t5 import kernels, platforms
+from calm.t5 import kernels
 from tests import engine, reference_speculative, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
@@ -39,7 +39,8 @@ def toy(**changes) -> engine.Toy:
 
 
 def with_shortlist(made: engine.Toy, listed=SHORTLIST) -> engine.Toy:
-  weights = program_lib.model_weights(made.params, made.config, made.sizes.num_pieces, listed)
+  sizes = made.sizes.num_pieces, listed
+  weights = program_lib.model_weights(made.params, made.config, *sizes, native=True)
   return dataclasses.replace(made, weights=weights)
 
 
@@ -190,8 +191,8 @@ def test_bad_drafts_are_not_made():
   """A head that drafts nonsense: after some refusals a pass is a step of the full model."""
   made = toy()
   weights = made.weights.decoder
-  nonsense = dataclasses.replace(weights, shortlist=-weights.shortlist)
-  made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=nonsense))
+  bad = dataclasses.replace(weights, shortlist=jax.tree.map(jnp.negative, weights.shortlist))
+  made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=bad))
   got = {}
   for adapts in (True, False):
     rule = dataclasses.replace(RULE, adapts=adapts)
@@ -203,21 +204,16 @@ def test_bad_drafts_are_not_made():
   assert np.sum(got[False].drafted) < 5
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_a_pass_asks_the_full_head_once_for_all_of_its_positions(monkeypatch, wide):
+def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
   """Read off what is compiled: one product with the head for every size of a pass."""
-  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: wide)
-  made = toy()
+  made, rows = toy(), 4
   program = program_lib.Program(made.config, exits.Speculative(2, num_drafts=4), engine.LENGTH)
-  rows = 4
   encoded = jax.tree.map(lambda leaf: leaf[:rows], engine.encode(made))
   args = made.weights, encoded, jnp.ones(rows, bool), jnp.float32(1)
   decode = jax.jit(lambda *args: program.decode_state(*args).generation)
-  pieces = made.sizes.num_pieces
-  found = re.findall(
-    rf"(?:dot_general|calm_product).*-> tensor<(\d+)x{pieces}xf32>",
-    decode.lower(*args).as_text(),
-  )
+  columns = engine.columns(made.weights.decoder.head)
+  text = decode.lower(*args).as_text()
+  found = re.findall(rf"(?:dot_general|calm_tiles).*-> tensor<(\d+)x{columns}xf32>", text)
   assert sorted(map(int, found)) == [rows * size for size in (1, 5)]
 
 
@@ -234,15 +230,16 @@ def test_bad_rules_and_slacks_are_named():
 
 def test_drafts_are_worth_what_rows_and_weights_make_of_them(monkeypatch):
   """A batch of many rows, or a large head for every draft, leaves nothing to save."""
-  made, rule = toy(), exits.Speculative(1, draft_head="full")
-  cost = lambda batch, weights=made.weights.decoder: speculative.draft_cost(
-    made.config, weights, rule, batch, False
+  made, layer = toy(), exits.Speculative(1, draft_head="full")
+  cost = lambda batch, weights=made.weights.decoder, rule=layer: speculative.draft_cost(
+    made.config, weights, rule, batch
   )
   monkeypatch.setattr(kernels, "is_small", lambda matrix: False)
   assert 1 / 4 < cost(1) < cost(2) < cost(64) == math.inf
   large = dataclasses.replace(made.weights.decoder, head=np.zeros((512, 512), np.float32))
   assert cost(1, large) == math.inf
-  monkeypatch.undo()  # and a row of small layers, whose products wake threads
+  # And a row of small layers that are not in tiles, whose products wake threads.
+  monkeypatch.setattr(kernels, "is_small", lambda matrix: True)
   assert cost(1) == math.inf > cost(2)
 
 

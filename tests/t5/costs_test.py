@@ -18,16 +18,9 @@ from calm.t5 import decoder as decoder_lib
 from tests import toys
 
 # Wide enough that what is not counted (norms, softmaxes, gelu) stays small.
-CONFIG = network.T5Config(
-  vocab_size=512,
-  emb_dim=192,
-  num_heads=3,
-  head_dim=64,
-  num_encoder_layers=2,
-  num_decoder_layers=3,
-  mlp_dim=256,
-  mlp_activations=("gelu", "linear"),
-)
+WIDE = {"emb_dim": 192, "num_heads": 3, "head_dim": 64, "mlp_dim": 256}
+DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 3}
+CONFIG = network.T5Config(vocab_size=512, **toys.SMALLEST | WIDE | DEEP)
 INPUT, CACHE = 48, 32
 
 

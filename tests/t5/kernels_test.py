@@ -16,7 +16,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
-from calm.t5 import caches, eight_bits, kernels, layers, platforms
+from calm.t5 import caches, eight_bits, kernels, layers, tiles
 from calm.t5.kernels import attention_kernel, coded_kernel, llvm
 from calm.t5x import loops
 from tests import engine
@@ -35,7 +35,6 @@ def small(monkeypatch):
   """Kernels are taken for any size, and shared, whatever this machine has."""
   monkeypatch.setattr(attention_kernel, "AWAKE_NUMBERS", 0)
   monkeypatch.setattr(attention_kernel, "ASLEEP_NUMBERS", 0)
-  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: True)
   monkeypatch.setattr(llvm, "num_cores", lambda: 2)
 
 
@@ -147,7 +146,7 @@ def test_engines_decode_the_same(name):
   threshold = {"static": jnp.float32(0), "drafts": jnp.float32(1)}.get(name, limits)
   got, cache, text = decoded(toy, rule, made, True, threshold, active)
   expected, plain, plain_text = decoded(toy, rule, made, False, threshold, active)
-  for target in ("calm_attention", "calm_product"):
+  for target in ("calm_attention", "calm_tiles")[: 1 + kernels.reads_tiles(jnp.float32)]:
     assert target in text and target not in plain_text
   np.testing.assert_array_equal(got.tokens, expected.tokens)
   np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-4, atol=1e-5)
@@ -174,24 +173,18 @@ def test_loops_of_others_do_not_call_it(small):
   assert "calm_attention" not in jax.jit(run).lower(toy.weights.decoder).as_text()
 
 
-@pytest.mark.parametrize("rows", [2, 7, 9, 16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 17), (17, 250), (33, 31)])
-def test_products_are_those_of_numpy(rows, inputs, outputs):
-  """To the bit whoever stands beside a row: its text does not depend on the batch's size."""
-  x, matrix = drawn(16, inputs), drawn(inputs, outputs)
-  made = jax.jit(kernels.product)(x[:rows], matrix)
-  expected = np.asarray(x[:rows], np.float64) @ np.asarray(matrix, np.float64)
-  np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-5 * np.sqrt(inputs))
-  np.testing.assert_array_equal(made, kernels.product(x, matrix)[:rows])
-
-
+@pytest.mark.parametrize("make", [tiles.tiled, eight_bits.rounded])
 @pytest.mark.parametrize("rows", [1, 2, 7, 9, 32])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 17), (17, 250), (33, 128)])
-def test_products_of_codes_are_those_of_numpy(monkeypatch, rows, inputs, outputs):
+def test_products_of_tiles_are_those_of_numpy(monkeypatch, make, rows, inputs, outputs):
   """In one piece and in several, and by XLA."""
-  x, matrix = drawn(rows, inputs), eight_bits.rounded(drawn(inputs, outputs))
-  codes = np.moveaxis(np.asarray(matrix.codes, np.float64), 0, 1).reshape(inputs, -1)
-  expected = (np.asarray(x, np.float64) @ codes * np.asarray(matrix.scales))[:, :outputs]
+  x, given = drawn(rows, inputs), drawn(inputs, outputs)
+  matrix = make(given)
+  scales = 1.0 if matrix.scales is None else np.asarray(matrix.scales)
+  numbers = np.moveaxis(np.asarray(matrix.numbers, float), 0, 1).reshape(inputs, -1) * scales
+  atol = 0.0 if matrix.scales is None else 0.02
+  np.testing.assert_allclose(numbers[:, :outputs], given, atol=atol)
+  expected = np.asarray(x, np.float64) @ numbers[:, :outputs]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
   close(matrix.product(x, native=False), expected)
   whole = matrix.product(x, native=True)

@@ -21,23 +21,20 @@ __all__ = [
   "is_small",
   "likeliest",
   "multiplies_codes",
-  "product",
+  "one_thread",
   "reads",
-  "rounded_product",
-  "single_threaded",
+  "reads_tiles",
+  "tile_width",
+  "tiled_product",
   "writes_heads",
 ]
 
 _HAS_LLVMLITE = importlib.util.find_spec("llvmlite") is not None
-# Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
-# wakes a second thread for less.
-MOST_ROWS, MOST_NUMBERS = 16, 2**17
-# Products of a number and a code that are worth a second thread.
+# Products of two numbers that are worth a second thread.
 SHARED_PRODUCTS = 2**22
+MOST_NUMBERS = 2**17  # of a small layer's largest matrix
 # Rounded logits that are fewer are looked through in less time than the calls cost.
 _LEAST_LOGITS = 2**16
-# Numbers of any matrix beside such layers: a head.
-_MOST_NUMBERS_OF_HEADS = 2**20
 
 
 def _kernel(name: str) -> Any:
@@ -98,42 +95,42 @@ def attend_within(
   return _kernel("prompt").attend(begins, counts, query, key, value, biases)
 
 
-def single_threaded(matrix: Any, rows: int) -> bool:
-  """Whether so few rows meet layers so small, by their largest matrix, that one thread is as
-  fast as two."""
-  return rows <= MOST_ROWS and is_small(matrix) and platforms.has_wide_vectors() and available()
-
-
 def is_small(matrix: Any) -> bool:
-  """Whether one thread multiplies a few rows by this matrix as fast as two do."""
-  whole = isinstance(matrix, jax.Array)
-  return whole and matrix.dtype == jnp.float32 and matrix.size <= MOST_NUMBERS
+  """Whether XLA wakes a second thread to multiply a row by a matrix that is not in tiles, where
+  one is as fast."""
+  return getattr(matrix, "dtype", None) == jnp.float32 and matrix.size <= MOST_NUMBERS
 
 
-def product(
-  x: Float[Array, "rows inputs"], matrix: Float[Array, "inputs outputs"]
-) -> Float[Array, "rows outputs"] | None:
-  """`x @ matrix` in one thread, beside layers that are `single_threaded`; None where XLA is as
-  fast, as for a single row, whose code XLA:CPU compiles itself."""
-  float32 = x.dtype == matrix.dtype == jnp.float32
-  if len(x) == 1 or matrix.size > _MOST_NUMBERS_OF_HEADS or not float32:
-    return None
-  return _kernel("product").product(x, matrix)
+def tile_width(dtype: Any) -> int:
+  """Columns of a tile: a row of one of codes fills a line of memory, one of numbers two."""
+  return platforms.WIDTH if dtype == jnp.int8 else platforms.WIDTH // 2
 
 
-def rounded_product(
+def reads_tiles(dtype: Any) -> bool:
+  """Whether a float32 model's matrices of this dtype are faster in tiles."""
+  return dtype == jnp.float32 and platforms.has_wide_vectors() and available()
+
+
+def one_thread(rows: int, tiles: jax.Array) -> bool:
+  """Whether one thread multiplies so many rows by a matrix as fast as two do."""
+  # Up to eight rows wait for float32 numbers to be read.
+  rows = rows if tiles.dtype == jnp.int8 else max(8, rows)
+  return rows * tiles.size < SHARED_PRODUCTS
+
+
+def tiled_product(
   x: Float[Array, "rows inputs"],
-  codes: Int8[Array, "tiles inputs width"],
-  scales: Float[Array, " columns"],
+  tiles: Int8[Array, "tiles inputs width"] | Float[Array, "tiles inputs width"],
+  scales: Float[Array, " columns"] | None,
 ) -> Float[Array, "rows columns"]:
-  """The product with a matrix of 8-bit numbers, of rows that are not rounded.
+  """The product with a matrix in tiles, of float32 rows.
 
   Args:
     x: float32 rows.
-    codes: the matrix, in tiles of `platforms.WIDTH` columns that lie side by side.
-    scales: what each column's codes are multiplied with.
+    tiles: the matrix, in tiles of `tile_width` columns that lie side by side.
+    scales: what each column's codes are multiplied with; None of numbers.
   """
-  return _kernel("rounded").product(x, codes, scales, len(x) * codes.size >= SHARED_PRODUCTS)
+  return _kernel("tiles").product(x, tiles, scales, not one_thread(len(x), tiles))
 
 
 def multiplies_codes(activations: Sequence[str] = ()) -> bool:
