@@ -203,7 +203,7 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   "full depth": {
     "reason": _anything,
     "exact": _absent,
-    "exact.stop_below": _of(0),
+    "exact.stop_below exact.draft_layer": _of(0),
     "exact.adapts exact.measures": lambda value: isinstance(value, bool),
   },
 }

@@ -176,7 +176,7 @@ class Serving:
   def __init__(self, arguments, predictor, threshold, online: Online | None, console):
     self._arguments, self._predictor, self._threshold = arguments, predictor, threshold
     self._online, self._console = online, console
-    self._rule = exact_rule(predictor) if arguments.exact else None
+    self._rule = (predictor.exact or exact_rule(predictor)) if arguments.exact else None
     self._sums = collections.Counter[str]()
     self._timing = outputs.Timing(0.0, 0.0, 0)
     self._cut: list[prompt_batches.CutPrompts] = []

@@ -290,11 +290,13 @@ class Program:
     rule, config, decoder = self.rule, self.config, weights.decoder
     assert isinstance(rule, exits.Speculative)
     rule.depth(config.num_decoder_layers)
-    if rule.draft_head == "shortlist" and decoder.shortlist is None:
+    if rule.draft_layer and rule.draft_head == "shortlist" and decoder.shortlist is None:
       raise ValueError(
         "Expected a model with a shortlist of likely tokens for `draft_head` 'shortlist', got"
         " none; give `shortlist` (token ids), or use `draft_head='full'`."
       )
+    if not rule.draft_layer:  # without slack
+      threshold = jnp.ones_like(threshold)
     task = self._task(decoder, encoded, threshold)
     roomy = dataclasses.replace(task, length=self.length + rule.window)
     table = attention.bias_table(task.weights, config, roomy.length)

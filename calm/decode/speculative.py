@@ -1,6 +1,7 @@
-"""Speculative decoding: layers 1 ... k read token after token and draft the next one, one pass
-of the others and the head verifies them all and adds the full model's own token. A pass drafts
-until a draft is doubtful, and drafts that gain nothing pause."""
+"""Speculative decoding: layers 1 ... k read token after token and draft the next one, or drafts
+are read off the prompt; one pass of the other layers and the head verifies them all and adds
+the full model's own token. A pass drafts until a draft is doubtful, and drafts that gain
+nothing pause."""
 
 import dataclasses
 import functools
@@ -32,6 +33,7 @@ PRIOR = 2.0  # nats of doubt that a text begins with
 # accepted more often than their probabilities say, under a shortlist about as often.
 REFUSED = {"full": 0.5, "shortlist": 1.0}
 MEMORY = 0.8  # weight of the steps that an earlier batch saved, after the next one
+LONGEST_RUN = 8  # last tokens that are looked for in the prompt and the text
 
 
 def draft_cost(
@@ -47,7 +49,7 @@ def draft_cost(
   layer = size(weights.layers[0])
   head = size(whole.coded if isinstance(whole, eight_bits.QuantizedHead) else whole)
   short = size(weights.shortlist) if rule.draft_head == "shortlist" else head
-  drafted = k * layer + short + size(weights.translators.get(k))
+  drafted = k * layer + short + size(weights.translators.get(k)) if k else 0
   # A further row takes a seventh of the first on two CPU cores, a TPU computes tiles of rows.
   rows = lambda n: 1.0 + max(0, n - platforms.least_rows()) / 7
   wider = rows(batch * rule.window) / rows(batch) - 1.0
@@ -56,6 +58,9 @@ def draft_cost(
   # For products of one row of a small layer XLA:CPU wakes a thread: good drafts brought x0.92
   # to x1.08 of full depth there.
   if batch == 1 and platforms.is_cpu() and kernels.is_small(matrix):
+    return math.inf
+  # Rows find drafts at different times: batches of 8 took x0.5 to x1.2 of full depth's speed.
+  if batch > 1 and not k:
     return math.inf
   tokens = sum(GOOD**i for i in range(rule.window))
   return cost if 1.0 + rule.num_drafts * cost < (1.0 - MARGIN) * tokens else math.inf
@@ -192,7 +197,10 @@ class Speculation:
     drafting = lambda state: unfinished(state) & ~state.pending.ended
 
     def one_pass(state: SpeculativeState) -> SpeculativeState:
-      state = lax.while_loop(drafting, self._advance, state)
+      if self.rule.draft_layer:
+        state = lax.while_loop(drafting, self._advance, state)
+      else:
+        state = self._look_up(state)
       window = self.rule.window
       for width in (NARROW, window) if window >= 2 * NARROW else (window,):
         fits = state.pending.ended & (state.pending.count < width)
@@ -217,6 +225,37 @@ class Speculation:
     return dataclasses.replace(state, generation=generation)
 
   # ---- A position
+
+  def _look_up(self, state: SpeculativeState) -> SpeculativeState:
+    """Drafts what followed the longest run of tokens like the last ones, the first of equals;
+    a pass of one position unless more than half of such runs went on so."""
+    task, window, positions = self.task, self.rule.window, state.positions[:, None]
+    seen = jnp.concatenate([task.encoded.tokens, state.generation.tokens], axis=1)
+    last, at = task.encoded.tokens.shape[1] + positions - 1, jnp.arange(seen.shape[1])[None]
+    same, run = at < last, jnp.zeros_like(seen)
+    for back in range(LONGEST_RUN):
+      token = jnp.take_along_axis(seen, jnp.maximum(last - back, 0), axis=1)
+      before = jnp.pad(seen, ((0, 0), (back, 0)))[:, : seen.shape[1]]
+      same &= (before == token) & (back < positions)
+      run += same.astype(jnp.int32)
+    ahead = jnp.pad(seen, ((0, 0), (1, window)))[:, 2:]
+    first = jnp.argmax(run, axis=1)[:, None]
+    drafts = jnp.take_along_axis(ahead, first + np.arange(window)[None], axis=1)
+    like = (run == jnp.max(run, axis=1, keepdims=True)) & (run > 0)
+    alike = like & (ahead[:, : seen.shape[1]] == drafts[:, :1])
+    usual = 2 * jnp.sum(alike, axis=1) > jnp.sum(like, axis=1)
+    known = jnp.argmin(drafts.at[:, -1].set(0) > 0, axis=1).astype(jnp.int32)  # before padding
+    room = jnp.minimum(known, self.length - state.positions - 1)
+    count = jnp.max(jnp.where(state.active & usual & self._drafts(state), room, 0))
+    read = jnp.concatenate([state.current[:, None], drafts[:, :-1]], axis=1)
+    hidden = task.embed(read.reshape(-1)).reshape(*read.shape, -1)
+    pending = dataclasses.replace(
+      state.pending, count=count, ended=count > 0, tokens=drafts, hidden=hidden
+    )
+    state = dataclasses.replace(state, pending=pending)
+    past = self.table.before_each(state.positions, task.native)
+    one = functools.partial(self._verify_one, hidden=hidden[:, 0], past=past)
+    return loop.run_if(count == 0, one, state)
 
   def _advance(self, state: SpeculativeState) -> SpeculativeState:
     """One position more of every active row; a pass of one position ends with it."""
@@ -289,8 +328,8 @@ class Speculation:
 
   def _verify_one(self, state: SpeculativeState, *, hidden, past) -> SpeculativeState:
     """The end of a pass of one position, which was read."""
-    drafts, drafted = self._drafts(state), state.pending.tokens[:, 0]
     k, cache = self.rule.draft_layer, state.cache
+    drafts, drafted = self._drafts(state) & (k > 0), state.pending.tokens[:, 0]
     hidden, rows = self._one(k + 1, hidden, cache[k:], past)
     upper = self._written(cache[k:], rows, state.positions, hidden)
     best, gap_of = self._said(hidden)

@@ -223,10 +223,14 @@ class Speculative:
   and above (`NEVER_EXIT` too) is exact decoding, and a descending grid of thresholds is an
   ascending grid of slacks that begins with a loss of 0.
 
+  Answers and summaries repeat words of their prompt. With k = 0 the drafts are the tokens that
+  followed the last ones there, or in the text so far (Saxena, 2023): they cost no layer, and a
+  draft is accepted if it is the argmax, whatever the threshold.
+
   The text depends on neither `num_drafts`, `stop_below`, `adapts` nor `measures`.
 
   Attributes:
-    draft_layer: k, in 1 ... L - 1.
+    draft_layer: k, in 1 ... L - 1; 0: drafts come from the prompt and the text.
     num_drafts: most tokens that are drafted before a pass verifies them, 1 ... 31.
     draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
       the whole vocabulary.
@@ -258,10 +262,10 @@ class Speculative:
 
   def depth(self, num_layers: int) -> int:
     """Decoder layers that keep a cache: all. ValueError: the draft layer is none below them."""
-    if not 1 <= self.draft_layer < num_layers:
+    if not 0 <= self.draft_layer < num_layers:
       raise ValueError(
         f"Expected `draft_layer` in 1 ... {num_layers - 1}, below the last of {num_layers}"
-        f" decoder layers, got {self.draft_layer}."
+        f" decoder layers, or 0 for drafts from the prompt, got {self.draft_layer}."
       )
     return num_layers
 

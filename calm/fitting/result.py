@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import calm
-from calm import checkpoints, inference, storage
+from calm import checkpoints, exits, inference, storage
 from calm.calibrate import Calibration, thresholds
 from calm.calibrate.testing import Row
 from calm.fitting import request
@@ -65,9 +65,10 @@ class Result:
   seconds: timing.Seconds | None  # on the last part; None where nothing was certified
   last: LastLook  # the evaluation of the last part
   panel: panel.Panel  # some of its prompts at every threshold; what other tolerances certify
-  # Seconds of full depth from the model's own verified drafts on the last part, where these are
-  # faster; where full depth is served, it is served so.
+  # Seconds of full depth from verified drafts on the last part, where these are faster, and
+  # their rule; where full depth is served, it is served so.
   exact: timing.Seconds | None
+  exact_rule: exits.Speculative | None
   trained: tuple[Trained, ...] = ()  # the stages
   learned: LearnedExits | None = None  # beside frozen weights, where exits were learned
   tested: tuple[Row, ...] = ()  # thresholds on the calibration part
@@ -167,7 +168,7 @@ def write(
   if calibration is not None:
     calibration.save(output / inference.CALIBRATION)
   else:
-    exact = dataclasses.asdict(inference.exact_rule(predictor)) if result.exact else None
+    exact = result.exact_rule and dataclasses.asdict(result.exact_rule)
     put(inference.FULL_DEPTH, {"reason": result.reason, "exact": exact})
   environment = panel.environment("calm.fitting", result.num_layers)
   page = environment.get_template(f"{SUMMARY}.j2")

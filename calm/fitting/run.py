@@ -272,6 +272,7 @@ def look(
     panel.shown_prompt(prompt, records, *given)
     for prompt, *records in zip(prompts[:EXAMPLES], *columns, strict=False)
   )
+  exact = choose.faster_exact(untouched(fit, predictor), prompts)
   result = result_lib.Result(
     model=str(fit.initial),
     num_layers=predictor.num_layers,
@@ -290,7 +291,8 @@ def look(
       promised,
       first=[tolerance for tolerance, _ in promised].index(options.tolerance),
     ),
-    exact=choose.faster_exact(untouched(fit, predictor), prompts),
+    exact=exact and exact[0],
+    exact_rule=exact and exact[1],
     tested=() if calibration is None else calibration.rows,
   )
   return result, served

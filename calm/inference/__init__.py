@@ -6,6 +6,7 @@ from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import (
   CALIBRATION,
   FULL_DEPTH,
+  LOOKED_UP,
   Predictor,
   SlowerThanFullDepth,
   UntrainedExits,
@@ -16,6 +17,7 @@ from calm.inference.predictor import (
 __all__ = [
   "CALIBRATION",
   "FULL_DEPTH",
+  "LOOKED_UP",
   "PACKED",
   "DecodeOptions",
   "Predictor",

@@ -554,6 +554,10 @@ class Predictor:
       return self.program().regenerate(self._parts[1], encoded, state, active, level, resume_at)
 
 
+# Drafts off the prompt: a pass of so few positions takes little more than one.
+LOOKED_UP = exits.Speculative(0, 3, "full")
+
+
 def exact_rule(model: Predictor) -> exits.Speculative:
   """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
 
@@ -669,5 +673,5 @@ def stored_rule(path: pathlib.Path) -> exits.Speculative | None:
   with files.naming(path):
     if not isinstance(stored, dict) or set(stored) != known:
       raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
-    limits.whole("draft_layer", stored["draft_layer"], 1, limits.SIZES["num_decoder_layers"][1])
+    limits.whole("draft_layer", stored["draft_layer"], 0, limits.SIZES["num_decoder_layers"][1])
     return exits.Speculative(**stored)

@@ -30,6 +30,7 @@ class Encoded:
 
   cross: tuple[Cache, ...]  # per decoder layer, the prompt's keys and values
   bias: jax.Array  # 0 at tokens, -1e10 at padding, [batch, 1, input_length]
+  tokens: jax.Array  # 0 at padding, [batch, input_length]
 
 
 def cross_attention_inputs(
@@ -65,7 +66,7 @@ def cross_attention_inputs(
       continue
     shape = batch, length, 2, heads, head_dim
     cross.append(Cache(*jnp.transpose(made.reshape(shape), (2, 0, 3, 1, 4))))
-  return Encoded(tuple(cross), bias.astype(config.dtype))
+  return Encoded(tuple(cross), bias.astype(config.dtype), encoder_input_tokens)
 
 
 def empty_caches(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -116,6 +117,34 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, rows):
   assert accepted == {False, True}
   # One program, whatever was accepted.
   assert engine._decode_state._cache_size() == before + 1
+
+
+def looked_up(seen: list[int], begun: int) -> list[int]:
+  """What followed the longest run like the last `begun` ones at most, where it is usual."""
+  runs: dict[int, list[list[int]]] = {0: []}
+  for at in range(len(seen) - 1):
+    likes = (n <= at and seen[at - n] == seen[-1 - n] for n in range(min(8, begun)))
+    run = len(list(itertools.takewhile(bool, likes)))
+    runs.setdefault(run, []).append(list(itertools.takewhile(bool, seen[at + 1 : at + 4])))
+  found = runs[max(runs)] if max(runs) else []
+  return found[0] if 2 * sum(f[:1] == found[0][:1] for f in found) > len(found) else []
+
+
+def test_drafts_off_the_prompt_are_what_followed_the_last_tokens():
+  made, rule = toy(), exits.Speculative(0, num_drafts=3, adapts=False)
+  full, seen = engine.run(made, STATIC).generation.tokens, set()
+  np.testing.assert_array_equal(engine.run(made, rule, 0.3).generation.tokens, full)
+  for prompt, tokens in zip(engine.PROMPTS, full, strict=True):
+    text, accepted = [int(t) for t in tokens if t], []
+    while (at := len(accepted)) < len(text):
+      drafts = looked_up([*prompt.tolist(), *text[:at]], at)[: engine.LENGTH - at - 1]
+      right = (a == b for a, b in zip(drafts, text[at:], strict=False))
+      accepted += [*itertools.takewhile(bool, right), False]
+    got = engine.run(made, rule, 1.0, prompts=prompt[None]).generation.verification
+    assert got.passes.tolist() == [accepted.count(False)]
+    assert got.drafted[0, : len(text)].tolist() == accepted[: len(text)]
+    seen |= set(accepted)
+  assert seen == {True, False}
 
 
 def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
@@ -236,6 +265,8 @@ def test_drafts_are_worth_what_rows_and_weights_make_of_them(monkeypatch):
   )
   monkeypatch.setattr(kernels, "is_small", lambda matrix: False)
   assert 1 / 4 < cost(1) < cost(2) < cost(64) == math.inf
+  look = exits.Speculative(0, 3)  # rows find drafts at different times
+  assert cost(1, rule=look) < cost(1) and cost(2, rule=look) == math.inf
   large = dataclasses.replace(made.weights.decoder, head=np.zeros((512, 512), np.float32))
   assert cost(1, large) == math.inf
   # And a row of small layers that are not in tiles, whose products wake threads.

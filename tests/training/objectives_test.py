@@ -122,7 +122,7 @@ def test_probes_read_what_inference_reads():
   _, metrics = loss_of(PROBES, module, params, batch)
   _, hidden = hidden_states(module, params, batch)
   weights = decoder_weights.decoder_weights(params, module.config, None, PROBES.shortlist)
-  no_prompt = caches.Encoded((), jnp.zeros((1, 1, 1)))
+  no_prompt = caches.Encoded((), jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)))
   step = decoder.DecoderStep(weights, module.config, no_prompt, (), ())
   flat = [np.asarray(d).reshape(-1, PROBED.emb_dim) for d in hidden]
   flat = [jnp.asarray(d) for d in flat]
