@@ -475,11 +475,13 @@ def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkSt
     memory = walk.propagation.remember(None, 1, hidden, row, state.done, layers)
     read = layers.read(1, hidden)
     logits = layers.logits(read) if walk.measure.uses_head else None
-    return logits, memory, read if walk.carries_read else None
+    greedy = None if logits is None else layers.peaks(logits).greedy
+    read = read if walk.carries_read else None
+    return {"logits": logits, "greedy": greedy, "memory": memory, "read": read}
 
   shapes = jax.eval_shape(made, state.hidden)
-  logits, memory, read = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return dataclasses.replace(state, logits=logits, memory=memory, read=read)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return dataclasses.replace(state, **zeros)
 
 
 # A class of engines, of which an instance runs one task: `Eager`, or a subclass.

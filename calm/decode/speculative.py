@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import engines, loop
-from calm.exits.layers import Greedy, greedy
+from calm.exits.layers import Greedy
 from calm.t5 import attention as attention_lib
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import decoder_weights, eight_bits, kernels, network, platforms
@@ -318,10 +318,10 @@ class Speculation:
     decoder, ids = self._decoder(), self.task.weights.shortlist_ids
     read = decoder.read(self.rule.draft_layer, hidden)
     if self.rule.draft_head == "full":
-      best = decoder.greedy(read) or greedy(decoder.logits(read))
+      best = decoder.peaks(decoder.logits(read)).greedy
       return best.token, jnp.exp(best.log_probability)
     assert ids is not None  # `Program.speculation` asked
-    best = greedy(decoder.shortlist_logits(read))
+    best = decoder.peaks(decoder.shortlist_logits(read)).greedy
     return ids[best.token], jnp.exp(best.log_probability)
 
   # ---- The end of a pass
@@ -443,14 +443,9 @@ class Speculation:
     """The likeliest token, and how far the logit of any token is above its."""
     decoder, last = self._decoder(), self.task.config.num_decoder_layers
     read = decoder.read(last, hidden)
-    head = self.task.weights.head
-    if isinstance(head, eight_bits.QuantizedHead):
-      best = head.greedy(read)
-      score = lambda token: head.score(read, token)
-    else:
-      logits = decoder.logits(read)
-      best = greedy(logits)
-      score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logits = decoder.logits(read)
+    best = decoder.peaks(logits).greedy
+    score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return best, lambda token: score(token) - score(best.token)
 
   def _one(self, first: int, hidden: jax.Array, caches, past: tuple[jax.Array, ...]):

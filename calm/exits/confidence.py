@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from calm import arguments
+from calm.exits.layers import Peaks
 
 # Of the shortlist: log(1 + gap of the two largest logits), margin, certainty. Of the residual:
 # cosine with the layer before (0 at layer 1), log of its root mean square.
@@ -29,8 +30,9 @@ class LayerView:
   hidden: jax.Array  # the raw residual d^i, [batch, emb_dim]
   previous: jax.Array  # d^{i-1}, the embedding at layer 1
   logits: Callable[[], jax.Array]  # [batch, vocab]
+  peaks: Callable[[], Peaks]  # of these, [batch]
   exit_logit: Callable[[], jax.Array]  # [batch]
-  shortlist_logits: Callable[[], jax.Array]  # [batch, shortlist]
+  shortlist_peaks: Callable[[], Peaks]  # [batch]
   probe_logit: Callable[[], jax.Array]  # [batch]
 
 
@@ -54,43 +56,6 @@ class Measure(Protocol):
   bound: Any = None
 
   def __call__(self, view: LayerView) -> jax.Array: ...
-
-
-def softmax_margin(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
-  """p1 - p2, the gap of the two largest softmax probabilities (paper section 3.5).
-
-  Exactly 1.0 in float32 once the logit gap passes about 17: a threshold of 1 is not "never".
-  """
-  logits = logits.astype(jnp.float32)
-  top, second = top_two(logits)
-  total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
-  return (1.0 - jnp.exp(second - top)) / total
-
-
-def top_two(
-  logits: Float[Array, "*batch vocab"],
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-  """The two largest logits, the same twice where they are tied."""
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  # No argmax: on a CPU it costs as much as all the other reductions together.
-  below = jnp.max(jnp.where(logits < top, logits, -jnp.inf), axis=-1)
-  is_tied = jnp.sum((logits == top).astype(jnp.int32), axis=-1) > 1
-  return top[..., 0], jnp.where(is_tied, top[..., 0], below)
-
-
-def certainty(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
-  """1 - H(p) / log n: the entropy of the softmax over n logits, 0 of a uniform one.
-
-  Logits of minus infinity are none of the n.
-  """
-  logits = logits.astype(jnp.float32)
-  below = logits - jnp.max(logits, axis=-1, keepdims=True)
-  weights = jnp.exp(below)
-  total = jnp.sum(weights, axis=-1)
-  # 0 log 0 = 0, where the product would be NaN.
-  mean = jnp.sum(weights * jnp.maximum(below, -1e4), axis=-1) / total
-  most = jnp.log(jnp.sum((below > -jnp.inf).astype(jnp.float32), axis=-1))
-  return jnp.clip(1.0 - (jnp.log(total) - mean) / jnp.maximum(most, 1e-6), 0.0, 1.0)
 
 
 def cosine_similarity(
@@ -125,19 +90,21 @@ class Probes:
     return read + known @ self.features[:, column] + self.bias[column]
 
 
+def of_logits(listed: Peaks) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The first of the numbers named at `NUM_FEATURES`."""
+  return jnp.log1p(listed.top - listed.second), listed.margin, listed.certainty
+
+
 def evidence(
   hidden: Float[Array, "*batch emb"],
   previous: Float[Array, "*batch emb"],
-  shortlist_logits: Float[Array, "*batch shortlist"],
+  listed: Peaks,
 ) -> Float[Array, "*batch features"]:
   """The numbers named at `NUM_FEATURES`, float32, of raw residuals d^i and d^{i-1} (zeros at
-  layer 1, which has no layer before) and float32 logits of likely tokens at this layer."""
-  top, second = top_two(shortlist_logits)
+  layer 1, which has no layer before) and the logits of likely tokens at this layer."""
   square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
   known = (
-    jnp.log1p(top - second),
-    softmax_margin(shortlist_logits),
-    certainty(shortlist_logits),
+    *of_logits(listed),
     cosine_similarity(hidden, previous),
     0.5 * jnp.log(jnp.maximum(square, 1e-30)),
   )
@@ -146,18 +113,18 @@ def evidence(
 
 @dataclasses.dataclass(frozen=True)
 class Softmax(Measure):
-  """`softmax_margin` of the full head at every allowed layer."""
+  """`Peaks.margin` of the full head at every allowed layer."""
 
   name: ClassVar[str] = "softmax"
   uses_head: ClassVar[bool] = True
 
   def __call__(self, view: LayerView) -> jax.Array:
-    return softmax_margin(view.logits())
+    return view.peaks().margin
 
 
 @dataclasses.dataclass(frozen=True)
 class Shortlist(Softmax):
-  """`softmax_margin` over a short list of likely tokens first, then over the full head.
+  """`Peaks.margin` over a short list of likely tokens first, then over the full head.
 
   If the most likely token is on the list, the list's margin is never below the full one (the
   second logit and the normaliser can only shrink): a filter without misses, and the exits are
@@ -169,7 +136,7 @@ class Shortlist(Softmax):
   uses_shortlist: ClassVar[bool] = True
 
   def bound(self, view: LayerView) -> jax.Array:
-    return softmax_margin(view.shortlist_logits())
+    return view.shortlist_peaks().margin
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,57 @@ class Greedy:
   log_probability: jax.Array  # of that token at temperature 1, nats, [*rows]
 
 
-def greedy(logits: Float[Array, "*rows vocab"]) -> Greedy:
-  """The argmax of logits and its log-probability."""
-  num_tokens = logits.shape[-1]
+@struct.dataclass
+class Peaks:
+  """What measures and greedy decoding ask of rows of n logits l, [*rows]; t is the largest, and
+  those of minus infinity are none of the n."""
+
+  token: jax.Array  # the argmax, the first of equals, int32
+  top: jax.Array  # t
+  second: jax.Array  # the second largest; t where two are as large
+  total: jax.Array  # sum e^(l - t)
+  weighted: jax.Array  # sum e^(l - t) (l - t)
+  count: jax.Array  # n, float32
+
+  @property
+  def greedy(self) -> Greedy:
+    return Greedy(self.token, -jnp.log(self.total))
+
+  @property
+  def margin(self) -> jax.Array:
+    """p1 - p2, the gap of the two largest softmax probabilities (paper section 3.5).
+
+    Exactly 1.0 in float32 once the logit gap passes about 17: a threshold of 1 is not "never".
+    """
+    return (1.0 - jnp.exp(self.second - self.top)) / self.total
+
+  @property
+  def certainty(self) -> jax.Array:
+    """1 - H(p) / log n: the entropy of the softmax, 0 of a uniform one."""
+    entropy = jnp.log(self.total) - self.weighted / self.total
+    return jnp.clip(1.0 - entropy / jnp.maximum(jnp.log(self.count), 1e-6), 0.0, 1.0)
+
+
+def peaks(logits: Float[Array, "*rows vocab"]) -> Peaks:
+  """`Peaks` of logits, in float32."""
+  logits, num_tokens = logits.astype(jnp.float32), logits.shape[-1]
   top = jnp.max(logits, axis=-1, keepdims=True)
   # A minimum over places runs in vector registers, where `argmax` runs element by element.
   place = jnp.where(logits == top, jnp.arange(num_tokens, dtype=jnp.int32), num_tokens - 1)
-  total = jnp.sum(jnp.exp(logits - top), axis=-1)
-  return Greedy(jnp.min(place, axis=-1), -jnp.log(total))
+  second = jnp.max(jnp.where(logits < top, logits, -jnp.inf), axis=-1)
+  is_tied = jnp.sum((logits == top).astype(jnp.int32), axis=-1) > 1
+  below = logits - top
+  weights = jnp.exp(below)
+  # 0 log 0 = 0, where the product would be NaN.
+  weighted = weights * jnp.maximum(below, -1e4)
+  return Peaks(
+    token=jnp.min(place, axis=-1),
+    top=top[..., 0],
+    second=jnp.where(is_tied, top[..., 0], second),
+    total=jnp.sum(weights, axis=-1),
+    weighted=jnp.sum(weighted, axis=-1),
+    count=jnp.sum((logits > -jnp.inf).astype(jnp.float32), axis=-1),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +104,7 @@ class Layers:
   # state, through layer i's translator where it has one.
   read: Callable[[int, jax.Array], jax.Array] = lambda layer, hidden: hidden
   translated: tuple[int, ...] = ()  # layers that have a translator
-  # x^i -> what the argmax of these logits is, where the head knows without all of them;
-  # None: ask the logits.
-  greedy: Callable[[jax.Array], Greedy | None] = lambda read: None
+  peaks: Callable[[jax.Array], Peaks] = peaks  # of logits
 
 
 def select_rows(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

@@ -34,7 +34,7 @@ class TokenExit:
   rejected_confidence: jax.Array  # the highest one measured and refused, [batch], 0 if none
   # This position's keys and values, one a layer in use; () where the engine has written them.
   rows: tuple[layers_lib.KeyValue, ...]
-  # The argmax of the logits, where the head knows it without all of them.
+  # The argmax of the logits, where it is known.
   greedy: layers_lib.Greedy | None = None
 
   @property
@@ -45,7 +45,7 @@ class TokenExit:
   @property
   def best(self) -> layers_lib.Greedy:
     """The argmax of the logits."""
-    return layers_lib.greedy(self.logits) if self.greedy is None else self.greedy
+    return layers_lib.peaks(self.logits).greedy if self.greedy is None else self.greedy
 
 
 @runtime_checkable
@@ -132,13 +132,14 @@ def token_exit(
     active: rows that took part, [batch] bool; the others report nothing.
     rows: keys and values to be written, one a layer; none where the engine wrote them.
   """
+  logits, greedy = walk.said(state)
   return TokenExit(
-    walk.logits(state),
+    logits,
     jnp.where(active, state.exit_layer, 0),
     jnp.where(active, state.confidence, 0.0),
     jnp.where(active, state.rejected_confidence, 0.0),
     rows,
-    walk.greedy(state),
+    greedy,
   )
 
 
@@ -168,7 +169,8 @@ class StaticExit(StepRule):
     zeros = jnp.zeros(active.shape, jnp.float32)
     exit_layer = jnp.where(active, depth, 0).astype(jnp.int32)
     read = layers.read(depth, hidden)
-    logits, greedy = layers.logits(read), layers.greedy(read)
+    logits = layers.logits(read)
+    greedy = layers.peaks(logits).greedy
     return TokenExit(logits, exit_layer, zeros, zeros, tuple(rows), greedy)
 
 

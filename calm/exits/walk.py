@@ -26,6 +26,7 @@ class WalkState:
   # Of the full head at the exit layer, [batch, vocab]; None until one was computed.
   logits: jax.Array | None
   memory: Any  # the propagation's own
+  greedy: layers_lib.Greedy | None = None  # what these logits say
   # What the head reads of the exit state, where it is carried to one head after the chain.
   read: jax.Array | None = None
 
@@ -83,21 +84,18 @@ class Walk:
       self._decide(layer, state, previous, last) if last or layer in self.allowed else state
     )
 
-  def logits(self, state: WalkState) -> jax.Array:
-    """Logits at every row's exit, after the last layer that ran."""
-    return self.layers.logits(self._read(state)) if state.logits is None else state.logits
-
-  def greedy(self, state: WalkState) -> layers_lib.Greedy | None:
-    """What these logits say, where the head knows without all of them."""
-    return self.layers.greedy(self._read(state)) if state.logits is None else None
-
-  def _read(self, state: WalkState) -> jax.Array:
-    last = self.layers.num_layers
-    return self.layers.read(last, state.hidden) if state.read is None else state.read
+  def said(self, state: WalkState) -> tuple[jax.Array, layers_lib.Greedy]:
+    """Logits at every row's exit, after the last layer that ran, and what they say."""
+    if state.logits is not None and state.greedy is not None:
+      return state.logits, state.greedy
+    layers, read = self.layers, state.read
+    read = layers.read(layers.num_layers, state.hidden) if read is None else read
+    logits = layers.logits(read)
+    return logits, layers.peaks(logits).greedy
 
   def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
     here = ~state.done
-    confidence, logits = self._measure(layer, state, previous, last)
+    confidence, logits, greedy = self._measure(layer, state, previous, last)
     leaves = here if last else here & (confidence >= self.threshold)
     refused = here & ~leaves
     worse = jnp.maximum(state.rejected_confidence, confidence)
@@ -109,36 +107,40 @@ class Walk:
       confidence=jnp.where(leaves, confidence, state.confidence),
       rejected_confidence=jnp.where(refused, worse, state.rejected_confidence),
       logits=_chosen(leaves, logits, state.logits),
+      greedy=_chosen(leaves, greedy, state.greedy),
       read=_chosen(leaves, read, state.read),
     )
 
   def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool):
-    """Confidence of every row after `layer`, and logits of the full head, None where one head
-    after the chain will do."""
+    """Confidence of every row after `layer`; logits of the full head and what they say, None
+    where one head after the chain will do."""
     view = view_after(self.layers, layer, state.hidden, previous)
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))
-    return self._with_logits(view) if self.measure.uses_head else (self.measure(view), None)
+    uses_head = self.measure.uses_head
+    return self._with_logits(view) if uses_head else (self.measure(view), None, None)
 
   def _with_logits(self, view: confidence_lib.LayerView):
     """One product of the head for the measure and for the token."""
     logits = view.logits()
-    return self.measure(dataclasses.replace(view, logits=lambda: logits)), logits
+    peaks = self.layers.peaks(logits)
+    view = dataclasses.replace(view, logits=lambda: logits, peaks=lambda: peaks)
+    return self.measure(view), logits, peaks.greedy
 
   def _verify(self, view, state: WalkState, bound: jax.Array):
     """Asks the measure itself only where its cheap bound clears the threshold."""
     passes = ~state.done & (bound >= self.threshold)
-    kept = state.logits
-    if kept is None:
-      shape = jax.eval_shape(view.logits)
-      kept = jnp.zeros(shape.shape, shape.dtype)
+    kept = state.logits, state.greedy
+    if state.logits is None:
+      shapes = jax.eval_shape(lambda: self._with_logits(view)[1:])
+      kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def verify(kept):
       del kept
-      confidence, logits = self._with_logits(view)
-      return jnp.where(passes, confidence, bound), logits
+      confidence, *made = self._with_logits(view)
+      return jnp.where(passes, confidence, bound), *made
 
-    return lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
+    return lax.cond(jnp.any(passes), verify, lambda kept: (bound, *kept), kept)
 
 
 def view_after(
@@ -151,16 +153,15 @@ def view_after(
     hidden,
     previous,
     logits=lambda: layers.logits(read()),
+    peaks=lambda: layers.peaks(layers.logits(read())),
     exit_logit=lambda: layers.exit_logit(read()),
-    shortlist_logits=lambda: layers.shortlist_logits(read()),
+    shortlist_peaks=lambda: layers.peaks(layers.shortlist_logits(read())),
     probe_logit=lambda: layers.probe_logit(layer, read(), hidden, previous),
   )
 
 
-def _chosen(
-  leaves: jax.Array, here: jax.Array | None, before: jax.Array | None
-) -> jax.Array | None:
+def _chosen(leaves: jax.Array, here: Any, before: Any) -> Any:
   """`here` of the rows that leave now, `before` of the others; None before the first layer."""
-  if here is None or before is None:
-    return here
-  return jnp.where(leaves[:, None], here, before)
+  return (
+    here if here is None or before is None else layers_lib.select_rows(leaves, here, before)
+  )

@@ -229,9 +229,9 @@ def _read(
 
   def after(layer: int) -> tuple[jax.Array, ...]:
     view = walk.view_after(heads, layer, states[layer], states[layer - 1])
-    logits = view.logits()
-    view = dataclasses.replace(view, logits=lambda: logits)
-    return jnp.argmax(logits, axis=-1), *(confidence.measure(name)(view) for name in names)
+    peaks = view.peaks()
+    view = dataclasses.replace(view, peaks=lambda: peaks)
+    return peaks.token, *(confidence.measure(name)(view) for name in names)
 
   columns = zip(*map(after, range(1, len(states))), strict=True)
   best, *values = (jnp.stack(column).reshape(-1, *shape) for column in columns)

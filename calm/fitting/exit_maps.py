@@ -29,6 +29,7 @@ from calm import inference
 from calm.console import Report
 from calm.data import prompt_batches
 from calm.exits import confidence
+from calm.exits import layers as layers_lib
 from calm.inference.grid import part
 from calm.t5 import network, parameters
 
@@ -372,10 +373,8 @@ def _confidence_heads(predictor, sample: _Sample, layers, maps: _Maps, head):
     before = float((np.argmax(x @ head, axis=1) == best).mean())
     agreement.append((before, float(agrees[-1].mean())))
     if listed is not None:
-      logits = jnp.asarray(read[-1] @ head[:, list(listed)])
-      top, second = confidence.top_two(logits)
-      sure = confidence.softmax_margin(logits), confidence.certainty(logits)
-      of_head = np.stack([jnp.log1p(top - second), *sure], axis=-1)
+      peaks = layers_lib.peaks(jnp.asarray(read[-1] @ head[:, list(listed)]))
+      of_head = np.stack(confidence.of_logits(peaks), axis=-1)
       features = [read[-1], of_head, sample.scalars[number, held]]
       fitted = _logistic(np.concatenate(features, axis=-1), agrees[-1])
       probes[:-1, layer - 1], probes[-1, layer - 1] = fitted

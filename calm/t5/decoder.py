@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from calm.exits import layers as layers_lib
 from calm.exits.confidence import CERTAIN, evidence
-from calm.exits.layers import Greedy, KeyValue, Layers
+from calm.exits.layers import KeyValue, Layers
 from calm.t5 import kernels, network, platforms
 from calm.t5.attention import Attention, WindowAttention, of_layer
 from calm.t5.caches import Cache, Encoded
@@ -43,7 +44,7 @@ class DecoderStep:
       run=lambda layer, hidden: self.run(layer, hidden, caches[layer - 1]),
       project=self.project,
       logits=self.logits,
-      greedy=self.greedy,
+      peaks=self.peaks,
       exit_logit=self.exit_logit,
       read=self.read,
       translated=tuple(self.weights.translators),
@@ -152,18 +153,20 @@ class DecoderStep:
     maps, width = self.weights.propagation, self.config.emb_dim
     assert maps is not None
     hidden, up = state[:, :width], maps.up[layer - 1]
-    codes = state[:, width : width + len(up)]
-    return hidden + self._times(codes, up) if len(up) else hidden
+    codes = state[:, width : width + maps.codes(layer)]
+    return hidden if up is None else hidden + self._times(codes, up)
 
   def logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the full head."""
     head = self.weights.head
-    return head.logits(read) if isinstance(head, QuantizedHead) else self._times(read, head)
+    if isinstance(head, QuantizedHead):
+      return head.logits(read) if self.native else head.whole(read)
+    return self._times(read, head)
 
-  def greedy(self, read: jax.Array) -> Greedy | None:
-    """The argmax of these logits; None where they have to be asked."""
-    head = self.weights.head
-    return head.greedy(read) if isinstance(head, QuantizedHead) else None
+  def peaks(self, logits: jax.Array) -> layers_lib.Peaks:
+    """What is asked of logits [batch, pieces]."""
+    found = kernels.peaks(logits) if self.native else None
+    return layers_lib.peaks(logits) if found is None else layers_lib.Peaks(*found)
 
   def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
@@ -200,7 +203,7 @@ class DecoderStep:
       return jnp.full(hidden.shape[:-1], CERTAIN)
     if layer == 1:
       previous = jnp.zeros_like(previous)
-    known = evidence(hidden, previous, self.shortlist_logits(read))
+    known = evidence(hidden, previous, self.peaks(self.shortlist_logits(read)))
     return probes.logit(layer, read, known)
 
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:

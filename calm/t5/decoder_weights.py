@@ -13,7 +13,7 @@ from calm import exits
 from calm.exits.confidence import Probes
 from calm.t5 import eight_bits, kernels, network, parameters, platforms
 from calm.t5.network import Params
-from calm.t5.tiles import Tiles, tiled
+from calm.t5.tiles import Tiles, tiled, with_inputs
 
 # A matrix that every step reads: as it is, or in tiles, maybe of 8-bit codes.
 Matrix = jax.Array | Tiles
@@ -45,10 +45,10 @@ class LearnedPropagation:
   """Linear maps from exit layers j to the inputs of the layers k that a token skips."""
 
   layers: tuple[int, ...] = struct.field(pytree_node=False)  # the exit layers, ascending
-  down: tuple[jax.Array, ...]  # of every exit layer, [emb_dim, rank]
+  down: tuple[Matrix, ...]  # of every exit layer, [emb_dim, rank]
   bias: tuple[jax.Array, ...]  # of every exit layer, [rank]
-  # Of every decoder layer k, [maps * rank, emb_dim]: those of the exit layers before k.
-  up: tuple[jax.Array, ...]
+  # Of every decoder layer k, [maps * rank, emb_dim]: those of the exit layers before k, if any.
+  up: tuple[Matrix | None, ...]
 
   @property
   def rank(self) -> int:
@@ -60,14 +60,18 @@ class LearnedPropagation:
     """Numbers that are kept of a token, one block an exit layer."""
     return self.rank * len(self.layers)
 
+  def codes(self, layer: int) -> int:
+    """Numbers of a token that a decoder layer reads."""
+    return self.rank * sum(j < layer for j in self.layers)
+
   def from_layers(self, layers: Sequence[int]) -> "LearnedPropagation":
     """Of some of the exit layers alone."""
     at, rank = [self.layers.index(layer) for layer in layers], self.rank
-    up = []
-    for layer, blocks in enumerate(self.up, start=1):
-      found = [blocks[i * rank : (i + 1) * rank] for i in at if self.layers[i] < layer]
-      up.append(jnp.concatenate(found) if found else blocks[:0])
     of = lambda parts: tuple(parts[i] for i in at)
+    up = []
+    for layer, whole in enumerate(self.up, start=1):
+      codes = [i * rank + n for i in at if self.layers[i] < layer for n in range(rank)]
+      up.append(with_inputs(whole, codes) if whole is not None and codes else None)
     return LearnedPropagation(tuple(layers), of(self.down), of(self.bias), tuple(up))
 
 
@@ -127,6 +131,7 @@ def decoder_weights(
   head = parameters.head_kernel(params, config)[:, :num_pieces]
   if weights_dtype is not None and not in_8_bits:
     head = head.astype(matrices)
+  codes_first = head_dtype == "int8" and kernels.multiplies_codes()
   in_tiles = lambda x: tiled(x) if native and kernels.reads_tiles(x.dtype) else x
   stored = eight_bits.rounded if in_8_bits else in_tiles
   classifier = decoder.get("exit_classifier")
@@ -143,7 +148,7 @@ def decoder_weights(
     layers=tuple(_layer_weights(layer, config, matrices, stored) for layer in layers),
     cross_key_value=tuple(once(_beside(layer[cross], matrices)) for layer in layers),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
-    head=eight_bits.quantize_head(head) if head_dtype == "int8" else stored(head),
+    head=eight_bits.quantize_head(head) if codes_first else stored(head),
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
     shortlist=None if shortlist is None else in_tiles(_shortlist_head(head, shortlist)),
@@ -156,27 +161,27 @@ def decoder_weights(
       )
       for layer, part in translators.items()
     },
-    propagation=_learned_propagation(decoder.get("exit_propagation", {}), config, matrices),
+    propagation=_learned_propagation(
+      decoder.get("exit_propagation", {}), config, matrices, in_tiles
+    ),
   )
 
 
 def _learned_propagation(
-  parts: Params, config: network.T5Config, matrices: Any
+  parts: Params, config: network.T5Config, matrices: Any, stored: Callable[[jax.Array], Matrix]
 ) -> LearnedPropagation | None:
   """The maps laid out by the layer that reads them; None without any."""
   found, kernel = parameters.by_layer(parts), lambda part: jnp.asarray(part["kernel"], matrices)
   if not found:
     return None
   ups = {layer: kernel(part["up"]) for layer, part in found.items()}
-  none = jnp.zeros((0, config.emb_dim), matrices)
+  before = lambda k: [up[k - j - 1] for j, up in ups.items() if j < k]
+  blocks = map(before, range(1, config.num_decoder_layers + 1))
   return LearnedPropagation(
     tuple(found),
-    tuple(kernel(part["down"]) for part in found.values()),
+    tuple(stored(kernel(part["down"])) for part in found.values()),
     tuple(jnp.asarray(part["down"]["bias"]) for part in found.values()),
-    tuple(
-      jnp.concatenate([none, *(up[k - j - 1] for j, up in ups.items() if j < k)])
-      for k in range(1, config.num_decoder_layers + 1)
-    ),
+    tuple(stored(jnp.concatenate(of_layer)) if of_layer else None for of_layer in blocks),
   )
 
 

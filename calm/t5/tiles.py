@@ -1,7 +1,12 @@
 """Matrices in tiles of columns, which lie side by side: few rows wait for a matrix to be read,
 and memory is read fastest in its own order."""
 
+import dataclasses
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int8, Shaped
 
@@ -43,3 +48,11 @@ def tiled(
   tiles = jnp.pad(matrix, ((0, 0), (0, missing))).reshape(inputs, -1, width)
   scales = None if scales is None else jnp.pad(scales, (0, missing))
   return Tiles(jnp.moveaxis(tiles, 1, 0), scales, outputs)
+
+
+def with_inputs(matrix: jax.Array | Tiles, inputs: Sequence[int]) -> jax.Array | Tiles:
+  """The rows of a matrix that are multiplied with these inputs."""
+  rows = np.asarray(inputs)
+  if isinstance(matrix, Tiles):
+    return dataclasses.replace(matrix, numbers=matrix.numbers[:, rows])
+  return matrix[rows]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from calm import arguments
 from calm.exits import confidence
+from calm.exits import layers as layers_lib
 from calm.t5 import limits, network, parameters
 from calm.t5.network import Params
 from calm.training import losses
@@ -187,7 +188,8 @@ class ExitProbes(Objective):
     kernel = parameters.head_kernel(params, module.config)
     listed = normed[:-1].astype(jnp.float32) @ kernel[:, np.asarray(self.shortlist)]
     previous = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-2]])
-    known = jax.lax.stop_gradient(confidence.evidence(hidden[:-1], previous, listed))
+    known = confidence.evidence(hidden[:-1], previous, layers_lib.peaks(listed))
+    known = jax.lax.stop_gradient(known)
     probes = parameters.probes(params)
     assert probes is not None  # `parts`
     read = [probes.logit(i + 1, normed[i], known[i]) for i in range(len(known))]

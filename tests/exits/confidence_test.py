@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.exits import confidence
+from calm.exits import confidence, layers
 
 
 def test_ties_have_no_margin_and_far_gaps_saturate_at_exactly_one():
   logits = jnp.array([[2.0, 2.0, 2.0], [0.0, 200.0, 0.0], [0.0, 20.0, 0.0]])
-  assert confidence.softmax_margin(logits).tolist() == [0.0, 1.0, 1.0]
+  assert layers.peaks(logits).margin.tolist() == [0.0, 1.0, 1.0]
   more = jnp.array([[1.0, 0.2, 0.5, -jnp.inf]])  # which counts for nothing
-  margins = confidence.softmax_margin(more), confidence.softmax_margin(more[:, :3])
+  margins = layers.peaks(more).margin, layers.peaks(more[:, :3]).margin
   np.testing.assert_allclose(*margins, rtol=1e-6)
 
 

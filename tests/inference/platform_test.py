@@ -189,7 +189,7 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory):
     assert rows(got) == rows(expected)
     for ours, theirs in zip(got, expected, strict=True):
       np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=5e-3)
-      np.testing.assert_allclose(ours.score, theirs.score, atol=5e-3 * len(ours.confidences))
+      np.testing.assert_allclose(ours.score, theirs.score, atol=1e-2 * len(ours.confidences))
 
 
 def test_files_of_before_are_read_and_what_is_no_option_is_refused(tmp_path):

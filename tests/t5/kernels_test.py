@@ -14,6 +14,7 @@ from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence
+from calm.exits import layers as layers_lib
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches, eight_bits, kernels, layers, tiles
@@ -122,6 +123,26 @@ def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
   assert not made[1].any()
   assert jnp.isnan(made[2, 1]).all() and not jnp.isnan(made[:2]).any()
   assert not jnp.isnan(made[2, 0]).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 33), (2, 4096), (1, 70_000), (9, 32_100)])
+def test_what_is_asked_of_logits_is_what_xla_finds(shape):
+  logits = jax.random.normal(jax.random.key(3), shape) * 5.0
+  # Two of the first row are as large, in different lanes of a vector.
+  logits = logits.at[0, jnp.array([3, shape[1] - 1])].set(30.0)
+  logits = logits.at[-1, 1].set(-jnp.inf)
+  assert "calm_peaks" in jax.jit(kernels.peaks).lower(logits).as_text()
+  made, wanted = jax.jit(kernels.peaks)(logits), layers_lib.peaks(logits)
+  made = layers_lib.Peaks(*made or ())
+  assert made.token[0] == 3 and made.second[0] == 30.0
+  for name in ("token", "top", "second", "count"):
+    np.testing.assert_array_equal(getattr(made, name), getattr(wanted, name))
+  for name in ("total", "weighted", "margin", "certainty"):
+    got, true = getattr(made, name), getattr(wanted, name)
+    np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-6)
+  # Logits that are no number clear no threshold.
+  made = jax.jit(kernels.peaks)(logits.at[0, 2].set(jnp.nan))
+  assert jnp.isnan(layers_lib.Peaks(*made or ()).margin)[0]
 
 
 def quick(function):

@@ -19,11 +19,12 @@ __all__ = [
   "coded_heads",
   "coded_product",
   "is_small",
-  "likeliest",
   "multiplies_codes",
   "one_thread",
+  "peaks",
   "reads",
   "reads_tiles",
+  "rescored",
   "tile_width",
   "tiled_product",
   "writes_heads",
@@ -33,8 +34,6 @@ _HAS_LLVMLITE = importlib.util.find_spec("llvmlite") is not None
 # Products of two numbers that are worth a second thread.
 SHARED_PRODUCTS = 2**22
 MOST_NUMBERS = 2**17  # of a small layer's largest matrix
-# Rounded logits that are fewer are looked through in less time than the calls cost.
-_LEAST_LOGITS = 2**16
 
 
 def _kernel(name: str) -> Any:
@@ -179,23 +178,25 @@ def coded_heads(
   return _kernel("coded").heads(x, [matrix], (), begins, counts, first, shape)
 
 
-def likeliest(
+def peaks(logits: Float[Array, "rows pieces"]) -> tuple[jax.Array, ...] | None:
+  """The fields of `exits.layers.Peaks`, in their order, of one reading of the logits where XLA
+  reads them for each; None where nothing is compiled."""
+  return _kernel("logits").peaks(logits) if available() else None
+
+
+def rescored(
   logits: Float[Array, "rows pieces"],
   factors: Float[Array, "rows two"],
   left: Float[Array, " pieces"],
   norms: Float[Array, " pieces"],
   states: Float[Array, "rows inputs"],
   head: Float[Array, "pieces inputs"],
-) -> tuple[Int[Array, " rows"], Float[Array, " rows"]] | None:
-  """The argmax of `states @ head.T` and sum e^(logit - largest), by rounded logits; None where
-  XLA is as fast.
+) -> Float[Array, "rows pieces"]:
+  """Logits, those that may be the largest of a row multiplied again.
 
   Args:
     logits: at most `factors @ (left, norms)` away from the product's.
     factors, left, norms: see there.
-    states, head: float32; the pieces that may be the largest are multiplied again.
+    states, head: float32; the product is `states @ head.T`.
   """
-  whole = logits.shape[1] % 16 == 0 and head.dtype == jnp.float32
-  if not whole or len(logits) == 1 or logits.size < _LEAST_LOGITS or not available():
-    return None
-  return _kernel("likeliest").likeliest(logits, factors, left, norms, states, head)
+  return _kernel("logits").rescored(logits, factors, left, norms, states, head)

@@ -42,6 +42,11 @@ def product(x, matrices: Sequence[Any], activations: Sequence[str], count: Any) 
   """See `kernels.coded_product`."""
   rows, width = len(x), matrices[-1].scales.size
   used = jnp.asarray(rows if count is None else count, jnp.int32)
+  blocks, tiles = -(-rows // _ROWS), width // WIDTH
+
+  def columns(begin: int, end: int) -> jax.Array:
+    begins, shape = np.zeros(1, np.int32), (1, 1, rows, (end - begin) * WIDTH)
+    return heads(x, matrices, (), begins, used[None], begin * WIDTH, shape)[0, 0]
 
   def piece(begin: int, end: int) -> jax.Array:
     first, last = _ROWS * begin, min(rows, _ROWS * end)
@@ -50,7 +55,11 @@ def product(x, matrices: Sequence[Any], activations: Sequence[str], count: Any) 
     return heads(x, matrices, activations, begins, counts, 0, shape)[0, 0]
 
   shared = rows * sum(m.codes.size for m in matrices) >= _SHARED_PRODUCTS
-  return llvm.in_pieces(-(-rows // _ROWS), shared, piece)[:, : matrices[-1].outputs]
+  if tiles > blocks and not activations:
+    made = llvm.in_pieces(tiles, shared, columns, axis=1)  # each is read once for all rows
+  else:
+    made = llvm.in_pieces(blocks, shared, piece)
+  return made[:, : matrices[-1].outputs]
 
 
 def heads(x, matrices, activations, begins, counts, first, shape: Sequence[int]) -> jax.Array:
