@@ -90,7 +90,7 @@ class Probes:
     return read + known @ self.features[:, column] + self.bias[column]
 
 
-def of_logits(listed: Peaks) -> tuple[jax.Array, jax.Array, jax.Array]:
+def logit_features(listed: Peaks) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The first of the numbers named at `NUM_FEATURES`."""
   return jnp.log1p(listed.top - listed.second), listed.margin, listed.certainty
 
@@ -104,7 +104,7 @@ def evidence(
   layer 1, which has no layer before) and the logits of likely tokens at this layer."""
   square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
   known = (
-    *of_logits(listed),
+    *logit_features(listed),
     cosine_similarity(hidden, previous),
     0.5 * jnp.log(jnp.maximum(square, 1e-30)),
   )

@@ -132,7 +132,7 @@ def token_exit(
     active: rows that took part, [batch] bool; the others report nothing.
     rows: keys and values to be written, one a layer; none where the engine wrote them.
   """
-  logits, greedy = walk.said(state)
+  logits, greedy = walk.emitted(state)
   return TokenExit(
     logits,
     jnp.where(active, state.exit_layer, 0),

@@ -26,7 +26,7 @@ class WalkState:
   # Of the full head at the exit layer, [batch, vocab]; None until one was computed.
   logits: jax.Array | None
   memory: Any  # the propagation's own
-  greedy: layers_lib.Greedy | None = None  # what these logits say
+  greedy: layers_lib.Greedy | None = None  # their argmax
   # What the head reads of the exit state, where it is carried to one head after the chain.
   read: jax.Array | None = None
 
@@ -84,8 +84,8 @@ class Walk:
       self._decide(layer, state, previous, last) if last or layer in self.allowed else state
     )
 
-  def said(self, state: WalkState) -> tuple[jax.Array, layers_lib.Greedy]:
-    """Logits at every row's exit, after the last layer that ran, and what they say."""
+  def emitted(self, state: WalkState) -> tuple[jax.Array, layers_lib.Greedy]:
+    """Logits at every row's exit, after the last layer that ran, and their argmax."""
     if state.logits is not None and state.greedy is not None:
       return state.logits, state.greedy
     layers, read = self.layers, state.read
@@ -112,7 +112,7 @@ class Walk:
     )
 
   def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool):
-    """Confidence of every row after `layer`; logits of the full head and what they say, None
+    """Confidence of every row after `layer`; logits of the full head and their argmax, None
     where one head after the chain will do."""
     view = view_after(self.layers, layer, state.hidden, previous)
     if not last and self.measure.bound is not None:

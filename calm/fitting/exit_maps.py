@@ -374,7 +374,7 @@ def _confidence_heads(predictor, sample: _Sample, layers, maps: _Maps, head):
     agreement.append((before, float(agrees[-1].mean())))
     if listed is not None:
       peaks = layers_lib.peaks(jnp.asarray(read[-1] @ head[:, list(listed)]))
-      of_head = np.stack(confidence.of_logits(peaks), axis=-1)
+      of_head = np.stack(confidence.logit_features(peaks), axis=-1)
       features = [read[-1], of_head, sample.scalars[number, held]]
       fitted = _logistic(np.concatenate(features, axis=-1), agrees[-1])
       probes[:-1, layer - 1], probes[-1, layer - 1] = fitted

@@ -164,7 +164,7 @@ class DecoderStep:
     return self._times(read, head)
 
   def peaks(self, logits: jax.Array) -> layers_lib.Peaks:
-    """What is asked of logits [batch, pieces]."""
+    """`Peaks` of logits [batch, pieces]."""
     found = kernels.peaks(logits) if self.native else None
     return layers_lib.peaks(logits) if found is None else layers_lib.Peaks(*found)
 

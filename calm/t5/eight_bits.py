@@ -141,9 +141,9 @@ class QuantizedHead:
     With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
     most |w - v| |x| + |v| |x - y|.
     """
-    coded, count = [_rounded(states)], len(states)
+    coded, count = [_in_steps(states)], len(states)
     if 2 * count <= _TOGETHER:  # what rounding left is rounded, too, for nothing
-      coded.append(_rounded(states - coded[0]))
+      coded.append(_in_steps(states - coded[0]))
     products = self.coded.product(jnp.concatenate(coded))
     logits = functools.reduce(jnp.add, jnp.split(products, len(coded)))
     norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -152,8 +152,8 @@ class QuantizedHead:
     return logits, jnp.concatenate([of_left, of_norms], axis=1)
 
 
-def _rounded(states: Float[Array, "batch emb"]) -> Float[Array, "batch emb"]:
-  """States, each a multiple of its step by a code."""
+def _in_steps(states: Float[Array, "batch emb"]) -> Float[Array, "batch emb"]:
+  """States, rounded to whole multiples of their row's step."""
   one = step(states)
   return jnp.round(states / one) * one
 
