@@ -460,11 +460,7 @@ def prompts_digest(prompts: Sequence[Any]) -> str:
 
 
 def cached(
-  folder: pathlib.Path,
-  kind: type[T],
-  name: str,
-  key: Mapping[str, Any],
-  make: Callable[[], T],
+  folder: pathlib.Path, kind: type[T], name: str, key: Mapping[str, Any], make: Callable[[], T]
 ) -> T:
   """The result `name`, of type `kind`, that `folder` has, or what `make` computes, stored;
   `key` holds all JSON values that it depends on. ValueError: a damaged file."""

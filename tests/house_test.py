@@ -50,24 +50,24 @@ def test_no_file_and_no_function_is_long():
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (176, 1),
-  "calibrate": (4622, 20),
+  "calibrate": (4619, 20),
   "checkpoints": (982, 5),
   "commands": (2022, 13),
   "console.py": (150, 1),
-  "data": (1435, 6),
+  "data": (1429, 6),
   "decode": (1791, 7),
-  "exits": (1056, 7),
-  "fitting": (1864, 7),
-  "inference": (1943, 7),
-  "paper": (1529, 5),
+  "exits": (1054, 7),
+  "fitting": (1873, 7),
+  "inference": (1940, 7),
+  "paper": (1525, 5),
   "serve": (742, 4),
   "signals.py": (73, 1),
-  "storage.py": (485, 1),
-  "t5": (3471, 20),
+  "storage.py": (481, 1),
+  "t5": (3470, 20),
   "t5x": (1114, 4),
-  "training": (1345, 8),
+  "training": (1344, 8),
 }
-WHOLE = {"calm": (24_900, 119), "tests": (19_999, 133), "scripts": (4_417, 25)}
+WHOLE = {"calm": (24_888, 119), "tests": (19_991, 133), "scripts": (4_417, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -53,8 +53,8 @@ _QUANTILE = 1.645
 class Candidate:
   """One way to leave the decoder early."""
 
-  measure: str  # name of the confidence measure
-  exit_layers: tuple[int, ...]  # layers after which a token may leave, 1-based
+  measure: str  # name of the confidence measure; 'verified': full depth, drafts off the prompt
+  exit_layers: tuple[int, ...]  # layers after which a token may leave, 1-based; (): full depth
   temperature: float | None = None  # tau of a decaying threshold (Eq. 5); None: constant
   propagation: str = "exit_state"  # what skipped layers store
   # What is rounded to 8 bits, a key of `IN_8_BITS`; the reference is still the text of the
@@ -80,7 +80,9 @@ class Candidate:
     decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
     rounds = "matrices" if self.in_8_bits == "layers" else self.in_8_bits
     bits = f", {rounds} in 8 bits" if rounds else ""
-    return f"{self.measure} after layer{layers}{decays}{bits}"
+    drafts = ", drafts off the prompt" if self.measure == inference.VERIFIED else ""
+    exits = f"{self.measure} after layer{layers}{decays}"
+    return (exits if self.exit_layers else f"full depth{drafts}") + bits
 
 
 # Texts depend on the batch size, and one prompt at a time is what is timed.
@@ -131,8 +133,8 @@ class Tried:
   @property
   def way(self) -> str:
     """The candidate in words."""
-    layer = self.candidate.exit_layers[0]
-    return f"cut after layer {layer}" if self.cut else str(self.candidate)
+    candidate = self.candidate
+    return f"cut after layer {candidate.exit_layers[0]}" if self.cut else str(candidate)
 
   def __str__(self) -> str:
     if np.isnan(self.speedup):
@@ -162,7 +164,8 @@ class Choice:
     """The cut decoder beside the fastest exits; '' where these break the promise."""
     able = [entry for entry in self.tried if entry.decoded and np.isfinite(entry.speedup)]
     cut = next((entry for entry in able if entry.cut), None)
-    fastest = max((entry.speedup for entry in able if not entry.cut), default=None)
+    leave = [e.speedup for e in able if e.candidate.exit_layers and not e.cut]
+    fastest = max(leave, default=None)
     if fastest is None:
       return ""
     speed = f"{cut.way}: x{cut.speedup:.2f} under the same promise" if cut else ""
@@ -328,6 +331,8 @@ def coarse_grid(
   reading: Reading, candidate: Candidate, tolerance: float, max_length: int
 ) -> tuple[float, ...]:
   """Descending thresholds from where no text changes to where far too many do."""
+  if not candidate.exit_layers:
+    return (1.0,)
   possible = possible_thresholds(reading, candidate)
   rising = np.maximum.accumulate(simulate(reading, candidate, possible, max_length)[1])
   levels = [max(level * tolerance, rising[0]) for level in _COARSE]
@@ -364,11 +369,16 @@ def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
 # ---- The choice
 
 
+def in_8_bits(ways: Sequence[Candidate]) -> list[Candidate]:
+  """What is tried in 8 bits: these ways to leave, and full depth, with drafts off the prompt.
+  Texts change, which the promise covers."""
+  of = lambda name, few: [dataclasses.replace(way, in_8_bits=name) for way in few]
+  whole = Candidate(inference.VERIFIED, ())
+  return [*of("layers", ways), *of("encoder", ways[:1]), *of("layers", [whole])]
+
+
 def full_texts(
-  model: inference.Predictor,
-  prompts: Sequence[Prompt],
-  folder: pathlib.Path,
-  progress: Report,
+  model: inference.Predictor, prompts: Sequence[Prompt], folder: pathlib.Path, progress: Report
 ) -> tuple[Record, ...]:
   """[num_prompts] full-depth records, decoded once into a `folder`."""
   key = {"model": model.procedure.to_json(), "prompts": storage.prompts_digest(prompts)}
@@ -426,11 +436,11 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
   numbers = sum(leaf.size for path, leaf in leaves if "/layers_" in path)
   narrows = numbers >= LEAST_LAYERS and not predictor.batch_size_affects_output
   narrows = narrows and predictor.options.weights_dtype is None
-  # They change texts, which the promise covers.
-  for number, candidate in enumerate(able or [fastest[0].candidate] if narrows else ()):
-    for name in ("layers",) if number else ("layers", "encoder"):
-      narrow = dataclasses.replace(candidate, in_8_bits=name)
-      tried.append(decode(narrow, part(progress, 0.85, 0.85)))
+  ways = in_8_bits(able or [fastest[0].candidate]) if narrows else []
+  tried += [decode(way, part(progress, 0.85, 0.85)) for way in ways]
+  if narrows:  # the same texts without drafts
+    plain = dataclasses.replace(ways[-1], measure="softmax")
+    tried.append(dataclasses.replace(tried[-1], candidate=plain))
   tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
   faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
   chosen = max(faster, key=lambda i: tried[i].score, default=None)

@@ -2,11 +2,10 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import grid, options, outputs, timing
-from calm.inference.options import DecodeOptions, options_of
+from calm.inference.options import LOOKED_UP, VERIFIED, DecodeOptions, options_of
 from calm.inference.predictor import (
   CALIBRATION,
   FULL_DEPTH,
-  LOOKED_UP,
   Predictor,
   SlowerThanFullDepth,
   UntrainedExits,
@@ -19,6 +18,7 @@ __all__ = [
   "FULL_DEPTH",
   "LOOKED_UP",
   "PACKED",
+  "VERIFIED",
   "DecodeOptions",
   "Predictor",
   "SlowerThanFullDepth",

@@ -24,6 +24,8 @@ _NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices"
 _RECORDED = {"int8": "int8, states whole"}
 # The measure that is no confidence of a layer but the full model's own, of drafts.
 VERIFIED = "verified"
+# Drafts off the prompt: a pass of so few positions takes little more than one.
+LOOKED_UP = exits.Speculative(0, 3, "full")
 
 
 @arguments.checked(schedule=schedules.schedule)
@@ -38,8 +40,8 @@ class DecodeOptions:
     measure: confidence measure, one of `confidence.MEASURES`; 'verified' is
       `exits.Speculative`, whose threshold is 1 - lambda, its slack.
     schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
-    exit_layers: 1-based layers after which a token may leave; None allows every layer. Of
-      'verified' the one layer that drafts.
+    exit_layers: 1-based layers after which a token may leave; None allows every layer, () none.
+      Of 'verified' the one layer that drafts; (): drafts come off the prompt.
     propagation: what skipped layers store; 'exit_state' is the paper's, 'learned' predicts it
       with the model's `exit_propagation`.
     shortlist: token ids, most likely first, for the measures 'shortlist' and 'probe', and for
@@ -105,6 +107,8 @@ class DecodeOptions:
         self.exit_layers,
         propagation.propagation(self.propagation),
       )
+    if self.exit_layers == ():
+      return LOOKED_UP
     layers = self.exit_layers or ()
     if len(layers) != 1 or self.schedule != schedules.Constant():
       raise ValueError(

@@ -554,10 +554,6 @@ class Predictor:
       return self.program().regenerate(self._parts[1], encoded, state, active, level, resume_at)
 
 
-# Drafts off the prompt: a pass of so few positions takes little more than one.
-LOOKED_UP = exits.Speculative(0, 3, "full")
-
-
 def exact_rule(model: Predictor) -> exits.Speculative:
   """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
 

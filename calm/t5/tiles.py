@@ -38,8 +38,7 @@ class Tiles:
 
 
 def tiled(
-  matrix: Shaped[Array, "inputs outputs"],
-  scales: Float[Array, " outputs"] | None = None,
+  matrix: Shaped[Array, "inputs outputs"], scales: Float[Array, " outputs"] | None = None
 ) -> Tiles:
   """A matrix of float32 numbers, or of codes with `scales`, as `Tiles`."""
   inputs, outputs = matrix.shape

@@ -85,3 +85,13 @@ def test_ways_are_told_by_their_seconds_and_8_bits_must_gain_clearly():
   lines = [line.strip() for line in choice.lines()]
   assert lines[1] == "cut after layer 1: x1.50 as fast at threshold 0"
   assert lines[3] == "cut after layer 1: x1.50 under the same promise; exits: x2.10"
+  # Full depth in 8 bits is no way to leave.
+  whole = Candidate("verified", (), in_8_bits="layers")
+  whole = dataclasses.replace(chosen, candidate=whole, thresholds=(1.0,), threshold=1.0)
+  assert choose.final_grid(whole, 0.1) == (1.0,)
+  whole = dataclasses.replace(whole, speedup=3.0)
+  way = "full depth, drafts off the prompt, matrices in 8 bits"
+  lines = choose.Choice((chosen, whole), 1, (1.0,), 2.0, 20).lines()
+  assert lines[0] == f"  {way}: x3.00 as fast at threshold 1 (chosen)"
+  assert lines[-1] == "  no cut decoder keeps the promise; exits: x2.10"
+  assert choose.Choice((whole,), 0, (1.0,), 2.0, 20).compared == ""

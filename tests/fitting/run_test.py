@@ -115,15 +115,19 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   assert again.calibration == served.calibration
 
 
+@pytest.mark.parametrize(
+  "way", ["after layer", "full depth, matrices", "full depth, drafts off the prompt"]
+)
 def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
-  directory, rows, always_faster, monkeypatch, tmp_path
+  way, directory, rows, always_faster, monkeypatch, tmp_path
 ):
   monkeypatch.setattr(choose, "LEAST_LAYERS", 1)
   timed = choose.timed
 
   def faster_in_8_bits(*arguments):
     found, full = timed(*arguments)
-    speed = lambda entry: 2.0 if entry.candidate.in_8_bits == "layers" else 1.5
+    wanted = lambda e: e.candidate.in_8_bits == "layers" and way in str(e.candidate)
+    speed = lambda e: 2.0 if wanted(e) else 1.5
     return [dataclasses.replace(e, speedup=2.0, end_to_end=speed(e)) for e in found], full
 
   monkeypatch.setattr(choose, "timed", faster_in_8_bits)
@@ -135,8 +139,14 @@ def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   dtypes = procedure.weights_dtype, procedure.encoder_dtype
   assert dtypes == ("int8, states whole", "int8")
   assert procedure.reference_dtype == "float32" and "float32" in served.calibration.guarantee
-  assert any(", matrices in 8 bits" in line and "(chosen)" in line for line in said.lines)
+  (chosen,) = (line for line in said.lines if "(chosen)" in line)
+  assert way in chosen and ", matrices in 8 bits" in chosen
   assert any(", encoder in 8 bits: x" in line for line in said.lines)
+  made = served.generate(WORDS)
+  assert all(bool(each.passes) == ("drafts" in way) for each in made)
+  if way != "after layer":
+    assert procedure.exit_layers == () and served.calibration.threshold == 1.0
+    assert made.texts == served.generate(WORDS, rule=exits.StaticExit()).texts
   # What it is held against is what the given model writes, token by token.
   given = inference.load(directory, **limits_of(served))
   written = [output.tokens for output in served.generate(WORDS, threshold="never")]
