@@ -29,6 +29,7 @@ from calm.calibrate import losses as sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import run as run_lib
 from calm.data import prompt_files
+from calm.fitting import choose
 from calm.inference import grid, outputs
 from calm.t5 import network
 
@@ -151,6 +152,7 @@ def row(model: str, task: str, way: str, result: dict) -> dict:
   """A fit's result as the table shows it."""
   choice, last, seconds = result["choice"], result["last"], result["seconds"]
   tried = None if choice["chosen"] is None else choice["tried"][choice["chosen"]]
+  way = str(tried and choose.Candidate(**tried["candidate"]))
   single, batched = (seconds or {}).get("single"), (seconds or {}).get("batched")
   mean = lambda value: "" if value is None else f"{value['value']:.3f} ± {value['margin']:.3f}"
   speed = lambda pair, key: None if pair is None else pair[key]
@@ -159,7 +161,7 @@ def row(model: str, task: str, way: str, result: dict) -> dict:
     "model": model,
     "task": task.removeprefix("debian_"),
     "exits": way,
-    "chosen": described(tried["candidate"]) if tried and not result["reason"] else "full depth",
+    "chosen": way if tried and not result["reason"] else "full depth",
     "layers": f"{last['layers']:.2f} of {result['num_layers']}",
     "ms full": speed(single, "full"),
     "ms served": speed(single, "early"),
@@ -172,15 +174,6 @@ def row(model: str, task: str, way: str, result: dict) -> dict:
     "exact": speed((exact or {}).get("single"), "speedup"),
     "s learning": learned and round(learned["seconds"]),
   }
-
-
-def described(candidate: dict) -> str:
-  """A way to leave in a few words."""
-  layers = ",".join(map(str, candidate["exit_layers"]))
-  decays = "" if candidate["temperature"] is None else f", tau {candidate['temperature']:g}"
-  in_8_bits = candidate.get("in_8_bits") or ""
-  bits = {"layers": ", matrices in 8 bits", "encoder": ", encoder in 8 bits"}.get(in_8_bits, "")
-  return f"{candidate['measure']} after {layers}{decays}{bits}"
 
 
 def main() -> None:
