@@ -152,7 +152,7 @@ def row(model: str, task: str, way: str, result: dict) -> dict:
   """A fit's result as the table shows it."""
   choice, last, seconds = result["choice"], result["last"], result["seconds"]
   tried = None if choice["chosen"] is None else choice["tried"][choice["chosen"]]
-  way = str(tried and choose.Candidate(**tried["candidate"]))
+  chosen = str(tried and choose.Candidate(**tried["candidate"]))
   single, batched = (seconds or {}).get("single"), (seconds or {}).get("batched")
   mean = lambda value: "" if value is None else f"{value['value']:.3f} ± {value['margin']:.3f}"
   speed = lambda pair, key: None if pair is None else pair[key]
@@ -161,7 +161,7 @@ def row(model: str, task: str, way: str, result: dict) -> dict:
     "model": model,
     "task": task.removeprefix("debian_"),
     "exits": way,
-    "chosen": way if tried and not result["reason"] else "full depth",
+    "chosen": chosen if tried and not result["reason"] else "full depth",
     "layers": f"{last['layers']:.2f} of {result['num_layers']}",
     "ms full": speed(single, "full"),
     "ms served": speed(single, "early"),

@@ -33,7 +33,7 @@ def test_a_row_says_what_was_chosen_and_measured():
   row = show_fit.row("packed", "debian_qa", "frozen", RESULT)
   measured = {"cut", "layers at 0.05, 0.2", "full texts equal"}
   assert set(row) | measured == set(show_fit.COLUMNS) and row["s learning"] == 12
-  assert (row["task"], row["chosen"]) == ("qa", CHOSEN)
+  assert (row["task"], row["exits"], row["chosen"]) == ("qa", "frozen", CHOSEN)
   assert row["risk, 0.1 promised"] == "0.051 ± 0.020" and row["quality served"] == ""
   assert row["speed-up"] == 2.0 and row["in batches"] is None
   full = {**RESULT, "reason": "slower", "seconds": None}
