@@ -9,6 +9,7 @@ that is anything else.
 """
 
 import functools
+import importlib
 import inspect
 import numbers
 import pathlib
@@ -126,6 +127,13 @@ def _one_of(value: Any, kinds: Sequence[Any]) -> Any:
   raise within
 
 
+def one_of(name: str, value: Any, known: Iterable[str]) -> Any:
+  """The value of an argument; ValueError names the choices where it is none of them."""
+  if value not in known:
+    raise ValueError(f"Expected `{name}` to be one of {sorted(known)}, got {value!r:.100}.")
+  return value
+
+
 def is_listing(value: Any) -> bool:
   """Whether a value lists others in an order: a sequence, a generator, an array, a text."""
   ordered = isinstance(value, Iterable) and not isinstance(value, _UNORDERED)
@@ -174,3 +182,12 @@ def _shown(value: Any) -> str:
   if isinstance(value, type):
     return f"the class {value.__name__}"
   return f"{value!r:.60} ({type(value).__name__})"
+
+
+def package(name: str, wanted: str, install: str) -> Any:
+  """A package that only some users need; ImportError says how to install it."""
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    message = f"Expected the package {name} to {wanted}, got none; `pip install {install}`."
+    raise ImportError(message) from error

@@ -40,6 +40,8 @@ _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe does not wait for its 
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 # What a full disk, a quota or a limit answers in the middle of writing.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+# What reading a damaged file may lead to.
+DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 # Nobody has written for so long to a temporary file that a killed process left.
 _ABANDONED_SECONDS = 86_400
@@ -280,15 +282,22 @@ def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
   return read
 
 
+@contextlib.contextmanager
+def reading(path: str | pathlib.Path, kind: str, way_out: str) -> Iterator[None]:
+  """Within the block, what a damaged file leads to is a ValueError that names it, what it
+  should be, and a way out."""
+  try:
+    yield
+  except (OSError, *DAMAGE) as error:
+    raise ValueError(
+      f"Expected {str(path)!r} to be {kind}, got something else ({error}); {way_out}."
+    ) from error
+
+
 def checksum(path: str | pathlib.Path) -> str:
   """SHA-256 (hexadecimal) of a regular file."""
   with opened(path) as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def most_unpacked(size: int) -> int:
-  """The number of bytes that a packed file of `size` bytes may unpack to."""
-  return UNPACKED + UNPACKED_RATIO * size
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -415,6 +424,8 @@ def drop_partial_line(path: pathlib.Path) -> str | None:
 
 def to_json(value: Any) -> Any:
   """A result as JSON values; NaN is null and infinity (never exit) is "never"."""
+  if hasattr(value, "to_json"):
+    return value.to_json()
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, Mapping):
@@ -460,19 +471,18 @@ def prompts_digest(prompts: Sequence[Any]) -> str:
 
 
 def cached(
-  folder: pathlib.Path, kind: type[T], name: str, key: Mapping[str, Any], make: Callable[[], T]
+  folder: pathlib.Path,
+  kind: type[T],
+  name: str,
+  key: Mapping[str, Any],
+  make: Callable[[], T],
 ) -> T:
   """The result `name`, of type `kind`, that `folder` has, or what `make` computes, stored;
   `key` holds all JSON values that it depends on. ValueError: a damaged file."""
   path = folder / f"{name}-{digest({'experiment': name, 'version': _VERSION, **key})}.json"
   if path.exists():
-    try:
+    with reading(path, f"a stored result of {name}", "delete it to have it computed again"):
       return from_json(kind, parse_json(content(path))["result"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(
-        f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
-        " the file to have it computed again."
-      ) from error
   result = to_json(make())
   folder.mkdir(parents=True, exist_ok=True)
   stored = {"experiment": name, "key": to_json(dict(key)), "result": result}

@@ -21,7 +21,10 @@ PROMPTS = toys.prompts(2, batch=8, length=12, num_pieces=toys.Config().num_piece
 DECAYING = schedules.Decaying(temperature=4.0, max_length=LENGTH)
 # Fields of a toy whose exits are translated and which predicts skipped layers' inputs.
 TRANSLATED: dict[str, Any] = {"exit_translators": (1, 2, 3)}
-MAPS: dict[str, Any] = TRANSLATED | {"exit_propagation": (1, 2, 3), "exit_propagation_rank": 5}
+MAPS: dict[str, Any] = TRANSLATED | {
+  "exit_propagation": (1, 2, 3),
+  "exit_propagation_rank": 5,
+}
 
 # Toys compute in no time and compile for long: LLVM need not try hard. `decode/hlo_test.py` has
 # the programs as users compile them.

@@ -49,25 +49,25 @@ def test_no_file_and_no_function_is_long():
 # Lines and files of each room of calm, and of the other folders. A number goes up only with a
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
-  "arguments.py": (176, 1),
-  "calibrate": (4619, 20),
-  "checkpoints": (982, 5),
-  "commands": (2022, 13),
+  "arguments.py": (193, 1),
+  "calibrate": (4591, 20),
+  "checkpoints": (969, 5),
+  "commands": (2016, 13),
   "console.py": (150, 1),
-  "data": (1429, 6),
-  "decode": (1791, 7),
-  "exits": (1054, 7),
-  "fitting": (1873, 7),
-  "inference": (1940, 7),
-  "paper": (1525, 5),
+  "data": (1420, 6),
+  "decode": (1780, 7),
+  "exits": (1051, 7),
+  "fitting": (1866, 7),
+  "inference": (1944, 7),
+  "paper": (1527, 5),
   "serve": (742, 4),
   "signals.py": (73, 1),
-  "storage.py": (481, 1),
-  "t5": (3470, 20),
+  "storage.py": (491, 1),
+  "t5": (3533, 20),
   "t5x": (1114, 4),
-  "training": (1344, 8),
+  "training": (1337, 8),
 }
-WHOLE = {"calm": (24_888, 119), "tests": (19_994, 133), "scripts": (4_410, 25)}
+WHOLE = {"calm": (24_900, 119), "tests": (19_971, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -210,7 +210,11 @@ RunToken = Callable[[int, list[np.ndarray], network.Memory, network.Memory], Exi
 
 
 def decode_static(
-  model: Model, prompt: Sequence[int], num_layers: int, *, max_decode_length: int
+  model: Model,
+  prompt: Sequence[int],
+  num_layers: int,
+  *,
+  max_decode_length: int,
 ) -> Decoded:
   """Greedy decoding of a prompt, in which 0 is padding, with the first `num_layers` decoder
   layers, then norm and head; at most `max_decode_length` tokens, end of text included."""
@@ -225,7 +229,11 @@ def decode_static(
 
 
 def decode_dynamic(
-  model: Model, prompt: Sequence[int], rule: ExitRule, *, max_decode_length: int
+  model: Model,
+  prompt: Sequence[int],
+  rule: ExitRule,
+  *,
+  max_decode_length: int,
 ) -> Decoded:
   """Greedy decoding where each token stops by `rule` (Eq. 4). Arguments: `decode_static`."""
   last = model.config.num_decoder_layers

@@ -86,7 +86,12 @@ def calibrated(text: str):
 def output(text: str) -> outputs.Output:
   shared = {"tokens": (3, 4, 1), "confidences": (0.5,) * 3, "rejected_confidences": (0.0,) * 3}
   return outputs.Output(
-    text=text, pieces=(text, " b", ""), exit_layers=(1, 2, 4), score=0.0, num_layers=4, **shared
+    text=text,
+    pieces=(text, " b", ""),
+    exit_layers=(1, 2, 4),
+    score=0.0,
+    num_layers=4,
+    **shared,
   )
 
 

@@ -28,7 +28,6 @@ _NEW_FIELDS = {"promise", "parts", "losses_digest"}  # which files of version 1 
 _OPTIONAL = {"knobs", "groups_ignored", "largest_cluster"}  # left out where they are empty
 _CLOSE = 1e-6  # between p-values; libraries differ in the last digits
 _MOST_BYTES = 64 * 2**20
-_DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 _KINDS = {
   "textual": "dissimilarity to {full}, 1 - {metric} between both outputs,",
   "risk_signed": "increase of the risk, 1 - {metric} against references, over {full}",
@@ -86,8 +85,7 @@ class Calibration:
       ("order", self.order, ("permuted", "given", "irrelevant")),
       *(("method", method, methods.SUM_P_VALUES) for method in (self.method, *self.methods)),
     ):
-      if value not in known:
-        raise ValueError(f"Expected `{name}` to be one of {[*known]}, got {value!r:.100}.")
+      arguments.one_of(name, value, known)
     columns = [c for part in self.parts for c in vars(part).values() if type(c) is tuple]
     names = (self.knobs or self.rows, getattr(self.promise, "configurations", self.rows))
     if not self.rows or {len(self.rows)} != {len(column) for column in (*names, *columns)}:
@@ -156,7 +154,7 @@ class Calibration:
     """All fields as JSON values, the guarantee for people who read the file, and a digest."""
     value = {
       "schema_version": SCHEMA_VERSION,
-      **{name: _to_json(v) for name, v in vars(self).items() if v or name not in _OPTIONAL},
+      **{n: storage.to_json(v) for n, v in vars(self).items() if v or n not in _OPTIONAL},
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
       "guarantee": self.guarantee,
     }
@@ -197,23 +195,12 @@ class Calibration:
     try:
       content = storage.content(path, _MOST_BYTES)
       return cls.from_json(storage.parse_json(content), expect_digest=expect_digest)
-    except (OSError, *_DAMAGE) as error:
+    except (OSError, *storage.DAMAGE) as error:
       text = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
       raise ValueError(
         f"{path}: expected a calibration, got none: {text}; restore the file, or calibrate"
         " again."
       ) from error
-
-
-def _to_json(value: Any) -> Any:
-  """JSON of a field; NaN is null."""
-  if hasattr(value, "to_json"):
-    return value.to_json()
-  if dataclasses.is_dataclass(value):
-    return {name: _to_json(entry) for name, entry in vars(value).items()}
-  if isinstance(value, tuple):
-    return [_to_json(entry) for entry in value]
-  return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _of_json(kind: Any, value: Mapping[str, Any]) -> Any:

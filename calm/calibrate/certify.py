@@ -272,11 +272,7 @@ class Run:
 
   def method_of(self, losses: SequenceLosses) -> methods.Method:
     """The p-value method for such losses."""
-    if self.procedure not in testing.PROCEDURES:
-      raise ValueError(
-        f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
-        f" {self.procedure!r}."
-      )
+    arguments.one_of("testing_procedure", self.procedure, testing.PROCEDURES)
     units, any_level = losses.support, self.procedure != "fixed_sequence"
     if clusters.known_groups(self.groups):  # means of several losses of 0 or 1 are neither
       units = dataclasses.replace(units, binary=False)

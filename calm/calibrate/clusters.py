@@ -6,9 +6,10 @@ and of what the prompts say, since a permutation of names alone is one fixed per
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -146,7 +147,9 @@ def tested_orders(
   kinds, names, groups = FEW_KINDS + 1, losses.ids, losses.groups
   digests = np.array([], "S32")
   if not losses.contents or not (names or groups):
-    digests = _row_digests(losses.values if groups is None else means(losses.values, groups)[1])
+    values = losses.values if groups is None else means(losses.values, groups)[1]
+    rows = itertools.chain.from_iterable(checks.row_blocks(values))
+    digests = content_digests((row + 0.0).tobytes() for row in rows)  # -0 is 0
   if not losses.contents:
     # A digest of the losses, where no text of a prompt is known.
     kinds = len(np.unique(digests))
@@ -162,12 +165,6 @@ def tested_orders(
     places = np.argsort(np.argsort(digests, kind="stable"), kind="stable")
     names = [f"{place:09d}" for place in places.tolist()]
   return seeds, drawn, [seeded_order(names, each) for each in seeds]
-
-
-def _row_digests(values: np.ndarray) -> np.ndarray:
-  """SHA-256 of each row; -0 is 0."""
-  blocks: Iterator[np.ndarray] = checks.row_blocks(values)
-  return content_digests(row.tobytes() for block in blocks for row in block + 0.0)
 
 
 def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:

@@ -204,9 +204,7 @@ def _loss(similarity, least: float, full: str, known: tuple[str, ...], text: str
 @arguments.checked()
 def kind_support(kind: str, metric: metrics.MetricLike) -> Support:
   """The declared range of losses of a kind and metric; ValueError where either is unknown."""
-  if kind not in KINDS:
-    raise ValueError(f"Expected `kind` to be one of {sorted(KINDS)}, got {kind!r}.")
-  floor = KINDS[kind]
+  floor = KINDS[arguments.one_of("kind", kind, KINDS)]
   return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
 
 

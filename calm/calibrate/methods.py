@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from calm import arguments
 from calm.calibrate import betting, p_values
 from calm.calibrate.losses import Support
 
@@ -112,9 +113,7 @@ def get_method(
   every level (Holm, fallback), not at `error_rate` alone (fixed sequence testing); there it
   may be `randomized`.
   """
-  if name not in NAMES:
-    raise ValueError(f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}.")
-  if name == "auto":
+  if arguments.one_of("method", name, NAMES) == "auto":
     bets = "betting_randomized" if randomized else "betting_fixed_level"
     name = "binomial" if support.binary else "betting" if any_level else bets
   method, way_out = METHODS[name], ""

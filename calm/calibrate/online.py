@@ -133,14 +133,15 @@ class Online:
     self._grid, support = thresholds_lib.validate_grid(thresholds), support or Support()
     self._low, self._high = support.lower, support.upper
     above = lambda value: math.nextafter(value, 2.0)
-    for name, value, low, high in (
+    numbers = (
       ("tolerance", tolerance, support.lower, support.upper),
       ("error_rate", error_rate, 0.0, 1.0),
       ("share", share, 0.0, above(1.0)),
       ("least_share", least_share, 0.0, above(share)),
       ("alarm_level", alarm_level, 0.0, 1.0),
       ("patience", patience, 0, 2**53),
-    ):
+    )
+    for name, value, low, high in numbers:
       checks.in_range(name, value, low, high)
     checks.warn_of_error_rate(error_rate)
     self.about = dict(about or {})
@@ -159,13 +160,8 @@ class Online:
       settings = {
         "format": FORMAT,
         "thresholds": self._grid.tolist(),
-        "tolerance": tolerance,
-        "error_rate": error_rate,
         "support": [support.lower, support.upper],
-        "share": share,
-        "least_share": least_share,
-        "alarm_level": alarm_level,
-        "patience": patience,
+        **{name: value for name, value, _, _ in numbers},
         "seed": seed,
         "about": self.about,
       }

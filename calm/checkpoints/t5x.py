@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flax import serialization, traverse_util
 
+from calm import arguments, storage
 from calm.checkpoints import files
 from calm.t5 import network, parameters
 
@@ -93,14 +94,9 @@ def _read_legacy(path: pathlib.Path) -> dict[str, Any]:
 
   Its reference tells only that: where else it points, be it a bucket, is not looked at.
   """
-  try:
+  with storage.reading(path, "a T5X checkpoint whose msgpack opens", "copy it again"):
     contents = serialization.msgpack_restore((path / "checkpoint").read_bytes())
     target = contents["optimizer"]["target"]
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise ValueError(
-      f"Expected `path` to be a T5X checkpoint, got {str(path)!r} whose msgpack does not open"
-      f" ({type(error).__name__}: {error})."
-    ) from error
   is_reference = lambda node: isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
   leaves: dict[str, Any] = traverse_util.flatten_dict(
     target, is_leaf=lambda _, node: is_reference(node), sep="/"
@@ -121,15 +117,11 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
   Orbax reads all of a train state at once: of a damaged one every array has its traceback.
   """
-  try:
-    import tensorstore as ts
-  except ImportError as error:
-    message = "Expected the package tensorstore to read T5X checkpoints, got none"
-    raise ImportError(f"{message}; `pip install 'calm-t5x[train]'`.") from error
+  ts = arguments.package("tensorstore", "read T5X checkpoints", "'calm-t5x[train]'")
   base: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute()}/"}
   if (folder / "manifest.ocdbt").is_file():
     base = {"driver": "ocdbt", "base": base}
-  try:
+  with storage.reading(folder, "a whole T5X checkpoint", "copy it again"):
     keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
     opened = {}
     for end, driver in _METADATA.items():
@@ -148,8 +140,3 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     # All reads are under way before the first is waited for.
     reads = {name: array.read() for name, array in opened.items()}
     return {name: read.result() for name, read in reads.items()}
-  except (ValueError, OSError) as error:
-    raise ValueError(
-      f"Expected `path` to be a whole T5X checkpoint, got {str(folder)!r}, which does not open"
-      f" ({type(error).__name__}: {error})."
-    ) from error

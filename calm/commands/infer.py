@@ -37,7 +37,7 @@ from calm.commands import flags, merge
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, sanitize
 from calm.data import prompt_batches
-from calm.inference import exact_rule, outputs, timing
+from calm.inference import exact_rule, grid, outputs, timing
 
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
@@ -322,14 +322,8 @@ def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:
   """Outputs as JSON Lines."""
   lines = []
   for prompt, output in zip(prompts, made, strict=True):
-    value = {
-      "id": prompt.id,
-      "prediction": output.text,
-      "tokens": list(output.tokens),
-      "exit_layers": list(output.exit_layers),
-      "confidences": [float(str(c)) for c in output.confidences],
-      "score": output.score,
-    }
+    value = grid.record(output, prompt.id).to_json()
+    del value["rejected_confidences"]
     if output.passes:
       value |= {"drafted": list(output.drafted), "passes": output.passes}
     lines.append(json.dumps(value, ensure_ascii=False) + "\n")

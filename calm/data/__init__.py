@@ -5,4 +5,10 @@
 
 from calm.data import prompt_batches, prompt_files, training_batches, vocabulary
 
-__all__ = ["prompt_batches", "prompt_files", "seqio_tasks", "training_batches", "vocabulary"]
+__all__ = [
+  "prompt_batches",
+  "prompt_files",
+  "seqio_tasks",
+  "training_batches",
+  "vocabulary",
+]

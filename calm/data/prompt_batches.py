@@ -91,8 +91,6 @@ def plan(
   every prompt to its own bucket, so that no prompt is computed otherwise in another list; in
   `one_shape` to `batch_size` and the maximum.
   """
-  if batch_size < 1:
-    raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
   least = max_input_length if one_shape else 0
   lengths = [bucket_length(max(least, len(row)), max_input_length) for row in tokens]
   lengths, whole = np.array(lengths, int), whole_batches or one_shape

@@ -130,8 +130,8 @@ def open_prompts(
   """
   if limit is not None and limit < 1:
     raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
-  if format is not None and format not in FORMATS:
-    raise ValueError(f"Expected `format` to be one of {', '.join(FORMATS)}, got {format!r}.")
+  if format is not None:
+    arguments.one_of("format", format, FORMATS)
   made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
   with _opened(path) as opened:
     name = opened.name
@@ -185,7 +185,8 @@ def _opened(path: str | os.PathLike) -> Iterator[_Opened]:
       else:
         stream = sys.stdin.buffer if mode is None else stack.enter_context(open(path, "rb"))
         files = [_kept(stream, name, stack)]
-      most = storage.most_unpacked(sum(file.seek(0, os.SEEK_END) for file in files))
+      size = sum(file.seek(0, os.SEEK_END) for file in files)
+      most = storage.UNPACKED + storage.UNPACKED_RATIO * size
       for i, file in enumerate(files):
         file.seek(0)
         if file.peek(2).startswith(b"\x1f\x8b"):
@@ -344,11 +345,7 @@ def _table(opened: _Opened, delimiter: str = ",") -> Iterator[_Row]:
 def _columnar(opened: _Opened, read_batches: Callable[..., Iterator[Any]]) -> Iterator[_Row]:
   """Rows by column, columns left out that hold no texts, numbers or lists of them."""
   name, left, number = opened.name, opened.most, 0
-  try:
-    import pyarrow
-  except ImportError as error:
-    message = f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`."
-    raise ImportError(message) from error
+  pyarrow = arguments.package("pyarrow", f"read {name}", "pyarrow")
   try:
     for batch in itertools.chain.from_iterable(read_batches(f, opened) for f in opened.files):
       batch.validate(full=True)  # what points beyond a buffer or a dictionary would be read

@@ -15,6 +15,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from calm import arguments
 from calm.calibrate import metrics as text_metrics
 from calm.data import prompt_files
 
@@ -78,10 +79,10 @@ class JsonlSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_,
   ) -> tf.data.Dataset:
-    if split not in self.paths:
-      raise ValueError(f"Expected `split` to be one of {list(self.paths)}, got {split!r}.")
     shard = shard_info or seqio.ShardInfo(0, 1)
-    rows = _read(self.paths[split])[shard.index :: shard.num_shards]
+    rows = _read(self.paths[arguments.one_of("split", split, self.paths)])[
+      shard.index :: shard.num_shards
+    ]
     columns: Any = {
       "id": [row.id for row in rows],
       "source": [row.group or "" for row in rows],
@@ -119,18 +120,14 @@ def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary
 
   `root` is the folder that holds `<task>/{train,validation,test}.jsonl.gz`.
   """
-  if task not in prompt_files.DEBIAN:
-    raise ValueError(f"Expected `task` to be one of {list(prompt_files.DEBIAN)}, got {task!r}.")
-  known = prompt_files.DEBIAN[task]
+  known = prompt_files.DEBIAN[arguments.one_of("task", task, prompt_files.DEBIAN)]
   paths = {split: known.path(root, split) for split in ("train", "validation", "test")}
   return jsonl(task, paths, vocabulary, prefix=known.prefix, metrics=known.metrics)
 
 
-def debian_mixture(
-  root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str, *, name: str = "debian"
-) -> str:
+def debian_mixture(root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str) -> str:
   """Registers all three Debian data sets, mixed in proportion to their training examples."""
-  members = [debian(task, root, vocabulary) for task in prompt_files.DEBIAN]
+  members, name = [debian(task, root, vocabulary) for task in prompt_files.DEBIAN], "debian"
   seqio.MixtureRegistry.remove(name)
   seqio.MixtureRegistry.add(name, members, default_rate=seqio.mixing_rate_num_examples)
   return name

@@ -20,7 +20,8 @@ from typing import Any
 
 import sentencepiece
 
-from calm import storage
+from calm import arguments, storage
+from calm.calibrate.generations import records
 
 # The sentencepiece.ModelProto.SentencePiece.Type of pieces that are matched before any other.
 _USER_DEFINED = 4
@@ -46,11 +47,7 @@ class Vocabulary:
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
-    try:
-      s.encode("utf-8")
-    except UnicodeEncodeError as error:
-      half = f"half of a surrogate pair, {s[error.start]!r}, at character {error.start + 1}"
-      raise ValueError(f"Expected a text that UTF-8 can hold, got {half}.") from error
+    records.require_text("text", s)
     return self._encode(s)
 
   def decode(self, ids: Iterable[int], /) -> str:
@@ -192,11 +189,7 @@ class TokenizerVocabulary(Vocabulary):
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
-    try:
-      import tokenizers
-    except ImportError as error:
-      message = f"Expected the package tokenizers to read {str(self.path)!r}, got none"
-      raise ImportError(f"{message}; `pip install tokenizers`.") from error
+    tokenizers = arguments.package("tokenizers", f"read {str(self.path)!r}", "tokenizers")
     with self._naming("to be a tokenizer.json that the package tokenizers reads"):
       for part in ("normalizer", "decoder"):
         _check_steps(part, self._content.get(part))

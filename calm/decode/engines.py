@@ -106,10 +106,6 @@ class Eager:
     """Every layer's cache, filled up to `position`, from what the loop carries."""
     return cache
 
-  def grow(self, cache: Any) -> Any:
-    """What a loop of a shorter task carries, with this one's room."""
-    return grown(cache, self.task.length)
-
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, bias = self.task, self.table.at(position)
     return decoder_lib.DecoderStep(
@@ -117,16 +113,15 @@ class Eager:
     )
 
 
-def grown(caches: tuple[caches_lib.Cache, ...], length: int) -> tuple[caches_lib.Cache, ...]:
-  """Caches of so many positions; what lies beyond those that there were is 0."""
-  return jax.tree.map(lambda x: grown_array(x, length, axis=x.ndim - 2), caches)
+def grown(carried: Any, length: int) -> Any:
+  """What a loop carries, with room for so many positions; beyond those that there were is 0."""
 
+  def grow(x: jax.Array) -> jax.Array:
+    if not x.ndim:  # how far a layer is filled
+      return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
 
-def grown_array(array: jax.Array, length: int, axis: int) -> jax.Array:
-  """An array with zeros behind, `length` along an axis."""
-  missing = [(0, 0)] * array.ndim
-  missing[axis] = (0, length - array.shape[axis])
-  return jnp.pad(array, missing)
+  return jax.tree.map(grow, carried)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:
@@ -232,12 +227,6 @@ class Deferred(Eager):
       self.fill(decoder, layer, fill, position, cache.states).cache
       for layer, fill in enumerate(cache.layers, start=1)
     )
-
-  def grow(self, cache: DeferredCache) -> DeferredCache:
-    length = self.task.length
-    caches = grown(tuple(fill.cache for fill in cache.layers), length)
-    fills = tuple(map(LayerFill, caches, (fill.filled for fill in cache.layers)))
-    return DeferredCache(fills, grown_array(cache.states, length, axis=1))
 
   def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
     return self.rule.walk(decoder.layers(()), self.task.threshold, position)

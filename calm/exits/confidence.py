@@ -96,7 +96,9 @@ def logit_features(listed: Peaks) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def evidence(
-  hidden: Float[Array, "*batch emb"], previous: Float[Array, "*batch emb"], listed: Peaks
+  hidden: Float[Array, "*batch emb"],
+  previous: Float[Array, "*batch emb"],
+  listed: Peaks,
 ) -> Float[Array, "*batch features"]:
   """The numbers named at `NUM_FEATURES`, float32, of raw residuals d^i and d^{i-1} (zeros at
   layer 1, which has no layer before) and the logits of likely tokens at this layer."""

@@ -104,8 +104,4 @@ PROPAGATIONS: Mapping[str, Propagation] = {
 @arguments.checked()
 def propagation(name: str) -> Propagation:
   """The propagation of this name; ValueError names the choices."""
-  if name not in PROPAGATIONS:
-    raise ValueError(
-      f"Expected `propagation` to be one of {sorted(PROPAGATIONS)}, got {name!r}."
-    )
-  return PROPAGATIONS[name]
+  return PROPAGATIONS[arguments.one_of("propagation", name, PROPAGATIONS)]

@@ -71,10 +71,9 @@ def schedule(name: str, **options: Any) -> Schedule:
     ValueError: there is no such schedule, or its numbers are missing or out of range.
   """
   kinds: Mapping[str, Any] = {Constant.name: Constant, Decaying.name: Decaying}
-  if name not in kinds:
-    raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}, got {name!r}.")
+  kind = kinds[arguments.one_of("schedule", name, kinds)]
   try:
-    return kinds[name](**options)
+    return kind(**options)
   except TypeError as error:
     raise ValueError(
       f"Expected `schedule` to be a name and its numbers, got {name!r} with {options}"

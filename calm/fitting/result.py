@@ -113,14 +113,10 @@ def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(file, json.dumps(asked, indent=1) + "\n")
     return
-  try:
+  way_out = "restore it, or choose another folder"
+  with storage.reading(file, "the request of a fit, with its `options`", way_out):
     there = storage.parse_json(storage.content(file))
     before = there["options"].get
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f"Expected {str(file)!r} to be the request of a fit, with its `options`, got something"
-      f" else ({error}); restore it, or choose another folder."
-    ) from error
   asked = json.loads(json.dumps(asked))
   differing = [
     f"`{name}` ({before(name)!r} there, {value!r} now)"

@@ -201,7 +201,10 @@ def _in_folder(
   place = tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder)
   with place as path:
     writer = generations.open_writer(
-      path, prompts=prompts, thresholds=thresholds, procedure=model.procedure
+      path,
+      prompts=prompts,
+      thresholds=thresholds,
+      procedure=model.procedure,
     )
     generate(model, prompts, thresholds, writer, full=full, progress=progress)
     writer.finish()

@@ -58,7 +58,11 @@ def task(name: str) -> TaskSettings:
 
 
 def read_prompts(
-  data: str | pathlib.Path, settings: TaskSettings, split: str, *, limit: int | None = None
+  data: str | pathlib.Path,
+  settings: TaskSettings,
+  split: str,
+  *,
+  limit: int | None = None,
 ) -> tuple[Prompt, ...]:
   """At most `limit` prompts of a split, one of every source, in a random order.
 

@@ -567,8 +567,6 @@ def validity(of: bench.Bench) -> tuple[Trial, ...]:
         min(300, count),
         (counts[0][rows], counts[1][rows], of.predictor.num_layers),
         measure=measure,
-        splits=SPLITS,
-        draws=DRAWS,
       )
   return tuple(found)
 

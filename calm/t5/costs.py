@@ -58,8 +58,6 @@ class DecodingCosts:
 
   def early(self, exit_layer: int) -> Cost:
     """One token that leaves after `exit_layer`: layers, measure, propagation and head."""
-    if not 1 <= exit_layer <= self.num_layers:
-      raise ValueError(f"Expected `exit_layer` in 1 ... {self.num_layers}, got {exit_layer}.")
     reached = [layer for layer in self.allowed if layer <= exit_layer]
     read = self.measured * len(reached)
     read += self.translator * sum(layer in self.translated for layer in reached)

@@ -74,19 +74,15 @@ class Transformer(nn.Module):
     hidden = self.hidden_states(*tokens, *segments, enable_dropout=enable_dropout)
     return self.decoder(hidden[-1], deterministic=not enable_dropout)
 
-  def normed_states(
+  def states(
     self, *tokens, enable_dropout: bool = False, **segments
-  ) -> Float[Array, "layers batch length emb"]:
-    """decoder_norm(d^i) of every layer, teacher-forced, through the layer's translator where it
-    has one: what the layer losses read. The arguments are those of `hidden_states`."""
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """d^i, decoder_norm(d^i), and what heads and losses read of d^i, which the translator has
+    changed, of every layer, teacher-forced, [layers, batch, length, emb] each; arguments as of
+    `hidden_states`."""
     hidden = self.hidden_states(*tokens, enable_dropout=enable_dropout, **segments)
-    return self.decoder.read(hidden, not enable_dropout)
-
-  def states(self, *tokens, **segments) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """d^i, decoder_norm(d^i), and what heads read of d^i, which the translator has changed, of
-    every layer, [layers, batch, length, emb] each; arguments as of `hidden_states`."""
-    hidden = self.hidden_states(*tokens, **segments)
-    return hidden, self.decoder.normed(hidden), self.decoder.read(hidden)
+    read = self.decoder.read(hidden, not enable_dropout)  # draws dropout before `normed` does
+    return hidden, self.decoder.normed(hidden, not enable_dropout), read
 
   def hidden_states(
     self,

@@ -1,6 +1,5 @@
 """Parameter trees by "/"-joined path: digest, checks against a configuration, exit parts."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -187,9 +186,9 @@ def renew(
 
 def wider(
   params: Mapping[str, Any], config: network.T5Config, mlp_dim: int, seed: int = 0
-) -> tuple[dict[str, Any], network.T5Config]:
-  """Parameters and sizes with every MLP `mlp_dim` wide, of the same function (Net2Net's aim):
-  new units read by random matrices of the same spread and write nothing, rows of zeros."""
+) -> dict[str, Any]:
+  """Parameters with every MLP `mlp_dim` wide, of the same function (Net2Net's aim): new units
+  read by random matrices of the same spread and write nothing, rows of zeros."""
   more = mlp_dim - config.mlp_dim
   draw = np.random.default_rng(seed)
   flat = flatten(params)
@@ -200,7 +199,7 @@ def wider(
       flat[path] = np.concatenate([leaf, new], axis=1)
     elif "/mlp/wo" in path:
       flat[path] = np.pad(np.asarray(leaf), ((0, more), (0, 0)))
-  return unflatten(flat), dataclasses.replace(config, mlp_dim=mlp_dim)
+  return unflatten(flat)
 
 
 def probes(params: Mapping[str, Any]) -> Probes | None:

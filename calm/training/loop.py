@@ -22,6 +22,8 @@ from calm.t5.network import Params
 from calm.training import objectives
 from calm.training.updates import TrainConfig, TrainState
 
+_ANEW = "restore it, or take the folder away to begin anew"
+
 
 @arguments.checked()
 def read_history(path: pathlib.Path) -> list[dict[str, float]]:
@@ -30,17 +32,12 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   Raises:
     ValueError: the file holds something else.
   """
-  try:
+  with storage.reading(path, "a list of validations with numbers", _ANEW):
     entries = json.loads(storage.content(path))  # NaN is a loss that it may well have
     return [
       {"step": int(entry["step"])} | {n: float(v) for n, v in entry.items() if n != "step"}
       for entry in entries
     ]
-  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise ValueError(
-      f"Expected {str(path)!r} to be a list of validations with numbers, got something else"
-      f" ({error}); restore it, or take the folder away to begin anew."
-    ) from error
 
 
 def since_best(history: list[dict[str, float]], metric: str) -> int:
@@ -197,7 +194,7 @@ def check_identity(
     "shapes": sorted([*leaf.shape] for leaf in jax.tree.leaves(state)),
   }
   if reached and path.exists():  # a run of an earlier version recorded none
-    try:
+    with storage.reading(path, "what a run was made with", _ANEW):
       before = storage.parse_json(storage.content(path))
       rates, batches = dict(before["learning_rates"]), dict(before["batches"])
       found = [f"seed {before['seed']}, now {now['seed']}"] * (before["seed"] != now["seed"])
@@ -210,11 +207,6 @@ def check_identity(
         found.append("other data (or their seed, prefix, lengths or batch size)")
       if before.get("shapes", now["shapes"]) != now["shapes"]:
         found.append("another model or optimizer")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-      raise ValueError(
-        f"Expected {str(path)!r} to say what a run was made with, got something else"
-        f" ({error}); restore it, or take the folder away to begin anew."
-      ) from error
     if found:
       raise ValueError(
         f"Expected `output_dir` to be a new folder, or one of the same run, got"

@@ -104,7 +104,8 @@ layer_cross_entropy.defvjp(_forward, _backward)
 
 
 def layer_predictions(
-  normed: Float[Array, "layers batch length emb"], kernel: Float[Array, "emb vocab"]
+  normed: Float[Array, "layers batch length emb"],
+  kernel: Float[Array, "emb vocab"],
 ) -> Int[Array, "layers batch length"]:
   """Every layer's argmax token, one layer's logits at a time."""
   return lax.map(lambda x: jnp.argmax(x.astype(jnp.float32) @ kernel, axis=-1), normed)

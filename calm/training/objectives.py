@@ -239,7 +239,7 @@ def _stage_two(
 def normed_states(module, params, batch, rng):
   """What the layers' losses read of a batch, with dropout by `rng`."""
   drawn = {} if rng is None else {"enable_dropout": True, "rngs": {"dropout": rng}}
-  return applied(module, params, batch, method="normed_states", **drawn)
+  return applied(module, params, batch, method="states", **drawn)[2]
 
 
 def applied(module, params, batch, **options) -> Any:

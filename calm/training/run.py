@@ -168,7 +168,7 @@ def starting_point(
   if model.mlp_dim > stored.config.mlp_dim:
     widths = stored.config.mlp_dim, model.mlp_dim
     _LOG.warning("MLPs of `initial` are made wider, %d units each to %d.", *widths)
-    params, _ = parameters.wider(params, stored.config, model.mlp_dim, seed)
+    params = parameters.wider(params, stored.config, model.mlp_dim, seed)
   parameters.check(params, model)
   if fresh:
     params = parameters.renew(params, updates.init_params(model, seed), fresh)

@@ -45,7 +45,10 @@ def test_equal_calls_answer_equally_however_rows_are_stored(values, method):
 
 
 @pytest.mark.parametrize("method", ["betting", "betting_fixed_level"])
-@pytest.mark.parametrize("count, tolerance", [(50, 0.1), (97, 0.05), (383, 0.1)])
+@pytest.mark.parametrize(
+  "count, tolerance",
+  [(50, 0.1), (97, 0.05), (383, 0.1)],
+)
 def test_the_level_of_every_table_of_zeros_and_ones_is_exact(count, tolerance, method):
   """The sum over all n + 1 tables: with one order made of contents up to 0.26 (first: 0.25)."""
   most = int(stats.binom.ppf(1 - 1e-5, count, tolerance))

@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from calm.calibrate import Support, methods, p_values
-from calm.calibrate.betting import Design, log_p_value, log_wealth, upper_bound
+from calm.calibrate.betting import (
+  Design,
+  log_p_value,
+  log_wealth,
+  upper_bound,
+)
 from tests.calibrate import laws
 
-SUM_BASED = (p_values.hoeffding, p_values.hoeffding_bentkus, p_values.convex_order)
+SUM_BASED = (
+  p_values.hoeffding,
+  p_values.hoeffding_bentkus,
+  p_values.convex_order,
+)
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)
 TOLERANCES = st.floats(0.005, 0.9)
 

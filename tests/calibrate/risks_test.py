@@ -94,7 +94,10 @@ BY_HAND = [
   ),
   (
     risks.Cost(0.8, 0.25, costs=DEPTHS / 10.0),
-    [Test("risk", 0.25, SIGNED, 0.75), Test("cost", 0.8, Support(), 0.25, ascending=True)],
+    [
+      Test("risk", 0.25, SIGNED, 0.75),
+      Test("cost", 0.8, Support(), 0.25, ascending=True),
+    ],
     [VALUES, DEPTHS / 10.0],
     f"{MEAN}, and needs at most 0.8 of the decoder layers a token of full depth (at least x1.25"
     " fewer), on average over texts",

@@ -347,7 +347,10 @@ def sentinels_beyond(folder) -> None:
   write_decoder(folder, SPECIAL | beyond)
 
 
-@pytest.mark.parametrize("written", [ordinary_t5, pieces_called_special, sentinels_beyond])
+@pytest.mark.parametrize(
+  "written",
+  [ordinary_t5, pieces_called_special, sentinels_beyond],
+)
 @pytest.mark.parametrize("fast", [False, True])
 def test_ordinary_folders_keep_their_pieces(folder, written, fast):
   written(folder)

@@ -1,7 +1,6 @@
 """T5X checkpoints, made with the real T5X (golden/make_t5x.py), read without it."""
 
 import contextlib
-import gc
 import pathlib
 import shutil
 import zipfile
@@ -15,15 +14,10 @@ from calm.checkpoints import t5x
 from calm.t5 import network, parameters
 
 # Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def collect_orphans():
-  yield
-  gc.collect()
-
-
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.usefixtures("collect_orphans"),
+]
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FORMATS = ("legacy", "orbax")
 

@@ -6,7 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from calm.calibrate import Calibration, risks
+from calm.calibrate import (
+  Calibration,
+  risks,
+)
 from calm.commands import calibrate
 
 RISKS = ("--risks", "textual:rouge_l:0.2", "risk_signed:token_f1:0.2")

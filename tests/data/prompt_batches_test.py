@@ -102,5 +102,3 @@ def test_what_is_left_of_a_length_goes_along_with_the_next_within_twice():
     ((2, 512), [5]),
   ]
   assert prompt_batches.plan([], batch_size=8, max_input_length=64) == []
-  with pytest.raises(ValueError, match=r"`batch_size` of at least 1, got 0"):
-    prompt_batches.plan([[1]], batch_size=0, max_input_length=64)

@@ -145,7 +145,7 @@ def test_standard_input_is_a_file_too_and_a_format_may_be_named(tmp_path, monkey
     monkeypatch.setattr(sys, "stdin", stream)
     (named,) = prompt_files.open_prompts("-", format="text")
   assert (named.id, named.input) == ("stdin/1", '{"input": "a"}')
-  with pytest.raises(ValueError, match=r"one of jsonl, json.*got 'xml'"):
+  with pytest.raises(ValueError, match=r"one of .*'json', 'jsonl'.*got 'xml'"):
     prompt_files.open_prompts("-", format="xml")
 
 

@@ -31,14 +31,6 @@ class Said:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  """A toy's folder."""
-  from tests.inference import predictor_test
-
-  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
-
-
-@pytest.fixture(scope="module")
 def promotion():
   import jax
 

@@ -4,13 +4,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def directory(tmp_path_factory):
-  from tests.inference import predictor_test
-
-  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
-
-
-@pytest.fixture(scope="session")
 def model(directory):
   from calm import inference
   from tests.inference import predictor_test

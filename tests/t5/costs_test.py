@@ -163,9 +163,3 @@ def test_savings_compose_with_recorded_exits_and_skip_padding():
   assert got.bytes == pytest.approx(5 * COSTS.full.bytes / early.bytes)
   assert got == classifier.savings([(1, 3), (2, 2, 2)])
   assert np.isnan(classifier.savings([[0, 0]]).flops)
-
-
-@pytest.mark.parametrize("layer", [0, 4])
-def test_an_exit_beyond_the_model_is_refused(layer):
-  with pytest.raises(ValueError, match=r"Expected `exit_layer` in 1 \.\.\. 3, got"):
-    COSTS.early(layer)

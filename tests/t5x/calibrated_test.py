@@ -13,8 +13,7 @@ from calm.t5 import network
 from tests.t5x import setup
 
 models = setup.import_models()
-pytestmark = setup.MARKS
-collect_orphans = setup.collect_orphans
+pytestmark = setup.ORBAX
 
 from calm.t5x import stored
 

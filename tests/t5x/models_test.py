@@ -19,8 +19,7 @@ from tests import engine
 from tests.t5x import setup
 
 models = setup.import_models()
-pytestmark = setup.MARKS
-collect_orphans = setup.collect_orphans
+pytestmark = setup.ORBAX
 
 NEVER = schedules.NEVER_EXIT
 BATCH = len(engine.PROMPTS)

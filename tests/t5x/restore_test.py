@@ -14,8 +14,7 @@ from tests import engine
 from tests.t5x import configs_test, setup
 
 models = setup.import_models()
-pytestmark = setup.MARKS
-collect_orphans = setup.collect_orphans
+pytestmark = setup.ORBAX
 gin_of_t5x = configs_test.gin_of_t5x
 
 import gin

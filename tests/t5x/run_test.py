@@ -19,8 +19,7 @@ from calm.t5 import parameters
 from tests.t5x import setup
 
 models = setup.import_models()
-pytestmark = setup.MARKS
-collect_orphans = setup.collect_orphans
+pytestmark = setup.ORBAX
 
 REPOSITORY = setup.REPOSITORY
 LENGTHS = {"inputs": 32, "targets": 8}

@@ -1,7 +1,6 @@
 """Toy models in T5X: ours and T5X's own over the same parameters; skips where T5X is absent."""
 
 import functools
-import gc
 import importlib.util
 import os
 import pathlib
@@ -19,13 +18,7 @@ REASON = "needs T5X, which is installed from its own repository (see configs/REA
 REPOSITORY = pathlib.Path(__file__).parents[2]
 LENGTH = engine.LENGTH
 MARKS = [pytest.mark.t5x, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(autouse=True)
-def collect_orphans():
-  """Orbax leaves event loops without an owner: they go here, where warnings are ignored."""
-  yield
-  gc.collect()
+ORBAX = [*MARKS, pytest.mark.usefixtures("collect_orphans")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The trainer: exact after SIGKILL, stops early, and says what is wrong."""
 
 import dataclasses
-import gc
 import json
 import os
 import pathlib
@@ -21,13 +20,7 @@ from calm.data import training_batches
 from calm.t5 import network
 from calm.training import loop, objectives, run, updates
 
-
-@pytest.fixture(autouse=True)
-def collect_orphans():
-  yield
-  gc.collect()
-
-
+pytestmark = pytest.mark.usefixtures("collect_orphans")
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
@@ -235,5 +228,5 @@ def test_the_same_run_and_a_longer_one_at_a_constant_rate_go_on(tmp_path):
   known = json.loads(path.read_text())
   for stored in ({}, [], {**known, "batches": known["batches"][:2]}, {**known, "batches": 3}):
     path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="to say what a run was made with"):
+    with pytest.raises(ValueError, match="to be what a run was made with"):
       check(path, 10, rows_seed=3)

@@ -198,19 +198,17 @@ def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
   return None if value is None else Procedure(**value)
 
 
-def check_checksums(
-  directory: pathlib.Path, checksums: Mapping[str, str], manifest: str = MANIFEST
-) -> None:
-  """GenerationsError for the first file that is not what `manifest` says of it."""
+def check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> None:
+  """GenerationsError for the first file that is not what the manifest says of it."""
   for name, expected in checksums.items():
     path = directory / name
     if not path.is_file():
-      raise GenerationsError(f"{path}: expected a file, as {manifest} lists it, got none.")
+      raise GenerationsError(f"{path}: expected a file, as {MANIFEST} lists it, got none.")
     if storage.checksum(path) != expected:
       for _ in storage.read_lines(path):  # says more of a damaged line
         pass
       raise GenerationsError(
-        f"{path}: expected the SHA-256 {expected[:12]!r}... of {manifest}, got another: it was"
+        f"{path}: expected the SHA-256 {expected[:12]!r}... of {MANIFEST}, got another: it was"
         " changed after the run finished; restore it, or generate again."
       )
 

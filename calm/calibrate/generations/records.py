@@ -34,10 +34,10 @@ class Prompt:
       text = f"to be a text, a whole number or null, got {group!r:.100}"
       raise ValueError(f"Expected `group` {text}")
     group = None if group is None else str(group)
-    _require_text("id", self.id)
-    _require_text("input", self.input)
-    _require_text("targets", "".join(texts))
-    _require_text("group", group or "")
+    require_text("id", self.id)
+    require_text("input", self.input)
+    require_text("targets", "".join(texts))
+    require_text("group", group or "")
     object.__setattr__(self, "targets", texts)
     object.__setattr__(self, "group", group)
 
@@ -68,8 +68,8 @@ class Record:
   score: float | None = None  # sum of the emitted tokens' log-probabilities, nats
 
   def __post_init__(self):
-    _require_text("id", self.id)
-    _require_text("prediction", self.prediction)
+    require_text("id", self.id)
+    require_text("prediction", self.prediction)
     lengths = {}
     for name, most in _MOST.items():
       if (values := getattr(self, name)) is not None:
@@ -131,7 +131,8 @@ def _plain(value: Any) -> Any:
   return int(value) if isinstance(value, np.integer) else value
 
 
-def _require_text(name: str, text: Any) -> None:
+def require_text(name: str, text: Any) -> None:
+  """ValueError for what is no text, or none that a file in UTF-8 can hold."""
   if not isinstance(text, str):
     raise ValueError(f"Expected `{name}` to be a text, got {text!r:.100}")
   try:
