@@ -203,8 +203,8 @@ class WindowAttention:
     keys, values = (_apart(x, query.shape[1]) for x in (cache.keys, cache.values))
     batch, alone = self.cross_bias.shape[0], self.single_threaded
     if self.native and kernels.reads(keys, values):
-      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(query) // batch, bias.shape[3]))
-      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
+      # By query, where they differ; or by row.
+      by_query = jnp.swapaxes(bias, 1, 2).reshape(-1, *bias.shape[1::2])
       return kernels.attend(None, query, keys, values, by_query, None, alone)
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     rows = by_window(query, batch)

@@ -14,16 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 
 # XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
 _PIECES = 12
 LANES = 16  # numbers of a vector
 LEAST = -3.0e38  # of numbers that are worth a comparison
+_LEAST_BITS = int(np.float32(1e-30).view(np.int32))  # of a row's largest number
 _BYTES, _WORD = 4, 8  # of a number, of a word of a frame
 FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-_POINTER = ir.IntType(8).as_pointer()
 _ALIGNED = ir.Constant(INT, _BYTES)
 # Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2, with a polynomial for e^r.
 _LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
@@ -217,12 +218,6 @@ class Writer(ir.IRBuilder):
       name = "llvm.masked.store.v16f32.p0v16f32"
       self.call_by_name(name, ir.VoidType(), [value, pointer, _ALIGNED, mask])
 
-  def prefetch(self, address: Any) -> None:
-    """Has a line of memory read ahead; it may be none of this process's."""
-    flags = [ir.Constant(INT, flag) for flag in (0, 3, 1)]  # to read, soon, data
-    pointer = self.inttoptr(address, _POINTER)
-    self.call_by_name("llvm.prefetch.p0i8", ir.VoidType(), [pointer, *flags])
-
   def fused(self, one: Any, other: Any, added: Any) -> Any:
     """one * other + added, of vectors, rounded once where the processor can."""
     return self.call_by_name(f"llvm.fmuladd.v{LANES}f32", FLOATS, [one, other, added])
@@ -244,6 +239,26 @@ class Writer(ir.IRBuilder):
     n = self.fptosi(known, INTS)
     power = self.shl(self.add(n, constant(127, INT)), constant(23, INT))
     return self.fmul(p, self.bitcast(power, x.type))
+
+  def rounded(
+    self, x: Any, count: Any, part: Any, kind: Any, place: Callable[[Any], Any], shift: int = 0
+  ) -> Any:
+    """The step of a row, this part of its largest number without its sign. Every number's steps
+    and `shift` are written, as vectors of a kind, at the `place` of each vector's first."""
+    # As bits, whose order is that of the numbers without a sign: NaN is the largest.
+    largest = lambda one, other: self.select(self.icmp_signed(">", one, other), one, other)
+    bits = list[Any]([constant(_LEAST_BITS, INT)])
+    for _, numbers, _ in self.parts(x, number(0), count, bits):
+      unsigned = self.and_(self.bitcast(numbers, INTS), constant(2**31 - 1, INT))
+      bits[0] = largest(unsigned, bits[0])
+    step = self.fmul(self.bitcast(self.folded(bits[0], largest), FLOAT), part)
+    factor = self.spread(self.fdiv(FLOAT(1.0), step))
+    for i, numbers, _ in self.parts(x, number(0), count, []):
+      name = f"llvm.nearbyint.v{LANES}f32"
+      steps = self.call_by_name(name, FLOATS, [self.fmul(numbers, factor)])
+      code = self.fptosi(steps, INTS)
+      self.write(self.trunc(self.add(code, constant(shift, INT)), kind), place(i))
+    return step
 
   def lanes(self, begin: Any) -> Any:
     """begin, begin + 1, ... as int32."""
@@ -269,6 +284,20 @@ class Writer(ir.IRBuilder):
       upper = self.shuffle_vector(values, values, ir.Constant(INTS, order))
       values = combine(values, upper)
     return self.extract_element(values, ir.Constant(INT, 0))
+
+  def folded_together(self, vectors: list[Any], width: int = LANES) -> Any:
+    """Vectors whose blocks of so many lanes are added up, as `folded` does, until they lie in
+    one: each block's sum behind the one before."""
+    while len(vectors) > 1:
+      width //= 2
+      order = [i % width + i // width * 2 * width for i in range(LANES)]
+      lower, upper = (ir.Constant(INTS, [i + add for i in order]) for add in (0, width))
+      pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+      halves = (
+        [self.shuffle_vector(*pair, lanes) for pair in pairs] for lanes in (lower, upper)
+      )
+      vectors = list(map(self.fadd, *halves))
+    return vectors[0]
 
   def call_by_name(self, name: str, result: Any, given: list[Any]) -> Any:
     """Calls a function of LLVM's or of this process."""
