@@ -48,7 +48,7 @@ def model_weights(
     weights_dtype: what matrices and heads are rounded to and stored in; None: the encoder's
       as they are, the decoder's in the activation dtype, heads in float32. 'int8' rounds
       matrices of the decoder's layers and its head to 8 bits, and the rest as None does.
-    head_dtype: 'int8' reads heads in 8 bits first (AVX-512 VNNI); None: as `weights_dtype`.
+    head_dtype: 'int8' reads heads in 8 bits first (CPU, llvmlite); None: as `weights_dtype`.
     encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits, and its states with what
       makes the decoder's keys and values of them; None: as `weights_dtype`.
     native: whether float32 matrices of the decoder lie as kernels read them, for programs that
@@ -194,7 +194,7 @@ class Program:
     return loop.go_on(
       bound.take_step,
       state,
-      bound.grow(state.cache),
+      engines.grown(state.cache, self.length),
       step_limit=self.length if limit is None else limit,
       eos_id=self.eos_id,
     )

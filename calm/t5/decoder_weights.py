@@ -131,7 +131,7 @@ def decoder_weights(
   head = parameters.head_kernel(params, config)[:, :num_pieces]
   if weights_dtype is not None and not in_8_bits:
     head = head.astype(matrices)
-  codes_first = head_dtype == "int8" and kernels.multiplies_codes()
+  codes_first = head_dtype == "int8" and kernels.available()
   in_tiles = lambda x: tiled(x) if native and kernels.reads_tiles(x.dtype) else x
   stored = eight_bits.rounded if in_8_bits else in_tiles
   classifier = decoder.get("exit_classifier")

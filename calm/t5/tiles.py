@@ -15,11 +15,11 @@ from calm.t5 import kernels, platforms
 
 @struct.dataclass
 class Tiles:
-  """A matrix of float32 numbers, or of 8-bit codes for states that are not rounded: column j is
-  nearly `numbers[:, :, j] * scales[j]`."""
+  """A matrix of float32 numbers, or of 8-bit codes: column j is nearly `codes[:, j] *
+  scales[j]`."""
 
   # One tile, or those that `kernels.tiled_product` reads.
-  numbers: Int8[Array, "tiles inputs width"] | Float[Array, "tiles inputs width"]
+  numbers: Shaped[Array, "tiles inputs width"] | Int8[Array, "tiles pairs width two"]
   scales: Float[Array, " columns"] | None  # of codes
   outputs: int = struct.field(pytree_node=False)  # columns; those of the last tile behind are 0
 
@@ -31,7 +31,9 @@ class Tiles:
     if native and kernels.available() and self.numbers.shape[2] == width:
       made = kernels.tiled_product(x, self.numbers, self.scales)
     else:
-      matrix = jnp.moveaxis(self.numbers, 0, 1).reshape(x.shape[1], -1)
+      tiles = self.numbers if self.numbers.ndim == 3 else jnp.swapaxes(self.numbers, 2, 3)
+      tiles = jnp.moveaxis(tiles.reshape(len(tiles), -1, tiles.shape[-1]), 0, 1)
+      matrix = tiles.reshape(len(tiles), -1)[: x.shape[1]]
       made = platforms.product(x, matrix.astype(x.dtype))
       made = made if self.scales is None else made * self.scales[None, :]
     return made[:, : self.outputs].astype(x.dtype)
@@ -41,12 +43,16 @@ def tiled(
   matrix: Shaped[Array, "inputs outputs"], scales: Float[Array, " outputs"] | None = None
 ) -> Tiles:
   """A matrix of float32 numbers, or of codes with `scales`, as `Tiles`."""
-  inputs, outputs = matrix.shape
-  width = kernels.tile_width(matrix.dtype) if kernels.available() else outputs
-  missing = -outputs % width
-  tiles = jnp.pad(matrix, ((0, 0), (0, missing))).reshape(inputs, -1, width)
-  scales = None if scales is None else jnp.pad(scales, (0, missing))
-  return Tiles(jnp.moveaxis(tiles, 1, 0), scales, outputs)
+  (inputs, outputs), native = matrix.shape, kernels.available()
+  width = kernels.tile_width(matrix.dtype) if native else outputs
+  missing, odd = -outputs % width, inputs % 2 if native and scales is not None else 0
+  matrix = jnp.pad(matrix, ((0, odd), (0, missing)))
+  tiles = jnp.moveaxis(matrix.reshape(len(matrix), -1, width), 1, 0)
+  if scales is None:
+    return Tiles(tiles, None, outputs)
+  if native:
+    tiles = jnp.swapaxes(tiles.reshape(len(tiles), -1, 2, width), 2, 3)
+  return Tiles(tiles, jnp.pad(scales, (0, missing)), outputs)
 
 
 def with_inputs(matrix: jax.Array | Tiles, inputs: Sequence[int]) -> jax.Array | Tiles:

@@ -186,7 +186,7 @@ def test_a_head_in_8_bits_says_what_the_one_in_float32_says():
   # Pieces that cannot be the likeliest stay rounded, and refused drafts are among them.
   np.testing.assert_allclose(got.scores, full.scores, atol=0.1)
   for name in ("confidences", "rejected_confidences"):
-    np.testing.assert_allclose(getattr(got, name), getattr(full, name), atol=1e-2)
+    np.testing.assert_allclose(getattr(got, name), getattr(full, name), atol=5e-2)
   assert np.any(np.asarray(full.rejected_confidences) > 0)  # drafts were refused
 
 

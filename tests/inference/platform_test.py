@@ -183,13 +183,13 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory):
   quantized = inference.load(directory, head_dtype="int8", **given)
   head = quantized.weights.decoder.head
   assert isinstance(head, eight_bits.QuantizedHead)
-  assert head.coded.codes.dtype == jnp.int8
+  assert head.coded.numbers.dtype == jnp.int8
   for threshold in (schedules.NEVER_EXIT, 0.6):
     got, expected = (m.generate(TEXTS, threshold=threshold) for m in (quantized, plain))
     assert rows(got) == rows(expected)
     for ours, theirs in zip(got, expected, strict=True):
       np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=5e-3)
-      np.testing.assert_allclose(ours.score, theirs.score, atol=1e-2 * len(ours.confidences))
+      np.testing.assert_allclose(ours.score, theirs.score, atol=2e-2 * len(ours.confidences))
 
 
 def test_files_of_before_are_read_and_what_is_no_option_is_refused(tmp_path):

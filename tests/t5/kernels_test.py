@@ -18,7 +18,7 @@ from calm.exits import layers as layers_lib
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches, eight_bits, kernels, layers, tiles
-from calm.t5.kernels import attention_kernel, coded_kernel, llvm
+from calm.t5.kernels import attention_kernel, coded_kernel, llvm, tiles_kernel
 from calm.t5x import loops
 from tests import engine
 
@@ -96,21 +96,32 @@ def test_the_numbers_of_xla(batch, heads, head_dim, length, bias):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_windows_have_the_numbers_of_xla(small, batch):
-  positions, whole = 4, attention_of(batch, 2, 8, 10)
-  query, row = asked(batch * positions, 2, 8)
-  draws = np.random.default_rng(0).standard_normal((batch, 2, positions, 10))
+@pytest.mark.parametrize(
+  ("batch", "positions", "head_dim", "length"), [(1, 4, 8, 10), (2, 4, 32, 40), (3, 6, 64, 33)]
+)
+def test_windows_have_the_numbers_of_xla(small, batch, positions, head_dim, length):
+  """And to the bit what each position gets alone."""
+  whole = attention_of(batch, 2, head_dim, length)
+  query, row = asked(batch * positions, 2, head_dim)
+  draws = np.random.default_rng(0).standard_normal((batch, 2, positions, length))
   # Each position of each row sees one key more than the one before.
-  seen = np.arange(10) <= np.arange(positions)[:, None] + np.arange(batch)[:, None, None, None]
-  bias = jnp.asarray(np.where(seen, draws, layers.MASK_BIAS), jnp.float32)
+  last = np.arange(positions)[:, None] + np.arange(batch)[:, None, None, None]
+  bias = jnp.asarray(np.where(np.arange(length) <= last, draws, layers.MASK_BIAS), jnp.float32)
   window = attention_lib.WindowAttention(
     whole.cache, bias, whole.cross, whole.cross_bias, False, True
   )
   assert calls(window.to_past, query, row) and calls(window.to_prompt, query)
-  plain = mixed(dataclasses.replace(window, native=False), query, row)
-  for ours, theirs in zip(mixed(window, query, row), plain, strict=True):
+  made, plain = (
+    mixed(dataclasses.replace(window, native=way), query, row) for way in (True, False)
+  )
+  for ours, theirs in zip(made, plain, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+  for i in range(positions):
+    alone = mixed(
+      dataclasses.replace(window, bias=bias[:, :, i : i + 1]), query[i::positions], row
+    )
+    for ours, theirs in zip(alone, made, strict=True):
+      np.testing.assert_array_equal(ours, theirs[i::positions])
 
 
 def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
@@ -198,20 +209,21 @@ def test_loops_of_others_do_not_call_it(small):
 @pytest.mark.parametrize("rows", [1, 2, 7, 9, 32])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 17), (17, 250), (33, 128)])
 def test_products_of_tiles_are_those_of_numpy(monkeypatch, make, rows, inputs, outputs):
-  """In one piece and in several, and by XLA."""
+  """In pieces, in blocks of rows, and by XLA; of codes but for half a step of each number."""
   x, given = drawn(rows, inputs), drawn(inputs, outputs)
   matrix = make(given)
-  scales = 1.0 if matrix.scales is None else np.asarray(matrix.scales)
-  numbers = np.moveaxis(np.asarray(matrix.numbers, float), 0, 1).reshape(inputs, -1) * scales
-  atol = 0.0 if matrix.scales is None else 0.02
-  np.testing.assert_allclose(numbers[:, :outputs], given, atol=atol)
-  expected = np.asarray(x, np.float64) @ numbers[:, :outputs]
+  numbers = np.asarray(matrix.product(jnp.eye(inputs), native=False), np.float64)
+  coded = matrix.scales is not None
+  np.testing.assert_allclose(numbers, given, atol=0.02 * coded)
+  expected = np.asarray(x, np.float64) @ numbers
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
   close(matrix.product(x, native=False), expected)
   whole = matrix.product(x, native=True)
-  close(whole, expected)
+  half = np.max(np.abs(x), axis=1, keepdims=True) / (2**16 - 2) * coded
+  assert np.all(np.abs(whole - expected) <= 1e-5 + half * np.sum(np.abs(numbers), axis=0))
   monkeypatch.setattr(kernels, "SHARED_PRODUCTS", 0)
   monkeypatch.setattr(llvm, "num_cores", lambda: 2)
+  monkeypatch.setattr(tiles_kernel, "MOST_ROUNDED", 5)
   np.testing.assert_array_equal(matrix.product(x, native=True), whole)
   # So a text does not depend on the prompts that it is decoded with.
   for i in range(rows):
@@ -243,11 +255,10 @@ def test_feed_forward_blocks_in_8_bits_are_their_products(monkeypatch, names):
   """In one piece and in several, and zeros behind the rows that are asked for."""
   assert not kernels.multiplies_codes(("silu",))
   x, *inner = drawn(17, 18), *(drawn(18, 70 + i)[:, :70] for i in range(len(names)))
-  wide = *inner, drawn(70, 19)
-  *plain, outer = map(eight_bits.quantize, wide)
-  parts = [layers.activation_fn(n)(m.product(x)) for n, m in zip(names, plain, strict=True)]
+  tiled = [eight_bits.quantize(w, tiled=True) for w in (*inner, drawn(70, 19))]
+  *first, outer = tiled
+  parts = [layers.activation_fn(n)(m.product(x)) for n, m in zip(names, first, strict=True)]
   expected = outer.product(functools.reduce(jnp.multiply, parts))
-  tiled = [eight_bits.quantize(w, tiled=True) for w in wide]
   whole = kernels.coded_product(x, tiled, names)
   np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
   monkeypatch.setattr(coded_kernel, "_SHARED_PRODUCTS", 0)

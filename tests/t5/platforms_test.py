@@ -30,7 +30,7 @@ def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
 
 @pytest.mark.parametrize(
   ("asked", "flag"),
-  [(platforms.multiplies_unsigned, "avx512_vnni"), (platforms.has_wide_vectors, "avx512f")],
+  [(platforms.adds_products, "avx512_vnni"), (platforms.has_wide_vectors, "avx512f")],
 )
 def test_only_a_cpu_with_the_instructions_is_said_to_have_them(monkeypatch, asked, flag):
   monkeypatch.setattr(platforms, "_processor", lambda: f"flags: fma {flag}")

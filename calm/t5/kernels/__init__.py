@@ -25,6 +25,7 @@ __all__ = [
   "reads",
   "reads_tiles",
   "rescored",
+  "row_steps",
   "tile_width",
   "tiled_product",
   "writes_heads",
@@ -112,14 +113,20 @@ def reads_tiles(dtype: Any) -> bool:
 
 def one_thread(rows: int, tiles: jax.Array) -> bool:
   """Whether one thread multiplies so many rows by a matrix as fast as two do."""
-  # Up to eight rows wait for float32 numbers to be read.
-  rows = rows if tiles.dtype == jnp.int8 else max(8, rows)
+  # Codes are multiplied twice as fast; up to eight rows wait for float32 numbers to be read.
+  rows = -(-rows // 2) if tiles.dtype == jnp.int8 else max(8, rows)
   return rows * tiles.size < SHARED_PRODUCTS
+
+
+def row_steps(inputs: int) -> int:
+  """Steps of the largest number of a row that `tiled_product` multiplies with codes: as many as
+  sums of so many products have room for in 32 bits."""
+  return min(2**15 - 1, (2**31 - 1) // (127 * inputs))
 
 
 def tiled_product(
   x: Float[Array, "rows inputs"],
-  tiles: Int8[Array, "tiles inputs width"] | Float[Array, "tiles inputs width"],
+  tiles: Int8[Array, "tiles pairs width two"] | Float[Array, "tiles inputs width"],
   scales: Float[Array, " columns"] | None,
 ) -> Float[Array, "rows columns"]:
   """The product with a matrix in tiles, of float32 rows.
@@ -127,7 +134,8 @@ def tiled_product(
   Args:
     x: float32 rows.
     tiles: the matrix, in tiles of `tile_width` columns that lie side by side.
-    scales: what each column's codes are multiplied with; None of numbers.
+    scales: what each column's codes are multiplied with, which meet rows of 16 bits, of steps
+      of their own; None of numbers.
   """
   return _kernel("tiles").product(x, tiles, scales, not one_thread(len(x), tiles))
 
@@ -186,17 +194,16 @@ def peaks(logits: Float[Array, "rows pieces"]) -> tuple[jax.Array, ...] | None:
 
 def rescored(
   logits: Float[Array, "rows pieces"],
-  factors: Float[Array, "rows two"],
-  left: Float[Array, " pieces"],
-  norms: Float[Array, " pieces"],
+  norms: Float[Array, " rows"],
+  slack: Float[Array, " pieces"],
   states: Float[Array, "rows inputs"],
   head: Float[Array, "pieces inputs"],
 ) -> Float[Array, "rows pieces"]:
   """Logits, those that may be the largest of a row multiplied again.
 
   Args:
-    logits: at most `factors @ (left, norms)` away from the product's.
-    factors, left, norms: see there.
+    logits: at most `norms[i] * slack[j]` away from the product's.
+    norms, slack: see there.
     states, head: float32; the product is `states @ head.T`.
   """
-  return _kernel("logits").rescored(logits, factors, left, norms, states, head)
+  return _kernel("logits").rescored(logits, norms, slack, states, head)

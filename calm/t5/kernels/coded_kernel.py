@@ -21,7 +21,6 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 # Products of two codes that are worth a second thread.
 _SHARED_PRODUCTS = 2**24
 _SHIFT = 128  # added to codes of rows, which must have no sign
-_LEAST = int(np.float32(1e-30).view(np.int32))  # of a row's largest number, as its bits
 # x / (1 + e^(x (a + b x^2))), the tanh form of GELU.
 _GELU = -2.0 * math.sqrt(2.0 / math.pi), -2.0 * math.sqrt(2.0 / math.pi) * 0.044715
 
@@ -143,19 +142,8 @@ class _Rows:
   def _round(self, r: Any, x: Any, count: Any, stride: Any) -> None:
     """Codes of one of the rows, and what they are multiplied with."""
     w, codes = self._w, self._w.add(self._codes, self._w.mul(r, stride))
-    # As bits, whose order is that of the numbers without a sign: NaN is the largest.
-    largest = lambda one, other: w.select(w.icmp_signed(">", one, other), one, other)
-    bits = list[Any]([constant(_LEAST, llvm.INT)])
-    for _, part, _ in w.parts(x, number(0), count, bits):
-      unsigned = w.and_(w.bitcast(part, INTS), constant(2**31 - 1, llvm.INT))
-      bits[0] = largest(unsigned, bits[0])
-    step = w.fmul(w.bitcast(w.folded(bits[0], largest), FLOAT), FLOAT(1 / 127))
+    step = w.rounded(x, count, FLOAT(1 / 127), _BYTES, lambda i: w.add(codes, i), _SHIFT)
     w.write(step, w.item(self._steps, r))
-    factor = w.spread(w.fdiv(FLOAT(1.0), step))
-    for place, part, _ in w.parts(x, number(0), count, []):
-      name = f"llvm.nearbyint.v{LANES}f32"
-      code = w.fptosi(w.call_by_name(name, FLOATS, [w.fmul(part, factor)]), INTS)
-      w.write(w.trunc(w.add(code, constant(_SHIFT, llvm.INT)), _BYTES), w.add(codes, place))
 
   def _products(self, matrix: _Matrix, column: Any) -> Iterator[tuple[int, Any, Any]]:
     """(row, column, vector) of the rows' products with a tile of columns."""

@@ -75,29 +75,26 @@ def rescored(logits: jax.Array, *arrays: jax.Array) -> jax.Array:
 
 
 def _write_rescored(w: Writer, frame: Frame) -> None:
-  arrays = [frame.argument(i) for i in range(7)]
-  begin, logits, factors, left, norms, states, head = map(frame.numbers, arrays)
-  made, count, emb = frame.result(0), frame.size(arrays[1], 1), frame.size(arrays[5], 1)
+  arrays = [frame.argument(i) for i in range(6)]
+  begin, logits, norms, slack, states, head = map(frame.numbers, arrays)
+  made, count, emb = frame.result(0), frame.size(arrays[1], 1), frame.size(arrays[4], 1)
   first, out = w.sext(w.read(begin, INT), llvm.INDEX), frame.numbers(made)
   for i, _ in w.loop(number(0), frame.size(made, 0), 1):
     row = w.add(first, i)
-    of_left, of_norms = (
-      w.spread(w.read(w.at(factors, number(2), row, number(j)), FLOAT)) for j in range(2)
-    )
+    norm = w.spread(w.read(w.item(norms, row), FLOAT))
     given, state = w.at(logits, count, row, number(0)), w.at(states, emb, row, number(0))
     result = w.at(out, count, i, number(0))
 
-    def slack(piece: Any, mask: Any, of_left: Any = of_left, of_norms: Any = of_norms) -> Any:
-      of_codes = w.fmul(of_norms, w.read_some(w.item(norms, piece), mask))
-      return w.fused(of_left, w.read_some(w.item(left, piece), mask), of_codes)
+    def away(piece: Any, mask: Any, norm: Any = norm) -> Any:
+      return w.fmul(norm, w.read_some(w.item(slack, piece), mask))
 
     floors: list[Any] = [constant(LEAST)]
     for piece, logit, mask in w.parts(given, number(0), count, floors, LEAST):
-      floors[0] = w.larger(w.fsub(logit, slack(piece, mask)), floors[0])
+      floors[0] = w.larger(w.fsub(logit, away(piece, mask)), floors[0])
     floor = w.spread(w.folded(floors[0], w.larger))
     for piece, logit, mask in w.parts(given, number(0), count, [], LEAST):
       w.write(logit, w.item(result, piece), mask)
-      asked = w.fcmp_ordered(">=", w.fadd(logit, slack(piece, mask)), floor)
+      asked = w.fcmp_ordered(">=", w.fadd(logit, away(piece, mask)), floor)
       bits: Any = w.bitcast(asked if mask is None else w.and_(asked, mask), _BITS)
       with w.if_then(w.icmp_unsigned("!=", bits, ir.Constant(_BITS, 0)), likely=False):
         for lane, _ in w.loop(number(0), number(LANES), 1):
