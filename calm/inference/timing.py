@@ -1,4 +1,4 @@
-"""The timer of decoding: every batch under full depth and all settings in turn, in rounds, so
+"""The timer of decoding: all batches under full depth, then under each setting, in rounds, so
 that other work of the machine falls on all alike. Compiling is not counted."""
 
 import dataclasses
@@ -6,7 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -145,26 +145,27 @@ def measure(
   batches = sized(model).plan([prompt.input for prompt in prompts])
   batches.sort(key=lambda batch: batch.rows[0])
   spent = np.zeros((2, rounds + 1, len(turn), len(batches)))  # decoding, and encoding
-  for number, (place, batch) in itertools.product(range(rounds + 1), enumerate(batches)):
-    # Ways whose encoders compute alike share the seconds of one.
-    encoded: dict[Any, tuple[Any, float]] = {}
-    alike = lambda of: (of.config.dtype, of.options.weights_dtype, of.options.encoder_dtype)
-    for way, own, _ in turn:
-      if alike(own) not in encoded:
-        start = time.perf_counter()
-        state = jax.block_until_ready(own.encode(batch))
-        encoded[alike(own)] = state, time.perf_counter() - start
-      spent[1, number, way, place] = encoded[alike(own)][1]
-    for way, own, setting in turn if number % 2 else turn[::-1]:
-      state, _ = encoded[alike(own)]
+  for number, i in itertools.product(range(rounds + 1), range(len(turn))):
+    # One way after the other through all prompts, as in use: in turn at each they would find
+    # the processor's caches full of one another's weights and programs.
+    way, own, setting = turn[i if number % 2 else -1 - i]
+    for place, batch in enumerate(batches):
       own.expect_drafts()
-      start = time.perf_counter()
+      begin = time.perf_counter()
+      state = jax.block_until_ready(own.encode(batch))
+      encoded = time.perf_counter()
       own.decode(state, batch.active, setting.threshold, setting.rule)
-      spent[0, number, way, place] = time.perf_counter() - start
-    done = (number + (place + 1) / len(batches)) / (rounds + 1)
+      spent[:, number, way, place] = time.perf_counter() - encoded, encoded - begin
+    done = (number + (i + 1) / len(turn)) / (rounds + 1)
     progress(done, f"round {number + 1} of {rounds + 1}")
   # Of the first round, which compiles, nothing counts.
   seconds, encode = of_rounds(spent[:, 1:], axis=1)
+  # Ways whose encoders compute alike share the seconds of one.
+  kinds = [
+    (m.config.dtype, m.options.weights_dtype, m.options.encoder_dtype) for _, m, _ in turn
+  ]
+  alike = [[other == kind for other in kinds] for kind in kinds]
+  encode = np.stack([of_rounds(encode[same], axis=0) for same in alike])
   totals = seconds.sum(axis=1)
   whole = totals + encode.sum(axis=1)
   rows = tuple(
