@@ -438,9 +438,6 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
   narrows = narrows and predictor.options.weights_dtype is None
   ways = in_8_bits(able or [fastest[0].candidate]) if narrows else []
   tried += [decode(way, part(progress, 0.85, 0.85)) for way in ways]
-  if narrows:  # the same texts without drafts
-    plain = dataclasses.replace(ways[-1], measure="softmax")
-    tried.append(dataclasses.replace(tried[-1], candidate=plain))
   tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
   faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
   chosen = max(faster, key=lambda i: tried[i].score, default=None)

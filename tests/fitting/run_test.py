@@ -115,9 +115,7 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   assert again.calibration == served.calibration
 
 
-@pytest.mark.parametrize(
-  "way", ["after layer", "full depth, matrices", "full depth, drafts off the prompt"]
-)
+@pytest.mark.parametrize("way", ["after layer", "full depth, drafts off the prompt"])
 def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   way, directory, rows, always_faster, monkeypatch, tmp_path
 ):
