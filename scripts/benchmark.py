@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--num_devices", type=int, default=1, help="ours also over so many CPU devices")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
-  add("--exit_layers", type=ints, default=None, help="where --thresholds may leave; all")
+  add("--exit_layers", type=ints, default=None, help="where tokens may leave; all")
   add("--peers", type=words, default=tuple(peer.name for peer in peers.PEERS))
   add("--repeats", type=int, default=7)
   add("--num_prompts", type=int, default=16, help="prompts of the packed model")

@@ -216,14 +216,18 @@ class ForcedMeasure:
 
 
 def forced(
-  measure: str, depths: tuple[int, ...], config: network.T5Config
+  measure: str,
+  depths: tuple[int, ...],
+  config: network.T5Config,
+  exit_layers: tuple[int, ...] | None = None,
 ) -> exits.DynamicExits:
-  """The rule whose tokens leave at `depths` in turn, measuring at every layer."""
+  """The rule whose tokens leave at `depths` in turn, measuring at all exit layers."""
   inner, num_layers = confidence.measure(measure), config.num_decoder_layers
   kind: Any = "learned" if config.exit_propagation else "exit_state"
   return exits.DynamicExits(
     ForcedMeasure(inner, num_layers),  # pyright: ignore[reportArgumentType]
     Trace(depths, num_layers),  # pyright: ignore[reportArgumentType]
+    allowed=exit_layers,
     propagation=kind,
   )
 
@@ -233,10 +237,14 @@ def starts(rows: int) -> np.ndarray:
   return np.arange(rows, dtype=np.float32) * 61
 
 
-def mixed_depths(num_layers: int, seed: int = 2) -> tuple[int, ...]:
-  """Geometric exit layers, mean about 2.4: most tokens shallow, some at full depth."""
+def mixed_depths(
+  num_layers: int, seed: int = 2, exit_layers: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+  """Geometric depths, mean about 2.4: most tokens shallow, some at full depth; each is raised
+  to the next exit layer."""
   drawn = np.random.default_rng(seed).geometric(0.42, size=997)
-  return tuple(int(depth) for depth in np.minimum(drawn, num_layers))
+  ends = (*(exit_layers or range(1, num_layers)), num_layers)
+  return tuple(next((end for end in ends if end >= depth), num_layers) for depth in drawn)
 
 
 def grid(options: argparse.Namespace) -> list[Setting]:

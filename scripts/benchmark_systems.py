@@ -84,23 +84,30 @@ class Ours:
     made = [self.system("full depth", exits.StaticExit(), num_layers, encode=True)]
     made += [self.system(f"static {k}", exits.StaticExit(k), k) for k in depths]
     forced: dict[str, tuple[int, ...]] = {f"forced {k}": (k,) for k in depths}
-    forced["mixed"] = models.mixed_depths(num_layers)
+    forced["mixed"] = models.mixed_depths(num_layers, exit_layers=exit_layers)
     forced["never"] = (num_layers,)
     if self.setting.batch_size < engines.MANY_ROWS:  # these are for many
       ways = [name for name in ways if name not in ("deferred", "fitted")]
     for measure in measures:
       for engine in ways:
         for name, trace in forced.items():
-          made.append(self.forced(f"{measure}, {name}", measure, trace, engine))
+          made.append(self.forced(f"{measure}, {name}", measure, trace, engine, exit_layers))
         for threshold in thresholds:
           rule = exits.DynamicExits(confidence.measure(measure), allowed=exit_layers)
           name = f"{measure}, threshold {threshold:g}, {engine}"
           made.append(self.system(name, rule, None, threshold, engine))
     return made
 
-  def forced(self, name: str, measure: str, depths: tuple[int, ...], engine: str) -> System:
+  def forced(
+    self,
+    name: str,
+    measure: str,
+    depths: tuple[int, ...],
+    engine: str,
+    exit_layers: tuple[int, ...] | None = None,
+  ) -> System:
     """Exits at known layers; the run checks that they came out."""
-    rule = models.forced(measure, depths, self.model.config)
+    rule = models.forced(measure, depths, self.model.config, exit_layers)
     rows, length = self.setting.batch_size, self.setting.decode_length
     made = self.system(f"{name}, {engine}", rule, None, models.starts(rows), engine)
     if self.model.eos_id != models.NO_EOS:  # rows end where they end

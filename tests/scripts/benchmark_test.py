@@ -47,11 +47,13 @@ def test_one_command_makes_one_table(tmp_path, capsys, monkeypatch):
 def test_forced_exits_are_exact_for_every_row_and_token(measure):
   setting = models.Setting("tiny", 3, 16, 6)
   ours = systems.Ours(models.load("tiny", "float32", 8), setting)
-  system = ours.forced("mixed", measure, models.mixed_depths(4), "default")
-  (got,) = system.decode().exit_layers
-  np.testing.assert_array_equal(got, system.exact[0])
-  assert len(np.unique(got)) > 2
-  assert (got[0] != got[1]).any()
+  for exit_layers in (None, (1, 3)):
+    depths = models.mixed_depths(4, exit_layers=exit_layers)
+    system = ours.forced("mixed", measure, depths, "default", exit_layers)
+    (got,) = system.decode().exit_layers
+    np.testing.assert_array_equal(got, system.exact[0])
+    assert set(np.unique(got)) == {1, 2, 3, 4} & {*(exit_layers or (1, 2, 3)), 4}
+    assert (got[0] != got[1]).any()
 
 
 def test_a_peer_that_is_not_there_is_named_and_rows_are_counted_to_their_end():
