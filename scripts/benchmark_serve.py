@@ -194,7 +194,7 @@ def serve_one(options: argparse.Namespace) -> None:
   threading.Thread(target=tell, daemon=True).start()
   made._ended = lambda: os._exit(1)
   api = serve.Api(made, "model", timeout=900)
-  config = uvicorn.Config(api.app, log_level="warning", timeout_keep_alive=900)
+  config = uvicorn.Config(api.app, http="h11", log_level="warning", timeout_keep_alive=900)
   uvicorn.Server(config).run(sockets=[listener])
 
 

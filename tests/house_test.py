@@ -67,7 +67,7 @@ BUDGETS = {
   "t5x": (1114, 4),
   "training": (1337, 8),
 }
-WHOLE = {"calm": (24_900, 119), "tests": (19_971, 133), "scripts": (4_425, 25)}
+WHOLE = {"calm": (24_900, 119), "tests": (19_978, 133), "scripts": (4_425, 25)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,6 @@ requests that were taken; a second one ends at once.
 """
 
 import argparse
-import asyncio
 import contextlib
 import pathlib
 import socket
@@ -70,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     api = serve.Api(device, name, key, timeout, loopback)
     config = uvicorn.Config(
       api.app,
+      http="h11",  # which bounds headers; httptools, where it is installed, does not
       log_level="warning",
       access_log=False,
       server_header=False,
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     server.capture_signals = lambda: _ending(server)
     host, port = listener.getsockname()[:2]
     print_text(console, f"Compiling; http://{host}:{port}/health says when it is ready.")
-    asyncio.run(server.serve(sockets=[listener]))
+    server.run(sockets=[listener])
   if device.failed is not None:
     raise device.failed
   return 0

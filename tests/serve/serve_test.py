@@ -55,7 +55,7 @@ class Running:
     self.device = serve.Device(model, *given, console=console, **options)
     self.api = serve.Api(self.device, "toy")
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(self.api.app, log_level="warning")
+    config = uvicorn.Config(self.api.app, http="h11", log_level="warning")
     self.server = uvicorn.Server(config)
     self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     sockets = {"sockets": [listener]}
@@ -531,6 +531,13 @@ def test_signals_and_a_state_that_outlives_them(folder, tmp_path):
       url = f"http://127.0.0.1:{second.port}/v1/completions"
       sent = [curl, "-sN", url, "--json", '{"prompt": "c", "stream": true}']
       assert subprocess.check_output(sent, text=True).endswith("data: [DONE]\n\n")
+    with (
+      pytest.raises(OSError),  # headers have a bound
+      socket.create_connection(("127.0.0.1", second.port), timeout=WAIT) as endless,
+    ):
+      endless.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+      for number in range(1000):
+        endless.sendall(b"name%d: %s\r\n" % (number, b"a" * 10_000))
     connection, rest = second.half_a_request()
     second.terminate()
     connection.sendall(rest)
