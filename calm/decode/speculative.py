@@ -228,7 +228,7 @@ class Speculation:
 
   def _look_up(self, state: SpeculativeState) -> SpeculativeState:
     """Drafts what followed the longest run of tokens like the last ones, the first of equals;
-    a pass of one position unless more than half of such runs went on so."""
+    a pass of one position where there is none."""
     task, window, positions = self.task, self.rule.window, state.positions[:, None]
     seen = jnp.concatenate([task.encoded.tokens, state.generation.tokens], axis=1)
     last, at = task.encoded.tokens.shape[1] + positions - 1, jnp.arange(seen.shape[1])[None]
@@ -241,12 +241,10 @@ class Speculation:
     ahead = jnp.pad(seen, ((0, 0), (1, window)))[:, 2:]
     first = jnp.argmax(run, axis=1)[:, None]
     drafts = jnp.take_along_axis(ahead, first + np.arange(window)[None], axis=1)
-    like = (run == jnp.max(run, axis=1, keepdims=True)) & (run > 0)
-    alike = like & (ahead[:, : seen.shape[1]] == drafts[:, :1])
-    usual = 2 * jnp.sum(alike, axis=1) > jnp.sum(like, axis=1)
+    found = jnp.max(run, axis=1) > 0
     known = jnp.argmin(drafts.at[:, -1].set(0) > 0, axis=1).astype(jnp.int32)  # before padding
     room = jnp.minimum(known, self.length - state.positions - 1)
-    count = jnp.max(jnp.where(state.active & usual & self._drafts(state), room, 0))
+    count = jnp.max(jnp.where(state.active & found & self._drafts(state), room, 0))
     read = jnp.concatenate([state.current[:, None], drafts[:, :-1]], axis=1)
     hidden = task.embed(read.reshape(-1)).reshape(*read.shape, -1)
     pending = dataclasses.replace(

@@ -120,14 +120,13 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, rows):
 
 
 def looked_up(seen: list[int], begun: int) -> list[int]:
-  """What followed the longest run like the last `begun` ones at most, where it is usual."""
-  runs: dict[int, list[list[int]]] = {0: []}
+  """What followed the longest run like the last `begun` ones at most, the first of equals."""
+  runs: dict[int, list[list[int]]] = {}
   for at in range(len(seen) - 1):
     likes = (n <= at and seen[at - n] == seen[-1 - n] for n in range(min(8, begun)))
     run = len(list(itertools.takewhile(bool, likes)))
     runs.setdefault(run, []).append(list(itertools.takewhile(bool, seen[at + 1 : at + 4])))
-  found = runs[max(runs)] if max(runs) else []
-  return found[0] if 2 * sum(f[:1] == found[0][:1] for f in found) > len(found) else []
+  return runs[max(runs)][0] if max(runs) else []
 
 
 def test_drafts_off_the_prompt_are_what_followed_the_last_tokens():
