@@ -3,11 +3,15 @@
 One token's path, from the loop to the promise:
 
   1. `calm.decode.loop.decode` asks for one token per row and position;
-  2. `calm.exits.walk.Walk` goes up the layers of `calm.t5.decoder.DecoderStep` and decides;
-  3. `calm.exits.confidence.Softmax` is held against Eq. 5, `calm.exits.schedules.Decaying`;
-  4. `calm.exits.propagation.ExitState` is what the skipped layers get (section 3.2);
+  2. `calm.exits.walk.Walk` goes up the layers of `calm.t5.decoder.DecoderStep`
+  and decides;
+  3. `calm.exits.confidence.Softmax` is held against Eq. 5,
+  `calm.exits.schedules.Decaying`;
+  4. `calm.exits.propagation.ExitState` is what the skipped layers get (section
+  3.2);
   5. `calm.decode.engines.Deferred` writes it once a later token needs it;
-  6. `calm.calibrate.certify.calibrate` turns the texts' losses into a threshold and a promise.
+  6. `calm.calibrate.certify.calibrate` turns the texts' losses into a threshold
+  and a promise.
 
 Importing `calm` imports nothing; its names are loaded when they are first used.
 `calm.calibrate` computes with numpy and scipy, without JAX.
@@ -34,14 +38,16 @@ _NAMES = {
   "training": "calm.training",
 }
 __all__ = [*_NAMES]
-# Packages, one of each extra, that a module needs beside calibration's; the others decode.
+# Packages, one of each extra, that a module needs beside calibration's; the
+# others decode.
 _NEEDS = {
   "calm.calibrate": (),
   "calm.fitting": ("jax", "optax", "jinja2"),
   "calm.training": ("jax", "optax"),
 }
 
-TYPE_CHECKING = False  # what type checkers take for true, without importing `typing`
+# what type checkers take for true, without importing `typing`
+TYPE_CHECKING = False
 if TYPE_CHECKING:
   from calm import calibrate as calibrate
   from calm import checkpoints as checkpoints
@@ -64,17 +70,22 @@ def __getattr__(name: str) -> object:
   """Loads a public name on its first use."""
   if name not in _NAMES:
     raise AttributeError(
-      f"Expected a name that calm has, got {name!r}; it has {', '.join(_NAMES)}."
+      f"Expected a name that calm has, got {name!r}; it has "
+      f"{', '.join(_NAMES)}."
     )
   import importlib
 
   module, _, attribute = _NAMES[name].partition(":")
   value = importlib.import_module(module)
-  return globals().setdefault(name, getattr(value, attribute) if attribute else value)
+  return globals().setdefault(
+    name, getattr(value, attribute) if attribute else value
+  )
 
 
 def __dir__() -> list[str]:
-  """Public names, loaded or not, for tab completion and `help`; those that can be loaded."""
+  """Public names, loaded or not, for tab completion and `help`; those that can
+  be loaded.
+  """
   from importlib import util
 
   hidden = {

@@ -6,7 +6,9 @@ from calm import signals
 
 
 def main() -> int:
-  """Runs one command; a signal while its modules are imported ends it with one line."""
+  """Runs one command; a signal while its modules are imported ends it with one
+  line.
+  """
   with signals.ending("stopped at once"):
     from calm.commands import cli
 

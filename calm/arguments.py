@@ -1,11 +1,13 @@
-"""Arguments of public functions, compared with their annotations where a caller gives them.
+"""Arguments of public functions, compared with their annotations where a caller
+gives them.
 
     @arguments.checked(engine=engines.by_name)
-    def decode(sizes: Sequence[int], engine: Engine | None = None, share: float = 1.0): ...
+    def decode(sizes: Sequence[int], engine: Engine | None = None, share: float
+    = 1.0): ...
 
-numpy's scalars pass for numbers, texts for paths, any ordered iterable for a sequence, and a
-name for an object where a function is given that looks it up. A ValueError names the argument
-that is anything else.
+numpy's scalars pass for numbers, texts for paths, any ordered iterable for a
+sequence, and a name for an object where a function is given that looks it up. A
+ValueError names the argument that is anything else.
 """
 
 import functools
@@ -20,7 +22,8 @@ from typing import Any
 
 Target = typing.TypeVar("Target", bound=Callable[..., Any])
 
-# Annotation: one of it in words, several of it, and the class of values that pass.
+# Annotation: one of it in words, several of it, and the class of values that
+# pass.
 _PLAIN: Mapping[Any, tuple[str, str, type]] = {
   bool: ("True or False", "True or False", bool),
   int: ("a whole number", "whole numbers", numbers.Integral),
@@ -35,20 +38,25 @@ _MAPPINGS = (dict, Mapping)
 
 
 class _Mismatch(Exception):
-  """A value that an annotation does not allow; the message names an item of a list."""
+  """A value that an annotation does not allow; the message names an item of a
+  list.
+  """
 
 
 def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
-  """A decorator of functions and dataclasses that compares arguments with annotations.
+  """A decorator of functions and dataclasses that compares arguments with
+  annotations.
 
-  Annotations that it does not know (arrays, `Any`, `Iterable`) allow everything. `by_name` maps
-  an argument to a function that finds the object of a name.
+  Annotations that it does not know (arrays, `Any`, `Iterable`) allow
+  everything. `by_name` maps an argument to a function that finds the object of
+  a name.
   """
 
   def decorate(target: Any) -> Any:
     if isinstance(target, type):
       target.__init__ = decorate(target.__init__)
-      # Another checker of annotations would see the arguments before they are converted.
+      # Another checker of annotations would see the arguments before they are
+      # converted.
       target.__no_type_check__ = True  # pyright: ignore[reportAttributeAccessIssue]
       return target
     names = [*inspect.signature(target).parameters]
@@ -62,7 +70,8 @@ def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
         return _converted(value, kind)
       except _Mismatch as error:
         raise ValueError(
-          f"Expected `{name}` to be {_words(kind)}, got {str(error) or _shown(value)}."
+          f"Expected `{name}` to be {_words(kind)}, got "
+          f"{str(error) or _shown(value)}."
         ) from None
 
     @functools.wraps(target)
@@ -77,7 +86,9 @@ def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-  """A value in the form of its annotation; _Mismatch where the annotation does not allow it."""
+  """A value in the form of its annotation; _Mismatch where the annotation does
+  not allow it.
+  """
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if _is_open(kind):
     return value
@@ -85,22 +96,35 @@ def _converted(value: Any, kind: Any) -> Any:
     if getattr(value, "ndim", None) == 0:  # a scalar of numpy or of JAX
       value = value.item()
     _require(
-      isinstance(value, _PLAIN[kind][2]) and (kind is bool or not isinstance(value, bool))
+      isinstance(value, _PLAIN[kind][2])
+      and (kind is bool or not isinstance(value, bool))
     )
-    return kind(value) if kind in (int, float) and type(value) not in (int, float) else value
+    return (
+      kind(value)
+      if kind in (int, float) and type(value) not in (int, float)
+      else value
+    )
   if origin in _UNIONS:
     return _one_of(value, inner)
   if origin in _SEQUENCES:
     _require(is_listing(value) and not isinstance(value, str))
     items = value if isinstance(value, list | tuple) else tuple(value)
-    if inner and inner[0] is not Any and not all(type(item) is inner[0] for item in items):
+    if (
+      inner
+      and inner[0] is not Any
+      and not all(type(item) is inner[0] for item in items)
+    ):
       items = [_item(place, item, inner[0]) for place, item in enumerate(items)]
     return tuple(items) if origin is tuple else items
   if kind is pathlib.Path and isinstance(value, str):
     return pathlib.Path(value)
   if origin in _MAPPINGS:
     _require(isinstance(value, Mapping))
-    return value if inner[1] is Any else {k: _item(k, v, inner[1]) for k, v in value.items()}
+    return (
+      value
+      if inner[1] is Any
+      else {k: _item(k, v, inner[1]) for k, v in value.items()}
+    )
   if origin is typing.Literal:
     _require(type(value) in map(type, inner) and value in inner)
   elif origin is Callable:
@@ -111,7 +135,9 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _is_open(kind: Any) -> bool:
-  """Whether anything passes: an array is checked by the function that reads it."""
+  """Whether anything passes: an array is checked by the function that reads
+  it.
+  """
   return kind is Any or getattr(kind, "__module__", "").startswith("numpy")
 
 
@@ -128,16 +154,24 @@ def _one_of(value: Any, kinds: Sequence[Any]) -> Any:
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> Any:
-  """The value of an argument; ValueError names the choices where it is none of them."""
+  """The value of an argument; ValueError names the choices where it is none of
+  them.
+  """
   if value not in known:
-    raise ValueError(f"Expected `{name}` to be one of {sorted(known)}, got {value!r:.100}.")
+    raise ValueError(
+      f"Expected `{name}` to be one of {sorted(known)}, got {value!r:.100}."
+    )
   return value
 
 
 def is_listing(value: Any) -> bool:
-  """Whether a value lists others in an order: a sequence, a generator, an array, a text."""
+  """Whether a value lists others in an order: a sequence, a generator, an
+  array, a text.
+  """
   ordered = isinstance(value, Iterable) and not isinstance(value, _UNORDERED)
-  return ordered and getattr(value, "ndim", 1) > 0 and not hasattr(value, "columns")
+  return (
+    ordered and getattr(value, "ndim", 1) > 0 and not hasattr(value, "columns")
+  )
 
 
 def is_table(value: Any) -> bool:
@@ -168,7 +202,9 @@ def _words(kind: Any, several: bool = False) -> str:
   if origin in _UNIONS:
     return " or ".join(_words(one, several) for one in inner)
   if origin in _SEQUENCES:
-    return f"{'lists' if several else 'a list'} of {_words(inner[0], several=True)}"
+    return (
+      f"{'lists' if several else 'a list'} of {_words(inner[0], several=True)}"
+    )
   if origin is typing.Literal:
     return f"one of {', '.join(map(repr, inner))}"
   if origin in _MAPPINGS:
@@ -189,5 +225,8 @@ def package(name: str, wanted: str, install: str) -> Any:
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    message = f"Expected the package {name} to {wanted}, got none; `pip install {install}`."
+    message = (
+      f"Expected the package {name} to {wanted}, got none; `pip install "
+      f"{install}`."
+    )
     raise ImportError(message) from error

@@ -1,8 +1,10 @@
-"""SIGINT and SIGTERM end a command at once, with one line that says what is kept.
+"""SIGINT and SIGTERM end a command at once, with one line that says what is
+kept.
 
-Nothing is torn by that: files are written whole or line by line (`calm.storage`), and jobs go
-on. An exception in their place would come at any bytecode: a weak reference's callback prints
-it, a library's `except` swallows it, and a compiled call holds it up.
+Nothing is torn by that: files are written whole or line by line
+(`calm.storage`), and jobs go on. An exception in their place would come at any
+bytecode: a weak reference's callback prints it, a library's `except` swallows
+it, and a compiled call holds it up.
 """
 
 import contextlib
@@ -13,19 +15,26 @@ import threading
 from collections.abc import Callable, Iterator
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-_BAR = b"\r\x1b[2K\x1b[?25h"  # removes a progress bar, and shows the cursor that it hides
+# removes a progress bar, and shows the cursor that it hides
+_BAR = b"\r\x1b[2K\x1b[?25h"
 
 
 @contextlib.contextmanager
-def handling(handler: Callable[[int, object], object], wakeup: int = -1) -> Iterator[None]:
-  """A function handles SIGINT and SIGTERM in the block; ignored signals stay ignored.
+def handling(
+  handler: Callable[[int, object], object], wakeup: int = -1
+) -> Iterator[None]:
+  """A function handles SIGINT and SIGTERM in the block; ignored signals stay
+  ignored.
 
   Args:
-    handler: called with the number of the signal, between two bytecodes of the main thread.
+    handler: called with the number of the signal, between two bytecodes of the
+      main thread.
     wakeup: a descriptor that the system writes the number to at once.
   """
   before = {number: signal.getsignal(number) for number in HANDLED}
-  before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+  before = {
+    n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)
+  }
   outer = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
   for number in before:
     signal.signal(number, handler)
@@ -39,10 +48,11 @@ def handling(handler: Callable[[int, object], object], wakeup: int = -1) -> Iter
 
 @contextlib.contextmanager
 def ending(kept: str) -> Iterator[None]:
-  """SIGINT and SIGTERM end the process in the block, with the line `kept`, whatever it does.
+  """SIGINT and SIGTERM end the process in the block, with the line `kept`,
+  whatever it does.
 
-  The exit status is 130 or 143. Nothing changes in another thread than the main one, which
-  alone can handle signals.
+  The exit status is 130 or 143. Nothing changes in another thread than the main
+  one, which alone can handle signals.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -67,7 +77,9 @@ def _watch(reader: int, kept: str) -> None:
 
 
 def end(number: int, kept: str = "stopped at once") -> None:
-  """Ends the process with one line and exit status 128 + `number`, without any clean-up."""
+  """Ends the process with one line and exit status 128 + `number`, without any
+  clean-up.
+  """
   line = f"calm: {kept}.\n".encode()
   os.write(2, (_BAR if sys.stderr.isatty() else b"") + line)
   os._exit(128 + number)

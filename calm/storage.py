@@ -1,8 +1,10 @@
-"""Files that are read and written whole, locks, JSON lines, and results under their digests.
+"""Files that are read and written whole, locks, JSON lines, and results under
+their digests.
 
-New content goes to a temporary file of a name that nobody can guess, which is renamed at the
-end: a kill or a full disk leaves the old file as it was. Only a regular file is replaced (at
-the end of links); devices and pipes are written to, and `-` is standard output.
+New content goes to a temporary file of a name that nobody can guess, which is
+renamed at the end: a kill or a full disk leaves the old file as it was. Only a
+regular file is replaced (at the end of links); devices and pipes are written
+to, and `-` is standard output.
 """
 
 import contextlib
@@ -23,7 +25,14 @@ import time
 import types
 import typing
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, BinaryIO, TypeVar
 
 try:
@@ -32,20 +41,31 @@ except ImportError:  # Windows: nothing is locked there
   fcntl = None
 
 LONGEST_LINE = 2**26
-MOST_BYTES = 2**28  # of a file that is read at once: the names of some millions of prompts
-# Texts pack to a third or a tenth; a file that unpacks to less than this is not judged.
+# of a file that is read at once: the names of some millions of prompts
+MOST_BYTES = 2**28
+# Texts pack to a third or a tenth; a file that unpacks to less than this is not
+# judged.
 UNPACKED, UNPACKED_RATIO = 2**28, 200
 _NO_LINK, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe does not wait for its other end
+# opening a pipe does not wait for its other end
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 # What a full disk, a quota or a limit answers in the middle of writing.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # What reading a damaged file may lead to.
-DAMAGE = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+DAMAGE = (
+  AttributeError,
+  KeyError,
+  OverflowError,
+  RecursionError,
+  TypeError,
+  ValueError,
+)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 # Nobody has written for so long to a temporary file that a killed process left.
 _ABANDONED_SECONDS = 86_400
-# Of results; raised whenever numbers change their meaning: older files are not read again.
+# Of results; raised whenever numbers change their meaning: older files are not
+# read again.
 _VERSION = 1
 
 T = TypeVar("T")
@@ -59,28 +79,39 @@ class LockedError(OSError):
 
 
 class Lock(contextlib.AbstractContextManager):
-  """A held lock; let go of by `release`, at the end of a block, or with the last reference."""
+  """A held lock; let go of by `release`, at the end of a block, or with the
+  last reference.
+  """
 
   def __init__(self, path: pathlib.Path, target: pathlib.Path):
     self.path = path
-    self.release = weakref.finalize(self, _release, path, _acquire(path, target))
+    self.release = weakref.finalize(
+      self, _release, path, _acquire(path, target)
+    )
 
   def __exit__(self, *_: object) -> None:
     self.release()
 
 
-# A process may take its own locks again: a notebook cell is run twice, an object lingers.
+# A process may take its own locks again: a notebook cell is run twice, an
+# object lingers.
 _locks = weakref.WeakValueDictionary[pathlib.Path, Lock]()
 
 
 def lock(target: str | pathlib.Path) -> Lock:
-  """Takes a folder (its `.lock`) or a file (`.NAME.lock` beside it) for this process.
+  """Takes a folder (its `.lock`) or a file (`.NAME.lock` beside it) for this
+  process.
 
-  The lock is `flock`'s, which the system lets go of when its holder dies, on a file that names
-  the holder; LockedError names it. Where a file system has none, nothing is locked.
+  The lock is `flock`'s, which the system lets go of when its holder dies, on a
+  file that names the holder; LockedError names it. Where a file system has
+  none, nothing is locked.
   """
   target = pathlib.Path(os.path.realpath(target))
-  path = target / ".lock" if target.is_dir() else target.with_name(f".{target.name}.lock")
+  path = (
+    target / ".lock"
+    if target.is_dir()
+    else target.with_name(f".{target.name}.lock")
+  )
   made = _locks.get(path)
   if made is None or not made.release.alive:
     with _explaining(target):
@@ -90,7 +121,9 @@ def lock(target: str | pathlib.Path) -> Lock:
 
 def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
   """The descriptor of a locked file."""
-  about = f"process {os.getpid()} on {platform.node()}: {' '.join(sys.argv)[:200]}"
+  about = (
+    f"process {os.getpid()} on {platform.node()}: {' '.join(sys.argv)[:200]}"
+  )
   while True:
     # A planted link is not followed: the file at its end would be overwritten.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
@@ -102,14 +135,18 @@ def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
       except BlockingIOError:
         holder = os.read(descriptor, 300).decode("utf-8", "replace")
         raise LockedError(
-          f"Expected {str(target)!r} to have one writer at a time, got {holder!r} at work on"
+          f"Expected {str(target)!r} to have one writer at a time, got "
+          f"{holder!r} at work on"
           " it; wait for it to end, stop it, or choose another place."
         ) from None
       except OSError as error:
         if error.errno not in _NO_FLOCK:
           raise
-      # Its last holder may have removed the file between our opening and locking it.
-      if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+      # Its last holder may have removed the file between our opening and
+      # locking it.
+      if os.path.exists(path) and os.path.samestat(
+        os.fstat(descriptor), os.lstat(path)
+      ):
         stack.callback(os.unlink, path)  # where the disk is full
         os.ftruncate(descriptor, 0)
         os.write(descriptor, about.encode("utf-8", "replace"))
@@ -128,22 +165,28 @@ def _release(path: pathlib.Path, descriptor: int) -> None:
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
-  """Writes a file (a text in UTF-8) that is never seen half written; see `replacing`."""
+  """Writes a file (a text in UTF-8) that is never seen half written; see
+  `replacing`.
+  """
   with replacing(path) as file:
     file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
-  """A binary file to write to, piece by piece; it takes its place when the block ends well.
+  """A binary file to write to, piece by piece; it takes its place when the
+  block ends well.
 
-  `path` may be a link to it. To a device, a pipe or `-` (standard output) pieces go at once.
-  OSError where it cannot be written; the old content is kept.
+  `path` may be a link to it. To a device, a pipe or `-` (standard output)
+  pieces go at once. OSError where it cannot be written; the old content is
+  kept.
   """
   with contextlib.ExitStack() as stack:
     with _explaining(path):
       target = destination(path)
-      partial = None if target is None else stack.enter_context(temporary(target))
+      partial = (
+        None if target is None else stack.enter_context(temporary(target))
+      )
       sys.stdout.flush()
       if str(path) == "-":
         place: Any = contextlib.nullcontext(sys.stdout.buffer)
@@ -158,7 +201,9 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def append(path: str | pathlib.Path, content: bytes) -> None:
-  """Appends whole lines, or nothing: a write that fails half way is taken back."""
+  """Appends whole lines, or nothing: a write that fails half way is taken
+  back.
+  """
   refuse_planted_links([path])
   with _explaining(path), open(path, "ab", buffering=0) as file:
     before, rest = file.tell(), memoryview(content)
@@ -172,15 +217,21 @@ def append(path: str | pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new empty file beside `target`, for `put`; removed at the end if it is still there.
+  """A new empty file beside `target`, for `put`; removed at the end if it is
+  still there.
 
-  Temporary files that killed processes left in the folder a day ago are removed first.
+  Temporary files that killed processes left in the folder a day ago are removed
+  first.
   """
   with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
-    for entry in filter(lambda entry: _TEMPORARY.fullmatch(entry.name), entries):
+    for entry in filter(
+      lambda entry: _TEMPORARY.fullmatch(entry.name), entries
+    ):
       with contextlib.suppress(OSError):  # another process may have removed it
         seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
-        if seconds > _ABANDONED_SECONDS and entry.is_file(follow_symlinks=False):
+        if seconds > _ABANDONED_SECONDS and entry.is_file(
+          follow_symlinks=False
+        ):
           os.unlink(entry.path)
   partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
   # Fails where anything of that name is there, a link included.
@@ -193,7 +244,9 @@ def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def put(partial: pathlib.Path, target: pathlib.Path) -> None:
-  """Renames a whole file to its place, once it is on the disk; OSError where it may not."""
+  """Renames a whole file to its place, once it is on the disk; OSError where it
+  may not.
+  """
   with contextlib.suppress(FileNotFoundError):
     old = os.stat(target)
     if not stat.S_ISREG(old.st_mode) or not os.access(target, os.W_OK):
@@ -214,7 +267,9 @@ def _sync(path: pathlib.Path, flags: int) -> None:
 
 
 def destination(path: str | pathlib.Path) -> pathlib.Path | None:
-  """The regular file, present or new, that a path names; None for a device, pipe or stream."""
+  """The regular file, present or new, that a path names; None for a device,
+  pipe or stream.
+  """
   if str(path) == "-":
     return None
   end = pathlib.Path(os.path.realpath(path) if os.path.islink(path) else path)
@@ -228,8 +283,12 @@ def destination(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
-def _explaining(path: str | pathlib.Path, codes: Collection[int] = ()) -> Iterator[None]:
-  """Within the block, errors (of `codes`, if any) name the file and a way out."""
+def _explaining(
+  path: str | pathlib.Path, codes: Collection[int] = ()
+) -> Iterator[None]:
+  """Within the block, errors (of `codes`, if any) name the file and a way
+  out.
+  """
   try:
     yield
   except (BrokenPipeError, LockedError):  # nothing is wrong with the place
@@ -239,17 +298,21 @@ def _explaining(path: str | pathlib.Path, codes: Collection[int] = ()) -> Iterat
       raise
     raise type(error)(
       f"Expected {str(path)!r} to be a file that can be written whole, got:"
-      f" {error.strerror or error}; the old content is kept. Free some space, or choose a"
+      f" {error.strerror or error}; the old content is kept. Free some "
+      "space, or choose a"
       " folder that can be written."
     ) from error
 
 
 def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
-  """OSError for links to files that do not exist: writing would make one where they lead."""
+  """OSError for links to files that do not exist: writing would make one where
+  they lead.
+  """
   for path in paths:
     if os.path.islink(path) and not os.path.exists(path):
       raise FileNotFoundError(
-        f"Expected {str(path)!r} to be a file, or a name that is free, got a link to a file"
+        f"Expected {str(path)!r} to be a file, or a name that is free, got a "
+        "link to a file"
         " that does not exist; take it away."
       )
 
@@ -259,11 +322,14 @@ def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
-  """A regular file to read from; ValueError for pipes and devices, which may never end."""
+  """A regular file to read from; ValueError for pipes and devices, which may
+  never end.
+  """
   with open(os.open(path, os.O_RDONLY | _BINARY | _NO_WAIT), "rb") as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
       raise ValueError(
-        f"Expected {str(path)!r} to be a regular file, got one of another kind; copy what it"
+        f"Expected {str(path)!r} to be a regular file, got one of another "
+        "kind; copy what it"
         " gives to a file."
       )
     yield file
@@ -273,24 +339,30 @@ def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
   """The bytes of a regular file; ValueError where it has more than `most`."""
   with opened(path) as file:
     size = os.fstat(file.fileno()).st_size
-    read = file.read() if size <= most else b""  # `read(most)` would allocate as much
+    # `read(most)` would allocate as much
+    read = file.read() if size <= most else b""
   if size > most or len(read) > most:
     raise ValueError(
-      f"Expected {str(path)!r} to have at most {most} bytes, got more; it is a file of another"
+      f"Expected {str(path)!r} to have at most {most} bytes, got more; it is "
+      "a file of another"
       " kind, or made to fill the memory."
     )
   return read
 
 
 @contextlib.contextmanager
-def reading(path: str | pathlib.Path, kind: str, way_out: str) -> Iterator[None]:
-  """Within the block, what a damaged file leads to is a ValueError that names it, what it
-  should be, and a way out."""
+def reading(
+  path: str | pathlib.Path, kind: str, way_out: str
+) -> Iterator[None]:
+  """Within the block, what a damaged file leads to is a ValueError that names
+  it, what it should be, and a way out.
+  """
   try:
     yield
   except (OSError, *DAMAGE) as error:
     raise ValueError(
-      f"Expected {str(path)!r} to be {kind}, got something else ({error}); {way_out}."
+      f"Expected {str(path)!r} to be {kind}, got something else ({error}); "
+      f"{way_out}."
     ) from error
 
 
@@ -301,13 +373,16 @@ def checksum(path: str | pathlib.Path) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-  """A JSON value; ValueError: no UTF-8, NaN, a number beyond float64, nested too deep."""
+  """A JSON value; ValueError: no UTF-8, NaN, a number beyond float64, nested
+  too deep.
+  """
   text = content.decode("utf-8") if isinstance(content, bytes) else content
   try:
     return _DECODER.decode(text)
   except RecursionError:
     raise ValueError(
-      "expected JSON that can be read, got lists or objects in one another, too deep;"
+      "expected JSON that can be read, got lists or objects in one another, "
+      "too deep;"
       " flatten it"
     ) from None
 
@@ -319,22 +394,29 @@ def _refuse_constant(name: str) -> float:
 def _finite(digits: str) -> float:
   if not math.isfinite(value := float(digits)):
     raise ValueError(
-      f"expected numbers within float64, got {digits[:40]}; write null or a smaller one"
+      f"expected numbers within float64, got {digits[:40]}; write null or a "
+      "smaller one"
     )
   return value
 
 
 # Python by itself reads NaN, and 1e400 as infinity.
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+  parse_constant=_refuse_constant, parse_float=_finite
+)
 
 
 class FormatError(ValueError):
-  """A file whose content cannot be used; the message names the file and the line."""
+  """A file whose content cannot be used; the message names the file and the
+  line.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One line of a file that holds a JSON object; it begins `offset` bytes from the start."""
+  """One line of a file that holds a JSON object; it begins `offset` bytes from
+  the start.
+  """
 
   path: pathlib.Path
   number: int
@@ -348,21 +430,29 @@ class Line:
 
 
 def lines(file: BinaryIO, name: str | pathlib.Path) -> Iterator[bytes]:
-  """Lines of a binary file, with their ends; FormatError beyond `LONGEST_LINE` bytes."""
-  for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+  """Lines of a binary file, with their ends; FormatError beyond `LONGEST_LINE`
+  bytes.
+  """
+  for number, line in enumerate(
+    iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1
+  ):
     if len(line) > LONGEST_LINE:
       raise FormatError(
-        f"{name}:{number}: expected lines of at most {LONGEST_LINE} bytes, got a longer one; it"
+        f"{name}:{number}: expected lines of at most {LONGEST_LINE} bytes, "
+        "got a longer one; it"
         " is no file of texts, or made to fill the memory."
       )
     yield line
 
 
-def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Line]:
+def read_lines(
+  path: str | pathlib.Path, *, pipes: bool = False
+) -> Iterator[Line]:
   """Reads a JSON Lines file of objects; blank lines are skipped.
 
-  FormatError where the file is unreadable, a line is too long or no JSON object, or the last
-  one is cut off. Lines of a pipe or a device are waited for only with `pipes`.
+  FormatError where the file is unreadable, a line is too long or no JSON
+  object, or the last one is cut off. Lines of a pipe or a device are waited for
+  only with `pipes`.
   """
   path = pathlib.Path(path)
   offset = following = 0
@@ -378,12 +468,14 @@ def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Lin
           if not line.endswith(b"\n"):
             way_out = "the last line is cut off: resume the run that wrote it"
           raise FormatError(
-            f"{path}:{number}: expected a JSON object, got {problem}; {way_out}."
+            f"{path}:{number}: expected a JSON object, got {problem}; "
+            f"{way_out}."
           )
         yield Line(path, number, value, offset, line)
   except OSError as error:
     raise FormatError(
-      f"{path}: expected a file that can be read, got: {error.strerror}; check its path and"
+      f"{path}: expected a file that can be read, got: {error.strerror}; "
+      "check its path and"
       " rights."
     ) from error
 
@@ -396,7 +488,9 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     return None, f"invalid UTF-8 at byte {error.start}"
   except ValueError as error:
     return None, f"{raw[:60].decode('utf-8', 'replace')!r} ({error})"
-  return (value, "") if isinstance(value, dict) else (None, type(value).__name__)
+  return (
+    (value, "") if isinstance(value, dict) else (None, type(value).__name__)
+  )
 
 
 def dump_line(value: Mapping[str, Any]) -> str:
@@ -405,63 +499,96 @@ def dump_line(value: Mapping[str, Any]) -> str:
 
 
 def drop_partial_line(path: pathlib.Path) -> str | None:
-  """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
+  """Repairs the end of a file whose writer was killed; returns what was done,
+  if anything.
+  """
   with open(path, "rb") as file:
     size = file.seek(0, 2)
     file.seek(max(0, size - LONGEST_LINE - 1))
     last = file.read().rpartition(b"\n")[2]
-    if not last or len(last) > LONGEST_LINE:  # `read_lines` names a line that is too long
+    # `read_lines` names a line that is too long
+    if not last or len(last) > LONGEST_LINE:
       return None
   if parse_line(last)[0] is not None:
     append(path, b"\n")
     return None
   os.truncate(path, size - len(last))
-  return f"{path}: the last line was cut off and has been dropped ({len(last)} bytes)."
+  return (
+    f"{path}: the last line was cut off and has been dropped ({len(last)} "
+    "bytes)."
+  )
 
 
 # ---- Results: dataclasses of numbers, texts, tuples and other such dataclasses
 
 
 def to_json(value: Any) -> Any:
-  """A result as JSON values; NaN is null and infinity (never exit) is "never"."""
+  """A result as JSON values; NaN is null and infinity (never exit) is
+  "never".
+  """
   if hasattr(value, "to_json"):
     return value.to_json()
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {
+      f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)
+    }
   if isinstance(value, Mapping):
     return {str(key): to_json(entry) for key, entry in value.items()}
   if isinstance(value, list | tuple):
     return [to_json(entry) for entry in value]
   if isinstance(value, float):
-    return None if math.isnan(value) else "never" if value == math.inf else value
+    return (
+      None if math.isnan(value) else "never" if value == math.inf else value
+    )
   if value is None or isinstance(value, bool | int | str):
     return value
-  raise TypeError(f"Expected numbers, texts, tuples and dataclasses, got {value!r}.")
+  raise TypeError(
+    f"Expected numbers, texts, tuples and dataclasses, got {value!r}."
+  )
 
 
 def from_json(kind: Any, value: Any) -> Any:
-  """The inverse of `to_json` for a result of the annotated type `kind`; TypeError for a field
-  that is missing or of another type. Fields of an earlier version are passed over."""
+  """The inverse of `to_json` for a result of the annotated type `kind`;
+  TypeError for a field that is missing or of another type. Fields of an earlier
+  version are passed over.
+  """
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     some = next(each for each in inner if each is not type(None))
-    return None if value is None and type(None) in inner else from_json(some, value)
+    return (
+      None if value is None and type(None) in inner else from_json(some, value)
+    )
   if origin is tuple and type(value) in (list, tuple):
     kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
-    return tuple(from_json(each, entry) for each, entry in zip(kinds, value, strict=True))
+    return tuple(
+      from_json(each, entry) for each, entry in zip(kinds, value, strict=True)
+    )
   if dataclasses.is_dataclass(kind):
-    hints, make = typing.get_type_hints(kind.__init__), typing.cast(Callable[..., Any], kind)
-    return make(**{n: from_json(hints[n], entry) for n, entry in value.items() if n in hints})
+    hints, make = (
+      typing.get_type_hints(kind.__init__),
+      typing.cast(Callable[..., Any], kind),
+    )
+    return make(
+      **{
+        n: from_json(hints[n], entry)
+        for n, entry in value.items()
+        if n in hints
+      }
+    )
   if kind is float and (value is None or value == "never"):
     return math.nan if value is None else math.inf
   if type(value) is kind or (kind is float and type(value) is int):
     return kind(value)
-  raise TypeError(f"Expected {kind} in a stored result, got {value!r}; measure again.")
+  raise TypeError(
+    f"Expected {kind} in a stored result, got {value!r}; measure again."
+  )
 
 
 def digest(value: Any) -> str:
   """SHA-256 (hexadecimal, 16 digits) of JSON values; the same anywhere."""
-  text = json.dumps(to_json(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+  text = json.dumps(
+    to_json(value), sort_keys=True, ensure_ascii=False, separators=(",", ":")
+  )
   return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
@@ -477,15 +604,25 @@ def cached(
   key: Mapping[str, Any],
   make: Callable[[], T],
 ) -> T:
-  """The result `name`, of type `kind`, that `folder` has, or what `make` computes, stored;
-  `key` holds all JSON values that it depends on. ValueError: a damaged file."""
-  path = folder / f"{name}-{digest({'experiment': name, 'version': _VERSION, **key})}.json"
+  """The result `name`, of type `kind`, that `folder` has, or what `make`
+  computes, stored; `key` holds all JSON values that it depends on. ValueError:
+  a damaged file.
+  """
+  path = (
+    folder
+    / f"{name}-{digest({'experiment': name, 'version': _VERSION, **key})}.json"
+  )
   if path.exists():
-    with reading(path, f"a stored result of {name}", "delete it to have it computed again"):
+    with reading(
+      path, f"a stored result of {name}", "delete it to have it computed again"
+    ):
       return from_json(kind, parse_json(content(path))["result"])
   result = to_json(make())
   folder.mkdir(parents=True, exist_ok=True)
   stored = {"experiment": name, "key": to_json(dict(key)), "result": result}
-  write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-  # As it will be read again, so that the first run and the second one draw the same.
+  write_atomically(
+    path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
+  )
+  # As it will be read again, so that the first run and the second one draw the
+  # same.
   return from_json(kind, result)

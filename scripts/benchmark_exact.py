@@ -2,10 +2,11 @@
 
   python scripts/benchmark_exact.py --data=data --tasks=synopsis --rules=2x4,3x7
 
-The packed model decodes real prompts, one at a time, and its texts are compared. A rule KxG
-drafts G tokens at most with K layers. Every repeat runs every row once, the other way about
-every second time; a first round, which compiles, is not counted. Medians, also of the ratios to
-full depth in the same repeat.
+The packed model decodes real prompts, one at a time, and its texts are
+compared. A rule KxG drafts G tokens at most with K layers. Every repeat runs
+every row once, the other way about every second time; a first round, which
+compiles, is not counted. Medians, also of the ratios to full depth in the same
+repeat.
 """
 
 import argparse
@@ -30,13 +31,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--tasks", type=words, default=("synopsis", "qa", "enfr"))
-  add("--data", type=pathlib.Path, required=True, help="folder of the data sets")
-  add("--rules", type=words, default=("2x7",), help="KxG, K layers and G drafts")
-  add("--heads", type=words, default=("shortlist",), help="draft heads: shortlist, full")
+  add(
+    "--data", type=pathlib.Path, required=True, help="folder of the data sets"
+  )
+  add(
+    "--rules", type=words, default=("2x7",), help="KxG, K layers and G drafts"
+  )
+  add(
+    "--heads",
+    type=words,
+    default=("shortlist",),
+    help="draft heads: shortlist, full",
+  )
   add("--num_prompts", type=int, default=60)
-  add("--compare", type=int, help="prompts whose texts are compared (default: those timed)")
+  add(
+    "--compare",
+    type=int,
+    help="prompts whose texts are compared (default: those timed)",
+  )
   add("--repeats", type=int, default=7)
-  add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
+  add(
+    "--results",
+    help="writes scripts/results/RESULTS.json, for scripts/tables.py",
+  )
   return parser.parse_args(arguments)
 
 
@@ -52,7 +69,9 @@ def rules(flags: argparse.Namespace) -> dict[str, exits.Speculative]:
 
 
 def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
-  """The packed model on prompts of a task, one at a time: seconds, and whether texts agree."""
+  """The packed model on prompts of a task, one at a time: seconds, and whether
+  texts agree.
+  """
   task = bench.task(name)
   model = inference.load(
     "packed",
@@ -61,11 +80,18 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     max_decode_length=task.max_decode_length,
     batch_size=1,
   )
-  prompts = bench.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
-  settings = [timing.Setting(name, rule, 1.0) for name, rule in rules(flags).items()]
+  prompts = bench.read_prompts(
+    flags.data, task, "test", limit=flags.num_prompts
+  )
+  settings = [
+    timing.Setting(name, rule, 1.0) for name, rule in rules(flags).items()
+  ]
   timed = timing.measure(model, prompts, settings, rounds=flags.repeats)
   compared = flags.compare or len(prompts)
-  texts = [p.input for p in bench.read_prompts(flags.data, task, "test", limit=compared)]
+  texts = [
+    p.input
+    for p in bench.read_prompts(flags.data, task, "test", limit=compared)
+  ]
   full = model.generate(texts, rule=exits.StaticExit())
   tokens = sum(len(output.tokens) for output in full)
   timed_tokens = sum(len(output.tokens) for output in full[: len(prompts)])
@@ -73,12 +99,18 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   for own in timed.rows:
     rule = rules(flags).get(own.name)
     outputs = full if rule is None else model.generate(texts, rule=rule)
-    equal = sum(a.tokens == b.tokens for a, b in zip(full, outputs, strict=True))
-    passes, drafts = sum(o.passes for o in outputs), sum(o.drafts for o in outputs)
+    equal = sum(
+      a.tokens == b.tokens for a, b in zip(full, outputs, strict=True)
+    )
+    passes, drafts = (
+      sum(o.passes for o in outputs),
+      sum(o.drafts for o in outputs),
+    )
     accepted = sum(sum(o.drafted) for o in outputs)
     made.append(
       {
-        "setting": f"packed, {task.title}, {len(prompts)} prompts one at a time",
+        "setting": f"packed, {task.title}, {len(prompts)} prompts one at a"
+        " time",
         "rule": own.name,
         "ms a token": 1e3 * own.decode_seconds * len(prompts) / timed_tokens,
         "x full depth": own.speedup,

@@ -1,4 +1,6 @@
-"""What `benchmark.py` decodes: models, prompts, and exits that are forced to known depths."""
+"""What `benchmark.py` decodes: models, prompts, and exits that are forced to
+known depths.
+"""
 
 import argparse
 import dataclasses
@@ -20,11 +22,23 @@ from calm.t5 import network, parameters
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {
   "tiny": {
-    **{"vocab_size": 96, "emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24},
+    **{
+      "vocab_size": 96,
+      "emb_dim": 16,
+      "num_heads": 2,
+      "head_dim": 8,
+      "mlp_dim": 24,
+    },
     **{"num_encoder_layers": 2, "num_decoder_layers": 4, **GATED},
   },
   "small": {
-    **{"vocab_size": 32128, "emb_dim": 512, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024},
+    **{
+      "vocab_size": 32128,
+      "emb_dim": 512,
+      "num_heads": 6,
+      "head_dim": 64,
+      "mlp_dim": 1024,
+    },
     **{"num_encoder_layers": 8, "num_decoder_layers": 8, **GATED},
   },
 }
@@ -39,11 +53,13 @@ class Model:
   name: str  # one of `SHAPES`
   config: network.T5Config
   params: dict[str, Any]  # the T5X-shaped tree
-  weights: program.ModelWeights  # the same laid out for decoding, with a shortlist
+  # the same laid out for decoding, with a shortlist
+  weights: program.ModelWeights
   shortlist: tuple[int, ...]  # token ids, most likely first
   eos_id: int
   num_pieces: int  # columns of the head
-  predictor: inference.Predictor | None = None  # the packed model's, for its prompts
+  # the packed model's, for its prompts
+  predictor: inference.Predictor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +96,9 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
   config = network.T5Config(**SIZES[shape], dtype=dtype, exit_probes=True)
   params = random_params(config)
   ids = tuple(range(3, 3 + min(shortlist, config.vocab_size // 2)))
-  weights = program.model_weights(params, config, None, ids, native=dtype == "float32")
+  weights = program.model_weights(
+    params, config, None, ids, native=dtype == "float32"
+  )
   return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
 
 
@@ -90,15 +108,19 @@ READINGS: Mapping[str, str] = {
   "layers": "layers and head in 8 bits",
   "both": "layers in 8 bits, head read so first",
   "encoder": "encoder and head in 8 bits",
-  "learned": "translators and learned propagation",  # of every exit layer, rank 16
-  "xla": "all by XLA",  # not a reading: programs without functions of this process
+  # of every exit layer, rank 16
+  "learned": "translators and learned propagation",
+  # not a reading: programs without functions of this process
+  "xla": "all by XLA",
 }
 # Those of which the encoder's weights are read otherwise, too.
 ENCODES = ("layers", "both", "encoder")
 
 
 def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
-  """The model as it is stored, under '', and read in other ways, by how they are called."""
+  """The model as it is stored, under '', and read in other ways, by how they
+  are called.
+  """
   return {"": model, **{READINGS[name]: _read(model, name) for name in names}}
 
 
@@ -110,7 +132,10 @@ def _read(model: Model, name: str) -> Model:
   elif name == "learned":
     below = tuple(range(1, config.num_decoder_layers))
     config = dataclasses.replace(
-      config, exit_translators=below, exit_propagation=below, exit_propagation_rank=16
+      config,
+      exit_translators=below,
+      exit_propagation=below,
+      exit_propagation_rank=16,
     )
     params = random_params(config)
   else:
@@ -118,8 +143,12 @@ def _read(model: Model, name: str) -> Model:
     if name in ENCODES:
       dtypes["weights_dtype"] = None if name == "encoder" else "int8"
       dtypes["encoder_dtype"] = "int8"
-  weights = program.model_weights(params, config, model.num_pieces, model.shortlist, **dtypes)
-  return dataclasses.replace(model, config=config, params=params, weights=weights)
+  weights = program.model_weights(
+    params, config, model.num_pieces, model.shortlist, **dtypes
+  )
+  return dataclasses.replace(
+    model, config=config, params=params, weights=weights
+  )
 
 
 def random_params(config: network.T5Config, seed: int = 0) -> dict[str, Any]:
@@ -132,13 +161,18 @@ def random_params(config: network.T5Config, seed: int = 0) -> dict[str, Any]:
     fan_in = 1 if path.endswith("embedding") else shape[0]
     if "/query/" in path:
       fan_in *= config.head_dim  # attention logits are not scaled in T5
-    drawn = generator.standard_normal(shape, np.float32) / np.float32(np.sqrt(fan_in))
+    drawn = generator.standard_normal(shape, np.float32) / np.float32(
+      np.sqrt(fan_in)
+    )
     if path.endswith("logits_dense/kernel"):
-      drawn[:, :3] = 0.0  # padding and the end are never the argmax: all rows are full
+      # padding and the end are never the argmax: all rows are full
+      drawn[:, :3] = 0.0
     return drawn
 
   shapes = parameters.expected_shapes(config)
-  return parameters.unflatten({path: draw(path, shape) for path, shape in shapes.items()})
+  return parameters.unflatten(
+    {path: draw(path, shape) for path, shape in shapes.items()}
+  )
 
 
 def batches(model: Model, setting: Setting) -> list[np.ndarray]:
@@ -146,7 +180,9 @@ def batches(model: Model, setting: Setting) -> list[np.ndarray]:
   if model.predictor is None:
     generator = np.random.default_rng(1)
     size = (setting.batch_size, setting.input_length)
-    return [generator.integers(3, model.config.vocab_size, size).astype(np.int32)]
+    return [
+      generator.integers(3, model.config.vocab_size, size).astype(np.int32)
+    ]
   path = inference.PACKED / "prompts_unseen.jsonl"
   examples = prompt_files.open_prompts(path)[: setting.num_prompts]
   rows = prompt_batches.tokenize(
@@ -162,17 +198,20 @@ def batches(model: Model, setting: Setting) -> list[np.ndarray]:
   whole = len(rows) // setting.batch_size * setting.batch_size
   if not whole:
     raise ValueError(
-      f"Expected at least {setting.batch_size} prompts for a batch, got {len(rows)}; give more."
+      f"Expected at least {setting.batch_size} prompts for a batch, got "
+      f"{len(rows)}; give more."
     )
-  return list(padded[:whole].reshape(-1, setting.batch_size, setting.input_length))
+  return list(
+    padded[:whole].reshape(-1, setting.batch_size, setting.input_length)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
   """A threshold schedule that says at which layer each token leaves, exactly.
 
-  The traced threshold is the row's place in the trace, so that a row keeps its depths
-  wherever an engine puts it. With `ForcedMeasure` only.
+  The traced threshold is the row's place in the trace, so that a row keeps its
+  depths wherever an engine puts it. With `ForcedMeasure` only.
   """
 
   depths: tuple[int, ...]  # exit layers, taken in turn and repeated
@@ -180,7 +219,9 @@ class Trace:
   name = "trace"
 
   def __call__(self, threshold: jax.Array, generated: jax.Array) -> jax.Array:
-    table = (jnp.asarray(self.depths, jnp.float32) - 0.5) / (self.num_layers + 1)
+    table = (jnp.asarray(self.depths, jnp.float32) - 0.5) / (
+      self.num_layers + 1
+    )
     return table[(threshold.astype(jnp.int32) + generated) % len(self.depths)]
 
   def depths_of(self, rows: int, length: int) -> np.ndarray:
@@ -191,10 +232,12 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class ForcedMeasure:
-  """A measure whose cost is paid and whose answer is the layer: (layer +- 1/4) / (L + 1).
+  """A measure whose cost is paid and whose answer is the layer: (layer +- 1/4)
+  / (L + 1).
 
-  The measured value moves the result within a quarter of a layer, so that a compiler has to
-  compute it, and never over a threshold of `Trace`, which lies half a layer below.
+  The measured value moves the result within a quarter of a layer, so that a
+  compiler has to compute it, and never over a threshold of `Trace`, which lies
+  half a layer below.
   """
 
   inner: confidence.Measure
@@ -206,13 +249,17 @@ class ForcedMeasure:
   @property
   def bound(self):
     inner = self.inner.bound
-    return None if inner is None else lambda view: self._level(view, inner(view))
+    return (
+      None if inner is None else lambda view: self._level(view, inner(view))
+    )
 
   def __call__(self, view: confidence.LayerView) -> jax.Array:
     return self._level(view, self.inner(view))
 
   def _level(self, view: confidence.LayerView, value: jax.Array) -> jax.Array:
-    return (view.layer - 0.25 + 0.5 * jnp.clip(value, 0.0, 1.0)) / (self.num_layers + 1)
+    return (view.layer - 0.25 + 0.5 * jnp.clip(value, 0.0, 1.0)) / (
+      self.num_layers + 1
+    )
 
 
 def forced(
@@ -221,7 +268,9 @@ def forced(
   config: network.T5Config,
   exit_layers: tuple[int, ...] | None = None,
 ) -> exits.DynamicExits:
-  """The rule whose tokens leave at `depths` in turn, measuring at all exit layers."""
+  """The rule whose tokens leave at `depths` in turn, measuring at all exit
+  layers.
+  """
   inner, num_layers = confidence.measure(measure), config.num_decoder_layers
   kind: Any = "learned" if config.exit_propagation else "exit_state"
   return exits.DynamicExits(
@@ -240,15 +289,20 @@ def starts(rows: int) -> np.ndarray:
 def mixed_depths(
   num_layers: int, seed: int = 2, exit_layers: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
-  """Geometric depths, mean about 2.4: most tokens shallow, some at full depth; each is raised
-  to the next exit layer."""
+  """Geometric depths, mean about 2.4: most tokens shallow, some at full depth;
+  each is raised to the next exit layer.
+  """
   drawn = np.random.default_rng(seed).geometric(0.42, size=997)
   ends = (*(exit_layers or range(1, num_layers)), num_layers)
-  return tuple(next((end for end in ends if end >= depth), num_layers) for depth in drawn)
+  return tuple(
+    next((end for end in ends if end >= depth), num_layers) for depth in drawn
+  )
 
 
 def grid(options: argparse.Namespace) -> list[Setting]:
   """Every setting asked for; models outermost, so that each is loaded once."""
   lengths = options.input_lengths, options.decode_lengths
   product = itertools.product(options.shapes, *lengths, options.batch_sizes)
-  return [Setting(s, b, i, d, max(options.num_prompts, b)) for s, i, d, b in product]
+  return [
+    Setting(s, b, i, d, max(options.num_prompts, b)) for s, i, d, b in product
+  ]

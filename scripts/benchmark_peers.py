@@ -1,7 +1,8 @@
-"""Other people's decoders on the same weights, for `benchmark.py`; what is not there is named.
+"""Other people's decoders on the same weights, for `benchmark.py`; what is not
+there is named.
 
-T5X and flaxformer take our parameter tree as it is; transformers reads the checkpoint that
-`huggingface.write` makes, and CTranslate2 converts that one.
+T5X and flaxformer take our parameter tree as it is; transformers reads the
+checkpoint that `huggingface.write` makes, and CTranslate2 converts that one.
 """
 
 import contextlib
@@ -38,14 +39,19 @@ def not_installed(*packages: str) -> str | None:
       with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module(package)
-    except Exception as error:  # a broken installation is as good as none, and says why
-      return f"{package}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    except Exception as error:
+      # a broken installation is as good as none, and says why
+      return (
+        f"{package}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+      )
   return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """Somebody else's decoder: the packages that it needs, and its rows of the table."""
+  """Somebody else's decoder: the packages that it needs, and its rows of the
+  table.
+  """
 
   name: str
   packages: tuple[str, ...]
@@ -53,20 +59,30 @@ class Peer:
 
 
 def _t5x_params(model: models.Model) -> dict[str, Any]:
-  decoder = {k: v for k, v in model.params["decoder"].items() if not k.startswith("exit_")}
+  decoder = {
+    k: v
+    for k, v in model.params["decoder"].items()
+    if not k.startswith("exit_")
+  }
   return jax.tree.map(jnp.asarray, {**model.params, "decoder": decoder})
 
 
 def _t5x_network(model: models.Model) -> Any:
   network = imported("t5x.examples.t5.network")
   config = model.config
-  names = [name for name in network.T5Config.__dataclass_fields__ if name != "dtype"]
+  names = [
+    name for name in network.T5Config.__dataclass_fields__ if name != "dtype"
+  ]
   given = {name: getattr(config, name) for name in names}
-  return network.Transformer(network.T5Config(dtype=jnp.dtype(config.dtype), **given))
+  return network.Transformer(
+    network.T5Config(dtype=jnp.dtype(config.dtype), **given)
+  )
 
 
 def _vocabulary(model: models.Model) -> Any:
-  return imported("seqio").PassThroughVocabulary(model.config.vocab_size, max(model.eos_id, 0))
+  return imported("seqio").PassThroughVocabulary(
+    model.config.vocab_size, max(model.eos_id, 0)
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,14 +92,19 @@ class T5xLoop:
   model: models.Model
   setting: models.Setting
   module: Any  # T5X's or flaxformer's network
-  to_logits: Callable[..., Any]  # encoded_inputs, raw_inputs and max_decode_length are left
+  # encoded_inputs, raw_inputs and max_decode_length are left
+  to_logits: Callable[..., Any]
   sample: Callable[..., Any]
 
   def system(self, name: str, depth: float | None) -> System:
     params = _t5x_params(self.model)
-    tokens = [jnp.asarray(batch) for batch in models.batches(self.model, self.setting)]
+    tokens = [
+      jnp.asarray(batch) for batch in models.batches(self.model, self.setting)
+    ]
     apply = functools.partial(self.module.apply, enable_dropout=False)
-    encode = jax.jit(lambda params, t: apply({"params": params}, t, method=self.module.encode))
+    encode = jax.jit(
+      lambda params, t: apply({"params": params}, t, method=self.module.encode)
+    )
     decode = jax.jit(self._decode)
 
     def encode_all():
@@ -92,7 +113,9 @@ class T5xLoop:
     encoded = encode_all()
 
     def run() -> Decoded:
-      made = [decode(params, e, t) for e, t in zip(encoded, tokens, strict=True)]
+      made = [
+        decode(params, e, t) for e, t in zip(encoded, tokens, strict=True)
+      ]
       return Decoded([np.asarray(sequences)[:, -1] for sequences in made])
 
     return System(name, run, encode_all, measured_layers=depth, peer=True)
@@ -127,23 +150,38 @@ class T5xLoop:
 
 
 def t5x_systems(model, setting, depths) -> list[System]:
-  """T5X's own network in T5X's own loop; a static k is the network of k layers."""
+  """T5X's own network in T5X's own loop; a static k is the network of k
+  layers.
+  """
   del depths
   decoding, t5x_models = imported("t5x.decoding"), imported("t5x.models")
   words, module = _vocabulary(model), _t5x_network(model)
-  theirs = t5x_models.EncoderDecoderModel(module, words, words, optimizer_def=None)
-  loop = T5xLoop(
-    model, setting, module, theirs._compute_logits_from_slice, decoding.temperature_sample
+  theirs = t5x_models.EncoderDecoderModel(
+    module, words, words, optimizer_def=None
   )
-  return [loop.system("T5X temperature_sample, full depth", model.config.num_decoder_layers)]
+  loop = T5xLoop(
+    model,
+    setting,
+    module,
+    theirs._compute_logits_from_slice,
+    decoding.temperature_sample,
+  )
+  return [
+    loop.system(
+      "T5X temperature_sample, full depth", model.config.num_decoder_layers
+    )
+  ]
 
 
-# Their names of the measures, the paper's own first; theirs compares one row only for 'state'.
+# Their names of the measures, the paper's own first; theirs compares one row
+# only for 'state'.
 CALM_METHODS = ("softmax_diff_approx", "softmax_max", "state")
 
 
 def t5x_calm_systems(model, setting, depths) -> list[System]:
-  """t5x/contrib/calm over flaxformer: exits forced by `min_exit`, threshold 0."""
+  """t5x/contrib/calm over flaxformer: exits forced by `min_exit`, threshold
+  0.
+  """
   decoding = imported("t5x.contrib.calm.decoding")
   calm_models = imported("t5x.contrib.calm.models")
   words, module, made = _vocabulary(model), _flaxformer(model), []
@@ -162,11 +200,17 @@ def t5x_calm_systems(model, setting, depths) -> list[System]:
         conf_threshold=0.0,
         min_exit=depth,
       )
-      to_logits = lambda state, t=theirs, **given: t._compute_logits_from_slice_early_exit(
-        state, conf_threshold=0.0, **given
+      to_logits = lambda state, t=theirs, **given: (
+        t._compute_logits_from_slice_early_exit(
+          state, conf_threshold=0.0, **given
+        )
       )
-      loop = T5xLoop(model, setting, module, to_logits, decoding.temperature_sample)
-      made.append(loop.system(f"t5x/contrib/calm {method}, forced {depth}", depth))
+      loop = T5xLoop(
+        model, setting, module, to_logits, decoding.temperature_sample
+      )
+      made.append(
+        loop.system(f"t5x/contrib/calm {method}, forced {depth}", depth)
+      )
   return made
 
 
@@ -199,7 +243,9 @@ def _flaxformer(model: models.Model) -> Any:
 
 @contextlib.contextmanager
 def exported(model: Any) -> Iterator[pathlib.Path]:
-  """A model with `params` and `config` as a Hugging Face checkpoint, until the block ends."""
+  """A model with `params` and `config` as a Hugging Face checkpoint, until the
+  block ends.
+  """
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory)
     huggingface.write(path, model.params, model.config)
@@ -209,18 +255,30 @@ def exported(model: Any) -> Iterator[pathlib.Path]:
 # Package, class and options of models that `transformers` generates with.
 GENERATORS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
   "transformers": ("transformers", "T5ForConditionalGeneration", {}),
-  "onnxruntime": ("optimum.onnxruntime", "ORTModelForSeq2SeqLM", {"export": True}),
-  # With its caches inside the model, OpenVINO refuses a decoder deeper than the encoder.
-  "openvino": ("optimum.intel", "OVModelForSeq2SeqLM", {"export": True, "stateful": False}),
+  "onnxruntime": (
+    "optimum.onnxruntime",
+    "ORTModelForSeq2SeqLM",
+    {"export": True},
+  ),
+  # With its caches inside the model, OpenVINO refuses a decoder deeper than the
+  # encoder.
+  "openvino": (
+    "optimum.intel",
+    "OVModelForSeq2SeqLM",
+    {"export": True, "stateful": False},
+  ),
 }
-# Threads that a peer is given: as many as it takes by itself, and one, which small products
-# finish sooner.
+# Threads that a peer is given: as many as it takes by itself, and one, which
+# small products finish sooner.
 THREADS = {"": 0, ", 1 thread": 1}
 
 
 def _threads(way: str, count: int) -> dict[str, Any]:
-  """Options of `from_pretrained` for so many threads, 0 being the library's own number."""
-  if not count or way == "transformers":  # torch has a number for the whole process
+  """Options of `from_pretrained` for so many threads, 0 being the library's own
+  number.
+  """
+  # torch has a number for the whole process
+  if not count or way == "transformers":
     return {}
   if way == "openvino":
     return {"ov_config": {"INFERENCE_NUM_THREADS": str(count)}}
@@ -239,18 +297,26 @@ class Torch:
     package, name, given = GENERATORS[way]
     with exported(model) as path:
       given = given | _threads(way, threads)
-      self.model = getattr(imported(package), name).from_pretrained(path, **given)
-    self.model.generation_config.eos_token_id = None if model.eos_id < 0 else model.eos_id
+      self.model = getattr(imported(package), name).from_pretrained(
+        path, **given
+      )
+    self.model.generation_config.eos_token_id = (
+      None if model.eos_id < 0 else model.eos_id
+    )
     self._own_cache, self.threads = (
       way != "transformers",
       threads or self.torch.get_num_threads(),
     )
 
   def generate(self, batch: np.ndarray, steps: int, **more: Any) -> np.ndarray:
-    """Tokens [batch, at most steps] of prompts [batch, length], padded with 0."""
+    """Tokens [batch, at most steps] of prompts [batch, length], padded with
+    0.
+    """
     cache = self.transformers.DynamicCache
     if not self._own_cache:  # theirs is sized by the encoder's layers
-      more["past_key_values"] = self.transformers.EncoderDecoderCache(cache(), cache())
+      more["past_key_values"] = self.transformers.EncoderDecoderCache(
+        cache(), cache()
+      )
     prompts = self.torch.tensor(batch.astype(np.int64))
     with self.torch.inference_mode():
       made = self.model.generate(
@@ -268,7 +334,10 @@ def torch_systems(way: str, model, setting, depths) -> list[System]:
   del depths
   return [
     _torch_system(
-      f"{way} {metadata.version(way)} generate, full depth{name}", theirs, model, setting
+      f"{way} {metadata.version(way)} generate, full depth{name}",
+      theirs,
+      model,
+      setting,
     )
     for name, threads in THREADS.items()
     for theirs in [Torch(model, way, threads)]
@@ -282,8 +351,12 @@ def _torch_system(name: str, theirs: Torch, model, setting) -> System:
   def encode():
     theirs.torch.set_num_threads(theirs.threads)
     with theirs.torch.inference_mode():
-      tensors = [theirs.torch.tensor(batch.astype(np.int64)) for batch in batches]
-      return [encoder(input_ids=b, attention_mask=(b > 0).long()) for b in tensors]
+      tensors = [
+        theirs.torch.tensor(batch.astype(np.int64)) for batch in batches
+      ]
+      return [
+        encoder(input_ids=b, attention_mask=(b > 0).long()) for b in tensors
+      ]
 
   encoded = encode()
 
@@ -305,14 +378,19 @@ class Translator:
   def __init__(self, model: Any, kind: str, **options: Any):
     self._names = [f"t{i}" for i in range(model.config.vocab_size)]
     self._names[:3] = ["<pad>", "</s>", "<unk>"]
-    self._index, self._ends = {name: i for i, name in enumerate(self._names)}, model.eos_id >= 0
+    self._index, self._ends = (
+      {name: i for i, name in enumerate(self._names)},
+      model.eos_id >= 0,
+    )
     with exported(model) as path, tempfile.TemporaryDirectory() as directory:
       target = _converter(path, self._names).convert(directory, force=True)
       make = imported("ctranslate2").Translator
       made = make(target, device="cpu", compute_type=kind, **options)
       self._translate = made.translate_batch
 
-  def generate(self, rows: Iterable[Sequence[int]], steps: int, **more: Any) -> list[list[int]]:
+  def generate(
+    self, rows: Iterable[Sequence[int]], steps: int, **more: Any
+  ) -> list[list[int]]:
     """Tokens of each prompt, padding left out."""
     results = self._translate(
       [[self._names[token] for token in row if token] for row in rows],
@@ -323,12 +401,17 @@ class Translator:
       max_batch_size=0,
       **more,
     )
-    return [[self._index[token] for token in result.hypotheses[0]] for result in results]
+    return [
+      [self._index[token] for token in result.hypotheses[0]]
+      for result in results
+    ]
 
 
 def ctranslate2_systems(model, setting, depths) -> list[System]:
-  """CTranslate2, float32 and 8-bit weights, with the threads that it takes itself and with one,
-  which small products finish sooner; its encoder cannot be timed alone."""
+  """CTranslate2, float32 and 8-bit weights, with the threads that it takes
+  itself and with one, which small products finish sooner; its encoder cannot be
+  timed alone.
+  """
   del depths
   batches = models.batches(model, setting)
 
@@ -338,7 +421,8 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
 
   return [
     System(
-      f"CTranslate2 {imported('ctranslate2').__version__} {kind}, full depth{name}",
+      f"CTranslate2 {imported('ctranslate2').__version__} {kind}, full "
+      f"depth{name}",
       functools.partial(run, translator, setting.decode_length),
       functools.partial(run, translator, 1),
       measured_layers=model.config.num_decoder_layers,
@@ -386,15 +470,24 @@ def _ragged(rows: list[list[int]], length: int) -> np.ndarray:
 
 
 PEERS = (
-  Peer("t5x", ("t5x.decoding", "t5x.models", "t5x.examples.t5.network"), t5x_systems),
+  Peer(
+    "t5x",
+    ("t5x.decoding", "t5x.models", "t5x.examples.t5.network"),
+    t5x_systems,
+  ),
   Peer(
     "t5x_calm",
-    ("t5x.contrib.calm.models", "flaxformer.architectures.calm_t5.calm_architecture"),
+    (
+      "t5x.contrib.calm.models",
+      "flaxformer.architectures.calm_t5.calm_architecture",
+    ),
     t5x_calm_systems,
   ),
   *(
     Peer(way, ("torch", way, package), functools.partial(torch_systems, way))
     for way, (package, _, _) in GENERATORS.items()
   ),
-  Peer("ctranslate2", ("torch", "transformers", "ctranslate2"), ctranslate2_systems),
+  Peer(
+    "ctranslate2", ("torch", "transformers", "ctranslate2"), ctranslate2_systems
+  ),
 )

@@ -1,4 +1,6 @@
-"""Ours, as `benchmark.py` times it: full depth, static k, forced and real exits, engines."""
+"""Ours, as `benchmark.py` times it: full depth, static k, forced and real
+exits, engines.
+"""
 
 import dataclasses
 import functools
@@ -38,9 +40,12 @@ class System:
 
   name: str
   decode: Callable[[], Decoded]  # every batch, and waits
-  encode: Callable[[], object] | None = None  # the same; None: in the time of another row
-  measured_layers: float | None = None  # that every token runs, where it is known beforehand
-  # `decode` encodes too, and `encode` decodes one token: the difference is the decoder's time.
+  # the same; None: in the time of another row
+  encode: Callable[[], object] | None = None
+  # that every token runs, where it is known beforehand
+  measured_layers: float | None = None
+  # `decode` encodes too, and `encode` decodes one token: the difference is the
+  # decoder's time.
   by_difference: bool = False
   exact: list[np.ndarray] | None = None  # exits that must come out
   peer: bool = False  # somebody else's
@@ -58,7 +63,9 @@ class Ours:
   @functools.cached_property
   def tokens(self) -> list[jax.Array]:
     """The prompts, a batch an array."""
-    return [jnp.asarray(batch) for batch in models.batches(self.model, self.setting)]
+    return [
+      jnp.asarray(batch) for batch in models.batches(self.model, self.setting)
+    ]
 
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:
@@ -78,10 +85,14 @@ class Ours:
     ways: Sequence[str],
     exit_layers: tuple[int, ...] | None = None,
   ) -> list[System]:
-    """Full depth, the static models, then the dynamic exits of every measure and engine."""
+    """Full depth, the static models, then the dynamic exits of every measure
+    and engine.
+    """
     num_layers = self.model.config.num_decoder_layers
     depths = [depth for depth in depths if depth < num_layers]
-    made = [self.system("full depth", exits.StaticExit(), num_layers, encode=True)]
+    made = [
+      self.system("full depth", exits.StaticExit(), num_layers, encode=True)
+    ]
     made += [self.system(f"static {k}", exits.StaticExit(k), k) for k in depths]
     forced: dict[str, tuple[int, ...]] = {f"forced {k}": (k,) for k in depths}
     forced["mixed"] = models.mixed_depths(num_layers, exit_layers=exit_layers)
@@ -91,9 +102,15 @@ class Ours:
     for measure in measures:
       for engine in ways:
         for name, trace in forced.items():
-          made.append(self.forced(f"{measure}, {name}", measure, trace, engine, exit_layers))
+          made.append(
+            self.forced(
+              f"{measure}, {name}", measure, trace, engine, exit_layers
+            )
+          )
         for threshold in thresholds:
-          rule = exits.DynamicExits(confidence.measure(measure), allowed=exit_layers)
+          rule = exits.DynamicExits(
+            confidence.measure(measure), allowed=exit_layers
+          )
           name = f"{measure}, threshold {threshold:g}, {engine}"
           made.append(self.system(name, rule, None, threshold, engine))
     return made
@@ -109,7 +126,9 @@ class Ours:
     """Exits at known layers; the run checks that they came out."""
     rule = models.forced(measure, depths, self.model.config, exit_layers)
     rows, length = self.setting.batch_size, self.setting.decode_length
-    made = self.system(f"{name}, {engine}", rule, None, models.starts(rows), engine)
+    made = self.system(
+      f"{name}, {engine}", rule, None, models.starts(rows), engine
+    )
     if self.model.eos_id != models.NO_EOS:  # rows end where they end
       return made
     trace = models.Trace(depths, self.model.config.num_decoder_layers)
@@ -131,18 +150,27 @@ class Ours:
     active = jnp.ones(self.setting.batch_size, bool)
 
     def decode() -> Decoded:
-      made = [program.decode(self.weights, encoded, active, limit) for encoded in self.encoded]
+      made = [
+        program.decode(self.weights, encoded, active, limit)
+        for encoded in self.encoded
+      ]
       made = jax.device_get(made)
       return Decoded([m.tokens for m in made], [m.exit_layers for m in made])
 
-    return System(name, decode, self.encode if encode else None, measured_layers)
+    return System(
+      name, decode, self.encode if encode else None, measured_layers
+    )
 
   def _program(self, rule, engine="default"):
     model, length = self.model, self.setting.decode_length
     made = program_lib.Program(
       model.config, rule, length, model.eos_id, ENGINES[engine], self.native
     )
-    return sharded.ShardedProgram(made, self.num_devices) if self.num_devices > 1 else made
+    return (
+      sharded.ShardedProgram(made, self.num_devices)
+      if self.num_devices > 1
+      else made
+    )
 
   def encode(self) -> list[caches.Encoded]:
     """Encoder and cross-attention keys and values of every batch."""

@@ -1,11 +1,14 @@
-"""Confidence measures side by side: calibrated layers and seconds, and quality by mean depth.
+"""Confidence measures side by side: calibrated layers and seconds, and quality
+by mean depth.
 
-    python scripts/compare_measures.py --data=data --output=scripts/results/measures
+    python scripts/compare_measures.py --data=data
+    --output=scripts/results/measures
 
-Of every task's test prompts, one a source, four in five calibrate (textual, `auto`, epsilon
-0.05) and the others are unseen. Writes `<output>_calibrated.json`: risk on unseen prompts,
-layers a token and decoder speed-up one prompt at a time, by delta. Decoded prompts and seconds
-are cached in --cache.
+Of every task's test prompts, one a source, four in five calibrate (textual,
+`auto`, epsilon 0.05) and the others are unseen. Writes
+`<output>_calibrated.json`: risk on unseen prompts, layers a token and decoder
+speed-up one prompt at a time, by delta. Decoded prompts and seconds are cached
+in --cache.
 """
 
 import argparse
@@ -16,7 +19,13 @@ import tables
 from calm import exits, inference
 from calm.paper import bench, experiments
 
-MEASURES = ("softmax@2,4", "softmax@2,3,4", "shortlist@2,4", "classifier", "probe@2,4")
+MEASURES = (
+  "softmax@2,4",
+  "softmax@2,3,4",
+  "shortlist@2,4",
+  "classifier",
+  "probe@2,4",
+)
 TARGETS = [("textual", delta) for delta in (0.02, 0.1, 0.25)]
 METHODS = {"auto": "risk_signed"}
 
@@ -45,7 +54,9 @@ def titled(measure: str) -> str:
 
 
 def cell(gain: experiments.Gain) -> str:
-  """Risk on unseen prompts, layers and speed-up; the risk in bold where it is above delta."""
+  """Risk on unseen prompts, layers and speed-up; the risk in bold where it is
+  above delta.
+  """
   risk = f"{gain.risk:.3f}"
   risk = f"**{risk}**" if float(risk) > gain.tolerance else risk
   return f"{risk}, {gain.layers:.2f}, x{gain.speedup:.2f}"
@@ -59,10 +70,17 @@ def rows(of: experiments.Task) -> list[list[str]]:
   oracle = experiments.point("oracle", early, full, of.test, of.settings.metric)
   gains = experiments.gains(of, targets=TARGETS, methods=METHODS)
   calibrated = [
-    [title, titled(measure), *(cell(gain) for gain in gains if gain.measure == measure)]
+    [
+      title,
+      titled(measure),
+      *(cell(gain) for gain in gains if gain.measure == measure),
+    ]
     for measure in of.measures
   ]
-  return [*calibrated, [title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"]]
+  return [
+    *calibrated,
+    [title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"],
+  ]
 
 
 def main() -> None:
@@ -73,8 +91,12 @@ def main() -> None:
   parser.add_argument("--model", default="packed")
   parser.add_argument("--tasks", nargs="+", default=["synopsis", "qa", "enfr"])
   parser.add_argument("--measures", nargs="+", default=MEASURES)
-  parser.add_argument("--limit", type=int, default=120, help="prompts of a task")
-  parser.add_argument("--cache", default="runs/measures", help="what is done already")
+  parser.add_argument(
+    "--limit", type=int, default=120, help="prompts of a task"
+  )
+  parser.add_argument(
+    "--cache", default="runs/measures", help="what is done already"
+  )
   parser.add_argument("--output", help="begin of the name of the JSON file")
   arguments = parser.parse_args()
   lines = []
@@ -83,11 +105,21 @@ def main() -> None:
     for line in lines[-len(arguments.measures) - 1 :]:
       print("  ".join(f"{text:<24}" for text in line), flush=True)
   if arguments.output:
-    columns = ["task", "measure", *(f"delta = {delta:g}" for _, delta in TARGETS)]
+    columns = [
+      "task",
+      "measure",
+      *(f"delta = {delta:g}" for _, delta in TARGETS),
+    ]
     padded = [[*row, *[""] * (len(columns) - len(row))] for row in lines]
     align = ["left", "left", *["right"] * len(TARGETS)]
-    about = {"align": align, "machine": "two shared CPU cores", "packages": ["jax"]}
-    tables.write(f"{arguments.output}_calibrated.json", columns, padded, **about)
+    about = {
+      "align": align,
+      "machine": "two shared CPU cores",
+      "packages": ["jax"],
+    }
+    tables.write(
+      f"{arguments.output}_calibrated.json", columns, padded, **about
+    )
 
 
 if __name__ == "__main__":

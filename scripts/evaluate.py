@@ -1,7 +1,8 @@
 """Scores a model's full-depth outputs (or a static depth's) against references.
 
 python scripts/evaluate.py --prompts=test.jsonl.gz --metrics rouge_l
-python scripts/evaluate.py --model=my_model --prompts=dev.jsonl --metrics token_f1 exact_match
+python scripts/evaluate.py --model=my_model --prompts=dev.jsonl --metrics
+token_f1 exact_match
 """
 
 import argparse
@@ -14,10 +15,16 @@ from calm.commands import run as run_lib
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description="Scores outputs against references.")
+  parser = argparse.ArgumentParser(
+    description="Scores outputs against references."
+  )
   flags.add_model(parser)
-  parser.add_argument("--layers", type=int, help="static depth (default: all decoder layers)")
-  parser.add_argument("--metrics", nargs="+", default=["rouge_l"], help="names or import paths")
+  parser.add_argument(
+    "--layers", type=int, help="static depth (default: all decoder layers)"
+  )
+  parser.add_argument(
+    "--metrics", nargs="+", default=["rouge_l"], help="names or import paths"
+  )
   arguments = parser.parse_args()
   run_lib.use_compilation_cache()
   model = inference.load(arguments.model, **flags.decode_options(arguments))
@@ -26,8 +33,12 @@ def main() -> None:
   outputs = model.generate(texts, rule=exits.StaticExit(arguments.layers))
   for name in arguments.metrics:
     metric = metrics.get_metric(name)
-    scores = [metric(o.text, p.targets) for o, p in zip(outputs, prompts, strict=True)]
-    print(f"{name}: {100 * statistics.fmean(scores):.2f} on {len(prompts)} prompts")
+    scores = [
+      metric(o.text, p.targets) for o, p in zip(outputs, prompts, strict=True)
+    ]
+    print(
+      f"{name}: {100 * statistics.fmean(scores):.2f} on {len(prompts)} prompts"
+    )
 
 
 if __name__ == "__main__":

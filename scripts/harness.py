@@ -14,7 +14,9 @@ import jax
 
 @dataclasses.dataclass
 class Timed:
-  """One call: seconds and result of its first run, which compiles, and of every repeat."""
+  """One call: seconds and result of its first run, which compiles, and of every
+  repeat.
+  """
 
   first: float
   result: Any
@@ -26,8 +28,12 @@ class Timed:
     return statistics.median(self.seconds)
 
 
-def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
-  """Runs every call once and then `repeats` times; every second repeat goes the other way."""
+def in_turn(
+  runs: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, Timed]:
+  """Runs every call once and then `repeats` times; every second repeat goes the
+  other way.
+  """
 
   def clock(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
@@ -45,8 +51,15 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Ti
 
 def machine() -> str:
   """The processor and the cores that this process may use."""
-  name, cpu = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
+  name, cpu = (
+    platform.processor() or platform.machine(),
+    pathlib.Path("/proc/cpuinfo"),
+  )
   if cpu.exists():
-    lines = (line for line in cpu.read_text().splitlines() if line.startswith("model name"))
+    lines = (
+      line
+      for line in cpu.read_text().splitlines()
+      if line.startswith("model name")
+    )
     name = next(lines, f": {name}").partition(":")[2].strip()
   return f"{name}, {len(os.sched_getaffinity(0))} cores"

@@ -1,13 +1,15 @@
-"""Lives of `calibrate.Online`: how often it errs, what it costs, how soon it sees a change.
+"""Lives of `calibrate.Online`: how often it errs, what it costs, how soon it
+sees a change.
 
-    python scripts/online_lives.py --table=cost --output=scripts/results/NAME.json
+    python scripts/online_lives.py --table=cost
+    --output=scripts/results/NAME.json
 
-`wrong`: the risk of the last threshold is the tolerance, so that it may be named in at most
-0.05 of all lives, ever; `whole` is of lives with late and missing losses, clusters and changes.
-`cost`: checks until a threshold is certified, beside the prompts with which one batch
-calibration certifies it in 80 % of draws. `share`: checks per 1,000 prompts. `delay`: checks
-from a change to the alarm.
-Needs numpy and scipy only.
+`wrong`: the risk of the last threshold is the tolerance, so that it may be
+named in at most 0.05 of all lives, ever; `whole` is of lives with late and
+missing losses, clusters and changes. `cost`: checks until a threshold is
+certified, beside the prompts with which one batch calibration certifies it in
+80 % of draws. `share`: checks per 1,000 prompts. `delay`: checks from a change
+to the alarm. Needs numpy and scipy only.
 """
 
 import argparse
@@ -28,19 +30,34 @@ LAWS = ("text", "near binary", "dense")
 
 
 def at_the_bound(law: str, tolerance: float, lives: int, checks: int) -> float:
-  """Share of lives that ever certify a threshold of that risk, all followed at once."""
-  generator = np.random.default_rng([52, checks, round(1000 * tolerance), len(law)])
+  """Share of lives that ever certify a threshold of that risk, all followed at
+  once.
+  """
+  generator = np.random.default_rng(
+    [52, checks, round(1000 * tolerance), len(law)]
+  )
   wealth = online.Wealth(1.0 / (1.0 - tolerance), (lives,))
   for _ in range(checks):
-    wealth.bet(tolerance - laws.BY_NAME[law](generator, tolerance, (1, lives))[0])
+    wealth.bet(
+      tolerance - laws.BY_NAME[law](generator, tolerance, (1, lives))[0]
+    )
   target = -math.log(online.life_level(ERROR_RATE, 0))
   return float(np.mean(wealth.highest >= target))
 
 
 def live(kind: str, seed: int, prompts: int) -> bool:
-  """One whole life of a state: whether it ever named the threshold at the bound."""
+  """One whole life of a state: whether it ever named the threshold at the
+  bound.
+  """
   generator, tolerance = np.random.default_rng([53, seed]), 0.1
-  state = Online(None, [0.9, 0.5], tolerance=tolerance, share=0.9, seed=str(seed), patience=20)
+  state = Online(
+    None,
+    [0.9, 0.5],
+    tolerance=tolerance,
+    share=0.9,
+    seed=str(seed),
+    patience=20,
+  )
   change, wrong = kind == "a change at half time", False
   clusters = kind == "clusters of 4 equal prompts"
   late, losses = {}, []
@@ -78,25 +95,52 @@ def wrong_table(lives: int) -> Iterator[list[str]]:
   yield ["losses", "tolerance", "checks", "lives", "wrong", "standard error"]
   for law, tolerance in itertools.product(laws.BY_NAME, (0.05, 0.1)):
     share = at_the_bound(law, tolerance, lives, 2000)
-    yield [law, str(tolerance), "2000", str(lives), f"{share:.4f}", error(share, lives)]
+    yield [
+      law,
+      str(tolerance),
+      "2000",
+      str(lives),
+      f"{share:.4f}",
+      error(share, lives),
+    ]
 
 
 def whole_table(lives: int) -> Iterator[list[str]]:
   """Columns and rows of `whole`."""
-  yield ["losses of 0 or 1", "tolerance", "prompts", "lives", "wrong", "standard error"]
+  yield [
+    "losses of 0 or 1",
+    "tolerance",
+    "prompts",
+    "lives",
+    "wrong",
+    "standard error",
+  ]
   with multiprocessing.Pool() as pool:
     for kind in KINDS:
-      found = pool.map(functools.partial(live, kind, prompts=1000), range(lives))
+      found = pool.map(
+        functools.partial(live, kind, prompts=1000), range(lives)
+      )
       share = float(np.mean(found))
-      yield [kind, "0.1", "1000", str(lives), f"{share:.4f}", error(share, lives)]
+      yield [
+        kind,
+        "0.1",
+        "1000",
+        str(lives),
+        f"{share:.4f}",
+        error(share, lives),
+      ]
 
 
 def error(share: float, count: int) -> str:
   return f"{math.sqrt(share * (1.0 - share) / count):.4f}"
 
 
-def certified(law: str, tolerance: float, mean: float, size: int, draws: int) -> float:
-  """Share of batches of so many prompts that are certified without a uniform."""
+def certified(
+  law: str, tolerance: float, mean: float, size: int, draws: int
+) -> float:
+  """Share of batches of so many prompts that are certified without a
+  uniform.
+  """
   generator = np.random.default_rng([54, size])
   losses = laws.BY_NAME[law](generator, mean, (size, draws))
   method = methods.get_method("betting_fixed_level", Support())
@@ -129,7 +173,10 @@ def cost_table(lives: int) -> Iterator[list[str]]:
     batch, most = batch_size(law, tolerance, mean, 1000), 0
     generator = np.random.default_rng([55, round(1e4 * mean)])
     wealth = online.Wealth(1.0 / (1.0 - tolerance), (lives,))
-    target, found = -math.log(online.life_level(ERROR_RATE, 0)), np.full(lives, np.inf)
+    target, found = (
+      -math.log(online.life_level(ERROR_RATE, 0)),
+      np.full(lives, np.inf),
+    )
     while np.isinf(found).any() and most < 40 * batch:
       most += 1
       wealth.bet(tolerance - laws.BY_NAME[law](generator, mean, (1, lives))[0])
@@ -142,11 +189,15 @@ def cost_table(lives: int) -> Iterator[list[str]]:
 
 
 def share_table(lives: int) -> Iterator[list[str]]:
-  """Checks per 1,000 served prompts, of a grid whose last thresholds cannot be certified."""
+  """Checks per 1,000 served prompts, of a grid whose last thresholds cannot be
+  certified.
+  """
   blocks, counts, named = (1, 2, 5, 10, 20), np.zeros(20), []
   for seed in range(lives):
     generator = np.random.default_rng([56, seed])
-    state = Online(None, [0.9, 0.7, 0.5, 0.3, 0.1], tolerance=0.1, seed=str(seed))
+    state = Online(
+      None, [0.9, 0.7, 0.5, 0.3, 0.1], tolerance=0.1, seed=str(seed)
+    )
     risks = np.array([0.0, 0.02, 0.05, 0.12, 0.3])
     for number in range(20_000):
       if state.should_check(number):
@@ -165,22 +216,39 @@ def share_table(lives: int) -> Iterator[list[str]]:
 
 def delay_table(lives: int) -> Iterator[list[str]]:
   """Columns and rows of `delay`."""
-  names = ("tolerance", "good checks", "median delay", "95 % of delays", "false alarms")
+  names = (
+    "tolerance",
+    "good checks",
+    "median delay",
+    "95 % of delays",
+    "false alarms",
+  )
   yield [*names, "lives"]
   for tolerance, good in itertools.product((0.05, 0.1), (0, 1000, 20_000)):
     generator = np.random.default_rng([57, good])
     alarm = online.Wealth(1.0 / tolerance, (lives,), restarts=True)
     for _ in range(good):
-      alarm.bet(laws.text(generator, 0.5 * tolerance, (1, lives))[0] - tolerance)
+      alarm.bet(
+        laws.text(generator, 0.5 * tolerance, (1, lives))[0] - tolerance
+      )
     false = alarm.highest >= math.log(20.0)
     found, count = np.where(false, -1.0, np.inf), 0
     while np.isinf(found).any():
       count += 1
-      alarm.bet(laws.text(generator, 2.0 * tolerance, (1, lives))[0] - tolerance)
+      alarm.bet(
+        laws.text(generator, 2.0 * tolerance, (1, lives))[0] - tolerance
+      )
       found[np.isinf(found) & (alarm.highest >= math.log(20.0))] = count
     seen = found[~false]
     middle, late = f"{np.median(seen):.0f}", f"{np.quantile(seen, 0.95):.0f}"
-    yield [f"{tolerance:g}", f"{good:,}", middle, late, f"{false.mean():.4f}", str(lives)]
+    yield [
+      f"{tolerance:g}",
+      f"{good:,}",
+      middle,
+      late,
+      f"{false.mean():.4f}",
+      str(lives),
+    ]
 
 
 TABLES = {

@@ -1,17 +1,21 @@
-"""Decode a task at full depth and at every threshold of a grid, in T5X, with one compilation.
+"""Decode a task at full depth and at every threshold of a grid, in T5X, with
+one compilation.
 
-The folder it writes is what `calm calibrate` reads: a manifest with the procedure, one file a
-threshold, checksums. A run that was stopped goes on where it was. Any seqio task or mixture of
-text; examples without `id` are numbered by line, those of a mixture are named by task. Needs
-T5X.
+The folder it writes is what `calm calibrate` reads: a manifest with the
+procedure, one file a threshold, checksums. A run that was stopped goes on where
+it was. Any seqio task or mixture of text; examples without `id` are numbered by
+line, those of a mixture are named by task. Needs T5X.
 
   python scripts/t5x_sweep.py --gin_search_paths=. \
-      --gin_file=configs/runs/t5x_stored_model.gin --gin_file=configs/runs/sweep.gin \
+      --gin_file=configs/runs/t5x_stored_model.gin
+      --gin_file=configs/runs/sweep.gin \
       --gin_file=configs/tasks/debian_synopsis.gin --gin.DATA="'data'" \
-      --gin.CHECKPOINT_PATH="'runs/two/checkpoint_400'" --gin.OUTPUT_DIR="'runs/cache'"
+      --gin.CHECKPOINT_PATH="'runs/two/checkpoint_400'"
+      --gin.OUTPUT_DIR="'runs/cache'"
 
-On several hosts start it once a host; with --coordinator_address, --process_count and
---process_index where JAX does not find its peers by itself. The first process writes.
+On several hosts start it once a host; with --coordinator_address,
+--process_count and --process_index where JAX does not find its peers by itself.
+The first process writes.
 """
 
 import functools
@@ -30,7 +34,14 @@ from flax import core as flax_core
 from jax.experimental import multihost_utils
 from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingImports]
 
-from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
+from calm.calibrate import (
+  Procedure,
+  Prompt,
+  Provenance,
+  Record,
+  default_grid,
+  open_writer,
+)
 from calm.exits import schedules
 from calm.t5x import models, stored
 from calm.training import run
@@ -46,45 +57,72 @@ def sweep(
   task_prefix: str = "",
   limit: int | None = None,
 ) -> None:
-  """Decodes the whole grid with a model that decodes greedily by an `exits.DynamicExits` rule.
+  """Decodes the whole grid with a model that decodes greedily by an
+  `exits.DynamicExits` rule.
 
-  `thresholds` descend, None is the measure's own grid; `task_prefix` is what the task puts
-  before every input, and is recorded and taken off the inputs; `limit` is of examples.
+  `thresholds` descend, None is the measure's own grid; `task_prefix` is what
+  the task puts before every input, and is recorded and taken off the inputs;
+  `limit` is of examples.
   """
   words = stored.our_vocabulary(model.output_vocabulary)
   params, step = load(model, dataset_cfg, partitioner, restore_checkpoint_cfg)
   examples = list(itertools.islice(read(dataset_cfg, model), limit))
-  prompts = [prompt_of(model, example, name, task_prefix) for example, _, name in examples]
-  procedure = procedure_of(model, params, dataset_cfg, partitioner, words, task_prefix)
-  levels = list(default_grid(procedure.measure) if thresholds is None else thresholds)
+  prompts = [
+    prompt_of(model, example, name, task_prefix)
+    for example, _, name in examples
+  ]
+  procedure = procedure_of(
+    model, params, dataset_cfg, partitioner, words, task_prefix
+  )
+  levels = list(
+    default_grid(procedure.measure) if thresholds is None else thresholds
+  )
   writer = None
   if jax.process_index() == 0:
     notes = {"checkpoint": str(restore_checkpoint_cfg.path)}
-    known = Provenance(grid=tuple(levels), num_examples=len(prompts), notes=notes)
+    known = Provenance(
+      grid=tuple(levels), num_examples=len(prompts), notes=notes
+    )
     about: dict[str, Any] = {"procedure": procedure, "provenance": known}
-    writer = open_writer(output_dir, prompts=prompts, thresholds=levels, **about)
+    writer = open_writer(
+      output_dir, prompts=prompts, thresholds=levels, **about
+    )
   size, depths = dataset_cfg.batch_size, (schedules.NEVER_EXIT, *levels)
   missing = missing_ids(writer, depths, [p.id for p in prompts], size)
   for i, start in enumerate(range(0, len(examples), size)):
     ids = [prompt.id for prompt in prompts[start : start + size]]
-    batch = batch_of([row for _, row, _ in examples[start : start + size]], size)
+    batch = batch_of(
+      [row for _, row, _ in examples[start : start + size]], size
+    )
     for j, threshold in enumerate(depths):
       if not missing[i, j]:
         continue
       tokens, aux = step(params, batch, np.float32(threshold))
       if writer:
         wanted = set(ids) - writer.completed_ids(threshold)
-        records = [record_of(model, tokens, aux, row, name) for row, name in enumerate(ids)]
-        writer.append(threshold, [record for record in records if record.id in wanted])
+        records = [
+          record_of(model, tokens, aux, row, name)
+          for row, name in enumerate(ids)
+        ]
+        writer.append(
+          threshold, [record for record in records if record.id in wanted]
+        )
     if writer:
-      print(f"{min(start + size, len(examples))} of {len(examples)} prompts", flush=True)
+      print(
+        f"{min(start + size, len(examples))} of {len(examples)} prompts",
+        flush=True,
+      )
   if writer:
     writer.finish()
     print(f"Written to {output_dir}; next: calm calibrate {output_dir}")
 
 
-def missing_ids(writer: Any, depths: Sequence[float], ids: Sequence[str], size: int) -> Any:
-  """Whether a batch lacks a record at a threshold, [batches, thresholds]; as all agree."""
+def missing_ids(
+  writer: Any, depths: Sequence[float], ids: Sequence[str], size: int
+) -> Any:
+  """Whether a batch lacks a record at a threshold, [batches, thresholds]; as
+  all agree.
+  """
   missing = np.zeros((-(-len(ids) // size), len(depths)), bool)
   if writer:
     done = [writer.completed_ids(threshold) for threshold in depths]
@@ -95,15 +133,31 @@ def missing_ids(writer: Any, depths: Sequence[float], ids: Sequence[str], size: 
   return np.asarray(missing)
 
 
-def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, Any]:
-  """Parameters, and the one partitioned step of (parameters, batch, threshold)."""
+def load(
+  model, dataset_cfg, partitioner, restore_checkpoint_cfg
+) -> tuple[Any, Any]:
+  """Parameters, and the one partitioned step of (parameters, batch,
+  threshold).
+  """
   size, lengths = dataset_cfg.batch_size, dataset_cfg.task_feature_lengths
-  names = {"encoder_input": "inputs", "decoder_input": "targets", "decoder_target": "targets"}
-  shapes = {f"{name}_tokens": (size, lengths[kind]) for name, kind in names.items()}
+  names = {
+    "encoder_input": "inputs",
+    "decoder_input": "targets",
+    "decoder_target": "targets",
+  }
+  shapes = {
+    f"{name}_tokens": (size, lengths[kind]) for name, kind in names.items()
+  }
   init = model.get_initial_variables
   initializer = utils.TrainStateInitializer(None, init, shapes, partitioner)
   restore_checkpoint_cfg.strict = False  # no optimizer is restored
-  given = (initializer, partitioner, restore_checkpoint_cfg, restore_checkpoint_cfg.path, None)
+  given = (
+    initializer,
+    partitioner,
+    restore_checkpoint_cfg,
+    restore_checkpoint_cfg.path,
+    None,
+  )
   state, _ = utils.create_checkpoint_manager_and_restore(*given, use_orbax=True)
   if state is None:
     raise FileNotFoundError(
@@ -111,53 +165,87 @@ def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, 
     )
 
   def predict(params, batch, threshold):
-    return model.predict_batch_with_aux(params, batch, decoder_params={"threshold": threshold})
+    return model.predict_batch_with_aux(
+      params, batch, decoder_params={"threshold": threshold}
+    )
 
-  axes = (initializer.train_state_axes.params, partitioner.data_partition_spec, None)
-  step = partitioner.partition(predict, in_axis_resources=axes, out_axis_resources=None)
+  axes = (
+    initializer.train_state_axes.params,
+    partitioner.data_partition_spec,
+    None,
+  )
+  step = partitioner.partition(
+    predict, in_axis_resources=axes, out_axis_resources=None
+  )
   if jax.process_count() == 1:
     return state.params, lambda *given: jax.device_get(step(*given))
   return state.params, functools.partial(_on_all_hosts, step, partitioner, size)
 
 
 def _on_all_hosts(step, partitioner, size: int, params, batch, threshold):
-  """A step on global arrays, as T5X's `get_infer_fn` makes them: each host brings its rows."""
-  layout, whole = partitioner.get_data_layout(size), jax.sharding.PartitionSpec()
+  """A step on global arrays, as T5X's `get_infer_fn` makes them: each host
+  brings its rows.
+  """
+  layout, whole = (
+    partitioner.get_data_layout(size),
+    jax.sharding.PartitionSpec(),
+  )
   own = size // layout.num_shards
   rows = slice(layout.shard_id * own, (layout.shard_id + 1) * own)
   local = {name: x[rows] for name, x in batch.items()}, threshold
   specs = (partitioner.data_partition_spec, whole)
-  given = multihost_utils.host_local_array_to_global_array(local, partitioner.mesh, specs)
-  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), step(params, *given))
+  given = multihost_utils.host_local_array_to_global_array(
+    local, partitioner.mesh, specs
+  )
+  return jax.tree.map(
+    lambda x: np.asarray(x.addressable_data(0)), step(params, *given)
+  )
 
 
-def read(dataset_cfg, model) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], str]]:
-  """(example, the model's features of it, its name), task after task, in the split's order."""
+def read(
+  dataset_cfg, model
+) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], str]]:
+  """(example, the model's features of it, its name), task after task, in the
+  split's order.
+  """
   mixture = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
   tasks = seqio.get_subtasks(mixture)
   for task in tasks:
-    lengths, known = dataset_cfg.task_feature_lengths, ("split", "use_cached", "seed")
+    lengths, known = (
+      dataset_cfg.task_feature_lengths,
+      ("split", "use_cached", "seed"),
+    )
     given = {name: getattr(dataset_cfg, name) for name in known}
     examples = task.get_dataset(lengths, shuffle=False, num_epochs=1, **given)
     features = model.FEATURE_CONVERTER_CLS(pack=False)(examples, lengths)
-    pairs = zip(examples.as_numpy_iterator(), features.as_numpy_iterator(), strict=True)
+    pairs = zip(
+      examples.as_numpy_iterator(), features.as_numpy_iterator(), strict=True
+    )
     for line, (example, feature) in enumerate(pairs):
       name = text_of(example["id"]) if "id" in example else str(line)
       yield example, feature, name if len(tasks) == 1 else f"{task.name}/{name}"
 
 
-def batch_of(features: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+def batch_of(
+  features: Sequence[dict[str, np.ndarray]], size: int
+) -> dict[str, np.ndarray]:
   """Features stacked into a batch of `size` rows, the missing ones padding."""
-  stacked = {name: np.stack([row[name] for row in features]) for name in features[0]}
+  stacked = {
+    name: np.stack([row[name] for row in features]) for name in features[0]
+  }
   missing = size - len(features)
-  return {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in stacked.items()}
+  return {
+    name: np.pad(x, [(0, missing), (0, 0)]) for name, x in stacked.items()
+  }
 
 
 def text_of(value: Any) -> str:  # numbers (ids of TFDS) as they are written
   return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def prompt_of(model, example: dict[str, Any], name: str, task_prefix: str) -> Prompt:
+def prompt_of(
+  model, example: dict[str, Any], name: str, task_prefix: str
+) -> Prompt:
   """The prompt as `calm infer` would be given it."""
 
   def text(feature: str) -> str:
@@ -167,7 +255,9 @@ def prompt_of(model, example: dict[str, Any], name: str, task_prefix: str) -> Pr
     return model.output_vocabulary.decode([int(i) for i in example[feature]])
 
   references = example.get("references")
-  targets = [text("targets")] if references is None else map(text_of, references)
+  targets = (
+    [text("targets")] if references is None else map(text_of, references)
+  )
   return Prompt(
     id=name,
     input=text("inputs").removeprefix(task_prefix),
@@ -179,7 +269,9 @@ def prompt_of(model, example: dict[str, Any], name: str, task_prefix: str) -> Pr
 def procedure_of(
   model, params, dataset_cfg, partitioner, words: Any, task_prefix: str
 ) -> Procedure:
-  """What the outputs are valid for: the very record that `calm infer` makes of this model."""
+  """What the outputs are valid for: the very record that `calm infer` makes of
+  this model.
+  """
   lengths, size, mesh = (
     dataset_cfg.task_feature_lengths,
     dataset_cfg.batch_size,
@@ -199,7 +291,9 @@ def procedure_of(
   )
 
 
-def record_of(model, tokens, aux: dict[str, np.ndarray], row: int, name: str) -> Record:
+def record_of(
+  model, tokens, aux: dict[str, np.ndarray], row: int, name: str
+) -> Record:
   """One row as a record on disk, without padding."""
   length = int(np.sum(aux["exit_layers"][row] > 0))
   cut = lambda field: tuple(aux[field][row][:length].tolist())
@@ -229,9 +323,15 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_multi_string("gin_file", None, "gin files, later ones win")
-  flags.DEFINE_multi_string("gin_bindings", [], "single bindings; also as --gin.NAME=VALUE")
-  flags.DEFINE_list("gin_search_paths", ["."], "folders that gin files are looked for in")
-  flags.DEFINE_string("coordinator_address", None, "of the first process: address:port")
+  flags.DEFINE_multi_string(
+    "gin_bindings", [], "single bindings; also as --gin.NAME=VALUE"
+  )
+  flags.DEFINE_list(
+    "gin_search_paths", ["."], "folders that gin files are looked for in"
+  )
+  flags.DEFINE_string(
+    "coordinator_address", None, "of the first process: address:port"
+  )
   flags.DEFINE_integer("process_count", None, "processes")
   flags.DEFINE_integer("process_index", None, "of this process, from 0")
   gin_utils.run(main)

@@ -1,13 +1,16 @@
-"""Writes the tables of every README from `scripts/results/*.json`: no figure is typed.
+"""Writes the tables of every README from `scripts/results/*.json`: no figure is
+typed.
 
   python scripts/tables.py            writes them
-  python scripts/tables.py --check    says which would change, and exits with 1 if one would
+  python scripts/tables.py --check    says which would change, and exits with 1
+  if one would
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and comes from
-`scripts/results/NAME.json`: {"command", "columns", "rows", "versions", "machine"?, "align"?}.
-A row is a list of cells, or an object with the columns as keys.
-`<!-- table: NAME rows: 1 3 -->` shows some of the rows, counted from 1, and after it
-`columns: model; task` some of the columns of rows that are objects.
+`scripts/results/NAME.json`: {"command", "columns", "rows", "versions",
+"machine"?, "align"?}. A row is a list of cells, or an object with the columns
+as keys. `<!-- table: NAME rows: 1 3 -->` shows some of the rows, counted from
+1, and after it `columns: model; task` some of the columns of rows that are
+objects.
 """
 
 import argparse
@@ -27,7 +30,8 @@ from calm import storage
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results"
 MARK = re.compile(
-  r"(<!-- table: ([\w-]+)(?: rows: ([\d ]+))?(?: columns: (.+?))? -->\n).*?(<!-- end -->)",
+  r"(<!-- table: ([\w-]+)(?: rows: ([\d ]+))?(?: columns: (.+?))? "
+  r"-->\n).*?(<!-- end -->)",
   re.DOTALL,
 )
 
@@ -51,7 +55,8 @@ def cell(value: Any) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-  """A result as Markdown, with the command and the versions that it was made with.
+  """A result as Markdown, with the command and the versions that it was made
+  with.
 
   Raises:
     KeyError: the result lacks `command`, `columns` or `rows`.
@@ -61,12 +66,19 @@ def table(result: dict[str, Any]) -> str:
     [row.get(column) for column in columns] if isinstance(row, dict) else row
     for row in result["rows"]
   ]
-  numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))]
-  align = result.get("align") or ["right" if right else "left" for right in numeric]
+  numeric = [
+    all(not isinstance(row[i], str) for row in rows)
+    for i in range(len(columns))
+  ]
+  align = result.get("align") or [
+    "right" if right else "left" for right in numeric
+  ]
   line = lambda cells: "| " + " | ".join(cells) + " |"
   rule = line(["---:" if side == "right" else "---" for side in align])
   body = [line([cell(value) for value in row]) for row in rows]
-  versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+  versions = ", ".join(
+    f"{name} {version}" for name, version in result["versions"].items()
+  )
   about = "; ".join(part for part in (result.get("machine"), versions) if part)
   source = f"<sub>{about}. `{result['command']}`</sub>"
   return "\n".join([line(columns), rule, *body, "", source])
@@ -78,7 +90,9 @@ def rendered(text: str) -> str:
   def replace(match: re.Match[str]) -> str:
     result = json.loads((RESULTS / f"{match[2]}.json").read_text("utf-8"))
     if match[3]:
-      result["rows"] = [result["rows"][int(number) - 1] for number in match[3].split()]
+      result["rows"] = [
+        result["rows"][int(number) - 1] for number in match[3].split()
+      ]
     if match[4]:
       result["columns"] = match[4].split("; ")
     return f"{match[1]}{table(result)}\n{match[5]}"
@@ -87,7 +101,9 @@ def rendered(text: str) -> str:
 
 
 def command_line() -> str:
-  """The command that runs, by its script's name, without where results are written to."""
+  """The command that runs, by its script's name, without where results are
+  written to.
+  """
   words = ["python", f"scripts/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]
   return re.sub(r" --output[ =]\S+", "", shlex.join(words))
 
@@ -110,9 +126,16 @@ def write(
   packages: Sequence[str] = ("numpy", "scipy"),
   **more: Any,
 ) -> dict[str, Any]:
-  """Writes and returns a result; `more` are other keys, like `align` and more `versions`."""
+  """Writes and returns a result; `more` are other keys, like `align` and more
+  `versions`.
+  """
   known = versions(*packages) | more.pop("versions", {})
-  about = {"command": command_line(), "columns": list(columns), **more, "rows": list(rows)}
+  about = {
+    "command": command_line(),
+    "columns": list(columns),
+    **more,
+    "rows": list(rows),
+  }
   result = about | {"machine": machine, "versions": known}
   storage.write_atomically(
     pathlib.Path(path), json.dumps(result, indent=1, ensure_ascii=False) + "\n"

@@ -1,6 +1,8 @@
-"""What the TPU compiler expects of decoding: cycles by exit layer, memory, collectives.
+"""What the TPU compiler expects of decoding: cycles by exit layer, memory,
+collectives.
 
-Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
+Compiled for the TPU that is named, estimated by its compiler: nothing runs,
+none is needed.
 
   pip install '.[train,tpu]'   (x86 Linux)
   python scripts/tpu_report.py     scripts/results/tpu.json
@@ -16,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Two compilations at once would wait for one lock; the others silence a search for a TPU.
+# Two compilations at once would wait for one lock; the others silence a search
+# for a TPU.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v3-8")
@@ -64,14 +67,27 @@ class Compiled:
 def available() -> str:
   """Why nothing can be compiled for a TPU here, or '' where it can."""
   missing = importlib.util.find_spec("libtpu") is None
-  return "libtpu is missing: pip install '.[tpu]' on x86 Linux" if missing else ""
+  return (
+    "libtpu is missing: pip install '.[tpu]' on x86 Linux" if missing else ""
+  )
 
 
-def configuration(shape: str, dtype: str = "float32", **changes: Any) -> network.T5Config:
+def configuration(
+  shape: str, dtype: str = "float32", **changes: Any
+) -> network.T5Config:
   """T5 1.1 of a size."""
   emb_dim, heads, layers, mlp_dim = SIZES[shape]
-  sizes = {"num_encoder_layers": layers, "num_decoder_layers": layers, "num_heads": heads}
-  sizes |= {"emb_dim": emb_dim, "mlp_dim": mlp_dim, "vocab_size": 32128, "dtype": dtype}
+  sizes = {
+    "num_encoder_layers": layers,
+    "num_decoder_layers": layers,
+    "num_heads": heads,
+  }
+  sizes |= {
+    "emb_dim": emb_dim,
+    "mlp_dim": mlp_dim,
+    "vocab_size": 32128,
+    "dtype": dtype,
+  }
   return network.T5Config(**{**GATED, **sizes, **changes})
 
 
@@ -84,7 +100,8 @@ def compiled(
   weights_dtype: str | None = None,
   propagated: propagation.Propagation | None = None,
 ) -> Compiled:
-  """The decode loop compiled for one core of a topology, with the classifier as measure.
+  """The decode loop compiled for one core of a topology, with the classifier as
+  measure.
 
   Args:
     topology: 'v3:2x2', 'v5e:2x2', ...
@@ -104,30 +121,42 @@ def compiled(
   program = program_lib.Program(config, rule, length, engine=engine)
 
   def laid_out(params, tokens, active, threshold):
-    weights = program_lib.model_weights(params, config, weights_dtype=weights_dtype)
+    weights = program_lib.model_weights(
+      params, config, weights_dtype=weights_dtype
+    )
     return weights, program.encode(weights, tokens), active, threshold
 
-  init = functools.partial(network.Transformer(config).init, enable_dropout=False)
+  init = functools.partial(
+    network.Transformer(config).init, enable_dropout=False
+  )
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
   tokens = shape(jnp.int32, rows, input_length)
-  device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+  device = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology
+  ).devices[0]
   there = jax.sharding.SingleDeviceSharding(device)
   with platforms.laid_out_for("tpu"):
-    params = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    params = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)[
+      "params"
+    ]
     given = (params, tokens, shape(jnp.bool_, rows), shape(jnp.float32))
     leaves, tree = jax.tree.flatten(jax.eval_shape(laid_out, *given))
-    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves]
+    leaves = [
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves
+    ]
     run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
     made = jax.jit(run).lower(leaves).compile()
   half = rows * length * config.num_heads * config.head_dim
   width = jnp.dtype(config.dtype).itemsize
   caches = 2 * half * width * rule.depth(config.num_decoder_layers)
   memory: Any = made.memory_analysis()
-  return Compiled(tpu_hlo.parse(made.as_text() or ""), memory.temp_size_in_bytes, caches, half)
+  return Compiled(
+    tpu_hlo.parse(made.as_text() or ""), memory.temp_size_in_bytes, caches, half
+  )
 
 
-# What the table shows: topology, dtype, rows, tokens decoded, programs. `compacted` lays caches
-# out anew at 128 rows, and takes minutes to compile.
+# What the table shows: topology, dtype, rows, tokens decoded, programs.
+# `compacted` lays caches out anew at 128 rows, and takes minutes to compile.
 THREE = ("static", "eager", "deferred")
 TABLE = (
   ("v3:2x2", "bfloat16", 1, 64, ("static", "deferred")),
@@ -146,9 +175,18 @@ COLUMNS = (
 )
 
 
-def rows(topology: str, dtype: str, batch: int, length: int, programs: Sequence[str]) -> list:
-  """Rows of the table: thousands of cycles by exit layer, in brackets the ratio to static."""
-  config, sizes, static, made = configuration("small", dtype), (batch, INPUT, length), {}, []
+def rows(
+  topology: str, dtype: str, batch: int, length: int, programs: Sequence[str]
+) -> list:
+  """Rows of the table: thousands of cycles by exit layer, in brackets the ratio
+  to static.
+  """
+  config, sizes, static, made = (
+    configuration("small", dtype),
+    (batch, INPUT, length),
+    {},
+    [],
+  )
   for name in programs:
     one, cells = None, []
     for layer in EXITS:
@@ -158,7 +196,10 @@ def rows(topology: str, dtype: str, batch: int, length: int, programs: Sequence[
       cycles = tpu_hlo.step_cycles(one.module, PATHS[name], segments) / 1e3
       if name == "static":
         static[layer] = cycles
-      cells.append(f"{cycles:.0f}" + (f" ({cycles / static[layer]:.2f})" * (name != "static")))
+      cells.append(
+        f"{cycles:.0f}"
+        + (f" ({cycles / static[layer]:.2f})" * (name != "static"))
+      )
     assert one is not None
     memory = [f"{one.temporaries / 1e6:.0f}", f"{one.caches / 1e6:.0f}"]
     moves = len(tpu_hlo.moved(one.module, one.half_cache))
@@ -168,16 +209,24 @@ def rows(topology: str, dtype: str, batch: int, length: int, programs: Sequence[
   return made
 
 
-def write(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Any]) -> None:
+def write(
+  path: pathlib.Path, columns: Sequence[str], rows: Sequence[Any]
+) -> None:
   """Writes a table whose first three columns are words."""
   align = ["left"] * 3 + ["right"] * (len(columns) - 3)
   machine = "compiled for the TPU, estimated by its compiler: nothing was run"
   packages = ("jax", "jaxlib", "libtpu")
-  tables.write(path, columns, rows, align=align, machine=machine, packages=packages)
+  tables.write(
+    path, columns, rows, align=align, machine=machine, packages=packages
+  )
 
 
-def flags_of(about: str | None, output: pathlib.Path, **options: Any) -> argparse.Namespace:
-  """Options of the command line; SystemExit where nothing can be compiled for a TPU."""
+def flags_of(
+  about: str | None, output: pathlib.Path, **options: Any
+) -> argparse.Namespace:
+  """Options of the command line; SystemExit where nothing can be compiled for a
+  TPU.
+  """
   shape = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser(description=about, formatter_class=shape)
   parser.add_argument("--output", type=pathlib.Path, default=output)

@@ -1,6 +1,8 @@
-"""Memory of whole steps on TPU meshes, as the compiler lays it out: training, and decoding.
+"""Memory of whole steps on TPU meshes, as the compiler lays it out: training,
+and decoding.
 
-Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
+Compiled for the TPU that is named, estimated by its compiler: nothing runs,
+none is needed.
 
   pip install '.[tpu]'   (x86 Linux)
   python scripts/tpu_steps.py --steps=squad_small_train,large_train
@@ -33,7 +35,12 @@ OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu_memory.json"
 # T5X's `partitioning.standard_logical_axis_rules()`.
 RULES = (
   *(("batch", "data"), ("vocab", "model"), ("embed", None), ("mlp", "model")),
-  *(("heads", "model"), ("kv", None), ("joined_kv", "model"), ("relpos_buckets", None)),
+  *(
+    ("heads", "model"),
+    ("kv", None),
+    ("joined_kv", "model"),
+    ("relpos_buckets", None),
+  ),
   *(("length", None), ("stack", None), ("mlp_activations", None)),
 )
 STAGES: Mapping[str, tuple[objectives.Objective, Any]] = {
@@ -46,31 +53,42 @@ STAGES: Mapping[str, tuple[objectives.Objective, Any]] = {
 class Step:
   """What is compiled."""
 
-  kind: str  # 'stage one', 'stage two' (of training), or 'decode' (a batch with early exit)
+  # 'stage one', 'stage two' (of training), or 'decode' (a batch with early
+  # exit)
+  kind: str
   shape: str  # T5 1.1's, one of `tpu_report.SIZES`
   topology: str = "v3:2x2"  # of TPU cores
-  model: int = 1  # cores along the model axis; the others lie along the data axis
+  # cores along the model axis; the others lie along the data axis
+  model: int = 1
   batch: int = 128  # rows of the whole mesh
   inputs: int = 512  # tokens
   targets: int = 512
   layers: int = 0  # of either stack, 0: the shape's
   vocabulary: int = 32128  # pieces
-  # Whether a decoder lies whole on every core between batches, as in T5X's inference
-  # (`whole_decoder`); else its weights are gathered once a batch.
+  # Whether a decoder lies whole on every core between batches, as in T5X's
+  # inference (`whole_decoder`); else its weights are gathered once a batch.
   whole: bool = False
 
   @property
   def config(self) -> network.T5Config:
-    changes: dict[str, Any] = {"vocab_size": self.vocabulary, "one_hot_embedding": True}
+    changes: dict[str, Any] = {
+      "vocab_size": self.vocabulary,
+      "one_hot_embedding": True,
+    }
     if self.layers:
-      changes |= {"num_encoder_layers": self.layers, "num_decoder_layers": self.layers}
+      changes |= {
+        "num_encoder_layers": self.layers,
+        "num_decoder_layers": self.layers,
+      }
     if self.kind != "decode":
       changes["dropout_rate"] = 0.1
     return tpu_report.configuration(self.shape, "bfloat16", **changes)
 
   @functools.cached_property
   def mesh(self) -> sharding.Mesh:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=self.topology
+    ).devices
     grid = np.asarray(devices).reshape(-1, self.model)
     return sharding.Mesh(grid, ("data", "model"))
 
@@ -79,19 +97,27 @@ class Step:
     if isinstance(specs, sharding.PartitionSpec):
       specs = jax.tree.map(lambda _: specs, tree)
     there = lambda spec: sharding.NamedSharding(self.mesh, spec)
-    shape = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there(spec))
+    shape = lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=there(spec)
+    )
     return jax.tree.map(shape, tree, specs)
 
   def params(self) -> Any:
-    """The parameters' shapes, each along the axes of the mesh that T5X's rules name."""
+    """The parameters' shapes, each along the axes of the mesh that T5X's rules
+    name.
+    """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    init = functools.partial(network.Transformer(self.config).init, enable_dropout=False)
+    init = functools.partial(
+      network.Transformer(self.config).init, enable_dropout=False
+    )
     made = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
     if self.whole:
       made = loops.kept_whole(made)
     names = flax_core.unfreeze(partitioning.get_axis_names(made["params_axes"]))
     to_mesh = lambda _, spec: partitioning.logical_to_mesh_axes(spec, RULES)
-    return self.along(made["params"], jax.tree.map(to_mesh, made["params"], names))
+    return self.along(
+      made["params"], jax.tree.map(to_mesh, made["params"], names)
+    )
 
   def rows(self, dtype: Any, *dimensions: int) -> Any:
     """An array of the batch, its rows along the data axis."""
@@ -100,7 +126,10 @@ class Step:
 
   def compiled(self) -> Any:
     """The step for the TPU."""
-    rules, layout = partitioning.axis_rules(RULES), platforms.laid_out_for("tpu")
+    rules, layout = (
+      partitioning.axis_rules(RULES),
+      platforms.laid_out_for("tpu"),
+    )
     with sharding.use_abstract_mesh(self.mesh.abstract_mesh), rules, layout:
       made = self._decode() if self.kind == "decode" else self._train()
     return made.compile()
@@ -109,7 +138,9 @@ class Step:
     objective, optimizer = STAGES[self.kind]
     module, params = network.Transformer(self.config), self.params()
     config = updates.TrainConfig(1, optimizer=optimizer)
-    state = jax.eval_shape(lambda p: updates.init_state(p, config, objective), params)
+    state = jax.eval_shape(
+      lambda p: updates.init_state(p, config, objective), params
+    )
     # An optimizer keeps sums of rows and columns, and of what it trains alone.
     state = self.along(state, sharding.PartitionSpec())
     state = dataclasses.replace(state, params=params)
@@ -123,7 +154,9 @@ class Step:
     return step.lower(state, batch)
 
   def _decode(self) -> Any:
-    """What `calm.t5x.models` runs under `predict_batch_with_aux`, in its own loop."""
+    """What `calm.t5x.models` runs under `predict_batch_with_aux`, in its own
+    loop.
+    """
     rule = exits.DynamicExits(confidence.Classifier(), schedules.Constant())
     config, length = self.config, self.targets
     axes = loops.row_axes(self.mesh, self.batch)
@@ -131,7 +164,9 @@ class Step:
     def predict(params, tokens, prefix, threshold):
       weights = program_lib.model_weights(params, config).decoder
       if axes:
-        place = sharding.NamedSharding(self.mesh.abstract_mesh, sharding.PartitionSpec())
+        place = sharding.NamedSharding(
+          self.mesh.abstract_mesh, sharding.PartitionSpec()
+        )
         weights = jax.lax.with_sharding_constraint(weights, place)
       encoded = network.encode(params, config, tokens)
       encoded = caches.cross_attention_inputs(weights, config, encoded, tokens)
@@ -140,7 +175,9 @@ class Step:
         del rng
         prefix, encoded, threshold = batch
         rows = loops.make_rows(encoded, prefix, threshold)
-        return loops.greedy_decode(prefix, {}, loops.Loop(config, rule, weights, rows, 1), 1)
+        return loops.greedy_decode(
+          prefix, {}, loops.Loop(config, rule, weights, rows, 1), 1
+        )
 
       over = loops.over_rows(decode, self.mesh, axes)
       return over(weights, (prefix, encoded, threshold), None)
@@ -158,7 +195,8 @@ class Memory:
   temporaries: float
   peak: float  # donated arguments counted once
   loop_collectives: int | None  # of the token loop
-  cycles: tuple[float, ...]  # thousands of a token that leaves after layer 1, L/3, 2 L/3, L
+  # thousands of a token that leaves after layer 1, L/3, 2 L/3, L
+  cycles: tuple[float, ...]
 
 
 def memory(step: Step) -> Memory:
@@ -169,7 +207,11 @@ def memory(step: Step) -> Memory:
     raise RuntimeError(f"{step} does not fit: {str(error)[:300]}") from error
   found: Any = made.memory_analysis()
   module = tpu_hlo.parse(made.as_text() or "")
-  peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  peak = (
+    found.argument_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+  )
   decodes, layers = step.kind == "decode", step.config.num_decoder_layers
   ends = (1, layers // 3, 2 * layers // 3, layers) if decodes else ()
   path = tpu_report.PATHS["deferred"]
@@ -183,11 +225,17 @@ def memory(step: Step) -> Memory:
   )
 
 
-def _paper(task: str, shape: str, inputs: int, targets: int, model: int) -> dict[str, Step]:
-  """What configs/runs/paper_TASK.gin trains and decodes, on the eight cores of a v3-8."""
+def _paper(
+  task: str, shape: str, inputs: int, targets: int, model: int
+) -> dict[str, Step]:
+  """What configs/runs/paper_TASK.gin trains and decodes, on the eight cores of
+  a v3-8.
+  """
   kinds = {"train": "stage one", "classifier": "stage two", "decode": "decode"}
   return {
-    f"{task}_{shape}_{name}": Step(kind, shape, model=model, inputs=inputs, targets=targets)
+    f"{task}_{shape}_{name}": Step(
+      kind, shape, model=model, inputs=inputs, targets=targets
+    )
     for name, kind in kinds.items()
   }
 
@@ -219,11 +267,24 @@ def row(name: str, one: Memory) -> list[Any]:
   lengths = f"{step.batch}, {step.inputs} / {step.targets}"
   kept = [f"{x:.1f}" for x in (one.arguments, one.temporaries, one.peak)]
   loops = "" if one.loop_collectives is None else one.loop_collectives
-  return [name, where, lengths, *kept, loops, " / ".join(f"{x:.0f}" for x in one.cycles)]
+  return [
+    name,
+    where,
+    lengths,
+    *kept,
+    loops,
+    " / ".join(f"{x:.0f}" for x in one.cycles),
+  ]
 
 
 COLUMNS = (
-  *("step", "cores, data x model", "batch, lengths", "arguments, GB", "temporaries, GB"),
+  *(
+    "step",
+    "cores, data x model",
+    "batch, lengths",
+    "arguments, GB",
+    "temporaries, GB",
+  ),
   *("in all, GB of 16 a core", "collectives in the token loop"),
   "thousand cycles a token, exit at 1 / a third / two thirds / all layers",
 )

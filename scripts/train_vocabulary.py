@@ -1,10 +1,11 @@
-r"""Trains a SentencePiece vocabulary on the inputs and targets of JSON Lines files.
+r"""Trains a SentencePiece vocabulary on the inputs and targets of JSON Lines
+files.
 
   python scripts/train_vocabulary.py --output=debian_4000.model --size=4000 \
       data/*/train.jsonl.gz
 
-Ids are T5's: padding 0, end of text 1, unknown 2. Each distinct text is read once, sorted, so
-that the same files give the same vocabulary.
+Ids are T5's: padding 0, end of text 1, unknown 2. Each distinct text is read
+once, sorted, so that the same files give the same vocabulary.
 """
 
 import argparse
@@ -19,7 +20,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("paths", nargs="+", help="JSON Lines files of {input, target}")
+  parser.add_argument(
+    "paths", nargs="+", help="JSON Lines files of {input, target}"
+  )
   parser.add_argument("--output", required=True, help="the model file to write")
   parser.add_argument("--size", type=int, default=8000, help="number of pieces")
   flags = parser.parse_args()

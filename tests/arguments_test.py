@@ -1,4 +1,6 @@
-"""Arguments of `calm.calibrate`: what stands for a value passes, the rest is named."""
+"""Arguments of `calm.calibrate`: what stands for a value passes, the rest is
+named.
+"""
 
 import fractions
 import inspect
@@ -77,7 +79,9 @@ def every(
     ({"anything": {1}, "other": {2}}, {"anything": {1}, "other": {2}}),
   ],
 )
-def test_what_stands_for_a_value_passes_in_the_form_of_the_annotation(given, taken):
+def test_what_stands_for_a_value_passes_in_the_form_of_the_annotation(
+  given, taken
+):
   made = every(**given)
   for name, value in taken.items():
     assert repr(made[name]) == repr(value)  # the type too
@@ -88,13 +92,31 @@ def test_what_stands_for_a_value_passes_in_the_form_of_the_annotation(given, tak
   [
     ({"flag": 1}, "`flag` to be True or False, got 1 (int)."),
     ({"count": True}, "`count` to be a whole number, got True (bool)."),
-    ({"rate": np.array([0.5])}, "`rate` to be a number, got array([0.5]) (ndarray)."),
+    (
+      {"rate": np.array([0.5])},
+      "`rate` to be a number, got array([0.5]) (ndarray).",
+    ),
     ({"kind": "c"}, "`kind` to be one of 'a', 'b', got 'c' (str)."),
-    ({"counts": "12"}, "`counts` to be a list of whole numbers, got '12' (str)."),
-    ({"counts": {1, 2}}, "`counts` to be a list of whole numbers, got {1, 2} (set)."),
-    ({"counts": [1, "2"]}, "`counts` to be a list of whole numbers, got '2' (str) at 1."),
-    ({"pair": [None]}, "`pair` to be a list of numbers or None, got None (NoneType) at 0."),
-    ({"tables": {"a": "x"}}, "`tables` to be a mapping to a list of texts or None, got 'x'"),
+    (
+      {"counts": "12"},
+      "`counts` to be a list of whole numbers, got '12' (str).",
+    ),
+    (
+      {"counts": {1, 2}},
+      "`counts` to be a list of whole numbers, got {1, 2} (set).",
+    ),
+    (
+      {"counts": [1, "2"]},
+      "`counts` to be a list of whole numbers, got '2' (str) at 1.",
+    ),
+    (
+      {"pair": [None]},
+      "`pair` to be a list of numbers or None, got None (NoneType) at 0.",
+    ),
+    (
+      {"tables": {"a": "x"}},
+      "`tables` to be a mapping to a list of texts or None, got 'x'",
+    ),
     ({"call": 1}, "`call` to be a function, got 1 (int)."),
     ({"path": int}, "`path` to be a text or a `Path`, got the class int."),
   ],
@@ -110,7 +132,11 @@ def certify(promise: Any = None, **options) -> calibrate.Calibration:
 
 PLANNED = {"tolerance": 0.1, "error_rate": 0.05}
 ONE = {"losses": losses(), "tolerance": 0.1, "name": "a"}
-FAMILIES = {"risks": {"a": [risks.Risk(**ONE)]}, "costs": {"a": TABLE}, "error_rate": 0.05}
+FAMILIES = {
+  "risks": {"a": [risks.Risk(**ONE)]},
+  "costs": {"a": TABLE},
+  "error_rate": 0.05,
+}
 PROMISES = (
   (risks.Quantile, {}),
   (risks.TailMean, {}),
@@ -119,11 +145,18 @@ PROMISES = (
   (risks.KnownMixture, {"most": 2.0, "weights": [1.0] * COUNT}),
   (risks.Cost, {"costs": TABLE}),
 )
-# What is called with exchanged arguments, and whose they are; those that are needed.
+# What is called with exchanged arguments, and whose they are; those that are
+# needed.
 BORDER = [
-  (calibrate.calibrate, calibrate.calibrate, {"losses": LOSSES, "thresholds": GRID, **RATES}),
   (
-    lambda **given: calibrate.calibrate(risks=[risks.Risk(**given)], error_rate=0.05),
+    calibrate.calibrate,
+    calibrate.calibrate,
+    {"losses": LOSSES, "thresholds": GRID, **RATES},
+  ),
+  (
+    lambda **given: calibrate.calibrate(
+      risks=[risks.Risk(**given)], error_rate=0.05
+    ),
     risks.Risk,
     ONE,
   ),
@@ -139,7 +172,10 @@ BORDER = [
   *(
     (call, call, needed)
     for call, needed in (
-      (SequenceLosses, {"values": LOSSES, "thresholds": GRID, "support": Support()}),
+      (
+        SequenceLosses,
+        {"values": LOSSES, "thresholds": GRID, "support": Support()},
+      ),
       (Support, {}),
       (calibrate.calibrate_configurations, FAMILIES),
       (metrics.Metric, {"name": "a", "function": metrics.chrf}),
@@ -154,11 +190,17 @@ BORDER = [
 ]
 
 
-@pytest.mark.parametrize(("call", "of", "needed"), BORDER, ids=[b[1].__name__ for b in BORDER])
-def test_every_argument_is_taken_or_refused_by_name(call, of, needed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("call", "of", "needed"), BORDER, ids=[b[1].__name__ for b in BORDER]
+)
+def test_every_argument_is_taken_or_refused_by_name(
+  call, of, needed, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)  # a path among the odd values is written to
   parameters = inspect.signature(of).parameters.values()
-  given = {p.name: p.default for p in parameters if p.default is not p.empty} | needed
+  given = {
+    p.name: p.default for p in parameters if p.default is not p.empty
+  } | needed
   given.pop("metric", None)  # a user's function may do what it likes
   given |= {"tolerance": 0.1} if of is each_group else {}
   call(**given)
@@ -167,4 +209,6 @@ def test_every_argument_is_taken_or_refused_by_name(call, of, needed, tmp_path, 
 
 def test_the_law_of_arguments_can_fail():
   found = list(odd_arguments.unclear(lambda count: count + 1, {"count": 1}))
-  assert {type(error) for _, _, error in found} >= {TypeError} and len(found) > 8
+  assert {type(error) for _, _, error in found} >= {TypeError} and len(
+    found
+  ) > 8

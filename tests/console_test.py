@@ -12,7 +12,9 @@ from calm.console import Progress, print_text, quiet, sanitize
 
 
 def terminal(width=80):
-  return rich_console.Console(file=io.StringIO(), width=width, force_terminal=True)
+  return rich_console.Console(
+    file=io.StringIO(), width=width, force_terminal=True
+  )
 
 
 def pipe(width=80):
@@ -22,9 +24,15 @@ def pipe(width=80):
 @pytest.mark.parametrize(
   ("text", "shown"),
   [
-    ("\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J", r"\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J"),
+    (
+      "\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J",
+      r"\x1b[31mred\x1b]0;title\x07\r\x08\x9b2J",
+    ),
     ("a\u202eb\u2066c\u200bd\ufeff", r"a\u202eb\u2066c\u200bd\ufeff"),
-    ("a\nb\tc é 漢 [/b] <script> می\u200cخواهم", "a\nb\tc é 漢 [/b] <script> می\u200cخواهم"),
+    (
+      "a\nb\tc é 漢 [/b] <script> می\u200cخواهم",
+      "a\nb\tc é 漢 [/b] <script> می\u200cخواهم",
+    ),
   ],
 )
 def test_control_characters_are_escaped(text, shown):
@@ -36,7 +44,9 @@ def test_printed_text_is_no_markup():
   print_text(console, "[bold]:smile:\x1b[2J", "bold")
   assert console.file.getvalue() == "\x1b[1m[bold]:smile:\\x1b[2J\x1b[0m\n"
   print_text(console, "a path of more than twenty letters", soft_wrap=True)
-  assert console.file.getvalue().endswith("m\na path of more than twenty letters\n")
+  assert console.file.getvalue().endswith(
+    "m\na path of more than twenty letters\n"
+  )
 
 
 @pytest.fixture
@@ -61,8 +71,12 @@ def test_a_terminal_has_a_bar_with_the_remaining_time(now, capsys):
     raise RuntimeError
   before, _, after = console.file.getvalue().partition("a text\n")
   assert "0:00:50" in before and "5 of 10 prompts, still" in after
-  assert before.endswith("\x1b[2K") and after.endswith("\x1b[2K")  # nothing of the bar stays
-  assert "\x1b[2J" not in before and capsys.readouterr().out == "to standard output\n"
+  # nothing of the bar stays
+  assert before.endswith("\x1b[2K") and after.endswith("\x1b[2K")
+  assert (
+    "\x1b[2J" not in before
+    and capsys.readouterr().out == "to standard output\n"
+  )
 
 
 def test_short_work_shows_nothing():
@@ -72,7 +86,9 @@ def test_short_work_shows_nothing():
     assert each.file.getvalue() == ""
 
 
-def test_without_a_console_only_somebody_who_looks_on_sees_progress(now, monkeypatch, capsys):
+def test_without_a_console_only_somebody_who_looks_on_sees_progress(
+  now, monkeypatch, capsys
+):
   with Progress() as report:
     report.step("a step")(0.5, "half")
   assert capsys.readouterr() == ("", "")

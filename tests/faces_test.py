@@ -1,4 +1,6 @@
-"""The package's faces: lazy names that are documented, with examples that run."""
+"""The package's faces: lazy names that are documented, with examples that
+run.
+"""
 
 import ast
 import doctest
@@ -18,7 +20,8 @@ jax = pytest.importorskip("jax", reason="the faces of decoding need JAX")
 import calm
 
 PACKAGE = pathlib.Path(calm.__file__).parent
-# Rooms whose face needs what may be missing (T5X, matplotlib) or is the command line.
+# Rooms whose face needs what may be missing (T5X, matplotlib) or is the command
+# line.
 CLOSED = ("calm.t5x", "calm.paper", "calm.commands", "calm.__main__")
 FACES = sorted(
   module.name
@@ -28,33 +31,50 @@ FACES = sorted(
 
 
 def documented():
-  """(where, value) of every public function and class that a face names itself."""
+  """(where, value) of every public function and class that a face names
+  itself.
+  """
   found = {}
   for face in ["calm", *FACES]:
     module = importlib.import_module(face)
     for name in module.__all__:
-      value = getattr(module, name, None) or importlib.import_module(f"{face}.{name}")
+      value = getattr(module, name, None) or importlib.import_module(
+        f"{face}.{name}"
+      )
       if inspect.isfunction(value) or inspect.isclass(value):
         found[value.__module__, value.__qualname__] = (f"{face}.{name}", value)
   return list(found.values())
 
 
 def lacks(value):
-  """What the docstring of a public function or class should tell and does not."""
+  """What the docstring of a public function or class should tell and does
+  not.
+  """
   text, faults = inspect.getdoc(value) or "", []
   if not text or text.startswith(f"{getattr(value, '__name__', '')}("):
     return ["docstring"]
   if inspect.isclass(value):
-    fields = [name for name in getattr(value, "__annotations__", {}) if name[0] != "_"]
+    fields = [
+      name for name in getattr(value, "__annotations__", {}) if name[0] != "_"
+    ]
     # A comment above a field, or beside it, documents it as well.
-    for line in re.findall(r"# .*\n +\w+:|\n +\w+: .*  #", inspect.getsource(value)):
+    for line in re.findall(
+      r"# .*\n +\w+:|\n +\w+: .*  #", inspect.getsource(value)
+    ):
       text += line
-    faults += [f for f in fields if len(fields) > 1 and not re.search(rf"\b{f}\b", text)]
+    faults += [
+      f for f in fields if len(fields) > 1 and not re.search(rf"\b{f}\b", text)
+    ]
   else:
     raised = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(value))))
-    if any(isinstance(node, ast.Raise) for node in raised) and "Raises:" not in text:
+    if (
+      any(isinstance(node, ast.Raise) for node in raised)
+      and "Raises:" not in text
+    ):
       faults.append("Raises:")
-    parameters = [p for p in inspect.signature(value).parameters if p not in ("self", "cls")]
+    parameters = [
+      p for p in inspect.signature(value).parameters if p not in ("self", "cls")
+    ]
     if len(parameters) > 2 and "Args:" not in text:
       faults.append("Args:")
   return faults
@@ -70,11 +90,17 @@ def test_calm_lists_and_loads_its_names():
 
 def test_help_shows_what_can_be_loaded(monkeypatch):
   find = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, "find_spec", lambda n: n != "jinja2" and find(n))
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda n: n != "jinja2" and find(n)
+  )
   names = set(dir(calm))
-  assert {"calibrate", "load", "training"} <= names and names.isdisjoint({"fit", "fitting"})
+  assert {"calibrate", "load", "training"} <= names and names.isdisjoint(
+    {"fit", "fitting"}
+  )
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  assert {"calibrate", "Calibration"} <= set(dir(calm)) and "load" not in dir(calm)
+  assert {"calibrate", "Calibration"} <= set(dir(calm)) and "load" not in dir(
+    calm
+  )
 
 
 def test_type_checkers_see_every_lazy_name():
@@ -86,7 +112,9 @@ def test_type_checkers_see_every_lazy_name():
 
 
 def test_the_path_of_a_token_names_what_is_there():
-  path = [line for line in calm.__doc__.splitlines() if re.match(r"  \d\. ", line)]
+  path = [
+    line for line in calm.__doc__.splitlines() if re.match(r"  \d\. ", line)
+  ]
   assert len(path) == 6
   names = re.findall(r"`(calm\.[\w.]+)`", "\n".join(path))
   assert len(names) >= 8
@@ -103,7 +131,9 @@ def test_public_names_are_documented():
   assert lacks(fails) == ["Raises:", "Args:"]  # the check can fail
   names = documented()
   assert len(names) > 60
-  assert {where: faults for where, value in names if (faults := lacks(value))} == {}
+  assert {
+    where: faults for where, value in names if (faults := lacks(value))
+  } == {}
 
 
 def test_every_example_runs():

@@ -1,8 +1,10 @@
-"""Malformed and forged input, generated: every field and byte of every file that is read.
+"""Malformed and forged input, generated: every field and byte of every file
+that is read.
 
-Tables of documents, each with the function that reads it; generators of exchanges. The outcome
-is an error that says what was expected where, or a value that the table calls fair; never a
-traceback of another kind, never a wait, never a silent acceptance.
+Tables of documents, each with the function that reads it; generators of
+exchanges. The outcome is an error that says what was expected where, or a value
+that the table calls fair; never a traceback of another kind, never a wait,
+never a silent acceptance.
 """
 
 import collections
@@ -24,7 +26,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("tensorstore", reason="T5X checkpoints need tensorstore (`train`)")
+pytest.importorskip(
+  "tensorstore", reason="T5X checkpoints need tensorstore (`train`)"
+)
 
 from calm import checkpoints
 from calm.data import prompt_files, vocabulary
@@ -37,7 +41,22 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 # No module has this name; to look for it is a fault.
 PLANTED = "planted_module"
 VALUES = (
-  *(None, True, -1, 0, 1.5, 10**9, 10**30, "x", "", [], {}, [[1]], {"a": 1}, "\x1b[2J"),
+  *(
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**9,
+    10**30,
+    "x",
+    "",
+    [],
+    {},
+    [[1]],
+    {"a": 1},
+    "\x1b[2J",
+  ),
   f"{PLANTED}:run",
 )
 SECONDS, BYTES = 10.0, 2**30
@@ -48,7 +67,9 @@ NAMES = (*documents.FAIR, *documents.OPEN)
 
 def paths(value: Any, prefix: tuple = ()) -> Iterator[tuple]:
   """Every place of a document, the first two of a list."""
-  items = value.items() if isinstance(value, dict) else list(enumerate(value))[:2]
+  items = (
+    value.items() if isinstance(value, dict) else list(enumerate(value))[:2]
+  )
   for key, child in items:
     yield (*prefix, key)
     if isinstance(child, dict | list):
@@ -56,7 +77,9 @@ def paths(value: Any, prefix: tuple = ()) -> Iterator[tuple]:
 
 
 def exchanged(document: Any) -> Iterator[tuple[str, Any, str]]:
-  """(the field, or what was done; its new value; the text of the document after it)."""
+  """(the field, or what was done; its new value; the text of the document after
+  it).
+  """
   for path in paths(document):
     for value in (*VALUES, _DEEP, _HUGE, _NAN, documents.GONE):
       holder = changed = copy.deepcopy(document)
@@ -107,16 +130,26 @@ def outcome(read: Callable[[], Any], fair: bool | Callable[[Any], bool]) -> str:
 
 def check(outcomes: dict[str, str]) -> int:
   """Refusals; at most one in twenty is vague, and all else is fair."""
-  kinds = collections.Counter(text.partition(":")[0] for text in outcomes.values())
+  kinds = collections.Counter(
+    text.partition(":")[0] for text in outcomes.values()
+  )
   refused = kinds["named"] + kinds["vague"]
-  wrong = {what: text for what, text in outcomes.items() if text not in ("accepted", "named")}
-  assert kinds["vague"] <= 0.05 * refused and len(wrong) == kinds["vague"], wrong
+  wrong = {
+    what: text
+    for what, text in outcomes.items()
+    if text not in ("accepted", "named")
+  }
+  assert kinds["vague"] <= 0.05 * refused and len(wrong) == kinds["vague"], (
+    wrong
+  )
   return refused
 
 
 @contextlib.contextmanager
 def bounded(path: pathlib.Path):
-  """The file is as before after the block, which took less than `BYTES` of memory."""
+  """The file is as before after the block, which took less than `BYTES` of
+  memory.
+  """
   good = path.read_bytes()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   try:
@@ -124,7 +157,9 @@ def bounded(path: pathlib.Path):
   finally:
     path.unlink(missing_ok=True)  # what is begun anew is taken away
     path.write_bytes(good)
-  assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
+  assert (
+    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+  ) * 1024 < BYTES
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +171,9 @@ def table(tmp_path_factory):
 def looked_for(monkeypatch):
   """Modules that were looked for."""
   found: list[str] = []
-  finder = types.SimpleNamespace(find_spec=lambda name, *place: found.append(name))
+  finder = types.SimpleNamespace(
+    find_spec=lambda name, *place: found.append(name)
+  )
   monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
   return found
 
@@ -151,21 +188,26 @@ def test_exchanged_fields_are_refused_by_name(table, name, looked_for):
       path.write_bytes(text.encode("utf-8", "surrogateescape"))
       rules = documents.FAIR.get(name, {}).items()
       fair = name in documents.OPEN
-      fair |= any(holds(value) for fields, holds in rules if field in fields.split())
+      fair |= any(
+        holds(value) for fields, holds in rules if field in fields.split()
+      )
       found[f"{field} = {value!r}"] = outcome(read, fair)
   assert PLANTED not in looked_for, "a name of a file was imported"
   assert check(found)
 
 
-# Files of five gigabytes, of which a disk holds none, pipes to which nobody writes, and devices
-# without an end.
+# Files of five gigabytes, of which a disk holds none, pipes to which nobody
+# writes, and devices without an end.
 HUGE = 5 * 2**30
 # A model may have no vocabulary beside it.
 ENDLESS = {"our vocabulary": ("pipe", "endless")}
 # What a user may well give through a pipe is waited for, as by any program.
 PIPED = ("rows", "references", "outputs of T5X")
 CASES = [
-  (n, k) for n in NAMES for k in ("huge", "pipe", "endless") if k != "pipe" or n not in PIPED
+  (n, k)
+  for n in NAMES
+  for k in ("huge", "pipe", "endless")
+  if k != "pipe" or n not in PIPED
 ]
 
 
@@ -195,10 +237,17 @@ def test_what_has_no_end_is_refused_by_name(table, name, kind, no_waiting):
     assert outcome(read, fair) == ("accepted" if fair else "named")
 
 
-# Weights have no digest of their own, so that a byte that turned within them may be read.
+# Weights have no digest of their own, so that a byte that turned within them
+# may be read.
 FLIPS = 16
 BINARY = (
-  *("weights", "T5X msgpack", "T5X array", "T5X array's metadata", "Orbax manifest"),
+  *(
+    "weights",
+    "T5X msgpack",
+    "T5X array",
+    "T5X array's metadata",
+    "Orbax manifest",
+  ),
   *("Orbax arrays", "pieces", "packed prompts", "Parquet", "Arrow"),
 )
 
@@ -214,7 +263,10 @@ def damaged(content: bytes) -> Iterator[tuple[str, bytes, bool]]:
   yield "page", b"<!doctype html><html>" + content, False
   for number in (1, 2**40, 2**64 - 1):  # a length, where one stands first
     yield f"length {number}", struct.pack("<Q", number) + content[8:], False
-  for at in {*range(0, min(size, FLIPS // 2)), *range(0, size, max(1, size // FLIPS))}:
+  for at in {
+    *range(0, min(size, FLIPS // 2)),
+    *range(0, size, max(1, size // FLIPS)),
+  }:
     turned = bytearray(content)
     turned[at] ^= 0xFF
     yield f"byte {at}", bytes(turned), True
@@ -229,7 +281,9 @@ def weights(folder: pathlib.Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any]]]:
+def binaries(
+  tmp_path_factory,
+) -> dict[str, tuple[pathlib.Path, Callable[[], Any]]]:
   """Name -> (the file that is damaged, what reads it)."""
   import pyarrow
   from pyarrow import ipc, parquet
@@ -241,7 +295,9 @@ def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any
   legacy, orbax = (base / name / "checkpoint_7" for name in ("legacy", "orbax"))
   array = legacy / "target.decoder.layers_0.mlp.wo.kernel"
   model = toy_vocabulary.train(base / "tiny.model")
-  texts = [{"id": f"r{i}", "input": f"text {i}", "target": "word"} for i in range(50)]
+  texts = [
+    {"id": f"r{i}", "input": f"text {i}", "target": "word"} for i in range(50)
+  ]
   text = "".join(json.dumps(row) + "\n" for row in texts)
   packed, rows = base / "rows.jsonl.gz", base / "rows.parquet"
   packed.write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -251,9 +307,15 @@ def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any
   arrow.parent.mkdir()
   with ipc.new_stream(arrow, table.schema) as stream:
     stream.write_table(table)
-  (arrow.parent / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
-  chunk = next(path for path in sorted(array.iterdir()) if path.name != ".zarray")
-  blob = max((orbax / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+  (arrow.parent / "state.json").write_text(
+    '{"_data_files": [{"filename": "data.arrow"}]}'
+  )
+  chunk = next(
+    path for path in sorted(array.iterdir()) if path.name != ".zarray"
+  )
+  blob = max(
+    (orbax / "state" / "d").iterdir(), key=lambda path: path.stat().st_size
+  )
   of_legacy, of_orbax = lambda: weights(legacy), lambda: weights(orbax)
   return {
     "weights": (ours / "params.safetensors", lambda: weights(ours)),
@@ -262,7 +324,10 @@ def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any
     "T5X array's metadata": (array / ".zarray", of_legacy),
     "Orbax manifest": (orbax / "state" / "manifest.ocdbt", of_orbax),
     "Orbax arrays": (blob, of_orbax),
-    "pieces": (model, lambda: vocabulary.SentencePieceVocabulary(model).vocab_size),
+    "pieces": (
+      model,
+      lambda: vocabulary.SentencePieceVocabulary(model).vocab_size,
+    ),
     "packed prompts": (packed, lambda: list(prompt_files.open_prompts(packed))),
     "Parquet": (rows, lambda: list(prompt_files.open_prompts(rows))),
     "Arrow": (arrow, lambda: list(prompt_files.open_prompts(arrow.parent))),
@@ -278,5 +343,7 @@ def test_damaged_bytes_are_refused_by_name(binaries, name):
       path.write_bytes(content)
       # A list of pieces that was cut between two of them is a list of pieces.
       loose = turned or (name == "pieces" and what.startswith("first"))
-      outcomes[what] = outcome(read, lambda found, loose=loose: loose or found == expected)
+      outcomes[what] = outcome(
+        read, lambda found, loose=loose: loose or found == expected
+      )
   assert read() == expected and check(outcomes) > 9

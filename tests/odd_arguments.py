@@ -1,4 +1,6 @@
-"""Values that fit few arguments, and the law of public functions: taken, or refused by name."""
+"""Values that fit few arguments, and the law of public functions: taken, or
+refused by name.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -36,15 +38,18 @@ REFUSAL = re.compile(r".*[Ee]xpected .+, got:? .+", re.DOTALL)
 def unclear(
   call: Callable[..., Any], arguments: Mapping[str, Any]
 ) -> Iterator[tuple[Any, ...]]:
-  """(argument, value, error) wherever an odd value in place of one of the arguments is answered
-  neither by a result nor by a refusal that says what was expected and what was got."""
+  """(argument, value, error) wherever an odd value in place of one of the
+  arguments is answered neither by a result nor by a refusal that says what was
+  expected and what was got.
+  """
   for name in arguments:
     for make in ODD:
       value = make()
       try:
         call(**{**arguments, name: value})
       except Exception as error:
-        # The tests' own checker of annotations takes no whole number for a float.
+        # The tests' own checker of annotations takes no whole number for a
+        # float.
         if type(error).__module__.startswith("jaxtyping"):
           continue
         refuses = isinstance(error, ValueError | TypeError | OSError)

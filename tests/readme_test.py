@@ -1,4 +1,6 @@
-"""Every README's Python runs, its links lead somewhere, and the first page is short."""
+"""Every README's Python runs, its links lead somewhere, and the first page is
+short.
+"""
 
 import contextlib
 import io
@@ -34,7 +36,9 @@ def blocks():
   ]
 
 
-@pytest.mark.parametrize(("where", "code"), blocks(), ids=[where for where, _ in blocks()])
+@pytest.mark.parametrize(
+  ("where", "code"), blocks(), ids=[where for where, _ in blocks()]
+)
 def test_example_runs(where, code, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   printed = io.StringIO()
@@ -47,24 +51,45 @@ def test_the_first_page_is_short():
   lines = (ROOT / "README.md").read_text("utf-8").splitlines()
   assert len(lines) <= 150
   # A table's row and its source are made by scripts/tables.py.
-  assert not [line for line in lines if len(line) > 100 and not line.startswith(("|", "<sub>"))]
+  assert not [
+    line
+    for line in lines
+    if len(line) > 100 and not line.startswith(("|", "<sub>"))
+  ]
 
 
 def test_links_and_paths_lead_to_files():
   gone = []
-  for path in (*READMES, *(ROOT / "configs").rglob("*.gin"), *(ROOT / "calm").rglob("*.py")):
+  for path in (
+    *READMES,
+    *(ROOT / "configs").rglob("*.gin"),
+    *(ROOT / "calm").rglob("*.py"),
+  ):
     text = path.read_text("utf-8")
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL) if path.suffix == ".md" else ""
+    prose = (
+      re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+      if path.suffix == ".md"
+      else ""
+    )
     for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", prose):
       gone += [] if (path.parent / link).exists() else [f"{path.name}: {link}"]
-    named = r"(?<![\w/.$}-])(?:calm|configs|scripts|tests)/[\w./-]+\.(?:py|md|gin|sh|json)\b"
+    named = (
+      r"(?<![\w/.$}-])(?:calm|configs|scripts|tests)/[\w./-]+"
+      r"\.(?:py|md|gin|sh|json)\b"
+    )
     for name in re.findall(named, text):
-      gone += [] if (ROOT / name).exists() or "NAME" in name else [f"{path.name}: {name}"]
+      gone += (
+        []
+        if (ROOT / name).exists() or "NAME" in name
+        else [f"{path.name}: {name}"]
+      )
   assert gone == []
 
 
 def commands(path: pathlib.Path) -> list[list[str]]:
-  """The words of every `calm` command of a page's shell blocks, comments left out."""
+  """The words of every `calm` command of a page's shell blocks, comments left
+  out.
+  """
   found = re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
   lines = "\n".join(found).replace("\\\n", " ").splitlines()
   words = [shlex.split(line.split("|")[-1], comments=True) for line in lines]
@@ -73,15 +98,25 @@ def commands(path: pathlib.Path) -> list[list[str]]:
 
 def test_every_command_of_the_first_page_is_one():
   given = commands(ROOT / "README.md")
-  assert {line[0] for line in given} >= {"fit", "generate", "calibrate", "infer", "train"}
+  assert {line[0] for line in given} >= {
+    "fit",
+    "generate",
+    "calibrate",
+    "infer",
+    "train",
+  }
   for line in given:
     cli.make_parser(line[0]).parse_args(line[1:])
 
 
 def test_the_first_pages_training_has_all_it_needs(monkeypatch):
-  gin = pytest.importorskip("gin", reason="gin-config (the `train` extra) is not installed")
+  gin = pytest.importorskip(
+    "gin", reason="gin-config (the `train` extra) is not installed"
+  )
   monkeypatch.chdir(ROOT)
-  (line,) = (line for line in commands(ROOT / "README.md") if line[0] == "train")
+  (line,) = (
+    line for line in commands(ROOT / "README.md") if line[0] == "train"
+  )
   arguments = cli.make_parser(line[0]).parse_args(line[1:])
   assert arguments.output_dir
   try:

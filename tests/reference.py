@@ -1,17 +1,19 @@
 """What decoding means, in plain numpy: one row, one token, one layer at a time.
 
-This is the yardstick that the fast decoder is held against, so it shares no function with the
-library and imports neither it nor JAX. It is written to be read beside the paper (sections 3.1
-to 3.5) and is slow on purpose: no batch, no padding of outputs, nothing precomputed but what a
-sentence of the definition names. The network itself is in `reference_network.py`.
+This is the yardstick that the fast decoder is held against, so it shares no
+function with the library and imports neither it nor JAX. It is written to be
+read beside the paper (sections 3.1 to 3.5) and is slow on purpose: no batch, no
+padding of outputs, nothing precomputed but what a sentence of the definition
+names. The network itself is in `reference_network.py`.
 
     model = reference.Model(params, config, num_pieces=50)
     full = reference.decode_static(model, prompt, 4, max_decode_length=16)
     rule = reference.ExitRule("softmax", threshold=0.6)
     early = reference.decode_dynamic(model, prompt, rule, max_decode_length=16)
 
-Rounding can flip a comparison that is nearly a tie. `Decoded.ties` says whether a first
-difference at some token is excused, and `Decoded.first_difference` finds that token.
+Rounding can flip a comparison that is nearly a tie. `Decoded.ties` says whether
+a first difference at some token is excused, and `Decoded.first_difference`
+finds that token.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ def constant(threshold: float, step: int) -> float:
 
 
 def decaying(temperature: float, length: int) -> Callable[[float, int], float]:
-  """Eq. 5, of the threshold and the number of tokens so far: clip(0.9 threshold + 0.1
-  exp(-temperature step / length)); inf stays inf."""
+  """Eq. 5, of the threshold and the number of tokens so far: clip(0.9 threshold
+  + 0.1 exp(-temperature step / length)); inf stays inf.
+  """
 
   def schedule(threshold: float, step: int) -> float:
     if math.isinf(threshold):
@@ -54,10 +57,14 @@ def decaying(temperature: float, length: int) -> Callable[[float, int], float]:
 Measure = Callable[[network.Model, Sequence[np.ndarray], int], float]
 
 
-def softmax_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
+def softmax_confidence(
+  model: network.Model, states: Sequence[np.ndarray], layer: int
+) -> float:
   """Difference of the two largest probabilities."""
   return network.top_two_gap(
-    np.exp(network.log_softmax(network.head_logits(model, layer, states[layer])))
+    np.exp(
+      network.log_softmax(network.head_logits(model, layer, states[layer]))
+    )
   )
 
 
@@ -65,7 +72,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
   return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
 
 
-def state_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
+def state_confidence(
+  model: network.Model, states: Sequence[np.ndarray], layer: int
+) -> float:
   """Cosine of d^layer and d^(layer - 1), negative values 0; 0 at layer 1."""
   del model
   if layer == 1:
@@ -79,8 +88,14 @@ def classifier_confidence(
   """Sigmoid of one linear map, the same at every layer."""
   x = network.head_input(model, layer, states[layer])
   path = ("decoder", "exit_classifier")
-  logit = float(x @ model.leaf(*path, "kernel")[:, 0] + model.leaf(*path, "bias")[0])
-  return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+  logit = float(
+    x @ model.leaf(*path, "kernel")[:, 0] + model.leaf(*path, "bias")[0]
+  )
+  return (
+    1 / (1 + math.exp(-logit))
+    if logit >= 0
+    else math.exp(logit) / (1 + math.exp(logit))
+  )
 
 
 def certainty(logits: np.ndarray) -> float:
@@ -89,13 +104,19 @@ def certainty(logits: np.ndarray) -> float:
   return float(1 + np.sum(np.exp(real) * real) / math.log(len(real)))
 
 
-def listed_logits(model: network.Model, states: Sequence[np.ndarray], layer: int) -> np.ndarray:
+def listed_logits(
+  model: network.Model, states: Sequence[np.ndarray], layer: int
+) -> np.ndarray:
   """Of the pieces on the shortlist."""
   return network.head_logits(model, layer, states[layer])[list(model.shortlist)]
 
 
-def probe_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
-  """Sigmoid of the layer's own linear map of normed state and five numbers; 1 at the last."""
+def probe_confidence(
+  model: network.Model, states: Sequence[np.ndarray], layer: int
+) -> float:
+  """Sigmoid of the layer's own linear map of normed state and five numbers; 1
+  at the last.
+  """
   if layer == model.config.num_decoder_layers:
     return 1.0
   listed = listed_logits(model, states, layer)
@@ -112,7 +133,9 @@ def probe_confidence(model: network.Model, states: Sequence[np.ndarray], layer: 
     model.leaf("decoder", "exit_probes", name)[..., layer - 1]
     for name in ("kernel", "features", "bias")
   )
-  return 1 / (1 + math.exp(-float(normed @ kernel + np.array(known) @ features + bias)))
+  return 1 / (
+    1 + math.exp(-float(normed @ kernel + np.array(known) @ features + bias))
+  )
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -123,15 +146,16 @@ MEASURES: Mapping[str, Measure] = {
 }
 
 
-# Fills one skipped layer: (model, layer, states, exit layer, memory) -> key and value. From
-# d^exit through the layer's own norm and projections (section 3.2), from d^1, from the input
-# that the exit layer's maps predict; and key and value of the exit layer itself (3.3.1).
+# Fills one skipped layer: (model, layer, states, exit layer, memory) -> key and
+# value. From d^exit through the layer's own norm and projections (section 3.2),
+# from d^1, from the input that the exit layer's maps predict; and key and value
+# of the exit layer itself (3.3.1).
 PROPAGATIONS: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
-  "exit_state": lambda model, layer, states, at, memory: network.self_projections(
-    model, layer, states[at]
+  "exit_state": lambda model, layer, states, at, memory: (
+    network.self_projections(model, layer, states[at])
   ),
-  "first_state": lambda model, layer, states, at, memory: network.self_projections(
-    model, layer, states[1]
+  "first_state": lambda model, layer, states, at, memory: (
+    network.self_projections(model, layer, states[1])
   ),
   "learned": lambda model, layer, states, at, memory: network.self_projections(
     model, layer, network.predicted_input(model, layer, states[at], at)
@@ -147,9 +171,12 @@ PROPAGATIONS: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 class ExitRule:
   """When a token stops, and what the layers that it skipped remember of it."""
 
-  measure: str  # a key of `MEASURES`, or `oracle` (where the layer's argmax is the last's)
-  threshold: float = NEVER_EXIT  # in [0, 1], or `NEVER_EXIT`; the oracle has none
-  schedule: Callable[[float, int], float] = constant  # or what `decaying` returns
+  # a key of `MEASURES`, or `oracle` (where the layer's argmax is the last's)
+  measure: str
+  # in [0, 1], or `NEVER_EXIT`; the oracle has none
+  threshold: float = NEVER_EXIT
+  # or what `decaying` returns
+  schedule: Callable[[float, int], float] = constant
   # 1-based layers where a token may stop; None: all. The last always may.
   allowed_layers: Sequence[int] | None = None
   propagation: str = "exit_state"  # a key of `PROPAGATIONS`
@@ -163,21 +190,30 @@ class Exit:
   """Where one token stopped."""
 
   layer: int  # decoder layers run, 1-based
-  confidence: float = 0.0  # the measure at `layer`; 1 for the oracle, 0 for a static model
-  rejected: float = 0.0  # the highest confidence that was evaluated and refused, 0 if none
-  threshold_gap: float = math.inf  # least |confidence - threshold| of the comparisons made
-  logit_gap: float = math.inf  # least top-two gap of further argmaxes that the exit hung on
+  # the measure at `layer`; 1 for the oracle, 0 for a static model
+  confidence: float = 0.0
+  # the highest confidence that was evaluated and refused, 0 if none
+  rejected: float = 0.0
+  # least |confidence - threshold| of the comparisons made
+  threshold_gap: float = math.inf
+  # least top-two gap of further argmaxes that the exit hung on
+  logit_gap: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-  """One row; lists are of tokens, with the end-of-text token or up to the maximum length."""
+  """One row; lists are of tokens, with the end-of-text token or up to the
+  maximum length.
+  """
 
-  memory: network.Memory  # a static model of k layers leaves the lists above layer k empty
+  # a static model of k layers leaves the lists above layer k empty
+  memory: network.Memory
   tokens: list[int] = dataclasses.field(default_factory=list)
   exits: list[Exit] = dataclasses.field(default_factory=list)
-  scores: list[float] = dataclasses.field(default_factory=list)  # log-probabilities, nats
-  ties: list[bool] = dataclasses.field(default_factory=list)  # rounding may have decided it
+  # log-probabilities, nats
+  scores: list[float] = dataclasses.field(default_factory=list)
+  # rounding may have decided it
+  ties: list[bool] = dataclasses.field(default_factory=list)
 
   @property
   def exit_layers(self) -> list[int]:
@@ -193,11 +229,17 @@ class Decoded:
 
   @property
   def score(self) -> float:
-    """Sum of the emitted tokens' log-probabilities, end of text included, nats."""
+    """Sum of the emitted tokens' log-probabilities, end of text included,
+    nats.
+    """
     return float(sum(self.scores))
 
-  def first_difference(self, tokens: Sequence[int], exit_layers: Sequence[int]) -> int | None:
-    """First step where another decoder's row, padded with 0, differs; None where it agrees."""
+  def first_difference(
+    self, tokens: Sequence[int], exit_layers: Sequence[int]
+  ) -> int | None:
+    """First step where another decoder's row, padded with 0, differs; None
+    where it agrees.
+    """
     ours = [*zip(self.tokens, self.exit_layers, strict=True)]
     theirs = [*zip(tokens, exit_layers, strict=True)]
     ours += [(0, 0)] * (len(theirs) - len(ours))
@@ -205,8 +247,11 @@ class Decoded:
     return next(differing, None)
 
 
-# Runs one token: appends d^1, d^2, ... to the states and fills the memory of every layer.
-RunToken = Callable[[int, list[np.ndarray], network.Memory, network.Memory], Exit]
+# Runs one token: appends d^1, d^2, ... to the states and fills the memory of
+# every layer.
+RunToken = Callable[
+  [int, list[np.ndarray], network.Memory, network.Memory], Exit
+]
 
 
 def decode_static(
@@ -216,13 +261,17 @@ def decode_static(
   *,
   max_decode_length: int,
 ) -> Decoded:
-  """Greedy decoding of a prompt, in which 0 is padding, with the first `num_layers` decoder
-  layers, then norm and head; at most `max_decode_length` tokens, end of text included."""
+  """Greedy decoding of a prompt, in which 0 is padding, with the first
+  `num_layers` decoder layers, then norm and head; at most `max_decode_length`
+  tokens, end of text included.
+  """
 
   def run_token(step, states, memory, cross):
     del step
     for layer in range(1, num_layers + 1):
-      states.append(network.decoder_layer(model, layer, states[-1], memory, cross))
+      states.append(
+        network.decoder_layer(model, layer, states[-1], memory, cross)
+      )
     return Exit(num_layers)
 
   return _decode(model, prompt, run_token, max_decode_length)
@@ -235,7 +284,9 @@ def decode_dynamic(
   *,
   max_decode_length: int,
 ) -> Decoded:
-  """Greedy decoding where each token stops by `rule` (Eq. 4). Arguments: `decode_static`."""
+  """Greedy decoding where each token stops by `rule` (Eq. 4). Arguments:
+  `decode_static`.
+  """
   last = model.config.num_decoder_layers
   run_layers = _run_oracle if rule.measure == "oracle" else _run_measured
   propagate = PROPAGATIONS[rule.propagation]
@@ -251,14 +302,18 @@ def decode_dynamic(
   return _decode(model, prompt, run_token, max_decode_length)
 
 
-def _run_measured(model: Model, rule: ExitRule, step, states, memory, cross) -> Exit:
+def _run_measured(
+  model: Model, rule: ExitRule, step, states, memory, cross
+) -> Exit:
   """Layers until the confidence reaches the threshold of this step."""
   last = model.config.num_decoder_layers
   measure = MEASURES[rule.measure]
   threshold = rule.schedule(rule.threshold, step)
   rejected, gap = 0.0, math.inf
   for layer in range(1, last + 1):
-    states.append(network.decoder_layer(model, layer, states[-1], memory, cross))
+    states.append(
+      network.decoder_layer(model, layer, states[-1], memory, cross)
+    )
     if layer == last or not rule.allows(layer):
       continue
     confidence = measure(model, states, layer)
@@ -269,12 +324,18 @@ def _run_measured(model: Model, rule: ExitRule, step, states, memory, cross) -> 
   return Exit(last, measure(model, states, last), rejected, gap)
 
 
-def _run_oracle(model: Model, rule: ExitRule, step, states, memory, cross) -> Exit:
-  """All layers, then the first whose argmax is the last's; later ones are forgotten."""
+def _run_oracle(
+  model: Model, rule: ExitRule, step, states, memory, cross
+) -> Exit:
+  """All layers, then the first whose argmax is the last's; later ones are
+  forgotten.
+  """
   del step
   last = model.config.num_decoder_layers
   for layer in range(1, last + 1):
-    states.append(network.decoder_layer(model, layer, states[-1], memory, cross))
+    states.append(
+      network.decoder_layer(model, layer, states[-1], memory, cross)
+    )
   final = network.head_logits(model, last, states[last])
   gap = network.top_two_gap(final)
   exit_layer = last
@@ -293,12 +354,17 @@ def _run_oracle(model: Model, rule: ExitRule, step, states, memory, cross) -> Ex
 
 
 def _decode(
-  model: Model, prompt: Sequence[int], run_token: RunToken, max_decode_length: int
+  model: Model,
+  prompt: Sequence[int],
+  run_token: RunToken,
+  max_decode_length: int,
 ) -> Decoded:
   """The loop over tokens; the first input is id 0, then each token emitted."""
   num_layers = model.config.num_decoder_layers
   cross = network.cross_memory(model, prompt, encode(model, prompt))
-  out = Decoded(network.Memory(*([[] for _ in range(num_layers)] for _ in range(2))))
+  out = Decoded(
+    network.Memory(*([[] for _ in range(num_layers)] for _ in range(2)))
+  )
   token = START_ID
   for step in range(max_decode_length):
     states = [network.embed(model, token)]

@@ -1,11 +1,12 @@
 """The T5 1.1 network in plain numpy: one row and one token at a time.
 
-The lower half of the yardstick in `reference.py`: encoder, one decoder layer, the head. It
-imports neither the library nor JAX. Parameters are the nested dictionary of T5X's T5 1.1
-network with numpy leaves. The configuration is any object with the attributes `num_heads`,
-`head_dim`, `num_encoder_layers`, `num_decoder_layers`, `emb_dim`, `mlp_activations`,
-`logits_via_embedding` and `vocab_size`; `relpos_buckets` (32) and `relpos_max_distance` (128)
-are read where present.
+The lower half of the yardstick in `reference.py`: encoder, one decoder layer,
+the head. It imports neither the library nor JAX. Parameters are the nested
+dictionary of T5X's T5 1.1 network with numpy leaves. The configuration is any
+object with the attributes `num_heads`, `head_dim`, `num_encoder_layers`,
+`num_decoder_layers`, `emb_dim`, `mlp_activations`, `logits_via_embedding` and
+`vocab_size`; `relpos_buckets` (32) and `relpos_max_distance` (128) are read
+where present.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Model:
   Attributes:
     params: T5X-shaped tree of numpy arrays.
     config: the sizes, see the module's docstring.
-    num_pieces: valid vocabulary; ids from here on have logit -inf. None: all rows are valid.
+    num_pieces: valid vocabulary; ids from here on have logit -inf. None: all
+      rows are valid.
     dtype: numpy type that everything is computed in.
     shortlist: ids of likely tokens, for measures that look at those only.
   """
@@ -57,13 +59,17 @@ def cast(node: Any, dtype: Any) -> Any:
   return np.asarray(node, dtype)
 
 
-def relative_bucket(distance: int, bidirectional: bool, num_buckets: int, limit: int) -> int:
-  """Bucket, in [0, num_buckets), of key position minus query position, `distance`; exact
-  integer arithmetic in place of logarithms.
+def relative_bucket(
+  distance: int, bidirectional: bool, num_buckets: int, limit: int
+) -> int:
+  """Bucket, in [0, num_buckets), of key position minus query position,
+  `distance`; exact integer arithmetic in place of logarithms.
 
-  Where `bidirectional`, half of them are for keys after the query, which else count as distance
-  0. The first half (of each direction) are exact distances, bucket `exact + k` starts at
-  exact * (limit / exact) ** (k / num_large); from `limit` on all share the last.
+  Where `bidirectional`, half of them are for keys after the query, which else
+  count as distance
+  0. The first half (of each direction) are exact distances, bucket `exact + k`
+  starts at exact * (limit / exact) ** (k / num_large); from `limit` on all
+  share the last.
   """
   offset = 0
   if bidirectional:
@@ -84,8 +90,12 @@ def relative_bucket(distance: int, bidirectional: bool, num_buckets: int, limit:
   return offset + exact + k
 
 
-def position_bias(model: Model, side: str, query_position: int, num_keys: int) -> np.ndarray:
-  """Relative position bias of one query. [num_heads, num_keys]; `side` encoder or decoder."""
+def position_bias(
+  model: Model, side: str, query_position: int, num_keys: int
+) -> np.ndarray:
+  """Relative position bias of one query. [num_heads, num_keys]; `side` encoder
+  or decoder.
+  """
   table = model.leaf(side, "relpos_bias", "rel_embedding")
   buckets = [
     relative_bucket(
@@ -100,9 +110,13 @@ def position_bias(model: Model, side: str, query_position: int, num_keys: int) -
 
 
 def rms_norm(model: Model, x: np.ndarray, *path: str) -> np.ndarray:
-  """T5 layer norm: divides by the root mean square (epsilon 1e-6), no mean, no offset."""
+  """T5 layer norm: divides by the root mean square (epsilon 1e-6), no mean, no
+  offset.
+  """
   mean_square = np.mean(np.square(x), dtype=model.dtype)
-  return (x / np.sqrt(mean_square + model.dtype(1e-6))) * model.leaf(*path, "scale")
+  return (x / np.sqrt(mean_square + model.dtype(1e-6))) * model.leaf(
+    *path, "scale"
+  )
 
 
 def split_heads(model: Model, x: np.ndarray) -> np.ndarray:
@@ -115,13 +129,20 @@ def project(model: Model, x: np.ndarray, *path: str) -> np.ndarray:
 
 
 def attend(
-  query: np.ndarray, keys: Sequence[np.ndarray], values: Sequence[np.ndarray], bias: np.ndarray
+  query: np.ndarray,
+  keys: Sequence[np.ndarray],
+  values: Sequence[np.ndarray],
+  bias: np.ndarray,
 ) -> np.ndarray:
-  """softmax(q k + bias) v for each head, no 1/sqrt(head_dim). [num_heads, head_dim] each, keys
-  and values one a position; `bias` [num_heads, positions]."""
+  """softmax(q k + bias) v for each head, no 1/sqrt(head_dim). [num_heads,
+  head_dim] each, keys and values one a position; `bias` [num_heads, positions].
+  """
   out = np.zeros_like(query)
   for head in range(query.shape[0]):
-    logits = np.array([query[head] @ key[head] for key in keys], query.dtype) + bias[head]
+    logits = (
+      np.array([query[head] @ key[head] for key in keys], query.dtype)
+      + bias[head]
+    )
     weights = np.exp(logits - logits.max())
     weights = weights / weights.sum()
     for weight, value in zip(weights, values, strict=True):
@@ -137,16 +158,22 @@ def activation(model: Model, name: str, x: np.ndarray) -> np.ndarray:
   if name == "gelu":
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     return (0.5 * x * (1 + np.tanh(inner))).astype(model.dtype)
-  raise ValueError(f"`mlp_activations` has {name!r}; expected linear, relu or gelu.")
+  raise ValueError(
+    f"`mlp_activations` has {name!r}; expected linear, relu or gelu."
+  )
 
 
 def feed_forward(model: Model, x: np.ndarray, *path: str) -> np.ndarray:
-  """The MLP on a normed state; gated where there are two activations. [emb_dim]."""
+  """The MLP on a normed state; gated where there are two activations.
+  [emb_dim].
+  """
   names = tuple(model.config.mlp_activations)
   hidden = np.ones((), model.dtype)
   for i, name in enumerate(names):
     kernel = "wi" if len(names) == 1 else f"wi_{i}"
-    hidden = hidden * activation(model, name, x @ model.leaf(*path, kernel, "kernel"))
+    hidden = hidden * activation(
+      model, name, x @ model.leaf(*path, kernel, "kernel")
+    )
   return hidden @ model.leaf(*path, "wo", "kernel")
 
 
@@ -155,20 +182,28 @@ def embed(model: Model, token: int) -> np.ndarray:
 
 
 def encode(model: Model, prompt: Sequence[int]) -> np.ndarray:
-  """Encoder states of one prompt, [len(prompt), emb_dim]; nothing attends to padding, 0, whose
-  rows are zero."""
+  """Encoder states of one prompt, [len(prompt), emb_dim]; nothing attends to
+  padding, 0, whose rows are zero.
+  """
   real = [i for i, token in enumerate(prompt) if token != PAD_ID]
   states = {i: embed(model, int(prompt[i])) for i in real}
   for layer in range(model.config.num_encoder_layers):
     path = ("encoder", f"layers_{layer}")
-    normed = {i: rms_norm(model, states[i], *path, "pre_attention_layer_norm") for i in real}
+    normed = {
+      i: rms_norm(model, states[i], *path, "pre_attention_layer_norm")
+      for i in real
+    }
     keys = [project(model, normed[i], *path, "attention", "key") for i in real]
-    values = [project(model, normed[i], *path, "attention", "value") for i in real]
+    values = [
+      project(model, normed[i], *path, "attention", "value") for i in real
+    ]
     for i in real:
       query = project(model, normed[i], *path, "attention", "query")
       bias = position_bias(model, "encoder", i, len(prompt))[:, real]
       mixed = attend(query, keys, values, bias)
-      x = states[i] + mixed.reshape(-1) @ model.leaf(*path, "attention", "out", "kernel")
+      x = states[i] + mixed.reshape(-1) @ model.leaf(
+        *path, "attention", "out", "kernel"
+      )
       normed_x = rms_norm(model, x, *path, "pre_mlp_layer_norm")
       states[i] = x + feed_forward(model, normed_x, *path, "mlp")
   out = np.zeros((len(prompt), model.config.emb_dim), model.dtype)
@@ -179,37 +214,51 @@ def encode(model: Model, prompt: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass
 class Memory:
-  """Keys and values, `[layer - 1][position]` -> [num_heads, head_dim]. Layers are 1-based."""
+  """Keys and values, `[layer - 1][position]` -> [num_heads, head_dim]. Layers
+  are 1-based.
+  """
 
   keys: list[list[np.ndarray]]
   values: list[list[np.ndarray]]
 
 
-def cross_memory(model: Model, prompt: Sequence[int], encoded: np.ndarray) -> Memory:
-  """Cross-attention keys and values of every decoder layer, real positions only."""
+def cross_memory(
+  model: Model, prompt: Sequence[int], encoded: np.ndarray
+) -> Memory:
+  """Cross-attention keys and values of every decoder layer, real positions
+  only.
+  """
   real = [i for i, token in enumerate(prompt) if token != PAD_ID]
   memory = Memory([], [])
   for layer in range(model.config.num_decoder_layers):
     path = ("decoder", f"layers_{layer}", "encoder_decoder_attention")
     memory.keys.append([project(model, encoded[i], *path, "key") for i in real])
-    memory.values.append([project(model, encoded[i], *path, "value") for i in real])
+    memory.values.append(
+      [project(model, encoded[i], *path, "value") for i in real]
+    )
   return memory
 
 
 def self_projections(
   model: Model, layer: int, state: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Key and value that decoder layer `layer` makes of its input `state` (raw residual)."""
+  """Key and value that decoder layer `layer` makes of its input `state` (raw
+  residual).
+  """
   path = ("decoder", f"layers_{layer - 1}")
   normed = rms_norm(model, state, *path, "pre_self_attention_layer_norm")
   attention = (*path, "self_attention")
-  return project(model, normed, *attention, "key"), project(model, normed, *attention, "value")
+  return project(model, normed, *attention, "key"), project(
+    model, normed, *attention, "value"
+  )
 
 
 def decoder_layer(
   model: Model, layer: int, state: np.ndarray, memory: Memory, cross: Memory
 ) -> np.ndarray:
-  """d^layer of the newest token from d^(layer - 1); appends its key and value to `memory`."""
+  """d^layer of the newest token from d^(layer - 1); appends its key and value
+  to `memory`.
+  """
   path = ("decoder", f"layers_{layer - 1}")
   key, value = self_projections(model, layer, state)
   memory.keys[layer - 1].append(key)
@@ -220,12 +269,16 @@ def decoder_layer(
   query = project(model, normed, *path, "self_attention", "query")
   bias = position_bias(model, "decoder", num_keys - 1, num_keys)
   mixed = attend(query, memory.keys[layer - 1], memory.values[layer - 1], bias)
-  state = state + mixed.reshape(-1) @ model.leaf(*path, "self_attention", "out", "kernel")
+  state = state + mixed.reshape(-1) @ model.leaf(
+    *path, "self_attention", "out", "kernel"
+  )
 
   path_cross = (*path, "encoder_decoder_attention")
   normed = rms_norm(model, state, *path, "pre_cross_attention_layer_norm")
   query = project(model, normed, *path_cross, "query")
-  no_bias = np.zeros((model.config.num_heads, len(cross.keys[layer - 1])), model.dtype)
+  no_bias = np.zeros(
+    (model.config.num_heads, len(cross.keys[layer - 1])), model.dtype
+  )
   mixed = attend(query, cross.keys[layer - 1], cross.values[layer - 1], no_bias)
   state = state + mixed.reshape(-1) @ model.leaf(*path_cross, "out", "kernel")
 
@@ -234,21 +287,34 @@ def decoder_layer(
 
 
 def head_input(model: Model, layer: int, state: np.ndarray) -> np.ndarray:
-  """What heads and confidences read of d^layer: x, its norm, or x + x A + b where the layer has
-  a translator (A, b)."""
+  """What heads and confidences read of d^layer: x, its norm, or x + x A + b
+  where the layer has a translator (A, b).
+  """
   normed = rms_norm(model, state, "decoder", "decoder_norm")
-  translator = model.params["decoder"].get("exit_translators", {}).get(f"layers_{layer - 1}")
+  translator = (
+    model.params["decoder"]
+    .get("exit_translators", {})
+    .get(f"layers_{layer - 1}")
+  )
   if translator is None:
     return normed
   return normed + normed @ translator["kernel"] + translator["bias"]
 
 
-def predicted_input(model: Model, layer: int, state: np.ndarray, exit_layer: int) -> np.ndarray:
-  """Input of the skipped `layer` by learned propagation: d^exit + (norm(d^exit) D + d) U."""
+def predicted_input(
+  model: Model, layer: int, state: np.ndarray, exit_layer: int
+) -> np.ndarray:
+  """Input of the skipped `layer` by learned propagation: d^exit + (norm(d^exit)
+  D + d) U.
+  """
   path = ("decoder", "exit_propagation", f"layers_{exit_layer - 1}")
-  code = rms_norm(model, state, "decoder", "decoder_norm") @ model.leaf(*path, "down", "kernel")
+  code = rms_norm(model, state, "decoder", "decoder_norm") @ model.leaf(
+    *path, "down", "kernel"
+  )
   code = code + model.leaf(*path, "down", "bias")
-  return state + code @ model.leaf(*path, "up", "kernel")[layer - exit_layer - 1]
+  return (
+    state + code @ model.leaf(*path, "up", "kernel")[layer - exit_layer - 1]
+  )
 
 
 def head_logits(model: Model, layer: int, state: np.ndarray) -> np.ndarray:

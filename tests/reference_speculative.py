@@ -1,8 +1,10 @@
-"""What exact decoding means, in plain numpy: every token at full depth, and what was drafted.
+"""What exact decoding means, in plain numpy: every token at full depth, and
+what was drafted.
 
-The text needs no passes to be told: a draft is what layer k says after the same tokens, and it
-is emitted where the full model's own probabilities allow. How many passes it takes follows from
-which drafts were accepted. Shares no function with the library, like `reference.py`.
+The text needs no passes to be told: a draft is what layer k says after the same
+tokens, and it is emitted where the full model's own probabilities allow. How
+many passes it takes follows from which drafts were accepted. Shares no function
+with the library, like `reference.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from tests import reference_network as network
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """One row; per-token lists end with the end-of-text token or at the maximum length.
+  """One row; per-token lists end with the end-of-text token or at the maximum
+  length.
 
   Attributes:
     tokens: emitted ids.
@@ -27,8 +30,9 @@ class Text:
     agrees: whether the draft is emitted.
     ratios: p_full(draft) / max p_full, at each.
     scores: log-probability of each emitted token under the full head, nats.
-    gaps: least distance to another decision, at each: of the two largest logits, of the two
-      largest of the draft head, of the ratio from the threshold.
+    gaps: least distance to another decision, at each: of the two largest
+      logits, of the two largest of the draft head, of the ratio from the
+      threshold.
     confidences: each draft's probability under the draft head.
   """
 
@@ -41,8 +45,9 @@ class Text:
   confidences: list[float]
 
   def passes(self, rule, exact: bool) -> tuple[int, list[bool]]:
-    """Passes, which end at a draft of EOS, the limit, or where all drafts together are too
-    improbable, and whether each token is an accepted draft."""
+    """Passes, which end at a draft of EOS, the limit, or where all drafts
+    together are too improbable, and whether each token is an accepted draft.
+    """
     at, passes, drafted = 0, 0, [False] * len(self.tokens)
     while at < len(self.tokens):
       passes += 1
@@ -67,29 +72,43 @@ def decode(
   threshold: float = 1.0,
   max_decode_length: int,
 ) -> Text:
-  """Emits the draft of layer k where it is the argmax or, below a threshold of 1 (1 - lambda),
-  likely enough; `shortlist` are the ids that are drafted from, None: all."""
+  """Emits the draft of layer k where it is the argmax or, below a threshold of
+  1 (1 - lambda), likely enough; `shortlist` are the ids that are drafted from,
+  None: all.
+  """
   layers = model.config.num_decoder_layers
   encoded = network.encode(model, prompt)
   cross = network.cross_memory(model, prompt, encoded)
-  memory = network.Memory([[] for _ in range(layers)], [[] for _ in range(layers)])
+  memory = network.Memory(
+    [[] for _ in range(layers)], [[] for _ in range(layers)]
+  )
   ids = np.arange(model.num_pieces or model.config.vocab_size)
   ids = ids if shortlist is None else np.asarray(shortlist)
   out, token = Text([], [], [], [], [], [], []), reference.START_ID
   while len(out.tokens) < max_decode_length:
     states = [network.embed(model, token)]
     for layer in range(1, layers + 1):
-      states.append(network.decoder_layer(model, layer, states[-1], memory, cross))
+      states.append(
+        network.decoder_layer(model, layer, states[-1], memory, cross)
+      )
     listed = network.head_logits(model, draft_layer, states[draft_layer])[ids]
     draft = int(ids[listed.argmax()])
-    probabilities = network.log_softmax(network.head_logits(model, layers, states[layers]))
+    probabilities = network.log_softmax(
+      network.head_logits(model, layers, states[layers])
+    )
     best = int(probabilities.argmax())
     ratio = float(np.exp(probabilities[draft] - probabilities[best]))
     agrees = draft == best or (threshold < 1 and ratio >= threshold)
     token = draft if agrees else best
-    slack_gap = abs(ratio - threshold) if threshold < 1 and draft != best else np.inf
+    slack_gap = (
+      abs(ratio - threshold) if threshold < 1 and draft != best else np.inf
+    )
     out.gaps.append(
-      min(network.top_two_gap(probabilities), network.top_two_gap(listed), slack_gap)
+      min(
+        network.top_two_gap(probabilities),
+        network.top_two_gap(listed),
+        slack_gap,
+      )
     )
     out.tokens.append(token)
     out.drafts.append(draft)

@@ -1,4 +1,6 @@
-"""Text of others is shown as text: every renderer of the package against every kind of text."""
+"""Text of others is shown as text: every renderer of the package against every
+kind of text.
+"""
 
 import contextlib
 import dataclasses
@@ -27,7 +29,8 @@ from calm.paper import sections as sections_lib
 from tests.paper import samples
 
 TEXTS = {
-  "script": '<script>alert("x")</script><img src=http://example.org/x onerror=alert(1)>',
+  "script": '<script>alert("x")</script>'
+  "<img src=http://example.org/x onerror=alert(1)>",
   "end of a style": "</style></title></textarea><b>bold</b>",
   "attribute": '" onmouseover="alert(1)" x=\'',
   "link": "javascript:alert(1) [y](javascript:alert(1)) **z**",
@@ -46,7 +49,9 @@ def words(text: str) -> str:
 
 
 class Page(html.parser.HTMLParser):
-  """Tags, attributes and text; `script` and `style` are read as a browser does."""
+  """Tags, attributes and text; `script` and `style` are read as a browser
+  does.
+  """
 
   def __init__(self, source: str):
     super().__init__()
@@ -69,7 +74,9 @@ def console_of(draw) -> str:
   """What a terminal with colours gets."""
   file = io.StringIO()
   draw(
-    rich_console.Console(file=file, width=300, force_terminal=True, color_system="truecolor")
+    rich_console.Console(
+      file=file, width=300, force_terminal=True, color_system="truecolor"
+    )
   )
   return file.getvalue()
 
@@ -84,7 +91,11 @@ def calibrated(text: str):
 
 
 def output(text: str) -> outputs.Output:
-  shared = {"tokens": (3, 4, 1), "confidences": (0.5,) * 3, "rejected_confidences": (0.0,) * 3}
+  shared = {
+    "tokens": (3, 4, 1),
+    "confidences": (0.5,) * 3,
+    "rejected_confidences": (0.0,) * 3,
+  }
   return outputs.Output(
     text=text,
     pieces=(text, " b", ""),
@@ -106,7 +117,13 @@ def task(text: str):
     dataclasses.replace(level, pieces=(text, *level.pieces[1:]))
     for level in made.examples[0].items[0].levels
   )
-  shown = {"id": text, "input": text, "reference": text, "full": text, "levels": levels}
+  shown = {
+    "id": text,
+    "input": text,
+    "reference": text,
+    "full": text,
+    "levels": levels,
+  }
   item = dataclasses.replace(made.examples[0].items[0], **shown)
   example = dataclasses.replace(made.examples[0], items=(item,))
   renamed = samples.changed(examples=(example,))
@@ -116,12 +133,16 @@ def task(text: str):
 
 
 def sections(text: str):
-  """Parts whose words are a user's; the figures, which are slow to draw, have a case."""
+  """Parts whose words are a user's; the figures, which are slow to draw, have a
+  case.
+  """
   return sections_lib.sections([task(text)], ("outputs", "gains"))
 
 
 def report_page(text: str) -> str:
-  return page.render(page.Page(text, ((text, text),), sections(text), 4, ((text, text),)))
+  return page.render(
+    page.Page(text, ((text, text),), sections(text), 4, ((text, text),))
+  )
 
 
 HTML = {
@@ -139,7 +160,9 @@ def told(text: str, write) -> str:
 
 
 PLAIN, PAINTED = (
-  rich_console.Console(file=io.StringIO(), color_system=system, force_jupyter=False)
+  rich_console.Console(
+    file=io.StringIO(), color_system=system, force_jupyter=False
+  )
   for system in (None, "truecolor")
 )
 TERMINAL = {
@@ -150,13 +173,17 @@ TERMINAL = {
   "a calibration's text": lambda text: repr(calibrated(text)),
   "an error": lambda text: told(text, run_lib._print_error),
   "a warning": lambda text: told(
-    text, lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0)
+    text,
+    lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0),
   ),
   "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, PAINTED),
-  "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, PLAIN),
+  "tokens without colour": lambda text: outputs.to_terminal(
+    [text], [2], 4, PLAIN
+  ),
   "an output": lambda text: repr(output(text)) + repr(several(text)),
 }
-# Where marks that do something are replaced by a sign, or written as Python writes them.
+# Where marks that do something are replaced by a sign, or written as Python
+# writes them.
 REPLACED = ("an output", "outputs", "coloured tokens", "tokens without colour")
 
 
@@ -182,7 +209,9 @@ def test_terminals_show_text_as_text(name, kind):
   text = TEXTS[kind]
   made = TERMINAL[name](text)
   # What the package itself colours by and moves the bar with.
-  bare = re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|[0-9]*[AK]|2K)", "", made).replace("\r", "")
+  bare = re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|[0-9]*[AK]|2K)", "", made).replace(
+    "\r", ""
+  )
   assert not dangerous(bare)
   assert "\x1b[31m" not in made or "\x1b[31m" in TERMINAL[name]("harmless")
   if name not in REPLACED:
@@ -191,7 +220,11 @@ def test_terminals_show_text_as_text(name, kind):
 
 def dangerous(text: str) -> list[str]:
   """Characters that steer a terminal or turn what follows."""
-  return [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl") and c not in "\n\t"]
+  return [
+    c
+    for c in text
+    if unicodedata.category(c) in ("Cc", "Cf", "Zl") and c not in "\n\t"
+  ]
 
 
 @pytest.mark.parametrize("kind", ["entity", "colour", "mathematics"])
@@ -206,7 +239,9 @@ def test_every_template_is_escaped():
   templates = list(pathlib.Path(page.__file__).parents[1].rglob("*.j2"))
   assert len(templates) > 5
   texts = [template.read_text("utf-8") for template in templates]
-  assert not [text for text in texts if re.search(r"\bsafe\b.*}}|autoescape", text)]
+  assert not [
+    text for text in texts if re.search(r"\bsafe\b.*}}|autoescape", text)
+  ]
 
 
 def test_the_check_can_fail():

@@ -1,4 +1,6 @@
-"""Results as files: the same back, found by what they depend on, and only by that."""
+"""Results as files: the same back, found by what they depend on, and only by
+that.
+"""
 
 import functools
 import json
@@ -37,7 +39,9 @@ def test_what_is_no_result_is_refused():
       storage.from_json(kind, stored)
 
 
-def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(tmp_path):
+def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(
+  tmp_path,
+):
   folder, calls = tmp_path / "new" / "folder", []
   cached = functools.partial(storage.cached, folder, tuple[int, ...])
 
@@ -51,7 +55,9 @@ def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(tmp_path)
   others = [("thing", {"n": 2}), ("other", {"n": 1})]
   assert [cached(name, key, make) for name, key in others] == [(2,), (3,)]
   path.write_text(path.read_text("utf-8")[:-40], "utf-8")
-  with pytest.raises(ValueError, match=rf"{path}.*a stored result of thing.*delete"):
+  with pytest.raises(
+    ValueError, match=rf"{path}.*a stored result of thing.*delete"
+  ):
     cached("thing", {"n": 1}, make)
 
 

@@ -1,4 +1,6 @@
-"""A signal ends the process at once, whatever it does, and says what is kept."""
+"""A signal ends the process at once, whatever it does, and says what is
+kept.
+"""
 
 import signal
 import subprocess
@@ -9,15 +11,16 @@ import pytest
 
 from calm import signals
 
-# A long call in compiled code, during which no handler of Python's runs, and what swallows
-# exceptions.
+# A long call in compiled code, during which no handler of Python's runs, and
+# what swallows exceptions.
 BUSY = """
 import hashlib, signal, weakref
 from calm import signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 class Thing: pass
 thing = Thing()
-reference = weakref.ref(thing, lambda _: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9))
+work = lambda _: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+reference = weakref.ref(thing, work)
 with signals.ending("outer"), signals.ending("stopped; all is kept"):
   print("ready", flush=True)
   del thing
@@ -26,7 +29,9 @@ with signals.ending("outer"), signals.ending("stopped; all is kept"):
 
 @pytest.mark.parametrize("number", signals.HANDLED)
 def test_a_signal_ends_the_process_even_in_a_compiled_call(number):
-  with subprocess.Popen([sys.executable, "-c", BUSY], stdout=-1, stderr=-1, text=True) as child:
+  with subprocess.Popen(
+    [sys.executable, "-c", BUSY], stdout=-1, stderr=-1, text=True
+  ) as child:
     try:
       assert child.stdout is not None and child.stdout.readline() == "ready\n"
       child.send_signal(number)
@@ -37,7 +42,9 @@ def test_a_signal_ends_the_process_even_in_a_compiled_call(number):
       child.kill()
 
 
-def test_other_signals_other_threads_and_what_was_there_are_left_alone(monkeypatch):
+def test_other_signals_other_threads_and_what_was_there_are_left_alone(
+  monkeypatch,
+):
   ended, before = [], signal.getsignal(signal.SIGTERM)
   monkeypatch.setattr(signals, "end", lambda *given: ended.append(given))
   monkeypatch.setattr(signals, "HANDLED", (signal.SIGINT, signal.SIGUSR1))
@@ -45,7 +52,9 @@ def test_other_signals_other_threads_and_what_was_there_are_left_alone(monkeypat
   with signals.ending("kept"):
     signal.raise_signal(signal.SIGUSR1)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
-    thread = threading.Thread(target=lambda: ended.append(signals.ending("x").__enter__()))
+    thread = threading.Thread(
+      target=lambda: ended.append(signals.ending("x").__enter__())
+    )
     thread.start()
     thread.join()
   assert ended == [None] and signal.getsignal(signal.SIGTERM) is before

@@ -1,4 +1,6 @@
-"""The shortest way through everything: also run with the newest JAX (scripts/test.sh)."""
+"""The shortest way through everything: also run with the newest JAX
+(scripts/test.sh).
+"""
 
 import pathlib
 
@@ -25,8 +27,14 @@ def test_a_model_is_loaded_decodes_and_leaves_early():
 
 def test_logits_are_those_of_the_golden_file():
   folder = pathlib.Path(__file__).parent / "golden" / "huggingface" / "t5_1_1"
-  checkpoint, expected = checkpoints.load(folder), np.load(folder / "expected.npz")
-  inputs = (jnp.asarray(expected[n], jnp.int32) for n in ("input_ids", "decoder_input_ids"))
+  checkpoint, expected = (
+    checkpoints.load(folder),
+    np.load(folder / "expected.npz"),
+  )
+  inputs = (
+    jnp.asarray(expected[n], jnp.int32)
+    for n in ("input_ids", "decoder_input_ids")
+  )
   tokens, outputs = inputs
   parameters = {"params": checkpoint.params}
   logits = t5.Transformer(checkpoint.config).apply(

@@ -2,12 +2,15 @@
 
 import time
 
-# Waiting computes nothing, and others' work makes everything wait: it counts for so much less.
+# Waiting computes nothing, and others' work makes everything wait: it counts
+# for so much less.
 WAITING = 6.0
 
 
 class Spent:
-  """Seconds since it was made, of this process: computed, or waited for a multiple of them."""
+  """Seconds since it was made, of this process: computed, or waited for a
+  multiple of them.
+  """
 
   def __init__(self):
     self._computed, self._passed = time.process_time(), time.monotonic()

@@ -1,4 +1,6 @@
-"""Files are written whole or not at all, one writer at a time; what is read is bounded."""
+"""Files are written whole or not at all, one writer at a time; what is read is
+bounded.
+"""
 
 import errno
 import os
@@ -21,9 +23,21 @@ def names(folder: pathlib.Path) -> set[str]:
   return {path.name for path in folder.iterdir()}
 
 
-def python(code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
-  run = [sys.executable, "-B", "-c", f"import os, sys\nfrom calm import storage\n{code}"]
-  options = {"capture_output": True, "text": True, "cwd": PACKAGE.parent, **options}
+def python(
+  code: str, *arguments: object, **options
+) -> subprocess.CompletedProcess:
+  run = [
+    sys.executable,
+    "-B",
+    "-c",
+    f"import os, sys\nfrom calm import storage\n{code}",
+  ]
+  options = {
+    "capture_output": True,
+    "text": True,
+    "cwd": PACKAGE.parent,
+    **options,
+  }
   return subprocess.run([*run, *map(str, arguments)], check=False, **options)
 
 
@@ -32,7 +46,9 @@ def test_a_file_is_replaced_whole_and_nothing_is_left(tmp_path):
   storage.write_atomically(path, "one")
   path.chmod(0o640)
   storage.write_atomically(path, b"\xfftwo")
-  assert path.read_bytes() == b"\xfftwo" and path.stat().st_mode & 0o777 == 0o640
+  assert (
+    path.read_bytes() == b"\xfftwo" and path.stat().st_mode & 0o777 == 0o640
+  )
   storage.write_atomically(tmp_path / ("é" * 100), "long names too")
   with storage.replacing(path) as file:
     file.write(b"new")
@@ -58,10 +74,19 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
   storage.append(link, b", and appended to")
   assert there.read_text() == "made through the link, and appended to"
   storage.write_atomically(link, "and replaced")
-  assert link.is_symlink() and there.read_text() == "and replaced" and not there.is_symlink()
-  assert names(tmp_path) == {"sub", "link"} and names(tmp_path / "sub") == {"file", "step"}
+  assert (
+    link.is_symlink()
+    and there.read_text() == "and replaced"
+    and not there.is_symlink()
+  )
+  assert names(tmp_path) == {"sub", "link"} and names(tmp_path / "sub") == {
+    "file",
+    "step",
+  }
   (circle := tmp_path / "circle").symlink_to("circle")
-  with pytest.raises(OSError, match="circle' to be a file that can be written whole"):
+  with pytest.raises(
+    OSError, match="circle' to be a file that can be written whole"
+  ):
     storage.write_atomically(circle, "x")
 
 
@@ -84,14 +109,18 @@ def test_a_pipe_is_written_to_and_not_read(tmp_path):
 
 
 def test_standard_output_is_a_stream_even_where_it_is_a_file(tmp_path):
-  code = "print('before'); storage.write_atomically('-', 'text\\n'); print('after')"
+  code = (
+    "print('before'); storage.write_atomically('-', 'text\\n'); print('after')"
+  )
   with open(tmp_path / "out", "wb") as out:
     assert not python(code, capture_output=False, stdout=out).returncode
   assert (tmp_path / "out").read_text() == "before\ntext\nafter\n"
   assert names(tmp_path) == {"out"}
 
 
-def test_a_folder_and_a_file_without_permission_are_refused(tmp_path, monkeypatch):
+def test_a_folder_and_a_file_without_permission_are_refused(
+  tmp_path, monkeypatch
+):
   with pytest.raises(IsADirectoryError, match="Is a directory"):
     storage.write_atomically(tmp_path, "x")
   path = tmp_path / "protected"
@@ -107,12 +136,15 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
   victim.write_text("precious")
   guess = "0123456789abcdef"
   (tmp_path / f".a.txt.{guess}.tmp").symlink_to(victim)
-  monkeypatch.setattr(secrets, "token_hex", lambda size: guess)  # as if it could be guessed
+  # as if it could be guessed
+  monkeypatch.setattr(secrets, "token_hex", lambda size: guess)
   with pytest.raises(FileExistsError):
     storage.write_atomically(tmp_path / "a.txt", "x")
   (tmp_path / "step").symlink_to(nowhere)
   (tmp_path / "link").symlink_to(tmp_path / "step")
-  with pytest.raises(FileNotFoundError, match=r"link' to be a file, .* got a link to a file"):
+  with pytest.raises(
+    FileNotFoundError, match=r"link' to be a file, .* got a link to a file"
+  ):
     storage.append(tmp_path / "link", b"x")
   (tmp_path / "folder").mkdir()
   (tmp_path / "folder" / ".lock").symlink_to(victim)
@@ -123,7 +155,9 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
 
 
 # A process that may write no file beyond a size, as on a full disk.
-LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+LIMIT = (
+  "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
@@ -133,8 +167,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     "  for _ in range(9000): file.write(b'x')"
   )
   message = python(code, tmp_path).stderr.splitlines()[-1]
-  assert re.search(r"^OSError: Expected .*a.txt.*File too large; the old content is", message)
-  assert (tmp_path / "a.txt").read_text() == "whole" and names(tmp_path) == {"a.txt"}
+  assert re.search(
+    r"^OSError: Expected .*a.txt.*File too large; the old content is", message
+  )
+  assert (tmp_path / "a.txt").read_text() == "whole" and names(tmp_path) == {
+    "a.txt"
+  }
 
 
 def test_a_full_disk_cuts_no_line_in_half(tmp_path):
@@ -143,7 +181,9 @@ def test_a_full_disk_cuts_no_line_in_half(tmp_path):
   done = python(f"{LIMIT}storage.append(sys.argv[1], b'x' * 500)", path)
   assert "the old content is kept" in done.stderr
   storage.append(path, b"the next line\n")
-  assert path.read_bytes() == b"a line of 20 bytes..\n" * 190 + b"the next line\n"
+  assert (
+    path.read_bytes() == b"a line of 20 bytes..\n" * 190 + b"the next line\n"
+  )
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
@@ -190,7 +230,9 @@ def test_the_second_writer_is_refused_and_the_first_named(tmp_path, name):
   target = tmp_path / name
   (link := tmp_path / "link").symlink_to(tmp_path)
   run = [sys.executable, "-c", HOLDER, str(target)]
-  with subprocess.Popen(run, stdin=-1, stdout=-1, text=True, cwd=PACKAGE.parent) as first:
+  with subprocess.Popen(
+    run, stdin=-1, stdout=-1, text=True, cwd=PACKAGE.parent
+  ) as first:
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     refused = f"got 'process {first.pid} on .*wait for it"
     for way in (target, link / name):
@@ -216,9 +258,15 @@ def test_a_process_may_lock_again_and_lets_go_with_the_last_reference(tmp_path):
 
 @pytest.mark.parametrize(
   ("module", "name", "code"),
-  [("fcntl", "flock", errno.EIO), ("os", "write", errno.ENOSPC), ("fcntl", "flock", 38)],
+  [
+    ("fcntl", "flock", errno.EIO),
+    ("os", "write", errno.ENOSPC),
+    ("fcntl", "flock", 38),
+  ],
 )
-def test_a_disk_that_fails_is_no_lock_of_another(tmp_path, monkeypatch, module, name, code):
+def test_a_disk_that_fails_is_no_lock_of_another(
+  tmp_path, monkeypatch, module, name, code
+):
   def fail(descriptor, argument):
     raise OSError(code, os.strerror(code))
 

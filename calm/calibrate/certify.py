@@ -1,6 +1,8 @@
-"""Losses -> a calibrated threshold with a promise (paper, section 4; Proposition 1).
+"""Losses -> a calibrated threshold with a promise (paper, section 4;
+Proposition 1).
 
-`calibrate` walks down one grid, `calibrate_configurations` down one grid a family.
+`calibrate` walks down one grid, `calibrate_configurations` down one grid a
+family.
 """
 
 import dataclasses
@@ -20,7 +22,13 @@ from calm.calibrate import risks as risks_lib
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
-from calm.calibrate.risks import Configurations, Part, Promise, Risk, SeveralRisks
+from calm.calibrate.risks import (
+  Configurations,
+  Part,
+  Promise,
+  Risk,
+  SeveralRisks,
+)
 from calm.calibrate.testing import Evidence
 from calm.calibrate.thresholds import NEVER_EXIT
 
@@ -42,53 +50,73 @@ def calibrate(
   randomized: bool = True,
   largest_cluster: int = 0,
 ) -> Calibration:
-  """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
+  """Chooses the lowest threshold whose expected loss is certified to be within
+  the tolerance.
 
-  With probability at least 1 - error_rate over the calibration prompts, every certified
-  threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1), or keeps what `promise`
-  says instead.
+  With probability at least 1 - error_rate over the calibration prompts, every
+  certified threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1),
+  or keeps what `promise` says instead.
 
   Args:
-    losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
-      `SequenceLosses`, or a DataFrame with a column a threshold, `id` and `group`.
-    thresholds: [num_thresholds], strictly descending, chosen before any loss was seen; None
-      takes those of a `SequenceLosses`.
+    losses: [num_examples, num_thresholds], rows are exchangeable prompts; best
+      a `SequenceLosses`, or a DataFrame with a column a threshold, `id` and
+      `group`.
+    thresholds: [num_thresholds], strictly descending, chosen before any loss
+      was seen; None takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
     error_rate: epsilon, in (0, 1).
-    method: a name of `methods.METHODS`, or 'auto': 'binomial' for binary losses, else
-      'betting_randomized' for fixed sequence testing and 'betting' for other procedures.
+    method: a name of `methods.METHODS`, or 'auto': 'binomial' for binary
+      losses, else 'betting_randomized' for fixed sequence testing and 'betting'
+      for other procedures.
     testing_procedure: 'fixed_sequence', 'fallback' or 'holm'.
-    groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
-      those of a `SequenceLosses`.
+    groups: [num_examples] cluster of each row; the test is then on cluster
+      means. None takes those of a `SequenceLosses`.
     support: declared range of plain arrays; [0, 1] by default.
     promise: the risk functional, one of `risks`; None is the mean loss.
-    risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
-    seed: of the order of a betting test: that of an earlier `Calibration` of the same losses,
-      to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
-      contents and procedure. Trying several until one certifies breaks the promise.
-    randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what the bets leave
-      open at the end; else it is 'betting_fixed_level'.
-    largest_cluster: the most prompts that a cluster may have, declared before any loss was
-      seen: the promise is then about prompts. 0: it is about clusters.
+    risks: several losses, each with its tolerance, instead of `losses` and
+      `tolerance`.
+    seed: of the order of a betting test: that of an earlier `Calibration` of
+      the same losses, to repeat it, or one that was drawn before these losses
+      were seen. None makes it of ids, contents and procedure. Trying several
+      until one certifies breaks the promise.
+    randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what
+      the bets leave open at the end; else it is 'betting_fixed_level'.
+    largest_cluster: the most prompts that a cluster may have, declared before
+      any loss was seen: the promise is then about prompts. 0: it is about
+      clusters.
 
   Returns:
-    A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why.
+    A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and
+      `reason` says why.
 
   Raises:
-    ValueError: an argument is malformed, or `method` does not fit the declared support.
+    ValueError: an argument is malformed, or `method` does not fit the declared
+      support.
   """
   if risks is not None:
     if losses is not None or tolerance is not None or promise is not None:
       raise ValueError(
-        "Expected `risks` alone, got `losses`, `tolerance` or `promise` beside; leave them out."
+        "Expected `risks` alone, got `losses`, `tolerance` or `promise` "
+        "beside; leave them out."
       )
     promise = SeveralRisks(risks=risks)
     losses, tolerance = risks[0].losses, risks[0].tolerance
   if losses is None or tolerance is None:
-    raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
-  sample, promise = _as_losses(losses, thresholds, support), promise or risks_lib.Mean()
-  # The binomial test is exact where every loss is 0 or 1 by its nature; the guarantee says so.
-  if sample is not losses and support is None and method == "auto" and _is_binary(sample):
+    raise ValueError(
+      "Expected `losses` and `tolerance`, or `risks`, got neither."
+    )
+  sample, promise = (
+    _as_losses(losses, thresholds, support),
+    promise or risks_lib.Mean(),
+  )
+  # The binomial test is exact where every loss is 0 or 1 by its nature; the
+  # guarantee says so.
+  if (
+    sample is not losses
+    and support is None
+    and method == "auto"
+    and _is_binary(sample)
+  ):
     sample = dataclasses.replace(sample, support=Support(binary=True))
   checks.in_range("tolerance", tolerance, 0.0, 1.0)
   tables = [sample, *(risk.losses for risk in risks or ())]
@@ -114,12 +142,17 @@ def calibrate(
 
 @arguments.checked()
 def each_group(
-  losses: SequenceLosses, labels: Sequence[Any], *, error_rate: float, **options: Any
+  losses: SequenceLosses,
+  labels: Sequence[Any],
+  *,
+  error_rate: float,
+  **options: Any,
 ) -> dict[str, Calibration]:
-  """A threshold for each group, served by group; all their promises hold at once.
+  """A threshold for each group, served by group; all their promises hold at
+  once.
 
-  Each is calibrated by itself at error_rate / (number of groups) (Bonferroni): with probability
-  at least 1 - error_rate no group exceeds its tolerance.
+  Each is calibrated by itself at error_rate / (number of groups) (Bonferroni):
+  with probability at least 1 - error_rate no group exceeds its tolerance.
 
   Args:
     losses: as for `calibrate`, `SequenceLosses`.
@@ -135,7 +168,9 @@ def each_group(
   column = risks_lib.rows_of(np.asarray(labels), losses, "labels", table=False)
   rows = {name: losses.rows(np.flatnonzero(column == name)) for name in names}
   level = error_rate / len(names)
-  return {name: calibrate(rows[name], error_rate=level, **options) for name in names}
+  return {
+    name: calibrate(rows[name], error_rate=level, **options) for name in names
+  }
 
 
 @arguments.checked()
@@ -147,33 +182,42 @@ def calibrate_configurations(
   method: str = "auto",
   seed: str | None = None,
 ) -> Calibration:
-  """Chooses the cheapest of all (family, threshold) pairs that are certified for all risks.
+  """Chooses the cheapest of all (family, threshold) pairs that are certified
+  for all risks.
 
-  With probability at least 1 - error_rate over the prompts, every certified configuration has
-  E[loss of risk r] <= tolerance of r for every r.
+  With probability at least 1 - error_rate over the prompts, every certified
+  configuration has E[loss of risk r] <= tolerance of r for every r.
 
   Args:
-    risks: {family: its risks}; every family has the same prompts, and risks of the same names
-      and tolerances.
-    costs: {family: [num_examples, num_thresholds]} what to make small, such as layers a token;
-      finite and at least 0.
+    risks: {family: its risks}; every family has the same prompts, and risks of
+      the same names and tolerances.
+    costs: {family: [num_examples, num_thresholds]} what to make small, such as
+      layers a token; finite and at least 0.
     error_rate: epsilon, in (0, 1).
     method, seed: as for `calibrate`.
 
   Returns:
-    A `Calibration` whose `promise` names the configurations and whose `rows` are grid after
-    grid; its `threshold` and `procedure` are those of the chosen one.
+    A `Calibration` whose `promise` names the configurations and whose `rows`
+    are grid after grid; its `threshold` and `procedure` are those of the chosen
+    one.
 
   Raises:
-    ValueError: families differ in prompts or risks, or an argument leaves its range.
+    ValueError: families differ in prompts or risks, or an argument leaves its
+      range.
   """
   if not risks or not all(risks.values()) or set(risks) != set(costs):
     raise ValueError(
-      "Expected `risks` of at least one family, each with a table of `costs`, got families"
+      "Expected `risks` of at least one family, each with a table of "
+      "`costs`, got families"
       f" {sorted(risks)} and costs of {sorted(costs)}."
     )
-  several = {name: SeveralRisks(risks=of_family) for name, of_family in risks.items()}
-  one, first = next(iter(several.values())), next(iter(risks.values()))[0].losses
+  several = {
+    name: SeveralRisks(risks=of_family) for name, of_family in risks.items()
+  }
+  one, first = (
+    next(iter(several.values())),
+    next(iter(risks.values()))[0].losses,
+  )
   groups, families = clusters.known_groups(first.groups), []
   amounts, names, thresholds, procedures = [], [], [], []
   for name, of_family in several.items():
@@ -181,31 +225,45 @@ def calibrate_configurations(
     if of_family != one:
       wanted = list(zip(one.names, one.tolerances, strict=True))
       raise ValueError(
-        f"Expected `risks` to be {wanted} of every family, got others of {name!r}."
+        f"Expected `risks` to be {wanted} of every family, got others of "
+        f"{name!r}."
       )
     alike = losses.ids == first.ids and losses.groups == first.groups
     if len(losses.values) != len(first.values) or not alike:
-      raise ValueError(f"Expected `risks` of the same prompts, got others in {name!r}.")
-    table = risks_lib.rows_of(costs[name], losses, f"costs[{name!r}]", table=True)
+      raise ValueError(
+        f"Expected `risks` of the same prompts, got others in {name!r}."
+      )
+    table = risks_lib.rows_of(
+      costs[name], losses, f"costs[{name!r}]", table=True
+    )
     table = table if groups is None else clusters.means(table, groups)[1]
     amounts += table.mean(axis=0).tolist()
     names += [f"{name} at {level:.10g}" for level in losses.thresholds]
     thresholds += losses.thresholds.tolist()
     procedures += [losses.procedure] * len(losses.thresholds)
-    families.append([part.losses for part in of_family.parts(losses, one.tolerances[0])])
+    families.append(
+      [part.losses for part in of_family.parts(losses, one.tolerances[0])]
+    )
   grids = tuple(len(tables[0].thresholds) for tables in families)
-  promise = Configurations(one.names, one.tolerances, None, tuple(names), tuple(amounts), grids)
+  promise = Configurations(
+    one.names, one.tolerances, None, tuple(names), tuple(amounts), grids
+  )
   parts = []
   tests = promise.tests(promise.tolerances[0], first.support)
   for test, tables in zip(tests, zip(*families, strict=True), strict=True):
     if len({table.support for table in tables}) > 1:
-      raise ValueError(f"Expected `risks` with one support of {test.name!r}, got several.")
+      raise ValueError(
+        f"Expected `risks` with one support of {test.name!r}, got several."
+      )
     parts.append(Part(test, _side_by_side(tables)))
-  # One order of prompts for all: it depends on all losses and on no single procedure.
+  # One order of prompts for all: it depends on all losses and on no single
+  # procedure.
   return _certify(
     promise,
     parts,
-    _side_by_side([table for of_family in families for table in of_family], groups=groups),
+    _side_by_side(
+      [table for of_family in families for table in of_family], groups=groups
+    ),
     Run(method, "fixed_sequence", error_rate),
     seed,
     tolerance=promise.tolerances[0],
@@ -214,11 +272,18 @@ def calibrate_configurations(
   )
 
 
-def _side_by_side(tables: Sequence[SequenceLosses], **fields: Any) -> SequenceLosses:
+def _side_by_side(
+  tables: Sequence[SequenceLosses], **fields: Any
+) -> SequenceLosses:
   """One table with the columns of several."""
   values = np.concatenate([table.values for table in tables], axis=1)
   grid = np.linspace(1.0, 0.0, values.shape[1])
-  fields |= {"values": values, "thresholds": grid, "procedure": None, "knobs": ()}
+  fields |= {
+    "values": values,
+    "thresholds": grid,
+    "procedure": None,
+    "knobs": (),
+  }
   return dataclasses.replace(tables[0], **fields)
 
 
@@ -228,13 +293,15 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
       raise ValueError(
-        "Expected `thresholds` beside `losses` that are a plain array, got none; give them."
+        "Expected `thresholds` beside `losses` that are a plain array, got "
+        "none; give them."
       )
     return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
   same = thresholds is None or np.array_equal(thresholds, losses.thresholds)
   if support not in (None, losses.support) or not same:
     raise ValueError(
-      "Expected no `support` or `thresholds` beside `losses` that declare theirs, got others;"
+      "Expected no `support` or `thresholds` beside `losses` that declare "
+      "theirs, got others;"
       " leave them out."
     )
   return losses
@@ -265,26 +332,33 @@ class Run:
   error_rate: float  # epsilon
   randomized: bool = True  # whether a uniform may be drawn beside the losses
   largest_cluster: int = 0  # declared; 0: each cluster counts once
-  groups: Sequence[str] | None = None  # cluster of each row; None: rows are no clusters
+  # cluster of each row; None: rows are no clusters
+  groups: Sequence[str] | None = None
   seeds: tuple[str, ...] = ()  # of the tested orders
-  # [num_examples] place of each row in each of these, where rows are no clusters.
+  # [num_examples] place of each row in each of these, where rows are no
+  # clusters.
   ranks: tuple[np.ndarray, ...] = ()
 
   def method_of(self, losses: SequenceLosses) -> methods.Method:
     """The p-value method for such losses."""
     arguments.one_of("testing_procedure", self.procedure, testing.PROCEDURES)
     units, any_level = losses.support, self.procedure != "fixed_sequence"
-    if clusters.known_groups(self.groups):  # means of several losses of 0 or 1 are neither
+    # means of several losses of 0 or 1 are neither
+    if clusters.known_groups(self.groups):
       units = dataclasses.replace(units, binary=False)
     options = {"any_level": any_level, "randomized": self.randomized}
     return methods.get_method(self.method, units, **options)
 
   def test(self, part: Part) -> Evidence:
-    """Tests one part, column by column where other rows count at each threshold."""
+    """Tests one part, column by column where other rows count at each
+    threshold.
+    """
     test, losses, groups = part.test, part.losses, self.groups
     chosen, size = self.method_of(losses), losses.values.shape[1]
     if chosen.ordered:
-      checks.in_range("tolerance", test.tolerance, -np.inf, losses.support.upper)
+      checks.in_range(
+        "tolerance", test.tolerance, -np.inf, losses.support.upper
+      )
     usable = np.array([not _fault(losses, place) for place in range(size)])
     values, declared = chosen.prepare(losses.values, losses.support)
     uniform = clusters.seeded_uniform(self.seeds[0]) if self.randomized else 1.0
@@ -292,12 +366,19 @@ class Run:
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
     for rows, places in _alike(part.rows):
-      units, orders = values[:, places][rows], [np.argsort(rank[rows]) for rank in self.ranks]
+      units, orders = (
+        values[:, places][rows],
+        [np.argsort(rank[rows]) for rank in self.ranks],
+      )
       if groups is not None:
         fill = float(test.tolerance)
-        ids, units = clusters.means(units, clustered[rows], self.largest_cluster, fill)
+        ids, units = clusters.means(
+          units, clustered[rows], self.largest_cluster, fill
+        )
         orders = [clusters.seeded_order(ids, seed) for seed in self.seeds]
-      design = chosen.design(test.tolerance, level, len(units), declared.upper, uniform)
+      design = chosen.design(
+        test.tolerance, level, len(units), declared.upper, uniform
+      )
       options = (units, declared, design, usable[places])
       orders = orders if chosen.ordered else [None]
       found = [chosen.evidence(*options, order) for order in orders]
@@ -315,7 +396,9 @@ class Run:
 
 
 def _alike(rows: np.ndarray | None) -> Iterator[tuple[Any, Any]]:
-  """(rows that count, places in the grid) of the thresholds at which the same rows count."""
+  """(rows that count, places in the grid) of the thresholds at which the same
+  rows count.
+  """
   if rows is None:
     yield slice(None), slice(None)
     return
@@ -323,7 +406,10 @@ def _alike(rows: np.ndarray | None) -> Iterator[tuple[Any, Any]]:
   for column in dict.fromkeys(columns):
     index = np.flatnonzero(np.frombuffer(column, bool))
     if len(index):  # no rows, no evidence
-      yield index, [place for place, other in enumerate(columns) if other == column]
+      yield (
+        index,
+        [place for place, other in enumerate(columns) if other == column],
+      )
 
 
 def _certify(
@@ -337,21 +423,29 @@ def _certify(
   procedures: Sequence[Procedure | None],
   **fields: Any,
 ) -> Calibration:
-  """Tests the parts of a promise; `sample` decides the order of prompts and names losses."""
+  """Tests the parts of a promise; `sample` decides the order of prompts and
+  names losses.
+  """
   checks.in_range("error_rate", run.error_rate, 0.0, 1.0)
   checks.warn_of_error_rate(run.error_rate)
   checks.check_seed(seed)
   run, groups = dataclasses.replace(run, groups=sample.groups), sample.groups
   grid = () if isinstance(promise, Configurations) else thresholds
-  ordered = not grid or any(run.method_of(part.losses).ordered for part in parts)
+  ordered = not grid or any(
+    run.method_of(part.losses).ordered for part in parts
+  )
   if ordered:
     seeds, drawn, orders = clusters.tested_orders(sample, seed)
   else:
     seeds, drawn, orders = (seed or clusters.order_seed(sample),), False, []
   randomized, ranks = run.randomized and drawn, tuple(map(np.argsort, orders))
-  run = dataclasses.replace(run, randomized=randomized, seeds=seeds, ranks=ranks)
+  run = dataclasses.replace(
+    run, randomized=randomized, seeds=seeds, ranks=ranks
+  )
   evidence = tuple(run.test(part) for part in parts)
-  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
+  numbers_alone = sample.metric == UNKNOWN or (
+    sample.ids is None and not sample.contents
+  )
   if groups is None and numbers_alone and not sample.groups_ignored:
     checks.warn_of_copies(sample.values)
   options = (run.procedure, run.error_rate, promise.grids)
@@ -370,7 +464,11 @@ def _certify(
     order="permuted",
     seed=seeds[0],
     method=first.method,
-    versions={"calm": calm.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
+    versions={
+      "calm": calm.__version__,
+      "numpy": np.__version__,
+      "scipy": scipy.__version__,
+    },
   )
   return Calibration(
     threshold=NEVER_EXIT if place is None else float(thresholds[place]),
@@ -399,8 +497,16 @@ def _certify(
 
 def _fault(losses: SequenceLosses, place: int) -> str:
   """Why the losses at a threshold cannot be tested, or ''."""
-  low, high, column = losses.support.lower, losses.support.upper, losses.values[:, place]
-  wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
+  low, high, column = (
+    losses.support.lower,
+    losses.support.upper,
+    losses.values[:, place],
+  )
+  wanted = (
+    "0 or 1"
+    if losses.support.binary
+    else f"in the declared range [{low}, {high}]"
+  )
   bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
   if losses.support.binary:
     bad |= (column != 0.0) & (column != 1.0)
@@ -408,9 +514,15 @@ def _fault(losses: SequenceLosses, place: int) -> str:
   if not bad[row]:
     return ""
   name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
-  fault = f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
+  fault = (
+    f"the loss of row {row}{name} is {float(column[row])!r} and must be "
+    f"{wanted}"
+  )
   if np.isnan(column[row]):
-    fault += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
+    fault += (
+      f" (a failure counts as {high:g}; prompts that are left out bias the "
+      "mean)"
+    )
   return fault
 
 
@@ -425,30 +537,47 @@ def _reason(
   """Why the lowest certified threshold is the lowest."""
   grid = sample.knobs or sample.thresholds.tolist()
   if rejected.all():
-    return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
+    return (
+      f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
+    )
   first = int(np.argmin(rejected))
   part = parts[worst[first]]
-  why, fault = f" ({part.test.name})" if part.test.name else "", _fault(part.losses, first)
+  why, fault = (
+    f" ({part.test.name})" if part.test.name else "",
+    _fault(part.losses, first),
+  )
   why += f": {fault}." if fault else "."
-  plain = len(parts) == 1 and part.rows is None and part.losses.support == Support()
+  plain = (
+    len(parts) == 1 and part.rows is None and part.losses.support == Support()
+  )
   if plain and sample.groups is None and _is_binary(part.losses):
-    why += " Declare losses that are 0 or 1 alone, `Support(binary=True)`: the test is exact."
+    why += (
+      " Declare losses that are 0 or 1 alone, `Support(binary=True)`: the "
+      "test is exact."
+    )
   if rejected.any():
     last = int(np.flatnonzero(rejected)[-1])
     return (
-      f"{grid[last]} is the lowest certified threshold; {grid[first]} is not certified{why}"
+      f"{grid[last]} is the lowest certified threshold; {grid[first]} is not "
+      f"certified{why}"
     )
   for part in evidence:
-    few = part.support.lower < part.tolerance < part.support.upper and planning.refusal(
-      max(part.num_examples),
-      part.tolerance,
-      run.error_rate * part.share,
-      support=part.support,
-      method=part.method,
-      share=testing.first_share(run.procedure, len(grid)),
-      unit="prompts" if sample.groups is None else "clusters of prompts",
+    few = (
+      part.support.lower < part.tolerance < part.support.upper
+      and planning.refusal(
+        max(part.num_examples),
+        part.tolerance,
+        run.error_rate * part.share,
+        support=part.support,
+        method=part.method,
+        share=testing.first_share(run.procedure, len(grid)),
+        unit="prompts" if sample.groups is None else "clusters of prompts",
+      )
     )
     if few:
       name = f"{part.name}: " if part.name else ""
       return f"Nothing can be certified: {name}{few[0].lower()}{few[1:]}"
-  return f"Nothing is certified: the first threshold {grid[first]} already fails{why}"
+  return (
+    f"Nothing is certified: the first threshold {grid[first]} already "
+    f"fails{why}"
+  )

@@ -33,9 +33,12 @@ class Support:
   binary: bool = False  # whether 0 and 1 are the only values
 
   def __post_init__(self):
-    if not (np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper):
+    if not (
+      np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper
+    ):
       raise ValueError(
-        f"Expected `support` to have finite `lower` < `upper`, got [{self.lower},"
+        "Expected `support` to have finite `lower` < `upper`, got "
+        f"[{self.lower},"
         f" {self.upper}]; an unbounded loss cannot be controlled."
       )
     if self.binary and (self.lower, self.upper) != (0.0, 1.0):
@@ -48,23 +51,28 @@ class Support:
 class SequenceLosses:
   """Losses of every prompt at every threshold, and what they are losses of.
 
-  Everything that is tested passes through here and is checked here, once: ValueError names
-  what is wrong. Losses that leave the support are no error here: `calibrate` says so in words.
+  Everything that is tested passes through here and is checked here, once:
+  ValueError names what is wrong. Losses that leave the support are no error
+  here: `calibrate` says so in words.
   """
 
   values: np.ndarray  # [num_examples, num_thresholds] float64
   thresholds: np.ndarray  # [num_thresholds] float64, strictly descending
-  support: Support = dataclasses.field(default_factory=Support)  # declared range of `values`
+  # declared range of `values`
+  support: Support = dataclasses.field(default_factory=Support)
   kind: str = "textual"  # 'textual', 'risk_clipped' or 'risk_signed'
   metric: str = UNKNOWN  # name of the text metric
   ids: tuple[Any, ...] | None = None  # [num_examples] prompt ids
-  # [num_examples] cluster of each prompt, or None; `calibrate` tests cluster means then
-  # (`ungrouped` takes prompts for independent).
+  # [num_examples] cluster of each prompt, or None; `calibrate` tests cluster
+  # means then (`ungrouped` takes prompts for independent).
   groups: tuple[Any, ...] | None = None
-  groups_ignored: bool = False  # whether there were clusters, which `ungrouped` took away
+  # whether there were clusters, which `ungrouped` took away
+  groups_ignored: bool = False
   procedure: Procedure | None = None  # how the outputs were decoded, or None
-  contents: str = ""  # digest of what the prompts say, or '' where that is not known
-  # Names of the settings, in the order of `thresholds`, where they were no thresholds.
+  # digest of what the prompts say, or '' where that is not known
+  contents: str = ""
+  # Names of the settings, in the order of `thresholds`, where they were no
+  # thresholds.
   knobs: tuple[str, ...] = ()
 
   def __post_init__(self):
@@ -72,14 +80,18 @@ class SequenceLosses:
     grid = thresholds_lib.validate_grid(self.thresholds)
     if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
       raise ValueError(
-        f"Expected `losses` to be [num_examples, num_thresholds] = [n, {len(grid)}] with n at"
-        f" least 1, got shape {values.shape}; give one row a prompt, one column a threshold."
+        "Expected `losses` to be [num_examples, num_thresholds] = [n, "
+        f"{len(grid)}] with n at"
+        f" least 1, got shape {values.shape}; give one row a prompt, one "
+        "column a threshold."
       )
     checks.check_lines([self.kind], "kind", checks.LONGEST_KIND)
     checks.check_lines([self.metric], "metric")
     checks.check_lines(self.knobs, "knobs")
     if self.knobs and len(self.knobs) != len(grid):
-      raise ValueError(f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}.")
+      raise ValueError(
+        f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}."
+      )
     vars(self).update(values=values, thresholds=grid)
     if self.ids is not None:
       vars(self).update(ids=checks.check_ids(self.ids, len(values)))
@@ -87,7 +99,9 @@ class SequenceLosses:
       vars(self).update(groups=checks.check_groups(self.groups, len(values)))
 
   def ungrouped(self) -> "SequenceLosses":
-    """The same losses, each prompt taken for an independent draw; the guarantee says so."""
+    """The same losses, each prompt taken for an independent draw; the guarantee
+    says so.
+    """
     groups = self.groups or ()
     ignored = self.groups_ignored or len(set(groups)) < len(groups)
     return dataclasses.replace(self, groups=None, groups_ignored=ignored)
@@ -95,8 +109,14 @@ class SequenceLosses:
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number."""
     index = np.asarray(index)
-    some = lambda names: None if names is None else tuple(np.array(names, object)[index])
-    rows = {"values": self.values[index], "ids": some(self.ids), "groups": some(self.groups)}
+    some = lambda names: (
+      None if names is None else tuple(np.array(names, object)[index])
+    )
+    rows = {
+      "values": self.values[index],
+      "ids": some(self.ids),
+      "groups": some(self.groups),
+    }
     return dataclasses.replace(self, **rows)
 
   def __repr__(self) -> str:
@@ -115,32 +135,36 @@ def compute(
 ) -> SequenceLosses:
   """Losses of cached generations (Definitions 1 and 2).
 
-      textual       1 - metric(early_i, [full_i])             in [0, 1]   (Eq. 10)
-      risk_signed   R(early_i, Z_i) - R(full_i, Z_i)          in [-1, 1]  (Eq. 2)
-      risk_clipped  max(0, R(early_i, Z_i) - R(full_i, Z_i))  in [0, 1]   (Eq. 11)
+      textual       1 - metric(early_i, [full_i])             in [0, 1]   (Eq.
+      10) risk_signed   R(early_i, Z_i) - R(full_i, Z_i)          in [-1, 1]
+      (Eq. 2) risk_clipped  max(0, R(early_i, Z_i) - R(full_i, Z_i))  in [0, 1]
+      (Eq. 11)
 
-  of prompt i at each threshold, with R = 1 - metric and references Z_i; 0, without a call of
-  the metric, where both texts are equal.
+  of prompt i at each threshold, with R = 1 - metric and references Z_i; 0,
+  without a call of the metric, where both texts are equal.
 
   Args:
-    generations: complete cached generations; for a risk, every prompt whose text differs from
-      the full model's has references.
+    generations: complete cached generations; for a risk, every prompt whose
+      text differs from the full model's has references.
     kind: one of these.
     metric: registry name, import path, function or `Metric`.
     progress: called with (prompts done, prompts in all).
 
   Raises:
-    ValueError: generations are incomplete, a prompt lacks references, the metric is no bounded
-      mean or leaves [0, 1], or `kind` is unknown.
+    ValueError: generations are incomplete, a prompt lacks references, the
+      metric is no bounded mean or leaves [0, 1], or `kind` is unknown.
   """
   prompts, metric = generations.prompts, metrics.get_metric(metric)
   pairs = zip(generations.thresholds, generations.records, strict=True)
   if short := [float(at) for at, rows in pairs if len(rows) < len(prompts)]:
     raise ValueError(
-      "Expected `generations` to have a record of every prompt at every threshold, got"
+      "Expected `generations` to have a record of every prompt at every "
+      "threshold, got"
       f" incomplete ones at {short[:5]}; generate the rest."
     )
-  values = np.stack(prefix_losses(generations, kind, metric=metric, progress=progress), axis=1)
+  values = np.stack(
+    prefix_losses(generations, kind, metric=metric, progress=progress), axis=1
+  )
   groups = clusters.known_groups(clusters.prompt_clusters(prompts))
   if groups is None and not all(prompt.input for prompt in prompts):
     # Copies of a prompt have one text of the full model, too.
@@ -167,45 +191,71 @@ def prefix_losses(
   metric: metrics.MetricLike = "rouge_l",
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, ...]:
-  """[num_thresholds] arrays of losses, each of the records that a threshold has (`compute`).
+  """[num_thresholds] arrays of losses, each of the records that a threshold has
+  (`compute`).
 
-  A run of an earlier version that stopped early has some of the first prompts only.
+  A run of an earlier version that stopped early has some of the first prompts
+  only.
   """
   kind_support(kind, metric := metrics.get_metric(metric))
   prompts, count = generations.prompts, len(generations.full)
-  columns = [predictions(records) for records in (generations.full, *generations.records)]
+  columns = [
+    predictions(records) for records in (generations.full, *generations.records)
+  ]
   pieces, bare = [], []
   for first in range(0, max(1, count), PROMPTS):
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     some = prompts[first : first + PROMPTS]
-    known = [(text,) for text in full] if kind == "textual" else [p.targets for p in some]
-    pairs = itertools.chain(*(enumerate(zip(texts, full, strict=False)) for texts in early))
+    known = (
+      [(text,) for text in full]
+      if kind == "textual"
+      else [p.targets for p in some]
+    )
+    pairs = itertools.chain(
+      *(enumerate(zip(texts, full, strict=False)) for texts in early)
+    )
     differ = {row for row, (text, reference) in pairs if text != reference}
     bare += [some[row].id for row in sorted(differ) if not known[row]]
     if not bare:
       loss = functools.partial(_loss, functools.cache(metric), KINDS[kind])
-      pieces.append([np.array([*map(loss, full, known, texts)]) for texts in early])
+      pieces.append(
+        [np.array([*map(loss, full, known, texts)]) for texts in early]
+      )
     if progress is not None:
       progress(min(first + PROMPTS, count), count)
   if bare:
     raise ValueError(
-      "Expected `generations` to have references (`targets`) for every prompt whose text"
-      f" differs from the full model's to compute a risk, got {len(bare)} that have none, first"
+      "Expected `generations` to have references (`targets`) for every "
+      "prompt whose text"
+      f" differs from the full model's to compute a risk, got {len(bare)} "
+      "that have none, first"
       f" {bare[:100]}; a textual loss needs none."
     )
   return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
 
-def _loss(similarity, least: float, full: str, known: tuple[str, ...], text: str) -> float:
-  """similarity(full, known) - similarity(text, known), 0 where texts are equal."""
-  return max(similarity(full, known) - similarity(text, known), least) if text != full else 0.0
+def _loss(
+  similarity, least: float, full: str, known: tuple[str, ...], text: str
+) -> float:
+  """similarity(full, known) - similarity(text, known), 0 where texts are
+  equal.
+  """
+  return (
+    max(similarity(full, known) - similarity(text, known), least)
+    if text != full
+    else 0.0
+  )
 
 
 @arguments.checked()
 def kind_support(kind: str, metric: metrics.MetricLike) -> Support:
-  """The declared range of losses of a kind and metric; ValueError where either is unknown."""
+  """The declared range of losses of a kind and metric; ValueError where either
+  is unknown.
+  """
   floor = KINDS[arguments.one_of("kind", kind, KINDS)]
-  return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
+  return Support(
+    lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0
+  )
 
 
 @arguments.checked()
@@ -223,34 +273,44 @@ def from_texts(
 
   >>> from calm.calibrate import calibrate
   >>> full = [f"answer {row}" for row in range(100)]
-  >>> cheap = ["another" if row % 3 == 0 else text for row, text in enumerate(full)]
-  >>> losses = from_texts(full, {"12 layers": full, "2 layers": cheap}, metric="exact_match")
+  >>> cheap = [text if row % 3 else "another" for row, text in enumerate(full)]
+  >>> texts = {"12 layers": full, "2 layers": cheap}
+  >>> losses = from_texts(full, texts, metric="exact_match")
   >>> calibrate(losses, tolerance=0.1, error_rate=0.05).knob
   '12 layers'
 
   Args:
     full: [num_examples] texts of the full system.
-    early: {knob: [num_examples] texts}, the best (slowest) first: thresholds, layers, beams,
-      names of smaller models. The order was fixed before any loss was seen. Knobs that are
-      numbers in [0, 1] and descend are thresholds.
-    references: [num_examples] accepted texts of each prompt, one or several; needed by risks,
-      and there only where texts differ: an empty list will do elsewhere.
-    kind: 'textual', 'risk_signed' or 'risk_clipped'; by default 'risk_signed' with references,
-      'textual' without.
+    early: {knob: [num_examples] texts}, the best (slowest) first: thresholds,
+      layers, beams, names of smaller models. The order was fixed before any
+      loss was seen. Knobs that are numbers in [0, 1] and descend are
+      thresholds.
+    references: [num_examples] accepted texts of each prompt, one or several;
+      needed by risks, and there only where texts differ: an empty list will do
+      elsewhere.
+    kind: 'textual', 'risk_signed' or 'risk_clipped'; by default 'risk_signed'
+      with references, 'textual' without.
     metric: the text metric.
     ids: [num_examples] unique ids.
     groups: [num_examples] clusters of prompts.
 
   Raises:
-    ValueError: lengths differ, there is no knob, or references are missing that a risk needs.
+    ValueError: lengths differ, there is no knob, or references are missing that
+      a risk needs.
   """
-  names = tuple(f"text {row}" for row in range(len(full))) if ids is None else ids
+  names = (
+    tuple(f"text {row}" for row in range(len(full))) if ids is None else ids
+  )
   names = checks.check_ids(names, len(full))
   targets: Any = [()] * len(full) if references is None else references
-  tables = {"references": targets} | {f"early[{knob!r}]": early[knob] for knob in early}
+  tables = {"references": targets} | {
+    f"early[{knob!r}]": early[knob] for knob in early
+  }
   for name, rows in tables.items():
     if isinstance(rows, str) or len(rows) != len(full):
-      raise ValueError(f"Expected `{name}` of {len(full)} texts, as `full`, got {len(rows)}.")
+      raise ValueError(
+        f"Expected `{name}` of {len(full)} texts, as `full`, got {len(rows)}."
+      )
   grid, knobs = thresholds_lib.grid_of_knobs(list(early))
   records = lambda texts: tuple(map(Record, names, texts))
   generations = Generations(
@@ -265,28 +325,41 @@ def from_texts(
   )
   kind = kind or ("textual" if references is None else "risk_signed")
   losses = compute(generations, kind, metric=metric)
-  return losses if groups is None else dataclasses.replace(losses, groups=tuple(groups))
+  return (
+    losses
+    if groups is None
+    else dataclasses.replace(losses, groups=tuple(groups))
+  )
 
 
 def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:
-  """The losses of a DataFrame: one row a prompt, one column a threshold, in any order.
+  """The losses of a DataFrame: one row a prompt, one column a threshold, in any
+  order.
 
-  Columns are named by thresholds (numbers or their text), and `id` and `group`, if any.
+  Columns are named by thresholds (numbers or their text), and `id` and `group`,
+  if any.
   """
   named = [name for name in frame.columns if name not in ("id", "group")]
   try:
     levels = [float(name) for name in named]
   except (TypeError, ValueError):
     raise ValueError(
-      f"Expected columns of `losses` to be named by thresholds, `id` or `group`, got {named}."
+      "Expected columns of `losses` to be named by thresholds, `id` or "
+      f"`group`, got {named}."
     ) from None
   if not named or len(set(levels)) < len(levels):
-    raise ValueError(f"Expected `losses` to have a column a threshold, got {named}.")
+    raise ValueError(
+      f"Expected `losses` to have a column a threshold, got {named}."
+    )
   grid = sorted(levels, reverse=True)
   by_level = dict(zip(levels, named, strict=True))
-  column = lambda name: checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
+  column = lambda name: checks.as_numbers(
+    np.asarray(frame[name]), f"column {name!r}"
+  )
   # What is missing (None, NaN, NaT, NA) stays and is refused as a group.
-  missing = lambda v: v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
+  missing = lambda v: (
+    v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
+  )
   texts = lambda name: tuple(v if missing(v) else str(v) for v in frame[name])
   return SequenceLosses(
     np.stack([column(by_level[level]) for level in grid], axis=1),

@@ -1,9 +1,11 @@
-"""p-values for H: E[loss] > tolerance from the sum of losses, and the bounds that invert them.
+"""p-values for H: E[loss] > tolerance from the sum of losses, and the bounds
+that invert them.
 
-Each satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for independent prompts,
-any distribution of losses in [0, 1], and every sample size, in whatever order prompts are
-stored. Arguments are sums of losses (n * (k / n) is not always k), numbers of prompts and
-tolerances in (0, 1), broadcast; `log=True` returns log p, which does not underflow.
+Each satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for
+independent prompts, any distribution of losses in [0, 1], and every sample
+size, in whatever order prompts are stored. Arguments are sums of losses (n * (k
+/ n) is not always k), numbers of prompts and tolerances in (0, 1), broadcast;
+`log=True` returns log p, which does not underflow.
 """
 
 import functools
@@ -15,8 +17,10 @@ from scipy import optimize, special
 
 SumPValue = Callable[..., np.ndarray]
 
-_SNAP = 1e-9  # share by which a sum that stands for an integer may be off by rounding
-_TINY = 1e-280  # a probability from `special.betaincc` that is near the end of float64
+# share by which a sum that stands for an integer may be off by rounding
+_SNAP = 1e-9
+# a probability from `special.betaincc` that is near the end of float64
+_TINY = 1e-280
 # Bounds are sought with this precision, and between these tolerances.
 _PRECISION, _LEAST, _MOST = 1e-9, 1e-12, 1.0 - 1e-12
 
@@ -27,10 +31,14 @@ def _p_value(log_p_value: Callable[..., np.ndarray]) -> SumPValue:
   @functools.wraps(log_p_value)
   def p_value(sums, num_examples, tolerance, log: bool = False) -> np.ndarray:
     sums, sizes, tolerances = np.broadcast_arrays(
-      np.asarray(sums, np.float64), np.asarray(num_examples), np.asarray(tolerance, np.float64)
+      np.asarray(sums, np.float64),
+      np.asarray(num_examples),
+      np.asarray(tolerance, np.float64),
     )
     sums = np.clip(sums, 0.0, sizes)
-    log_p = np.minimum(log_p_value(sums, sizes.astype(np.int64), tolerances), 0.0)
+    log_p = np.minimum(
+      log_p_value(sums, sizes.astype(np.int64), tolerances), 0.0
+    )
     return log_p if log else np.exp(log_p)
 
   return p_value
@@ -49,7 +57,9 @@ def _log_choose(num_examples: int) -> np.ndarray:
 
 
 def log_binomial_cdf_table(num_examples: int, probability: float) -> np.ndarray:
-  """[num_examples + 1] log P(Binomial(num_examples, probability) <= j), j = 0 ..., in O(n)."""
+  """[num_examples + 1] log P(Binomial(num_examples, probability) <= j), j = 0
+  ..., in O(n).
+  """
   successes = np.arange(num_examples + 1, dtype=np.float64)
   log_mass = (
     _log_choose(num_examples)
@@ -59,14 +69,28 @@ def log_binomial_cdf_table(num_examples: int, probability: float) -> np.ndarray:
   return np.minimum(np.logaddexp.accumulate(log_mass), 0.0)
 
 
-def _groups(*arrays: np.ndarray) -> Iterator[tuple[tuple[float, ...], np.ndarray]]:
-  """The different rows of broadcast arrays, each with the mask of where it stands."""
-  for row in dict.fromkeys(zip(*(array.ravel().tolist() for array in arrays), strict=True)):
-    yield row, np.logical_and.reduce([array == v for array, v in zip(arrays, row, strict=True)])
+def _groups(
+  *arrays: np.ndarray,
+) -> Iterator[tuple[tuple[float, ...], np.ndarray]]:
+  """The different rows of broadcast arrays, each with the mask of where it
+  stands.
+  """
+  for row in dict.fromkeys(
+    zip(*(array.ravel().tolist() for array in arrays), strict=True)
+  ):
+    yield (
+      row,
+      np.logical_and.reduce(
+        [array == v for array, v in zip(arrays, row, strict=True)]
+      ),
+    )
 
 
-def _log_binomial_cdf(counts: np.ndarray, sizes: np.ndarray, probabilities: np.ndarray):
-  # P(Binomial(n, p) <= k) = 1 - I_p(k + 1, n - k). `special.bdtr` is 2.5e-9 off at n = 1e6.
+def _log_binomial_cdf(
+  counts: np.ndarray, sizes: np.ndarray, probabilities: np.ndarray
+):
+  # P(Binomial(n, p) <= k) = 1 - I_p(k + 1, n - k). `special.bdtr` is 2.5e-9 off
+  # at n = 1e6.
   successes = counts.astype(np.float64)
   failures = np.maximum(sizes - successes, 1.0)
   incomplete = special.betaincc(successes + 1.0, failures, probabilities)
@@ -90,15 +114,18 @@ def hoeffding(sums, sizes, tolerances):
 
 @_p_value
 def hoeffding_bentkus(sums, sizes, tolerances):
-  """The Hoeffding-Bentkus p-value, the paper's (section 4.2, footnote; Bates et al. 2021).
+  """The Hoeffding-Bentkus p-value, the paper's (section 4.2, footnote; Bates et
+  al. 2021).
 
-      p = min(exp(-n KL(min(mean, tolerance) || tolerance)),  e P(Binomial(n, tolerance) <=
-      ceil(sum)))
+      p = min(exp(-n KL(min(mean, tolerance) || tolerance)),  e P(Binomial(n,
+      tolerance) <= ceil(sum)))
 
   It is 1 whenever mean >= tolerance.
   """
   means = np.minimum(sums / sizes, tolerances)
-  divergence = special.rel_entr(means, tolerances) + special.rel_entr(1 - means, 1 - tolerances)
+  divergence = special.rel_entr(means, tolerances) + special.rel_entr(
+    1 - means, 1 - tolerances
+  )
   bentkus = 1.0 + _log_binomial_cdf(_ceil(sums), sizes, tolerances)
   return np.minimum(-sizes * divergence, bentkus)
 
@@ -114,22 +141,28 @@ def binomial(sums, sizes, tolerances):
 
 @_p_value
 def convex_order(sums, sizes, tolerances):
-  """Bentkus's bound before it is relaxed to the factor e; never above `hoeffding_bentkus`.
+  """Bentkus's bound before it is relaxed to the factor e; never above
+  `hoeffding_bentkus`.
 
       p = min(1, min over whole h in (sum, n + 1] of  E[(h - B)_+] / (h - sum))
       B ~ Binomial(n, tolerance)
 
-  Why it is valid. A loss in [0, 1] with mean m is below Bernoulli(m) in convex order, so the
-  sum S of n independent losses of mean m > tolerance is below Binomial(n, m). For convex
-  decreasing (h - x)_+ this gives E[(h - S)_+] <= E[(h - Binomial(n, m))_+] <= E[(h - B)_+] =:
-  G(h). Let s be the largest value whose p is at most u: P(p <= u) = P(S <= s) <= G(h) / (h - s)
-  for every h > s by Markov, and the least of them is at most u. G is linear between whole
-  numbers, so the minimum stands at one. (Bentkus 2004, Annals of Probability 32.)
+  Why it is valid. A loss in [0, 1] with mean m is below Bernoulli(m) in convex
+  order, so the sum S of n independent losses of mean m > tolerance is below
+  Binomial(n, m). For convex decreasing (h - x)_+ this gives E[(h - S)_+] <=
+  E[(h - Binomial(n, m))_+] <= E[(h - B)_+] =: G(h). Let s be the largest value
+  whose p is at most u: P(p <= u) = P(S <= s) <= G(h) / (h - s) for every h > s
+  by Markov, and the least of them is at most u. G is linear between whole
+  numbers, so the minimum stands at one. (Bentkus 2004, Annals of Probability
+  32.)
   """
   log_p = np.empty(sums.shape)
   for (size, tolerance_), here in _groups(sizes, tolerances):
-    # E[(h - B)_+] is the sum of P(B <= j) over j < h: entry j of the table is of h = j + 1.
-    log_hinges = np.logaddexp.accumulate(log_binomial_cdf_table(int(size), tolerance_))
+    # E[(h - B)_+] is the sum of P(B <= j) over j < h: entry j of the table is
+    # of h = j + 1.
+    log_hinges = np.logaddexp.accumulate(
+      log_binomial_cdf_table(int(size), tolerance_)
+    )
     levels = np.arange(1.0, size + 2.0)
     log_p[here] = [
       np.min(log_hinges[int(total) :] - np.log(levels[int(total) :] - total))
@@ -139,16 +172,25 @@ def convex_order(sums, sizes, tolerances):
 
 
 def invert(
-  p_value: SumPValue, sums: npt.ArrayLike, num_examples: int, *, error_rate: float
+  p_value: SumPValue,
+  sums: npt.ArrayLike,
+  num_examples: int,
+  *,
+  error_rate: float,
 ) -> np.ndarray:
-  """[num_thresholds] largest tolerances that are not rejected, rounded up by at most 1e-9."""
+  """[num_thresholds] largest tolerances that are not rejected, rounded up by at
+  most 1e-9.
+  """
   level = np.log(error_rate)
 
   @functools.cache
   def bound(total: float) -> float:
-    excess = lambda at: float(p_value(total, num_examples, at, log=True)) - level
+    excess = lambda at: (
+      float(p_value(total, num_examples, at, log=True)) - level
+    )
     low = min(max(total / num_examples, _LEAST), _MOST)
-    # Hoeffding's own bound is near, and hardly any p-value is worse; far tails take longest.
+    # Hoeffding's own bound is near, and hardly any p-value is worse; far tails
+    # take longest.
     high = min(low + np.sqrt(-level / (2 * num_examples)), _MOST)
     if excess(high) > 0.0:
       high = _MOST

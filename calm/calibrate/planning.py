@@ -16,11 +16,13 @@ _MOST_PROMPTS = 10**6  # a method's own size is sought no further
 def min_calibration_size(
   tolerance: float, error_rate: float, *, lower: float = 0.0, upper: float = 1.0
 ) -> int:
-  """The fewest prompts with which a valid method that draws nothing can certify anything.
+  """The fewest prompts with which a valid method that draws nothing can certify
+  anything.
 
       n >= log(error_rate) / log((upper - tolerance) / (upper - lower))
 
-  With fewer, losses that are `lower` throughout are too likely under a risk above `tolerance`.
+  With fewer, losses that are `lower` throughout are too likely under a risk
+  above `tolerance`.
 
   Args:
     tolerance: in (lower, upper).
@@ -31,14 +33,16 @@ def min_calibration_size(
   Returns:
     Prompts, at least 1; ValueError where an argument leaves its range.
 
-  >>> [min_calibration_size(tolerance, 0.05) for tolerance in (0.02, 0.05, 0.1, 0.25)]
+  >>> [min_calibration_size(delta, 0.05) for delta in (0.02, 0.05, 0.1, 0.25)]
   [149, 59, 29, 11]
   """
   checks.in_range("lower", lower, -math.inf, upper)
   checks.in_range("upper", upper, lower, math.inf)
   checks.in_range("tolerance", tolerance, lower, upper)
   checks.in_range("error_rate", error_rate, 0.0, 1.0)
-  size = math.log(error_rate) / math.log1p(-(tolerance - lower) / (upper - lower))
+  size = math.log(error_rate) / math.log1p(
+    -(tolerance - lower) / (upper - lower)
+  )
   # A whole number must not be rounded up by the last digit of two logarithms.
   nearest = round(size)
   return max(1, nearest if abs(size - nearest) < 1e-9 else math.ceil(size))
@@ -53,7 +57,8 @@ def method_size(
   support: Support | None = None,
   share: float = 1.0,
 ) -> int | None:
-  """The fewest prompts with which one method certifies losses that are the lowest throughout.
+  """The fewest prompts with which one method certifies losses that are the
+  lowest throughout.
 
   Of a randomised method: in at least half of all draws. It may be more than
   `min_calibration_size`: bets stop short of the largest one.
@@ -78,7 +83,9 @@ def method_size(
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
 
   def certifies(size: int) -> bool:
-    design = chosen.design(tolerance, error_rate, size, declared.upper, uniform=0.5)
+    design = chosen.design(
+      tolerance, error_rate, size, declared.upper, uniform=0.5
+    )
     log_p = chosen.log_p_values(np.full((size, 1), lowest[0, 0]), design)
     return float(log_p[0]) <= math.log(error_rate * share) + 1e-12
 
@@ -90,12 +97,18 @@ def method_size(
   return bisect.bisect_left(range(enough), True, lo=few, key=certifies)
 
 
-def _floor(chosen: methods.Method, support: Support, tolerance: float, level: float) -> int:
-  """`min_calibration_size`; of a randomised method for a certificate in half of all draws."""
+def _floor(
+  chosen: methods.Method, support: Support, tolerance: float, level: float
+) -> int:
+  """`min_calibration_size`; of a randomised method for a certificate in half of
+  all draws.
+  """
   level = min(2.0 * level, 0.999) if chosen.randomized else level
   # 'paper' counts improvements as 0.
   lower = max(support.lower, 0.0) if chosen.clips else support.lower
-  return min_calibration_size(tolerance, level, lower=lower, upper=support.upper)
+  return min_calibration_size(
+    tolerance, level, lower=lower, upper=support.upper
+  )
 
 
 @arguments.checked()
@@ -109,7 +122,9 @@ def refusal(
   share: float = 1.0,
   unit: str = "prompts",
 ) -> str:
-  """Why so few prompts (or `unit`), below `method_size`, can certify nothing, or ''."""
+  """Why so few prompts (or `unit`), below `method_size`, can certify nothing,
+  or ''.
+  """
   support = support or Support()
   own = method_size(method, tolerance, error_rate, support=support, share=share)
   if own is not None and num_examples >= own:
@@ -118,9 +133,13 @@ def refusal(
   needed = _floor(chosen, support, tolerance, error_rate * share)
   own = own or f"more than {_MOST_PROMPTS}"
   least = needed if num_examples < needed else own
-  few = " (at most half of all draws would certify)" if chosen.randomized else ""
+  few = (
+    " (at most half of all draws would certify)" if chosen.randomized else ""
+  )
   return (
     f"Expected at least {least} {unit} at tolerance {tolerance} and error rate"
-    f" {error_rate * share} ({own} by the method {method!r}), got {num_examples}, which are too"
-    f" few whatever their losses{few}; give more, or allow a larger loss or error rate."
+    f" {error_rate * share} ({own} by the method {method!r}), got "
+    f"{num_examples}, which are too"
+    f" few whatever their losses{few}; give more, or allow a larger loss or "
+    "error rate."
   )

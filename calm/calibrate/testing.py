@@ -1,6 +1,8 @@
-"""Multiple testing: from p-values in an order fixed before any loss is seen to certificates.
+"""Multiple testing: from p-values in an order fixed before any loss is seen to
+certificates.
 
-Every procedure controls the family-wise error rate whatever the dependence between p-values.
+Every procedure controls the family-wise error rate whatever the dependence
+between p-values.
 """
 
 import dataclasses
@@ -14,27 +16,32 @@ import numpy.typing as npt
 from calm import arguments
 from calm.calibrate.losses import Support
 
-# [num_hypotheses] adjusted p-values, rejected at error rate e exactly where <= e, and positions
-# in the order they were looked at; fixed sequence testing stops early.
+# [num_hypotheses] adjusted p-values, rejected at error rate e exactly where <=
+# e, and positions in the order they were looked at; fixed sequence testing
+# stops early.
 Tested = tuple[np.ndarray, Sequence[int]]
 
 
 def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Tested:
-  """Tests in order at the full level and stops at the first hypothesis that is not rejected.
+  """Tests in order at the full level and stops at the first hypothesis that is
+  not rejected.
 
       adjusted p_j = max over i <= j of p_i
 
-  `p_values` are [num_hypotheses] in [0, 1], in the order fixed beforehand, of which rejections
-  form a prefix (paper, section 4.3); `error_rate` is family-wise, in (0, 1).
+  `p_values` are [num_hypotheses] in [0, 1], in the order fixed beforehand, of
+  which rejections form a prefix (paper, section 4.3); `error_rate` is
+  family-wise, in (0, 1).
   """
   adjusted = np.maximum.accumulate(np.asarray(p_values, np.float64))
   return adjusted, range(min(np.sum(adjusted <= error_rate) + 1, len(adjusted)))
 
 
 def holm(p_values: npt.ArrayLike, error_rate: float) -> Tested:
-  """Holm's step-down procedure (1979): the smallest p at error_rate / k, the next at / (k - 1).
+  """Holm's step-down procedure (1979): the smallest p at error_rate / k, the
+  next at / (k - 1).
 
-      adjusted p of the j-th smallest = max over i <= j of min(1, (k - i + 1) p_(i))
+      adjusted p of the j-th smallest = max over i <= j of min(1, (k - i + 1)
+      p_(i))
 
   Arguments and result are those of `fixed_sequence`; the order does not matter.
   """
@@ -48,11 +55,13 @@ def holm(p_values: npt.ArrayLike, error_rate: float) -> Tested:
 
 
 def fallback(p_values: npt.ArrayLike, error_rate: float) -> Tested:
-  """Fixed order with a level for each; a rejection hands its whole level to the next.
+  """Fixed order with a level for each; a rejection hands its whole level to the
+  next.
 
-  Half of the level is on the first hypothesis and the rest is spread evenly, so that one bad
-  hypothesis does not end the test as it ends `fixed_sequence` (Wiens and Dmitrienko 2005).
-  Arguments and result are those of `fixed_sequence`.
+  Half of the level is on the first hypothesis and the rest is spread evenly, so
+  that one bad hypothesis does not end the test as it ends `fixed_sequence`
+  (Wiens and Dmitrienko 2005). Arguments and result are those of
+  `fixed_sequence`.
   """
   del error_rate  # levels are looked at from the largest down
   p_values = np.asarray(p_values, np.float64)
@@ -81,13 +90,22 @@ PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Tested]] = {
 # Procedures of stored calibrations; the last was one once.
 READABLE = {
   **PROCEDURES,
-  "bonferroni": lambda p, _: (np.minimum(np.divide(p, 1.0 / len(p)), 1.0), range(len(p))),
+  "bonferroni": lambda p, _: (
+    np.minimum(np.divide(p, 1.0 / len(p)), 1.0),
+    range(len(p)),
+  ),
 }
 
 
 def first_share(procedure: str, count: int) -> float:
-  """Share of the error rate at which a procedure tests its first hypothesis of `count`."""
-  shares = {"fixed_sequence": 1.0, "fallback": 0.5 if count > 1 else 1.0, "holm": 1.0 / count}
+  """Share of the error rate at which a procedure tests its first hypothesis of
+  `count`.
+  """
+  shares = {
+    "fixed_sequence": 1.0,
+    "fallback": 0.5 if count > 1 else 1.0,
+    "holm": 1.0 / count,
+  }
   return shares[procedure]
 
 
@@ -114,7 +132,8 @@ class Evidence(Test):
   num_examples: tuple[int, ...]  # prompts or clusters used
   means: tuple[float, ...]  # of what was tested; NaN where there is nothing
   log_p_values: tuple[float, ...]  # of H: expectation > tolerance
-  upper_bounds: tuple[float, ...]  # of the expectation, at `share` of the error rate
+  # of the expectation, at `share` of the error rate
+  upper_bounds: tuple[float, ...]
 
 
 @arguments.checked()
@@ -125,11 +144,13 @@ class Row:
   threshold: float  # grid point
   num_examples: int  # prompts (or clusters) used
   mean: float  # mean loss of those
-  # P-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does not.
+  # P-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does
+  # not.
   p_value: float
   log_p_value: float  # its logarithm
   upper_bound: float  # of E[loss] at `error_rate`, for this threshold alone
-  adjusted_p_value: float  # rejected at any family-wise error rate that is at least this
+  # rejected at any family-wise error rate that is at least this
+  adjusted_p_value: float
   rejected: bool  # whether E[loss] <= tolerance is certified
 
 
@@ -140,14 +161,19 @@ def decide(
   error_rate: float,
   sequences: Sequence[int] = (),
 ) -> tuple[tuple[Row, ...], tuple[int, ...], np.ndarray]:
-  """Certifies where every part is: rows, positions in the order of testing, the worst parts.
+  """Certifies where every part is: rows, positions in the order of testing, the
+  worst parts.
 
-  A threshold that breaks the promise breaks one of its parts: these cost no share of the error
-  rate (intersection-union). Ascending parts have a share of their own, and so have `sequences`,
-  the lengths of grids, one after another, that are tested each for itself.
+  A threshold that breaks the promise breaks one of its parts: these cost no
+  share of the error rate (intersection-union). Ascending parts have a share of
+  their own, and so have `sequences`, the lengths of grids, one after another,
+  that are tested each for itself.
   """
   scaled = np.array(
-    [np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0) for p in parts]
+    [
+      np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0)
+      for p in parts
+    ]
   )
   up, test = np.array([part.ascending for part in parts]), READABLE[procedure]
   ends = np.cumsum(sequences or [scaled.shape[1]])

@@ -1,4 +1,6 @@
-"""The files of checkpoints: safetensors and JSON, checked when read, written together."""
+"""The files of checkpoints: safetensors and JSON, checked when read, written
+together.
+"""
 
 import contextlib
 import json
@@ -32,11 +34,13 @@ def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
   return array.astype(np.float32)
 
 
-def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """All arrays of a safetensors file, as float32, and the texts in its header.
 
-  FileNotFoundError or ValueError where it is missing, truncated, names a tensor twice, or holds
-  other than floats.
+  FileNotFoundError or ValueError where it is missing, truncated, names a tensor
+  twice, or holds other than floats.
   """
   _check_file(path)
 
@@ -44,18 +48,27 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     twice = checks.repeated([name for name, _ in pairs])
     if twice:  # the last would be read
       raise ValueError(
-        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} twice."
+        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} "
+        "twice."
       )
 
   try:
-    with safetensors.safe_open(path, framework="numpy") as file, path.open("rb") as header:
+    with (
+      safetensors.safe_open(path, framework="numpy") as file,
+      path.open("rb") as header,
+    ):
       size = int.from_bytes(header.read(8), "little")
       json.loads(header.read(size), object_pairs_hook=unique)
       names = file.keys()
-      arrays = {name: as_float32(name, file.get_tensor(name), path) for name in names}
+      arrays = {
+        name: as_float32(name, file.get_tensor(name), path) for name in names
+      }
       return arrays, file.metadata() or {}
   except safetensors.SafetensorError as error:
-    message = f"Expected `path` to be a whole safetensors file, got {str(path)!r} ({error})."
+    message = (
+      f"Expected `path` to be a whole safetensors file, got {str(path)!r} "
+      f"({error})."
+    )
     raise ValueError(message) from error
 
 
@@ -67,10 +80,15 @@ def _check_file(path: pathlib.Path) -> None:
 
 
 def safetensors_writer(
-  tensors: Mapping[str, np.ndarray], storage_dtype: str = "float32", **metadata: str
+  tensors: Mapping[str, np.ndarray],
+  storage_dtype: str = "float32",
+  **metadata: str,
 ) -> Callable[[pathlib.Path], Any]:
-  """A writer for `write_together`; the arrays are cast to float32 or bfloat16."""
-  # safetensors writes the memory as it lies, so transposed views must be laid out anew.
+  """A writer for `write_together`; the arrays are cast to float32 or
+  bfloat16.
+  """
+  # safetensors writes the memory as it lies, so transposed views must be laid
+  # out anew.
   cast = {
     name: np.ascontiguousarray(np.asarray(array).astype(storage_dtype))
     for name, array in tensors.items()
@@ -79,7 +97,8 @@ def safetensors_writer(
   def write(path: pathlib.Path) -> None:
     mode = stat.S_IMODE(os.stat(path).st_mode)
     safetensors.numpy.save_file(cast, path, metadata=metadata or None)
-    # safetensors puts a file of its own there, which nobody but its writer may read.
+    # safetensors puts a file of its own there, which nobody but its writer may
+    # read.
     os.chmod(path, mode)
 
   return write
@@ -91,8 +110,12 @@ def json_writer(value: Any) -> Callable[[pathlib.Path], Any]:
   return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-  """A JSON object; `missing`, or FileNotFoundError, where there is no such file."""
+def read_json(
+  path: pathlib.Path, missing: dict[str, Any] | None = None
+) -> dict[str, Any]:
+  """A JSON object; `missing`, or FileNotFoundError, where there is no such
+  file.
+  """
   if missing is not None and not path.exists():
     return missing
   _check_file(path)
@@ -101,7 +124,9 @@ def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict
     if not isinstance(value, dict):
       raise ValueError(f"no JSON object, got {type(value).__name__}")
   except ValueError as error:
-    raise ValueError(f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}.") from error
+    raise ValueError(
+      f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}."
+    ) from error
   return value
 
 
@@ -117,7 +142,8 @@ def naming(path: pathlib.Path) -> Iterator[None]:
 def write_together(
   directory: pathlib.Path, writers: Mapping[str, Callable[[pathlib.Path], Any]]
 ) -> None:
-  """Writes several files of one directory under temporary names, then renames them in order.
+  """Writes several files of one directory under temporary names, then renames
+  them in order.
 
   A full disk or a kill leaves an earlier checkpoint as it was, with an OSError.
   """
@@ -136,6 +162,8 @@ def write_together(
         storage.put(partial, target)
   except (OSError, safetensors.SafetensorError) as error:
     raise OSError(
-      f"Expected `directory` to be a folder that can be written, got {str(directory)!r}"
-      f" ({getattr(error, 'strerror', None) or error}); choose another or free some space."
+      "Expected `directory` to be a folder that can be written, got "
+      f"{str(directory)!r}"
+      f" ({getattr(error, 'strerror', None) or error}); choose another or "
+      "free some space."
     ) from error

@@ -1,1 +1,3 @@
-"""One module a subcommand of `calm`; each is imported only when it is asked for."""
+"""One module a subcommand of `calm`; each is imported only when it is asked
+for.
+"""

@@ -27,7 +27,14 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import Prompt, clusters, generations, methods, metrics, testing
+from calm.calibrate import (
+  Prompt,
+  clusters,
+  generations,
+  methods,
+  metrics,
+  testing,
+)
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
@@ -37,7 +44,14 @@ from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 
 # Promises that flags can describe; the others need tables, from Python.
-PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")
+PROMISES = (
+  "mean",
+  "quantile",
+  "every_group",
+  "early_exits",
+  "tail_mean",
+  "cost",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "outputs", "KNOB=FILE", text, nargs="+")
   flags.add_shared(parser, "tolerance", "error_rate")
   kinds = ("textual", "risk_signed", "risk_clipped")
-  add(parser, "kind", "NAME", f"loss: {', '.join(kinds)}", "textual", choices=kinds)
+  add(
+    parser,
+    "kind",
+    "NAME",
+    f"loss: {', '.join(kinds)}",
+    "textual",
+    choices=kinds,
+  )
   flags.add_shared(parser, "metric")
-  add(parser, "references", "FILE", "JSON Lines of {id, targets} of prompts without references")
+  add(
+    parser,
+    "references",
+    "FILE",
+    "JSON Lines of {id, targets} of prompts without references",
+  )
   text = f"bound: {', '.join(PROMISES)}"
   way = parser.add_mutually_exclusive_group()
   add(way, "promise", "NAME", text, "mean", choices=PROMISES)
@@ -59,18 +85,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(way, "risks", "KIND:METRIC:DELTA", text, nargs="+")
   text = "folders of the same prompts; certifies the cheapest of all thresholds"
   add(parser, "configurations", "NAME=DIR", text, nargs="+")
-  add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
+  add(
+    parser,
+    "output",
+    "FILE",
+    "where to write",
+    without="DIRECTORY/calibration.json",
+  )
   add(more, "method", "NAME", f"p-values: {', '.join(methods.NAMES)}", "auto")
   choices = {"choices": tuple(testing.PROCEDURES)}
-  add(more, "testing", "NAME", ", ".join(choices["choices"]), "fixed_sequence", **choices)
+  add(
+    more,
+    "testing",
+    "NAME",
+    ", ".join(choices["choices"]),
+    "fixed_sequence",
+    **choices,
+  )
   flags.add_shared(more, "ungrouped")
   text = "most prompts of a cluster, ever: the guarantee is then about prompts"
   add(more, "largest_cluster", "N", text)
   add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
-  add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
+  add(
+    more,
+    "labels",
+    "FILE",
+    "every_group: JSON Lines of {id, label}, one a prompt",
+  )
   add(more, "depths", "X,X", "early_exits: mean layers a token, rising, as 3,5")
   add(more, "beta", "X", "tail_mean: share of texts that are not counted", 0.9)
-  add(more, "start", "X", "tail_mean: where the tail begins, from other prompts", 0.0)
+  add(
+    more,
+    "start",
+    "X",
+    "tail_mean: where the tail begins, from other prompts",
+    0.0,
+  )
   text = "cost: layers a token over all layers"
   add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
 
@@ -83,10 +133,16 @@ def run(arguments: argparse.Namespace) -> int:
     run_lib.check_output(arguments.output, read=read)
   choose = _cheapest_configuration if arguments.configurations else _threshold
   found, cached = choose(arguments, console)
-  path = pathlib.Path(arguments.output or f"{arguments.directory or '.'}/calibration.json")
+  path = pathlib.Path(
+    arguments.output or f"{arguments.directory or '.'}/calibration.json"
+  )
   found.save(path)
-  run_lib.print_calibration(console, found, None if arguments.configurations else cached)
-  print_text(console, f"Written to {path}, digest {found.digest}", soft_wrap=True)
+  run_lib.print_calibration(
+    console, found, None if arguments.configurations else cached
+  )
+  print_text(
+    console, f"Written to {path}, digest {found.digest}", soft_wrap=True
+  )
   model = (cached.provenance.notes or {}).get("model")  # as the user named it
   if found.procedure is not None and isinstance(model, str):
     named = [] if model == "packed" else [f"--model={model}"]
@@ -108,15 +164,25 @@ def _threshold(arguments, console: rich_console.Console):
   if groups is not None:
     counted = "which count once each: the guarantee is about clusters."
     if arguments.ungrouped:
-      counted = "each prompt is taken for an independent draw all the same (--ungrouped)."
-    text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
+      counted = (
+        "each prompt is taken for an independent draw all the same "
+        "(--ungrouped)."
+      )
+    text = (
+      f"The {len(groups)} prompts come in {len(set(groups))} clusters (of "
+      "one group, or of"
+    )
     print_text(console, f"{text} equal input); {counted}", "yellow")
   if arguments.risks:
-    return calibrate_lib.calibrate(risks=_risks(arguments, cached), **rates), cached
+    return calibrate_lib.calibrate(
+      risks=_risks(arguments, cached), **rates
+    ), cached
   promise = _promise(arguments, cached)  # refused before any text is compared
   with Progress(console) as progress:
     report = progress.count(f"{arguments.metric} losses")
-    losses = _losses(arguments, cached, arguments.kind, arguments.metric, report)
+    losses = _losses(
+      arguments, cached, arguments.kind, arguments.metric, report
+    )
   rates["tolerance"] = arguments.tolerance
   return calibrate_lib.calibrate(losses, promise=promise, **rates), cached
 
@@ -127,39 +193,58 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
   if arguments.directory and not any(elsewhere):
     cached = generations.load(arguments.directory)
   elif all(elsewhere) and not arguments.directory:
-    names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
+    names, _, paths = zip(
+      *(pair.rpartition("=") for pair in arguments.outputs), strict=True
+    )
     knobs: Any = _parse_knobs(names)
-    cached = foreign.gather(arguments.full, dict(zip(knobs, paths, strict=True)))
+    cached = foreign.gather(
+      arguments.full, dict(zip(knobs, paths, strict=True))
+    )
   else:
-    raise ValueError("Expected a folder of `calm generate`, or both `--full` and `--outputs`.")
+    raise ValueError(
+      "Expected a folder of `calm generate`, or both `--full` and `--outputs`."
+    )
   if not arguments.references:
     return cached
   found = read_texts(arguments.references, "targets", several=True)
   if unknown := sorted(set(found) - set(cached.ids)):
-    expected = f"Expected {arguments.references} to name prompts of these outputs"
-    raise ValueError(f"{expected}, got {len(unknown)} others, first {unknown[:5]}.")
+    expected = (
+      f"Expected {arguments.references} to name prompts of these outputs"
+    )
+    raise ValueError(
+      f"{expected}, got {len(unknown)} others, first {unknown[:5]}."
+    )
   prompts = tuple(
-    prompt if prompt.targets else dataclasses.replace(prompt, targets=found.get(prompt.id, ()))
+    prompt
+    if prompt.targets
+    else dataclasses.replace(prompt, targets=found.get(prompt.id, ()))
     for prompt in cached.prompts
   )
   return dataclasses.replace(cached, prompts=prompts)
 
 
 def _parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
-  """Thresholds as numbers where all are in [0, 1], or the texts of any other knob."""
+  """Thresholds as numbers where all are in [0, 1], or the texts of any other
+  knob.
+  """
   found: list[float] = []
   for value in values:
     with contextlib.suppress(ValueError):
       found.append(thresholds_lib.parse_threshold(value))
   if found and len(found) != len(values):
     raise ValueError(
-      f"Expected thresholds in [0, 1] or another knob, got both: {list(values)}."
+      "Expected thresholds in [0, 1] or another knob, got both: "
+      f"{list(values)}."
     )
   return found or list(values)
 
 
-def _losses(arguments, cached, kind, metric, progress=None) -> sequence_losses.SequenceLosses:
-  losses = sequence_losses.compute(cached, kind, metric=metric, progress=progress)
+def _losses(
+  arguments, cached, kind, metric, progress=None
+) -> sequence_losses.SequenceLosses:
+  losses = sequence_losses.compute(
+    cached, kind, metric=metric, progress=progress
+  )
   return losses.ungrouped() if arguments.ungrouped else losses
 
 
@@ -170,23 +255,31 @@ def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
     raise ValueError("--promise=early_exits needs `--depths`, like 3,5.")
   if name in ("cost", "early_exits"):
     counts = cached.layer_counts()
-    deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
+    deepest = max(
+      (max(record.exit_layers or (0,)) for record in cached.full), default=0
+    )
     if counts is None or deepest < 1:
       raise ValueError(f"--promise={name} needs outputs with `exit_layers`.")
     depths = counts[0] / np.maximum(counts[1], 1)
   return {
     "mean": risks_lib.Mean,
     "quantile": lambda: risks_lib.Quantile(arguments.share),
-    "every_group": lambda: risks_lib.EveryGroup(labels=_labels(arguments, cached)),
+    "every_group": lambda: risks_lib.EveryGroup(
+      labels=_labels(arguments, cached)
+    ),
     "tail_mean": lambda: risks_lib.TailMean(arguments.beta, arguments.start),
     "cost": lambda: risks_lib.Cost(arguments.at_most, costs=depths / deepest),
-    "early_exits": lambda: risks_lib.EarlyExits(arguments.depths, depths=depths),
+    "early_exits": lambda: risks_lib.EarlyExits(
+      arguments.depths, depths=depths
+    ),
   }[name]()
 
 
 def _labels(arguments, cached: generations.Generations) -> list[str]:
   if not arguments.labels:
-    raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
+    raise ValueError(
+      "--promise=every_group needs `--labels`, a file of {id, label}."
+    )
   found = read_texts(arguments.labels, "label")
   if missing := [name for name in cached.ids if name not in found]:
     got = f"got none for {len(missing)}, first {missing[:5]}"
@@ -194,19 +287,25 @@ def _labels(arguments, cached: generations.Generations) -> list[str]:
   return [found[name][0] for name in cached.ids]
 
 
-def read_texts(path: str, field: str, several: bool = False) -> dict[str, tuple[str, ...]]:
+def read_texts(
+  path: str, field: str, several: bool = False
+) -> dict[str, tuple[str, ...]]:
   """{id: its text, or `several`} of a file of {id, `field`}."""
 
   def parse(line: storage.Line) -> Prompt:
     given: Any = line.value.get
     return Prompt(given("id"), "", given(field) if several else (given(field),))
 
-  found = records.read_each(path, parse, f"an `id` and its `{field}`", pipes=True)
+  found = records.read_each(
+    path, parse, f"an `id` and its `{field}`", pipes=True
+  )
   return {prompt.id: prompt.targets for _, prompt in found}
 
 
 def _parse_risk(text: str) -> tuple[str, str, float]:
-  """(kind, metric, tolerance) of KIND:METRIC:DELTA; metrics may have colons of their own."""
+  """(kind, metric, tolerance) of KIND:METRIC:DELTA; metrics may have colons of
+  their own.
+  """
   kind, _, rest = text.partition(":")
   metric, _, number = rest.rpartition(":")
   try:
@@ -214,7 +313,9 @@ def _parse_risk(text: str) -> tuple[str, str, float]:
   except ValueError:
     tolerance = -1.0
   if not metric or not 0.0 < tolerance < 1.0:
-    raise ValueError(f"Expected `--risks` like textual:rouge_l:0.1, got {text!r}.")
+    raise ValueError(
+      f"Expected `--risks` like textual:rouge_l:0.1, got {text!r}."
+    )
   sequence_losses.kind_support(kind, metric)
   return kind, metrics.get_metric(metric).name, tolerance
 
@@ -229,26 +330,38 @@ def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
 
 
 def _cheapest_configuration(arguments, console: rich_console.Console):
-  """(the cheapest certified threshold of all folders, the outputs that it is of, or any)."""
+  """(the cheapest certified threshold of all folders, the outputs that it is
+  of, or any).
+  """
   others = ("directory", "full", "outputs")
-  odd = any(getattr(arguments, name) for name in others) or arguments.promise != "mean"
+  odd = (
+    any(getattr(arguments, name) for name in others)
+    or arguments.promise != "mean"
+  )
   if odd or not arguments.output:
     raise ValueError(
-      "`--configurations` needs `--output`, and no other outputs or `--promise`."
+      "`--configurations` needs `--output`, and no other outputs or "
+      "`--promise`."
     )
   risks, costs, runs = {}, {}, []
   for pair in arguments.configurations:
     name, _, folder = pair.partition("=")
     if not name or not folder or name in risks:
-      raise ValueError(f"Expected `--configurations` as NAME=DIR, names unique, got {pair!r}.")
+      raise ValueError(
+        f"Expected `--configurations` as NAME=DIR, names unique, got {pair!r}."
+      )
     cached = generations.load(folder)
     counts = cached.layer_counts()
     if counts is None:
-      raise ValueError(f"Expected a complete run with `exit_layers` in {folder}, got none.")
+      raise ValueError(
+        f"Expected a complete run with `exit_layers` in {folder}, got none."
+      )
     risks[name] = _risks(arguments, cached)
     costs[name] = counts[0] / np.maximum(counts[1], 1)
     runs.append(cached)
   found = calibrate_lib.calibrate_configurations(
     risks, costs, error_rate=arguments.error_rate, method=arguments.method
   )
-  return found, next((run for run in runs if run.procedure == found.procedure), runs[0])
+  return found, next(
+    (run for run in runs if run.procedure == found.procedure), runs[0]
+  )

@@ -1,4 +1,6 @@
-"""The `calm` command: train, generate, calibrate, infer, serve, merge, demo, fit, report."""
+"""The `calm` command: train, generate, calibrate, infer, serve, merge, demo,
+fit, report.
+"""
 
 import argparse
 import functools
@@ -22,7 +24,9 @@ COMMANDS = {
   "merge": "put the shards of `generate` together",
   "report": "make the paper's tables and figures, on one page",
 }
-_LINES = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
+_LINES = "\n".join(
+  f"  {name:<11}{summary}" for name, summary in COMMANDS.items()
+)
 HELP = f"""\
 usage: calm COMMAND [options]
 
@@ -36,7 +40,8 @@ Begin with `calm demo`. `calm COMMAND --help` has options and examples, `calm
 --version` the version.
 
 Gin files, gin bindings and `--metric module:function` run code, as your shell
-does: use those that you would run. Everything else is data and never executed."""
+does: use those that you would run. Everything else is data and never
+executed."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,8 +51,11 @@ class Parser(argparse.ArgumentParser):
     super().error(sanitize(message))
 
 
-def make_parser(command: str, *, every_option: bool = True) -> argparse.ArgumentParser:
-  """The parser of one command; only its module, and what that needs, is imported.
+def make_parser(
+  command: str, *, every_option: bool = True
+) -> argparse.ArgumentParser:
+  """The parser of one command; only its module, and what that needs, is
+  imported.
 
   Where not `every_option`, its help leaves out the group of more options.
   """
@@ -62,7 +70,9 @@ def make_parser(command: str, *, every_option: bool = True) -> argparse.Argument
       argparse.RawDescriptionHelpFormatter, max_help_position=28
     ),
   )
-  parser.add_argument("--help_all", action="help", help="show every option and exit")
+  parser.add_argument(
+    "--help_all", action="help", help="show every option and exit"
+  )
   module.add_arguments(parser)
   for action in () if every_option else flags.more(parser)._group_actions:
     action.help = argparse.SUPPRESS
@@ -72,9 +82,12 @@ def make_parser(command: str, *, every_option: bool = True) -> argparse.Argument
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the process's exit code."""
-  # Options are written with dashes or underscores; the names here have underscores.
+  # Options are written with dashes or underscores; the names here have
+  # underscores.
   words = [
-    re.sub(r"^--[a-z][\w-]*", lambda name: f"--{name[0][2:].replace('-', '_')}", word)
+    re.sub(
+      r"^--[a-z][\w-]*", lambda name: f"--{name[0][2:].replace('-', '_')}", word
+    )
     for word in (sys.argv[1:] if argv is None else argv)
   ]
   # Read when TensorFlow starts, which otherwise prints notes on its build.
@@ -83,13 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   if first in COMMANDS:
     from calm.commands import run as run_lib
 
-    arguments = make_parser(first, every_option="--help_all" in words).parse_args(words[1:])
+    arguments = make_parser(
+      first, every_option="--help_all" in words
+    ).parse_args(words[1:])
     return run_lib.guarded(arguments.run, arguments)
   if first in ("-h", "--help", "--version"):
     print(f"calm {calm.__version__}" if first == "--version" else HELP)
     return 0
   got = f"got {sanitize(first)!r}; see `calm --help`."
-  print(f"calm: Expected a command ({', '.join(COMMANDS)}), {got}", file=sys.stderr)
+  print(
+    f"calm: Expected a command ({', '.join(COMMANDS)}), {got}", file=sys.stderr
+  )
   return 2
 
 

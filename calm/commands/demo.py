@@ -37,13 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
   from calm.inference import outputs
 
   calibration_prompts, unseen_prompts = (
-    records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[: arguments.limit]
+    records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[
+      : arguments.limit
+    ]
     for split in ("calibration", "unseen")
   )
   console = rich_console.Console()
   predictor = inference.load(arguments.model)
   console.print(
-    f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
+    f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts "
+    "at full depth and"
     f" over the grid of the measure '{predictor.options.measure}'."
   )
   with Progress(console) as progress:
@@ -63,19 +66,28 @@ def run(arguments: argparse.Namespace) -> int:
     served = f"--calibration={saved}"
     calibration.save(saved)
   console.print(
-    f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at a time: full depth"
+    f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at "
+    "a time: full depth"
     " and calibrated early exit, in turn."
   )
   full, early = _compare(console, predictor, calibration, unseen_prompts)
-  console.print("\n[bold]4. Outputs[/bold] and the decoder layers of each token")
+  console.print(
+    "\n[bold]4. Outputs[/bold] and the decoder layers of each token"
+  )
   print(outputs.legend_terminal(early.num_layers))
-  for prompt, whole, left in list(zip(unseen_prompts, full, early, strict=True))[:EXAMPLES]:
+  for prompt, whole, left in list(
+    zip(unseen_prompts, full, early, strict=True)
+  )[:EXAMPLES]:
     text = textwrap.shorten(prompt.input, 160, placeholder="...")
     print_text(console, f"\n{prompt.id}: {text}", "dim")
     print_text(console, f"  reference  {prompt.targets[0]}", soft_wrap=True)
     print_text(console, f"  full       {whole.text}", soft_wrap=True)
     print(f"  early      {left.coloured()}")
-  said = "its promise" if arguments.output else "this threshold (with --output: its promise)"
+  said = (
+    "its promise"
+    if arguments.output
+    else "this threshold (with --output: its promise)"
+  )
   named = [] if arguments.model == "packed" else [f"--model={arguments.model}"]
   words = ("infer", *named, served, "a long text")
   run_lib.print_next(console, f"\nA text of yours, under {said}:", *words)
@@ -83,26 +95,41 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(console, predictor, calibration: Calibration, prompts):
-  """(full outputs, early outputs); prints risk beside the tolerance, layers and seconds."""
+  """(full outputs, early outputs); prints risk beside the tolerance, layers and
+  seconds.
+  """
   from calm.inference import timing
 
-  one, texts = predictor.with_options(batch_size=1), [prompt.input for prompt in prompts]
+  one, texts = (
+    predictor.with_options(batch_size=1),
+    [prompt.input for prompt in prompts],
+  )
   threshold, metric = calibration.threshold, metrics.get_metric(METRIC)
   with Progress(console) as progress:
-    full, early = (one.generate(texts, threshold=each) for each in (NEVER_EXIT, threshold))
+    full, early = (
+      one.generate(texts, threshold=each) for each in (NEVER_EXIT, threshold)
+    )
     progress(0.0, "seconds of both in turn")
     options = {"prompts": len(texts), "rounds": ROUNDS, "progress": progress}
     seconds = timing.beside_full_depth(one, texts, threshold, **options)
   spent = (seconds.single.full, seconds.single.early)
-  for name, made, each in zip(("full depth", "early exit"), (full, early), spent, strict=True):
+  for name, made, each in zip(
+    ("full depth", "early exit"), (full, early), spent, strict=True
+  ):
     pairs = zip(made.texts, prompts, strict=True)
-    quality = 100 * statistics.fmean(metric(text, p.targets) for text, p in pairs)
-    text = f"{made.mean_layers:.2f} decoder layers a token, decoder {each:.1f} ms a prompt"
+    quality = 100 * statistics.fmean(
+      metric(text, p.targets) for text, p in pairs
+    )
+    text = (
+      f"{made.mean_layers:.2f} decoder layers a token, decoder {each:.1f} ms "
+      "a prompt"
+    )
     print_text(console, f"{name}: {text}, ROUGE-L {quality:.1f}")
   pairs = zip(early.texts, full.texts, strict=True)
   risk = statistics.fmean(1.0 - metric(text, (other,)) for text, other in pairs)
   console.print(
-    f"Decoder beside full depth, the fastest of {ROUNDS} rounds each: [bold]{seconds}[/bold].\n"
+    f"Decoder beside full depth, the fastest of {ROUNDS} rounds each: "
+    f"[bold]{seconds}[/bold].\n"
     f"Measured risk on the unseen prompts: [bold]{risk:.4f}[/bold]"
     f" (tolerance {calibration.tolerance:g}); threshold"
     f" {thresholds.format_threshold(threshold)}."

@@ -35,12 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "textual: distance to the full model's text; risk: to the targets"
   add(parser, "consistency", "NAME", text, "textual")
   flags.add_shared(parser, "metric")
-  add(parser, "train_all", None, "train all weights, not only exits beside them")
+  add(
+    parser, "train_all", None, "train all weights, not only exits beside them"
+  )
   text = "all, or none: the model's exits as they are"
   add(parser, "stages", "NAME", text, "all")
   text = "time for --train_all, like 30m"
   add(parser, "budget", "TIME", text, without="the recipe's steps")
-  add(more, "prefix", "TEXT", "put this before every input", without="the model's own")
+  add(
+    more,
+    "prefix",
+    "TEXT",
+    "put this before every input",
+    without="the model's own",
+  )
   add(more, "seed", "K", "of splits and training", 0)
   add(more, "batch_size", "N", "prompts decoded together", 8)
 
@@ -59,5 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
   if served.calibration is not None:
     print_text(console, served.calibration.guarantee, soft_wrap=True)
   print_text(console, f"Summary: {output}/summary.html", soft_wrap=True)
-  run_lib.print_next(console, "Serve it:", "infer", f"--model={output}", "a long text")
+  run_lib.print_next(
+    console, "Serve it:", "infer", f"--model={output}", "a long text"
+  )
   return 0

@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add(parser, "output", "DIR", text, required=True)
   text = "descending, like 0.9,0.8"
   flags.add(
-    parser, "thresholds", "LIST", text, without="the model's own grid, or the measure's"
+    parser,
+    "thresholds",
+    "LIST",
+    text,
+    without="the model's own grid, or the measure's",
   )
   flags.add_shared(parser, "num_shards", "shard_id")
 
@@ -34,7 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
   prompts, mark = merge.take_shard(
     flags.open_prompts(arguments), arguments.shard_id, arguments.num_shards
   )
-  folder = arguments.output if mark is None else merge.shard_folder(arguments.output, mark)
+  folder = (
+    arguments.output
+    if mark is None
+    else merge.shard_folder(arguments.output, mark)
+  )
   run_lib.use_compilation_cache()
   from calm import inference
 
@@ -44,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
   if prompts or mark is None:  # few prompts leave shards empty
     levels = inference.grid.default_grid(predictor.options)
     if arguments.thresholds is not None:
-      levels = [thresholds.parse_threshold(part) for part in arguments.thresholds.split(",")]
+      levels = [
+        thresholds.parse_threshold(part)
+        for part in arguments.thresholds.split(",")
+      ]
     writer = generations.open_writer(
       folder,
       prompts=prompts,
@@ -55,9 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     for report in writer.reports:
       print_text(console, report, "yellow")
     with Progress(console) as progress:
-      inference.grid.generate(predictor, prompts, levels, writer, progress=progress)
+      inference.grid.generate(
+        predictor, prompts, levels, writer, progress=progress
+      )
     writer.finish()
-    console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth.")
+    console.print(
+      f"{len(prompts)} prompts, {len(levels)} thresholds and full depth."
+    )
   words = (f"Written to {folder}. Calibrate on it:", "calibrate", folder)
   if mark is not None:
     merge.write_mark(folder, mark)

@@ -32,7 +32,14 @@ from typing import Any
 from rich import console as rich_console
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, clusters, thresholds
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  Online,
+  Prompt,
+  clusters,
+  thresholds,
+)
 from calm.commands import flags, merge
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, sanitize
@@ -47,14 +54,20 @@ FIRST_BATCHES, MOST_BATCHES, CHUNK_SECONDS = 4, 16, 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   help = "decode these, in place of --prompts"
-  parser.add_argument("texts", nargs="*", metavar="TEXT", type=flags.filled, help=help)
+  parser.add_argument(
+    "texts", nargs="*", metavar="TEXT", type=flags.filled, help=help
+  )
   flags.add_model(parser, required=False)
   flags.add_promise(parser)
   add = flags.add
-  add(parser, "exact", None, "the full model's own texts, drafted by first layers")
+  add(
+    parser, "exact", None, "the full model's own texts, drafted by first layers"
+  )
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
-  parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
+  parser.add_argument(
+    "--color", "--colour", dest="colour", action="store_true", help=help
+  )
   add(parser, "stream", None, "print every token as it comes")
   flags.add_shared(flags.more(parser), "num_shards", "shard_id")
 
@@ -62,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   start = time.monotonic()
   _check(arguments)
-  threshold = thresholds.NEVER_EXIT_TEXT if arguments.exact else arguments.threshold
+  threshold = (
+    thresholds.NEVER_EXIT_TEXT if arguments.exact else arguments.threshold
+  )
   threshold = threshold and thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
   prompts, mark = merge.take_shard(
@@ -77,22 +92,29 @@ def run(arguments: argparse.Namespace) -> int:
   if threshold is None:
     raise ValueError(
       "Expected `--threshold` beside options that the calibration of"
-      f" {arguments.model} is not for, got none; give one, or leave the options out."
+      f" {arguments.model} is not for, got none; give one, or leave the "
+      "options out."
     )
   made_by = predictor.calibration and predictor.calibration.procedure
   if made_by and None in (made_by.platform, made_by.matmul_precision):
-    print_text(console, "The calibration names no `platform`, which is not checked.")
+    print_text(
+      console, "The calibration names no `platform`, which is not checked."
+    )
   startup = time.monotonic() - start
   serving = Serving(arguments, predictor, threshold, online, console)
   if mark is not None:
-    about = {"threshold": serving.name, "procedure": predictor.procedure.to_json()}
+    about = {
+      "threshold": serving.name,
+      "procedure": predictor.procedure.to_json(),
+    }
     mark |= {"kind": "infer", "about": about}
     folder = merge.shard_folder(arguments.output, mark)
     if (there := merge.read_mark(folder)) is not None:
       if there != json.loads(json.dumps(mark)):
         got = "got another's (threshold, prompts or procedure)"
         raise ValueError(
-          f"{folder}: expected a finished shard of this run, {got}; take it away."
+          f"{folder}: expected a finished shard of this run, {got}; take it "
+          "away."
         )
       print_text(console, f"{folder} is finished already.", soft_wrap=True)
       return 0
@@ -112,7 +134,9 @@ def open_online(arguments: argparse.Namespace, predictor) -> Online | None:
   given = {name: value for name, value in given.items() if value is not None}
   if arguments.online is not None:
     options = {**flags.ONLINE, **given}
-    return predictor.online(arguments.online, share=options.pop("online_share"), **options)
+    return predictor.online(
+      arguments.online, share=options.pop("online_share"), **options
+    )
   for name in given:
     raise ValueError(f"`--{name}` needs `--online`, the file of its state.")
   return None
@@ -121,27 +145,35 @@ def open_online(arguments: argparse.Namespace, predictor) -> Online | None:
 def _check(arguments: argparse.Namespace) -> None:
   """ValueError where options do not fit one another."""
   own = pathlib.Path(arguments.model)
-  serves_itself = any((own / f"{n}.json").is_file() for n in ("calibration", "full_depth"))
+  serves_itself = any(
+    (own / f"{n}.json").is_file() for n in ("calibration", "full_depth")
+  )
   # A folder that is not there is named by what reads it.
   serves_itself |= arguments.model != "packed" and not own.exists()
   named = arguments.calibration is not None or arguments.threshold is not None
   ways = sum(map(bool, (named, arguments.exact, arguments.online)))
   if not ways and not serves_itself:
     raise ValueError(
-      "Expected `--calibration`, `--threshold` or `--exact`, or `--online`, got none, and no"
-      " calibration.json in the folder of `--model`; without a guarantee: --threshold=0.9."
+      "Expected `--calibration`, `--threshold` or `--exact`, or `--online`, "
+      "got none, and no"
+      " calibration.json in the folder of `--model`; without a guarantee: "
+      "--threshold=0.9."
     )
   if ways > 1:
     raise ValueError(
-      "Expected `--calibration` and `--threshold`, `--exact`, or `--online`, got several of"
+      "Expected `--calibration` and `--threshold`, `--exact`, or `--online`, "
+      "got several of"
       " them."
     )
   if arguments.stream and (arguments.output or arguments.colour):
-    raise ValueError("`--stream` prints plain text: leave `--output` and `--color` out.")
+    raise ValueError(
+      "`--stream` prints plain text: leave `--output` and `--color` out."
+    )
   sharded = arguments.num_shards is not None or arguments.shard_id is not None
   if sharded and (arguments.online or arguments.output in (None, "-")):
     raise ValueError(
-      "`--num_shards` needs `--output`, the shards' folder, and no `--online`, whose state one"
+      "`--num_shards` needs `--output`, the shards' folder, and no "
+      "`--online`, whose state one"
       f" process keeps; got {arguments.output!r}."
     )
   if arguments.output and not sharded:
@@ -173,10 +205,18 @@ def load(arguments: argparse.Namespace, threshold: float | None):
 class Serving:
   """Decodes prompts chunk after chunk and adds up what the report needs."""
 
-  def __init__(self, arguments, predictor, threshold, online: Online | None, console):
-    self._arguments, self._predictor, self._threshold = arguments, predictor, threshold
+  def __init__(
+    self, arguments, predictor, threshold, online: Online | None, console
+  ):
+    self._arguments, self._predictor, self._threshold = (
+      arguments,
+      predictor,
+      threshold,
+    )
     self._online, self._console = online, console
-    self._rule = (predictor.exact or exact_rule(predictor)) if arguments.exact else None
+    self._rule = (
+      (predictor.exact or exact_rule(predictor)) if arguments.exact else None
+    )
     self._sums = collections.Counter[str]()
     self._timing = outputs.Timing(0.0, 0.0, 0)
     self._cut: list[prompt_batches.CutPrompts] = []
@@ -193,9 +233,14 @@ class Serving:
     opened = open_output(output, prompts, about) if output else None
     with opened or contextlib.nullcontext((0, None)) as (done, write):
       if done:
-        print_text(self._console, f"{done} prompts' outputs are there already; going on.")
-      quiet = rich_console.Console(quiet=True)  # a bar would be drawn into the text
-      with Progress(quiet if self._arguments.stream else self._console) as progress:
+        print_text(
+          self._console, f"{done} prompts' outputs are there already; going on."
+        )
+      # a bar would be drawn into the text
+      quiet = rich_console.Console(quiet=True)
+      with Progress(
+        quiet if self._arguments.stream else self._console
+      ) as progress:
         for chunk, made in self._decode(prompts[done:]):
           if write is not None:
             write(_lines(chunk, made))
@@ -208,10 +253,16 @@ class Serving:
           done += len(chunk)
           progress.count("prompts")(done, len(prompts))
     if coloured:
-      print(outputs.legend_terminal(self._predictor.num_layers), file=sys.stderr)
+      print(
+        outputs.legend_terminal(self._predictor.num_layers), file=sys.stderr
+      )
 
-  def _decode(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Any]]:
-    """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
+  def _decode(
+    self, prompts: Sequence[Prompt]
+  ) -> Iterator[tuple[Sequence[Prompt], Any]]:
+    """(prompts, outputs), so many at a time that memory and what a kill costs
+    are bounded.
+    """
     options, batches = self._predictor.options, FIRST_BATCHES
     batch, start = options.batch_size * options.num_devices, 0
     parts = self._show if self._arguments.stream else None
@@ -219,11 +270,16 @@ class Serving:
       way = {"threshold": self._threshold, "rule": self._rule}
       if self._online is not None:
         # Prompts of one group, and prompts that say the same, are checked once.
-        ids = [clusters.fold_text(p.input) if p.group is None else str(p.group) for p in chunk]
+        ids = [
+          clusters.fold_text(p.input) if p.group is None else str(p.group)
+          for p in chunk
+        ]
         way = {"online": self._online, "ids": ids}
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = self._predictor.generate([p.input for p in chunk], parts=parts, **way)
+        made = self._predictor.generate(
+          [p.input for p in chunk], parts=parts, **way
+        )
       for warning in caught:
         if isinstance(warning.message, prompt_batches.CutPrompts):
           self._cut.append(warning.message)
@@ -237,15 +293,20 @@ class Serving:
       )
       self._timing += made.timing
       self._guarantee = made.guarantee
-      self._sample = (*self._sample, *(prompt.input for prompt in chunk))[: 2 * batch]
+      self._sample = (*self._sample, *(prompt.input for prompt in chunk))[
+        : 2 * batch
+      ]
       yield chunk, made
       start += len(chunk)
-      affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
+      affordable = int(
+        CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch
+      )
       batches = max(1, min(MOST_BATCHES, 4 * batches, affordable))
 
   def _show(self, row: int, output: outputs.Output) -> None:
     """Prints what came of a text since the last call."""
-    text = _plain(output).rstrip("\ufffd ")  # a character may lack bytes, a space its word
+    # a character may lack bytes, a space its word
+    text = _plain(output).rstrip("\ufffd ")
     if text.startswith(self._shown):
       print(text.removeprefix(self._shown), end="", flush=True)
       self._shown = text
@@ -255,7 +316,11 @@ class Serving:
     say = lambda text: print_text(self._console, text)
     sums, spent, layers = self._sums, self._timing, self._predictor.num_layers
     if cut := self._cut:
-      counts = sum(c.cut for c in cut), sums["prompts"], max(c.longest for c in cut)
+      counts = (
+        sum(c.cut for c in cut),
+        sums["prompts"],
+        max(c.longest for c in cut),
+      )
       part = any(each.part for each in cut)
       say(f"Warning: {prompt_batches.CutPrompts(*counts, cut[-1].limit, part)}")
     mean = sums["layers"] / sums["tokens"] if sums["tokens"] else float("nan")
@@ -279,7 +344,10 @@ class Serving:
     if self._online is not None:
       return self._online.guarantee
     if self._rule:
-      return "These are the full model's own texts: every token was verified at full depth."
+      return (
+        "These are the full model's own texts: every token was verified at "
+        "full depth."
+      )
     if self._guarantee:
       return f"{self._seconds()}{self._guarantee}"
     if self._threshold == NEVER_EXIT:
@@ -292,22 +360,31 @@ class Serving:
     return f"No guarantee: {self._predictor.platform_mismatch or why}."
 
   def _seconds(self) -> str:
-    """Lines on the decoder beside full depth; none where nothing is known of it."""
+    """Lines on the decoder beside full depth; none where nothing is known of
+    it.
+    """
     calibration = self._predictor.calibration
     if calibration is None or not calibration.certified:
       return ""
     if noted := timing.noted(calibration):  # whose warning came with `load`
-      return f"Decoder beside full depth, as measured with the calibration: {noted}.\n"
+      return (
+        "Decoder beside full depth, as measured with the calibration: "
+        f"{noted}.\n"
+      )
     if self._sums["prompts"] < MEASURED_PROMPTS:
       return ""
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # reported above
+      # reported above
+      warnings.simplefilter("ignore", prompt_batches.CutPrompts)
       found = timing.beside_full_depth(
         self._predictor, self._sample, self._threshold, prompts=4, rounds=3
       )
     slow = timing.warning(timing.note(calibration, found))
     warned = f"Warning: {slow}\n" if slow else ""
-    return f"Decoder beside full depth, measured on some of these prompts: {found}.\n{warned}"
+    return (
+      "Decoder beside full depth, measured on some of these prompts: "
+      f"{found}.\n{warned}"
+    )
 
 
 def _count(number: int, thing: str) -> str:
@@ -336,8 +413,9 @@ def open_output(
 ) -> Iterator[tuple[int, Callable[[bytes], Any]]]:
   """(prompts whose lines are there, what writes further lines).
 
-  `path` is a file, which has another name until the block ends well (`partial_path`), a link to
-  one, a device, a pipe, a socket, or '-' for standard output.
+  `path` is a file, which has another name until the block ends well
+  (`partial_path`), a link to one, a device, a pipe, a socket, or '-' for
+  standard output.
   """
   target = storage.destination(path)
   if target is None:
@@ -346,16 +424,21 @@ def open_output(
     return
   with storage.lock(target):
     partial = partial_path(target, prompts, about)
-    yield count_lines(partial, prompts), functools.partial(storage.append, partial)
+    yield (
+      count_lines(partial, prompts),
+      functools.partial(storage.append, partial),
+    )
     storage.put(partial, target)
 
 
 def partial_path(
   target: pathlib.Path, prompts: Sequence[Prompt], about: Mapping[str, Any]
 ) -> pathlib.Path:
-  """NAME.DIGEST.partial, the digest being of the prompts and of all that outputs depend on.
+  """NAME.DIGEST.partial, the digest being of the prompts and of all that
+  outputs depend on.
 
-  So the same command goes on after a kill, and another one has a file of its own.
+  So the same command goes on after a kill, and another one has a file of its
+  own.
   """
   digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
   for prompt in prompts:
@@ -364,13 +447,19 @@ def partial_path(
 
 
 def count_lines(partial: pathlib.Path, prompts: Sequence[Prompt]) -> int:
-  """The lines that an earlier run left; errors where they are of something else."""
+  """The lines that an earlier run left; errors where they are of something
+  else.
+  """
   if partial.is_symlink() or (partial.exists() and not partial.is_file()):
-    raise OSError(f"Expected {str(partial)!r} to be a file, got a link or a device.")
+    raise OSError(
+      f"Expected {str(partial)!r} to be a file, got a link or a device."
+    )
   done = 0
   if partial.exists():
     storage.drop_partial_line(partial)
     for done, line in enumerate(storage.read_lines(partial), start=1):
       if done > len(prompts) or line.value.get("id") != prompts[done - 1].id:
-        raise line.error("expected the outputs of an earlier run, got others; take it away.")
+        raise line.error(
+          "expected the outputs of an earlier run, got others; take it away."
+        )
   return done

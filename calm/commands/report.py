@@ -43,15 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   source = parser.add_mutually_exclusive_group(required=True)
   add(source, "data", "FOLDER", "folder of the three tasks")
   add(source, "train", "FILE", "rows of your own, as of `calm fit`")
-  add(parser, "output", "DIR", "folder to write (resumed if it exists)", required=True)
+  add(
+    parser,
+    "output",
+    "DIR",
+    "folder to write (resumed if it exists)",
+    required=True,
+  )
   text = "of --data, like synopsis qa enfr"
   add(parser, "tasks", "TASK", text, list(TASKS), nargs="+", without="all")
   add(parser, "metric", "NAME", f"of --train: {flags.METRICS}", "rouge_l")
-  add(parser, "limit", "N", "prompts of each split", without="one of every source")
+  add(
+    parser, "limit", "N", "prompts of each split", without="one of every source"
+  )
   measures = ["softmax", "shortlist", "classifier", "state"]
   options = {"nargs": "+", "without": "all of the model"}
   add(parser, "measures", "NAME", "confidence measures", measures, **options)
-  add(more, "prefix", "TEXT", "of --train: put before every input", without="the model's own")
+  add(
+    more,
+    "prefix",
+    "TEXT",
+    "of --train: put before every input",
+    without="the model's own",
+  )
   flags.add_shared(more, "error_rate")
   add(more, "step", "STEP", "between the thresholds of Fig. 2c", 0.02)
   add(more, "ablated", "N", "validation prompts of Fig. 2", 200)
@@ -59,9 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "examples", "K", "outputs to show a task", 6)
   add(more, "timed", "N", "prompts decoded alone, one after another", 16)
   add(more, "rounds", "N", "times each; the median counts", 3)
-  add(more, "geometric_model", "FOLDER", "classifier trained Elbayad's way, for App. D")
+  add(
+    more,
+    "geometric_model",
+    "FOLDER",
+    "classifier trained Elbayad's way, for App. D",
+  )
   add(more, "last_layer_model", "FOLDER", "a model trained without Eq. 6")
-  add(more, "all_layers_model", "FOLDER", "the same trained with Eq. 6", without="--model")
+  add(
+    more,
+    "all_layers_model",
+    "FOLDER",
+    "the same trained with Eq. 6",
+    without="--model",
+  )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,8 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
   output.mkdir(parents=True, exist_ok=True)
   with storage.lock(output), Progress(console) as progress:
-    tasks = _tasks(arguments, {"folder": output / "cache", "announce": progress.step})
-    sections, headlines = sections_lib.sections(tasks), tuple(map(sections_lib.headline, tasks))
+    tasks = _tasks(
+      arguments, {"folder": output / "cache", "announce": progress.step}
+    )
+    sections, headlines = (
+      sections_lib.sections(tasks),
+      tuple(map(sections_lib.headline, tasks)),
+    )
   model, seconds = tasks[0].predictor, time.monotonic() - start
   facts = (
     ("model", str(arguments.model)),
@@ -89,17 +119,26 @@ def run(arguments: argparse.Namespace) -> int:
     ("command", shlex.join(["calm", *sys.argv[1:]])),
     (
       "machine",
-      f"{jax.devices()[0].device_kind}, {platform.machine()}, JAX {jax.__version__}, calm"
+      f"{jax.devices()[0].device_kind}, {platform.machine()}, JAX "
+      f"{jax.__version__}, calm"
       f" {calm.__version__}",
     ),
     ("this run", f"{seconds:.0f} s; what was cached before is not in it"),
     ("written", time.strftime("%Y-%m-%d")),
   )
-  about = f"calm report: {arguments.model}", facts, sections, model.num_layers, headlines
+  about = (
+    f"calm report: {arguments.model}",
+    facts,
+    sections,
+    model.num_layers,
+    headlines,
+  )
   written = page.write(output, page.Page(*about))
   for _, sentence in headlines:
     print_text(console, f"\n{sentence}", "bold")
-  print_text(console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True)
+  print_text(
+    console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True
+  )
   return 0
 
 
@@ -122,13 +161,25 @@ def _tasks(arguments: argparse.Namespace, places):
     given = [_own_task(arguments, models["predictor"])]
   else:
     read = lambda task, split: bench.read_prompts(arguments.data, task, split)
-    given = [(task, read(task, "validation"), read(task, "test")) for task in known]
+    given = [
+      (task, read(task, "validation"), read(task, "test")) for task in known
+    ]
   made = []
   for settings, *splits in given:
-    limits = {n: getattr(settings, n) for n in ("max_input_length", "max_decode_length")}
-    own = {n: m.with_options(task_prefix=settings.prefix, **limits) for n, m in models.items()}
+    limits = {
+      n: getattr(settings, n) for n in ("max_input_length", "max_decode_length")
+    }
+    own = {
+      n: m.with_options(task_prefix=settings.prefix, **limits)
+      for n, m in models.items()
+    }
     validation, test = (prompts[: arguments.limit] for prompts in splits)
-    places |= {"settings": settings, "options": options, "validation": validation, "test": test}
+    places |= {
+      "settings": settings,
+      "options": options,
+      "validation": validation,
+      "test": test,
+    }
     made.append(experiments.Task(**places, **own))
   return made
 
@@ -139,7 +190,9 @@ def _own_task(arguments: argparse.Namespace, predictor):
   from calm.paper import bench
 
   options = request.FitOptions(
-    error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
+    error_rate=arguments.error_rate,
+    metric=arguments.metric,
+    prefix=arguments.prefix,
   )
   rows = request.read_rows(arguments.train, options)
   limits, _ = request.length_limits(predictor, rows, options.prefix)

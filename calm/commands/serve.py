@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "port", "K", "and here; 0: at a free one", 8000)
   add(parser, "api_key_file", "FILE", "ask every request for the key in FILE")
   add(parser, "open", None, "listen beyond this machine without a key")
-  add(parser, "queue", "N", "prompts that may wait; more are answered by 429", 64)
+  add(
+    parser, "queue", "N", "prompts that may wait; more are answered by 429", 64
+  )
   add(parser, "timeout", "N", "most seconds that an answer may take", 60)
   flags.add_promise(parser)
   flags.add_decoding(parser)
@@ -46,30 +48,48 @@ def run(arguments: argparse.Namespace) -> int:
   from calm import serve
 
   console = rich_console.Console(stderr=True, highlight=False)
-  path, key, loopback = arguments.api_key_file, "", arguments.host in serve.LOOPBACK
+  path, key, loopback = (
+    arguments.api_key_file,
+    "",
+    arguments.host in serve.LOOPBACK,
+  )
   if path is not None:
     key = storage.content(path, 4096).decode("utf-8", "replace").strip()
     if len(key) < 8 or not key.isascii():
-      raise ValueError(f"Expected {path!r} to hold 8 ASCII characters or more, got others.")
+      raise ValueError(
+        f"Expected {path!r} to hold 8 ASCII characters or more, got others."
+      )
   if not (loopback or key or arguments.open):
     host = f"`--host={arguments.host}` lets other machines ask"
     raise ValueError(f"{host}; give `--api_key_file`, or `--open`.")
   if arguments.online and (arguments.calibration or arguments.threshold):
-    raise ValueError("`--online` finds the threshold; leave the one that is given out.")
-  level = arguments.threshold and thresholds.parse_threshold(arguments.threshold)
+    raise ValueError(
+      "`--online` finds the threshold; leave the one that is given out."
+    )
+  level = arguments.threshold and thresholds.parse_threshold(
+    arguments.threshold
+  )
   with contextlib.closing(_listen(arguments.host, arguments.port)) as listener:
     model = infer.load(arguments, level)
     if model.options.num_devices > 1:
-      raise ValueError("`calm serve` decodes on one device; leave `--num_devices` out.")
-    served = next((one for one in (level, model.threshold) if one is not None), NEVER_EXIT)
+      raise ValueError(
+        "`calm serve` decodes on one device; leave `--num_devices` out."
+      )
+    served = next(
+      (one for one in (level, model.threshold) if one is not None), NEVER_EXIT
+    )
     end = lambda: setattr(server, "should_exit", True)
     online = infer.open_online(arguments, model)
     device = serve.Device(model, served, online, arguments.queue, console, end)
-    name, timeout = pathlib.Path(arguments.model).resolve().name, arguments.timeout
+    name, timeout = (
+      pathlib.Path(arguments.model).resolve().name,
+      arguments.timeout,
+    )
     api = serve.Api(device, name, key, timeout, loopback)
     config = uvicorn.Config(
       api.app,
-      http="h11",  # which bounds headers; httptools, where it is installed, does not
+      # which bounds headers; httptools, where it is installed, does not
+      http="h11",
       log_level="warning",
       access_log=False,
       server_header=False,
@@ -79,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     server = uvicorn.Server(config)
     server.capture_signals = lambda: _ending(server)
     host, port = listener.getsockname()[:2]
-    print_text(console, f"Compiling; http://{host}:{port}/health says when it is ready.")
+    print_text(
+      console, f"Compiling; http://{host}:{port}/health says when it is ready."
+    )
     server.run(sockets=[listener])
   if device.failed is not None:
     raise device.failed
@@ -107,7 +129,10 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.create_server((host, port), family=family)
   except OSError as error:
     got = f"got {host!r} and {port} ({error}); choose others"
-    raise OSError(f"Expected `--host` and `--port` that are free, {got}.") from error
-  # Connections inherit it: headers do not wait 40 ms for the client to confirm them.
+    raise OSError(
+      f"Expected `--host` and `--port` that are free, {got}."
+    ) from error
+  # Connections inherit it: headers do not wait 40 ms for the client to confirm
+  # them.
   listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
   return listener

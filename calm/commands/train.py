@@ -23,7 +23,8 @@ from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 
-# Bindings on the command line see only what a gin file has named before them: these always.
+# Bindings on the command line see only what a gin file has named before them:
+# these always.
 CHOICES = """
 from __gin__ import dynamic_registration
 
@@ -36,7 +37,8 @@ from calm.training import sources
 CHOICES = [
   @objectives.LayerWeighted, @objectives.ExitClassifier, @objectives.ExitProbes,
   @losses.layer_weights, @losses.equal_weights,
-  @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
+  @losses.last_layer_weights, @losses.classifier_loss,
+  @losses.geometric_classifier_loss,
   @training.adafactor, @training.adam, @training.Schedule,
   @sources.supervised, @sources.denoising, @sources.frequent_tokens,
   @sources.stored_shortlist,
@@ -48,9 +50,24 @@ SCALARS = "scalars.jsonl"  # of training steps and validations, a line each
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "gin file (a program: use only what you would run); repeatable"
-  flags.add(parser, "gin_file", "FILE", text, [], action="append", required=True)
-  flags.add(parser, "gin_bindings", "'A.b = 1'", "gin binding; repeatable", [], action="append")
-  flags.add(parser, "gin_search_paths", "DIRS", "folders of gin files, comma-separated", "")
+  flags.add(
+    parser, "gin_file", "FILE", text, [], action="append", required=True
+  )
+  flags.add(
+    parser,
+    "gin_bindings",
+    "'A.b = 1'",
+    "gin binding; repeatable",
+    [],
+    action="append",
+  )
+  flags.add(
+    parser,
+    "gin_search_paths",
+    "DIRS",
+    "folders of gin files, comma-separated",
+    "",
+  )
   text = "folder of the run (resumed if it exists); overrides gin's"
   flags.add(parser, "output_dir", "DIR", text)
 
@@ -62,11 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
   from calm.training import run as training_run
 
   for path in arguments.gin_file:
-    # Includes are written from the repository's root; a run's own files may lie elsewhere.
+    # Includes are written from the repository's root; a run's own files may lie
+    # elsewhere.
     gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
   gin.add_config_file_search_path(str(training_run.gin_folder()))
   run_lib.use_compilation_cache()
-  gin.clear_config()  # an earlier command of this process leaves its own, locked
+  # an earlier command of this process leaves its own, locked
+  gin.clear_config()
   gin.parse_config(CHOICES)  # registers the names, which stay known
   run_lib.parse_gin(arguments)
   run_lib.refuse_unread_macros()
@@ -77,25 +96,36 @@ def run(arguments: argparse.Namespace) -> int:
     output_dir = arguments.output_dir or gin.query_parameter(_OUTPUT)
   except ValueError as error:
     raise ValueError(
-      "`calm train` needs `--output_dir`, or `run.train.output_dir` in the gin file."
+      "`calm train` needs `--output_dir`, or `run.train.output_dir` in the "
+      "gin file."
     ) from error
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
   console = rich_console.Console()
   with Progress(console) as progress:
     monitor = Monitor(pathlib.Path(output_dir), console, progress)
-    listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
+    listener = training.Listener(
+      monitor.start, monitor.step, monitor.evaluation
+    )
     exported = train(listener=listener, output_dir=output_dir)
   storage.write_atomically(f"{output_dir}/config.gin", gin.config_str())
   text = f"Model with the best validation: {exported}\nDecode with it:"
-  run_lib.print_next(console, text, "infer", f"--model={exported}", "--threshold=0.9", "a text")
+  run_lib.print_next(
+    console, text, "infer", f"--model={exported}", "--threshold=0.9", "a text"
+  )
   return 0
 
 
 class Monitor:
-  """Shows a run's progress, and keeps its scalars; its methods are the `Listener`."""
+  """Shows a run's progress, and keeps its scalars; its methods are the
+  `Listener`.
+  """
 
   def __init__(self, output_dir: pathlib.Path, console, progress):
-    self._output_dir, self._console, self._progress = output_dir, console, progress
+    self._output_dir, self._console, self._progress = (
+      output_dir,
+      console,
+      progress,
+    )
     self._num_steps, self._since = 1, time.monotonic()
 
   def start(self, step: int, num_steps: int) -> None:
@@ -111,7 +141,9 @@ class Monitor:
     self._since = now
     text = f"loss {scalars['loss']:.3f} {rate:.0f} tokens/s"
     if self._console.is_terminal:
-      self._progress(step / self._num_steps, f"step {step} of {self._num_steps}, {text}")
+      self._progress(
+        step / self._num_steps, f"step {step} of {self._num_steps}, {text}"
+      )
     else:
       print_text(self._console, f"{step} {text}")
     self._write("train", step, {**scalars, "tokens_per_second": rate})
@@ -119,12 +151,15 @@ class Monitor:
   def evaluation(self, step: int, scalars: dict[str, float]) -> None:
     """Scalars of a validation."""
     shown = [f"{k} {v:.4f}" for k, v in scalars.items() if k.endswith("loss")]
-    layers = [f"{v:.3f}" for k, v in scalars.items() if k.startswith("accuracy/layer_")]
+    layers = [
+      f"{v:.3f}" for k, v in scalars.items() if k.startswith("accuracy/layer_")
+    ]
     line = ", ".join([*shown, f"accuracy by layer {' '.join(layers)}"])
     print_text(self._console, f"{step} validation {line}", soft_wrap=True)
     self._write("validation", step, scalars)
     self._since = time.monotonic()
 
   def _write(self, split: str, step: int, scalars: dict[str, float]) -> None:
-    line = json.dumps({"split": split, "step": step, **scalars})  # a loss may well be NaN
+    # a loss may well be NaN
+    line = json.dumps({"split": split, "step": step, **scalars})
     storage.append(self._output_dir / SCALARS, f"{line}\n".encode())

@@ -1,4 +1,5 @@
-"""Texts in, tokens out: vocabularies, files of examples, batches for training and decoding.
+"""Texts in, tokens out: vocabularies, files of examples, batches for training
+and decoding.
 
 `seqio_tasks` loads TensorFlow and is imported by its own name only.
 """

@@ -1,9 +1,11 @@
-"""Prompts from files of any format, from standard input, and from rows in memory.
+"""Prompts from files of any format, from standard input, and from rows in
+memory.
 
-The text of a row, without a task prefix, is in the first of `INPUT_KEYS` or in a named field;
-`id` (unique), references (in the first of `TARGET_KEYS` or in a named field: a text, or a list
-of accepted ones, best first) and `source` (or `group`: its cluster) are optional. What is read
-is bounded: no small file, packed or not, fills the memory.
+The text of a row, without a task prefix, is in the first of `INPUT_KEYS` or in
+a named field; `id` (unique), references (in the first of `TARGET_KEYS` or in a
+named field: a text, or a list of accepted ones, best first) and `source` (or
+`group`: its cluster) are optional. What is read is bounded: no small file,
+packed or not, fills the memory.
 """
 
 import contextlib
@@ -28,40 +30,65 @@ from calm import arguments, storage
 from calm.calibrate import Prompt
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text", "question")
-TARGET_KEYS = ("target", "targets", "reference", "references", "output", "answer")
+TARGET_KEYS = (
+  "target",
+  "targets",
+  "reference",
+  "references",
+  "output",
+  "answer",
+)
 _GROUP_KEYS = ("source", "group")
 _SUFFIXES = {
   **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
-  **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"},
+  **{
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+  },
 }
-# What lists the files, or the splits, of a folder of Hugging Face's datasets; bytes of that.
+# What lists the files, or the splits, of a folder of Hugging Face's datasets;
+# bytes of that.
 _STATE, _SPLITS, _MOST_STATE = "state.json", "dataset_dict.json", 2**24
-# Bytes that every line and row counts for besides its own: each takes time, even when empty.
-# Bytes of a number, and rows by column that are written out at once.
+# Bytes that every line and row counts for besides its own: each takes time,
+# even when empty. Bytes of a number, and rows by column that are written out at
+# once.
 _ROW, _NUMBER, _ROWS_AT_ONCE = 256, 8, 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-  """A text-to-text task kept as `<root>/<name>/<split>.jsonl.gz` (or `.jsonl`)."""
+  """A text-to-text task kept as `<root>/<name>/<split>.jsonl.gz` (or
+  `.jsonl`).
+  """
 
   name: str  # its folder, and its name in a mixture
   prefix: str  # what T5 reads before the input to know the task
-  metrics: tuple[str, ...]  # names that `seqio_tasks.metric_fn` knows, the usual one first
+  # names that `seqio_tasks.metric_fn` knows, the usual one first
+  metrics: tuple[str, ...]
 
   def path(self, root: str | os.PathLike, split: str) -> pathlib.Path:
-    """The file of one split; the plain `.jsonl` only where there is no `.jsonl.gz`."""
+    """The file of one split; the plain `.jsonl` only where there is no
+    `.jsonl.gz`.
+    """
     folder = pathlib.Path(root) / self.name
     packed, plain = folder / f"{split}.jsonl.gz", folder / f"{split}.jsonl"
     return plain if plain.exists() and not packed.exists() else packed
 
 
-# Descriptions of Debian packages: summaries, French translations, questions about them.
+# Descriptions of Debian packages: summaries, French translations, questions
+# about them.
 DEBIAN: Mapping[str, TextTask] = {
   task.name: task
   for task in (
     TextTask("debian_synopsis", "summarize: ", ("rouge_l",)),
-    TextTask("debian_enfr", "translate English to French: ", ("bleu", "chrf", "token_f1")),
+    TextTask(
+      "debian_enfr",
+      "translate English to French: ",
+      ("bleu", "chrf", "token_f1"),
+    ),
     # Its inputs already read `question: ... context: ...`.
     TextTask("debian_qa", "", ("token_f1", "exact_match")),
   )
@@ -89,14 +116,18 @@ class _Opened:
 
   def too_much(self) -> ValueError:
     return ValueError(
-      f"Expected {self.name!r} to unpack to at most {storage.UNPACKED >> 20} MiB and"
-      f" {storage.UNPACKED_RATIO} times its size, with {_ROW} bytes more for each line and row,"
+      f"Expected {self.name!r} to unpack to at most {storage.UNPACKED >> 20} "
+      "MiB and"
+      f" {storage.UNPACKED_RATIO} times its size, with {_ROW} bytes more for "
+      "each line and row,"
       " got more; save as JSON Lines."
     )
 
 
 class Prompts(tuple[Prompt, ...]):
-  """Prompts, and in `taken` where they are from: `a.csv: 12 prompts, CSV, column 'text'`."""
+  """Prompts, and in `taken` where they are from: `a.csv: 12 prompts, CSV,
+  column 'text'`.
+  """
 
   taken = ""
 
@@ -110,32 +141,43 @@ def open_prompts(
   format: str | None = None,
   require_target: bool = False,
 ) -> Prompts:
-  """Reads the prompts of a file, all of which are checked before any is given out.
+  """Reads the prompts of a file, all of which are checked before any is given
+  out.
 
   Args:
-    path: a file, a pipe, '-' for standard input, or a folder that `Dataset.save_to_disk` of
-      Hugging Face's datasets wrote.
+    path: a file, a pipe, '-' for standard input, or a folder that
+      `Dataset.save_to_disk` of Hugging Face's datasets wrote.
     limit: the number of prompts to take; None: all.
-    input_key: the field with the text of a row; None: the first of `INPUT_KEYS` that the first
-      row has.
-    target_key: the field with the references; None: the first of `TARGET_KEYS` that a row has.
-    format: a name of `FORMATS`; None: detected by the name, then by the content.
+    input_key: the field with the text of a row; None: the first of `INPUT_KEYS`
+      that the first row has.
+    target_key: the field with the references; None: the first of `TARGET_KEYS`
+      that a row has.
+    format: a name of `FORMATS`; None: detected by the name, then by the
+      content.
     require_target: whether every row needs a reference.
 
   Raises:
     FileNotFoundError: there is no such file.
     IsADirectoryError: the folder is no data set, or holds one for each split.
-    ValueError: there is no prompt, or a row is damaged, lacks its text or repeats an id; the
-      message names file and line.
+    ValueError: there is no prompt, or a row is damaged, lacks its text or
+      repeats an id; the message names file and line.
   """
   if limit is not None and limit < 1:
-    raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
+    raise ValueError(
+      f"Expected `limit` of at least 1, or None for all, got {limit}."
+    )
   if format is not None:
     arguments.one_of("format", format, FORMATS)
-  made, key, limit = {}, None, None if limit is None else min(limit, sys.maxsize)
+  made, key, limit = (
+    {},
+    None,
+    None if limit is None else min(limit, sys.maxsize),
+  )
   with _opened(path) as opened:
     name = opened.name
-    format = "arrow" if os.path.isdir(path) else format or _detect_format(opened)
+    format = (
+      "arrow" if os.path.isdir(path) else format or _detect_format(opened)
+    )
     for row in itertools.islice(FORMATS[format][1](opened), limit):
       if not isinstance(row.value, Mapping | str):
         kind = type(row.value).__name__
@@ -144,16 +186,20 @@ def open_prompts(
       prompt = _prompt_of(row, key, target_key)
       if prompt.id in made:
         raise row.error(
-          f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without"
+          f"expected every `id` once, got {prompt.id!r} of an earlier row "
+          "again (a row without"
           " an `id` is named by its number)"
         )
       if require_target and not prompt.targets:
-        raise row.error("expected a field `target`, got none; give every row a reference")
+        raise row.error(
+          "expected a field `target`, got none; give every row a reference"
+        )
       made[prompt.id] = prompt
   called, _ = FORMATS[format]
   if not made:
     raise ValueError(
-      f"Expected {name} to hold prompts, got no examples: no line with text, or no row,"
+      f"Expected {name} to hold prompts, got no examples: no line with text, "
+      "or no row,"
       f" read as {called}; write one, or name the format."
     )
   prompts = Prompts(made.values())
@@ -169,7 +215,9 @@ def open_prompts(
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[_Opened]:
-  """A file, or a stream, which is kept on the disk, or the Arrow files of a folder."""
+  """A file, or a stream, which is kept on the disk, or the Arrow files of a
+  folder.
+  """
   name = "standard input" if str(path) == "-" else str(path)
   with contextlib.ExitStack() as stack:
     try:
@@ -181,9 +229,15 @@ def _opened(path: str | os.PathLike) -> Iterator[_Opened]:
     found = _arrow_files(pathlib.Path(path)) if folder else [path]
     try:
       if folder or (mode is not None and stat.S_ISREG(mode)):
-        files: list[Any] = [stack.enter_context(storage.opened(file)) for file in found]
+        files: list[Any] = [
+          stack.enter_context(storage.opened(file)) for file in found
+        ]
       else:
-        stream = sys.stdin.buffer if mode is None else stack.enter_context(open(path, "rb"))
+        stream = (
+          sys.stdin.buffer
+          if mode is None
+          else stack.enter_context(open(path, "rb"))
+        )
         files = [_kept(stream, name, stack)]
       size = sum(file.seek(0, os.SEEK_END) for file in files)
       most = storage.UNPACKED + storage.UNPACKED_RATIO * size
@@ -191,35 +245,51 @@ def _opened(path: str | os.PathLike) -> Iterator[_Opened]:
         file.seek(0)
         if file.peek(2).startswith(b"\x1f\x8b"):
           files[i] = stack.enter_context(gzip.GzipFile(fileobj=file))
-      stem = "stdin" if mode is None else pathlib.Path(name).absolute().name.split(".")[0]
+      stem = (
+        "stdin"
+        if mode is None
+        else pathlib.Path(name).absolute().name.split(".")[0]
+      )
       yield _Opened(files, name, stem, most)
-    except (EOFError, OSError, zlib.error) as error:  # of gzip and Arrow those without a number
+    except (EOFError, OSError, zlib.error) as error:
+      # of gzip and Arrow those without a number
       kind = type(error) if getattr(error, "errno", None) else ValueError
-      raise kind(f"Expected {name!r} to be a whole file, got: {error}.") from error
+      raise kind(
+        f"Expected {name!r} to be a whole file, got: {error}."
+      ) from error
 
 
 def _arrow_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a folder of `Dataset.save_to_disk`, which its state.json names, in order."""
-  listed = lambda name: storage.parse_json(storage.content(folder / name, _MOST_STATE))
+  """The files of a folder of `Dataset.save_to_disk`, which its state.json
+  names, in order.
+  """
+  listed = lambda name: storage.parse_json(
+    storage.content(folder / name, _MOST_STATE)
+  )
   try:
     if (folder / _SPLITS).is_file():
       splits = ", ".join(map(repr, listed(_SPLITS)["splits"]))
       raise IsADirectoryError(
-        f"Expected `path` to name one split, got {str(folder)!r} with the splits {splits:.300};"
+        f"Expected `path` to name one split, got {str(folder)!r} with the "
+        f"splits {splits:.300};"
         f" give the folder of one, '{folder}/SPLIT'."
       )
     if not (folder / _STATE).is_file():
       raise IsADirectoryError(
-        f"Expected `path` to name a file of prompts, got {str(folder)!r}, a folder without the"
-        f" {_STATE} of Hugging Face's `Dataset.save_to_disk`; give a file in it."
+        f"Expected `path` to name a file of prompts, got {str(folder)!r}, a "
+        "folder without the"
+        f" {_STATE} of Hugging Face's `Dataset.save_to_disk`; give a file in "
+        "it."
       )
     names = [file["filename"] for file in listed(_STATE)["_data_files"]]
     if odd := [name for name in names if re.search(r"[/\\:\0]|^\.*$", name)]:
       raise ValueError(f"{odd[0]!r:.60} is no file of this folder")
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f"Expected {str(folder)!r} to be a folder of `Dataset.save_to_disk`, got one whose"
-      f" {_STATE} or {_SPLITS} lists something else ({error!r:.200}); save it again."
+      f"Expected {str(folder)!r} to be a folder of `Dataset.save_to_disk`, "
+      "got one whose"
+      f" {_STATE} or {_SPLITS} lists something else ({error!r:.200}); save "
+      "it again."
     ) from error
   return [folder / name for name in names]
 
@@ -229,7 +299,9 @@ def _kept(stream: BinaryIO, name: str, stack: contextlib.ExitStack) -> BinaryIO:
   status = os.fstat(stream.fileno())
   if stream.isatty():
     print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
-  elif stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):
+  elif stat.S_ISCHR(status.st_mode) and not os.path.samestat(
+    status, os.stat(os.devnull)
+  ):
     raise ValueError(f"Expected {name} to be a file or a pipe, got a device.")
   kept: BinaryIO = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
   shutil.copyfileobj(stream, kept)
@@ -238,7 +310,9 @@ def _kept(stream: BinaryIO, name: str, stack: contextlib.ExitStack) -> BinaryIO:
 
 def _detect_format(opened: _Opened) -> str:
   """The format of a file, by its name or else by its beginning."""
-  suffixes = [s for s in map(str.lower, pathlib.Path(opened.name).suffixes) if s != ".gz"]
+  suffixes = [
+    s for s in map(str.lower, pathlib.Path(opened.name).suffixes) if s != ".gz"
+  ]
   if suffixes and suffixes[-1] in _SUFFIXES:
     return _SUFFIXES[suffixes[-1]]
   (file,) = opened.files
@@ -249,7 +323,11 @@ def _detect_format(opened: _Opened) -> str:
   text = head.decode("utf-8-sig", "replace").lstrip()
   if re.match(r'\[\s*[{"\]]', text):
     return "json"
-  return "jsonl" if suffixes[-1:] == [".json"] or re.match(r'\{\s*["}]', text) else "text"
+  return (
+    "jsonl"
+    if suffixes[-1:] == [".json"] or re.match(r'\{\s*["}]', text)
+    else "text"
+  )
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -261,16 +339,21 @@ def _decode(content: bytes, where: str) -> str:
     at = error.start if at < 0 else at
   if at < 0:
     return text
-  raise ValueError(f"Expected UTF-8, got the byte 0x{content[at]:02x} in {where}.")
+  raise ValueError(
+    f"Expected UTF-8, got the byte 0x{content[at]:02x} in {where}."
+  )
 
 
 def _lines(opened: _Opened) -> Iterator[tuple[int, str]]:
   """(1-based number, text with its end) of every line.
 
-  Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
+  Lines end at newlines only: `splitlines` would end a prompt at characters that
+  are no ends.
   """
   left = opened.most
-  for number, line in enumerate(storage.lines(opened.files[0], opened.name), start=1):
+  for number, line in enumerate(
+    storage.lines(opened.files[0], opened.name), start=1
+  ):
     left -= len(line) + _ROW
     if left < 0:
       raise opened.too_much()
@@ -285,7 +368,8 @@ def _json_lines(opened: _Opened) -> Iterator[_Row]:
         value = storage.parse_json(line)
       except ValueError as error:
         raise ValueError(
-          f"{where}: expected one JSON object a line, got invalid JSON ({error}); of plain"
+          f"{where}: expected one JSON object a line, got invalid JSON "
+          f"({error}); of plain"
           " texts, say `--prompts_format=text`."
         ) from error
       yield _Row(value, f"{opened.stem}/{number}", where)
@@ -296,17 +380,26 @@ def _json_array(opened: _Opened) -> Iterator[_Row]:
   name, content = opened.name, opened.files[0].read(storage.LONGEST_LINE + 1)
   if len(content) > storage.LONGEST_LINE:
     most = f"at most {storage.LONGEST_LINE} bytes"
-    raise ValueError(f"{name}: expected a JSON array of {most}, got more; save JSON Lines.")
+    raise ValueError(
+      f"{name}: expected a JSON array of {most}, got more; save JSON Lines."
+    )
   # Parsed, empty lists and objects take much more than their bytes.
-  if len(content) + _ROW * (content.count(b"[") + content.count(b"{")) > opened.most:
+  if (
+    len(content) + _ROW * (content.count(b"[") + content.count(b"{"))
+    > opened.most
+  ):
     raise opened.too_much()
   text = _decode(content, name)
   try:
     values = storage.parse_json(text)
   except ValueError as error:
-    raise ValueError(f"{name}: expected a whole JSON array, got: {error}.") from error
+    raise ValueError(
+      f"{name}: expected a whole JSON array, got: {error}."
+    ) from error
   if not isinstance(values, list):
-    raise ValueError(f"{name}: expected a JSON array, got {type(values).__name__}.")
+    raise ValueError(
+      f"{name}: expected a JSON array, got {type(values).__name__}."
+    )
   for number, value in enumerate(values, start=1):
     yield _Row(value, f"{opened.stem}/{number}", f"{name}, element {number}")
 
@@ -317,39 +410,61 @@ def _plain_text(opened: _Opened) -> Iterator[_Row]:
   called = opened.stem if name == "standard input" else pathlib.Path(name).name
   filled = (item for item in _lines(opened) if item[1].strip())
   for count, (number, line) in enumerate(filled, start=1):
-    yield _Row(line.rstrip("\n").strip("\r"), f"{called}/{count}", f"{name}:{number}")
+    yield _Row(
+      line.rstrip("\n").strip("\r"), f"{called}/{count}", f"{name}:{number}"
+    )
 
 
 def _check_columns(names: list[str], name: str) -> None:
   if len(set(names)) < len(names):
-    raise ValueError(f"{name}: expected columns of different names, got {names}.")
+    raise ValueError(
+      f"{name}: expected columns of different names, got {names}."
+    )
 
 
 def _table(opened: _Opened, delimiter: str = ",") -> Iterator[_Row]:
   # By default a field has at most 128 KiB, and documents are longer.
   csv.field_size_limit(storage.LONGEST_LINE)
-  table = csv.reader((line for _, line in _lines(opened)), delimiter=delimiter, strict=True)
+  table = csv.reader(
+    (line for _, line in _lines(opened)), delimiter=delimiter, strict=True
+  )
   where = lambda: f"{opened.name}:{table.line_num}"
   try:
     header = next(table, [])
     _check_columns(header, opened.name)
     for number, cells in enumerate(filter(None, table), start=1):
-      row = _Row(dict(zip(header, cells, strict=False)), f"{opened.stem}/{number}", where())
+      row = _Row(
+        dict(zip(header, cells, strict=False)),
+        f"{opened.stem}/{number}",
+        where(),
+      )
       if len(cells) != len(header):
-        raise row.error(f"expected {len(header)} columns as in the header, got {len(cells)}")
+        raise row.error(
+          f"expected {len(header)} columns as in the header, got {len(cells)}"
+        )
       yield row
   except csv.Error as error:
-    raise ValueError(f"{where()}: expected cells that can be read, got: {error}.") from error
+    raise ValueError(
+      f"{where()}: expected cells that can be read, got: {error}."
+    ) from error
 
 
-def _columnar(opened: _Opened, read_batches: Callable[..., Iterator[Any]]) -> Iterator[_Row]:
-  """Rows by column, columns left out that hold no texts, numbers or lists of them."""
+def _columnar(
+  opened: _Opened, read_batches: Callable[..., Iterator[Any]]
+) -> Iterator[_Row]:
+  """Rows by column, columns left out that hold no texts, numbers or lists of
+  them.
+  """
   name, left, number = opened.name, opened.most, 0
   pyarrow = arguments.package("pyarrow", f"read {name}", "pyarrow")
   try:
-    for batch in itertools.chain.from_iterable(read_batches(f, opened) for f in opened.files):
-      batch.validate(full=True)  # what points beyond a buffer or a dictionary would be read
-      # As many bytes as they take apart: few bytes in a batch may stand for many equal texts.
+    for batch in itertools.chain.from_iterable(
+      read_batches(f, opened) for f in opened.files
+    ):
+      # what points beyond a buffer or a dictionary would be read
+      batch.validate(full=True)
+      # As many bytes as they take apart: few bytes in a batch may stand for
+      # many equal texts.
       left -= _ROW * len(batch) + sum(map(_unpacked, batch.columns))
       if left < 0:
         raise opened.too_much()
@@ -358,7 +473,9 @@ def _columnar(opened: _Opened, read_batches: Callable[..., Iterator[Any]]) -> It
           number += 1
           yield _Row(value, f"{opened.stem}/{number}", f"{name}, row {number}")
   except (pyarrow.ArrowException, MemoryError, UnicodeDecodeError) as error:
-    raise ValueError(f"{name}: expected whole files of columns, got: {error}.") from error
+    raise ValueError(
+      f"{name}: expected whole files of columns, got: {error}."
+    ) from error
 
 
 def _unpacked(array: Any) -> int:
@@ -377,45 +494,64 @@ def _unpacked(array: Any) -> int:
 
 
 def _parquet_batches(file: BinaryIO, opened: _Opened) -> Iterator[Any]:
-  """Texts as they are stored, each once: 500 bytes, in which one repeats, may stand for 200 GB.
-  The footer is checked before anything is read."""
+  """Texts as they are stored, each once: 500 bytes, in which one repeats, may
+  stand for 200 GB. The footer is checked before anything is read.
+  """
   from pyarrow import parquet
 
   metadata = parquet.read_metadata(file)
   groups = map(metadata.row_group, range(metadata.num_row_groups))
-  chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-  size = sum(max(c.total_uncompressed_size, 0) + _NUMBER * max(c.num_values, 0) for c in chunks)
+  chunks = [
+    group.column(i) for group in groups for i in range(group.num_columns)
+  ]
+  size = sum(
+    max(c.total_uncompressed_size, 0) + _NUMBER * max(c.num_values, 0)
+    for c in chunks
+  )
   if size + _ROW * metadata.num_rows > opened.most:
     raise opened.too_much()
   texts = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
-  # pyarrow makes no dictionary of these, whatever the footer says; one of them shares texts.
-  if odd := [e for chunk in texts for e in chunk.encodings if e.startswith("DELTA_")]:
+  # pyarrow makes no dictionary of these, whatever the footer says; one of them
+  # shares texts.
+  if odd := [
+    e for chunk in texts for e in chunk.encodings if e.startswith("DELTA_")
+  ]:
     raise ValueError(
-      f"Expected {opened.name!r} to hold plain texts, got the encoding {odd[0]}; save as JSON"
+      f"Expected {opened.name!r} to hold plain texts, got the encoding "
+      f"{odd[0]}; save as JSON"
       " Lines."
     )
-  table = parquet.ParquetFile(file, read_dictionary={chunk.path_in_schema for chunk in texts})
+  table = parquet.ParquetFile(
+    file, read_dictionary={chunk.path_in_schema for chunk in texts}
+  )
   columns = _plain_columns(table.schema_arrow, opened.name)
   for group in range(table.num_row_groups):
     yield from table.read_row_group(group, columns).to_batches()
 
 
 def _arrow_batches(file: BinaryIO, opened: _Opened) -> Iterator[Any]:
-  """Batches of an Arrow stream that are neither packed nor numbers of a dictionary."""
+  """Batches of an Arrow stream that are neither packed nor numbers of a
+  dictionary.
+  """
   from pyarrow import ipc
 
   schema = ipc.read_schema(file)
   columns = _plain_columns(schema, opened.name)
   for message in ipc.MessageReader.open_stream(file):
-    if message.type != "record batch" or _is_packed(message.metadata.to_pybytes()):
+    if message.type != "record batch" or _is_packed(
+      message.metadata.to_pybytes()
+    ):
       raise ValueError(
-        f"Expected {opened.name!r} to hold plain texts, got packed ones; save as JSON Lines."
+        f"Expected {opened.name!r} to hold plain texts, got packed ones; "
+        "save as JSON Lines."
       )
     yield ipc.read_record_batch(message, schema).select(columns)
 
 
 def _is_packed(metadata: bytes) -> bool:
-  """Whether the table of a record batch, in a flatbuffer of Arrow's, has a `compression`."""
+  """Whether the table of a record batch, in a flatbuffer of Arrow's, has a
+  `compression`.
+  """
   at = lambda kind, place: struct.unpack_from(kind, metadata, place)[0]
 
   def field(table: int, number: int) -> int:  # its place, or 0
@@ -432,7 +568,9 @@ def _is_list(kind: Any) -> bool:
 
 
 def _plain_columns(schema: Any, name: str) -> list[str]:
-  """Columns of texts, numbers or lists of them: images, dates and the like are left."""
+  """Columns of texts, numbers or lists of them: images, dates and the like are
+  left.
+  """
   from pyarrow import types
 
   plain = (types.is_string, types.is_large_string, types.is_string_view)
@@ -443,7 +581,11 @@ def _plain_columns(schema: Any, name: str) -> list[str]:
     return inner(kind.value_type) if packed else kind
 
   _check_columns(schema.names, name)
-  return [field.name for field in schema if any(is_(inner(field.type)) for is_ in plain)]
+  return [
+    field.name
+    for field in schema
+    if any(is_(inner(field.type)) for is_ in plain)
+  ]
 
 
 # The names of the formats, what messages call them, and how they are read.
@@ -453,36 +595,59 @@ FORMATS: Mapping[str, tuple[str, Callable[[_Opened], Iterator[_Row]]]] = {
   "text": ("plain text, a prompt a line", _plain_text),
   "csv": ("CSV", _table),
   "tsv": ("TSV", functools.partial(_table, delimiter="\t")),
-  "parquet": ("Parquet", functools.partial(_columnar, read_batches=_parquet_batches)),
+  "parquet": (
+    "Parquet",
+    functools.partial(_columnar, read_batches=_parquet_batches),
+  ),
   "arrow": ("Arrow", functools.partial(_columnar, read_batches=_arrow_batches)),
 }
 
 
 def _key_of(row: _Row, wanted: str | None) -> str | None:
-  """The field that has the text of every row, by the first row; None where rows are texts."""
+  """The field that has the text of every row, by the first row; None where rows
+  are texts.
+  """
   if isinstance(row.value, str):
     if wanted is not None:
-      raise row.error(f"expected rows with a key {wanted!r}, got a text; leave the key out")
+      raise row.error(
+        f"expected rows with a key {wanted!r}, got a text; leave the key out"
+      )
     return None
   keys = INPUT_KEYS if wanted is None else (wanted,)
   if found := [key for key in keys if key in row.value]:
     return found[0]
   raise row.error(
     f"expected a field {' or '.join(f'`{key}`' for key in keys)}, got"
-    f" {list(row.value)[:12]}; call the one with the text `input`, or name it: `--input_key`"
+    f" {list(row.value)[:12]}; call the one with the text `input`, or name "
+    "it: `--input_key`"
   )
 
 
-def _prompt_of(row: _Row, input_key: str | None, target_key: str | None) -> Prompt:
+def _prompt_of(
+  row: _Row, input_key: str | None, target_key: str | None
+) -> Prompt:
   if isinstance(row.value, str) != (input_key is None):
-    raise row.error("expected all rows to be objects, or all to be texts, got both")
+    raise row.error(
+      "expected all rows to be objects, or all to be texts, got both"
+    )
   fields = {"": row.value} if isinstance(row.value, str) else row.value
   for key in (input_key, target_key):
     if key is not None and key not in fields:
       raise row.error(f"expected a field `{key}`, got {list(fields)[:12]}")
-  first = lambda keys: next((fields[key] for key in keys if fields.get(key) is not None), None)
-  targets, name = first((target_key,) if target_key else TARGET_KEYS), fields.get("id")
-  targets = [] if targets is None else targets if isinstance(targets, list) else [targets]
+  first = lambda keys: next(
+    (fields[key] for key in keys if fields.get(key) is not None), None
+  )
+  targets, name = (
+    first((target_key,) if target_key else TARGET_KEYS),
+    fields.get("id"),
+  )
+  targets = (
+    []
+    if targets is None
+    else targets
+    if isinstance(targets, list)
+    else [targets]
+  )
   name = str(name) if type(name) is int else name  # its digits are a name
   try:
     name = row.name if name in (None, "") else name
@@ -492,13 +657,20 @@ def _prompt_of(row: _Row, input_key: str | None, target_key: str | None) -> Prom
 
 
 def check_texts(texts: Any) -> tuple[str, ...]:
-  """Texts of any ordered iterable; TypeError where it is something else that iterates."""
+  """Texts of any ordered iterable; TypeError where it is something else that
+  iterates.
+  """
   listed = not isinstance(texts, str) and arguments.is_listing(texts)
   made = tuple(texts) if listed else ()
-  if odd := [text for text in made if not isinstance(text, str)] if listed else [texts]:
+  if (
+    odd := [text for text in made if not isinstance(text, str)]
+    if listed
+    else [texts]
+  ):
     got = "a table" if arguments.is_table(texts) else f"{odd[0]!r:.60}"
     raise TypeError(
-      f"Expected `texts` to be a list of texts, got {got}; put it in a list, or give"
+      f"Expected `texts` to be a list of texts, got {got}; put it in a list, "
+      "or give"
       " `table['input']`, or `[prompt.input, ...]`."
     )
   return made
@@ -510,13 +682,15 @@ def prompts_of(
   """Prompts of rows in memory, by the same names as in files.
 
   Args:
-    values: a DataFrame of pandas or polars, or texts, mappings or `Prompt`s; those without an
-      id are named by their number.
-    input_key, target_key: where a row has its text and its references; None: as in files.
+    values: a DataFrame of pandas or polars, or texts, mappings or `Prompt`s;
+      those without an id are named by their number.
+    input_key, target_key: where a row has its text and its references; None: as
+      in files.
 
   Raises:
     TypeError: one text instead of a list, or something that is no prompt.
-    ValueError: a row lacks its text, or has one that is no text (names the row).
+    ValueError: a row lacks its text, or has one that is no text (names the
+      row).
   """
   if arguments.is_table(values):
     columns = {str(name): map(_plain, values[name]) for name in values.columns}
@@ -524,7 +698,8 @@ def prompts_of(
     values = [dict(zip(columns, row, strict=True)) for row in cells]
   elif isinstance(values, str) or not arguments.is_listing(values):
     raise TypeError(
-      f"Expected `prompts` to be a list, got {values!r:.60}; put it in a list, or give"
+      f"Expected `prompts` to be a list, got {values!r:.60}; put it in a "
+      "list, or give"
       " texts, `Prompt`s or a table."
     )
   found: list[Prompt] = []
@@ -538,7 +713,8 @@ def prompts_of(
       found.append(_prompt_of(row, keys[0], target_key))
     else:
       raise TypeError(
-        "Expected prompts to be texts, mappings with a text at `input`, or `Prompt`s, got"
+        "Expected prompts to be texts, mappings with a text at `input`, or "
+        "`Prompt`s, got"
         f" {value!r:.60} as number {number}; leave it out, or give its text."
       )
   return tuple(found)
@@ -546,5 +722,8 @@ def prompts_of(
 
 def _plain(value: Any) -> Any:
   """Numpy's and polars' values as Python's own, a missing one as None."""
-  made = next((getattr(value, n)() for n in ("tolist", "to_list") if hasattr(value, n)), value)
+  made = next(
+    (getattr(value, n)() for n in ("tolist", "to_list") if hasattr(value, n)),
+    value,
+  )
   return None if isinstance(made, float) and made != made else made

@@ -1,7 +1,9 @@
-"""Text <-> token ids without TensorFlow: SentencePiece models, raw bytes, a `tokenizer.json`.
+"""Text <-> token ids without TensorFlow: SentencePiece models, raw bytes, a
+`tokenizer.json`.
 
-Ids of the first two are those of seqio's vocabularies of the same names: 0 is padding, `encode`
-adds no EOS, and the extra ids (T5's sentinels) are the last ones, `<extra_id_0>` last of all.
+Ids of the first two are those of seqio's vocabularies of the same names: 0 is
+padding, `encode` adds no EOS, and the extra ids (T5's sentinels) are the last
+ones, `<extra_id_0>` last of all.
 """
 
 import base64
@@ -23,17 +25,21 @@ import sentencepiece
 from calm import arguments, storage
 from calm.calibrate.generations import records
 
-# The sentencepiece.ModelProto.SentencePiece.Type of pieces that are matched before any other.
+# The sentencepiece.ModelProto.SentencePiece.Type of pieces that are matched
+# before any other.
 _USER_DEFINED = 4
 _WORD_START = "▁"
 _MOST_EXTRA_IDS = 2**14
 SENTINEL = re.compile(r"<extra_id_\d+>")
-# The characters that the steps of a tokenizer may make of one; real ones make three of a few.
+# The characters that the steps of a tokenizer may make of one; real ones make
+# three of a few.
 _MOST_GROWTH = 1000
 
 
 class Vocabulary:
-  """Text <-> ids over four functions of each kind; attributes and both ways as seqio's."""
+  """Text <-> ids over four functions of each kind; attributes and both ways as
+  seqio's.
+  """
 
   pad_id: Any = 0  # padding, which decodes to nothing
   eos_id: Any  # the token that ends a text
@@ -51,15 +57,21 @@ class Vocabulary:
     return self._encode(s)
 
   def decode(self, ids: Iterable[int], /) -> str:
-    """Text of the ids, all 0 or above, before the first EOS; padding is skipped."""
+    """Text of the ids, all 0 or above, before the first EOS; padding is
+    skipped.
+    """
     eos_id, pad_id = self.eos_id, self.pad_id
     kept = list(itertools.takewhile(lambda i: i != eos_id, map(int, ids)))
     if kept and min(kept) < 0:
-      raise ValueError(f"Expected `ids` to be token ids of 0 or more, got {min(kept)}.")
+      raise ValueError(
+        f"Expected `ids` to be token ids of 0 or more, got {min(kept)}."
+      )
     return self._decode([i for i in kept if i != pad_id])
 
   def piece(self, token_id: int, /) -> str:
-    """What one token looks like on its own; a word's first piece begins with a space."""
+    """What one token looks like on its own; a word's first piece begins with a
+    space.
+    """
     found = self._piece(int(token_id))
     return f"<unused_{int(token_id)}>" if found is None else found
 
@@ -70,15 +82,17 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceVocabulary(Vocabulary):
-  """A SentencePiece model with `extra_ids` sentinels appended, as seqio appends them.
+  """A SentencePiece model with `extra_ids` sentinels appended, as seqio appends
+  them.
 
-  Ids of no piece decode as unknown. FileNotFoundError or ValueError where `path` is none, its
-  padding id is not 0, or it has no EOS piece.
+  Ids of no piece decode as unknown. FileNotFoundError or ValueError where
+  `path` is none, its padding id is not 0, or it has no EOS piece.
   """
 
   path: str | os.PathLike = dataclasses.field(compare=False)
   extra_ids: int = 100  # of T5; 0 for mT5, whose model file already holds them
-  padded: bool = True  # whether padding must be 0; else `Renumbered` makes it so
+  # whether padding must be 0; else `Renumbered` makes it so
+  padded: bool = True
   model: bytes = dataclasses.field(init=False, repr=False)
 
   vocab_size = property(lambda self: self._processor.get_piece_size())
@@ -88,11 +102,14 @@ class SentencePieceVocabulary(Vocabulary):
 
   def __post_init__(self):
     _check_extra_ids(self.extra_ids)
-    model = _content(self.path, "a SentencePiece model file (T5 calls it `spiece.model`)")
+    model = _content(
+      self.path, "a SentencePiece model file (T5 calls it `spiece.model`)"
+    )
     object.__setattr__(self, "model", model)
     if (self.padded and self.pad_id != 0) or self.eos_id < 0:
       raise ValueError(
-        "Expected a SentencePiece model with padding id 0 and an EOS piece, got pad_id"
+        "Expected a SentencePiece model with padding id 0 and an EOS piece, "
+        "got pad_id"
         f" {self.pad_id} and eos_id {self.eos_id} in {str(self.path)!r}."
       )
 
@@ -100,11 +117,16 @@ class SentencePieceVocabulary(Vocabulary):
   def _processor(self) -> Any:
     processor = sentencepiece.SentencePieceProcessor()
     try:
-      # The bare model first: appended pieces would make a model of any readable rubbish.
+      # The bare model first: appended pieces would make a model of any readable
+      # rubbish.
       processor.LoadFromSerializedProto(self.model)
-      processor.LoadFromSerializedProto(_with_extra_pieces(self.model, self.extra_ids))
+      processor.LoadFromSerializedProto(
+        _with_extra_pieces(self.model, self.extra_ids)
+      )
     except (RuntimeError, OSError) as error:
-      message = f"Expected `path` to be a SentencePiece model, got {str(self.path)!r}"
+      message = (
+        f"Expected `path` to be a SentencePiece model, got {str(self.path)!r}"
+      )
       raise ValueError(f"{message} ({error}).") from error
     return processor
 
@@ -128,8 +150,8 @@ class SentencePieceVocabulary(Vocabulary):
 class ByteVocabulary(Vocabulary):
   """UTF-8 bytes as tokens (ByT5): padding 0, EOS 1, unknown 2, byte b at b + 3.
 
-  Tokens that are no bytes decode to nothing, and so does a character that the end of the
-  sequence cuts off, as in seqio.
+  Tokens that are no bytes decode to nothing, and so does a character that the
+  end of the sequence cuts off, as in seqio.
   """
 
   extra_ids: int = 125  # sentinels after the bytes: ByT5's 384 embedding rows
@@ -146,7 +168,9 @@ class ByteVocabulary(Vocabulary):
     return [byte + 3 for byte in s.encode()]
 
   def _decode(self, ids: list[int]) -> str:
-    return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", errors="ignore")
+    return bytes(i - 3 for i in ids if 3 <= i < 259).decode(
+      "utf-8", errors="ignore"
+    )
 
   def _piece(self, token_id: int) -> str | None:
     """A character, or `<0xC3>` for part of one."""
@@ -164,11 +188,13 @@ class ByteVocabulary(Vocabulary):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerVocabulary(Vocabulary):
-  """A `tokenizer.json` of the package tokenizers, which transformers saves for every model.
+  """A `tokenizer.json` of the package tokenizers, which transformers saves for
+  every model.
 
-  Texts are encoded as by transformers, the EOS at their end left out; special tokens but
-  sentinels decode to nothing. FileNotFoundError or ValueError where `path` is none, or has no
-  token `eos_id`, or one that ends no text; ImportError without the package tokenizers.
+  Texts are encoded as by transformers, the EOS at their end left out; special
+  tokens but sentinels decode to nothing. FileNotFoundError or ValueError where
+  `path` is none, or has no token `eos_id`, or one that ends no text;
+  ImportError without the package tokenizers.
   """
 
   path: str | os.PathLike = dataclasses.field(compare=False)
@@ -183,18 +209,24 @@ class TokenizerVocabulary(Vocabulary):
     token = self._tokenizer.id_to_token(self.eos_id)
     if token is None or (self._special and self.eos_id not in self._special):
       raise ValueError(
-        f"Expected {str(self.path)!r} to have a special token at {self.eos_id}, where the model"
+        f"Expected {str(self.path)!r} to have a special token at "
+        f"{self.eos_id}, where the model"
         f" ends texts, got {token!r}."
       )
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
-    tokenizers = arguments.package("tokenizers", f"read {str(self.path)!r}", "tokenizers")
-    with self._naming("to be a tokenizer.json that the package tokenizers reads"):
+    tokenizers = arguments.package(
+      "tokenizers", f"read {str(self.path)!r}", "tokenizers"
+    )
+    with self._naming(
+      "to be a tokenizer.json that the package tokenizers reads"
+    ):
       for part in ("normalizer", "decoder"):
         _check_steps(part, self._content.get(part))
       made = tokenizers.Tokenizer.from_buffer(self.model)
-      # What a model was once called with is saved beside its pieces; lengths are chosen here.
+      # What a model was once called with is saved beside its pieces; lengths
+      # are chosen here.
       made.no_truncation()
       made.no_padding()
       made.encode("a")  # some only say now what they lack
@@ -206,7 +238,10 @@ class TokenizerVocabulary(Vocabulary):
     try:
       yield
     except BaseException as error:
-      if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      if (
+        not isinstance(error, Exception)
+        and type(error).__name__ != "PanicException"
+      ):
         raise
       message = f"Expected {str(self.path)!r} {expected}, got: {error!s:.300}."
       raise ValueError(message) from error
@@ -219,7 +254,9 @@ class TokenizerVocabulary(Vocabulary):
   def _special(self) -> set[int]:
     """Ids of the special tokens that are no text, so without the sentinels."""
     added = self._tokenizer.get_added_tokens_decoder().items()
-    return {i for i, t in added if t.special and not SENTINEL.fullmatch(t.content)}
+    return {
+      i for i, t in added if t.special and not SENTINEL.fullmatch(t.content)
+    }
 
   @functools.cached_property
   def vocab_size(self) -> int:
@@ -259,9 +296,11 @@ class TokenizerVocabulary(Vocabulary):
 
 @dataclasses.dataclass(frozen=True)
 class Renumbered(Vocabulary):
-  """A vocabulary whose padding is not 0 (MADLAD-400: 1), with that id and 0 exchanged.
+  """A vocabulary whose padding is not 0 (MADLAD-400: 1), with that id and 0
+  exchanged.
 
-  The network takes token 0 for padding; the model's rows are exchanged too (`checkpoints`).
+  The network takes token 0 for padding; the model's rows are exchanged too
+  (`checkpoints`).
   """
 
   base: Any
@@ -289,10 +328,13 @@ class Renumbered(Vocabulary):
 
 
 def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
-  """Refuses more ids than embedding rows; fewer are fine: T5 pads 32100 ids to 32128 rows."""
+  """Refuses more ids than embedding rows; fewer are fine: T5 pads 32100 ids to
+  32128 rows.
+  """
   if vocabulary.vocab_size > num_rows:
     raise ValueError(
-      f"Expected `vocabulary` to have at most {num_rows} ids, the embedding rows of the model,"
+      f"Expected `vocabulary` to have at most {num_rows} ids, the embedding "
+      "rows of the model,"
       f" got {vocabulary.vocab_size}."
     )
 
@@ -300,44 +342,59 @@ def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
 def _with_extra_pieces(model: bytes, extra_ids: int) -> bytes:
   """The serialised model with T5's sentinels appended.
 
-  Concatenated protocol buffers are merged, repeated fields one after another; so pieces
-  (field 1 of ModelProto: text 1, score 2, type 3) are added without a protobuf library.
+  Concatenated protocol buffers are merged, repeated fields one after another;
+  so pieces (field 1 of ModelProto: text 1, score 2, type 3) are added without a
+  protobuf library.
   """
   for i in reversed(range(extra_ids)):
     text = f"{_WORD_START}<extra_id_{i}>".encode()
     piece = bytes([0x0A, len(text)]) + text
-    piece += bytes([0x15]) + struct.pack("<f", 0.0) + bytes([0x18, _USER_DEFINED])
+    piece += (
+      bytes([0x15]) + struct.pack("<f", 0.0) + bytes([0x18, _USER_DEFINED])
+    )
     model += bytes([0x0A, len(piece)]) + piece
   return model
 
 
 def _content(path: str | os.PathLike, expected: str) -> bytes:
   if not os.path.isfile(path):
-    raise FileNotFoundError(f"Expected `path` to name {expected}, got {str(path)!r}, missing.")
+    raise FileNotFoundError(
+      f"Expected `path` to name {expected}, got {str(path)!r}, missing."
+    )
   return storage.content(pathlib.Path(path))
 
 
 def _check_extra_ids(extra_ids: Any) -> None:
   if type(extra_ids) is not int or not 0 <= extra_ids <= _MOST_EXTRA_IDS:
     expected = f"a whole number in [0, {_MOST_EXTRA_IDS}]"
-    raise ValueError(f"Expected `extra_ids` to be {expected}, got {extra_ids!r}.")
+    raise ValueError(
+      f"Expected `extra_ids` to be {expected}, got {extra_ids!r}."
+    )
 
 
 def _check_steps(part: str, step: Any) -> None:
-  """ValueError for steps by which a few bytes of the file would take gigabytes."""
+  """ValueError for steps by which a few bytes of the file would take
+  gigabytes.
+  """
   growth, left = 1.0, [step] if step else []
   while left:
     step = left.pop()
     left += step.get("normalizers") or step.get("decoders") or []
     if step["type"] == "Replace":
-      # A regular expression may match one character; an empty text is found between all.
+      # A regular expression may match one character; an empty text is found
+      # between all.
       found = len(step["pattern"].get("String", "x"))
-      growth *= max(1.0, len(step["content"]) / found if found else 1 + len(step["content"]))
+      growth *= max(
+        1.0, len(step["content"]) / found if found else 1 + len(step["content"])
+      )
     if step["type"] == "Precompiled":
       table = base64.b64decode(step["precompiled_charsmap"] or "")
       if int.from_bytes(table[:4], "little") > len(table):
-        raise ValueError(f"Expected `{part}` with a whole `precompiled_charsmap`, got a part")
+        raise ValueError(
+          f"Expected `{part}` with a whole `precompiled_charsmap`, got a part"
+        )
     if growth > _MOST_GROWTH:
       raise ValueError(
-        f"Expected `{part}` to lengthen a text at most {_MOST_GROWTH} times, got {growth:.3g}"
+        f"Expected `{part}` to lengthen a text at most {_MOST_GROWTH} times, "
+        f"got {growth:.3g}"
       )

@@ -1,13 +1,15 @@
-"""How the layers of one step are run, and when skipped ones are filled: the same results.
+"""How the layers of one step are run, and when skipped ones are filled: the
+same results.
 
-`default_engine` takes the fastest engine of a rule, a number of rows and a platform. `Eager` is
-the plain one. `Deferred` keeps exit states, [batch, length, emb], of which skipped layers' keys
-and values are a function (section 3.2): a layer that some row needs first projects what is
-pending, then runs for every row; one that no row needs does nothing. Each is a loop of at most
-one turn, whose body may update its cache in place, unlike the branches of a conditional.
-`Compacted` runs a layer on the smallest bucket (0, 4, 16, 32 rows, say) that holds the rows
-that stay, by one `lax.switch`: tokens stay in step, and what a row gets does not depend on its
-bucket.
+`default_engine` takes the fastest engine of a rule, a number of rows and a
+platform. `Eager` is the plain one. `Deferred` keeps exit states, [batch,
+length, emb], of which skipped layers' keys and values are a function (section
+3.2): a layer that some row needs first projects what is pending, then runs for
+every row; one that no row needs does nothing. Each is a loop of at most one
+turn, whose body may update its cache in place, unlike the branches of a
+conditional. `Compacted` runs a layer on the smallest bucket (0, 4, 16, 32 rows,
+say) that holds the rows that stay, by one `lax.switch`: tokens stay in step,
+and what a row gets does not depend on its bucket.
 """
 
 import dataclasses
@@ -38,18 +40,22 @@ class Task:
 
   config: network.T5Config  # the model's sizes
   rule: exits.Rule  # how a token goes through the layers
-  weights: decoder_weights.DecoderWeights  # of learned propagation what the rule reads
+  # of learned propagation what the rule reads
+  weights: decoder_weights.DecoderWeights
   encoded: caches_lib.Encoded  # the prompts
   threshold: jax.Array  # lambda, [] or [batch]
   length: int  # positions in the caches
-  # Positions of each row that are decoded already and that nothing may write over, [batch].
+  # Positions of each row that are decoded already and that nothing may write
+  # over, [batch].
   kept: jax.Array | None = None
-  # Whether attention, products and heads may be functions of this process (`t5.kernels`): not
-  # in programs that are exported or that a compiler splits over devices.
+  # Whether attention, products and heads may be functions of this process
+  # (`t5.kernels`): not in programs that are exported or that a compiler splits
+  # over devices.
   native: bool = False
 
   def __post_init__(self):
-    # Once a program, not once a step: a step's codes are as wide as the exits that it may take.
+    # Once a program, not once a step: a step's codes are as wide as the exits
+    # that it may take.
     read = self.weights.for_exits(self.rule, self.config.num_decoder_layers)
     object.__setattr__(self, "weights", read)
 
@@ -60,8 +66,8 @@ class Task:
   def embed(self, tokens: jax.Array) -> jax.Array:
     """What the first layer gets, [batch, emb_dim], in the activation dtype."""
     table = self.weights.embedding
-    # XLA:CPU gives half of a gather from a large matrix to another thread, and to wake it takes
-    # longer than to copy a few rows.
+    # XLA:CPU gives half of a gather from a large matrix to another thread, and
+    # to wake it takes longer than to copy a few rows.
     if self.native and platforms.is_cpu() and len(tokens) <= _FEW_ROWS:
       rows = [lax.dynamic_slice_in_dim(table, token, 1) for token in tokens]
       return jnp.concatenate(rows).astype(self.config.dtype)
@@ -73,22 +79,30 @@ class Task:
 
   def empty_caches(self) -> tuple[caches_lib.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
-    return caches_lib.empty_caches(self.config, self.batch_size, self.length, depth)
+    return caches_lib.empty_caches(
+      self.config, self.batch_size, self.length, depth
+    )
 
 
 class Eager:
-  """The plain engine, and the one for any rule: skipped layers are filled at every token."""
+  """The plain engine, and the one for any rule: skipped layers are filled at
+  every token.
+  """
 
   def __init__(self, task: Task):
     self.task = task
-    self.table = attention_lib.bias_table(task.weights, task.config, task.length)
+    self.table = attention_lib.bias_table(
+      task.weights, task.config, task.length
+    )
 
   @property
   def empty(self) -> Any:
     """What the loop carries before the first token."""
     return self.task.empty_caches()
 
-  def take_step(self, current, position, active, cache) -> tuple[exits.TokenExit, Any]:
+  def take_step(
+    self, current, position, active, cache
+  ) -> tuple[exits.TokenExit, Any]:
     """The loop's step."""
     task, rule = self.task, self.task.rule
     assert not isinstance(rule, exits.Speculative)  # which runs no step
@@ -98,49 +112,73 @@ class Eager:
     ends = after_each(position, made.rows, made.head)
     return made, caches_lib.write_rows(cache, made.rows, ends, keeps)
 
-  def resume(self, caches: tuple[caches_lib.Cache, ...], position: jax.Array) -> Any:
-    """What the loop carries to go on from `position`, from every layer's cache."""
+  def resume(
+    self, caches: tuple[caches_lib.Cache, ...], position: jax.Array
+  ) -> Any:
+    """What the loop carries to go on from `position`, from every layer's
+    cache.
+    """
     return caches
 
-  def flush(self, cache: Any, position: jax.Array) -> tuple[caches_lib.Cache, ...]:
-    """Every layer's cache, filled up to `position`, from what the loop carries."""
+  def flush(
+    self, cache: Any, position: jax.Array
+  ) -> tuple[caches_lib.Cache, ...]:
+    """Every layer's cache, filled up to `position`, from what the loop
+    carries.
+    """
     return cache
 
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, bias = self.task, self.table.at(position)
     return decoder_lib.DecoderStep(
-      task.weights, task.config, task.encoded, bias, self.table.current, task.native
+      task.weights,
+      task.config,
+      task.encoded,
+      bias,
+      self.table.current,
+      task.native,
     )
 
 
 def grown(carried: Any, length: int) -> Any:
-  """What a loop carries, with room for so many positions; beyond those that there were is 0."""
+  """What a loop carries, with room for so many positions; beyond those that
+  there were is 0.
+  """
 
   def grow(x: jax.Array) -> jax.Array:
     if not x.ndim:  # how far a layer is filled
       return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
+    return jnp.pad(
+      x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)]
+    )
 
   return jax.tree.map(grow, carried)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:
-  """`position`, in a form that XLA can know only once it has `made` (any float array).
+  """`position`, in a form that XLA can know only once it has `made` (any float
+  array).
 
-  XLA:CPU begins what has its inputs: a cache that is written before it is read would be copied
-  whole, and of ten small operations that are ready at once half go to another thread, which
-  takes longer to wake. (It drops `lax.optimization_barrier` before it decides on copies.)"""
-  bits = lax.bitcast_convert_type(made.reshape(-1)[0].astype(jnp.float32), jnp.int32)
-  # Without its lowest bit and shifted, it is never negative, whatever the float is: adds 0.
+  XLA:CPU begins what has its inputs: a cache that is written before it is read
+  would be copied whole, and of ten small operations that are ready at once half
+  go to another thread, which takes longer to wake. (It drops
+  `lax.optimization_barrier` before it decides on copies.)
+  """
+  bits = lax.bitcast_convert_type(
+    made.reshape(-1)[0].astype(jnp.float32), jnp.int32
+  )
+  # Without its lowest bit and shifted, it is never negative, whatever the float
+  # is: adds 0.
   return position + jnp.minimum(lax.shift_right_logical(bits, 1), 0)
 
 
 def after_each(
   position: jax.Array, rows: Sequence[layers_lib.KeyValue], last: jax.Array
 ) -> list[jax.Array]:
-  """`position` for every layer's cache, known once that has been read: writes become ready
-  layer by layer. Elsewhere than on a CPU they wait for what the last layer's state led to, as a
-  mesh would send one number more a layer."""
+  """`position` for every layer's cache, known once that has been read: writes
+  become ready layer by layer. Elsewhere than on a CPU they wait for what the
+  last layer's state led to, as a mesh would send one number more a layer.
+  """
   end = after(position, last)
   if not platforms.is_cpu():
     return [end] * len(rows)
@@ -160,32 +198,41 @@ class DeferredCache:
   """What the loop carries."""
 
   layers: tuple[LayerFill, ...]
-  # What is kept of every position for the layers that it skipped, [batch, length, width].
+  # What is kept of every position for the layers that it skipped, [batch,
+  # length, width].
   states: jax.Array
 
 
 class Deferred(Eager):
-  """Skipped layers are filled when a token first needs them. For `exits.DynamicExits` with a
-  propagation that `projects_state`."""
+  """Skipped layers are filled when a token first needs them. For
+  `exits.DynamicExits` with a propagation that `projects_state`.
+  """
 
-  # States (rows times positions) that are projected in one product, about, where more than one
-  # position is pending. A bound on work, not on what is pending.
+  # States (rows times positions) that are projected in one product, about,
+  # where more than one position is pending. A bound on work, not on what is
+  # pending.
   chunk_rows: ClassVar[int] = 32
 
   def __init__(self, task: Task):
     super().__init__(task)
     self.rule: Any = task.rule
     small = min(platforms.least_positions(task.batch_size), task.length)
-    # Eight rows cost about what two do: a product that small takes the time to read its matrix.
+    # Eight rows cost about what two do: a product that small takes the time to
+    # read its matrix.
     large = max(min(self.chunk_rows // task.batch_size, 8, task.length), small)
-    self.chunks = tuple(sorted({large, small}, reverse=True))  # positions of one product
+    # positions of one product
+    self.chunks = tuple(sorted({large, small}, reverse=True))
 
   @property
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
 
-  def resume(self, caches: tuple[caches_lib.Cache, ...], position: jax.Array) -> DeferredCache:
-    """With caches that are filled up to `position`, and where `task.kept` says beyond it."""
+  def resume(
+    self, caches: tuple[caches_lib.Cache, ...], position: jax.Array
+  ) -> DeferredCache:
+    """With caches that are filled up to `position`, and where `task.kept` says
+    beyond it.
+    """
     task = self.task
     fills = tuple(LayerFill(cache, position) for cache in caches)
     kept = jax.eval_shape(self._kept_of_one_layer)
@@ -195,7 +242,9 @@ class Deferred(Eager):
   def _kept_of_one_layer(self) -> jax.Array:
     """What is kept of a position, of tokens that ran one layer."""
     task, layers = self.task, self.decoder(jnp.zeros((), jnp.int32)).layers(())
-    hidden = jnp.zeros((task.batch_size, task.config.emb_dim), jnp.dtype(task.config.dtype))
+    hidden = jnp.zeros(
+      (task.batch_size, task.config.emb_dim), jnp.dtype(task.config.dtype)
+    )
     done, row = jnp.zeros(task.batch_size, bool), layers.project(1, hidden)
     memory = self.rule.propagation.remember(None, 1, hidden, row, done, layers)
     return self.rule.propagation.state(hidden, memory)
@@ -211,43 +260,70 @@ class Deferred(Eager):
         walk, decoder, segment, position, cache.states, carry
       )
       needed = jnp.any(~state.done)
-      state, made = body(carry) if segment[0] == 1 else loop.run_if(needed, body, carry)
+      state, made = (
+        body(carry) if segment[0] == 1 else loop.run_if(needed, body, carry)
+      )
       fills += made
     states = self.stored(cache.states, state, position)
-    return exits.token_exit(walk, state, active), DeferredCache(tuple(fills), states)
+    return exits.token_exit(walk, state, active), DeferredCache(
+      tuple(fills), states
+    )
 
-  def stored(self, states: jax.Array, state: walk_lib.WalkState, position) -> jax.Array:
-    """`states` with what the layers that were skipped at `position` will project from."""
+  def stored(
+    self, states: jax.Array, state: walk_lib.WalkState, position
+  ) -> jax.Array:
+    """`states` with what the layers that were skipped at `position` will
+    project from.
+    """
     kept = self.rule.propagation.state(state.hidden, state.memory)
-    return lax.dynamic_update_slice_in_dim(states, kept[:, None], position, axis=1)
+    return lax.dynamic_update_slice_in_dim(
+      states, kept[:, None], position, axis=1
+    )
 
-  def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[caches_lib.Cache, ...]:
+  def flush(
+    self, cache: DeferredCache, position: jax.Array
+  ) -> tuple[caches_lib.Cache, ...]:
     decoder = self.decoder(jnp.zeros((), jnp.int32))
     return tuple(
       self.fill(decoder, layer, fill, position, cache.states).cache
       for layer, fill in enumerate(cache.layers, start=1)
     )
 
-  def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
+  def walk(
+    self, decoder: decoder_lib.DecoderStep, position: jax.Array
+  ) -> walk_lib.Walk:
     return self.rule.walk(decoder.layers(()), self.task.threshold, position)
 
-  def _run(self, walk: walk_lib.Walk, decoder, segment, position, states, carry):
+  def _run(
+    self, walk: walk_lib.Walk, decoder, segment, position, states, carry
+  ):
     """The layers from one possible exit to the next, for every row."""
     state, fills = carry
     made = []
     for layer, fill in zip(segment, fills, strict=True):
       if segment[0] > 1:  # the layers before the first exit are never behind
         fill = self.fill(decoder, layer, fill, position, states)
-      hidden, row = decoder.run(layer, walk.layer_input(layer, state), fill.cache)
+      hidden, row = decoder.run(
+        layer, walk.layer_input(layer, state), fill.cache
+      )
       row = walk.stored(layer, state, row)
-      state, end = walk.after(layer, state, hidden, row), after(position, hidden)
+      state, end = (
+        walk.after(layer, state, hidden, row),
+        after(position, hidden),
+      )
       keeps = self.task.keeps(position)
       (cache,) = caches_lib.write_rows((fill.cache,), (row,), (end,), keeps)
       made.append(LayerFill(cache, position + 1))
     return state, tuple(made)
 
   def fill(
-    self, decoder, layer: int, fill: LayerFill, position, states, needed: Any = True
+    self,
+    decoder,
+    layer: int,
+    fill: LayerFill,
+    position,
+    states,
+    needed: Any = True,
   ) -> LayerFill:
     """Projects what is pending of a layer, chunk by chunk, if it is needed."""
     for chunk in self.chunks:
@@ -262,14 +338,19 @@ class Deferred(Eager):
       fill = lax.while_loop(pending, project, fill)
     return LayerFill(fill.cache, jnp.where(needed, position, fill.filled))
 
-  def _project(self, decoder, layer: int, fill: LayerFill, states, chunk: int) -> LayerFill:
-    """Fills `chunk` positions from `fill.filled` on; what lies beyond the pending ones is noise
-    that is written over before it is read."""
+  def _project(
+    self, decoder, layer: int, fill: LayerFill, states, chunk: int
+  ) -> LayerFill:
+    """Fills `chunk` positions from `fill.filled` on; what lies beyond the
+    pending ones is noise that is written over before it is read.
+    """
     length = states.shape[1]
     start = jnp.minimum(fill.filled, length - chunk)
     window = lax.dynamic_slice_in_dim(states, start, chunk, axis=1)
     flat, layers = window.reshape(-1, window.shape[-1]), decoder.layers(())
-    row = decoder.project(layer, self.rule.propagation.layer_input(layer, flat, layers))
+    row = decoder.project(
+      layer, self.rule.propagation.layer_input(layer, flat, layers)
+    )
     split = lambda x: x.reshape(states.shape[0], chunk, *x.shape[1:])
     # Near the end the chunk begins before `filled`: what is there stays.
     positions = (start + jnp.arange(chunk))[None, :]
@@ -292,7 +373,9 @@ class Deferred(Eager):
 
 
 def segments(allowed: Sequence[int], num_layers: int) -> list[tuple[int, ...]]:
-  """Runs of layers between which a row may leave: (1, 2), (3,), ... for allowed 2, 3, ..."""
+  """Runs of layers between which a row may leave: (1, 2), (3,), ... for allowed
+  2, 3, ...
+  """
   ends = [*allowed, num_layers]
   starts = [1, *(end + 1 for end in allowed)]
   return [tuple(range(a, b + 1)) for a, b in zip(starts, ends, strict=True)]
@@ -303,10 +386,13 @@ class Bucket:
   """Which rows a bucket holds; those that stay come first, in their order."""
 
   order: jax.Array  # the bucket's rows, [bucket] int32
-  rank: jax.Array  # where each row lies, [batch] int32; beyond the bucket: not in it
+  # where each row lies, [batch] int32; beyond the bucket: not in it
+  rank: jax.Array
 
   def present(self, count: jax.Array) -> jax.Array:
-    """Its rows, [bucket], of which the first `count` are there, and -1 for the others."""
+    """Its rows, [bucket], of which the first `count` are there, and -1 for the
+    others.
+    """
     there = jnp.arange(len(self.order), dtype=jnp.int32) < count
     return jnp.where(there, self.order, -1)
 
@@ -315,20 +401,27 @@ class Bucket:
     return jax.tree.map(lambda x: _rows(x, self.order), tree)
 
   def spread(self, tree: Any) -> Any:
-    """Arrays [bucket, ...] as [batch, ...]; rows that are not in the bucket hold anything."""
+    """Arrays [bucket, ...] as [batch, ...]; rows that are not in the bucket
+    hold anything.
+    """
     places = jnp.minimum(self.rank, len(self.order) - 1)
     return jax.tree.map(lambda x: _rows(x, places), tree)
 
 
 def _rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
-  """`x[numbers]`, without what it takes to count from the end or to check bounds."""
-  return x.at[numbers].get(mode="promise_in_bounds", wrap_negative_indices=False)
+  """`x[numbers]`, without what it takes to count from the end or to check
+  bounds.
+  """
+  return x.at[numbers].get(
+    mode="promise_in_bounds", wrap_negative_indices=False
+  )
 
 
 def compact(stays: jax.Array) -> Bucket:
   """All rows, those that stay first."""
   stays = stays.astype(jnp.int32)
-  # Places without a sort: those that stay by their number, then the others by theirs.
+  # Places without a sort: those that stay by their number, then the others by
+  # theirs.
   before = jnp.cumsum(stays) - stays
   others = jnp.cumsum(1 - stays) - (1 - stays)
   rank = jnp.where(stays > 0, before, jnp.sum(stays) + others)
@@ -354,10 +447,13 @@ class _Spread:
 
 
 class Compacted(Deferred):
-  """Layers run on the rows that need them. For `exits.DynamicExits` and several rows."""
+  """Layers run on the rows that need them. For `exits.DynamicExits` and several
+  rows.
+  """
 
-  # Each bucket is the next larger one by this, from half the batch down to two rows: 4 makes 4
-  # and 16 of 32. Every one is a program more a layer: more fit better, fewer compile faster.
+  # Each bucket is the next larger one by this, from half the batch down to two
+  # rows: 4 makes 4 and 16 of 32. Every one is a program more a layer: more fit
+  # better, fewer compile faster.
   ratio: ClassVar[int] = 4
 
   @property
@@ -377,22 +473,31 @@ class Compacted(Deferred):
       stays = ~state.done
       needed = jnp.any(stays)
       before = [
-        self.fill(decoder, k, cache.layers[k - 1], position, cache.states, needed)
+        self.fill(
+          decoder, k, cache.layers[k - 1], position, cache.states, needed
+        )
         for k in segment
       ]
       old = tuple(fill.cache for fill in before)
       steps = dict(zip(segment, old, strict=True))
       state, rows = self._switch(walk, decoder, steps, state, stays)
       end = after(position, state.hidden)
-      caches = caches_lib.write_rows(old, rows, (end,) * len(old), task.keeps(position))
+      caches = caches_lib.write_rows(
+        old, rows, (end,) * len(old), task.keeps(position)
+      )
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(LayerFill, caches, filled)
     states = self.stored(cache.states, state, position)
-    return exits.token_exit(walk, state, active), DeferredCache(tuple(fills), states)
+    return exits.token_exit(walk, state, active), DeferredCache(
+      tuple(fills), states
+    )
 
-  def _switch(self, walk, decoder, steps: dict[int, caches_lib.Cache], state, stays):
-    """The segment, {layer: its cache}, on the smallest bucket that holds the rows that stay:
-    (state, rows that its layers store)."""
+  def _switch(
+    self, walk, decoder, steps: dict[int, caches_lib.Cache], state, stays
+  ):
+    """The segment, {layer: its cache}, on the smallest bucket that holds the
+    rows that stay: (state, rows that its layers store).
+    """
     rows = compact(stays)
     branches = [
       lambda state, rows, size=size: self._run_bucket(
@@ -424,9 +529,13 @@ class Compacted(Deferred):
       stored.append(row)
     return state, tuple(stored)
 
-  def _run_bucket(self, walk: walk_lib.Walk, decoder, steps, state, rows: Bucket):
+  def _run_bucket(
+    self, walk: walk_lib.Walk, decoder, steps, state, rows: Bucket
+  ):
     """The bucket alone runs; all rows store."""
-    threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
+    threshold = (
+      walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
+    )
     inside = dataclasses.replace(walk, threshold=threshold)
     stays, part = ~state.done, _part(state, rows)
     count, stored = jnp.sum(stays), []
@@ -437,15 +546,21 @@ class Compacted(Deferred):
       attention = whole if whole.native else _Spread(whole, rows)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
-      hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
+      hidden = layers_lib.select_rows(
+        stays, rows.spread(part.hidden), state.hidden
+      )
       state = dataclasses.replace(state, hidden=hidden)
       stored.append(kept)
     # Rows that had left stay as they are.
-    return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
+    return layers_lib.select_rows(stays, rows.spread(part), state), tuple(
+      stored
+    )
 
 
 def _part(state: walk_lib.WalkState, rows: Bucket) -> walk_lib.WalkState:
-  """The bucket's rows. Of those that stay nothing about their exit is known yet."""
+  """The bucket's rows. Of those that stay nothing about their exit is known
+  yet.
+  """
   hidden, done, rejected, memory = rows.take(
     (state.hidden, state.done, state.rejected_confidence, state.memory)
   )
@@ -455,8 +570,12 @@ def _part(state: walk_lib.WalkState, rows: Bucket) -> walk_lib.WalkState:
   )
 
 
-def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkState:
-  """With zeros for what the first layers would set: a switch changes no structure."""
+def _complete(
+  walk: walk_lib.Walk, state: walk_lib.WalkState
+) -> walk_lib.WalkState:
+  """With zeros for what the first layers would set: a switch changes no
+  structure.
+  """
   layers = walk.layers
 
   def made(hidden):
@@ -473,33 +592,42 @@ def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkSt
   return dataclasses.replace(state, **zeros)
 
 
-# A class of engines, of which an instance runs one task: `Eager`, or a subclass.
+# A class of engines, of which an instance runs one task: `Eager`, or a
+# subclass.
 Engine = type[Eager]
 
-# From so many rows on, the layers that they save by leaving pay for moving those that stay.
+# From so many rows on, the layers that they save by leaving pay for moving
+# those that stay.
 MANY_ROWS = 8
 
-# By platform, (from this many rows on, engine), ascending: cpu as measured (scripts/README.md),
-# tpu as its compiler estimates (scripts/results/tpu.json), where `Compacted` lays matrices out
-# anew at every token. `Eager` projects a seventh of a layer for every one that is skipped.
+# By platform, (from this many rows on, engine), ascending: cpu as measured
+# (scripts/README.md), tpu as its compiler estimates (scripts/results/tpu.json),
+# where `Compacted` lays matrices out anew at every token. `Eager` projects a
+# seventh of a layer for every one that is skipped.
 _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
   "cpu": ((1, Deferred), (MANY_ROWS, Compacted)),
   "tpu": ((1, Deferred),),
 }
 
 
-def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
+def default_engine(
+  rule: exits.Rule, rows: Any, platform: str | None = None
+) -> Engine:
   """The engine that is fastest for a rule and a number of rows on a platform.
 
   Args:
     rule: how a token goes through the layers.
-    rows: of the batch, or of one shard of it; where it is symbolic (`jax.export`), `Eager`,
-      which need not know it.
-    platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is known of are
-      treated like a CPU.
+    rows: of the batch, or of one shard of it; where it is symbolic
+      (`jax.export`), `Eager`, which need not know it.
+    platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is
+      known of are treated like a CPU.
   """
-  defers = isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
+  defers = (
+    isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
+  )
   if not defers or not isinstance(rows, int):
     return Eager
-  known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
+  known = _BY_PLATFORM.get(
+    platform or jax.default_backend(), _BY_PLATFORM["cpu"]
+  )
   return [engine for least, engine in known if least <= max(rows, 1)][-1]

@@ -1,4 +1,6 @@
-"""One sequence, token by token: the decode loop. It knows no network, it takes a step."""
+"""One sequence, token by token: the decode loop. It knows no network, it takes
+a step.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +26,8 @@ class Verification:
   # Tokens that were drafted and accepted; the others are the full model's own.
   drafted: Bool[AnyArray, "batch length"]
   passes: Int[AnyArray, " batch"]  # of the full model, that verified each row
-  # Tokens drafted, refused ones too: as many as for the row that goes on longest.
+  # Tokens drafted, refused ones too: as many as for the row that goes on
+  # longest.
   drafts: Int[AnyArray, " batch"]
 
 
@@ -34,12 +37,13 @@ class Generation:
 
   Attributes:
     tokens: generated tokens with EOS, 0 after it, [batch, length] int32.
-    exit_layers: decoder layers run for each token, 1-based, [batch, length] int32.
+    exit_layers: decoder layers run for each token, 1-based, [batch, length]
+      int32.
     confidences: the measure at the exit layer, [batch, length] in [0, 1].
-    rejected_confidences: the highest confidence that was measured and refused at that
-      token, 0 if none, [batch, length] in [0, 1].
-    scores: log-probability of the emitted tokens, EOS included, under the full head at
-      their exit layer, temperature 1, [batch] in nats.
+    rejected_confidences: the highest confidence that was measured and refused
+      at that token, 0 if none, [batch, length] in [0, 1].
+    scores: log-probability of the emitted tokens, EOS included, under the full
+      head at their exit layer, temperature 1, [batch] in nats.
     verification: of `exits.Speculative`; None of other rules.
   """
 
@@ -63,15 +67,20 @@ class DecodingState:
   cache: Any  # the step's own
 
 
-# (current [batch], position [], active [batch], cache) -> (what comes of it, cache).
-Step = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[exits.TokenExit, Any]]
+# (current [batch], position [], active [batch], cache) -> (what comes of it,
+# cache).
+Step = Callable[
+  [jax.Array, jax.Array, jax.Array, Any], tuple[exits.TokenExit, Any]
+]
 
 
 def empty_generation(batch_size: Any, max_decode_length: int) -> Generation:
   # `jax.export` has batch sizes that are no number.
   ints = jnp.zeros((batch_size, max_decode_length), jnp.int32)
   floats = jnp.zeros((batch_size, max_decode_length), jnp.float32)
-  return Generation(ints, ints, floats, floats, jnp.zeros((batch_size,), jnp.float32))
+  return Generation(
+    ints, ints, floats, floats, jnp.zeros((batch_size,), jnp.float32)
+  )
 
 
 def nothing_yet(
@@ -98,7 +107,8 @@ def decode(
   eos_id: int,
   step_limit: int | None = None,
 ) -> DecodingState:
-  """Greedy decoding of every active row until EOS or the length limit; the final state.
+  """Greedy decoding of every active row until EOS or the length limit; the
+  final state.
 
   Args:
     step: runs one position.
@@ -109,7 +119,13 @@ def decode(
     step_limit: limit below `max_decode_length`; None: that length itself.
   """
   state = nothing_yet(active, max_decode_length, cache)
-  return go_on(step, state, cache, step_limit=step_limit or max_decode_length, eos_id=eos_id)
+  return go_on(
+    step,
+    state,
+    cache,
+    step_limit=step_limit or max_decode_length,
+    eos_id=eos_id,
+  )
 
 
 def resume(
@@ -122,11 +138,13 @@ def resume(
   step_limit: int,
   eos_id: int,
 ) -> DecodingState:
-  """Decodes again from some token of each row on; what lies before it stays as it is.
+  """Decodes again from some token of each row on; what lies before it stays as
+  it is.
 
-  `step` must leave the cache of a row alone before its `resume_at`, the first position to
-  decode, below its length; `cache` is from the least of these. `active` rows are decoded, the
-  others stay. The rest is as for `decode`."""
+  `step` must leave the cache of a row alone before its `resume_at`, the first
+  position to decode, below its length; `cache` is from the least of these.
+  `active` rows are decoded, the others stay. The rest is as for `decode`.
+  """
   length = state.generation.tokens.shape[1]
   columns = jnp.arange(length)[None, :]
   kept = ~active[:, None] | (columns < resume_at[:, None])
@@ -134,7 +152,10 @@ def resume(
   blank = lambda array: jnp.where(kept, array, jnp.zeros((), array.dtype))
   log_probabilities = blank(state.log_probabilities)
   generation = Generation(
-    *map(blank, (old.tokens, old.exit_layers, old.confidences, old.rejected_confidences)),
+    *map(
+      blank,
+      (old.tokens, old.exit_layers, old.confidences, old.rejected_confidences),
+    ),
     scores=old.scores,
   )
   start = DecodingState(
@@ -148,22 +169,38 @@ def resume(
   start = dataclasses.replace(start, current=_last_token(start))
 
   def advance(state: DecodingState) -> DecodingState:
-    state = _advance(step, state, state.active & (state.position >= resume_at), eos_id)
+    state = _advance(
+      step, state, state.active & (state.position >= resume_at), eos_id
+    )
     # Where every row waits, the loop goes on at the first that does not.
-    first = jnp.min(jnp.where(state.active, resume_at, length)).astype(jnp.int32)
-    state = dataclasses.replace(state, position=jnp.maximum(state.position, first))
+    first = jnp.min(jnp.where(state.active, resume_at, length)).astype(
+      jnp.int32
+    )
+    state = dataclasses.replace(
+      state, position=jnp.maximum(state.position, first)
+    )
     return dataclasses.replace(state, current=_last_token(state))
 
   end = _loop(advance, start, step_limit)
-  # Summed at the end, so that the score does not depend on where decoding went on.
+  # Summed at the end, so that the score does not depend on where decoding went
+  # on.
   scores = jnp.sum(end.log_probabilities, axis=-1)
-  return dataclasses.replace(end, generation=dataclasses.replace(end.generation, scores=scores))
+  return dataclasses.replace(
+    end, generation=dataclasses.replace(end.generation, scores=scores)
+  )
 
 
 def go_on(
-  step: Step, state: DecodingState, cache: Any, *, step_limit: int | jax.Array, eos_id: int
+  step: Step,
+  state: DecodingState,
+  cache: Any,
+  *,
+  step_limit: int | jax.Array,
+  eos_id: int,
 ) -> DecodingState:
-  """Decodes on where a lower limit stopped; `cache` is the state's, with more room."""
+  """Decodes on where a lower limit stopped; `cache` is the state's, with more
+  room.
+  """
   advance = lambda state: _advance(step, state, state.active, eos_id)
   return _loop(advance, dataclasses.replace(state, cache=cache), step_limit)
 
@@ -171,7 +208,9 @@ def go_on(
 def _last_token(state: DecodingState) -> jax.Array:
   """The token before `position` of every row, 0 at the beginning."""
   at = jnp.maximum(state.position - 1, 0)
-  token = lax.dynamic_index_in_dim(state.generation.tokens, at, axis=1, keepdims=False)
+  token = lax.dynamic_index_in_dim(
+    state.generation.tokens, at, axis=1, keepdims=False
+  )
   return jnp.where(state.position > 0, token, 0)
 
 
@@ -180,21 +219,32 @@ def _advance(
 ) -> DecodingState:
   """One position of the rows that decode; the others wait, or have ended."""
   made, cache = step(state.current, state.position, decodes, state.cache)
-  said = jax.tree.map(lambda x: jnp.where(decodes, x, jnp.zeros_like(x)), made.best)
+  said = jax.tree.map(
+    lambda x: jnp.where(decodes, x, jnp.zeros_like(x)), made.best
+  )
 
   def put(array, column) -> jax.Array:
     """`array` [batch, length] with this position of the rows that decode."""
-    old = lax.dynamic_index_in_dim(array, state.position, axis=1, keepdims=False)
+    old = lax.dynamic_index_in_dim(
+      array, state.position, axis=1, keepdims=False
+    )
     column = jnp.where(decodes, column.astype(array.dtype), old)
-    return lax.dynamic_update_slice_in_dim(array, column[:, None], state.position, axis=1)
+    return lax.dynamic_update_slice_in_dim(
+      array, column[:, None], state.position, axis=1
+    )
 
   old = state.generation
-  position, active = state.position + 1, state.active & ~(decodes & (said.token == eos_id))
+  position, active = (
+    state.position + 1,
+    state.active & ~(decodes & (said.token == eos_id)),
+  )
   generation = Generation(
     tokens=put(old.tokens, said.token),
     exit_layers=put(old.exit_layers, made.exit_layer),
     confidences=put(old.confidences, made.confidence),
-    rejected_confidences=put(old.rejected_confidences, made.rejected_confidence),
+    rejected_confidences=put(
+      old.rejected_confidences, made.rejected_confidence
+    ),
     scores=old.scores + jnp.where(decodes, said.log_probability, 0.0),
   )
   return dataclasses.replace(
@@ -209,31 +259,40 @@ def _advance(
 
 
 def _loop(
-  advance: Callable[[DecodingState], DecodingState], state: DecodingState, limit: Any
+  advance: Callable[[DecodingState], DecodingState],
+  state: DecodingState,
+  limit: Any,
 ) -> DecodingState:
   unfinished = lambda state: (state.position < limit) & jnp.any(state.active)
   return lax.while_loop(unfinished, advance, state)
 
 
 def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
-  """`body(carry)` where `predicate` [], else `carry`: a loop of at most one turn, whose body
-  may update arrays in place, which the branches of a conditional may not."""
+  """`body(carry)` where `predicate` [], else `carry`: a loop of at most one
+  turn, whose body may update arrays in place, which the branches of a
+  conditional may not.
+  """
   once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
   return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
 
 
 def pack(made: Generation) -> Int[Array, "batch columns"]:
-  """A generation's arrays beside each other, float32 by their bits: every array that comes back
-  to the host takes a short text some microseconds longer."""
+  """A generation's arrays beside each other, float32 by their bits: every array
+  that comes back to the host takes a short text some microseconds longer.
+  """
   bits = lambda x: (
-    lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
+    lax.bitcast_convert_type(x, jnp.int32)
+    if x.dtype == jnp.float32
+    else x.astype(jnp.int32)
   )
   parts = [bits(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(made)]
   return jnp.concatenate(parts, axis=1)
 
 
 def unpack(array: np.ndarray, length: int) -> Generation:
-  """The generation again, of numpy arrays; `length` are most tokens of a row."""
+  """The generation again, of numpy arrays; `length` are most tokens of a
+  row.
+  """
   ints, floats = array, array.view(np.float32)
   columns = [slice(i * length, (i + 1) * length) for i in range(4)]
   rest, verification = 4 * length, None
@@ -251,7 +310,9 @@ def unpack(array: np.ndarray, length: int) -> Generation:
 
 
 def without_drafts(full: Generation) -> Generation:
-  """A generation of full depth as `exits.Speculative` reports one that made no draft."""
+  """A generation of full depth as `exits.Speculative` reports one that made no
+  draft.
+  """
   emitted = np.asarray(full.exit_layers) > 0
   passes = emitted.sum(axis=-1, dtype=np.int32)
   # By hand: `replace` looks at every field, microseconds between two texts.
@@ -261,5 +322,7 @@ def without_drafts(full: Generation) -> Generation:
     confidences=emitted.astype(np.float32),
     rejected_confidences=full.rejected_confidences,
     scores=full.scores,
-    verification=Verification(np.zeros(emitted.shape, bool), passes, np.zeros_like(passes)),
+    verification=Verification(
+      np.zeros(emitted.shape, bool), passes, np.zeros_like(passes)
+    ),
   )

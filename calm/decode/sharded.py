@@ -1,6 +1,7 @@
-"""Prompts over several devices: every device runs a decode loop of its own on its rows, by
-`shard_map`, and nothing is exchanged. Under plain `jit` all would run as long as the
-longest."""
+"""Prompts over several devices: every device runs a decode loop of its own on
+its rows, by `shard_map`, and nothing is exchanged. Under plain `jit` all would
+run as long as the longest.
+"""
 
 import contextlib
 import dataclasses
@@ -24,9 +25,12 @@ ROWS, REPLICATED = sharding.PartitionSpec(AXIS), sharding.PartitionSpec()
 
 
 def make_cpu_devices(count: Any) -> None:
-  """Has JAX divide the CPU into so many devices (threads), where it has not looked for any yet
-  and no flag asks for a number."""
-  asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  """Has JAX divide the CPU into so many devices (threads), where it has not
+  looked for any yet and no flag asks for a number.
+  """
+  asked = "xla_force_host_platform_device_count" in os.environ.get(
+    "XLA_FLAGS", ""
+  )
   if not isinstance(count, int) or not 1 < count <= MOST_CPU_DEVICES:
     return  # who uses it refuses it
   now = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
@@ -37,27 +41,39 @@ def make_cpu_devices(count: Any) -> None:
 
 @functools.cache
 def mesh(num_devices: int) -> sharding.Mesh:
-  """The first devices of this process as a mesh of one axis; ValueError if there are fewer."""
+  """The first devices of this process as a mesh of one axis; ValueError if
+  there are fewer.
+  """
   devices = jax.local_devices()
   if not 1 <= num_devices <= len(devices):
     raise ValueError(
-      f"Expected `num_devices` in 1 ... {len(devices)}, the devices that JAX sees, got"
-      f" {num_devices}; on a CPU, JAX_NUM_CPU_DEVICES=N makes N, and so does loading a model"
+      f"Expected `num_devices` in 1 ... {len(devices)}, the devices that JAX "
+      "sees, got"
+      f" {num_devices}; on a CPU, JAX_NUM_CPU_DEVICES=N makes N, and so does "
+      "loading a model"
       " with `num_devices=N` before JAX has computed anything."
     )
   return sharding.Mesh(np.asarray(devices[:num_devices]), (AXIS,))
 
 
-def replicate(weights: program_lib.ModelWeights, num_devices: int) -> program_lib.ModelWeights:
-  """The weights on every device, once for all calls; as they are where there is one."""
+def replicate(
+  weights: program_lib.ModelWeights, num_devices: int
+) -> program_lib.ModelWeights:
+  """The weights on every device, once for all calls; as they are where there is
+  one.
+  """
   if num_devices == 1:
     return weights
-  return jax.device_put(weights, sharding.NamedSharding(mesh(num_devices), REPLICATED))
+  return jax.device_put(
+    weights, sharding.NamedSharding(mesh(num_devices), REPLICATED)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedProgram:
-  """A `program.Program` whose batches are split over devices, which run it on their rows."""
+  """A `program.Program` whose batches are split over devices, which run it on
+  their rows.
+  """
 
   program: program_lib.Program
   num_devices: int
@@ -89,10 +105,14 @@ class ShardedProgram:
     return decode(weights, encoded, active, threshold)
 
   def _sharded(self, function, *specs):
-    # Loops of different lengths on different devices are what this is for: nothing is checked
-    # to vary alike.
+    # Loops of different lengths on different devices are what this is for:
+    # nothing is checked to vary alike.
     return jax.shard_map(
-      function, mesh=mesh(self.num_devices), in_specs=specs, out_specs=ROWS, check_vma=False
+      function,
+      mesh=mesh(self.num_devices),
+      in_specs=specs,
+      out_specs=ROWS,
+      check_vma=False,
     )
 
   def _padded(self, array: jax.Array | np.ndarray) -> jax.Array:

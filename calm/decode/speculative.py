@@ -1,7 +1,8 @@
-"""Speculative decoding: layers 1 ... k read token after token and draft the next one, or drafts
-are read off the prompt; one pass of the other layers and the head verifies them all and adds
-the full model's own token. A pass drafts until a draft is doubtful, and drafts that gain
-nothing pause."""
+"""Speculative decoding: layers 1 ... k read token after token and draft the
+next one, or drafts are read off the prompt; one pass of the other layers and
+the head verifies them all and adds the full model's own token. A pass drafts
+until a draft is doubtful, and drafts that gain nothing pause.
+"""
 
 import dataclasses
 import functools
@@ -24,15 +25,22 @@ from calm.t5 import decoder as decoder_lib
 from calm.t5 import decoder_weights, eight_bits, kernels, network, platforms
 
 MOST_BATCHES = 64  # most batches in turn that make no draft
-GOOD = 0.9  # drafts that are accepted so often have to save steps, else none is made
-MARGIN = 0.05  # part of the steps that drafts must save at least: passes take a little more
-NARROW = 4  # positions of a pass that is verified in less time than one of a whole window
-SURE = 0.65  # least chance of a first draft that is read on from: several positions cost more
+# drafts that are accepted so often have to save steps, else none is made
+GOOD = 0.9
+# part of the steps that drafts must save at least: passes take a little more
+MARGIN = 0.05
+# positions of a pass that is verified in less time than one of a whole window
+NARROW = 4
+# least chance of a first draft that is read on from: several positions cost
+# more
+SURE = 0.65
 PRIOR = 2.0  # nats of doubt that a text begins with
-# Refused drafts per nat that a text begins with: under the whole head a layer's drafts are
-# accepted more often than their probabilities say, under a shortlist about as often.
+# Refused drafts per nat that a text begins with: under the whole head a layer's
+# drafts are accepted more often than their probabilities say, under a shortlist
+# about as often.
 REFUSED = {"full": 0.5, "shortlist": 1.0}
-MEMORY = 0.8  # weight of the steps that an earlier batch saved, after the next one
+# weight of the steps that an earlier batch saved, after the next one
+MEMORY = 0.8
 LONGEST_RUN = 8  # last tokens that are looked for in the prompt and the text
 
 
@@ -42,28 +50,36 @@ def draft_cost(
   rule: exits.Speculative,
   batch: int,
 ) -> float:
-  """What a token takes that is drafted, read and verified in a whole window, by the bytes that
-  are read, in steps of the full model; inf where not even good drafts would save steps."""
+  """What a token takes that is drafted, read and verified in a whole window, by
+  the bytes that are read, in steps of the full model; inf where not even good
+  drafts would save steps.
+  """
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
   whole, k, matrix = weights.head, rule.draft_layer, weights.layers[0].mlp_out
   layer = size(weights.layers[0])
-  head = size(whole.coded if isinstance(whole, eight_bits.QuantizedHead) else whole)
+  head = size(
+    whole.coded if isinstance(whole, eight_bits.QuantizedHead) else whole
+  )
   short = size(weights.shortlist) if rule.draft_head == "shortlist" else head
   drafted = k * layer + short + size(weights.translators.get(k)) if k else 0
-  # A further row takes a seventh of the first on two CPU cores, a TPU computes tiles of rows.
+  # A further row takes a seventh of the first on two CPU cores, a TPU computes
+  # tiles of rows.
   rows = lambda n: 1.0 + max(0, n - platforms.least_rows()) / 7
   wider = rows(batch * rule.window) / rows(batch) - 1.0
   step = config.num_decoder_layers * layer + head
   cost = (drafted + wider * (step - k * layer) / rule.num_drafts) / step
-  # For products of one row of a small layer XLA:CPU wakes a thread: good drafts brought x0.92
-  # to x1.08 of full depth there.
+  # For products of one row of a small layer XLA:CPU wakes a thread: good drafts
+  # brought x0.92 to x1.08 of full depth there.
   if batch == 1 and platforms.is_cpu() and kernels.is_small(matrix):
     return math.inf
-  # Rows find drafts at different times: batches of 8 took x0.5 to x1.2 of full depth's speed.
+  # Rows find drafts at different times: batches of 8 took x0.5 to x1.2 of full
+  # depth's speed.
   if batch > 1 and not k:
     return math.inf
   tokens = sum(GOOD**i for i in range(rule.window))
-  return cost if 1.0 + rule.num_drafts * cost < (1.0 - MARGIN) * tokens else math.inf
+  return (
+    cost if 1.0 + rule.num_drafts * cost < (1.0 - MARGIN) * tokens else math.inf
+  )
 
 
 @dataclasses.dataclass
@@ -93,7 +109,8 @@ class History:
     saved = float(tokens - seen.passes.max() - self.cost * seen.drafts.max())
     self.saved = max(MEMORY * self.saved + saved, 0.0)
     self.miss_streak = 0 if self.saved else self.miss_streak + 1
-    # 1, 4, 16 ...: a text that drafts for nothing runs a program that others leave cold.
+    # 1, 4, 16 ...: a text that drafts for nothing runs a program that others
+    # leave cold.
     self.backoff = min(4**self.miss_streak // 4, MOST_BATCHES)
 
 
@@ -101,11 +118,13 @@ class History:
 
 
 def verdict(best: Int[Array, "*rows"], gap, drafted, has_draft, threshold):
-  """What is emitted where the full model's argmax is `best`: (token, whether it is an accepted
-  draft, `gap`, its exp where a draft was refused, else 0). `gap` is log p_full of the draft
-  less that of the argmax; `threshold` is 1 - lambda."""
+  """What is emitted where the full model's argmax is `best`: (token, whether it
+  is an accepted draft, `gap`, its exp where a draft was refused, else 0). `gap`
+  is log p_full of the draft less that of the argmax; `threshold` is 1 - lambda.
+  """
   ratio = jnp.exp(gap)
-  # Of two equal logits the argmax is the first: only with slack may the second be emitted.
+  # Of two equal logits the argmax is the first: only with slack may the second
+  # be emitted.
   close = (ratio >= threshold) & (threshold < 1.0)
   accepted = has_draft & ((drafted == best) | close)
   token = jnp.where(accepted, drafted, best)
@@ -114,13 +133,17 @@ def verdict(best: Int[Array, "*rows"], gap, drafted, has_draft, threshold):
 
 @struct.dataclass
 class Pending:
-  """A pass that is not verified yet; between two passes, room for the next one's."""
+  """A pass that is not verified yet; between two passes, room for the next
+  one's.
+  """
 
   count: jax.Array  # positions whose drafts are read on from, []
-  ended: jax.Array  # it has several positions, and reads on from the last draft no more, []
+  # it has several positions, and reads on from the last draft no more, []
+  ended: jax.Array
   tokens: jax.Array  # the draft after each position, [batch, window]
   reads_on: jax.Array  # rows whose drafts so far are read, [batch]
-  doubts: jax.Array  # -log of how probable all drafts up to each were, [batch, window]
+  # -log of how probable all drafts up to each were, [batch, window]
+  doubts: jax.Array
   hidden: jax.Array  # d^k of each position, [batch, window, emb]
 
 
@@ -128,11 +151,14 @@ class Pending:
 class Learned:
   """What became of a text's drafts."""
 
-  miss_streak: Int[Array, ""]  # drafting passes since one emitted two tokens of any row
-  due: Int[Array, ""]  # passes before the next one that drafts, of the whole text
+  # drafting passes since one emitted two tokens of any row
+  miss_streak: Int[Array, ""]
+  # passes before the next one that drafts, of the whole text
+  due: Int[Array, ""]
   drafts: Int[Array, " batch"]  # tokens drafted
   refused: Int[Array, " batch"]  # passes with a draft that was refused
-  doubt: Float[Array, " batch"]  # -log of how probable drafts were, those of refused ones too
+  # -log of how probable drafts were, those of refused ones too
+  doubt: Float[Array, " batch"]
   accepted: Bool[Array, "batch length"]  # tokens that are accepted drafts
   # An accepted draft's log-probability less that of the argmax.
   gaps: Float[Array, "batch length"]
@@ -144,11 +170,14 @@ class SpeculativeState:
   """The loop's carry."""
 
   positions: Int[Array, " batch"]  # tokens that each row has generated
-  current: Int[Array, " batch"]  # each row's last token or draft, which is read next
+  # each row's last token or draft, which is read next
+  current: Int[Array, " batch"]
   active: Bool[Array, " batch"]
   generation: loop.Generation  # filled up to `positions`
-  log_probabilities: Float[Array, "batch length"]  # of the full model's own tokens
-  ahead: Int[Array, " batch"]  # tokens that a row's passes emitted beyond one each
+  # of the full model's own tokens
+  log_probabilities: Float[Array, "batch length"]
+  # tokens that a row's passes emitted beyond one each
+  ahead: Int[Array, " batch"]
   learned: Learned
   pending: Pending
   cache: Any  # every layer's
@@ -158,7 +187,8 @@ class SpeculativeState:
 class Speculation:
   """Greedy decoding in passes, until EOS or the length limit."""
 
-  # The prompts, with room for passes that rows wait through once theirs has ended.
+  # The prompts, with room for passes that rows wait through once theirs has
+  # ended.
   task: engines.Task
   table: attention_lib.BiasTable  # biases by position
   rule: exits.Speculative
@@ -166,13 +196,20 @@ class Speculation:
   eos_id: Any
 
   def begin(self, active: Bool[Array, " batch"]) -> SpeculativeState:
-    """Before the first token of every active row; the others stay empty and never vote."""
+    """Before the first token of every active row; the others stay empty and
+    never vote.
+    """
     rows, window, task = len(active), self.rule.window, self.task
     ints, none = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
-    zero, columns = jnp.zeros((), jnp.int32), jnp.zeros((rows, self.length), jnp.float32)
+    zero, columns = (
+      jnp.zeros((), jnp.int32),
+      jnp.zeros((rows, self.length), jnp.float32),
+    )
     doubt = jnp.zeros((rows,), jnp.float32)
     drafted = jnp.zeros((rows, window), jnp.int32)
-    hidden = jnp.zeros((rows, window, task.config.emb_dim), jnp.dtype(task.config.dtype))
+    hidden = jnp.zeros(
+      (rows, window, task.config.emb_dim), jnp.dtype(task.config.dtype)
+    )
     return SpeculativeState(
       positions=ints,
       current=ints,
@@ -180,13 +217,19 @@ class Speculation:
       generation=loop.empty_generation(rows, self.length),
       log_probabilities=columns,
       ahead=ints,
-      learned=Learned(zero, zero, ints, ints, doubt, columns > 0, columns, columns),
-      pending=Pending(zero, zero > 0, drafted, none, drafted.astype(jnp.float32), hidden),
+      learned=Learned(
+        zero, zero, ints, ints, doubt, columns > 0, columns, columns
+      ),
+      pending=Pending(
+        zero, zero > 0, drafted, none, drafted.astype(jnp.float32), hidden
+      ),
       cache=task.empty_caches(),
     )
 
   def go_on(self, state: SpeculativeState, room: int) -> SpeculativeState:
-    """Passes until every row has ended, or before one that would begin beyond `room`."""
+    """Passes until every row has ended, or before one that would begin beyond
+    `room`.
+    """
 
     def unfinished(state: SpeculativeState) -> jax.Array:
       has_room = jnp.all(~state.active | (state.positions < room))
@@ -204,7 +247,9 @@ class Speculation:
       window = self.rule.window
       for width in (NARROW, window) if window >= 2 * NARROW else (window,):
         fits = state.pending.ended & (state.pending.count < width)
-        state = loop.run_if(fits, functools.partial(self._verify, width=width), state)
+        state = loop.run_if(
+          fits, functools.partial(self._verify, width=width), state
+        )
       return state
 
     return self._finish(lax.while_loop(unfinished, one_pass, state))
@@ -212,7 +257,10 @@ class Speculation:
   def _finish(self, state: SpeculativeState) -> SpeculativeState:
     """The state with what its generation says of whole rows."""
     passes, learned = state.positions - state.ahead, state.learned
-    emitted = jnp.arange(self.length, dtype=jnp.int32)[None, :] < state.positions[:, None]
+    emitted = (
+      jnp.arange(self.length, dtype=jnp.int32)[None, :]
+      < state.positions[:, None]
+    )
     ratios = jnp.where(learned.accepted, jnp.exp(learned.gaps), 1.0)
     generation = dataclasses.replace(
       state.generation,
@@ -227,11 +275,21 @@ class Speculation:
   # ---- A position
 
   def _look_up(self, state: SpeculativeState) -> SpeculativeState:
-    """Drafts what followed the longest run of tokens like the last ones, the first of equals;
-    a pass of one position where there is none."""
-    task, window, positions = self.task, self.rule.window, state.positions[:, None]
-    seen = jnp.concatenate([task.encoded.tokens, state.generation.tokens], axis=1)
-    last, at = task.encoded.tokens.shape[1] + positions - 1, jnp.arange(seen.shape[1])[None]
+    """Drafts what followed the longest run of tokens like the last ones, the
+    first of equals; a pass of one position where there is none.
+    """
+    task, window, positions = (
+      self.task,
+      self.rule.window,
+      state.positions[:, None],
+    )
+    seen = jnp.concatenate(
+      [task.encoded.tokens, state.generation.tokens], axis=1
+    )
+    last, at = (
+      task.encoded.tokens.shape[1] + positions - 1,
+      jnp.arange(seen.shape[1])[None],
+    )
     same, run = at < last, jnp.zeros_like(seen)
     for back in range(LONGEST_RUN):
       token = jnp.take_along_axis(seen, jnp.maximum(last - back, 0), axis=1)
@@ -242,9 +300,12 @@ class Speculation:
     first = jnp.argmax(run, axis=1)[:, None]
     drafts = jnp.take_along_axis(ahead, first + np.arange(window)[None], axis=1)
     found = jnp.max(run, axis=1) > 0
-    known = jnp.argmin(drafts.at[:, -1].set(0) > 0, axis=1).astype(jnp.int32)  # before padding
+    # before padding
+    known = jnp.argmin(drafts.at[:, -1].set(0) > 0, axis=1).astype(jnp.int32)
     room = jnp.minimum(known, self.length - state.positions - 1)
-    count = jnp.max(jnp.where(state.active & found & self._drafts(state), room, 0))
+    count = jnp.max(
+      jnp.where(state.active & found & self._drafts(state), room, 0)
+    )
     read = jnp.concatenate([state.current[:, None], drafts[:, :-1]], axis=1)
     hidden = task.embed(read.reshape(-1)).reshape(*read.shape, -1)
     pending = dataclasses.replace(
@@ -256,7 +317,9 @@ class Speculation:
     return loop.run_if(count == 0, one, state)
 
   def _advance(self, state: SpeculativeState) -> SpeculativeState:
-    """One position more of every active row; a pass of one position ends with it."""
+    """One position more of every active row; a pass of one position ends with
+    it.
+    """
     k, at = self.rule.draft_layer, state.pending.count
     positions, cache = state.positions + at, state.cache
     past = self.table.before_each(positions, self.task.native)
@@ -265,41 +328,56 @@ class Speculation:
     state = dataclasses.replace(state, cache=(*lower, *cache[k:]))
     needed = self._drafts(state) | (at > 0)
     go_on = functools.partial(self._draft, state, hidden)
-    pending, current = loop.run_if(needed, go_on, (state.pending, state.current))
+    pending, current = loop.run_if(
+      needed, go_on, (state.pending, state.current)
+    )
     state = dataclasses.replace(state, pending=pending, current=current)
     one = functools.partial(self._verify_one, hidden=hidden, past=past)
     return loop.run_if(pending.count == 0, one, state)
 
   @property
   def _every(self) -> jax.Array:
-    """Whether every position has a draft: with slack no text may depend on where passes end."""
+    """Whether every position has a draft: with slack no text may depend on
+    where passes end.
+    """
     return jnp.any(self.task.threshold < 1.0) | self.rule.measures
 
   def _drafts(self, state: SpeculativeState) -> jax.Array:
     """Whether the pass makes drafts, []."""
-    return self._every | (jnp.max(state.positions - state.ahead) >= state.learned.due)
+    return self._every | (
+      jnp.max(state.positions - state.ahead) >= state.learned.due
+    )
 
   def _draft(self, state: SpeculativeState, hidden: jax.Array, carry):
-    """The position that was read, with the draft after it; whether the pass reads on there."""
+    """The position that was read, with the draft after it; whether the pass
+    reads on there.
+    """
     pending, _ = carry
     at, window = pending.count, self.rule.window
     blank = jnp.zeros_like(state.current), jnp.ones(state.current.shape)
     wanted = self._drafts(state) & (self._every | (at + 1 < window))
-    token, confidence = lax.cond(wanted, self._draft_head, lambda hidden: blank, hidden)
+    token, confidence = lax.cond(
+      wanted, self._draft_head, lambda hidden: blank, hidden
+    )
     has_room = state.active & (state.positions + at + 1 < self.length)
     before = jnp.take(pending.doubts, jnp.maximum(at - 1, 0), axis=1)
     doubt = jnp.where(at > 0, before, 0.0) - jnp.log(confidence)
     learned, rate, least = state.learned, 1.0, self.rule.stop_below
     if self.rule.adapts:
-      # A draft of probability p is taken to be accepted with p^rate: heads, layers and texts
-      # differ in how often drafts are refused beside how often their probabilities say.
-      refused = PRIOR * REFUSED[self.rule.draft_head] + learned.refused.astype(jnp.float32)
+      # A draft of probability p is taken to be accepted with p^rate: heads,
+      # layers and texts differ in how often drafts are refused beside how often
+      # their probabilities say.
+      refused = PRIOR * REFUSED[self.rule.draft_head] + learned.refused.astype(
+        jnp.float32
+      )
       rate = refused / (PRIOR + learned.doubt)
       least = jnp.where(at == 0, max(least, SURE), least)
     follows = (jnp.exp(-rate * doubt) >= least) & (token != self.eos_id)
     reads_on = has_room & follows & wanted & ((at == 0) | pending.reads_on)
     goes_on = jnp.any(reads_on) & (at + 1 < window)
-    put = lambda array, x: lax.dynamic_update_slice_in_dim(array, x[:, None], at, axis=1)
+    put = lambda array, x: lax.dynamic_update_slice_in_dim(
+      array, x[:, None], at, axis=1
+    )
     pending = Pending(
       count=at + goes_on.astype(jnp.int32),
       ended=~goes_on & (at > 0),
@@ -311,8 +389,9 @@ class Speculation:
     return pending, token
 
   def _draft_head(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Layer k's likeliest token (the first of equals), and its probability under the draft
-    head, [batch]."""
+    """Layer k's likeliest token (the first of equals), and its probability
+    under the draft head, [batch].
+    """
     decoder, ids = self._decoder(), self.task.weights.shortlist_ids
     read = decoder.read(self.rule.draft_layer, hidden)
     if self.rule.draft_head == "full":
@@ -324,7 +403,9 @@ class Speculation:
 
   # ---- The end of a pass
 
-  def _verify_one(self, state: SpeculativeState, *, hidden, past) -> SpeculativeState:
+  def _verify_one(
+    self, state: SpeculativeState, *, hidden, past
+  ) -> SpeculativeState:
     """The end of a pass of one position, which was read."""
     k, cache = self.rule.draft_layer, state.cache
     drafts, drafted = self._drafts(state) & (k > 0), state.pending.tokens[:, 0]
@@ -336,16 +417,24 @@ class Speculation:
     positions = state.positions + count
 
     def judge(carry):
-      judged = verdict(best.token, gap_of(drafted), drafted, made[0], self.task.threshold)
+      judged = verdict(
+        best.token, gap_of(drafted), drafted, made[0], self.task.threshold
+      )
       judged = jax.tree.map(lambda x: x[:, None], judged)
       passes = jnp.max(positions - state.ahead)
       doubts = state.pending.doubts[:, :1]
-      learned = self._learn(carry[1], judged, doubts, made, positions, count, passes)
+      learned = self._learn(
+        carry[1], judged, doubts, made, positions, count, passes
+      )
       return judged[0], learned
 
     # A pass without a draft has to cost as little as a step of the full model.
-    token, learned = loop.run_if(drafts, judge, (best.token[:, None], state.learned))
-    return self._emit(state, learned, token, best.log_probability[:, None], count)
+    token, learned = loop.run_if(
+      drafts, judge, (best.token[:, None], state.learned)
+    )
+    return self._emit(
+      state, learned, token, best.log_probability[:, None], count
+    )
 
   def _verify(self, state: SpeculativeState, width: int) -> SpeculativeState:
     """The end of a pass of several positions, `width` at most."""
@@ -365,7 +454,8 @@ class Speculation:
     threshold = threshold if threshold.ndim == 0 else threshold[:, None]
     judged = verdict(token, gap, drafts, made[None], threshold)
     inside = jnp.minimum(pending.count + 1, self.length - state.positions)
-    # Up to the first whose token is not what the next position read, or ends the row.
+    # Up to the first whose token is not what the next position read, or ends
+    # the row.
     leads = judged[1] & (judged[0] != self.eos_id)
     last = jnp.min(jnp.where(leads, width, at), axis=1)
     count = jnp.minimum(last + 1, jnp.where(state.active, inside, 0))
@@ -388,11 +478,20 @@ class Speculation:
     return self._emit(state, learned, judged[0], log_probability, count)
 
   def _emit(
-    self, state: SpeculativeState, learned: Learned, token, log_probability, count: jax.Array
+    self,
+    state: SpeculativeState,
+    learned: Learned,
+    token,
+    log_probability,
+    count: jax.Array,
   ) -> SpeculativeState:
-    """The state after a pass, of whose tokens [batch, positions] `count` are emitted."""
+    """The state after a pass, of whose tokens [batch, positions] `count` are
+    emitted.
+    """
     at = np.arange(token.shape[1])[None]
-    put = lambda array, columns: write_columns(array, columns, state.positions, count)
+    put = lambda array, columns: write_columns(
+      array, columns, state.positions, count
+    )
     generation = dataclasses.replace(
       state.generation, tokens=put(state.generation.tokens, token)
     )
@@ -409,10 +508,13 @@ class Speculation:
       learned=learned,
     )
 
-  def _learn(self, old: Learned, judged, doubts, made, positions, count, passes) -> Learned:
-    """With what became of a pass's drafts: `made` [positions] have one, of `doubts` [batch,
-    positions]; `count` [batch] are emitted, after which rows are at `positions` [batch] and
-    there were `passes` []."""
+  def _learn(
+    self, old: Learned, judged, doubts, made, positions, count, passes
+  ) -> Learned:
+    """With what became of a pass's drafts: `made` [positions] have one, of
+    `doubts` [batch, positions]; `count` [batch] are emitted, after which rows
+    are at `positions` [batch] and there were `passes` [].
+    """
     _, accepted, gap, rejected_confidence = judged
     positions -= count
     emitted = np.arange(len(made))[None] < count[:, None]
@@ -429,7 +531,8 @@ class Speculation:
       # Not all at once, or a thread would be woken for half of it.
       drafts=old.drafts + engines.after(number, gap),
       refused=old.refused + refused,
-      doubt=old.doubt + jnp.max(jnp.where(emitted & made[None], doubts, 0.0), axis=1),
+      doubt=old.doubt
+      + jnp.max(jnp.where(emitted & made[None], doubts, 0.0), axis=1),
       accepted=put(old.accepted, accepted),
       gaps=put(old.gaps, jnp.where(accepted, gap, 0.0)),
       rejected_confidences=put(old.rejected_confidences, rejected_confidence),
@@ -437,17 +540,25 @@ class Speculation:
 
   # ---- The decoder
 
-  def _said(self, hidden: jax.Array) -> tuple[Greedy, Callable[[jax.Array], jax.Array]]:
+  def _said(
+    self, hidden: jax.Array
+  ) -> tuple[Greedy, Callable[[jax.Array], jax.Array]]:
     """The likeliest token, and how far the logit of any token is above its."""
     decoder, last = self._decoder(), self.task.config.num_decoder_layers
     read = decoder.read(last, hidden)
     logits = decoder.logits(read)
     best = decoder.peaks(logits).greedy
-    score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[
+      :, 0
+    ]
     return best, lambda token: score(token) - score(best.token)
 
-  def _one(self, first: int, hidden: jax.Array, caches, past: tuple[jax.Array, ...]):
-    """Layers from `first` on over one position of every row, [batch, emb]; then their rows."""
+  def _one(
+    self, first: int, hidden: jax.Array, caches, past: tuple[jax.Array, ...]
+  ):
+    """Layers from `first` on over one position of every row, [batch, emb]; then
+    their rows.
+    """
     decoder, rows = self._decoder(past), []
     for layer, cache in enumerate(caches, start=first):
       hidden, row = decoder.run(layer, hidden, cache)
@@ -455,35 +566,58 @@ class Speculation:
     return hidden, rows
 
   def _several(self, states: jax.Array, caches, positions: jax.Array):
-    """Layers k + 1 ... L over positions [batch, positions, emb]: [rows, emb], and caches."""
+    """Layers k + 1 ... L over positions [batch, positions, emb]: [rows, emb],
+    and caches.
+    """
     task, decoder = self.task, self._decoder()
     biases = self.table.of_windows(positions, states.shape[1], task.native)
     hidden, written = states.reshape(-1, states.shape[-1]), []
     for layer, cache in enumerate(caches, start=self.rule.draft_layer + 1):
       row = decoder.project(layer, hidden)
-      window = jax.tree.map(lambda x: x.reshape(task.batch_size, -1, *x.shape[1:]), row)
+      window = jax.tree.map(
+        lambda x: x.reshape(task.batch_size, -1, *x.shape[1:]), row
+      )
       written.append(attention_lib.write_window(cache, window, positions))
       attention = decoder.window_attention(layer, hidden, written[-1], biases)
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(written)
 
   def _written(self, caches, rows, positions: jax.Array, last: jax.Array):
-    """Every layer's cache with its row written at `positions`, once that leads to `last`."""
+    """Every layer's cache with its row written at `positions`, once that leads
+    to `last`.
+    """
     ends = engines.after_each(positions, rows, last)
     return tuple(map(attention_lib.write_window, caches, rows, ends))
 
-  def _decoder(self, past: tuple[jax.Array, ...] = ()) -> decoder_lib.DecoderStep:
-    """The decoder at one position of every row, `past` the biases of the keys before it."""
+  def _decoder(
+    self, past: tuple[jax.Array, ...] = ()
+  ) -> decoder_lib.DecoderStep:
+    """The decoder at one position of every row, `past` the biases of the keys
+    before it.
+    """
     task = self.task
     return decoder_lib.DecoderStep(
-      task.weights, task.config, task.encoded, past, self.table.current, task.native
+      task.weights,
+      task.config,
+      task.encoded,
+      past,
+      self.table.current,
+      task.native,
     )
 
 
-def write_columns(array, columns, positions: jax.Array, count: jax.Array) -> jax.Array:
-  """`array` [batch, length] with the first `count` of `columns` at each row's position."""
+def write_columns(
+  array, columns, positions: jax.Array, count: jax.Array
+) -> jax.Array:
+  """`array` [batch, length] with the first `count` of `columns` at each row's
+  position.
+  """
   at = jnp.arange(array.shape[1], dtype=jnp.int32)[None, :] - positions[:, None]
   new = columns
   if columns.shape[1] > 1:
-    new = jnp.take_along_axis(columns, jnp.clip(at, 0, columns.shape[1] - 1), axis=1)
-  return jnp.where((at >= 0) & (at < count[:, None]), new.astype(array.dtype), array)
+    new = jnp.take_along_axis(
+      columns, jnp.clip(at, 0, columns.shape[1] - 1), axis=1
+    )
+  return jnp.where(
+    (at >= 0) & (at < count[:, None]), new.astype(array.dtype), array
+  )

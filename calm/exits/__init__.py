@@ -1,4 +1,6 @@
-"""When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
+"""When a token leaves the decoder: rules, confidence measures, schedules,
+skipped layers.
+"""
 
 from calm.exits import confidence, layers, propagation, schedules, walk
 from calm.exits.rules import (

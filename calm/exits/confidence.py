@@ -1,5 +1,7 @@
-"""Per-token confidence measures: how sure a layer is of its prediction, in [0, 1]. What a
-`LayerView` offers is lazy: a measure that never asks for logits costs no vocabulary head."""
+"""Per-token confidence measures: how sure a layer is of its prediction, in [0,
+1]. What a `LayerView` offers is lazy: a measure that never asks for logits
+costs no vocabulary head.
+"""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -13,8 +15,9 @@ from jaxtyping import Array, Float
 from calm import arguments
 from calm.exits.layers import Peaks
 
-# Of the shortlist: log(1 + gap of the two largest logits), margin, certainty. Of the residual:
-# cosine with the layer before (0 at layer 1), log of its root mean square.
+# Of the shortlist: log(1 + gap of the two largest logits), margin, certainty.
+# Of the residual: cosine with the layer before (0 at layer 1), log of its root
+# mean square.
 NUM_FEATURES = 5
 # The last layer agrees with itself: its sigmoid is 1 in float32.
 CERTAIN = 30.0
@@ -22,9 +25,10 @@ CERTAIN = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class LayerView:
-  """What a measure may look at after decoder layer `layer`; logits, computed when asked for,
-  are float32: full, of the shortlist, pre-sigmoid of the classifier and of this layer's
-  probe."""
+  """What a measure may look at after decoder layer `layer`; logits, computed
+  when asked for, are float32: full, of the shortlist, pre-sigmoid of the
+  classifier and of this layer's probe.
+  """
 
   layer: int  # 1-based
   hidden: jax.Array  # the raw residual d^i, [batch, emb_dim]
@@ -42,11 +46,15 @@ class Measure(Protocol):
 
   Attributes:
     name: its name on command lines and in files.
-    uses_head: whether it computes the full logits, which the exit then need not.
-    uses_shortlist: whether it asks the head about the shortlist, which a model must have then.
-    part: of the decoder's parameters that it reads and stage two trains; None: none.
-    bound: view -> a cheaper confidence to be cleared first, [batch]; where it fails, the
-      token stays without the measure itself being asked. None: there is none.
+    uses_head: whether it computes the full logits, which the exit then need
+      not.
+    uses_shortlist: whether it asks the head about the shortlist, which a model
+      must have then.
+    part: of the decoder's parameters that it reads and stage two trains; None:
+      none.
+    bound: view -> a cheaper confidence to be cleared first, [batch]; where it
+      fails, the token stays without the measure itself being asked. None: there
+      is none.
   """
 
   name: ClassVar[str]
@@ -61,17 +69,22 @@ class Measure(Protocol):
 def cosine_similarity(
   hidden: Float[Array, "*batch emb"], previous: Float[Array, "*batch emb"]
 ) -> Float[Array, "*batch"]:
-  """cos(d^i, d^{i-1}) with negative values as 0 (paper section 3.5, state saturation)."""
+  """cos(d^i, d^{i-1}) with negative values as 0 (paper section 3.5, state
+  saturation).
+  """
   hidden, previous = hidden.astype(jnp.float32), previous.astype(jnp.float32)
   dot = jnp.sum(hidden * previous, axis=-1)
-  squares = jnp.sum(hidden * hidden, axis=-1) * jnp.sum(previous * previous, axis=-1)
+  squares = jnp.sum(hidden * hidden, axis=-1) * jnp.sum(
+    previous * previous, axis=-1
+  )
   return jnp.clip(dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-30)), 0.0, 1.0)
 
 
 @struct.dataclass
 class Probes:
-  """Logistic regressions, one a layer below the last (Alain and Bengio, 2016): is its token the
-  last layer's?"""
+  """Logistic regressions, one a layer below the last (Alain and Bengio, 2016):
+  is its token the last layer's?
+  """
 
   kernel: jax.Array  # of decoder_norm(d^i), [emb_dim, layers - 1]
   features: jax.Array  # of `evidence`, [NUM_FEATURES, layers - 1]
@@ -83,8 +96,10 @@ class Probes:
     return self.bias.shape[0] + 1
 
   def logit(self, layer: int, normed: jax.Array, known: jax.Array) -> jax.Array:
-    """Pre-sigmoid confidence of 1-based `layer` below the last, [*batch] float32, of
-    decoder_norm(d^i) [*batch, emb_dim] and `evidence` [*batch, NUM_FEATURES]."""
+    """Pre-sigmoid confidence of 1-based `layer` below the last, [*batch]
+    float32, of decoder_norm(d^i) [*batch, emb_dim] and `evidence` [*batch,
+    NUM_FEATURES].
+    """
     column = layer - 1
     read = normed.astype(jnp.float32) @ self.kernel[:, column]
     return read + known @ self.features[:, column] + self.bias[column]
@@ -100,8 +115,10 @@ def evidence(
   previous: Float[Array, "*batch emb"],
   listed: Peaks,
 ) -> Float[Array, "*batch features"]:
-  """The numbers named at `NUM_FEATURES`, float32, of raw residuals d^i and d^{i-1} (zeros at
-  layer 1, which has no layer before) and the logits of likely tokens at this layer."""
+  """The numbers named at `NUM_FEATURES`, float32, of raw residuals d^i and
+  d^{i-1} (zeros at layer 1, which has no layer before) and the logits of likely
+  tokens at this layer.
+  """
   square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
   known = (
     *logit_features(listed),
@@ -124,12 +141,13 @@ class Softmax(Measure):
 
 @dataclasses.dataclass(frozen=True)
 class Shortlist(Softmax):
-  """`Peaks.margin` over a short list of likely tokens first, then over the full head.
+  """`Peaks.margin` over a short list of likely tokens first, then over the full
+  head.
 
-  If the most likely token is on the list, the list's margin is never below the full one (the
-  second logit and the normaliser can only shrink): a filter without misses, and the exits are
-  those of `Softmax`. If it is not, the token may leave later. What is emitted always comes
-  from the full head.
+  If the most likely token is on the list, the list's margin is never below the
+  full one (the second logit and the normaliser can only shrink): a filter
+  without misses, and the exits are those of `Softmax`. If it is not, the token
+  may leave later. What is emitted always comes from the full head.
   """
 
   name: ClassVar[str] = "shortlist"
@@ -141,12 +159,15 @@ class Shortlist(Softmax):
 
 @dataclasses.dataclass(frozen=True)
 class State(Measure):
-  """`cosine_similarity` of a layer's residual with the layer before; 0 at layer 1."""
+  """`cosine_similarity` of a layer's residual with the layer before; 0 at layer
+  1.
+  """
 
   name: ClassVar[str] = "state"
 
   def __call__(self, view: LayerView) -> jax.Array:
-    if view.layer == 1:  # d^0 is the embedding: there is no layer before to agree with
+    # d^0 is the embedding: there is no layer before to agree with
+    if view.layer == 1:
       return jnp.zeros(view.hidden.shape[:-1], jnp.float32)
     return cosine_similarity(view.hidden, view.previous)
 
@@ -179,8 +200,11 @@ MEASURES: Mapping[str, Measure] = {
 }
 
 
-def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | None:
-  """What a model lacks to compute a measure: a part of its parameters, 'shortlist', or None.
+def lacking(
+  measure: Measure, parts: Collection[str], shortlist: bool
+) -> str | None:
+  """What a model lacks to compute a measure: a part of its parameters,
+  'shortlist', or None.
 
   `parts` are those of the decoder's parameters that it holds.
   """
@@ -195,7 +219,8 @@ def measure(name: str) -> Measure:
   if name not in MEASURES:
     # Earlier versions had 'entropy' and 'patience', which their files may name.
     raise ValueError(
-      f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}; calibrate with one of"
+      f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}; "
+      "calibrate with one of"
       " these."
     )
   return MEASURES[name]

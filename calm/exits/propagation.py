@@ -1,5 +1,7 @@
-"""What the layers above an exit store for that token (paper section 3.2 and 3.3.1). Nothing is
-written here: engines write it, `Deferred` when a later token first needs the layer."""
+"""What the layers above an exit store for that token (paper section 3.2 and
+3.3.1). Nothing is written here: engines write it, `Deferred` when a later token
+first needs the layer.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,35 +16,55 @@ from calm.exits.layers import KeyValue, Layers, select_rows
 
 @runtime_checkable
 class Propagation(Protocol):
-  """What the layers above an exit store for that token; as `ExitState` does where not said.
-  `projects_state` tells that each skipped layer projects keys and values from `layer_input` of
-  one `state` of the token, which can wait until a layer is needed."""
+  """What the layers above an exit store for that token; as `ExitState` does
+  where not said. `projects_state` tells that each skipped layer projects keys
+  and values from `layer_input` of one `state` of the token, which can wait
+  until a layer is needed.
+  """
 
   name: ClassVar[str]
   projects_state: ClassVar[bool] = True
 
   def remember(
-    self, memory: Any, layer: int, hidden: jax.Array, row: KeyValue, done, layers: Layers
+    self,
+    memory: Any,
+    layer: int,
+    hidden: jax.Array,
+    row: KeyValue,
+    done,
+    layers: Layers,
   ) -> Any:
-    """Updates the strategy's memory after `layer`; `done` rows had left before it."""
+    """Updates the strategy's memory after `layer`; `done` rows had left before
+    it.
+    """
     return None
 
   def state(self, hidden: jax.Array, memory: Any) -> jax.Array:
     """What is kept of a token that left with state `hidden`, [batch, width]."""
     return hidden
 
-  def layer_input(self, layer: int, state: jax.Array, layers: Layers) -> jax.Array:
+  def layer_input(
+    self, layer: int, state: jax.Array, layers: Layers
+  ) -> jax.Array:
     """The input of the skipped `layer`, [batch, emb_dim], of a kept state."""
     return state
 
-  def skipped(self, layer: int, hidden: jax.Array, memory: Any, layers: Layers) -> KeyValue:
-    """Keys and values of a skipped layer, for rows that left with state `hidden`."""
-    return layers.project(layer, self.layer_input(layer, self.state(hidden, memory), layers))
+  def skipped(
+    self, layer: int, hidden: jax.Array, memory: Any, layers: Layers
+  ) -> KeyValue:
+    """Keys and values of a skipped layer, for rows that left with state
+    `hidden`.
+    """
+    return layers.project(
+      layer, self.layer_input(layer, self.state(hidden, memory), layers)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExitState(Propagation):
-  """The paper's: each skipped layer projects the exit hidden state d^j itself."""
+  """The paper's: each skipped layer projects the exit hidden state d^j
+  itself.
+  """
 
   name: ClassVar[str] = "exit_state"
 
@@ -62,11 +84,13 @@ class FirstState(Propagation):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Propagation):
-  """A linear prediction of each skipped layer's input, fitted to states of full depth.
+  """A linear prediction of each skipped layer's input, fitted to states of full
+  depth.
 
-  Layer k projects d^j + P_jk [x; 1], x = decoder_norm(d^j), where d^j is the exit state. P_jk
-  is of low rank: the code [x; 1] D_j of a token is computed once, where it may leave, and
-  kept beside d^j; layer k adds the code times U_jk.
+  Layer k projects d^j + P_jk [x; 1], x = decoder_norm(d^j), where d^j is the
+  exit state. P_jk is of low rank: the code [x; 1] D_j of a token is computed
+  once, where it may leave, and kept beside d^j; layer k adds the code times
+  U_jk.
   """
 
   name: ClassVar[str] = "learned"
@@ -84,7 +108,9 @@ class Learned(Propagation):
 
 @dataclasses.dataclass(frozen=True)
 class CopyProjections(Propagation):
-  """Section 3.3.1's ablation: the exit layer's own K^j, V^j are copied upward (it fails)."""
+  """Section 3.3.1's ablation: the exit layer's own K^j, V^j are copied upward
+  (it fails).
+  """
 
   name: ClassVar[str] = "copy_projections"
   projects_state: ClassVar[bool] = False

@@ -1,5 +1,7 @@
-"""Rows on their way up the layers: who leaves where. Knows no network and no control flow:
-`exits.DynamicExits` walks with nested conditionals, `engines.Deferred` with a loop a layer."""
+"""Rows on their way up the layers: who leaves where. Knows no network and no
+control flow: `exits.DynamicExits` walks with nested conditionals,
+`engines.Deferred` with a loop a layer.
+"""
 
 import dataclasses
 from typing import Any
@@ -18,23 +20,30 @@ from calm.exits import propagation as propagation_lib
 class WalkState:
   """One token of every row; `done` rows are frozen at their exit state."""
 
-  hidden: jax.Array  # the raw residual, of `done` rows at their exit, [batch, emb]
+  # the raw residual, of `done` rows at their exit, [batch, emb]
+  hidden: jax.Array
   done: jax.Array  # rows that left or never took part, [batch] bool
-  exit_layer: jax.Array  # decoder layers run, 0 until a row leaves, [batch] int32
+  # decoder layers run, 0 until a row leaves, [batch] int32
+  exit_layer: jax.Array
   confidence: jax.Array  # the measure at the exit layer, [batch]
-  rejected_confidence: jax.Array  # the highest confidence refused so far, [batch]
-  # Of the full head at the exit layer, [batch, vocab]; None until one was computed.
+  # the highest confidence refused so far, [batch]
+  rejected_confidence: jax.Array
+  # Of the full head at the exit layer, [batch, vocab]; None until one was
+  # computed.
   logits: jax.Array | None
   memory: Any  # the propagation's own
   greedy: layers_lib.Greedy | None = None  # their argmax
-  # What the head reads of the exit state, where it is carried to one head after the chain.
+  # What the head reads of the exit state, where it is carried to one head after
+  # the chain.
   read: jax.Array | None = None
 
 
 def start(hidden: jax.Array, active: jax.Array) -> WalkState:
   """Every row before layer 1; rows that are not active count as done."""
   zeros = jnp.zeros(active.shape, jnp.float32)
-  return WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
+  return WalkState(
+    hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,56 +53,86 @@ class Walk:
   layers: layers_lib.Layers  # the decoder at this position
   measure: confidence_lib.Measure
   propagation: propagation_lib.Propagation
-  allowed: tuple[int, ...]  # layers after which a row may leave, the last excluded
+  # layers after which a row may leave, the last excluded
+  allowed: tuple[int, ...]
   threshold: jax.Array  # this token's, [] or [batch]
 
   @property
   def carries_read(self) -> bool:
-    """Whether one head after the chain reads states that different layers translate."""
-    return not self.measure.uses_head and bool({*self.layers.translated} & {*self.allowed})
+    """Whether one head after the chain reads states that different layers
+    translate.
+    """
+    return not self.measure.uses_head and bool(
+      {*self.layers.translated} & {*self.allowed}
+    )
 
   def layer_input(self, layer: int, state: WalkState) -> jax.Array:
-    """What a layer that runs gets: d^{i-1}, and of rows that had left the propagated state."""
+    """What a layer that runs gets: d^{i-1}, and of rows that had left the
+    propagated state.
+    """
     hidden, rows = state.hidden, state.done.shape[0]
     before_exits = layer <= min(self.allowed, default=self.layers.num_layers)
-    if before_exits or (isinstance(rows, int) and rows == 1):  # it had not left: the layer runs
+    # it had not left: the layer runs
+    if before_exits or (isinstance(rows, int) and rows == 1):
       return hidden
     kept = self.propagation.state(hidden, state.memory)
     given = self.propagation.layer_input(layer, kept, self.layers)
-    return hidden if given is hidden else layers_lib.select_rows(state.done, given, hidden)
+    return (
+      hidden
+      if given is hidden
+      else layers_lib.select_rows(state.done, given, hidden)
+    )
 
   def stored(
     self, layer: int, state: WalkState, row: layers_lib.KeyValue
   ) -> layers_lib.KeyValue:
-    """What a layer that runs stores: `row`, and the propagated one for rows that had left."""
+    """What a layer that runs stores: `row`, and the propagated one for rows
+    that had left.
+    """
     if layer == 1 or self.propagation.projects_state:  # `layer_input` saw to it
       return row
-    skipped = self.propagation.skipped(layer, state.hidden, state.memory, self.layers)
+    skipped = self.propagation.skipped(
+      layer, state.hidden, state.memory, self.layers
+    )
     return layers_lib.select_rows(state.done, skipped, row)
 
   def after(
-    self, layer: int, state: WalkState, hidden: jax.Array, row: layers_lib.KeyValue
+    self,
+    layer: int,
+    state: WalkState,
+    hidden: jax.Array,
+    row: layers_lib.KeyValue,
   ) -> WalkState:
     """The state after `layer`, which made `hidden` and stored `row`."""
     done, previous = state.done, state.hidden
     hidden = jnp.where(done[:, None], previous, hidden)
-    memory = self.propagation.remember(state.memory, layer, hidden, row, done, self.layers)
+    memory = self.propagation.remember(
+      state.memory, layer, hidden, row, done, self.layers
+    )
     state = dataclasses.replace(state, hidden=hidden, memory=memory)
     last = layer == self.layers.num_layers
     return (
-      self._decide(layer, state, previous, last) if last or layer in self.allowed else state
+      self._decide(layer, state, previous, last)
+      if last or layer in self.allowed
+      else state
     )
 
   def emitted(self, state: WalkState) -> tuple[jax.Array, layers_lib.Greedy]:
-    """Logits at every row's exit, after the last layer that ran, and their argmax."""
+    """Logits at every row's exit, after the last layer that ran, and their
+    argmax.
+    """
     if state.logits is not None and state.greedy is not None:
       return state.logits, state.greedy
     layers, read = self.layers, state.read
-    read = layers.read(layers.num_layers, state.hidden) if read is None else read
+    read = (
+      layers.read(layers.num_layers, state.hidden) if read is None else read
+    )
     logits = layers.logits(read)
     return logits, layers.peaks(logits).greedy
 
-  def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
+  def _decide(
+    self, layer: int, state: WalkState, previous: jax.Array, last: bool
+  ) -> WalkState:
     here = ~state.done
     confidence, logits, greedy = self._measure(layer, state, previous, last)
     leaves = here if last else here & (confidence >= self.threshold)
@@ -111,14 +150,19 @@ class Walk:
       read=_chosen(leaves, read, state.read),
     )
 
-  def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool):
-    """Confidence of every row after `layer`; logits of the full head and their argmax, None
-    where one head after the chain will do."""
+  def _measure(
+    self, layer: int, state: WalkState, previous: jax.Array, last: bool
+  ):
+    """Confidence of every row after `layer`; logits of the full head and their
+    argmax, None where one head after the chain will do.
+    """
     view = view_after(self.layers, layer, state.hidden, previous)
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))
     uses_head = self.measure.uses_head
-    return self._with_logits(view) if uses_head else (self.measure(view), None, None)
+    return (
+      self._with_logits(view) if uses_head else (self.measure(view), None, None)
+    )
 
   def _with_logits(self, view: confidence_lib.LayerView):
     """One product of the head for the measure and for the token."""
@@ -128,7 +172,9 @@ class Walk:
     return self.measure(view), logits, peaks.greedy
 
   def _verify(self, view, state: WalkState, bound: jax.Array):
-    """Asks the measure itself only where its cheap bound clears the threshold."""
+    """Asks the measure itself only where its cheap bound clears the
+    threshold.
+    """
     passes = ~state.done & (bound >= self.threshold)
     kept = state.logits, state.greedy
     if state.logits is None:
@@ -146,7 +192,9 @@ class Walk:
 def view_after(
   layers: layers_lib.Layers, layer: int, hidden: jax.Array, previous: jax.Array
 ) -> confidence_lib.LayerView:
-  """What a measure may look at after `layer`, which made `hidden` of `previous`."""
+  """What a measure may look at after `layer`, which made `hidden` of
+  `previous`.
+  """
   read = lambda: layers.read(layer, hidden)
   return confidence_lib.LayerView(
     layer,
@@ -161,7 +209,11 @@ def view_after(
 
 
 def _chosen(leaves: jax.Array, here: Any, before: Any) -> Any:
-  """`here` of the rows that leave now, `before` of the others; None before the first layer."""
+  """`here` of the rows that leave now, `before` of the others; None before the
+  first layer.
+  """
   return (
-    here if here is None or before is None else layers_lib.select_rows(leaves, here, before)
+    here
+    if here is None or before is None
+    else layers_lib.select_rows(leaves, here, before)
   )

@@ -1,4 +1,5 @@
-"""From a T5 and a file of rows to a folder that serves early exits under a promise.
+"""From a T5 and a file of rows to a folder that serves early exits under a
+promise.
 
 model = fit("flan-t5-small", "rows.jsonl", tolerance=0.1, output="mine")
 """

@@ -1,8 +1,10 @@
-"""Measure, exit layers, schedule and grid, by measured seconds on the validation part.
+"""Measure, exit layers, schedule and grid, by measured seconds on the
+validation part.
 
-Confidences at the full model's texts rank all candidates; a few are timed at the threshold that
-this forecasts; the fastest are decoded over a grid and timed again at the threshold that
-calibration will probably certify."""
+Confidences at the full model's texts rank all candidates; a few are timed at
+the threshold that this forecasts; the fastest are decoded over a grid and timed
+again at the threshold that calibration will probably certify.
+"""
 
 import dataclasses
 import functools
@@ -24,28 +26,43 @@ from calm.inference import grid, timing
 from calm.inference.grid import part
 from calm.t5 import caches, decoder, parameters
 
-# Finalists that are timed; how many of them, the fastest first, get a grid with a threshold.
+# Finalists that are timed; how many of them, the fastest first, get a grid with
+# a threshold.
 FINALISTS, DECODED = 5, 2
 DECODE_TEXTS = "Decode the rows that train, at full depth"
 # (prompts, rounds) of the first timing and of the last one.
 FIRST, LAST = (6, 3), (12, 5)
-# Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be, and
-# a candidate in 8 bits.
+# Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a
+# head must be, and a candidate in 8 bits.
 LEAST_NUMBERS, LEAST_LAYERS, MARGIN, CLEARLY = 2**20, 2**20, 1.05, 1.15
-# The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
-# which needs the fewest layers on the translations of the model in the box; None: constant.
+# The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts),
+# and twice that, which needs the fewest layers on the translations of the model
+# in the box; None: constant.
 TEMPERATURES = (None, 4.0, 8.0)
 # Layers that sets are made of, in deep decoders: a few evenly spread ones.
 _MOST_LAYERS = 7
 _NUM_QUANTILES = 48
-_TOP = (0.999, 0.9975, 0.995, 0.99)  # a measure may be right at its very highest only
-# ROUGE-L distance of two texts over the share of tokens from their first difference on; between
-# 0.64 and 0.67 from one token in twenty to one in two, for the model in the box on synopses.
+# a measure may be right at its very highest only
+_TOP = (0.999, 0.9975, 0.995, 0.99)
+# ROUGE-L distance of two texts over the share of tokens from their first
+# difference on; between 0.64 and 0.67 from one token in twenty to one in two,
+# for the model in the box on synopses.
 _CHANGED = 2 / 3
 # Losses at which a grid has its points, as multiples of the tolerance.
 _COARSE = (0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 3.0)
-_FINE = (0.1, 0.2, 0.3, 0.4, 0.5, *(0.55 + 0.05 * i for i in range(14)), 1.4, 1.7, 2.0)
-# One-sided normal quantile at 5 %: a forecast of what will be certified, no promise.
+_FINE = (
+  0.1,
+  0.2,
+  0.3,
+  0.4,
+  0.5,
+  *(0.55 + 0.05 * i for i in range(14)),
+  1.4,
+  1.7,
+  2.0,
+)
+# One-sided normal quantile at 5 %: a forecast of what will be certified, no
+# promise.
 _QUANTILE = 1.645
 
 
@@ -53,19 +70,25 @@ _QUANTILE = 1.645
 class Candidate:
   """One way to leave the decoder early."""
 
-  measure: str  # name of the confidence measure; 'verified': full depth, drafts off the prompt
-  exit_layers: tuple[int, ...]  # layers after which a token may leave, 1-based; (): full depth
-  temperature: float | None = None  # tau of a decaying threshold (Eq. 5); None: constant
+  # name of the confidence measure; 'verified': full depth, drafts off the
+  # prompt
+  measure: str
+  # layers after which a token may leave, 1-based; (): full depth
+  exit_layers: tuple[int, ...]
+  # tau of a decaying threshold (Eq. 5); None: constant
+  temperature: float | None = None
   propagation: str = "exit_state"  # what skipped layers store
-  # What is rounded to 8 bits, a key of `IN_8_BITS`; the reference is still the text of the
-  # float32 model.
+  # What is rounded to 8 bits, a key of `IN_8_BITS`; the reference is still the
+  # text of the float32 model.
   in_8_bits: str = ""
 
   def applied(self, predictor: inference.Predictor) -> inference.Predictor:
     """The model, leaving this way."""
     schedule: schedules.Schedule = schedules.Constant()
     if self.temperature is not None:
-      schedule = schedules.Decaying(self.temperature, predictor.options.max_decode_length)
+      schedule = schedules.Decaying(
+        self.temperature, predictor.options.max_decode_length
+      )
     return predictor.with_options(
       measure=self.measure,
       exit_layers=self.exit_layers,
@@ -77,16 +100,26 @@ class Candidate:
   def __str__(self) -> str:
     several = "s" if len(self.exit_layers) > 1 else ""
     layers = several + " " + ",".join(map(str, self.exit_layers))
-    decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
+    decays = (
+      ""
+      if self.temperature is None
+      else f", decaying with tau {self.temperature:g}"
+    )
     rounds = "matrices" if self.in_8_bits == "layers" else self.in_8_bits
     bits = f", {rounds} in 8 bits" if rounds else ""
-    drafts = ", drafts off the prompt" if self.measure == inference.VERIFIED else ""
+    drafts = (
+      ", drafts off the prompt" if self.measure == inference.VERIFIED else ""
+    )
     exits = f"{self.measure} after layer{layers}{decays}"
     return (exits if self.exit_layers else f"full depth{drafts}") + bits
 
 
 # Texts depend on the batch size, and one prompt at a time is what is timed.
-_ENCODER = {"encoder_dtype": "int8", "reference_dtype": "float32", "batch_size": 1}
+_ENCODER = {
+  "encoder_dtype": "int8",
+  "reference_dtype": "float32",
+  "batch_size": 1,
+}
 # Fields of `DecodeOptions` by what is in 8 bits.
 IN_8_BITS: Mapping[str, Mapping[str, Any]] = {
   "": {},
@@ -100,14 +133,18 @@ class Tried:
   """One finalist; seconds are NaN where it was not timed."""
 
   candidate: Candidate
-  thresholds: tuple[float, ...] = ()  # its grid on the validation part; empty: only timed
+  # its grid on the validation part; empty: only timed
+  thresholds: tuple[float, ...] = ()
   losses: tuple[float, ...] = ()  # [num_thresholds] mean loss there
-  # The lowest that calibration will probably certify; `NEVER_EXIT` where none. Of one that was
-  # only timed, the ranking's forecast.
+  # The lowest that calibration will probably certify; `NEVER_EXIT` where none.
+  # Of one that was only timed, the ranking's forecast.
   threshold: float = float("nan")
-  milliseconds: float = float("nan")  # measured decode time a prompt at that threshold
-  speedup: float = float("nan")  # full depth's over these, the fastest of rounds in turn
-  end_to_end: float = float("nan")  # as `speedup`, with the encoder's time on both sides
+  # measured decode time a prompt at that threshold
+  milliseconds: float = float("nan")
+  # full depth's over these, the fastest of rounds in turn
+  speedup: float = float("nan")
+  # as `speedup`, with the encoder's time on both sides
+  end_to_end: float = float("nan")
 
   @property
   def decoded(self) -> bool:
@@ -116,7 +153,9 @@ class Tried:
 
   @property
   def cut(self) -> bool:
-    """Whether it is the decoder cut after a layer, with its translator: all tokens leave."""
+    """Whether it is the decoder cut after a layer, with its translator: all
+    tokens leave.
+    """
     return self.thresholds == (0.0,)
 
   @property
@@ -126,15 +165,20 @@ class Tried:
 
   @property
   def score(self) -> float:
-    """Full depth's time over this one's, encoder included; 8 bits must gain clearly, since
-    texts then depend on the batch that they are decoded in."""
+    """Full depth's time over this one's, encoder included; 8 bits must gain
+    clearly, since texts then depend on the batch that they are decoded in.
+    """
     return self.end_to_end / (CLEARLY if self.candidate.in_8_bits else 1.0)
 
   @property
   def way(self) -> str:
     """The candidate in words."""
     candidate = self.candidate
-    return f"cut after layer {candidate.exit_layers[0]}" if self.cut else str(candidate)
+    return (
+      f"cut after layer {candidate.exit_layers[0]}"
+      if self.cut
+      else str(candidate)
+    )
 
   def __str__(self) -> str:
     if np.isnan(self.speedup):
@@ -150,7 +194,8 @@ class Choice:
 
   tried: tuple[Tried, ...]  # every finalist
   chosen: int | None  # position of the fastest; None where full depth is
-  grid: tuple[float, ...]  # thresholds to certify, descending; empty for full depth
+  # thresholds to certify, descending; empty for full depth
+  grid: tuple[float, ...]
   full_milliseconds: float  # measured decode time a prompt at full depth
   num_prompts: int  # validation prompts
 
@@ -161,15 +206,25 @@ class Choice:
 
   @property
   def compared(self) -> str:
-    """The cut decoder beside the fastest exits; '' where these break the promise."""
-    able = [entry for entry in self.tried if entry.decoded and np.isfinite(entry.speedup)]
+    """The cut decoder beside the fastest exits; '' where these break the
+    promise.
+    """
+    able = [
+      entry
+      for entry in self.tried
+      if entry.decoded and np.isfinite(entry.speedup)
+    ]
     cut = next((entry for entry in able if entry.cut), None)
     leave = [e.speedup for e in able if e.candidate.exit_layers and not e.cut]
     fastest = max(leave, default=None)
     if fastest is None:
       return ""
-    speed = f"{cut.way}: x{cut.speedup:.2f} under the same promise" if cut else ""
-    return f"{speed or 'no cut decoder keeps the promise'}; exits: x{fastest:.2f}"
+    speed = (
+      f"{cut.way}: x{cut.speedup:.2f} under the same promise" if cut else ""
+    )
+    return (
+      f"{speed or 'no cut decoder keeps the promise'}; exits: x{fastest:.2f}"
+    )
 
   def lines(self) -> list[str]:
     """The finalists, those that were decoded first, the fastest first."""
@@ -180,7 +235,9 @@ class Choice:
 
 
 def exit_layers(num_layers: int) -> tuple[int, ...]:
-  """Layers that sets are made of, below the last: all, or a few evenly spread ones."""
+  """Layers that sets are made of, below the last: all, or a few evenly spread
+  ones.
+  """
   spread = np.linspace(1, num_layers - 1, min(_MOST_LAYERS, num_layers - 1))
   return tuple(sorted({round(float(layer)) for layer in spread}))
 
@@ -190,30 +247,48 @@ def exit_layers(num_layers: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-  """Every layer at every token of the full model's texts, one text after another."""
+  """Every layer at every token of the full model's texts, one text after
+  another.
+  """
 
   # Measure -> [num_tokens, num_layers] in [0, 1]; a shortlist's are softmax's.
   confidences: Mapping[str, np.ndarray]
-  agrees: np.ndarray  # [num_tokens, num_layers] whether the argmax is the last layer's
+  # [num_tokens, num_layers] whether the argmax is the last layer's
+  agrees: np.ndarray
   positions: np.ndarray  # [num_tokens] of a token in its text
 
 
 def read_layers(
-  predictor: inference.Predictor, texts: Sequence[str], full: Sequence[Record], progress: Report
+  predictor: inference.Predictor,
+  texts: Sequence[str],
+  full: Sequence[Record],
+  progress: Report,
 ) -> Reading:
-  """Reads every layer at every token of `full`, the full-depth records of `texts`."""
-  names = [name for name in inference.options.measures(predictor) if name != "shortlist"]
-  bulk = predictor.with_options(batch_size=exit_maps.BATCH).changed(one_shape=True)
+  """Reads every layer at every token of `full`, the full-depth records of
+  `texts`.
+  """
+  names = [
+    name
+    for name in inference.options.measures(predictor)
+    if name != "shortlist"
+  ]
+  bulk = predictor.with_options(batch_size=exit_maps.BATCH).changed(
+    one_shape=True
+  )
   tokens = [record.tokens or () for record in full]
   batches = list(exit_maps.with_targets(bulk.plan(texts), tokens))
   read = jax.jit(functools.partial(_read, predictor, tuple(names)))
   found: list[tuple[np.ndarray, ...]] = []
   for number, (rows, *given) in enumerate(batches, start=1):
-    layers = jax.device_get(read(predictor.weights.decoder, predictor.params, *given))
+    layers = jax.device_get(
+      read(predictor.weights.decoder, predictor.params, *given)
+    )
     for i, length in enumerate(len(tokens[row]) for row in rows):
       columns = [array[:, i, :length].T for array in layers]
       found.append((*columns, np.arange(length)))
-    progress(number / len(batches), f"reading layers, batch {number} of {len(batches)}")
+    progress(
+      number / len(batches), f"reading layers, batch {number} of {len(batches)}"
+    )
   agrees, *values, positions = map(np.concatenate, zip(*found, strict=True))
   confidences = dict(zip(names, values, strict=True))
   confidences["shortlist"] = confidences["softmax"]
@@ -221,13 +296,24 @@ def read_layers(
 
 
 def _read(
-  predictor: inference.Predictor, names: Sequence[str], weights, params, inputs, targets
+  predictor: inference.Predictor,
+  names: Sequence[str],
+  weights,
+  params,
+  inputs,
+  targets,
 ):
-  """Whether layers agree with the last, and their confidences, [layers, batch, length] each."""
+  """Whether layers agree with the last, and their confidences, [layers, batch,
+  length] each.
+  """
   config, shape = predictor.config, targets.shape
   states, *_ = exit_maps.full_states(config, params, inputs, targets)
-  states = [state.reshape(-1, config.emb_dim) for state in (jnp.zeros_like(states[0]), *states)]
-  nothing = caches.Encoded((), jnp.zeros(0), jnp.zeros(0))  # no layer attends to anything
+  states = [
+    state.reshape(-1, config.emb_dim)
+    for state in (jnp.zeros_like(states[0]), *states)
+  ]
+  # no layer attends to anything
+  nothing = caches.Encoded((), jnp.zeros(0), jnp.zeros(0))
   heads = decoder.DecoderStep(weights, config, nothing, (), ()).layers(())
 
   def after(layer: int) -> tuple[jax.Array, ...]:
@@ -245,11 +331,15 @@ def _read(
 
 
 def simulate(
-  reading: Reading, candidate: Candidate, thresholds: np.ndarray, max_length: int
+  reading: Reading,
+  candidate: Candidate,
+  thresholds: np.ndarray,
+  max_length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Exit layers [num_thresholds, num_tokens] and loss [num_thresholds], if states were not
-  propagated: the mean share of a text's tokens from the first changed one on, times
-  `_CHANGED`."""
+  """Exit layers [num_thresholds, num_tokens] and loss [num_thresholds], if
+  states were not propagated: the mean share of a text's tokens from the first
+  changed one on, times `_CHANGED`.
+  """
   layers = np.array([*candidate.exit_layers, reading.agrees.shape[1]])
   sure = reading.confidences[candidate.measure][:, layers - 1]
   sure[:, -1] = np.inf
@@ -259,25 +349,39 @@ def simulate(
     levels = np.clip(0.9 * levels + 0.1 * decay[None], 0.0, 1.0)
   choice = np.argmax(sure[None] >= levels[..., None], axis=-1)
   wrong = ~np.take_along_axis(reading.agrees[:, layers - 1], choice.T, axis=1).T
-  # Tokens of a text lie one after another; after a wrong one the text is another to its end.
+  # Tokens of a text lie one after another; after a wrong one the text is
+  # another to its end.
   texts = np.split(wrong, np.flatnonzero(reading.positions == 0)[1:], axis=1)
-  shares = [np.logical_or.accumulate(text, axis=1).mean(axis=1) for text in texts]
+  shares = [
+    np.logical_or.accumulate(text, axis=1).mean(axis=1) for text in texts
+  ]
   return layers[choice], _CHANGED * np.mean(shares, axis=0)
 
 
 def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
-  """Thresholds between which tokens change their layer: quantiles of the confidence."""
-  values = reading.confidences[candidate.measure][:, np.array(candidate.exit_layers) - 1]
-  shares = np.concatenate([_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]])
+  """Thresholds between which tokens change their layer: quantiles of the
+  confidence.
+  """
+  values = reading.confidences[candidate.measure][
+    :, np.array(candidate.exit_layers) - 1
+  ]
+  shares = np.concatenate(
+    [_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]]
+  )
   levels = np.unique(np.round(np.quantile(values, shares), 6))[::-1]
   return levels[(levels > 0.0) & (levels <= 1.0)]
 
 
 def rank(
-  predictor: inference.Predictor, reading: Reading, tolerance: float, input_length: int
+  predictor: inference.Predictor,
+  reading: Reading,
+  tolerance: float,
+  input_length: int,
 ) -> list[Tried]:
-  """All candidates, those first that move the fewest bytes a token at the lowest threshold with
-  a simulated loss within the tolerance (`inf` where none has)."""
+  """All candidates, those first that move the fewest bytes a token at the
+  lowest threshold with a simulated loss within the tolerance (`inf` where none
+  has).
+  """
   length = predictor.options.max_decode_length
   learned = set(predictor.config.exit_propagation)
   # All layers, all from one on, runs of them, and pairs.
@@ -292,9 +396,12 @@ def rank(
   for name, layers, tau in itertools.product(
     inference.options.measures(predictor), sets, TEMPERATURES
   ):
-    candidate = Candidate(name, layers, tau, "learned" if learned else "exit_state")
+    candidate = Candidate(
+      name, layers, tau, "learned" if learned else "exit_state"
+    )
     levels = possible_thresholds(reading, candidate)
-    if not len(levels):  # the confidence is 0 there, as the state's is after layer 1
+    # the confidence is 0 there, as the state's is after layer 1
+    if not len(levels):
       continue
     depth, loss = simulate(reading, candidate, levels, length)
     within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
@@ -302,13 +409,16 @@ def rank(
     if len(within):
       depths, threshold = depth[within[-1]], float(levels[within[-1]])
     costs = candidate.applied(predictor).step_costs(input_length)
-    found.append((costs.savings([depths]).bytes, Tried(candidate, threshold=threshold)))
+    found.append(
+      (costs.savings([depths]).bytes, Tried(candidate, threshold=threshold))
+    )
   return [entry for _, entry in sorted(found, key=lambda pair: -pair[0])]
 
 
 def finalists(ranked: Sequence[Tried], most: int) -> list[Tried]:
-  """At most `most` of those ranked, which are timed: the best of every measure, the first one's
-  constant or decaying counterpart, others with other layers."""
+  """At most `most` of those ranked, which are timed: the best of every measure,
+  the first one's constant or decaying counterpart, others with other layers.
+  """
   best = {entry.candidate.measure: entry for entry in reversed(ranked)}
   chosen = sorted(best.values(), key=ranked.index)
   # Texts are short or long: seconds decide which schedule is better.
@@ -330,37 +440,57 @@ def finalists(ranked: Sequence[Tried], most: int) -> list[Tried]:
 def coarse_grid(
   reading: Reading, candidate: Candidate, tolerance: float, max_length: int
 ) -> tuple[float, ...]:
-  """Descending thresholds from where no text changes to where far too many do."""
+  """Descending thresholds from where no text changes to where far too many
+  do.
+  """
   if not candidate.exit_layers:
     return (1.0,)
   possible = possible_thresholds(reading, candidate)
-  rising = np.maximum.accumulate(simulate(reading, candidate, possible, max_length)[1])
+  rising = np.maximum.accumulate(
+    simulate(reading, candidate, possible, max_length)[1]
+  )
   levels = [max(level * tolerance, rising[0]) for level in _COARSE]
   chosen = {0} | {int(np.flatnonzero(rising <= level)[-1]) for level in levels}
   return tuple(possible[sorted(chosen)].tolist())
 
 
 def forecast(
-  thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
+  thresholds: Sequence[float],
+  losses: np.ndarray,
+  tolerance: float,
+  num_calibration: int,
 ) -> float:
-  """The lowest threshold that `num_calibration` prompts will probably certify, maybe between
-  two, by `losses` [num_prompts, num_thresholds] of the validation part; `inf`: none, or the
-  first, without which no other is tested, is in doubt by what two draws of prompts differ."""
+  """The lowest threshold that `num_calibration` prompts will probably certify,
+  maybe between two, by `losses` [num_prompts, num_thresholds] of the validation
+  part; `inf`: none, or the first, without which no other is tested, is in doubt
+  by what two draws of prompts differ.
+  """
   means, spread = losses.mean(axis=0), _QUANTILE * losses.std(axis=0, ddof=1)
   bound = np.maximum.accumulate(means + spread / np.sqrt(num_calibration))
-  if means[0] + spread[0] * np.sqrt(1 / len(losses) + 1 / num_calibration) > tolerance:
+  if (
+    means[0] + spread[0] * np.sqrt(1 / len(losses) + 1 / num_calibration)
+    > tolerance
+  ):
     return float("inf")
   return float(np.round(np.interp(tolerance, bound, thresholds), 6))
 
 
 def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
-  """Thresholds to certify, densest where the mean validation loss nears the tolerance."""
+  """Thresholds to certify, densest where the mean validation loss nears the
+  tolerance.
+  """
   if best.cut:
     return best.thresholds
-  levels, rising = np.asarray(best.thresholds), np.maximum.accumulate(best.losses)
+  levels, rising = (
+    np.asarray(best.thresholds),
+    np.maximum.accumulate(best.losses),
+  )
   wanted = tolerance * np.array(_FINE)  # above threshold 1 nothing is lost
   crossed = np.interp(wanted, [0.0, *rising], [1.0, *levels])
-  points = {*np.round(crossed, 6).tolist(), *levels[rising <= tolerance].tolist()}
+  points = {
+    *np.round(crossed, 6).tolist(),
+    *levels[rising <= tolerance].tolist(),
+  }
   if np.isfinite(best.threshold):
     points.add(best.threshold)
   return tuple(sorted((t for t in points if 0.0 < t <= 1.0), reverse=True))
@@ -370,27 +500,48 @@ def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
 
 
 def in_8_bits(ways: Sequence[Candidate]) -> list[Candidate]:
-  """What is tried in 8 bits: these ways to leave, and full depth, with drafts off the prompt.
-  Texts change, which the promise covers."""
-  of = lambda name, few: [dataclasses.replace(way, in_8_bits=name) for way in few]
+  """What is tried in 8 bits: these ways to leave, and full depth, with drafts
+  off the prompt. Texts change, which the promise covers.
+  """
+  of = lambda name, few: [
+    dataclasses.replace(way, in_8_bits=name) for way in few
+  ]
   whole = Candidate(inference.VERIFIED, ())
   return [*of("layers", ways), *of("encoder", ways[:1]), *of("layers", [whole])]
 
 
 def full_texts(
-  model: inference.Predictor, prompts: Sequence[Prompt], folder: pathlib.Path, progress: Report
+  model: inference.Predictor,
+  prompts: Sequence[Prompt],
+  folder: pathlib.Path,
+  progress: Report,
 ) -> tuple[Record, ...]:
   """[num_prompts] full-depth records, decoded once into a `folder`."""
-  key = {"model": model.procedure.to_json(), "prompts": storage.prompts_digest(prompts)}
-  make = lambda: grid.with_rule(model, prompts, exits.StaticExit(), progress=progress)
+  key = {
+    "model": model.procedure.to_json(),
+    "prompts": storage.prompts_digest(prompts),
+  }
+  make = lambda: grid.with_rule(
+    model, prompts, exits.StaticExit(), progress=progress
+  )
   return storage.cached(folder, tuple[Record, ...], "full_texts", key, make)
 
 
-def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -> Choice:
-  """The choice on the validation part; losses compare with the given model's texts."""
-  prompts, options, folder = fit.splits.validation, fit.options, fit.work / "validation"
+def choose(
+  fit: request.Fit, predictor: inference.Predictor, progress: Report
+) -> Choice:
+  """The choice on the validation part; losses compare with the given model's
+  texts.
+  """
+  prompts, options, folder = (
+    fit.splits.validation,
+    fit.options,
+    fit.work / "validation",
+  )
   length = predictor.options.max_decode_length
-  full = full_texts(grid.in_bulk(predictor), prompts, folder, part(progress, 0.0, 0.2))
+  full = full_texts(
+    grid.in_bulk(predictor), prompts, folder, part(progress, 0.0, 0.2)
+  )
   texts = [prompt.input for prompt in prompts]
   reading = read_layers(predictor, texts, full, part(progress, 0.2, 0.35))
   longest = max(batch.tokens.shape[1] for batch in predictor.plan(texts))
@@ -401,12 +552,20 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
     told = part(progress, 0.55, 0.6)
     full = full_texts(grid.in_bulk(fit.source), prompts, folder, told)
 
-  def decode(candidate: Candidate, progress: Report, levels: tuple[float, ...] = ()) -> Tried:
-    """A finalist decoded over a grid, else the one that its confidences ask for."""
+  def decode(
+    candidate: Candidate, progress: Report, levels: tuple[float, ...] = ()
+  ) -> Tried:
+    """A finalist decoded over a grid, else the one that its confidences ask
+    for.
+    """
     model = grid.in_bulk(candidate.applied(predictor))
-    levels = levels or coarse_grid(reading, candidate, options.tolerance, length)
+    levels = levels or coarse_grid(
+      reading, candidate, options.tolerance, length
+    )
     told = part(progress, 0.0, 1.0, f"{candidate}, ")
-    cached = grid.on_grid(model, prompts, levels, folder, full=full, progress=told)
+    cached = grid.on_grid(
+      model, prompts, levels, folder, full=full, progress=told
+    )
     values = losses.compute(cached, options.kind, metric=options.metric).values
     return Tried(
       candidate,
@@ -416,15 +575,24 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
     )
 
   tried: list[Tried] = []
-  fastest = sorted(first, key=lambda e: (not e.gains, -np.nan_to_num(e.end_to_end)))
+  fastest = sorted(
+    first, key=lambda e: (not e.gains, -np.nan_to_num(e.end_to_end))
+  )
   for number, entry in enumerate(fastest):  # until enough have a threshold
     found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
     if found < DECODED:
-      start, end = (0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1))
+      start, end = (
+        0.6 + 0.25 * (number + i) / (number + DECODED - found) for i in (0, 1)
+      )
       entry = decode(entry.candidate, part(progress, start, end))
     tried.append(entry)
-  able = [entry.candidate for entry in tried if np.isfinite(entry.threshold) and entry.decoded]
-  # The decoder cut after the first layer whose texts will probably be certified.
+  able = [
+    entry.candidate
+    for entry in tried
+    if np.isfinite(entry.threshold) and entry.decoded
+  ]
+  # The decoder cut after the first layer whose texts will probably be
+  # certified.
   for layer in sorted({entry.candidate.exit_layers[0] for entry in ranked}):
     cut = Candidate("softmax", (layer,), None, ranked[0].candidate.propagation)
     if simulate(reading, cut, np.zeros(1), length)[1] <= options.tolerance:
@@ -438,10 +606,14 @@ def choose(fit: request.Fit, predictor: inference.Predictor, progress: Report) -
   narrows = narrows and predictor.options.weights_dtype is None
   ways = in_8_bits(able or [fastest[0].candidate]) if narrows else []
   tried += [decode(way, part(progress, 0.85, 0.85)) for way in ways]
-  tried, milliseconds = timed(predictor, prompts, tried, LAST, part(progress, 0.85, 1.0))
+  tried, milliseconds = timed(
+    predictor, prompts, tried, LAST, part(progress, 0.85, 1.0)
+  )
   faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
   chosen = max(faster, key=lambda i: tried[i].score, default=None)
-  levels = () if chosen is None else final_grid(tried[chosen], options.tolerance)
+  levels = (
+    () if chosen is None else final_grid(tried[chosen], options.tolerance)
+  )
   return Choice(tuple(tried), chosen, levels, milliseconds, len(prompts))
 
 
@@ -452,10 +624,16 @@ def timed(
   size: tuple[int, int],
   progress: Report,
 ) -> tuple[list[Tried], float]:
-  """Finalists with their seconds beside full depth's, and its milliseconds a prompt. Those with
-  a threshold and no seconds yet take turns on (prompts, rounds) of `size`; the fastest of the
-  rounds counts, prompt by prompt: other work only ever adds."""
-  able = [i for i, e in enumerate(tried) if np.isfinite(e.threshold) and np.isnan(e.speedup)]
+  """Finalists with their seconds beside full depth's, and its milliseconds a
+  prompt. Those with a threshold and no seconds yet take turns on (prompts,
+  rounds) of `size`; the fastest of the rounds counts, prompt by prompt: other
+  work only ever adds.
+  """
+  able = [
+    i
+    for i, e in enumerate(tried)
+    if np.isfinite(e.threshold) and np.isnan(e.speedup)
+  ]
   settings = []
   for entry in (tried[i] for i in able):
     model = entry.candidate.applied(predictor)
@@ -463,7 +641,12 @@ def timed(
     settings.append(timing.Setting(name, rule, entry.threshold, model))
   chosen = timing.of_one_length(predictor, prompts, size[0])
   found = timing.measure(
-    predictor, chosen, settings, rounds=size[1], of_rounds=np.min, progress=progress
+    predictor,
+    chosen,
+    settings,
+    rounds=size[1],
+    of_rounds=np.min,
+    progress=progress,
   )
   made = list(tried)
   for i, row in zip(able, found.rows[1:], strict=True):
@@ -479,9 +662,12 @@ def timed(
 # ---- The output head in 8 bits, and exact decoding: the texts do not change
 
 
-def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.Predictor:
-  """The model with a large output head in 8 bits where full depth is clearly faster so; its
-  tokens are the same."""
+def fastest_head(
+  fit: request.Fit, predictor: inference.Predictor
+) -> inference.Predictor:
+  """The model with a large output head in 8 bits where full depth is clearly
+  faster so; its tokens are the same.
+  """
   size = predictor.vocabulary.vocab_size * predictor.config.emb_dim
   if size < LEAST_NUMBERS or predictor.options.head_dtype is not None:
     return predictor
@@ -493,9 +679,11 @@ def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.
   full, row = found.rows
   pays = row.speedup > MARGIN
   fit.say(
-    f"Output head: read {'in 8 bits' if pays else 'as it is stored'}; in 8 bits full depth is"
+    f"Output head: read {'in 8 bits' if pays else 'as it is stored'}; in 8 "
+    "bits full depth is"
     f" x{row.speedup:.2f} as fast ({1e3 * full.decode_seconds:.1f} ->"
-    f" {1e3 * row.decode_seconds:.1f} ms a prompt, {found.num_prompts} prompts)."
+    f" {1e3 * row.decode_seconds:.1f} ms a prompt, {found.num_prompts} "
+    "prompts)."
   )
   return narrow if pays else predictor
 
@@ -503,12 +691,16 @@ def fastest_head(fit: request.Fit, predictor: inference.Predictor) -> inference.
 def faster_exact(
   predictor: inference.Predictor, prompts: Sequence[Prompt]
 ) -> tuple[timing.Seconds, exits.Speculative] | None:
-  """Seconds of full texts from verified drafts, of the model's exits or off the prompt, beside
-  full depth's; None where neither is faster one prompt at a time, there is one layer, or states
-  are rounded to few bits."""
+  """Seconds of full texts from verified drafts, of the model's exits or off the
+  prompt, beside full depth's; None where neither is faster one prompt at a
+  time, there is one layer, or states are rounded to few bits.
+  """
   if predictor.num_layers == 1 or predictor.batch_size_affects_output:
     return None
-  texts, seconds = [prompt.input for prompt in prompts], timing.beside_full_depth
+  texts, seconds = (
+    [prompt.input for prompt in prompts],
+    timing.beside_full_depth,
+  )
   rules = inference.exact_rule(predictor), inference.LOOKED_UP
   found = [(seconds(predictor, texts, 1.0, rule=rule), rule) for rule in rules]
   best = max(found, key=lambda pair: pair[0].single.speedup)

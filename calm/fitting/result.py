@@ -1,4 +1,6 @@
-"""The result of a fit: its numbers, the folder that it writes, and the summary page."""
+"""The result of a fit: its numbers, the folder that it writes, and the summary
+page.
+"""
 
 import dataclasses
 import json
@@ -35,7 +37,9 @@ class Mean:
   def of(cls, values: np.ndarray) -> "Mean":
     """Of values, one a prompt."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-    return cls(float(values.mean()), 1.96 * spread / len(values) ** 0.5, len(values))
+    return cls(
+      float(values.mean()), 1.96 * spread / len(values) ** 0.5, len(values)
+    )
 
   def __str__(self) -> str:
     return f"{self.value:.3f} ± {self.margin:.3f}"
@@ -43,11 +47,16 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class LastLook:
-  """The evaluation of the last part, which nothing was chosen or certified on."""
+  """The evaluation of the last part, which nothing was chosen or certified
+  on.
+  """
 
-  quality_full: Mean | None  # metric against references, the given model at full depth
-  quality_early: Mean | None  # under the calibrated threshold; None where full depth is served
-  risk: Mean | None  # the controlled loss, whose mean is promised; None likewise
+  # metric against references, the given model at full depth
+  quality_full: Mean | None
+  # under the calibrated threshold; None where full depth is served
+  quality_early: Mean | None
+  # the controlled loss, whose mean is promised; None likewise
+  risk: Mean | None
   layers: float  # decoder layers a token under the calibrated threshold
 
 
@@ -61,16 +70,20 @@ class Result:
   threshold: float  # served; `NEVER_EXIT` where full depth is
   reason: str  # why full depth is served; '' where it is not
   guarantee: str  # the promise in words
-  certified_threshold: float  # the lowest certified, also where it is not served
-  seconds: timing.Seconds | None  # on the last part; None where nothing was certified
+  # the lowest certified, also where it is not served
+  certified_threshold: float
+  # on the last part; None where nothing was certified
+  seconds: timing.Seconds | None
   last: LastLook  # the evaluation of the last part
-  panel: panel.Panel  # some of its prompts at every threshold; what other tolerances certify
-  # Seconds of full depth from verified drafts on the last part, where these are faster, and
-  # their rule; where full depth is served, it is served so.
+  # some of its prompts at every threshold; what other tolerances certify
+  panel: panel.Panel
+  # Seconds of full depth from verified drafts on the last part, where these are
+  # faster, and their rule; where full depth is served, it is served so.
   exact: timing.Seconds | None
   exact_rule: exits.Speculative | None
   trained: tuple[Trained, ...] = ()  # the stages
-  learned: LearnedExits | None = None  # beside frozen weights, where exits were learned
+  # beside frozen weights, where exits were learned
+  learned: LearnedExits | None = None
   tested: tuple[Row, ...] = ()  # thresholds on the calibration part
 
   @property
@@ -82,15 +95,28 @@ class Result:
     """The result in a sentence or two."""
     if not self.serves_exits:
       exact = self.exact and self.exact.single.speedup
-      drafts = f", its own texts x{exact:.2f} as fast from verified drafts" if exact else ""
+      drafts = (
+        f", its own texts x{exact:.2f} as fast from verified drafts"
+        if exact
+        else ""
+      )
       return f"The given model is served at full depth{drafts}: {self.reason}"
     assert self.seconds is not None and self.last.risk is not None
     batch, risk = self.seconds.batched, self.last.risk
-    more = "" if batch is None else f" (x{batch.speedup:.2f} in batches of {batch.batch_size})"
-    trained = " The weights are trained ones; the promise is about the given model's texts."
+    more = (
+      ""
+      if batch is None
+      else f" (x{batch.speedup:.2f} in batches of {batch.batch_size})"
+    )
+    trained = (
+      " The weights are trained ones; the promise is about the given model's "
+      "texts."
+    )
     return (
-      f"Decodes x{self.seconds.single.speedup:.2f} as fast as full depth{more}, at"
-      f" {self.last.layers:.2f} of {self.num_layers} layers a token; measured risk {risk} on"
+      f"Decodes x{self.seconds.single.speedup:.2f} as fast as full "
+      f"depth{more}, at"
+      f" {self.last.layers:.2f} of {self.num_layers} layers a token; "
+      f"measured risk {risk} on"
       f" {risk.count} prompts where {options.tolerance:g} is promised."
       f"{trained if self.trained else ''}"
     )
@@ -100,8 +126,10 @@ class Result:
 
 
 def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
-  """Makes the output folder, or resumes in it; `asked` is all that the output depends on.
-  ValueError: it holds another request's fit, or other things; OSError: it cannot be written."""
+  """Makes the output folder, or resumes in it; `asked` is all that the output
+  depends on. ValueError: it holds another request's fit, or other things;
+  OSError: it cannot be written.
+  """
   file = output / request.WORK / "request.json"
   if not file.is_file():
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -114,7 +142,9 @@ def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
     storage.write_atomically(file, json.dumps(asked, indent=1) + "\n")
     return
   way_out = "restore it, or choose another folder"
-  with storage.reading(file, "the request of a fit, with its `options`", way_out):
+  with storage.reading(
+    file, "the request of a fit, with its `options`", way_out
+  ):
     there = storage.parse_json(storage.content(file))
     before = there["options"].get
   asked = json.loads(json.dumps(asked))
@@ -123,11 +153,15 @@ def open_folder(output: pathlib.Path, asked: Mapping[str, Any]) -> None:
     for name, value in asked["options"].items()
     if before(name) != value
   ]
-  differing += [f"the {key}" for key in ("model", "rows") if there.get(key) != asked[key]]
+  differing += [
+    f"the {key}" for key in ("model", "rows") if there.get(key) != asked[key]
+  ]
   if differing:
     raise ValueError(
-      f"Expected `output` to be a new folder, or one of the same fit, got {str(output)!r},"
-      f" whose fit had other options: {', '.join(differing)}; choose another folder, or give"
+      "Expected `output` to be a new folder, or one of the same fit, got "
+      f"{str(output)!r},"
+      f" whose fit had other options: {', '.join(differing)}; choose another "
+      "folder, or give"
       " the same again."
     )
 
@@ -168,7 +202,9 @@ def write(
     put(inference.FULL_DEPTH, {"reason": result.reason, "exact": exact})
   environment = panel.environment("calm.fitting", result.num_layers)
   page = environment.get_template(f"{SUMMARY}.j2")
-  shown = page.render(fit=fit, result=result, options=options, folder=str(output))
+  shown = page.render(
+    fit=fit, result=result, options=options, folder=str(output)
+  )
   storage.write_atomically(output / SUMMARY, shown)
   # The last file: a fit that has it is whole.
   about = {"calm": calm.__version__, "options": dataclasses.asdict(options)}

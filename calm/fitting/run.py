@@ -12,7 +12,14 @@ import numpy as np
 from rich import console as rich_console
 
 from calm import arguments, checkpoints, exits, inference, storage
-from calm.calibrate import NEVER_EXIT, Calibration, Record, generations, losses, metrics
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  Record,
+  generations,
+  losses,
+  metrics,
+)
 from calm.console import Progress, Report, print_text
 from calm.data import prompt_batches
 from calm.fitting import choose, exit_maps, request, train
@@ -23,8 +30,8 @@ from calm.inference import options as options_lib
 from calm.inference.grid import part
 from calm.t5 import parameters
 
-# Rows whose texts exits are learned from, and that are decoded together; rank of learned
-# propagation; examples on the page.
+# Rows whose texts exits are learned from, and that are decoded together; rank
+# of learned propagation; examples on the page.
 MOST_ROWS, TEXTS_BATCH, RANK, EXAMPLES = 2000, 64, 16, 6
 
 
@@ -38,27 +45,31 @@ def fit(
   console: rich_console.Console | None = None,
   **options: Any,
 ) -> inference.Predictor:
-  """Learns exits, chooses how to leave, certifies a threshold, and writes one folder.
+  """Learns exits, chooses how to leave, certifies a threshold, and writes one
+  folder.
 
-  The rows are split by group; nothing is chosen on the prompts that certify, and the last part
-  is evaluated once, in the end. A stopped run resumes when it is called again.
+  The rows are split by group; nothing is chosen on the prompts that certify,
+  and the last part is evaluated once, in the end. A stopped run resumes when it
+  is called again.
 
   Args:
     model: a checkpoint folder of any known format, or 'packed'.
-    train: rows of {input, target, source}: a file of any format of `calm infer` (JSON Lines,
-      a JSON array, CSV, TSV, Parquet), a DataFrame with such columns, or `Prompt`s.
+    train: rows of {input, target, source}: a file of any format of `calm infer`
+      (JSON Lines, a JSON array, CSV, TSV, Parquet), a DataFrame with such
+      columns, or `Prompt`s.
     output: the folder to write; a run of the same request in it resumes.
     tolerance: delta, in (0, 1).
-    console: shows sentences and progress, as `calm fit` does; None is standard error,
-      `rich.console.Console(quiet=True)` shows nothing.
+    console: shows sentences and progress, as `calm fit` does; None is standard
+      error, `rich.console.Console(quiet=True)` shows nothing.
     **options: fields of `FitOptions`.
 
   Returns:
-    The model in `output`, under its promise. Where no threshold is both certified and faster:
-    the given model at full depth, its weights untouched.
+    The model in `output`, under its promise. Where no threshold is both
+    certified and faster: the given model at full depth, its weights untouched.
 
   Raises:
-    ValueError: invalid rows or options (before any work), or an `output` of another request.
+    ValueError: invalid rows or options (before any work), or an `output` of
+      another request.
     OSError: `output` cannot be written, or another process fits in it.
   """
   asked = FitOptions(tolerance=tolerance, **options)
@@ -69,7 +80,8 @@ def fit(
     begun = begin(str(model), train, pathlib.Path(output), asked, say, step)
     stack.enter_context(storage.lock(output))
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it began
+      # said when it began
+      warnings.simplefilter("ignore", prompt_batches.CutPrompts)
       if not (begun.work / result_lib.RESULT).is_file():
         make(begun)
     return inference.load(output)
@@ -86,7 +98,9 @@ def begin(
   """Finds everything that may be wrong before any work."""
   prompts = request.read_rows(rows, options)
   metrics.get_metric(options.metric)(prompts[0].input, (prompts[0].input,))
-  splits = request.split(prompts, options, options.train_all or options.learns_exits)
+  splits = request.split(
+    prompts, options, options.train_all or options.learns_exits
+  )
   initial = inference.PACKED if model == "packed" else pathlib.Path(model)
   with warnings.catch_warnings():
     if options.stages != "none":  # exits are about to be learned
@@ -96,7 +110,9 @@ def begin(
   source = own.with_options(batch_size=options.batch_size, **limits)
   stated = options_lib.stored_options(initial)
   lengths = {
-    name: stated.get(name, max(getattr(own.options, name), getattr(source.options, name)))
+    name: stated.get(
+      name, max(getattr(own.options, name), getattr(source.options, name))
+    )
     for name in ("max_input_length", "max_decode_length")
   }
   asked = dataclasses.asdict(options)
@@ -105,7 +121,11 @@ def begin(
   whole = {"model": source.parameters_digest, "rows": digest, "options": asked}
   result_lib.open_folder(output, whole)
   request.write(output / "splits", splits)
-  longer = f" ({cut} of {len(prompts)} inputs are longer and cut at their end)" if cut else ""
+  longer = (
+    f" ({cut} of {len(prompts)} inputs are longer and cut at their end)"
+    if cut
+    else ""
+  )
   given = source.with_options(**lengths)
   say(
     f"Rows: {splits}. Prefix {limits['task_prefix']!r}; inputs of at most"
@@ -126,17 +146,24 @@ def make(fit: Fit) -> None:
     for stage in trained:
       say(str(stage))
     # The promise is about the given model.
-    predictor = predictor.with_options(reference_digest=fit.source.parameters_digest)
+    predictor = predictor.with_options(
+      reference_digest=fit.source.parameters_digest
+    )
   predictor = choose.fastest_head(fit, predictor)
   progress = fit.step("Choose measure, layers and grid")
-  key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
+  key = {
+    "model": predictor.parameters_digest,
+    "head": predictor.options.head_dtype,
+  }
   compute = lambda: choose.choose(fit, predictor, progress)
   choice = storage.cached(fit.results, choose.Choice, "chosen", key, compute)
   for line in choice.lines():
     say(line)
   calibration, promised = None, ((fit.options.tolerance, 0),)
   if choice.best is not None:
-    predictor = choice.best.candidate.applied(predictor).with_options(grid=choice.grid)
+    predictor = choice.best.candidate.applied(predictor).with_options(
+      grid=choice.grid
+    )
     calibration, promised = certify(fit, predictor)
   result, served = look(fit, predictor, choice, calibration, promised)
   result = dataclasses.replace(result, trained=trained, learned=learned)
@@ -154,7 +181,9 @@ def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
   if fit.options.train_all:
     return given
   given = given.with_options(shortlist=predictor.options.shortlist)
-  return dataclasses.replace(given, config=predictor.config, params=predictor.params)
+  return dataclasses.replace(
+    given, config=predictor.config, params=predictor.params
+  )
 
 
 def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
@@ -162,9 +191,14 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   rows, source = fit.splits.train[:MOST_ROWS], fit.source
   told = fit.step(choose.DECODE_TEXTS)
   bulk = source.with_options(batch_size=TEXTS_BATCH)
-  tokens = [r.tokens or () for r in choose.full_texts(bulk, rows, fit.results, told)]
+  tokens = [
+    r.tokens or () for r in choose.full_texts(bulk, rows, fit.results, told)
+  ]
   progress = fit.step("Learn exits beside the frozen weights")
-  file, base = fit.work / checkpoints.EXITS, parameters.base_digest(source.params)
+  file, base = (
+    fit.work / checkpoints.EXITS,
+    parameters.base_digest(source.params),
+  )
   if source.options.shortlist is None:
     listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
     source = source.with_options(shortlist=listed)
@@ -193,7 +227,9 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
 def certify(
   fit: Fit, predictor: inference.Predictor
 ) -> tuple[Calibration, tuple[tuple[float, int], ...]]:
-  """The calibration of the chosen candidate, and what other tolerances certify."""
+  """The calibration of the chosen candidate, and what other tolerances
+  certify.
+  """
   rows, full, options = fit.splits.calibration, None, fit.options
   if options.train_all:
     full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
@@ -214,15 +250,25 @@ def certify(
 
 
 def why_full_depth(
-  choice: choose.Choice, calibration: Calibration | None, measured: timing.Seconds | None
+  choice: choose.Choice,
+  calibration: Calibration | None,
+  measured: timing.Seconds | None,
 ) -> str:
-  """Why exits are not served; '' where a threshold is both certified and faster."""
+  """Why exits are not served; '' where a threshold is both certified and
+  faster.
+  """
   if choice.best is None:
-    best = max((t.speedup for t in choice.tried if np.isfinite(t.speedup)), default=None)
+    best = max(
+      (t.speedup for t in choice.tried if np.isfinite(t.speedup)), default=None
+    )
     if best is None:
-      return "no measure stays within the tolerance on the validation part at any threshold."
+      return (
+        "no measure stays within the tolerance on the validation part at any "
+        "threshold."
+      )
     return (
-      "no way to leave that stays within the tolerance was faster on the validation part (the"
+      "no way to leave that stays within the tolerance was faster on the "
+      "validation part (the"
       f" best decoded x{best:.2f} as fast)."
     )
   assert calibration is not None  # there is a best
@@ -230,7 +276,8 @@ def why_full_depth(
     return calibration.reason[:1].lower() + calibration.reason[1:]
   if measured is not None and measured.slower:
     return (
-      f"threshold {calibration.threshold:g} is certified but was not faster on the last part"
+      f"threshold {calibration.threshold:g} is certified but was not faster "
+      "on the last part"
       f" ({measured.slower}, the fastest of rounds in turn)."
     )
   return ""
@@ -246,7 +293,9 @@ def look(
   calibration: Calibration | None,
   promised: tuple[tuple[float, int], ...],
 ) -> tuple[result_lib.Result, Calibration | None]:
-  """The result, and the calibration that is served; None where full depth is."""
+  """The result, and the calibration that is served; None where full depth
+  is.
+  """
   progress = fit.step("Look at the last part")
   prompts, options = fit.splits.last, fit.options
   measured, served = None, None
@@ -258,14 +307,21 @@ def look(
   if calibration is not None and measured is not None and not reason:
     served = timing.note(calibration, measured)
   # The batches that certified: their programs are compiled.
-  reference = grid.in_bulk(fit.source if options.train_all else predictor.reference)
+  reference = grid.in_bulk(
+    fit.source if options.train_all else predictor.reference
+  )
   told = part(progress, 0.6, 0.8)
   full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
   levels, columns = (), (full,)
   if calibration is not None:
-    levels, model = tuple(grid.default_grid(predictor.options)), grid.in_bulk(predictor)
+    levels, model = (
+      tuple(grid.default_grid(predictor.options)),
+      grid.in_bulk(predictor),
+    )
     told, folder = part(progress, 0.8, 1.0), fit.work / "last"
-    columns += grid.on_grid(model, prompts, levels, folder, full=full, progress=told).records
+    columns += grid.on_grid(
+      model, prompts, levels, folder, full=full, progress=told
+    ).records
   early = columns[0 if served is None else 1 + levels.index(level)]
   given = predictor.vocabulary.piece, options.metric, predictor.eos_id
   shown = (
@@ -298,19 +354,30 @@ def look(
   return result, served
 
 
-def evaluate(fit: Fit, full: Sequence[Record], early: Sequence[Record]) -> result_lib.LastLook:
-  """The numbers of the last part at full depth and as it is served; the same: full depth."""
+def evaluate(
+  fit: Fit, full: Sequence[Record], early: Sequence[Record]
+) -> result_lib.LastLook:
+  """The numbers of the last part at full depth and as it is served; the same:
+  full depth.
+  """
   prompts, metric = fit.splits.last, metrics.get_metric(fit.options.metric)
 
   def quality(records: Sequence[Record]) -> result_lib.Mean | None:
     if not all(prompt.targets for prompt in prompts):
       return None
-    pairs = [(r.prediction, tuple(p.targets)) for r, p in zip(records, prompts, strict=True)]
+    pairs = [
+      (r.prediction, tuple(p.targets))
+      for r, p in zip(records, prompts, strict=True)
+    ]
     return result_lib.Mean.of(metrics.compute(metric, pairs))
 
   layers = outputs.mean_layers(early)
   if early is full:
     return result_lib.LastLook(quality(full), None, None, layers)
-  pair = generations.Generations(prompts, np.array([0.5]), (tuple(early),), tuple(full))
-  risk = result_lib.Mean.of(losses.prefix_losses(pair, fit.options.kind, metric=metric)[0])
+  pair = generations.Generations(
+    prompts, np.array([0.5]), (tuple(early),), tuple(full)
+  )
+  risk = result_lib.Mean.of(
+    losses.prefix_losses(pair, fit.options.kind, metric=metric)[0]
+  )
   return result_lib.LastLook(quality(full), quality(early), risk, layers)

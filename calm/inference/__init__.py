@@ -2,7 +2,12 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import grid, options, outputs, timing
-from calm.inference.options import LOOKED_UP, VERIFIED, DecodeOptions, options_of
+from calm.inference.options import (
+  LOOKED_UP,
+  VERIFIED,
+  DecodeOptions,
+  options_of,
+)
 from calm.inference.predictor import (
   CALIBRATION,
   FULL_DEPTH,

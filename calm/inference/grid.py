@@ -1,9 +1,11 @@
-"""Prompts x thresholds -> records, and the threshold that is certified on them (paper, section
+"""Prompts x thresholds -> records, and the threshold that is certified on them
+(paper, section
 4) before serving, or while serving.
 
-Prompts are encoded once for all thresholds. A sequence whose refused confidences all stay below
-the next threshold is the same there and is not decoded again, any other from the first token
-on where they do not (`reusable_tokens`).
+Prompts are encoded once for all thresholds. A sequence whose refused
+confidences all stay below the next threshold is the same there and is not
+decoded again, any other from the first token on where they do not
+(`reusable_tokens`).
 """
 
 import contextlib
@@ -48,14 +50,17 @@ silent: Report = lambda share, text: None
 
 def part(progress: Report, start: float, end: float, name: str = "") -> Report:
   """A step's progress as a part of the whole's, under its name."""
-  return lambda share, text: progress(start + share * (end - start), name + text)
+  return lambda share, text: progress(
+    start + share * (end - start), name + text
+  )
 
 
 class _Batch:
   """Prompts that are decoded together, threshold after threshold.
 
-  Where rows are steps of one loop, caches stay on the device: at a lower threshold a sequence
-  is the same up to the first token that would now leave earlier, and decoding goes on there.
+  Where rows are steps of one loop, caches stay on the device: at a lower
+  threshold a sequence is the same up to the first token that would now leave
+  earlier, and decoding goes on there.
   """
 
   def __init__(self, model: "Predictor", batch, ids: Sequence[str]):
@@ -68,7 +73,9 @@ class _Batch:
     return self._model.encode(self._batch)
 
   def decode(self, threshold: float) -> list[Record]:
-    """Every row's record at one threshold, some of them those of the threshold before."""
+    """Every row's record at one threshold, some of them those of the threshold
+    before.
+    """
     options, active = self._model.options, self._batch.active.copy()
     positions = jnp.arange(options.max_decode_length)
     # In float32, as the decoder has it.
@@ -88,20 +95,25 @@ class _Batch:
     else:
       generation = self._model.decode(self._encoded, active, threshold)
     self._last = [
-      record(self._model.output(generation, row), name) if active[row] else self._last[row]
+      record(self._model.output(generation, row), name)
+      if active[row]
+      else self._last[row]
       for row, name in enumerate(self._ids)
     ]
     return self._last
 
 
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
-  """Leading tokens of `record` that are the same when decoded with lower thresholds.
+  """Leading tokens of `record` that are the same when decoded with lower
+  thresholds.
 
-      the sequence is the same  iff  rejected_confidences[t] < new threshold, for all t
+      the sequence is the same  iff  rejected_confidences[t] < new threshold,
+      for all t
 
-  since then no earlier layer would exit now; up to the first t where this fails everything is
-  the same, caches included. Comparisons are in float32, as in the decoder. `thresholds` are the
-  schedule's values [length] at every generated token of the new setting.
+  since then no earlier layer would exit now; up to the first t where this fails
+  everything is the same, caches included. Comparisons are in float32, as in the
+  decoder. `thresholds` are the schedule's values [length] at every generated
+  token of the new setting.
   """
   refused = np.asarray(record.rejected_confidences or (), np.float32)
   exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
@@ -110,8 +122,16 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
 
 def record(output: outputs.Output, prompt_id: str) -> Record:
   """An output as a record on disk."""
-  names = ("tokens", "exit_layers", "confidences", "rejected_confidences", "score")
-  return Record(prompt_id, output.text, **{name: getattr(output, name) for name in names})
+  names = (
+    "tokens",
+    "exit_layers",
+    "confidences",
+    "rejected_confidences",
+    "score",
+  )
+  return Record(
+    prompt_id, output.text, **{name: getattr(output, name) for name in names}
+  )
 
 
 def generate(
@@ -129,18 +149,21 @@ def generate(
 
   Args:
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `generations.open_writer` with the same prompts and thresholds; or a dictionary
-      of {threshold: {id: record}}, which keeps them in memory.
-    full: [num_prompts] full-depth records of `model.reference`, written as they are; None
-      decodes them.
+    writer: from `generations.open_writer` with the same prompts and thresholds;
+      or a dictionary of {threshold: {id: record}}, which keeps them in memory.
+    full: [num_prompts] full-depth records of `model.reference`, written as they
+      are; None decodes them.
 
   Raises:
-    ValueError: the full-depth texts are another model's (`reference_digest`), not in `full`.
+    ValueError: the full-depth texts are another model's (`reference_digest`),
+      not in `full`.
   """
   if full is None and (digest := model.options.reference_digest) is not None:
     raise ValueError(
-      "Expected the full-depth texts of the model that was given, with which this promise"
-      f" compares, got none (parameters {digest[:12]}); set `reference_digest` None for a"
+      "Expected the full-depth texts of the model that was given, with which "
+      "this promise"
+      f" compares, got none (parameters {digest[:12]}); set "
+      "`reference_digest` None for a"
       " promise about this model's own full depth."
     )
   known = None if full is None else {record.id: record for record in full}
@@ -156,15 +179,27 @@ def generate(
           made = [known[i] for i in ids]
         elif place == 0 and (reference := model.reference) is not model:
           # A program that refuses nothing: no record follows from it.
-          given = reference.encode(batch), batch.active, NEVER_EXIT, exits.StaticExit()
+          given = (
+            reference.encode(batch),
+            batch.active,
+            NEVER_EXIT,
+            exits.StaticExit(),
+          )
           generation = reference.decode(*given)
-          made = [record(reference.output(generation, row), i) for row, i in enumerate(ids)]
+          made = [
+            record(reference.output(generation, row), i)
+            for row, i in enumerate(ids)
+          ]
         else:
           made = work.decode(threshold)
         if in_memory:
-          writer.setdefault(threshold, {}).update({each.id: each for each in made})
+          writer.setdefault(threshold, {}).update(
+            {each.id: each for each in made}
+          )
         else:
-          writer.append(threshold, [each for each in made if each.id not in done])
+          writer.append(
+            threshold, [each for each in made if each.id not in done]
+          )
       text = f"batch {number + 1} of {len(batches)}, threshold"
       share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
       progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")
@@ -179,8 +214,9 @@ def on_grid(
   full: Sequence[Record] | None = None,
   progress: Report = silent,
 ) -> generations.Generations:
-  """`generate` into a folder inside `folder`, named after the procedure, prompts and grid; a
-  finished run is read again."""
+  """`generate` into a folder inside `folder`, named after the procedure,
+  prompts and grid; a finished run is read again.
+  """
   procedure = model.procedure
   key = {
     "procedure": procedure.to_json(),
@@ -189,7 +225,9 @@ def on_grid(
     **({} if full is None else {"full": "static"}),
   }
   path = folder / f"{procedure.measure}-{storage.digest(key)}"
-  if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
+  if (path / generations.MANIFEST).exists() and generations.read_manifest(path)[
+    "checksums"
+  ]:
     return generations.load(path)
   return _in_folder(model, examples, thresholds, path, full, progress)
 
@@ -198,7 +236,11 @@ def _in_folder(
   model: "Predictor", prompts, thresholds, folder, full, progress
 ) -> generations.Generations:
   """`generate` into a folder, which is read back; None: a temporary one."""
-  place = tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder)
+  place = (
+    tempfile.TemporaryDirectory()
+    if folder is None
+    else contextlib.nullcontext(folder)
+  )
   with place as path:
     writer = generations.open_writer(
       path,
@@ -219,21 +261,32 @@ def with_rule(
   *,
   progress: Report = silent,
 ) -> tuple[Record, ...]:
-  """One record a prompt, in their order, of a rule (None: the model's own) at one threshold."""
-  report = lambda done, of: progress(done / max(of, 1), f"{done} of {of} prompts")
-  made = model.decode_texts([example.input for example in examples], threshold, rule, report)
-  return tuple(record(o, example.id) for o, example in zip(made, examples, strict=True))
+  """One record a prompt, in their order, of a rule (None: the model's own) at
+  one threshold.
+  """
+  report = lambda done, of: progress(
+    done / max(of, 1), f"{done} of {of} prompts"
+  )
+  made = model.decode_texts(
+    [example.input for example in examples], threshold, rule, report
+  )
+  return tuple(
+    record(o, example.id) for o, example in zip(made, examples, strict=True)
+  )
 
 
 def in_bulk(model: "Predictor") -> "Predictor":
-  """The same model for many prompts, where only the results count: twice the rows, one shape.
+  """The same model for many prompts, where only the results count: twice the
+  rows, one shape.
 
-  Where a text depends on the rows that are decoded with it, and so on its padding, other
-  batches would be another procedure's: the model as it is.
+  Where a text depends on the rows that are decoded with it, and so on its
+  padding, other batches would be another procedure's: the model as it is.
   """
   if model.batch_size_affects_output:
     return model
-  return model.with_options(batch_size=2 * model.options.batch_size).changed(one_shape=True)
+  return model.with_options(batch_size=2 * model.options.batch_size).changed(
+    one_shape=True
+  )
 
 
 # ---- Certified on a grid
@@ -260,27 +313,36 @@ def certify(
   full: Sequence[Record] | None = None,
   progress: Report = silent,
 ) -> tuple[Calibration, generations.Generations]:
-  """Decodes prompts at full depth and over a grid, and calibrates the threshold on them.
+  """Decodes prompts at full depth and over a grid, and calibrates the threshold
+  on them.
 
-  Arguments are those of `Predictor.calibrate`, and `full`: [num_prompts] full-depth records, if
-  they are known. Returns the calibration, and the generations that it was made from.
+  Arguments are those of `Predictor.calibrate`, and `full`: [num_prompts]
+  full-depth records, if they are known. Returns the calibration, and the
+  generations that it was made from.
 
   Raises:
-    ValueError: too few prompts for any threshold (says how many are needed), or prompts without
-      references for 'risk'. Nothing is decoded then.
+    ValueError: too few prompts for any threshold (says how many are needed), or
+      prompts without references for 'risk'. Nothing is decoded then.
   """
   prompts, kind = prompt_files.prompts_of(prompts), KINDS[consistency]
   support, unit = sequence_losses.kind_support(kind, metric), "prompts"
   if (count := len(set(clusters.prompt_clusters(prompts)))) < len(prompts):
     # Means of several losses of 0 or 1 are neither.
-    support, unit = dataclasses.replace(support, binary=False), "clusters of prompts"
-  if refusal := planning.refusal(count, tolerance, error_rate, support=support, unit=unit):
+    support, unit = (
+      dataclasses.replace(support, binary=False),
+      "clusters of prompts",
+    )
+  if refusal := planning.refusal(
+    count, tolerance, error_rate, support=support, unit=unit
+  ):
     raise ValueError(refusal)
   bare = [prompt.id for prompt in prompts if not prompt.targets]
   if kind != "textual" and bare:
     raise ValueError(
-      "Expected prompts with references (`targets`) for `consistency` 'risk', got"
-      f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
+      "Expected prompts with references (`targets`) for `consistency` "
+      "'risk', got"
+      f" {len(bare)} without, first {bare[:3]}; take 'textual', or give "
+      "references."
     )
   levels = thresholds or default_grid(model.options)
   cached = _in_folder(model, prompts, levels, folder, full, progress)
@@ -296,10 +358,13 @@ def serve_online(
   progress: Any,
   parts: Any = None,
 ) -> outputs.Outputs:
-  """Texts at the threshold of a state, which learns from those of them that it draws."""
+  """Texts at the threshold of a state, which learns from those of them that it
+  draws.
+  """
   if online.about.get("procedure") != model.procedure.digest():
     raise ValueError(
-      "Expected `online` to be a state of this model under these options, got another's;"
+      "Expected `online` to be a state of this model under these options, "
+      "got another's;"
       " open it with `Predictor.online`."
     )
   names = [clusters.fold_text(text) for text in texts] if ids is None else ids
@@ -317,16 +382,25 @@ def serve_online(
   return dataclasses.replace(made, guarantee=online.guarantee if held else None)
 
 
-def observe(model: "Predictor", online: Online, texts: Mapping[str, str]) -> None:
-  """Decodes drawn prompts at full depth and at open thresholds, for their textual losses."""
+def observe(
+  model: "Predictor", online: Online, texts: Mapping[str, str]
+) -> None:
+  """Decodes drawn prompts at full depth and at open thresholds, for their
+  textual losses.
+  """
   levels = max((online.wanted(name) for name in texts), key=len)
-  prompts = tuple(Prompt(f"{row}", text) for row, text in enumerate(texts.values()))
+  prompts = tuple(
+    Prompt(f"{row}", text) for row, text in enumerate(texts.values())
+  )
   columns: dict[float, dict[str, Record]] = {}
   generate(model, prompts, levels, columns)
   full, *early = (
-    tuple(columns[level][prompt.id] for prompt in prompts) for level in (NEVER_EXIT, *levels)
+    tuple(columns[level][prompt.id] for prompt in prompts)
+    for level in (NEVER_EXIT, *levels)
   )
   made = generations.Generations(prompts, np.array(levels), tuple(early), full)
-  losses = sequence_losses.prefix_losses(made, "textual", metric=online.about["metric"])
+  losses = sequence_losses.prefix_losses(
+    made, "textual", metric=online.about["metric"]
+  )
   for name, row in zip(texts, np.stack(losses, axis=1).tolist(), strict=True):
     online.observe(name, dict(zip(levels, row, strict=True)))

@@ -1,4 +1,6 @@
-"""Texts of a few prompts at every threshold, on a page where a tolerance is dragged."""
+"""Texts of a few prompts at every threshold, on a page where a tolerance is
+dragged.
+"""
 
 import dataclasses
 import math
@@ -6,7 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from calm import storage
-from calm.calibrate import Prompt, Record, SequenceLosses, calibrate, metrics, thresholds
+from calm.calibrate import (
+  Prompt,
+  Record,
+  SequenceLosses,
+  calibrate,
+  metrics,
+  thresholds,
+)
 from calm.console import sanitize
 from calm.inference import outputs
 
@@ -23,7 +32,8 @@ class Level:
   confidences: tuple[float, ...]  # confidence at each exit
   layers: float  # mean decoder layers a token
   distance: float  # D, 1 - metric against the full model's text
-  risk_difference: float  # R(early) - R(full) against the references, R = 1 - metric
+  # R(early) - R(full) against the references, R = 1 - metric
+  risk_difference: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +49,31 @@ class ShownPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """A few prompts under one measure, and what is certified at which tolerance."""
+  """A few prompts under one measure, and what is certified at which
+  tolerance.
+  """
 
   measure: str  # confidence measure
-  thresholds: tuple[float, ...]  # descending, from `NEVER_EXIT`, the full model, on
+  # descending, from `NEVER_EXIT`, the full model, on
+  thresholds: tuple[float, ...]
   items: tuple[ShownPrompt, ...]
   error_rate: float  # epsilon of each tolerance by itself
-  # (delta, position of the threshold that is certified for it; 0 where none is), ascending.
+  # (delta, position of the threshold that is certified for it; 0 where none
+  # is), ascending.
   promised: tuple[tuple[float, int], ...]
   first: int  # position in `promised` of the tolerance that is shown first
 
   @property
   def data(self) -> dict[str, Any]:
-    """The sliders' numbers, without the prompts, which stand on the page already."""
+    """The sliders' numbers, without the prompts, which stand on the page
+    already.
+    """
     return {
       "thresholds": list(map(threshold, self.thresholds)),
       "first": self.first,
-      "promised": [[delta, at, self.promise_text(delta, at)] for delta, at in self.promised],
+      "promised": [
+        [delta, at, self.promise_text(delta, at)] for delta, at in self.promised
+      ],
       "items": [storage.to_json(item.levels) for item in self.items],
     }
 
@@ -64,7 +82,8 @@ class Panel:
     if not at:
       return f"δ = {tolerance:g}: nothing is certified, the full model serves"
     return (
-      f"δ = {tolerance:g}: at threshold {threshold(self.thresholds[at])} the mean loss is"
+      f"δ = {tolerance:g}: at threshold {threshold(self.thresholds[at])} the "
+      "mean loss is"
       f" at most {tolerance:g}, with probability {1.0 - self.error_rate:.10g}"
     )
 
@@ -72,10 +91,16 @@ class Panel:
 def promised(
   losses: SequenceLosses, error_rate: float, tolerances: Sequence[float]
 ) -> tuple[tuple[float, int], ...]:
-  """`Panel.promised` of losses on a grid; each tolerance is tested by itself."""
+  """`Panel.promised` of losses on a grid; each tolerance is tested by
+  itself.
+  """
   levels = [thresholds.NEVER_EXIT, *losses.thresholds.tolist()]
-  certified = lambda tolerance: calibrate(losses, tolerance=tolerance, error_rate=error_rate)
-  return tuple((t, levels.index(certified(t).threshold)) for t in sorted({*tolerances}))
+  certified = lambda tolerance: calibrate(
+    losses, tolerance=tolerance, error_rate=error_rate
+  )
+  return tuple(
+    (t, levels.index(certified(t).threshold)) for t in sorted({*tolerances})
+  )
 
 
 def shown_prompt(
@@ -85,14 +110,20 @@ def shown_prompt(
   metric: metrics.MetricLike,
   eos_id: int,
 ) -> ShownPrompt:
-  """The outputs of one prompt, of which the first is the full model's; `piece` is the text of a
-  token."""
+  """The outputs of one prompt, of which the first is the full model's; `piece`
+  is the text of a token.
+  """
   full, metric = records[0], metrics.get_metric(metric)
-  against = lambda text: metric(text, prompt.targets) if prompt.targets else float("nan")
+  against = lambda text: (
+    metric(text, prompt.targets) if prompt.targets else float("nan")
+  )
   levels = []
   for record in records:
     layers, tokens = record.exit_layers or (), record.tokens or ()
-    pieces = ["⏎" if token == eos_id else outputs.printable(piece(token)) for token in tokens]
+    pieces = [
+      "⏎" if token == eos_id else outputs.printable(piece(token))
+      for token in tokens
+    ]
     pieces[:1] = [first.lstrip(" ") for first in pieces[:1]]
     levels.append(
       Level(
@@ -105,17 +136,23 @@ def shown_prompt(
       )
     )
   reference = prompt.targets[0] if prompt.targets else ""
-  return ShownPrompt(prompt.id, prompt.input, reference, full.prediction, tuple(levels))
+  return ShownPrompt(
+    prompt.id, prompt.input, reference, full.prediction, tuple(levels)
+  )
 
 
 def environment(package: str, num_layers: int) -> Any:
-  """A Jinja environment for the templates of a package, which may include `panel.*`.
+  """A Jinja environment for the templates of a package, which may include
+  `panel.*`.
 
   Text of others is shown with its control and direction marks visible.
   """
   import jinja2  # of the extras 'train' and 'report'
 
-  loaders = [jinja2.PackageLoader(name, "templates") for name in (package, "calm.inference")]
+  loaders = [
+    jinja2.PackageLoader(name, "templates")
+    for name in (package, "calm.inference")
+  ]
   made = jinja2.Environment(
     loader=jinja2.ChoiceLoader(loaders),
     autoescape=True,
@@ -126,7 +163,9 @@ def environment(package: str, num_layers: int) -> Any:
   )
   scale = enumerate(outputs.scale(num_layers), start=1)
   made.filters |= {"number": number, "threshold": threshold}
-  made.globals["palette"] = [(n, back, outputs.text_colour(back)) for n, back in scale]
+  made.globals["palette"] = [
+    (n, back, outputs.text_colour(back)) for n, back in scale
+  ]
   return made
 
 
@@ -137,4 +176,8 @@ def number(value: float, digits: int = 2) -> str:
 
 def threshold(value: float) -> str:
   """A threshold, short; `never` for the full model."""
-  return thresholds.NEVER_EXIT_TEXT if value == thresholds.NEVER_EXIT else f"{value:.4g}"
+  return (
+    thresholds.NEVER_EXIT_TEXT
+    if value == thresholds.NEVER_EXIT
+    else f"{value:.4g}"
+  )

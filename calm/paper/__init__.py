@@ -1,1 +1,3 @@
-"""The paper's tables and figures: `experiments` measures on a `bench`, `sections` draws."""
+"""The paper's tables and figures: `experiments` measures on a `bench`,
+`sections` draws.
+"""

@@ -1,5 +1,6 @@
-"""Figures, in styles that print and colour-vision deficiencies survive, and tables: as one HTML
-file that needs no network, and as files."""
+"""Figures, in styles that print and colour-vision deficiencies survive, and
+tables: as one HTML file that needs no network, and as files.
+"""
 
 import csv
 import dataclasses
@@ -59,7 +60,9 @@ class Figure:
 
   @property
   def inline(self) -> str:
-    """The SVG element with the page's colours and ids that no other figure has."""
+    """The SVG element with the page's colours and ids that no other figure
+    has.
+    """
     svg = self.svg[self.svg.index("<svg") :]
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -70,8 +73,8 @@ class Figure:
     return svg
 
 
-# Series -> (colour, marker, line). The nine colours stay apart for deuteranopes and protanopes,
-# on light and on dark pages.
+# Series -> (colour, marker, line). The nine colours stay apart for deuteranopes
+# and protanopes, on light and on dark pages.
 STYLES: Mapping[str, tuple[str, str, str]] = {
   "softmax": ("#0077aa", "o", "-"),
   "shortlist": ("#8844ff", "D", "--"),
@@ -111,8 +114,13 @@ def curve_series(
 ) -> list[Series]:
   """Every curve by two fields of its points; shares as hundredths."""
   scale = {"layers": 1.0, "seconds": 1e3, "quality": 100, "similarity": 100}
-  values = lambda points, field: [scale[field] * getattr(point, field) for point in points]
-  return [Series(name, values(made, x), values(made, y)) for name, made in curves.items()]
+  values = lambda points, field: [
+    scale[field] * getattr(point, field) for point in points
+  ]
+  return [
+    Series(name, values(made, x), values(made, y))
+    for name, made in curves.items()
+  ]
 
 
 def draw(
@@ -123,15 +131,23 @@ def draw(
   series: Iterable[Series],
   adjust: Callable[[mpl_axes.Axes], Any] = lambda axes: None,
 ) -> Figure:
-  """A figure of one panel; `labels` are those of x and y, `adjust` comes last."""
-  title = sanitize(title[:1].upper() + title[1:] if title[:1].isascii() else title)
+  """A figure of one panel; `labels` are those of x and y, `adjust` comes
+  last.
+  """
+  title = sanitize(
+    title[:1].upper() + title[1:] if title[:1].isascii() else title
+  )
   with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
     figure = mpl_figure.Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     others = itertools.cycle(_OTHERS)
     for each in series:
       colour, marker, line = STYLES.get(each.name) or next(others)
-      look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line}
+      look: dict[str, Any] = {
+        "color": colour,
+        "marker": marker,
+        "linestyle": line,
+      }
       look |= {"markersize": 11} if marker == "*" else {}
       look |= {"label": series_title(each.name), **each.options}
       bars = each.ends and np.abs(np.transpose(each.ends) - np.asarray(each.y))
@@ -141,18 +157,26 @@ def draw(
     adjust(axes)
     handles, names = axes.get_legend_handles_labels()
     if len(handles) > 1:
-      figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(handles)))
+      figure.legend(
+        handles, names, loc="outside lower center", ncols=min(3, len(handles))
+      )
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     lines = textwrap.fill(title, _TITLE_COLUMNS)
-    figure.suptitle(lines, x=0.02, ha="left", fontsize=10, fontweight="bold", parse_math=False)
-    figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    figure.suptitle(
+      lines, x=0.02, ha="left", fontsize=10, fontweight="bold", parse_math=False
+    )
+    figure.savefig(
+      png, format="png", dpi=160, facecolor="white", metadata={"Software": None}
+    )
   return Figure(name, title, caption, svg.getvalue(), png.getvalue())
 
 
 def full_depth(axes: mpl_axes.Axes, full: experiments.Point) -> None:
   """The full model's quality and its 95 % interval, as a line and a band."""
-  low, high = experiments.normal_interval(100.0 * full.quality, 100.0 * full.quality_error)
+  low, high = experiments.normal_interval(
+    100.0 * full.quality, 100.0 * full.quality_error
+  )
   axes.axhline(100.0 * full.quality, color=INK, linewidth=0.8, linestyle=":")
   if not math.isnan(low):
     axes.axhspan(low, high, color=INK, alpha=0.07, linewidth=0)
@@ -171,7 +195,8 @@ class Table:
   columns: tuple[str, ...]  # heads
   rows: tuple[tuple[str, ...], ...]  # cells, as many as heads in each
   note: str = ""  # how to read it
-  text_columns: int = 1  # columns that hold words, aligned left, from the first on
+  # columns that hold words, aligned left, from the first on
+  text_columns: int = 1
 
   @property
   def csv(self) -> str:
@@ -214,7 +239,8 @@ class Page:
   """A whole report."""
 
   title: str  # of the page
-  facts: tuple[tuple[str, str], ...]  # (name, value) about the model, machine and command
+  # (name, value) about the model, machine and command
+  facts: tuple[tuple[str, str], ...]
   sections: Sequence[Section]  # in the order of reading
   num_layers: int  # decoder layers of the model, for the colours
   # (speed-up, the result in a sentence) of each task, under the title.
@@ -222,14 +248,20 @@ class Page:
 
 
 def render(page: Page) -> str:
-  """The page as HTML; text of others is shown with its control and direction marks visible."""
+  """The page as HTML; text of others is shown with its control and direction
+  marks visible.
+  """
   environment = panel.environment("calm.paper", page.num_layers)
-  environment.filters["inline"] = lambda figure: markupsafe.Markup(figure.inline)
+  environment.filters["inline"] = lambda figure: markupsafe.Markup(
+    figure.inline
+  )
   return environment.get_template("page.html.j2").render(page=page)
 
 
 def write(output: pathlib.Path, page: Page) -> str:
-  """Writes index.html, figures/ and tables/; returns a sentence that says so."""
+  """Writes index.html, figures/ and tables/; returns a sentence that says
+  so.
+  """
   drawn = [figure for section in page.sections for figure in section.figures]
   tables = [table for section in page.sections for table in section.tables]
   files: dict[str, str | bytes] = {"index.html": render(page)}
@@ -240,4 +272,6 @@ def write(output: pathlib.Path, page: Page) -> str:
   for name, content in files.items():
     (output / name).parent.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(output / name, content)
-  return f"{len(drawn)} figures, {len(tables)} tables and one page are in {output}"
+  return (
+    f"{len(drawn)} figures, {len(tables)} tables and one page are in {output}"
+  )

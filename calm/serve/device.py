@@ -1,4 +1,6 @@
-"""The threads that own the device: a bounded queue of prompts, batches of compiled shapes."""
+"""The threads that own the device: a bounded queue of prompts, batches of
+compiled shapes.
+"""
 
 import collections
 import dataclasses
@@ -24,9 +26,11 @@ from calm.inference import grid, outputs
 from calm.t5 import platforms
 
 FIRST_TOKENS = 8  # of a batch that is timed before it serves
-PART = 0.02  # seconds of a part of a stream; the first is a token where texts last longer
+# seconds of a part of a stream; the first is a token where texts last longer
+PART = 0.02
 LEAST_GAIN = 1.15  # of texts a second, by twice as many threads
-MOST_UNCHECKED = 100  # last prompts that there was no time yet to draw from for checks
+# last prompts that there was no time yet to draw from for checks
+MOST_UNCHECKED = 100
 MOST_POINTS = 1000  # of the page's history
 FULL_DEPTH = "The full model is used; no guarantee is needed."
 NOTHING = outputs.Output("", (), (), (), (), (), 0.0, 0)
@@ -46,7 +50,9 @@ class Part:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """One prompt; `tokens` have task prefix and EOS, `threshold` None is the served one."""
+  """One prompt; `tokens` have task prefix and EOS, `threshold` None is the
+  served one.
+  """
 
   prompt: str
   tokens: Sequence[int]
@@ -54,20 +60,28 @@ class Job:
   limit: int  # most tokens
   stop: Sequence[str]  # texts that end the output, which is cut before them
   stream: bool = False  # parts are wanted before the end
-  # Called in a thread of the device, at last with what went wrong, if something did.
+  # Called in a thread of the device, at last with what went wrong, if something
+  # did.
   deliver: Callable[[Part | Exception], None] = lambda part: None
   gone: bool = False  # nobody waits any more
 
-  def visible(self, output: outputs.Output, text: str) -> tuple[str, str | None]:
-    """The text that the client may have after `text`, and why it ended, if it has."""
+  def visible(
+    self, output: outputs.Output, text: str
+  ) -> tuple[str, str | None]:
+    """The text that the client may have after `text`, and why it ended, if it
+    has.
+    """
     whole, ends = output.text, output.tokens[-1:] == (output.eos_id,)
     if places := [at for stop in self.stop if (at := whole.find(stop)) >= 0]:
       return whole[: min(places)], "stop_sequence"
     if ends or len(output.tokens) >= self.limit:
       return whole, "stop" if ends else "length"
-    whole = whole.rstrip("\ufffd ")  # a character may lack bytes, a space its word
+    # a character may lack bytes, a space its word
+    whole = whole.rstrip("\ufffd ")
     begun = (stop[:n] for stop in self.stop for n in range(len(stop)))
-    held = max((len(start) for start in begun if whole.endswith(start)), default=0)
+    held = max(
+      (len(start) for start in begun if whole.endswith(start)), default=0
+    )
     whole = whole[: len(whole) - held]
     return whole if whole.startswith(text) else text, None
 
@@ -76,11 +90,13 @@ class Device(threading.Thread):
   """Decodes what is submitted.
 
   Args:
-    threshold: what is served without `online`, a state that calibrates while it serves.
+    threshold: what is served without `online`, a state that calibrates while it
+      serves.
     most_waiting: prompts that may wait.
     console: where reports go.
     ended: called where a thread ended by an error, `failed`.
-    workers: threads that decode at the same time; None: as many as were measured to pay.
+    workers: threads that decode at the same time; None: as many as were
+      measured to pay.
   """
 
   def __init__(
@@ -99,26 +115,44 @@ class Device(threading.Thread):
     self._threshold, self._ended = threshold, ended
     self._console = console or rich_console.Console(quiet=True)
     self.say = functools.partial(print_text, self._console, soft_wrap=True)
-    self.ready, self.compiled = False, (0, 1)  # (programs that are compiled, of how many)
+    # (programs that are compiled, of how many)
+    self.ready, self.compiled = False, (0, 1)
     self.failed: BaseException | None = None
     # (served prompts, threshold, layers a token) of the last batches.
-    self.history = collections.deque[tuple[int, float, float]](maxlen=MOST_POINTS)
+    self.history = collections.deque[tuple[int, float, float]](
+      maxlen=MOST_POINTS
+    )
     self.waiting: list[Job] = []
     self._unchecked = collections.deque[str](maxlen=MOST_UNCHECKED)
     self._stopping, self._condition = False, threading.Condition()
-    self._seconds: dict[tuple[int, int], float] = {}  # of the first tokens, by shape
-    # Seconds of the last batches, by their shape and whether they were at full depth.
-    self._spent = collections.defaultdict(lambda: collections.deque[float](maxlen=20))
+    # of the first tokens, by shape
+    self._seconds: dict[tuple[int, int], float] = {}
+    # Seconds of the last batches, by their shape and whether they were at full
+    # depth.
+    self._spent = collections.defaultdict(
+      lambda: collections.deque[float](maxlen=20)
+    )
     options, most = model.options, model.options.max_input_length
-    # A batch's shape may be part of the procedure; not of an encoder in 8 bits that packs: its
-    # prompts get what they get alone.
+    # A batch's shape may be part of the procedure; not of an encoder in 8 bits
+    # that packs: its prompts get what they get alone.
     self._whole, size = model.batch_size_affects_output, options.batch_size
     if self._whole and model.packs:
-      self._whole, size = size > 1, max(size, inference.DecodeOptions.batch_size)
-    self._sizes = (size,) if self._whole else tuple(sorted({1, max(1, size // 2), size}))
-    # Rows of a batch that is decoded in one go; none where texts come in stages.
-    self._alone = 1 if len(program.stage_lengths(options.max_decode_length)) == 1 else 0
-    self._lengths = [*(b for b in prompt_batches.INPUT_BUCKETS if b < most), most]
+      self._whole, size = (
+        size > 1,
+        max(size, inference.DecodeOptions.batch_size),
+      )
+    self._sizes = (
+      (size,) if self._whole else tuple(sorted({1, max(1, size // 2), size}))
+    )
+    # Rows of a batch that is decoded in one go; none where texts come in
+    # stages.
+    self._alone = (
+      1 if len(program.stage_lengths(options.max_decode_length)) == 1 else 0
+    )
+    self._lengths = [
+      *(b for b in prompt_batches.INPUT_BUCKETS if b < most),
+      most,
+    ]
 
   @property
   def threshold(self) -> float:
@@ -129,11 +163,19 @@ class Device(threading.Thread):
     """What holds of texts at a threshold; None: nothing."""
     if threshold == NEVER_EXIT:
       return FULL_DEPTH
-    made = self.online or (None if self.model.platform_mismatch else self.model.calibration)
-    return made.guarantee if made is not None and made.threshold == threshold else None
+    made = self.online or (
+      None if self.model.platform_mismatch else self.model.calibration
+    )
+    return (
+      made.guarantee
+      if made is not None and made.threshold == threshold
+      else None
+    )
 
   def submit(self, jobs: Sequence[Job]) -> bool:
-    """Queues prompts, unless there is no room for all of them; whether there was."""
+    """Queues prompts, unless there is no room for all of them; whether there
+    was.
+    """
     with self._condition:
       self.waiting = [job for job in self.waiting if not job.gone]
       if self._stopping or len(self.waiting) + len(jobs) > self.most_waiting:
@@ -143,7 +185,9 @@ class Device(threading.Thread):
       return True
 
   def stop(self) -> None:
-    """Lets the threads end with the queue, or between two programs; `join` waits for them."""
+    """Lets the threads end with the queue, or between two programs; `join`
+    waits for them.
+    """
     with self._condition:
       self._stopping = True
       self._condition.notify_all()
@@ -175,14 +219,18 @@ class Device(threading.Thread):
     if self.online is not None:
       self.online.give_up()
     model, full, start = self.model, self.model.reference, time.monotonic()
-    shapes = [(size, length) for length in self._lengths for size in self._sizes]
+    shapes = [
+      (size, length) for length in self._lengths for size in self._sizes
+    ]
     with Progress(self._console) as progress:
       for number, shape in enumerate(shapes):
         batch = self._batch([], *shape)
         for made, level in ((full, NEVER_EXIT), (model, 1.0)):
           if self._stopping:
             return
-          for rule in set(self._rules(level)) if len(batch.tokens) == self._alone else ():
+          for rule in (
+            set(self._rules(level)) if len(batch.tokens) == self._alone else ()
+          ):
             made.expect_drafts()
             made.decode(made.encode(batch), batch.active, level, rule)
           run = functools.partial(self._begin, made, batch, level)
@@ -190,19 +238,37 @@ class Device(threading.Thread):
           spent = timeit.repeat(run, number=1, repeat=3)
           self._seconds[shape] = min(spent)
         if self.online is not None and len(batch.tokens) == 1:
-          model.resume(model.encode(batch), None, batch.active, 1.0, np.zeros(1))
+          model.resume(
+            model.encode(batch), None, batch.active, 1.0, np.zeros(1)
+          )
         self.compiled = number + 1, len(shapes)
         progress.count("shapes of batches")(*self.compiled)
     middle = self._lengths[len(self._lengths) // 2]
-    batches = [self._batch([], size, middle) for size in {self._sizes[0], self._sizes[-1]}]
-    begins = (functools.partial(self._begin, model, batch, 1.0) for batch in batches)
+    batches = [
+      self._batch([], size, middle)
+      for size in {self._sizes[0], self._sizes[-1]}
+    ]
+    begins = (
+      functools.partial(self._begin, model, batch, 1.0) for batch in batches
+    )
     self.workers = self.workers or max(map(workers_that_pay, begins))
     self.ready, level = True, thresholds.format_threshold(self.threshold)
-    spent = f"programs took {time.monotonic() - start:.1f} s, decoding threads {self.workers}"
+    spent = (
+      f"programs took {time.monotonic() - start:.1f} s, decoding threads "
+      f"{self.workers}"
+    )
     self.say(f"Ready: {spent}; threshold {level}.")
-    self.say(self.guarantee(self.threshold) or "No guarantee: nothing was calibrated.")
+    self.say(
+      self.guarantee(self.threshold) or "No guarantee: nothing was calibrated."
+    )
 
-  def _begin(self, model: inference.Predictor, batch, level: float, count: int = FIRST_TOKENS):
+  def _begin(
+    self,
+    model: inference.Predictor,
+    batch,
+    level: float,
+    count: int = FIRST_TOKENS,
+  ):
     given = model.encode(batch), batch.active, level, self._rules(level)[0]
     collections.deque(model.stream(*given, ends=[count]), maxlen=0)
 
@@ -211,7 +277,11 @@ class Device(threading.Thread):
 
     def due() -> bool:
       self.waiting = [job for job in self.waiting if not job.gone]
-      return bool(self.waiting or self._stopping or (self._unchecked and not self._checking))
+      return bool(
+        self.waiting
+        or self._stopping
+        or (self._unchecked and not self._checking)
+      )
 
     with self._condition:
       self._condition.wait_for(due)
@@ -221,22 +291,33 @@ class Device(threading.Thread):
         self._checking = True
         return []
       first, length = self.waiting[0], self._length(self.waiting[0])
-      lengths = {length} if self._whole else {n for n in self._lengths if n <= 2 * length}
-      near = lambda job: job.threshold == first.threshold and self._length(job) in lengths
+      lengths = (
+        {length}
+        if self._whole
+        else {n for n in self._lengths if n <= 2 * length}
+      )
+      near = lambda job: (
+        job.threshold == first.threshold and self._length(job) in lengths
+      )
       batch = [job for job in self.waiting if near(job)][: self._sizes[-1]]
       # Few may take less one after another.
       each = lambda size: self._expected(first, size) / min(size, len(batch))
-      batch = batch[: min((n for n in self._sizes if n <= self._size(batch)), key=each)]
+      batch = batch[
+        : min((n for n in self._sizes if n <= self._size(batch)), key=each)
+      ]
       self.waiting = [job for job in self.waiting if job not in batch]
       return batch
 
   def _expected(self, first: Job, size: int) -> float:
-    """Seconds of a batch that begins with this prompt, by those served, as one lasts as long as
-    its longest text, and by the first tokens, which last less: every size is tried."""
+    """Seconds of a batch that begins with this prompt, by those served, as one
+    lasts as long as its longest text, and by the first tokens, which last less:
+    every size is tried.
+    """
     length, full = self._length(first), self._level(first) == NEVER_EXIT
     begun = self._seconds.get((size, length), math.inf)
     seconds = sorted([begun, *self._spent[size, length, full]])
-    # The slowest tenth may have waited for the machine: one pause is worth ten batches.
+    # The slowest tenth may have waited for the machine: one pause is worth ten
+    # batches.
     return float(np.mean(seconds[: max(1, len(seconds) * 9 // 10)]))
 
   def _level(self, job: Job) -> float:
@@ -248,7 +329,9 @@ class Device(threading.Thread):
   def _length(self, job: Job) -> int:
     return prompt_batches.bucket_length(len(job.tokens), self._lengths[-1])
 
-  def _batch(self, jobs: Sequence[Job], size: int, length: int) -> prompt_batches.PromptBatch:
+  def _batch(
+    self, jobs: Sequence[Job], size: int, length: int
+  ) -> prompt_batches.PromptBatch:
     tokens = np.zeros((size, length), np.int32)
     for row, job in enumerate(jobs):
       tokens[row, : len(job.tokens)] = job.tokens
@@ -257,9 +340,13 @@ class Device(threading.Thread):
     return prompt_batches.PromptBatch(np.arange(len(jobs)), tokens, active)
 
   def _rules(self, level: float) -> tuple[exits.Rule | None, exits.Rule | None]:
-    """Of a batch, and of a prompt alone: drafts, where they were measured to be faster."""
+    """Of a batch, and of a prompt alone: drafts, where they were measured to be
+    faster.
+    """
     full = exits.StaticExit()
-    return (full, self.model.exact or full) if level == NEVER_EXIT else (None, None)
+    return (
+      (full, self.model.exact or full) if level == NEVER_EXIT else (None, None)
+    )
 
   def _serve(self, batch: Sequence[Job]) -> None:
     start, level = time.perf_counter(), self._level(batch[0])
@@ -284,14 +371,18 @@ class Device(threading.Thread):
   def _decode(
     self, jobs: Sequence[Job], level: float
   ) -> Iterator[tuple[Job, outputs.Output, str, str | None]]:
-    """(job, output, text, reason) of rows that end, and of parts of those that are streamed."""
+    """(job, output, text, reason) of rows that end, and of parts of those that
+    are streamed.
+    """
     model = self.model.reference if level == NEVER_EXIT else self.model
     size = self._size(jobs)
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
     encoded, (rule, alone) = model.encode(batch), self._rules(level)
     ends = [limit := max(job.limit for job in jobs)]
     if any(job.stream for job in jobs):
-      every = max(1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape]))
+      every = max(
+        1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape])
+      )
       begin = 1 if self._expected(jobs[0], size) > PART else every
       ends = [*range(begin, limit, every), limit]
     if size == self._alone and ends == [model.options.max_decode_length]:
@@ -302,8 +393,12 @@ class Device(threading.Thread):
     for made in parts:
       for row, before in list(left.items()):
         job = jobs[row]
-        within = made.exit_layers * (np.arange(made.exit_layers.shape[1]) < job.limit)
-        output = model.output(dataclasses.replace(made, exit_layers=within), row)
+        within = made.exit_layers * (
+          np.arange(made.exit_layers.shape[1]) < job.limit
+        )
+        output = model.output(
+          dataclasses.replace(made, exit_layers=within), row
+        )
         left[row], reason = job.visible(output, before)
         if reason or job.stream:
           yield job, output, left[row], reason
@@ -313,7 +408,9 @@ class Device(threading.Thread):
         return
 
   def _check(self, prompt: str) -> None:
-    """Decodes a prompt, if it is drawn, at full depth and at every open threshold."""
+    """Decodes a prompt, if it is drawn, at full depth and at every open
+    threshold.
+    """
     assert self.online is not None
     try:
       if self.online.should_check(name := clusters.fold_text(prompt)):
@@ -323,14 +420,22 @@ class Device(threading.Thread):
 
 
 def workers_that_pay(decode: Callable[[], Any]) -> int:
-  """Threads that give the most texts a second together, at most one a core: products of a small
-  model keep one core busy, those of a larger one keep them all. `decode` decodes a batch."""
+  """Threads that give the most texts a second together, at most one a core:
+  products of a small model keep one core busy, those of a larger one keep them
+  all. `decode` decodes a batch.
+  """
   most, count = os.cpu_count() or 1 if platforms.is_cpu() else 1, 1
   with futures.ThreadPoolExecutor(most) as pool:
-    run = lambda count: futures.wait([pool.submit(decode) for _ in range(count)])
-    seconds = lambda count: timeit.timeit(functools.partial(run, count), number=1)
+    run = lambda count: futures.wait(
+      [pool.submit(decode) for _ in range(count)]
+    )
+    seconds = lambda count: timeit.timeit(
+      functools.partial(run, count), number=1
+    )
     turns = lambda n: range(max(3, min(20, round(1.0 / seconds(n)))))
-    gain = lambda n: np.median([2.0 * seconds(n) / seconds(2 * n) for _ in turns(n)])
+    gain = lambda n: np.median(
+      [2.0 * seconds(n) / seconds(2 * n) for _ in turns(n)]
+    )
     while 2 * count <= most and gain(count) >= LEAST_GAIN:
       count *= 2
   return count

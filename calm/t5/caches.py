@@ -1,4 +1,6 @@
-"""Where keys and values lie: self-attention caches, and cross-attention once a prompt."""
+"""Where keys and values lie: self-attention caches, and cross-attention once a
+prompt.
+"""
 
 from collections.abc import Sequence
 
@@ -16,9 +18,11 @@ from calm.t5.eight_bits import EightBits
 
 @struct.dataclass
 class Cache:
-  """Keys and values of one layer, of its self-attention or of a prompt: [batch, heads, length,
-  head_dim]; where `platforms.merged_heads`, [batch, length, heads * head_dim]. With the length
-  last, writing one position takes ten times as long."""
+  """Keys and values of one layer, of its self-attention or of a prompt: [batch,
+  heads, length, head_dim]; where `platforms.merged_heads`, [batch, length,
+  heads * head_dim]. With the length last, writing one position takes ten times
+  as long.
+  """
 
   keys: jax.Array
   values: jax.Array
@@ -40,18 +44,27 @@ def cross_attention_inputs(
   encoder_input_tokens: Int[Array, "batch input_length"],
   packed: network.Packed | None = None,
 ) -> Encoded:
-  """Every decoder layer's cross-attention keys and values, once a prompt, of states as
-  `network.encode` makes them."""
+  """Every decoder layer's cross-attention keys and values, once a prompt, of
+  states as `network.encode` makes them.
+  """
   heads, head_dim = config.num_heads, config.head_dim
   batch, length = encoder_input_tokens.shape
   matrices = weights.cross_key_value
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
   encoded, cross = encoded.astype(config.dtype), []
-  tiled = all(isinstance(matrix, EightBits) and matrix.tiled for matrix in matrices)
+  tiled = all(
+    isinstance(matrix, EightBits) and matrix.tiled for matrix in matrices
+  )
   if packed is not None and tiled and kernels.writes_heads(heads, head_dim):
-    given, lines = (encoded, packed.begins, packed.counts), (batch, heads, length, head_dim)
+    given, lines = (
+      (encoded, packed.begins, packed.counts),
+      (batch, heads, length, head_dim),
+    )
     of = lambda matrix, first: kernels.coded_heads(*given, matrix, first, lines)
-    cross, matrices = [Cache(of(m, 0), of(m, heads * head_dim)) for m in matrices], ()
+    cross, matrices = (
+      [Cache(of(m, 0), of(m, heads * head_dim)) for m in matrices],
+      (),
+    )
   elif packed is not None:
     encoded = network.apart(encoded, packed, length)
   for matrix in matrices:
@@ -60,8 +73,9 @@ def cross_attention_inputs(
     else:
       made = encoded @ matrix.astype(encoded.dtype)
     if platforms.merged_heads():
-      # Branches of a conditional read what they are given: XLA:TPU lays a prompt's keys out as
-      # it likes them only where nothing but straight code reads them.
+      # Branches of a conditional read what they are given: XLA:TPU lays a
+      # prompt's keys out as it likes them only where nothing but straight code
+      # reads them.
       cross.append(Cache(*jnp.split(made, 2, axis=-1)))
       continue
     shape = batch, length, 2, heads, head_dim
@@ -70,12 +84,22 @@ def cross_attention_inputs(
 
 
 def empty_caches(
-  config: network.T5Config, batch_size: int, length: int, num_layers: int | None = None
+  config: network.T5Config,
+  batch_size: int,
+  length: int,
+  num_layers: int | None = None,
 ) -> tuple[Cache, ...]:
   """Zeroed caches of the first `num_layers` layers (all by default)."""
-  heads, head_dim, dtype = config.num_heads, config.head_dim, jnp.dtype(config.dtype)
+  heads, head_dim, dtype = (
+    config.num_heads,
+    config.head_dim,
+    jnp.dtype(config.dtype),
+  )
   num_layers = config.num_decoder_layers if num_layers is None else num_layers
-  apart, beside = (batch_size, heads, length, head_dim), (batch_size, length, heads * head_dim)
+  apart, beside = (
+    (batch_size, heads, length, head_dim),
+    (batch_size, length, heads * head_dim),
+  )
   shape = beside if platforms.merged_heads() else apart
   empty = lambda: jnp.zeros(shape, dtype)
   return tuple(Cache(empty(), empty()) for _ in range(num_layers))
@@ -92,8 +116,10 @@ def write_rows(
   positions: Sequence[jax.Array],
   keeps: jax.Array | None = None,
 ) -> tuple[Cache, ...]:
-  """Writes one position's keys and values in place, at `positions`: one a layer, all the same,
-  each known once its cache may be written. Rows that `keeps` names, [batch] bool, stay."""
+  """Writes one position's keys and values in place, at `positions`: one a
+  layer, all the same, each known once its cache may be written. Rows that
+  `keeps` names, [batch] bool, stay.
+  """
 
   def put(cache, row, position):
     row, axis = as_positions(row[:, None], cache), cache.ndim - 2
@@ -103,7 +129,9 @@ def write_rows(
     return lax.dynamic_update_slice_in_dim(cache, row, position, axis=axis)
 
   return tuple(
-    Cache(put(cache.keys, row.key, position), put(cache.values, row.value, position))
+    Cache(
+      put(cache.keys, row.key, position), put(cache.values, row.value, position)
+    )
     for cache, row, position in zip(caches, rows, positions, strict=True)
   )
 

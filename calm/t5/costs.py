@@ -1,6 +1,7 @@
-"""Analytic FLOPs and bytes of decoding: matrix products, the weights that they read, keys and
-values. Norms, softmaxes and gelu, under 3 % of a step, are left out. (XLA counts a loop's body
-once: its own figure is no cost.)"""
+"""Analytic FLOPs and bytes of decoding: matrix products, the weights that they
+read, keys and values. Norms, softmaxes and gelu, under 3 % of a step, are left
+out. (XLA counts a loop's body once: its own figure is no cost.)
+"""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -15,8 +16,9 @@ from calm.t5 import network
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Floating-point operations of one row, and bytes of weights and caches that it reads and
-  writes."""
+  """Floating-point operations of one row, and bytes of weights and caches that
+  it reads and writes.
+  """
 
   flops: float = 0.0
   bytes: float = 0.0
@@ -34,22 +36,28 @@ class DecodingCosts:
 
   num_layers: int  # decoder layers L
   layer: Cost  # one layer, its attention over whole caches and prompts
-  # The key and value of one skipped layer, projected eagerly, and the prediction of what it
-  # projects where that is learned. (Deferred propagation does the same FLOPs and reads the
-  # weights once for many positions.)
+  # The key and value of one skipped layer, projected eagerly, and the
+  # prediction of what it projects where that is learned. (Deferred propagation
+  # does the same FLOPs and reads the weights once for many positions.)
   propagation: Cost
   head: Cost  # one full output head
-  # Of the measure, and of the code that learned propagation keeps, at every allowed layer that
-  # a token reaches below the last.
+  # Of the measure, and of the code that learned propagation keeps, at every
+  # allowed layer that a token reaches below the last.
   measured: Cost
-  emitted: Cost  # after the exit: the head, where the measure has not computed it already
-  allowed: tuple[int, ...]  # layers after which a token may leave, the last excluded
+  # after the exit: the head, where the measure has not computed it already
+  emitted: Cost
+  # layers after which a token may leave, the last excluded
+  allowed: tuple[int, ...]
   translator: Cost  # of the states of one layer that has one
   translated: tuple[int, ...]  # the layers that have one
 
   def static(self, layers: int) -> Cost:
     """One token of the model that always runs `layers` layers and one head."""
-    return self.layer * layers + self.translator * (layers in self.translated) + self.head
+    return (
+      self.layer * layers
+      + self.translator * (layers in self.translated)
+      + self.head
+    )
 
   @property
   def full(self) -> Cost:
@@ -57,7 +65,9 @@ class DecodingCosts:
     return self.static(self.num_layers)
 
   def early(self, exit_layer: int) -> Cost:
-    """One token that leaves after `exit_layer`: layers, measure, propagation and head."""
+    """One token that leaves after `exit_layer`: layers, measure, propagation
+    and head.
+    """
     reached = [layer for layer in self.allowed if layer <= exit_layer]
     read = self.measured * len(reached)
     read += self.translator * sum(layer in self.translated for layer in reached)
@@ -66,8 +76,9 @@ class DecodingCosts:
     return self.layer * exit_layer + skipped + read + last
 
   def savings(self, exit_layers: Iterable[Sequence[int] | np.ndarray]) -> Cost:
-    """FLOPs, and bytes, at full depth over those of `exit_layers`, one sequence a row: layers
-    run for each token, 0 is padding. NaN without any token."""
+    """FLOPs, and bytes, at full depth over those of `exit_layers`, one sequence
+    a row: layers run for each token, 0 is padding. NaN without any token.
+    """
     rows = [np.asarray(row, int).ravel() for row in exit_layers]
     layers = np.concatenate([np.zeros(0, int), *rows])
     counts = np.bincount(layers[layers > 0], minlength=self.num_layers + 1)
@@ -90,34 +101,51 @@ def decoding_costs(
   weights_dtype: str | None = None,
   head_dtype: str | None = None,
 ) -> DecodingCosts:
-  """The costs of a decode step of a model of these sizes, its caches in their dtype.
+  """The costs of a decode step of a model of these sizes, its caches in their
+  dtype.
 
-  Prompts have `input_length` positions, caches `cache_length`, all of which a step reads. A
-  static `rule` propagates nothing; None measures nothing. `num_pieces` columns of the head are
-  computed, and `shortlist` of them for measures that ask for those; `weights_dtype` and
-  `head_dtype` are as in `program.model_weights`."""
+  Prompts have `input_length` positions, caches `cache_length`, all of which a
+  step reads. A static `rule` propagates nothing; None measures nothing.
+  `num_pieces` columns of the head are computed, and `shortlist` of them for
+  measures that ask for those; `weights_dtype` and `head_dtype` are as in
+  `program.model_weights`.
+  """
   size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
   width = config.num_heads * config.head_dim
   stored = size if weights_dtype is None else jnp.dtype(weights_dtype).itemsize
   # Translators and shortlists stay as they are beside matrices in 8 bits.
   heads = 4 if weights_dtype in (None, "int8") else stored
-  matrix = lambda rows, columns, item=stored: Cost(2.0 * rows * columns, item * rows * columns)
+  matrix = lambda rows, columns, item=stored: Cost(
+    2.0 * rows * columns, item * rows * columns
+  )
   # Scores and the weighted sum are a product each, over every position.
-  attended = lambda length: Cost(4.0 * width * length, 2.0 * width * length * size)
+  attended = lambda length: Cost(
+    4.0 * width * length, 2.0 * width * length * size
+  )
   written = Cost(0.0, 2.0 * width * size)
   head = matrix(
-    emb, num_pieces or config.vocab_size, 1 if "int8" in (head_dtype, weights_dtype) else heads
+    emb,
+    num_pieces or config.vocab_size,
+    1 if "int8" in (head_dtype, weights_dtype) else heads,
   )
-  measured, emitted = _measure_costs(rule, emb, head, matrix(emb, shortlist, heads))
+  measured, emitted = _measure_costs(
+    rule, emb, head, matrix(emb, shortlist, heads)
+  )
   allowed = rule.allowed if isinstance(rule, exits.DynamicExits) else ()
   propagation = (
-    Cost() if isinstance(rule, exits.StaticExit) else matrix(emb, 2 * width) + written
+    Cost()
+    if isinstance(rule, exits.StaticExit)
+    else matrix(emb, 2 * width) + written
   )
-  if exits.mapped_layers(rule, config.num_decoder_layers, config.exit_propagation):
+  if exits.mapped_layers(
+    rule, config.num_decoder_layers, config.exit_propagation
+  ):
     measured += matrix(emb, config.exit_propagation_rank)
     propagation += matrix(config.exit_propagation_rank, emb)
   mlp = matrix(emb, (len(config.mlp_activations) + 1) * config.mlp_dim)
-  attention = matrix(emb, 6 * width) + attended(cache_length) + attended(input_length)
+  attention = (
+    matrix(emb, 6 * width) + attended(cache_length) + attended(input_length)
+  )
   return DecodingCosts(
     num_layers=config.num_decoder_layers,
     layer=attention + written + mlp,
@@ -134,12 +162,15 @@ def decoding_costs(
 def _measure_costs(
   rule: exits.Rule | None, emb: int, head: Cost, shortlist: Cost
 ) -> tuple[Cost, Cost]:
-  """What the rule's measure costs a layer, and what the exit still costs after it."""
+  """What the rule's measure costs a layer, and what the exit still costs after
+  it.
+  """
   measure = rule.measure if isinstance(rule, exits.DynamicExits) else None
   if measure is None:
     return Cost(), head
   if measure.bound is not None:
-    # How often the full head is asked in vain is not recorded: counted is the one that emits.
+    # How often the full head is asked in vain is not recorded: counted is the
+    # one that emits.
     return shortlist, head
   if measure.uses_head:
     return head, Cost()

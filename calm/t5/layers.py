@@ -1,5 +1,7 @@
-"""T5 1.1 building blocks (Flax linen) of `network.Transformer`, with the names, axes and
-two-dimensional kernels of T5X's own network, so that its checkpoints restore unchanged."""
+"""T5 1.1 building blocks (Flax linen) of `network.Transformer`, with the names,
+axes and two-dimensional kernels of T5X's own network, so that its checkpoints
+restore unchanged.
+"""
 
 import functools
 from collections.abc import Callable
@@ -17,17 +19,21 @@ from calm.t5.limits import T5Config
 Dtype = Any
 Initializer = Callable[..., Any]
 
-# Added to attention logits where attending is forbidden; finite, so that a row with
-# nothing to attend to yields a uniform distribution rather than NaN (as in T5X).
+# Added to attention logits where attending is forbidden; finite, so that a row
+# with nothing to attend to yields a uniform distribution rather than NaN (as in
+# T5X).
 MASK_BIAS = -1e10
 
-kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+kernel_init = nn.initializers.variance_scaling(
+  1.0, "fan_in", "truncated_normal"
+)
 attention_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 relpos_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
 class Dense(nn.Module):
-  """A linear map without bias, `inputs @ kernel`, computed in `dtype` of a float32 kernel.
+  """A linear map without bias, `inputs @ kernel`, computed in `dtype` of a
+  float32 kernel.
 
   `axes` are the logical names of the kernel's two dimensions.
   """
@@ -38,31 +44,51 @@ class Dense(nn.Module):
   init: Initializer = kernel_init
 
   @nn.compact
-  def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+  def __call__(
+    self, inputs: Float[Array, "*batch in"]
+  ) -> Float[Array, "*batch out"]:
     kernel = partitioning.param_with_axes(
-      "kernel", self.init, (inputs.shape[-1], self.features), jnp.float32, axes=self.axes
+      "kernel",
+      self.init,
+      (inputs.shape[-1], self.features),
+      jnp.float32,
+      axes=self.axes,
     )
     return jnp.asarray(inputs, self.dtype) @ jnp.asarray(kernel, self.dtype)
 
 
 class LayerNorm(nn.Module):
-  """T5 layer norm: `x / sqrt(mean(x^2) + 1e-6) * scale`, no mean subtracted, no bias."""
+  """T5 layer norm: `x / sqrt(mean(x^2) + 1e-6) * scale`, no mean subtracted, no
+  bias.
+  """
 
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch emb"]:
+  def __call__(
+    self, x: Float[Array, "*batch emb"]
+  ) -> Float[Array, "*batch emb"]:
     scale = partitioning.param_with_axes(
-      "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+      "scale",
+      nn.initializers.ones,
+      (x.shape[-1],),
+      jnp.float32,
+      axes=("embed",),
     )
     x = jnp.asarray(x, jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    scale = jnp.asarray(scale, self.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+    x = x * jax.lax.rsqrt(
+      jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6
+    )
+    scale = jnp.asarray(scale, self.dtype).reshape(
+      (1,) * (x.ndim - 1) + scale.shape
+    )
     return jnp.asarray(x, self.dtype) * scale
 
 
 class Embed(nn.Module):
-  """Token embeddings, and their transpose as an output head where the head is tied."""
+  """Token embeddings, and their transpose as an output head where the head is
+  tied.
+  """
 
   config: T5Config
 
@@ -75,27 +101,43 @@ class Embed(nn.Module):
       axes=("vocab", "embed"),
     )
 
-  def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch emb"]:
-    """Embeds tokens; a one-hot product partitions over devices, a gather is fast on one."""
+  def __call__(
+    self, tokens: Int[Array, "*batch"]
+  ) -> Float[Array, "*batch emb"]:
+    """Embeds tokens; a one-hot product partitions over devices, a gather is
+    fast on one.
+    """
     cfg = self.config
     if cfg.one_hot_embedding:
       table = jnp.asarray(self.embedding, cfg.dtype)
       return jax.nn.one_hot(tokens, cfg.vocab_size, dtype=cfg.dtype) @ table
     embedded = jnp.asarray(jnp.asarray(self.embedding)[tokens], cfg.dtype)
-    return partitioning.with_sharding_constraint(embedded, ("batch", "length", "embed"))
+    return partitioning.with_sharding_constraint(
+      embedded, ("batch", "length", "embed")
+    )
 
-  def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
-    """float32 logits of the tied head, before their scaling by 1 / sqrt(emb_dim)."""
-    return jnp.asarray(x, jnp.float32) @ jnp.asarray(self.embedding, jnp.float32).T
+  def attend(
+    self, x: Float[Array, "*batch emb"]
+  ) -> Float[Array, "*batch vocab"]:
+    """float32 logits of the tied head, before their scaling by 1 /
+    sqrt(emb_dim).
+    """
+    return (
+      jnp.asarray(x, jnp.float32) @ jnp.asarray(self.embedding, jnp.float32).T
+    )
 
 
 class Mlp(nn.Module):
-  """Feed-forward block: one projection an activation, multiplied, then projected back."""
+  """Feed-forward block: one projection an activation, multiplied, then
+  projected back.
+  """
 
   config: T5Config
 
   @nn.compact
-  def __call__(self, inputs: Float[Array, "batch length emb"], *, deterministic: bool):
+  def __call__(
+    self, inputs: Float[Array, "batch length emb"], *, deterministic: bool
+  ):
     cfg, parts = self.config, []
     for index, activation in enumerate(cfg.mlp_activations):
       name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{index}"
@@ -104,17 +146,25 @@ class Mlp(nn.Module):
     hidden = functools.reduce(jnp.multiply, parts)
     drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
     hidden = drop(hidden, deterministic=deterministic)
-    hidden = partitioning.with_sharding_constraint(hidden, ("batch", "length", "mlp"))
-    return Dense(inputs.shape[-1], ("mlp", "embed"), cfg.dtype, name="wo")(hidden)
+    hidden = partitioning.with_sharding_constraint(
+      hidden, ("batch", "length", "mlp")
+    )
+    return Dense(inputs.shape[-1], ("mlp", "embed"), cfg.dtype, name="wo")(
+      hidden
+    )
 
 
 def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
-  """`linear`, or any activation of `flax.linen` by name (`gelu` is the tanh form)."""
+  """`linear`, or any activation of `flax.linen` by name (`gelu` is the tanh
+  form).
+  """
   return (lambda x: x) if name == "linear" else getattr(nn, name)
 
 
 class Attention(nn.Module):
-  """T5 multi-head attention: no scaling by 1 / sqrt(head_dim), which the init absorbs."""
+  """T5 multi-head attention: no scaling by 1 / sqrt(head_dim), which the init
+  absorbs.
+  """
 
   config: T5Config
 
@@ -128,20 +178,32 @@ class Attention(nn.Module):
     *,
     deterministic: bool,
   ) -> Float[Array, "batch query_length emb"]:
-    query_init = lambda *args: attention_init(*args) / np.sqrt(self.config.head_dim)
+    query_init = lambda *args: (
+      attention_init(*args) / np.sqrt(self.config.head_dim)
+    )
     query = self._project("query", inputs_q, query_init)
     key = self._project("key", inputs_kv, attention_init)
     value = self._project("value", inputs_kv, attention_init)
     mixed = self.mix(query, key, value, mask, bias, deterministic)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     width, axes = inputs_q.shape[-1], ("joined_kv", "embed")
-    return Dense(width, axes, self.config.dtype, attention_init, name="out")(mixed)
+    return Dense(width, axes, self.config.dtype, attention_init, name="out")(
+      mixed
+    )
 
   def _project(self, name: str, x: jax.Array, init: Initializer) -> jax.Array:
     heads, head_dim = self.config.num_heads, self.config.head_dim
-    x = Dense(heads * head_dim, ("embed", "joined_kv"), self.config.dtype, init, name=name)(x)
+    x = Dense(
+      heads * head_dim,
+      ("embed", "joined_kv"),
+      self.config.dtype,
+      init,
+      name=name,
+    )(x)
     x = x.reshape(*x.shape[:-1], heads, head_dim)
-    return partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+    return partitioning.with_sharding_constraint(
+      x, ("batch", "length", "heads", "kv")
+    )
 
   def mix(self, query, key, value, mask, bias, deterministic) -> jax.Array:
     """Values by their weights, [batch, query_length, heads, head_dim]."""
@@ -156,16 +218,22 @@ class Attention(nn.Module):
       logits = logits + bias.astype(logits.dtype)
     weights = jax.nn.softmax(logits).astype(cfg.dtype)
     drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights, deterministic=deterministic), value)
+    return jnp.einsum(
+      "bhqk,bkhd->bqhd", drop(weights, deterministic=deterministic), value
+    )
 
 
 class RelativePositionBiases(nn.Module):
-  """Learned attention bias per head and bucket of relative position, shared by a stack."""
+  """Learned attention bias per head and bucket of relative position, shared by
+  a stack.
+  """
 
   config: T5Config
 
   @nn.compact
-  def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
+  def __call__(
+    self, query_length: int, key_length: int, bidirectional: bool
+  ) -> jax.Array:
     """Returns biases [1, heads, query_length, key_length]."""
     cfg = self.config
     embedding = partitioning.param_with_axes(
@@ -175,13 +243,16 @@ class RelativePositionBiases(nn.Module):
       jnp.float32,
       axes=("heads", "relpos_buckets"),
     )
-    # One number a distance, then laid out: a one-hot of all pairs of positions is 134 MB of
-    # constant at length 1024. A product, since its gradient is one too, not a scatter.
+    # One number a distance, then laid out: a one-hot of all pairs of positions
+    # is 134 MB of constant at length 1024. A product, since its gradient is one
+    # too, not a scatter.
     distances = np.arange(1 - query_length, key_length)
     buckets = relative_position_buckets(
       distances, bidirectional, cfg.relpos_buckets, cfg.relpos_max_distance
     )
-    one_hot = jax.nn.one_hot(buckets, cfg.relpos_buckets, dtype=jnp.float32, axis=0)
+    one_hot = jax.nn.one_hot(
+      buckets, cfg.relpos_buckets, dtype=jnp.float32, axis=0
+    )
     # Rounded last: gradients add up in float32.
     by_distance = jnp.asarray(embedding, jnp.float32) @ one_hot
     biases = by_position(by_distance, query_length, key_length)
@@ -189,26 +260,36 @@ class RelativePositionBiases(nn.Module):
 
 
 def by_position(
-  by_distance: Float[Array, "heads distances"], query_length: int, key_length: int
+  by_distance: Float[Array, "heads distances"],
+  query_length: int,
+  key_length: int,
 ) -> Float[Array, "heads query_length key_length"]:
-  """Lays out `by_distance[:, key - query + query_length - 1]`, without a gather.
+  """Lays out `by_distance[:, key - query + query_length - 1]`, without a
+  gather.
 
-  Repeats of a row of n numbers, cut into rows of n - 1, begin one number later in each row.
+  Repeats of a row of n numbers, cut into rows of n - 1, begin one number later
+  in each row.
   """
   repeated = jnp.pad(by_distance, [(0, 0), (0, 1)])
   heads, width = repeated.shape
-  repeated = jnp.tile(repeated, (1, query_length))[:, : query_length * (width - 1)]
+  repeated = jnp.tile(repeated, (1, query_length))[
+    :, : query_length * (width - 1)
+  ]
   shifted = repeated.reshape(heads, query_length, width - 1)
   return shifted[:, :, query_length - 1 :]
 
 
 def relative_position_buckets(
-  relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
+  relative_position: np.ndarray,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
 ) -> np.ndarray:
-  """Buckets of `key position - query position`: half of them (of each direction, where
-  `bidirectional`; else keys ahead share bucket 0) hold one distance each, the others grow
-  geometrically up to `max_distance`, beyond which all share the last (Raffel et al. 2020,
-  2.1)."""
+  """Buckets of `key position - query position`: half of them (of each
+  direction, where `bidirectional`; else keys ahead share bucket 0) hold one
+  distance each, the others grow geometrically up to `max_distance`, beyond
+  which all share the last (Raffel et al. 2020, 2.1).
+  """
   distance = -relative_position
   offset = np.zeros_like(distance)
   if bidirectional:
@@ -223,4 +304,6 @@ def relative_position_buckets(
   log_ratio = log_ratio / np.log(max_distance / num_exact)
   far = num_exact + (log_ratio * (num_buckets - num_exact)).astype(np.int32)
   far = np.minimum(far, num_buckets - 1)
-  return (offset + np.where(distance < num_exact, distance, far)).astype(np.int32)
+  return (offset + np.where(distance < num_exact, distance, far)).astype(
+    np.int32
+  )

@@ -1,5 +1,6 @@
-"""Matrices in tiles of columns, which lie side by side: few rows wait for a matrix to be read,
-and memory is read fastest in its own order."""
+"""Matrices in tiles of columns, which lie side by side: few rows wait for a
+matrix to be read, and memory is read fastest in its own order.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,13 +16,17 @@ from calm.t5 import kernels, platforms
 
 @struct.dataclass
 class Tiles:
-  """A matrix of float32 numbers, or of 8-bit codes: column j is nearly `codes[:, j] *
-  scales[j]`."""
+  """A matrix of float32 numbers, or of 8-bit codes: column j is nearly
+  `codes[:, j] * scales[j]`.
+  """
 
   # One tile, or those that `kernels.tiled_product` reads.
-  numbers: Shaped[Array, "tiles inputs width"] | Int8[Array, "tiles pairs width two"]
+  numbers: (
+    Shaped[Array, "tiles inputs width"] | Int8[Array, "tiles pairs width two"]
+  )
   scales: Float[Array, " columns"] | None  # of codes
-  outputs: int = struct.field(pytree_node=False)  # columns; those of the last tile behind are 0
+  # columns; those of the last tile behind are 0
+  outputs: int = struct.field(pytree_node=False)
 
   def product(
     self, x: Float[Array, "rows inputs"], native: bool
@@ -31,7 +36,11 @@ class Tiles:
     if native and kernels.available() and self.numbers.shape[2] == width:
       made = kernels.tiled_product(x, self.numbers, self.scales)
     else:
-      tiles = self.numbers if self.numbers.ndim == 3 else jnp.swapaxes(self.numbers, 2, 3)
+      tiles = (
+        self.numbers
+        if self.numbers.ndim == 3
+        else jnp.swapaxes(self.numbers, 2, 3)
+      )
       tiles = jnp.moveaxis(tiles.reshape(len(tiles), -1, tiles.shape[-1]), 0, 1)
       matrix = tiles.reshape(len(tiles), -1)[: x.shape[1]]
       made = platforms.product(x, matrix.astype(x.dtype))
@@ -40,12 +49,16 @@ class Tiles:
 
 
 def tiled(
-  matrix: Shaped[Array, "inputs outputs"], scales: Float[Array, " outputs"] | None = None
+  matrix: Shaped[Array, "inputs outputs"],
+  scales: Float[Array, " outputs"] | None = None,
 ) -> Tiles:
   """A matrix of float32 numbers, or of codes with `scales`, as `Tiles`."""
   (inputs, outputs), native = matrix.shape, kernels.available()
   width = kernels.tile_width(matrix.dtype) if native else outputs
-  missing, odd = -outputs % width, inputs % 2 if native and scales is not None else 0
+  missing, odd = (
+    -outputs % width,
+    inputs % 2 if native and scales is not None else 0,
+  )
   matrix = jnp.pad(matrix, ((0, odd), (0, missing)))
   tiles = jnp.moveaxis(matrix.reshape(len(matrix), -1, width), 1, 0)
   if scales is None:
@@ -55,7 +68,9 @@ def tiled(
   return Tiles(tiles, jnp.pad(scales, (0, missing)), outputs)
 
 
-def with_inputs(matrix: jax.Array | Tiles, inputs: Sequence[int]) -> jax.Array | Tiles:
+def with_inputs(
+  matrix: jax.Array | Tiles, inputs: Sequence[int]
+) -> jax.Array | Tiles:
   """The rows of a matrix that are multiplied with these inputs."""
   rows = np.asarray(inputs)
   if isinstance(matrix, Tiles):

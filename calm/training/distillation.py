@@ -1,5 +1,6 @@
-"""Early layers, or exits beside them, learn what the last layer would write, all of its
-distribution and not a token."""
+"""Early layers, or exits beside them, learn what the last layer would write,
+all of its distribution and not a token.
+"""
 
 import dataclasses
 import functools
@@ -19,13 +20,15 @@ from calm.training import losses, objectives
 class SelfDistilled(objectives.Objective):
   """Stage one where a promise is closeness to the full model's own text.
 
-  NLL_L + share / (L - 1) sum_{i < L} KL(p_L || p_i): the last layer learns the targets, layers
-  before it the last one's probabilities, which teach it nothing in turn.
+  NLL_L + share / (L - 1) sum_{i < L} KL(p_L || p_i): the last layer learns the
+  targets, layers before it the last one's probabilities, which teach it nothing
+  in turn.
 
   Attributes:
     share: of the layers before the last, over the last layer's 1.
     z_loss: T5X's penalty on log(Z)^2, of the last layer.
-    sampled_layers: early layers drawn a step, all alike; None computes every layer's head.
+    sampled_layers: early layers drawn a step, all alike; None computes every
+      layer's head.
   """
 
   share: float = 3.0
@@ -33,26 +36,37 @@ class SelfDistilled(objectives.Objective):
   sampled_layers: int | None = None
 
   def __post_init__(self):
-    objectives.check_terms(self.sampled_layers, z_loss=self.z_loss, share=self.share)
+    objectives.check_terms(
+      self.sampled_layers, z_loss=self.z_loss, share=self.share
+    )
 
   def loss(self, module, params, batch, rng):
     normed = objectives.normed_states(module, params, batch, rng)
     early = normed.shape[0] - 1
     chosen = jnp.arange(early)
     if rng is not None and self.sampled_layers is not None:
-      chosen = jax.random.choice(jax.random.fold_in(rng, 1), early, (self.sampled_layers,))
+      chosen = jax.random.choice(
+        jax.random.fold_in(rng, 1), early, (self.sampled_layers,)
+      )
     kernel = parameters.head_kernel(params, module.config)
-    targets, token_weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    targets, token_weights = (
+      batch["decoder_target_tokens"],
+      batch["decoder_loss_weights"],
+    )
     loss, metrics = losses.layer_cross_entropy(
       normed[-1:], kernel, targets, token_weights, jnp.ones(1), self.z_loss
     )
     teacher = jax.lax.stop_gradient(_logits(normed[-1], kernel))
-    apart, early_sums = _divergences(normed[chosen], kernel, teacher, targets, token_weights)
+    apart, early_sums = _divergences(
+      normed[chosen], kernel, teacher, targets, token_weights
+    )
     penalty = loss - jnp.sum(metrics.cross_entropy)
     loss += self.share * jnp.mean(apart) if early else 0.0
     sums = losses.LayerMetrics(*map(jnp.append, early_sums, metrics))
     layers, weight = jnp.append(chosen, early), jnp.sum(token_weights)
-    return loss, objectives.layer_metrics(early + 1, layers, loss, weight, sums, penalty)
+    return loss, objectives.layer_metrics(
+      early + 1, layers, loss, weight, sums, penalty
+    )
 
   def teaches_layers(self, num_layers):
     return num_layers > 1 and self.share > 0.0
@@ -61,17 +75,19 @@ class SelfDistilled(objectives.Objective):
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class ExitMaps(objectives.Objective):
-  """Exits beside a frozen model, on any texts: what `calm fit` fits, by gradients alone.
+  """Exits beside a frozen model, on any texts: what `calm fit` fits, by
+  gradients alone.
 
   With x = decoder_norm(d^j) at exit layer j, the sum over tokens of
 
-    mean_j -sum_v p_v log q_v,                              q = softmax(head(x + x A_j + b_j))
-    + mean_{j, k > j + 1} |d^j + [x; 1] D_j U_jk - d^{k-1}|^2 / mean |d^{k-1}|^2
-    + the exit classifier's loss on x + x A_j + b_j,
+    mean_j -sum_v p_v log q_v,                              q = softmax(head(x +
+    x A_j + b_j)) + mean_{j, k > j + 1} |d^j + [x; 1] D_j U_jk - d^{k-1}|^2 /
+    mean |d^{k-1}|^2 + the exit classifier's loss on x + x A_j + b_j,
 
   p being the full model's probabilities. The configuration says the layers
-  (`T5Config.exit_translators`, `exit_propagation`). Metrics of these layers, and of the last,
-  are the first term and the argmaxes that are the full model's.
+  (`T5Config.exit_translators`, `exit_propagation`). Metrics of these layers,
+  and of the last, are the first term and the argmaxes that are the full
+  model's.
   """
 
   parts = ("exit_classifier",)
@@ -81,14 +97,20 @@ class ExitMaps(objectives.Objective):
     config = module.config
     if not config.exit_translators:
       raise ValueError(
-        "Expected `exit_translators` in the configuration that ExitMaps trains, got no layers;"
+        "Expected `exit_translators` in the configuration that ExitMaps "
+        "trains, got no layers;"
         " name them (EXIT_LAYERS of configs/runs/exit_maps.gin)."
       )
-    base, beside = (parameters.flatten(tree) for tree in parameters.split(params))
+    base, beside = (
+      parameters.flatten(tree) for tree in parameters.split(params)
+    )
     params = parameters.unflatten(jax.lax.stop_gradient(base) | beside)
     states = objectives.applied(module, params, batch, method="states")
     hidden, normed, read = (x.astype(jnp.float32) for x in states)
-    kernel, weights = parameters.head_kernel(params, config), batch["decoder_loss_weights"]
+    kernel, weights = (
+      parameters.head_kernel(params, config),
+      batch["decoder_loss_weights"],
+    )
     chosen = np.asarray(config.exit_translators) - 1
     teacher = _logits(read[-1], kernel)
     best = jnp.argmax(teacher, axis=-1)
@@ -99,15 +121,21 @@ class ExitMaps(objectives.Objective):
     predictions = losses.layer_predictions(stays, kernel)
     loss = jnp.mean(apart) + entropy
     loss += _propagation_loss(params, config, hidden, normed, weights)
-    loss += losses.classifier_loss(objectives.classified(params, stays), predictions, weights)
+    loss += losses.classifier_loss(
+      objectives.classified(params, stays), predictions, weights
+    )
     count, last = jnp.sum(weights), len(read) - 1
     said = jnp.append(sums.agreement, count)
     sums = losses.LayerMetrics(jnp.append(apart + entropy, entropy), said, said)
     layers = jnp.append(chosen, last)
-    return loss, objectives.layer_metrics(last + 1, layers, loss, count, sums, jnp.zeros(()))
+    return loss, objectives.layer_metrics(
+      last + 1, layers, loss, count, sums, jnp.zeros(())
+    )
 
   def trains(self, path):
-    return bool({"exit_translators", "exit_propagation", *self.parts} & set(path))
+    return bool(
+      {"exit_translators", "exit_propagation", *self.parts} & set(path)
+    )
 
   def teaches_layers(self, num_layers):
     return True
@@ -116,10 +144,15 @@ class ExitMaps(objectives.Objective):
     return (*config.exit_translators, config.num_decoder_layers)
 
 
-def _propagation_loss(params, config: network.T5Config, hidden, normed, weights) -> jax.Array:
-  """Sum over tokens of the relative squared errors of skipped layers' inputs, their mean over
-  (exit layer, skipped layer); 0 without learned propagation."""
-  over_tokens = lambda x: jnp.sum(jnp.square(x) * weights[None, ..., None], axis=(1, 2, 3))
+def _propagation_loss(
+  params, config: network.T5Config, hidden, normed, weights
+) -> jax.Array:
+  """Sum over tokens of the relative squared errors of skipped layers' inputs,
+  their mean over (exit layer, skipped layer); 0 without learned propagation.
+  """
+  over_tokens = lambda x: jnp.sum(
+    jnp.square(x) * weights[None, ..., None], axis=(1, 2, 3)
+  )
   errors = []
   for layer in config.exit_propagation:
     later = hidden[layer:-1]  # of the next layer the input is d^j itself

@@ -1,7 +1,8 @@
 """A small trainer on optax and Orbax, for those without T5X.
 
-`fit` is the loop; it takes its batches and its objective as callables, saves through Orbax,
-and resumes exactly: batch, dropout and learning rate of step s depend on (seed, s) alone.
+`fit` is the loop; it takes its batches and its objective as callables, saves
+through Orbax, and resumes exactly: batch, dropout and learning rate of step s
+depend on (seed, s) alone.
 """
 
 import dataclasses
@@ -33,19 +34,24 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
     ValueError: the file holds something else.
   """
   with storage.reading(path, "a list of validations with numbers", _ANEW):
-    entries = json.loads(storage.content(path))  # NaN is a loss that it may well have
+    # NaN is a loss that it may well have
+    entries = json.loads(storage.content(path))
     return [
-      {"step": int(entry["step"])} | {n: float(v) for n, v in entry.items() if n != "step"}
+      {"step": int(entry["step"])}
+      | {n: float(v) for n, v in entry.items() if n != "step"}
       for entry in entries
     ]
 
 
 def since_best(history: list[dict[str, float]], metric: str) -> int:
-  """Validations after the best one, whose loss is lowest, or whose other metric is highest."""
+  """Validations after the best one, whose loss is lowest, or whose other metric
+  is highest.
+  """
   values = np.array([entry.get(metric, np.nan) for entry in history])
   if np.isnan(values).all():
     raise ValueError(
-      f"Expected `stop_metric` to be one of {sorted(history[-1])}, got {metric!r}; watch one of"
+      f"Expected `stop_metric` to be one of {sorted(history[-1])}, got "
+      f"{metric!r}; watch one of"
       " these."
     )
   best = np.nanargmin(values if "loss" in metric else -values)
@@ -54,7 +60,9 @@ def since_best(history: list[dict[str, float]], metric: str) -> int:
 
 @dataclasses.dataclass
 class Listener:
-  """What the loop tells the outside world: a progress bar, a file, or nothing."""
+  """What the loop tells the outside world: a progress bar, a file, or
+  nothing.
+  """
 
   # (step it starts from, steps in all).
   on_start: Callable[[int, int], None] = lambda step, num_steps: None
@@ -74,44 +82,60 @@ def fit(
   output_dir: pathlib.Path,
   listener: Listener | None = None,
 ) -> TrainState:
-  """Trains from `state`, which is donated, to `config.num_steps`, resuming from the newest
-  checkpoint in `output_dir`; returns the state with the best validation scalar (the last one if
-  none was measured).
+  """Trains from `state`, which is donated, to `config.num_steps`, resuming from
+  the newest checkpoint in `output_dir`; returns the state with the best
+  validation scalar (the last one if none was measured).
 
-  `train_step` is (state, batch) -> (state, metrics), `evaluate` parameters -> validation
-  scalars. FloatingPointError: the loss is no longer finite, and nothing of that is saved;
-  ValueError: `output_dir` holds another run: model, learning rate, seed or data."""
+  `train_step` is (state, batch) -> (state, metrics), `evaluate` parameters ->
+  validation scalars. FloatingPointError: the loss is no longer finite, and
+  nothing of that is saved; ValueError: `output_dir` holds another run: model,
+  learning rate, seed or data.
+  """
   listener = listener or Listener()
   validations = output_dir / "validation.json"
   newest = _checkpointer(output_dir, "checkpoints", 1)
   with newest as newest, _checkpointer(output_dir, "best", 2) as bests:
     step, running = newest.latest_step() or 0, None
-    # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
+    # Orbax reads all leaves at once, and leaves the other reads behind at the
+    # first misfit.
     check_identity(output_dir / "run.json", config, source, state, step)
     if step:
       state = _restore(newest, step, state)
     history = read_history(validations) if validations.exists() else []
     history = [entry for entry in history if entry["step"] <= step]
-    # Killed between the best checkpoint and the newest: the best will be made again.
+    # Killed between the best checkpoint and the newest: the best will be made
+    # again.
     for ahead in [saved for saved in bests.all_steps() if saved > step]:
       bests.delete(ahead)
     listener.on_start(step, config.num_steps)
     begun, late = time.monotonic(), False
     while step < config.num_steps and not late:
       patience = config.patience if history else None
-      if patience is not None and since_best(history, config.stop_metric) >= patience:
+      if (
+        patience is not None
+        and since_best(history, config.stop_metric) >= patience
+      ):
         break
       state, metrics = train_step(state, source.batch(step))
       step += 1
       running = metrics if running is None else running + metrics
-      late = config.seconds is not None and time.monotonic() - begun > config.seconds
-      at_validation = step % config.eval_every == 0 or step == config.num_steps or late
-      # A window never crosses a checkpoint: a resumed run reports the same windows.
+      late = (
+        config.seconds is not None and time.monotonic() - begun > config.seconds
+      )
+      at_validation = (
+        step % config.eval_every == 0 or step == config.num_steps or late
+      )
+      # A window never crosses a checkpoint: a resumed run reports the same
+      # windows.
       if step % config.log_every == 0 or at_validation:
-        listener.on_step(step, _finite("training", running.scalars(), step, output_dir))
+        listener.on_step(
+          step, _finite("training", running.scalars(), step, output_dir)
+        )
         running = None
       if at_validation:
-        scalars = _finite("validation", evaluate(state.params), step, output_dir)
+        scalars = _finite(
+          "validation", evaluate(state.params), step, output_dir
+        )
         listener.on_eval(step, scalars)
         if scalars:
           history.append({"step": step, **scalars})
@@ -125,38 +149,52 @@ def fit(
     return dataclasses.replace(state, params=restored["params"])
 
 
-def _finite(which: str, scalars, step: int, output_dir: pathlib.Path) -> dict[str, float]:
+def _finite(
+  which: str, scalars, step: int, output_dir: pathlib.Path
+) -> dict[str, float]:
   loss = scalars.get("loss", 0.0)
   if not np.isfinite(loss):
     raise FloatingPointError(
-      f"Expected a finite {which} loss, got {loss} by step {step}; lower the learning rate"
-      " (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
+      f"Expected a finite {which} loss, got {loss} by step {step}; lower the "
+      "learning rate"
+      " (`training.Schedule.peak`) and run again: training resumes from the "
+      "last checkpoint"
       f" in {output_dir}."
     )
   return scalars
 
 
 def check_writable(output_dir: pathlib.Path) -> None:
-  """Makes the folder; OSError, before hours are spent, where nothing can be written to it."""
+  """Makes the folder; OSError, before hours are spent, where nothing can be
+  written to it.
+  """
   try:
     output_dir.mkdir(parents=True, exist_ok=True)
     with storage.temporary(output_dir / "writable"):
       pass
   except OSError as error:
     raise type(error)(
-      f"Expected `output_dir` to be a folder that can be written, got {str(output_dir)!r}"
+      "Expected `output_dir` to be a folder that can be written, got "
+      f"{str(output_dir)!r}"
       f" ({error.strerror}); choose another or change its permissions."
     ) from error
 
 
 def _checkpointer(output_dir: pathlib.Path, name: str, max_to_keep: int):
-  """An Orbax manager of one folder of the run; checkpoints appear whole or not at all."""
+  """An Orbax manager of one folder of the run; checkpoints appear whole or not
+  at all.
+  """
   import orbax.checkpoint as ocp
 
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    max_to_keep=max_to_keep,
+    enable_async_checkpointing=False,
+    cleanup_tmp_directories=True,
   )
-  folder, handler = (output_dir / name).absolute(), ocp.StandardCheckpointHandler()
+  folder, handler = (
+    (output_dir / name).absolute(),
+    ocp.StandardCheckpointHandler(),
+  )
   return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
@@ -180,16 +218,20 @@ def check_identity(
   state: TrainState,
   reached: int,
 ) -> None:
-  """Compares a run with the one whose `reached` steps it goes on from, and records it: seed,
-  shapes, and the learning rates and batches at steps 0, 1, 2, 4, 8, ...
+  """Compares a run with the one whose `reached` steps it goes on from, and
+  records it: seed, shapes, and the learning rates and batches at steps 0, 1, 2,
+  4, 8, ...
 
-  A run that is only to become longer goes on where its learning rate does not depend on the
-  length. ValueError where those steps were made otherwise."""
+  A run that is only to become longer goes on where its learning rate does not
+  depend on the length. ValueError where those steps were made otherwise.
+  """
   steps = [0, *(2**i for i in range((config.num_steps - 1).bit_length()))]
   schedule = config.schedule(config.num_steps)
   now: dict[str, Any] = {
     "seed": int(config.seed),
-    "learning_rates": [[step, float(np.asarray(schedule(step)))] for step in steps],
+    "learning_rates": [
+      [step, float(np.asarray(schedule(step)))] for step in steps
+    ],
     "batches": [[step, _digest(source.batch(step))] for step in steps],
     "shapes": sorted([*leaf.shape] for leaf in jax.tree.leaves(state)),
   }
@@ -197,21 +239,31 @@ def check_identity(
     with storage.reading(path, "what a run was made with", _ANEW):
       before = storage.parse_json(storage.content(path))
       rates, batches = dict(before["learning_rates"]), dict(before["batches"])
-      found = [f"seed {before['seed']}, now {now['seed']}"] * (before["seed"] != now["seed"])
+      found = [f"seed {before['seed']}, now {now['seed']}"] * (
+        before["seed"] != now["seed"]
+      )
       found += [
         f"learning rate {rates[step]:g} at step {step}, now {rate:g}"
         for step, rate in now["learning_rates"]
         if step < reached and not math.isclose(rates[step], rate, rel_tol=1e-4)
       ][:1]
-      if any(batches[step] != digest for step, digest in now["batches"] if step < reached):
-        found.append("other data (or their seed, prefix, lengths or batch size)")
+      if any(
+        batches[step] != digest
+        for step, digest in now["batches"]
+        if step < reached
+      ):
+        found.append(
+          "other data (or their seed, prefix, lengths or batch size)"
+        )
       if before.get("shapes", now["shapes"]) != now["shapes"]:
         found.append("another model or optimizer")
     if found:
       raise ValueError(
         f"Expected `output_dir` to be a new folder, or one of the same run, got"
-        f" {str(path.parent)!r}, whose {reached} steps were made with {'; '.join(found)}; give"
-        " another folder, or the configuration and data that it was started with."
+        f" {str(path.parent)!r}, whose {reached} steps were made with "
+        f"{'; '.join(found)}; give"
+        " another folder, or the configuration and data that it was started "
+        "with."
       )
   storage.write_atomically(path, json.dumps(now, indent=1) + "\n")
 

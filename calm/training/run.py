@@ -1,4 +1,5 @@
-"""A training run from its parts, as gin files give them: data, model, objective, export.
+"""A training run from its parts, as gin files give them: data, model,
+objective, export.
 
 `calm train` calls `train`.
 """
@@ -26,8 +27,9 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def gin_folder() -> pathlib.Path:
-  """The folder that holds `configs/`, which `include "configs/..."` is written from: beside the
-  package, or the package itself once it is installed."""
+  """The folder that holds `configs/`, which `include "configs/..."` is written
+  from: beside the package, or the package itself once it is installed.
+  """
   return _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
@@ -37,11 +39,15 @@ class Data:
   """What a run trains and validates on."""
 
   train: training_batches.Source  # of training batches
-  # Name -> source; the first one's scalars are called plainly `loss`, `accuracy/layer_8`, the
-  # others' `<name>/loss` and so on.
-  validation: Mapping[str, training_batches.Source] = dataclasses.field(default_factory=dict)
+  # Name -> source; the first one's scalars are called plainly `loss`,
+  # `accuracy/layer_8`, the others' `<name>/loss` and so on.
+  validation: Mapping[str, training_batches.Source] = dataclasses.field(
+    default_factory=dict
+  )
   # Batches of each validation source, the same ones every time.
-  num_validation_batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  num_validation_batches: Mapping[str, int] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
     for count in self.num_validation_batches.values():
@@ -51,13 +57,16 @@ class Data:
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What is written beside the trained parameters, so that inference needs no options."""
+  """What is written beside the trained parameters, so that inference needs no
+  options.
+  """
 
   vocabulary: checkpoints.Vocabulary  # stored in the checkpoint
   task_prefix: str = ""  # text put before every prompt
   max_input_length: int = 512  # tokens of a prompt that are read, EOS included
   max_decode_length: int = 64  # most tokens generated, EOS included
-  # Token ids for the measure 'shortlist', most likely first (`sources.frequent_tokens`).
+  # Token ids for the measure 'shortlist', most likely first
+  # (`sources.frequent_tokens`).
   shortlist: Sequence[int] = ()
 
   def __post_init__(self):
@@ -72,7 +81,9 @@ class Export:
       "max_decode_length": self.max_decode_length,
       **({"shortlist": list(self.shortlist)} if self.shortlist else {}),
     }
-    storage.write_atomically(directory / "inference.json", json.dumps(options, indent=1) + "\n")
+    storage.write_atomically(
+      directory / "inference.json", json.dumps(options, indent=1) + "\n"
+    )
 
 
 @arguments.checked()
@@ -88,17 +99,20 @@ def train(
   fresh: Sequence[str] = (),
   listener: loop.Listener | None = None,
 ) -> pathlib.Path:
-  """Trains (or goes on training) and exports the parameters with the best validation.
+  """Trains (or goes on training) and exports the parameters with the best
+  validation.
 
   Args:
-    data, objective, config, export: what is trained, how, and what goes with the parameters.
+    data, objective, config, export: what is trained, how, and what goes with
+      the parameters.
     output_dir: of checkpoints, validations, and the exported model in `model/`.
-    model: sizes; None takes those of `initial`. MLPs wider than those of `initial` begin as
-      the same function (`parameters.wider`).
-    initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the `output_dir`
-      of an earlier run; None starts from random parameters.
-    fresh: parts of the parameter tree of `initial` that start anew: ("exit_classifier",) to
-      train stage two again on a checkpoint that has been through it.
+    model: sizes; None takes those of `initial`. MLPs wider than those of
+      `initial` begin as the same function (`parameters.wider`).
+    initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the
+      `output_dir` of an earlier run; None starts from random parameters.
+    fresh: parts of the parameter tree of `initial` that start anew:
+      ("exit_classifier",) to train stage two again on a checkpoint that has
+      been through it.
     listener: told of scalars.
 
   Returns:
@@ -106,8 +120,9 @@ def train(
 
   Raises:
     FileNotFoundError: there is no checkpoint at `initial`.
-    ValueError: neither `model` nor `initial`, or they do not fit; a part in `fresh` that
-      the tree lacks; a vocabulary larger than the model's. Errors of `loop.fit` besides.
+    ValueError: neither `model` nor `initial`, or they do not fit; a part in
+      `fresh` that the tree lacks; a vocabulary larger than the model's. Errors
+      of `loop.fit` besides.
     storage.LockedError: another process trains in `output_dir`.
   """
   folder = pathlib.Path(output_dir)
@@ -128,7 +143,9 @@ def train(
       listener=listener,
     )
     target = folder / sources.MODEL_FOLDER
-    trained = objective.teaches_layers(model.num_decoder_layers) or exits_trained
+    trained = (
+      objective.teaches_layers(model.num_decoder_layers) or exits_trained
+    )
     checkpoints.save(
       target,
       jax.tree.map(np.asarray, state.params),
@@ -147,17 +164,22 @@ def starting_point(
   fresh: Sequence[str] = (),
   parts: Sequence[str] = (),
 ) -> tuple[network.T5Config, Any, bool | None]:
-  """Sizes, parameters at step 0, and `exits_trained` as in `checkpoints.Checkpoint`. Exit parts
-  that `initial` lacks are added, those in `parts` whatever its sizes say; `fresh` begin
-  anew."""
+  """Sizes, parameters at step 0, and `exits_trained` as in
+  `checkpoints.Checkpoint`. Exit parts that `initial` lacks are added, those in
+  `parts` whatever its sizes say; `fresh` begin anew.
+  """
   if model is not None:
-    # Gin makes a subclass of what it configures: equality and hashing want the class itself.
-    fields: dict[str, Any] = dataclasses.asdict(model) | dict.fromkeys(parts, True)
+    # Gin makes a subclass of what it configures: equality and hashing want the
+    # class itself.
+    fields: dict[str, Any] = dataclasses.asdict(model) | dict.fromkeys(
+      parts, True
+    )
     model = network.T5Config(**fields)
   if initial is None:
     if model is None:
       raise ValueError(
-        "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint,"
+        "Expected `model` or `initial`: sizes to start from random "
+        "parameters, or a checkpoint,"
         " got neither; bind `run.train.model` or `run.train.initial`."
       )
     return model, updates.init_params(model, seed), False
@@ -167,7 +189,9 @@ def starting_point(
   params = parameters.add_exit_parts(stored.params, model)
   if model.mlp_dim > stored.config.mlp_dim:
     widths = stored.config.mlp_dim, model.mlp_dim
-    _LOG.warning("MLPs of `initial` are made wider, %d units each to %d.", *widths)
+    _LOG.warning(
+      "MLPs of `initial` are made wider, %d units each to %d.", *widths
+    )
     params = parameters.wider(params, stored.config, model.mlp_dim, seed)
   parameters.check(params, model)
   if fresh:
@@ -178,20 +202,30 @@ def starting_point(
 def evaluator(
   module: network.Transformer, objective: objectives.Objective, data: Data
 ) -> Callable[[Any], dict[str, float]]:
-  """Parameters -> the validation scalars of every source of `data`, without dropout and over
-  every layer."""
-  one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
+  """Parameters -> the validation scalars of every source of `data`, without
+  dropout and over every layer.
+  """
+  one = jax.jit(
+    lambda params, batch: objective.loss(module, params, batch, None)[1]
+  )
   batches = {
-    name: [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
+    name: [
+      source.batch(step)
+      for step in range(data.num_validation_batches.get(name, 8))
+    ]
     for name, source in data.validation.items()
   }
 
   def evaluate(params: Any) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for name, rows in batches.items():
-      metrics = functools.reduce(operator.add, [one(params, batch) for batch in rows])
+      metrics = functools.reduce(
+        operator.add, [one(params, batch) for batch in rows]
+      )
       prefix = f"{name}/" if scalars else ""
-      scalars |= {prefix + key: value for key, value in metrics.scalars().items()}
+      scalars |= {
+        prefix + key: value for key, value in metrics.scalars().items()
+      }
     return scalars
 
   return evaluate

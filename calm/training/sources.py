@@ -42,21 +42,29 @@ def supervised(
     prefix: put before each input.
     seed: seeds the order.
     every: keep every n-th example only.
-    outputs: what `calm infer --threshold=never --output` wrote for these prompts: the targets
-      are the model's own tokens then, and prompts that are not in it are left out. Stage two
-      learns from them without references, on the texts that it will decide about.
+    outputs: what `calm infer --threshold=never --output` wrote for these
+      prompts: the targets are the model's own tokens then, and prompts that are
+      not in it are left out. Stage two learns from them without references, on
+      the texts that it will decide about.
   """
   limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
   rising = itertools.pairwise([(1, 1), *buckets, (limits.LONGEST,) * 2])
-  fits = lambda one, next: len(next) == 2 and one[0] <= next[0] and one[1] <= next[1]
+  fits = lambda one, next: (
+    len(next) == 2 and one[0] <= next[0] and one[1] <= next[1]
+  )
   if not buckets or not all(itertools.starmap(fits, rising)):
     raise ValueError(
-      f"Expected `buckets` to be pairs of lengths in 1 ... {limits.LONGEST}, ascending in both,"
+      f"Expected `buckets` to be pairs of lengths in 1 ... {limits.LONGEST}, "
+      "ascending in both,"
       f" as ((64, 32),), got {buckets!r}."
     )
   file = pathlib.Path(root) / path
-  examples = prompt_files.open_prompts(file, require_target=not outputs)[::every]
-  encoded = lambda text: np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
+  examples = prompt_files.open_prompts(file, require_target=not outputs)[
+    ::every
+  ]
+  encoded = lambda text: np.array(
+    [*vocabulary.encode(text), vocabulary.eos_id], np.int32
+  )
   if outputs:
 
     def parse(line: storage.Line) -> records.Record:
@@ -69,26 +77,38 @@ def supervised(
     examples = [e for e in examples if e.id in own]
     if not examples:
       raise ValueError(
-        f"Expected `outputs` to hold texts of the prompts in {str(file)!r}, by their ids, got"
-        f" none in {outputs!r}; make it with `calm infer --threshold=never --prompts={file}`."
+        f"Expected `outputs` to hold texts of the prompts in {str(file)!r}, "
+        "by their ids, got"
+        f" none in {outputs!r}; make it with `calm infer --threshold=never "
+        f"--prompts={file}`."
       )
     targets = [np.array(own[e.id], np.int32) for e in examples]
   else:
     targets = [encoded(e.targets[0]) for e in examples]
   inputs = [encoded(prefix + e.input) for e in examples]
-  return training_batches.Supervised(inputs, targets, tuple(buckets), batch_size, seed)
+  return training_batches.Supervised(
+    inputs, targets, tuple(buckets), batch_size, seed
+  )
 
 
 @arguments.checked()
 def frequent_tokens(
-  paths: Sequence[str], vocabulary: checkpoints.Vocabulary, size: int, *, root: str = ""
+  paths: Sequence[str],
+  vocabulary: checkpoints.Vocabulary,
+  size: int,
+  *,
+  root: str = "",
 ) -> tuple[int, ...]:
-  """A shortlist from training targets: the `size` tokens seen most often, EOS included, each
-  JSON Lines file below `root` weighing the same. It has two at least, if need be the first
-  piece of the vocabulary: it is asked how far its first two are apart."""
+  """A shortlist from training targets: the `size` tokens seen most often, EOS
+  included, each JSON Lines file below `root` weighing the same. It has two at
+  least, if need be the first piece of the vocabulary: it is asked how far its
+  first two are apart.
+  """
   shares: collections.Counter[int] = collections.Counter()
   for path in paths:
-    examples = prompt_files.open_prompts(pathlib.Path(root) / path, require_target=True)
+    examples = prompt_files.open_prompts(
+      pathlib.Path(root) / path, require_target=True
+    )
     counts = collections.Counter(vocabulary.eos_id for _ in examples)
     for example in examples:
       counts.update(vocabulary.encode(example.targets[0]))
@@ -98,18 +118,26 @@ def frequent_tokens(
   found = sorted(shares, key=lambda token: (-shares[token], token))
   if len(found) < 2:
     named = {0, vocabulary.eos_id, vocabulary.unk_id, *found}
-    found += [token for token in range(len(named) + 1) if token not in named][:1]
+    found += [token for token in range(len(named) + 1) if token not in named][
+      :1
+    ]
   return tuple(found[:size])
 
 
 @arguments.checked()
 def stored_shortlist(path: str) -> tuple[int, ...]:
-  """The shortlist in the folder of a checkpoint, or of a run that exported one."""
-  found = files.read_json(find_checkpoint(path) / "inference.json").get("shortlist")
+  """The shortlist in the folder of a checkpoint, or of a run that exported
+  one.
+  """
+  found = files.read_json(find_checkpoint(path) / "inference.json").get(
+    "shortlist"
+  )
   if not found:
     raise ValueError(
-      f"Expected {path!r} to bring a shortlist in inference.json, got none; bind"
-      " `objectives.ExitProbes.shortlist` and `run.Export.shortlist` to the same"
+      f"Expected {path!r} to bring a shortlist in inference.json, got none; "
+      "bind"
+      " `objectives.ExitProbes.shortlist` and `run.Export.shortlist` to the "
+      "same"
       " `@sources.frequent_tokens()`."
     )
   return tuple(found)
@@ -118,7 +146,9 @@ def stored_shortlist(path: str) -> tuple[int, ...]:
 @arguments.checked()
 @functools.lru_cache(maxsize=1)
 def stored_vocabulary(path: str) -> checkpoints.Vocabulary | None:
-  """The vocabulary in the folder of a checkpoint, or of a run that exported one."""
+  """The vocabulary in the folder of a checkpoint, or of a run that exported
+  one.
+  """
   return checkpoints.load(find_checkpoint(path)).vocabulary
 
 
@@ -138,20 +168,24 @@ def denoising(
   root: str = "",
   seed: int = 0,
 ) -> training_batches.Denoising:
-  """T5 span corruption over the inputs of JSON Lines files, each distinct text once.
+  """T5 span corruption over the inputs of JSON Lines files, each distinct text
+  once.
 
   Args:
-    texts: (file below `root`, marker): of each input, what follows the first marker; the
-      whole input where the marker is "".
+    texts: (file below `root`, marker): of each input, what follows the first
+      marker; the whole input where the marker is "".
     vocabulary: text -> ids; its extra ids are the sentinels.
-    length: tokens of a text that are read, before corruption; texts below 16 are left out.
+    length: tokens of a text that are read, before corruption; texts below 16
+      are left out.
     batch_size: rows of a batch.
     seed: seeds order and corruption.
   """
   found: dict[str, None] = {}
   for path, marker in texts:
     for example in prompt_files.open_prompts(pathlib.Path(root) / path):
-      found[example.input.split(marker, 1)[-1] if marker else example.input] = None
+      found[example.input.split(marker, 1)[-1] if marker else example.input] = (
+        None
+      )
   encoded = [np.array(vocabulary.encode(text), np.int32) for text in found]
   encoded = [ids for ids in encoded if len(ids) >= _LEAST_TOKENS]
   source = training_batches.Denoising(
@@ -164,7 +198,9 @@ def denoising(
   )
   if source.max_spans > vocabulary.extra_ids:
     raise ValueError(
-      f"Expected a vocabulary with at least {source.max_spans} `extra_ids`, one a corrupted"
-      f" span of a text of {length} tokens, got {vocabulary.extra_ids}; shorten `length`."
+      f"Expected a vocabulary with at least {source.max_spans} `extra_ids`, "
+      "one a corrupted"
+      f" span of a text of {length} tokens, got {vocabulary.extra_ids}; "
+      "shorten `length`."
     )
   return source

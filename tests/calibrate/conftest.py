@@ -1,4 +1,6 @@
-"""Hypothesis draws the same examples in every run and does not watch the clock."""
+"""Hypothesis draws the same examples in every run and does not watch the
+clock.
+"""
 
 import hypothesis
 

@@ -1,4 +1,6 @@
-"""A calibration cannot be edited: every forgery is refused, by the name of what is wrong."""
+"""A calibration cannot be edited: every forgery is refused, by the name of what
+is wrong.
+"""
 
 import copy
 import json
@@ -24,7 +26,9 @@ RATES = dict(tolerance=0.1, error_rate=0.05)
 def made(method="auto", **fields):
   generator = np.random.default_rng(0)
   means = (0.01, 0.02, 0.3)
-  values = np.stack([laws.mostly_zero(generator, mean, 300) for mean in means], axis=1)
+  values = np.stack(
+    [laws.mostly_zero(generator, mean, 300) for mean in means], axis=1
+  )
   losses = SequenceLosses(
     values, GRID, kind="textual", metric="rouge_l", procedure=laws.procedure()
   )
@@ -33,7 +37,9 @@ def made(method="auto", **fields):
 
 HONEST = made().to_json()
 PAPER = made("paper").to_json()
-GROUPS = made(promise=risks.EveryGroup(labels=[f"g{row % 2}" for row in range(300)])).to_json()
+GROUPS = made(
+  promise=risks.EveryGroup(labels=[f"g{row % 2}" for row in range(300)])
+).to_json()
 
 
 def edited(path, new, honest=HONEST):
@@ -58,7 +64,10 @@ def test_files_that_are_no_calibration_are_refused(tmp_path, monkeypatch):
     (None, "got none: No such file"),
     ("{", "expected a calibration, got none"),
     ("[]", "`schema_version` 2 or 1, got .list."),
-    (json.dumps({**HONEST, "rows": None})[:-1], "expected a calibration, got none"),
+    (
+      json.dumps({**HONEST, "rows": None})[:-1],
+      "expected a calibration, got none",
+    ),
   ):
     if content is not None:
       path.write_text(content)
@@ -69,7 +78,8 @@ def test_files_that_are_no_calibration_are_refused(tmp_path, monkeypatch):
     Calibration.load(path)
 
 
-# Refused although the digest was written anew: they contradict the other fields.
+# Refused although the digest was written anew: they contradict the other
+# fields.
 CONTRADICTIONS = [
   *(
     (path, new, message, HONEST)
@@ -96,7 +106,11 @@ CONTRADICTIONS = [
   # Methods of sums are computed again.
   *(
     (path, new, r"Expected `log_p_values` .* the file was edited", PAPER)
-    for path, new in (("tolerance", 0.08), ("rows.0.mean", 0.001), ("method", "hoeffding"))
+    for path, new in (
+      ("tolerance", 0.08),
+      ("rows.0.mean", 0.001),
+      ("method", "hoeffding"),
+    )
   ),
   # Rows say what the least certain part says.
   *(
@@ -120,7 +134,10 @@ def test_contradictions_are_found_without_a_digest(path, new, message, honest):
 def test_a_digest_can_be_expected(tmp_path):
   found = made()
   found.save(tmp_path / "c.json")
-  assert Calibration.load(tmp_path / "c.json", expect_digest=found.digest.upper()) == found
+  assert (
+    Calibration.load(tmp_path / "c.json", expect_digest=found.digest.upper())
+    == found
+  )
   with pytest.raises(ValueError, match="it is another one, or was edited"):
     Calibration.load(tmp_path / "c.json", expect_digest="0" * 64)
   # The sentence is made of the numbers, and never read.
@@ -132,19 +149,42 @@ def test_a_digest_can_be_expected(tmp_path):
 @pytest.mark.parametrize(
   ("path", "new"),
   [
-    *(("schema_version", 3), ("schema_version", True), ("more", 1), ("rows", [3])),
+    *(
+      ("schema_version", 3),
+      ("schema_version", True),
+      ("more", 1),
+      ("rows", [3]),
+    ),
     *(("rows.0", {}), ("rows.0.mean", "x"), ("rows", []), ("parts", [{}])),
-    *(("tolerance", 10**400), ("support.lower", None), ("visited", 3), ("procedure", 3)),
-    *(("promise", 3), ("rows.0.log_p_value", 1.0), ("promise", {"name": "nothing"})),
-    *(("method", "magic"), ("metric", "\u202egnihton"), ("seed", "not hexadecimal")),
+    *(
+      ("tolerance", 10**400),
+      ("support.lower", None),
+      ("visited", 3),
+      ("procedure", 3),
+    ),
+    *(
+      ("promise", 3),
+      ("rows.0.log_p_value", 1.0),
+      ("promise", {"name": "nothing"}),
+    ),
+    *(
+      ("method", "magic"),
+      ("metric", "\u202egnihton"),
+      ("seed", "not hexadecimal"),
+    ),
   ],
 )
-def test_fields_of_other_types_are_refused_whatever_the_digest_says(path, new, write, tmp_path):
+def test_fields_of_other_types_are_refused_whatever_the_digest_says(
+  path, new, write, tmp_path
+):
   (tmp_path / "c.json").write_text(json.dumps(write(path=path, new=new)))
-  with pytest.raises(ValueError, match=r"c\.json: expected .* got none: .*; restore") as caught:
+  with pytest.raises(
+    ValueError, match=r"c\.json: expected .* got none: .*; restore"
+  ) as caught:
     Calibration.load(tmp_path / "c.json")
   text = str(caught.value)
-  assert text.isprintable() and len(text) < 1500  # no escape of the file's reaches the terminal
+  # no escape of the file's reaches the terminal
+  assert text.isprintable() and len(text) < 1500
 
 
 def family(name, risk):
@@ -169,14 +209,22 @@ def family(name, risk):
 def test_texts_that_would_not_be_loaded_are_not_taken(make):
   make("日本 b")
   for text in ("a\nb", "\x1b[31m", "\ud800", "x" * 5000):
-    with pytest.raises(ValueError, match=r"Expected .* printable characters, got ") as caught:
+    with pytest.raises(
+      ValueError, match=r"Expected .* printable characters, got "
+    ) as caught:
       make(text)
     assert len(str(caught.value)) < 600
 
 
 def test_p_equal_to_the_error_rate_goes_either_way():
-  """0.25 = 0.5 ** 2, to the last digit or not: what was decided then is believed."""
+  """0.25 = 0.5 ** 2, to the last digit or not: what was decided then is
+  believed.
+  """
   found = calibrate(
-    np.zeros((2, 1)), [0.5], tolerance=0.5, error_rate=0.25, support=Support(binary=True)
+    np.zeros((2, 1)),
+    [0.5],
+    tolerance=0.5,
+    error_rate=0.25,
+    support=Support(binary=True),
   )
   assert found.certified and Calibration.from_json(found.to_json()) == found

@@ -1,4 +1,6 @@
-"""Files that earlier versions wrote (commit d1de7c0) are read, checked, and made again."""
+"""Files that earlier versions wrote (commit d1de7c0) are read, checked, and
+made again.
+"""
 
 import dataclasses
 import json
@@ -9,14 +11,23 @@ import tempfile
 
 import pytest
 
-from calm.calibrate import Calibration, Online, calibrate, generations, open_writer
+from calm.calibrate import (
+  Calibration,
+  Online,
+  calibrate,
+  generations,
+  open_writer,
+)
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import foreign
 from calm.commands import merge
 from tests.golden import make_calibrations as golden
 
 FOLDER = pathlib.Path(golden.__file__).with_name("calibrations")
-LINES = [json.loads(line) for line in (FOLDER / "every_kind.jsonl").read_text().splitlines()]
+LINES = [
+  json.loads(line)
+  for line in (FOLDER / "every_kind.jsonl").read_text().splitlines()
+]
 STORED = {line["name"]: line for line in LINES}
 # Libraries differ in the last digits.
 digits = lambda text: round(float(text), 9)
@@ -25,7 +36,9 @@ rounded = lambda value: json.loads(json.dumps(value), parse_float=digits)
 
 def test_there_is_a_file_of_every_kind():
   assert set(STORED) == set(golden.KINDS) | set(golden.RETIRED)
-  assert {value["calibration"]["schema_version"] for value in STORED.values()} == {2}
+  assert {
+    value["calibration"]["schema_version"] for value in STORED.values()
+  } == {2}
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -33,7 +46,9 @@ def test_a_stored_calibration_is_read_and_promises_the_same(name, tmp_path):
   stored = STORED[name]["calibration"]
   (path := tmp_path / "calibration.json").write_text(json.dumps(stored))
   found = Calibration.load(path, expect_digest=stored["digest"])
-  assert [row.threshold for row in found.rows if row.rejected] == STORED[name]["certified"]
+  assert [row.threshold for row in found.rows if row.rejected] == STORED[name][
+    "certified"
+  ]
   assert json.loads(json.dumps(found.to_json())) == stored
   assert found.guarantee == stored["guarantee"] and found.certified == (
     stored["threshold"] != "never"
@@ -44,7 +59,8 @@ def test_a_stored_calibration_is_read_and_promises_the_same(name, tmp_path):
 def test_a_stored_calibration_is_verified_by_making_it_again(name):
   stored = Calibration.from_json(STORED[name]["calibration"])
   again = golden.KINDS[name]()
-  told = ("digest", "provenance", "guarantee", "reason")  # follow from the others
+  # follow from the others
+  told = ("digest", "provenance", "guarantee", "reason")
   ours, theirs = (
     {name: value for name, value in made.to_json().items() if name not in told}
     for made in (again, stored)
@@ -58,7 +74,8 @@ def test_a_stored_calibration_is_verified_by_making_it_again(name):
   [
     name
     for name, line in STORED.items()
-    if line["calibration"]["promise"] == {"name": "mean"}  # version 1 had no other
+    # version 1 had no other
+    if line["calibration"]["promise"] == {"name": "mean"}
   ],
 )
 def test_a_file_of_version_1_is_read(name):
@@ -66,7 +83,9 @@ def test_a_file_of_version_1_is_read(name):
   for field in ("promise", "parts", "losses_digest", "digest"):
     del value[field]
   found = Calibration.from_json(value | {"schema_version": 1})
-  assert [row.threshold for row in found.rows if row.rejected] == STORED[name]["certified"]
+  assert [row.threshold for row in found.rows if row.rejected] == STORED[name][
+    "certified"
+  ]
   with pytest.raises(ValueError, match="Expected `threshold`"):
     Calibration.from_json(value | {"schema_version": 1, "threshold": 0.02})
 
@@ -74,7 +93,9 @@ def test_a_file_of_version_1_is_read(name):
 def test_a_stored_monitor_is_refused_by_name_and_kept(tmp_path):
   path = shutil.copy(FOLDER / "monitor.jsonl", tmp_path)
   before = pathlib.Path(path).read_bytes()
-  with pytest.raises(ValueError, match=r"monitor\.jsonl:1: .* the monitor of an earlier"):
+  with pytest.raises(
+    ValueError, match=r"monitor\.jsonl:1: .* the monitor of an earlier"
+  ):
     Online(path, [0.5], tolerance=0.1)
   assert pathlib.Path(path).read_bytes() == before
 
@@ -83,7 +104,11 @@ def test_a_stored_monitor_is_refused_by_name_and_kept(tmp_path):
 
 CACHES = FOLDER.with_name("caches")
 EXPECTED = json.loads((CACHES / "expected.json").read_text("utf-8"))
-KINDS = {"textual": "rouge_l", "risk_signed": "token_f1", "risk_clipped": "chrf"}
+KINDS = {
+  "textual": "rouge_l",
+  "risk_signed": "token_f1",
+  "risk_clipped": "chrf",
+}
 RATES = {"tolerance": 0.3, "error_rate": 0.1, "randomized": False}
 FORMS = ("plain", "chat", "completion", "response", "vllm", "t5x", "t5x_aux")
 
@@ -94,12 +119,19 @@ def read(root: pathlib.Path) -> dict:
     # Runs are gone on with, in a copy.
     copy = pathlib.Path(place) / "caches"
     shutil.copytree(root, copy)
-    for name in ("whole", "stopped", "shards/shard-00000-of-00002"):  # an earlier version's
+    # an earlier version's
+    for name in ("whole", "stopped", "shards/shard-00000-of-00002"):
       (copy / name / "calibrations.jsonl").write_text("passed over\n")
-    found = {name: of_generations(generations.load(copy / name)) for name in FOLDERS}
+    found = {
+      name: of_generations(generations.load(copy / name)) for name in FOLDERS
+    }
     found["sequential"] = of_sequential(copy / "sequential")
-    found |= {f"foreign {form}": of_foreign(copy / "foreign", form) for form in FORMS}
-    found |= {name: of_stopped(copy / name) for name in ("stopped", "two_writers")}
+    found |= {
+      f"foreign {form}": of_foreign(copy / "foreign", form) for form in FORMS
+    }
+    found |= {
+      name: of_stopped(copy / name) for name in ("stopped", "two_writers")
+    }
     found["merging"] = of_merging(copy)
   return json.loads(json.dumps(found).replace(place, ""))
 
@@ -116,8 +148,12 @@ def of_generations(made) -> dict:
     "groups": [prompt.group for prompt in made.prompts],
     "references": [prompt.targets for prompt in made.prompts],
     "knobs": made.knobs,
-    "layers": None if counts is None else [count.sum(axis=0).tolist() for count in counts],
-    "records": [record.to_json() for record in (made.full[3], made.records[-1][0])],
+    "layers": None
+    if counts is None
+    else [count.sum(axis=0).tolist() for count in counts],
+    "records": [
+      record.to_json() for record in (made.full[3], made.records[-1][0])
+    ],
     "losses": {
       kind: of_losses(made, kind)
       for kind in KINDS
@@ -129,7 +165,9 @@ def of_generations(made) -> dict:
 def of_losses(made, kind: str) -> dict:
   losses = sequence_losses.compute(made, kind, metric=KINDS[kind])
   return {
-    "values": [[value.hex() for value in row] for row in losses.values.tolist()],
+    "values": [
+      [value.hex() for value in row] for row in losses.values.tolist()
+    ],
     "contents": losses.contents,
     "groups": losses.groups,
     "calibration": calibrate(losses, **RATES).to_json(),
@@ -142,7 +180,9 @@ def of_sequential(folder: pathlib.Path) -> dict:
   return {
     "ids": made.ids,
     "flags": [manifest["sequential"], manifest["by_group"]],
-    "losses": [[value.hex() for value in column.tolist()] for column in prefixes],
+    "losses": [
+      [value.hex() for value in column.tolist()] for column in prefixes
+    ],
   }
 
 
@@ -156,7 +196,9 @@ def of_foreign(folder: pathlib.Path, form: str) -> dict:
   found = of_generations(made)
   knobs = foreign.gather(full, {f"at {k}": v for k, v in files.items()})
   knobs = dataclasses.replace(knobs, prompts=made.prompts)
-  return found | {"knob": calibrate(sequence_losses.compute(knobs, "textual"), **RATES).knob}
+  return found | {
+    "knob": calibrate(sequence_losses.compute(knobs, "textual"), **RATES).knob
+  }
 
 
 def of_stopped(folder: pathlib.Path) -> dict:
@@ -170,16 +212,20 @@ def of_stopped(folder: pathlib.Path) -> dict:
   return {
     "reports": numbers(*writer.reports),
     "done": {
-      str(level): sorted(writer.completed_ids(level)) for level in (float("inf"), 0.9, 0.5)
+      str(level): sorted(writer.completed_ids(level))
+      for level in (float("inf"), 0.9, 0.5)
     },
     "records": [
-      r.to_json() for r in writer.completed_records(0.9, [row.id for row in rows]).values()
+      r.to_json()
+      for r in writer.completed_records(0.9, [row.id for row in rows]).values()
     ],
   }
 
 
 def of_merging(copy: pathlib.Path) -> dict:
-  """Shards merged again are the merged folder, but for two fields of earlier versions."""
+  """Shards merged again are the merged folder, but for two fields of earlier
+  versions.
+  """
   counts = [
     merge.merge([copy / "shards"], copy / "again"),
     merge.merge([copy / "outputs"], copy / "again.jsonl"),
@@ -187,14 +233,21 @@ def of_merging(copy: pathlib.Path) -> dict:
   old = re.compile(rb' "(sequential|by_group)": false,\n')
   content = lambda path: old.sub(b"", path.read_bytes())
   merged = (copy / "merged").iterdir()
-  same = all(content(copy / "again" / path.name) == content(path) for path in merged)
-  outputs = (copy / "again.jsonl").read_bytes() == (copy / "outputs.jsonl").read_bytes()
+  same = all(
+    content(copy / "again" / path.name) == content(path) for path in merged
+  )
+  outputs = (copy / "again.jsonl").read_bytes() == (
+    copy / "outputs.jsonl"
+  ).read_bytes()
   return {"counts": counts, "same": [same, outputs]}
 
 
 def numbers(*sentences: str) -> list[list[str]]:
   """The numbers in sentences, whose words may change."""
-  return [re.findall(r"\d[\d.]*", re.sub(r"/\S+", "", sentence)) for sentence in sentences]
+  return [
+    re.findall(r"\d[\d.]*", re.sub(r"/\S+", "", sentence))
+    for sentence in sentences
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -208,4 +261,7 @@ def test_what_was_written_before_is_read_as_before(found, name):
 
 
 def test_the_golden_caches_are_all_looked_at(found):
-  assert set(found) == set(EXPECTED) and found["merging"]["same"] == [True, True]
+  assert set(found) == set(EXPECTED) and found["merging"]["same"] == [
+    True,
+    True,
+  ]

@@ -1,4 +1,6 @@
-"""Laws of losses and cached generations made by hand, for the tests of `calm.calibrate`."""
+"""Laws of losses and cached generations made by hand, for the tests of
+`calm.calibrate`.
+"""
 
 import numpy as np
 
@@ -18,11 +20,15 @@ def two_point(generator, mean, shape):
 
 def mostly_zero(generator, mean, shape):
   """Text-like: zero for most prompts, else spread over (0, 1)."""
-  return (generator.random(shape) < 3.0 * mean) * generator.beta(1.5, 3.0, shape)
+  return (generator.random(shape) < 3.0 * mean) * generator.beta(
+    1.5, 3.0, shape
+  )
 
 
 def heavy(generator, mean, shape):
-  return (generator.random(shape) < 1.5 * mean) * generator.beta(4.0, 2.0, shape)
+  return (generator.random(shape) < 1.5 * mean) * generator.beta(
+    4.0, 2.0, shape
+  )
 
 
 def constant(generator, mean, shape):
@@ -31,7 +37,9 @@ def constant(generator, mean, shape):
 
 
 def signed(generator, mean, shape):
-  """{-1, 0, 1} with that mean: the paired difference of two exact-match risks."""
+  """{-1, 0, 1} with that mean: the paired difference of two exact-match
+  risks.
+  """
   uniform = generator.random(shape)
   return (uniform < 0.3 + mean).astype(np.float64) - (uniform > 0.7)
 
@@ -66,7 +74,13 @@ def procedure(**changes) -> Procedure:
 
 def prompts(count, **fields):
   return tuple(
-    Prompt(f"id-{i:03d}", f"input {i}", (f"word{i} same",), f"group-{i // 2}", **fields)
+    Prompt(
+      f"id-{i:03d}",
+      f"input {i}",
+      (f"word{i} same",),
+      f"group-{i // 2}",
+      **fields,
+    )
     for i in range(count)
   )
 
@@ -96,4 +110,6 @@ def assert_super_uniform(p, weights):
   order = np.argsort(p)
   reached = np.cumsum(weights[order])
   last_of_ties = np.append(np.diff(p[order]) > 1e-12, True)
-  assert np.all(reached[last_of_ties] <= p[order][last_of_ties] * (1 + 1e-9) + 1e-12)
+  assert np.all(
+    reached[last_of_ties] <= p[order][last_of_ties] * (1 + 1e-9) + 1e-12
+  )

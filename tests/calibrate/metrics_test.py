@@ -1,4 +1,6 @@
-"""Text metrics: ranges, words, references, errors, the metric of a user's file."""
+"""Text metrics: ranges, words, references, errors, the metric of a user's
+file.
+"""
 
 import sys
 
@@ -15,12 +17,16 @@ def slow_longest_common_subsequence(first, second):
   table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
   for i, a in enumerate(first):
     for j, b in enumerate(second):
-      table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+      table[i + 1][j + 1] = (
+        table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+      )
   return table[-1][-1]
 
 
 @given(WORDS, WORDS)
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(first, second):
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(
+  first, second
+):
   a, b = first.split(), second.split()
   common = slow_longest_common_subsequence(a, b)
   assert metrics._longest_common_subsequence(a, b) == common
@@ -35,8 +41,12 @@ def test_rouge_l_equals_rouge_score_on_ascii(first, second):
     assert ours == pytest.approx(theirs, abs=1e-12)
 
 
-@given(st.text(max_size=30), st.lists(st.text(max_size=30), min_size=1, max_size=3))
-def test_every_metric_stays_in_its_declared_range_and_equal_texts_agree(text, references):
+@given(
+  st.text(max_size=30), st.lists(st.text(max_size=30), min_size=1, max_size=3)
+)
+def test_every_metric_stays_in_its_declared_range_and_equal_texts_agree(
+  text, references
+):
   for name in ("rouge_l", "token_f1", "exact_match", "chrf"):
     metric = metrics.METRICS[name]
     value = metric(text, references)
@@ -44,13 +54,18 @@ def test_every_metric_stays_in_its_declared_range_and_equal_texts_agree(text, re
     assert not metric.binary or value in (0.0, 1.0)
     assert metric(text, [*references, text]) == 1.0
     assert metric(text, references[::-1]) == pytest.approx(value, abs=1e-12)
-    assert value == pytest.approx(max(metric(text, [other]) for other in references), abs=1e-12)
+    assert value == pytest.approx(
+      max(metric(text, [other]) for other in references), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
   ("text", "words"),
   [
-    ("Full-Featured, snake_case 3!", ("full", "featured", "snake", "case", "3")),
+    (
+      "Full-Featured, snake_case 3!",
+      ("full", "featured", "snake", "case", "3"),
+    ),
     ("Éléphant e\u0301te\u0301", ("éléphant", "été")),
     ("हिन्दी भाषा", ("हिन्दी", "भाषा")),
     ("漢字 ab", ("漢", "字", "ab")),
@@ -66,7 +81,9 @@ def test_squad_metrics_by_hand():
   assert metrics.squad_normalize("The  Cat, sat! ") == "cat sat"
   assert metrics.exact_match("The cat.", ["dog", "a cat"]) == 1.0
   assert metrics.exact_match("cats", ["cat"]) == 0.0
-  assert metrics.token_f1("the cat sat", ["cat sat down", "x"]) == pytest.approx(0.8)
+  assert metrics.token_f1(
+    "the cat sat", ["cat sat down", "x"]
+  ) == pytest.approx(0.8)
   assert metrics.token_f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
   assert metrics.token_f1("the", ["an"]) == 1.0
   assert metrics.token_f1("the", ["cat"]) == 0.0
@@ -78,10 +95,17 @@ def test_import_paths_and_errors():
   assert metric.name == path and not metric.binary and metric("a", ["b"]) == 0.5
   assert metrics.get_metric("tests.calibrate.metrics_test:same_length").binary
   assert metrics.get_metric("tests.calibrate.metrics_test:HALF") is HALF
-  assert metrics.get_metric(HALF) is HALF and metrics.get_metric(half).name == path
+  assert (
+    metrics.get_metric(HALF) is HALF and metrics.get_metric(half).name == path
+  )
   assert metrics.get_metric(metrics.rouge_l) is metrics.METRICS["rouge_l"]
-  assert metrics.get_metric(lambda text, references: 0.0).name.endswith("<lambda>")
-  assert metrics.compute(HALF, [("a", ("a",)), ("b", ("a",))]).tolist() == [1.0, 0.5]
+  assert metrics.get_metric(lambda text, references: 0.0).name.endswith(
+    "<lambda>"
+  )
+  assert metrics.compute(HALF, [("a", ("a",)), ("b", ("a",))]).tolist() == [
+    1.0,
+    0.5,
+  ]
   for name, message in (
     ("rouge", "to be one of .* or an import path 'package.module:function'"),
     ("no_such_module:f", "that can be imported, got: "),
@@ -114,13 +138,21 @@ def test_a_file_is_a_module(tmp_path, monkeypatch):
   )
   monkeypatch.chdir(tmp_path)
   before = list(sys.path)
-  found = [metrics.get_metric(f"{way}/measure.py:same") for way in ("own", "./own")]
+  found = [
+    metrics.get_metric(f"{way}/measure.py:same") for way in ("own", "./own")
+  ]
   for metric in found:
-    assert metric.binary and metric("a", ("a", "b")) == 1.0 and metric("c", ("a",)) == 0.0
+    assert (
+      metric.binary
+      and metric("a", ("a", "b")) == 1.0
+      and metric("c", ("a",)) == 0.0
+    )
   assert found[0].function is found[1].function  # loaded once
   assert sys.path == before and "own" not in sys.modules
   for name in ("own/nothing.py:same", "own/measure.py:other"):
-    with pytest.raises(ValueError, match="a function that can be imported, got"):
+    with pytest.raises(
+      ValueError, match="a function that can be imported, got"
+    ):
       metrics.get_metric(name)
 
 
@@ -131,9 +163,13 @@ def test_what_is_no_number_in_range_is_refused_by_the_metrics_name(made):
       raise SystemExit(0)  # the command would end as if all was well
     return made
 
-  with pytest.raises(ValueError, match=r"`metric` 'odd' to give a number in \[0, 1\], got"):
+  with pytest.raises(
+    ValueError, match=r"`metric` 'odd' to give a number in \[0, 1\], got"
+  ):
     metrics.Metric("odd", function)("a", ["b"])
-  with pytest.raises(ValueError, match=r"to give 0 or 1, as it is declared binary, got 0.5"):
+  with pytest.raises(
+    ValueError, match=r"to give 0 or 1, as it is declared binary, got 0.5"
+  ):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
   with pytest.raises(ValueError, match="`references` to hold one text"):
     HALF("a", [])

@@ -1,4 +1,6 @@
-"""Validity first, exactly where laws can be enumerated, by seeded simulation elsewhere."""
+"""Validity first, exactly where laws can be enumerated, by seeded simulation
+elsewhere.
+"""
 
 import dataclasses
 import fractions
@@ -29,7 +31,9 @@ LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)
 TOLERANCES = st.floats(0.005, 0.9)
 
 
-@pytest.mark.parametrize("p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+  "p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25, 0.6])
 def test_super_uniform_for_bernoulli_losses_exactly(p_value, tolerance):
   for size in (1, 2, 3, 7, 10, 31, 100):
@@ -40,7 +44,9 @@ def test_super_uniform_for_bernoulli_losses_exactly(p_value, tolerance):
 
 BETS = ("betting", "fixed_level")
 CASES = [
-  *itertools.product(laws.UNIT_LAWS, ("hoeffding", "hoeffding_bentkus", "convex_order", *BETS)),
+  *itertools.product(
+    laws.UNIT_LAWS, ("hoeffding", "hoeffding_bentkus", "convex_order", *BETS)
+  ),
   *itertools.product(laws.SIGNED_LAWS, BETS),
   (laws.bernoulli, "binomial"),
 ]
@@ -53,7 +59,9 @@ def compute(name, losses, tolerance):
   return getattr(p_values, name)(losses.sum(axis=0), len(losses), tolerance)
 
 
-@pytest.mark.parametrize(("law", "name"), CASES, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize(
+  ("law", "name"), CASES, ids=lambda v: getattr(v, "__name__", v)
+)
 def test_super_uniform_at_the_boundary_by_simulation(law, name):
   size, draws = 100, 2000
   for tolerance in (0.05, 0.25):
@@ -71,19 +79,28 @@ def test_super_uniform_at_the_boundary_by_simulation(law, name):
 def test_p_does_not_fall_as_the_sum_grows(size, first, second, tolerance):
   low, high = sorted([first * size, second * size])
   for p_value in SUM_BASED:
-    assert p_value(low, size, tolerance) <= p_value(high, size, tolerance) * (1 + 1e-9)
+    assert p_value(low, size, tolerance) <= p_value(high, size, tolerance) * (
+      1 + 1e-9
+    )
   ordered = [p_value(low, size, tolerance) for p_value in SUM_BASED]
-  assert ordered[2] <= ordered[1] * (1 + 1e-9) and ordered[1] <= ordered[0] * (1 + 1e-9)
+  assert ordered[2] <= ordered[1] * (1 + 1e-9) and ordered[1] <= ordered[0] * (
+    1 + 1e-9
+  )
   low, high = math.floor(low), math.floor(high)
-  assert p_values.binomial(low, size, tolerance) <= p_values.binomial(high, size, tolerance)
+  assert p_values.binomial(low, size, tolerance) <= p_values.binomial(
+    high, size, tolerance
+  )
 
 
-@given(st.integers(1, 30), st.fractions(0, 1, max_denominator=8), st.integers(1, 15))
+@given(
+  st.integers(1, 30), st.fractions(0, 1, max_denominator=8), st.integers(1, 15)
+)
 def test_convex_order_equals_exact_fractions(size, share, sixteenths):
   tolerance = fractions.Fraction(sixteenths, 16)
   total = share * size
   mass = [
-    math.comb(size, j) * tolerance**j * (1 - tolerance) ** (size - j) for j in range(size + 1)
+    math.comb(size, j) * tolerance**j * (1 - tolerance) ** (size - j)
+    for j in range(size + 1)
   ]
   ratios = [
     sum(mass[j] * (h - j) for j in range(h)) / (h - total)
@@ -95,16 +112,22 @@ def test_convex_order_equals_exact_fractions(size, share, sixteenths):
 
 
 def test_hoeffding_bentkus_by_hand():
-  assert p_values.hoeffding(5.0, 100, 0.1) == pytest.approx(math.exp(-0.5), rel=1e-12)
-  # n = 10, sum 0.5: KL term exp(-10 (0.05 log(0.05/0.3) + 0.95 log(0.95/0.7))), Bentkus e P(B
-  # <= 1)
+  assert p_values.hoeffding(5.0, 100, 0.1) == pytest.approx(
+    math.exp(-0.5), rel=1e-12
+  )
+  # n = 10, sum 0.5: KL term exp(-10 (0.05 log(0.05/0.3) + 0.95 log(0.95/0.7))),
+  # Bentkus e P(B <= 1)
   divergence = 0.05 * math.log(0.05 / 0.3) + 0.95 * math.log(0.95 / 0.7)
   bentkus = math.e * (0.7**10 + 10 * 0.3 * 0.7**9)
   expected = min(math.exp(-10 * divergence), bentkus)
-  assert p_values.hoeffding_bentkus(0.5, 10, 0.3) == pytest.approx(expected, rel=1e-12)
+  assert p_values.hoeffding_bentkus(0.5, 10, 0.3) == pytest.approx(
+    expected, rel=1e-12
+  )
   # The Bentkus term is the smaller one here.
   bentkus = math.e * stats.binom.cdf(50, 1000, 0.1)
-  assert p_values.hoeffding_bentkus(50, 1000, 0.1) == pytest.approx(bentkus, rel=1e-9)
+  assert p_values.hoeffding_bentkus(50, 1000, 0.1) == pytest.approx(
+    bentkus, rel=1e-9
+  )
   divergence = 0.05 * math.log(0.5) + 0.95 * math.log(0.95 / 0.9)
   assert bentkus < math.exp(-1000 * divergence)
 
@@ -113,9 +136,16 @@ def test_large_samples_do_not_underflow_in_log_space():
   size = 10**6
   for p_value in (*SUM_BASED, p_values.binomial):
     log_p = p_value(1000, size, 0.25, log=True)
-    assert np.isfinite(log_p) and log_p < -2e5 / 1.7 and p_value(1000, size, 0.25) == 0.0
-  exact = stats.binom.logpmf(1000, size, 0.25)  # the largest term of the lower tail
-  assert p_values.binomial(1000, size, 0.25, log=True) == pytest.approx(exact, rel=1e-4)
+    assert (
+      np.isfinite(log_p)
+      and log_p < -2e5 / 1.7
+      and p_value(1000, size, 0.25) == 0.0
+    )
+  # the largest term of the lower tail
+  exact = stats.binom.logpmf(1000, size, 0.25)
+  assert p_values.binomial(1000, size, 0.25, log=True) == pytest.approx(
+    exact, rel=1e-4
+  )
   design = Design(0.5, 0.05, 20_000)
   assert log_p_value(np.zeros((20_000, 1)), design) < -1000
 
@@ -124,13 +154,21 @@ def test_tails_beyond_float64_join_the_rest():
   counts = np.array([0, 5, 300])
   logs = p_values.binomial(counts, [3000, 3000, 3000], 0.3, log=True)
   table = p_values.log_binomial_cdf_table(3000, 0.3)
-  assert np.all(p_values.log_binomial_cdf_table(3000, 0.1) <= 0.0)  # rounding is cut
+  # rounding is cut
+  assert np.all(p_values.log_binomial_cdf_table(3000, 0.1) <= 0.0)
   np.testing.assert_allclose(logs, table[counts], rtol=1e-10)
-  mixed = p_values.binomial([[0, 5], [0, 900]], 3000, [[0.3, 0.3], [0.4, 0.3]], log=True)
-  assert mixed[1, 0] == pytest.approx(3000 * math.log(0.6)) and mixed[1, 1] > -1.0
+  mixed = p_values.binomial(
+    [[0, 5], [0, 900]], 3000, [[0.3, 0.3], [0.4, 0.3]], log=True
+  )
+  assert (
+    mixed[1, 0] == pytest.approx(3000 * math.log(0.6)) and mixed[1, 1] > -1.0
+  )
   np.testing.assert_allclose(mixed[0], table[[0, 5]], rtol=1e-10)
-  beside = p_values.binomial([0, 1500], 3000, [0.3, 0.5], log=True)  # one tail is not so small
-  assert beside[0] == logs[0] and beside[1] == p_values.binomial(1500, 3000, 0.5, log=True)
+  # one tail is not so small
+  beside = p_values.binomial([0, 1500], 3000, [0.3, 0.5], log=True)
+  assert beside[0] == logs[0] and beside[1] == p_values.binomial(
+    1500, 3000, 0.5, log=True
+  )
   np.testing.assert_allclose(
     np.exp(table), stats.binom.cdf(np.arange(3001), 3000, 0.3), atol=1e-9
   )
@@ -138,18 +176,27 @@ def test_tails_beyond_float64_join_the_rest():
 
 def test_means_that_are_not_quite_whole_do_not_move_the_ceiling():
   for count in (7, 29, 57):
-    for total in (100 * (count / 100), 100 * (1 - (1 - count / 100)), count * (1 + 1e-10)):
+    for total in (
+      100 * (count / 100),
+      100 * (1 - (1 - count / 100)),
+      count * (1 + 1e-10),
+    ):
       exact = p_values.binomial(total, 100, 0.7)
       assert exact == pytest.approx(stats.binom.cdf(count, 100, 0.7), rel=1e-9)
-  for count in (0, 1, 57):  # more than 1e-9 of it (of 1 at least) is no rounding
+  # more than 1e-9 of it (of 1 at least) is no rounding
+  for count in (0, 1, 57):
     over = p_values.binomial(count + 1.5e-9 * max(1, count), 100, 0.7)
     assert over == p_values.binomial(count + 1, 100, 0.7)
 
 
-@pytest.mark.parametrize(("count", "tolerance"), [(4950, 0.05), (9900, 0.1), (24_900, 0.25)])
+@pytest.mark.parametrize(
+  ("count", "tolerance"), [(4950, 0.05), (9900, 0.1), (24_900, 0.25)]
+)
 def test_binomial_is_exact_for_many_prompts(count, tolerance):
   expected = np.exp(p_values.log_binomial_cdf_table(10**5, tolerance)[count])
-  assert p_values.binomial(count, 10**5, tolerance) == pytest.approx(expected, rel=1e-9)
+  assert p_values.binomial(count, 10**5, tolerance) == pytest.approx(
+    expected, rel=1e-9
+  )
   assert p_values.binomial(10**5, 10**5, tolerance) == 1.0
 
 
@@ -176,13 +223,19 @@ def test_betting_is_super_uniform_exactly(hedges, values, chances, size):
   assert weights.sum() == pytest.approx(1.0)
   laws.assert_super_uniform(np.exp(log_p_value(losses, design)), weights)
   wealth = np.exp(log_wealth(losses, design))
-  np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
+  # a martingale at the boundary
+  np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)
 
 
 @pytest.mark.parametrize("planned", [2, 200])  # bets are cut, or not
 def test_betting_by_hand(planned):
-  # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
-  tolerance, losses, pace = 0.5, np.array([0.2, 0.4]), math.sqrt(2 * math.log(20.0) / planned)
+  # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 /
+  # n) / 0.5.
+  tolerance, losses, pace = (
+    0.5,
+    np.array([0.2, 0.4]),
+    math.sqrt(2 * math.log(20.0) / planned),
+  )
   first = min(pace / 0.5, 0.9 / 0.5)
   second = min(pace / math.sqrt((0.25 + (0.2 - 0.2 / 2) ** 2) / 2), 0.9 / 0.5)
   wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
@@ -199,16 +252,28 @@ def test_bets_see_the_past_only():
     for row in (0, 1, 17, 39):
       changed = losses.copy()
       changed[row:] = generator.permutation(changed[row:]) * 0.5
-      np.testing.assert_array_equal(design.bets(changed)[: row + 1], bets[: row + 1])
+      np.testing.assert_array_equal(
+        design.bets(changed)[: row + 1], bets[: row + 1]
+      )
     assert np.all(bets >= 0.0)
     assert design.cap == pytest.approx((0.99 if hedges else 0.9) / 0.9)
 
 
 def hedge_by_hand(losses, tolerance, error_rate, planned, upper=1.0):
-  """One column, its wealth looked at after every 64th of what is left (`hedge_bets`)."""
-  target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
+  """One column, its wealth looked at after every 64th of what is left
+  (`hedge_bets`).
+  """
+  target, pace = (
+    math.log(1 / error_rate),
+    math.sqrt(2 * math.log(1 / error_rate) / planned),
+  )
   share = min(max(tolerance / upper, 0.01), 0.5)
-  wealth, highest, squares, total = 0.0, 0.0, 8 * upper**2 * share * (1 - share), 0.0
+  wealth, highest, squares, total = (
+    0.0,
+    0.0,
+    8 * upper**2 * share * (1 - share),
+    0.0,
+  )
   bets, look = [], 0
   for row, loss in enumerate(losses):
     deviation = math.sqrt(squares / (row + 8))
@@ -220,7 +285,9 @@ def hedge_by_hand(losses, tolerance, error_rate, planned, upper=1.0):
         z = stats.norm.ppf(chance)
         aim = stats.norm.pdf(z) / (chance * math.sqrt(left))
     bets.append(aim / deviation)
-    wealth += math.log(1 + min(bets[-1], 0.99 / (upper - tolerance)) * (tolerance - loss))
+    wealth += math.log(
+      1 + min(bets[-1], 0.99 / (upper - tolerance)) * (tolerance - loss)
+    )
     highest = max(highest, wealth)
     total += loss
     squares += (loss - total / (row + 2)) ** 2
@@ -242,12 +309,18 @@ def test_the_hedge_by_hand(mean, tolerance, upper, planned, error_rate):
   found = design.bets(losses[:, None])[:, 0]
   # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
   np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
-  assert log_p_value(losses[:, None], design) == pytest.approx(-highest, rel=1e-6)
+  assert log_p_value(losses[:, None], design) == pytest.approx(
+    -highest, rel=1e-6
+  )
 
 
-@pytest.mark.parametrize("p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+  "p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__
+)
 @given(st.integers(1, 120), st.floats(0, 1), st.sampled_from([0.01, 0.05, 0.3]))
-def test_the_bound_is_where_the_p_value_crosses_the_level(p_value, size, share, error_rate):
+def test_the_bound_is_where_the_p_value_crosses_the_level(
+  p_value, size, share, error_rate
+):
   total = float(round(share * size))
   bound = float(p_values.invert(p_value, total, size, error_rate=error_rate))
   assert total / size <= bound <= 1.0
@@ -260,9 +333,13 @@ def test_the_bound_is_where_the_p_value_crosses_the_level(p_value, size, share, 
 def test_binomial_bound_is_clopper_pearson():
   for count, size in ((0, 10), (3, 10), (40, 500)):
     found = p_values.invert(p_values.binomial, count, size, error_rate=0.05)
-    assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
-  assert p_values.invert(p_values.binomial, 3, 10, error_rate=0.9) == 0.3  # no bound is below
-  assert p_values.invert(p_values.binomial, 0, 1, error_rate=1e-10) == 1.0  # nor above 1
+    assert found == pytest.approx(
+      stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9
+    )
+  # no bound is below
+  assert p_values.invert(p_values.binomial, 3, 10, error_rate=0.9) == 0.3
+  # nor above 1
+  assert p_values.invert(p_values.binomial, 0, 1, error_rate=1e-10) == 1.0
 
 
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
@@ -273,7 +350,9 @@ def test_binomial_bound_is_clopper_pearson():
   st.sampled_from([0.01, 0.05, 0.3]),
   st.sampled_from([laws.bernoulli, laws.mostly_zero, laws.signed]),
 )
-def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, law):
+def test_bounds_agree_with_decisions(
+  name, seed, size, tolerance, error_rate, law
+):
   generator = np.random.default_rng(seed)
   if name == "binomial":
     law = laws.bernoulli
@@ -292,12 +371,18 @@ def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, la
 @pytest.mark.parametrize("hedges", [False, True])
 @pytest.mark.parametrize("tolerance", [0.1, 0.4])
 def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
-  """Losses of 0 and 1 at the bound: sum over paths of P(reject | path), exactly."""
+  """Losses of 0 and 1 at the bound: sum over paths of P(reject | path),
+  exactly.
+  """
   length, level = 11, 0.05
-  paths = ((np.arange(2**length) >> np.arange(length)[:, None]) & 1).astype(float)
+  paths = ((np.arange(2**length) >> np.arange(length)[:, None]) & 1).astype(
+    float
+  )
   design = Design(tolerance, level, length, hedges=hedges)
   wealth = np.exp(log_wealth(paths, design))
-  rejects = np.where(wealth.max(axis=0) >= 1 / level, 1.0, np.minimum(1.0, level * wealth[-1]))
+  rejects = np.where(
+    wealth.max(axis=0) >= 1 / level, 1.0, np.minimum(1.0, level * wealth[-1])
+  )
   chance = np.prod(np.where(paths == 1.0, tolerance, 1.0 - tolerance), axis=0)
   without = np.sum(chance * (wealth.max(axis=0) >= 1 / level))
   assert without < np.sum(chance * rejects) <= level + 1e-12
@@ -314,13 +399,21 @@ def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
 
 @pytest.mark.parametrize("hedges", [False, True])
 @pytest.mark.parametrize("size", [50, 150])
-def test_a_bound_is_the_least_that_is_rejected_up_to_its_precision(size, hedges):
+def test_a_bound_is_the_least_that_is_rejected_up_to_its_precision(
+  size, hedges
+):
   generator = np.random.default_rng(4)
-  losses = 0.5 * laws.mostly_zero(generator, np.linspace(0.05, 0.3, 30), (size, 30))
+  losses = 0.5 * laws.mostly_zero(
+    generator, np.linspace(0.05, 0.3, 30), (size, 30)
+  )
   losses.sort(axis=0)  # wealth is highest in the middle
-  design = Design(0.05, 0.05, size, 0.5, hedges=hedges, uniform=generator.random(30) ** 2)
+  design = Design(
+    0.05, 0.05, size, 0.5, hedges=hedges, uniform=generator.random(30) ** 2
+  )
   bets, bounds = design.bets(losses), upper_bound(losses, design)
-  at = lambda bound: log_p_value(losses, dataclasses.replace(design, tolerance=bound), bets)
+  at = lambda bound: log_p_value(
+    losses, dataclasses.replace(design, tolerance=bound), bets
+  )
   assert np.all(at(bounds) <= math.log(0.05)) and bounds.max() < 0.5
   np.testing.assert_array_equal(bounds <= 0.05, at(0.05) <= math.log(0.05))
   assert np.all(at(bounds - 0.5 * 1.01e-4) > math.log(0.05))

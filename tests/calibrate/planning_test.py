@@ -13,13 +13,18 @@ def test_it_is_exactly_where_losses_of_zero_certify(tolerance, error_rate):
   size = planning.min_calibration_size(tolerance, error_rate)
   level = math.log(error_rate) + 1e-8
   assert p_values.binomial(0, size, tolerance, log=True) <= level
-  assert size == 1 or p_values.binomial(0, size - 1, tolerance, log=True) > level - 2e-8
+  assert (
+    size == 1
+    or p_values.binomial(0, size - 1, tolerance, log=True) > level - 2e-8
+  )
   assert p_values.convex_order(0, size, tolerance, log=True) <= level
 
 
 def test_numbers_of_signed_losses_and_of_whole_quotients():
-  assert planning.min_calibration_size(0.1, 0.05, lower=-1.0) == 4  # log 0.05 / log 0.45
-  assert planning.min_calibration_size(0.5, 0.25) == 2  # exactly log 0.25 / log 0.5
+  # log 0.05 / log 0.45
+  assert planning.min_calibration_size(0.1, 0.05, lower=-1.0) == 4
+  # exactly log 0.25 / log 0.5
+  assert planning.min_calibration_size(0.5, 0.25) == 2
   assert planning.min_calibration_size(0.5, 0.9) == 1
 
 
@@ -29,16 +34,25 @@ RANGES = (Support(0.0, 0.5), Support(-1.0, 1.0), Support(-0.5, 2.0))
 
 @pytest.mark.parametrize(
   ("method", "support"),
-  [*((method, Support()) for method in METHODS), *(("betting_fixed_level", s) for s in RANGES)],
+  [
+    *((method, Support()) for method in METHODS),
+    *(("betting_fixed_level", s) for s in RANGES),
+  ],
 )
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25])
 def test_a_method_needs_what_calibrate_needs(method, support, tolerance):
-  """Prompts whose losses are all the lowest, one fewer than planned or as many."""
-  rates = dict(tolerance=tolerance, error_rate=0.05, method=method, support=support)
+  """Prompts whose losses are all the lowest, one fewer than planned or as
+  many.
+  """
+  rates = dict(
+    tolerance=tolerance, error_rate=0.05, method=method, support=support
+  )
   size = planning.method_size(**rates)
   lowest = np.full((size, 1), support.lower)
   few = calibrate(lowest[1:], [0.5], **rates)
-  assert not few.certified and f"got {size - 1}, which are too few" in few.reason
+  assert (
+    not few.certified and f"got {size - 1}, which are too few" in few.reason
+  )
   assert calibrate(lowest, [0.5], **rates).certified
   assert str(size) in planning.refusal(size - 1, **rates)
   assert planning.refusal(size, **rates) == ""
@@ -51,7 +65,10 @@ def test_a_randomised_method_needs_what_certifies_in_half_of_all_draws():
   assert size < planning.method_size("betting_fixed_level", **rates)
   seeds = [f"{number:04x}" for number in range(80)]
   share = lambda count: np.mean(
-    [calibrate(np.zeros((count, 1)), [0.5], **rates, seed=seed).certified for seed in seeds]
+    [
+      calibrate(np.zeros((count, 1)), [0.5], **rates, seed=seed).certified
+      for seed in seeds
+    ]
   )
   assert share(size - 1) < 0.5 + 0.17 and share(size) > 0.5 - 0.17
 

@@ -1,4 +1,6 @@
-"""Thresholds as text and JSON, and grids: read, refused by name, and the defaults."""
+"""Thresholds as text and JSON, and grids: read, refused by name, and the
+defaults.
+"""
 
 import math
 
@@ -12,8 +14,14 @@ from calm.calibrate import thresholds
 
 @given(st.floats(0.0, 1.0) | st.just(math.inf))
 def test_text_of_a_threshold_reads_back_as_the_same_float(threshold):
-  assert thresholds.parse_threshold(thresholds.format_threshold(threshold)) == threshold
-  assert thresholds.parse_threshold(thresholds.threshold_to_json(threshold)) == threshold
+  assert (
+    thresholds.parse_threshold(thresholds.format_threshold(threshold))
+    == threshold
+  )
+  assert (
+    thresholds.parse_threshold(thresholds.threshold_to_json(threshold))
+    == threshold
+  )
 
 
 @pytest.mark.parametrize("value", ["1.5", "nan", "inf", "x", "", None, 2.0])
@@ -44,7 +52,12 @@ def test_default_grids():
   gaps = 1.0 - (state := thresholds.default_grid("state"))
   assert state[0] == 0.999 and state[-1] == 0.5
   np.testing.assert_allclose(gaps[1:] / gaps[:-1], gaps[1] / gaps[0], rtol=2e-3)
-  # Slacks of 0, 0.05, ..., 0.95: the safest keeps every text as full depth has it.
-  np.testing.assert_allclose(thresholds.default_grid("verified"), 1.0 - 0.05 * np.arange(20))
-  with pytest.raises(ValueError, match=r"`measure` to be one of .* got 'oracle'"):
+  # Slacks of 0, 0.05, ..., 0.95: the safest keeps every text as full depth has
+  # it.
+  np.testing.assert_allclose(
+    thresholds.default_grid("verified"), 1.0 - 0.05 * np.arange(20)
+  )
+  with pytest.raises(
+    ValueError, match=r"`measure` to be one of .* got 'oracle'"
+  ):
     thresholds.default_grid("oracle")

@@ -1,4 +1,6 @@
-"""T5X checkpoints, made with the real T5X (golden/make_t5x.py), read without it."""
+"""T5X checkpoints, made with the real T5X (golden/make_t5x.py), read without
+it.
+"""
 
 import contextlib
 import pathlib
@@ -13,7 +15,8 @@ from calm import checkpoints
 from calm.checkpoints import t5x
 from calm.t5 import network, parameters
 
-# Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
+# Orbax leaves tasks without an owner when a restore fails, as some tests here
+# make it do.
 pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
   pytest.mark.usefixtures("collect_orphans"),
@@ -26,7 +29,9 @@ FORMATS = ("legacy", "orbax")
 def unpacked(tmp_path_factory) -> pathlib.Path:
   """legacy/ and orbax/, each a model directory with checkpoint_7/."""
   for name in ("tensorstore", "orbax.checkpoint"):
-    pytest.importorskip(name, reason=f"T5X checkpoints need {name} (the `train` extra)")
+    pytest.importorskip(
+      name, reason=f"T5X checkpoints need {name} (the `train` extra)"
+    )
   root = tmp_path_factory.mktemp("t5x")
   for name in FORMATS:
     zipfile.ZipFile(GOLDEN / f"t5x_{name}.zip").extractall(root / name)
@@ -35,7 +40,9 @@ def unpacked(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def copied(unpacked, tmp_path):
-  return lambda name: shutil.copytree(unpacked / name / "checkpoint_7", tmp_path / name)
+  return lambda name: shutil.copytree(
+    unpacked / name / "checkpoint_7", tmp_path / name
+  )
 
 
 def expected() -> dict[str, np.ndarray]:
@@ -44,7 +51,9 @@ def expected() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("folder", [".", "checkpoint_7"])
-def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, name, folder):
+def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(
+  unpacked, name, folder
+):
   golden = expected()
   tokens, logits = jnp.asarray(golden.pop("tokens")), golden.pop("logits")
   checkpoint = checkpoints.load(unpacked / name / folder)
@@ -64,7 +73,11 @@ def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, na
   [
     {},
     {"exit_classifier": True},
-    {"logits_via_embedding": True, "mlp_activations": ("relu",), "relpos_buckets": 16},
+    {
+      "logits_via_embedding": True,
+      "mlp_activations": ("relu",),
+      "relpos_buckets": 16,
+    },
     {
       "num_decoder_layers": 12,
       "exit_translators": (2, 11),
@@ -84,7 +97,9 @@ def test_inferred_configuration_round_trips(changes):
 
 def test_the_newest_step_is_taken(unpacked, tmp_path):
   for step in (7, 12):
-    shutil.copytree(unpacked / "legacy" / "checkpoint_7", tmp_path / f"checkpoint_{step}")
+    shutil.copytree(
+      unpacked / "legacy" / "checkpoint_7", tmp_path / f"checkpoint_{step}"
+    )
   (tmp_path / "checkpoint_100.orbax-checkpoint-tmp").mkdir()
   assert t5x.find(tmp_path) == tmp_path / "checkpoint_12"
   assert t5x.find(tmp_path / "checkpoint_7") == tmp_path / "checkpoint_7"
@@ -92,12 +107,16 @@ def test_the_newest_step_is_taken(unpacked, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"use_ocdbt": False}, {"use_zarr3": True}])
-def test_orbax_folders_and_its_newer_arrays_are_read(unpacked, tmp_path, options):
+def test_orbax_folders_and_its_newer_arrays_are_read(
+  unpacked, tmp_path, options
+):
   import orbax.checkpoint as ocp
 
   golden = checkpoints.load(unpacked / "orbax")
   with contextlib.closing(ocp.PyTreeCheckpointHandler(**options)) as handler:
-    handler.save(tmp_path / "state", args=ocp.args.PyTreeSave({"target": golden.params}))
+    handler.save(
+      tmp_path / "state", args=ocp.args.PyTreeSave({"target": golden.params})
+    )
     handler.finalize(tmp_path / "state")
   flat = parameters.flatten(checkpoints.load(tmp_path).params)
   expected = parameters.flatten(golden.params)

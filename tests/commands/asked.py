@@ -1,6 +1,7 @@
 """Every command with what it needs, so that one option more can be asked about.
 
-A command that begins to work has taken what it was given: `stop_at_work` ends it there.
+A command that begins to work has taken what it was given: `stop_at_work` ends
+it there.
 """
 
 import argparse
@@ -39,7 +40,13 @@ BESIDE = {
   "--num_shards": ["--shard_id=0"],
   "--references": ["--kind=risk_signed"],
 }
-ONLINE = ("--tolerance", "--error_rate", "--metric", "--online_share", "--online")
+ONLINE = (
+  "--tolerance",
+  "--error_rate",
+  "--metric",
+  "--online_share",
+  "--online",
+)
 # Options of `calm infer` that a threshold goes ill with.
 SERVES = ("--threshold", "--calibration", "--expect_digest")
 
@@ -64,7 +71,9 @@ def actions(command: str) -> list[argparse.Action]:
 
 
 class Asker:
-  """Calls commands with one thing asked about, each with a new folder to write to."""
+  """Calls commands with one thing asked about, each with a new folder to write
+  to.
+  """
 
   def __init__(self, model, outputs, calibration, folder: pathlib.Path, capsys):
     self.model, self.outputs, self.calibration = model, outputs, calibration
@@ -83,8 +92,12 @@ class Asker:
     """The command without the option that is asked about."""
     new = self.folder / f"new{next(self._numbers)}"
     decodes = [f"--model={self.model}", f"--prompts={self.prompts}"]
-    rows = [f"--data={self.folder}" if "tasks" in option else f"--train={self.rows}"]
-    serves = [f"--calibration={self.calibration}"] if option in SERVES[-1:] else []
+    rows = [
+      f"--data={self.folder}" if "tasks" in option else f"--train={self.rows}"
+    ]
+    serves = (
+      [f"--calibration={self.calibration}"] if option in SERVES[-1:] else []
+    )
     if command in ("infer", "serve") and option in ONLINE:
       serves = [f"--online={new}.state"]
     base = {
@@ -93,17 +106,26 @@ class Asker:
       "train": [f"--gin_file={self.bindings}"],
       "generate": decodes,
       "calibrate": [str(self.outputs), "--tolerance=0.2"],
-      "infer": [*decodes, *(serves if option in (*SERVES, *ONLINE) else ["--threshold=never"])],
+      "infer": [
+        *decodes,
+        *(serves if option in (*SERVES, *ONLINE) else ["--threshold=never"]),
+      ],
       "serve": [f"--model={self.model}", "--port=0", *serves],
       "merge": [str(self.folder / "shards")],
-      "report": [f"--model={self.model}", *([] if option == "--data" else rows)],
+      "report": [
+        f"--model={self.model}",
+        *([] if option == "--data" else rows),
+      ],
     }[command]
     output = "--output_dir" if command == "train" else "--output"
     base += [] if command == "serve" else [f"{output}={new}"]
     base += BESIDE.get(option, []) if command != "fit" else []
     if not option.startswith("--"):  # what is asked about stands in its place
       base = [word for word in base if word.startswith("--")]
-    return [command, *(word for word in base if not word.startswith(f"{option}="))]
+    return [
+      command,
+      *(word for word in base if not word.startswith(f"{option}=")),
+    ]
 
   def ask(self, words: list[str]) -> tuple[int | str, str]:
     """(exit status, or 'taken' where it began to work; what was said)."""
@@ -133,6 +155,8 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
 
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
-  prompts, mark = merge.take_shard(prompt_files.Prompts([Prompt("a", "text")]), 0, 1)
+  prompts, mark = merge.take_shard(
+    prompt_files.Prompts([Prompt("a", "text")]), 0, 1
+  )
   small_cache.write(place := merge.shard_folder(str(folder), mark), prompts)
   merge.write_mark(place, mark)

@@ -1,4 +1,6 @@
-"""One toy model, its prompts and what it generated, for all tests of commands."""
+"""One toy model, its prompts and what it generated, for all tests of
+commands.
+"""
 
 import dataclasses
 import json
@@ -14,11 +16,16 @@ from tests.commands import asked, toy
 
 @pytest.fixture
 def calm(capsys):
-  """Runs a command that ends with `code`; returns what it printed, with single spaces."""
+  """Runs a command that ends with `code`; returns what it printed, with single
+  spaces.
+  """
 
   def run(*words, code=0) -> str:
     capsys.readouterr()
-    status, printed = cli.main([str(word) for word in words]), capsys.readouterr()
+    status, printed = (
+      cli.main([str(word) for word in words]),
+      capsys.readouterr(),
+    )
     assert status == code, printed
     assert "Traceback" not in printed.err
     return " ".join((printed.out + printed.err).split())
@@ -34,7 +41,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory):
   path = tmp_path_factory.mktemp("cli") / "prompts.jsonl"
-  rows = [{"id": f"p{i}", "input": t, "target": [t]} for i, t in enumerate(toy.TEXTS)]
+  rows = [
+    {"id": f"p{i}", "input": t, "target": [t]} for i, t in enumerate(toy.TEXTS)
+  ]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
 
@@ -53,9 +62,13 @@ def outputs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def calibration(model, tmp_path_factory):
-  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  made = calibrate.calibrate(
+    np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05
+  )
   path = tmp_path_factory.mktemp("promise") / "calibration.json"
-  dataclasses.replace(made, procedure=inference.load(model).procedure).save(path)
+  dataclasses.replace(made, procedure=inference.load(model).procedure).save(
+    path
+  )
   return path
 
 

@@ -1,4 +1,6 @@
-"""`calm infer` as people use it: where its lines go, and how it goes on after a kill."""
+"""`calm infer` as people use it: where its lines go, and how it goes on after a
+kill.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,9 @@ TEXTS = [f"text {i}" for i in range(7)]
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
   path = tmp_path_factory.mktemp("infer") / "prompts.csv"
-  path.write_text("id,review\n" + "".join(f"p{i},{text}\n" for i, text in enumerate(TEXTS)))
+  path.write_text(
+    "id,review\n" + "".join(f"p{i},{text}\n" for i, text in enumerate(TEXTS))
+  )
   return path
 
 
@@ -50,7 +54,9 @@ def ids(text: str) -> list[str]:
 
 
 def stop_after(monkeypatch, chunks: int, half: bytes = b"") -> None:
-  """A failure while the chunk after so many is written, of which `half` has got there."""
+  """A failure while the chunk after so many is written, of which `half` has got
+  there.
+  """
   append, done = storage.append, []
 
   def stopped(path, content):
@@ -63,7 +69,9 @@ def stop_after(monkeypatch, chunks: int, half: bytes = b"") -> None:
   monkeypatch.setattr(storage, "append", stopped)
 
 
-def test_a_stopped_run_goes_on_where_it_was(calm_infer, expected, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_where_it_was(
+  calm_infer, expected, tmp_path, monkeypatch
+):
   assert ids(expected) == [f"p{i}" for i in range(7)]
   output = tmp_path / "out.jsonl"
   output.write_text("an earlier result\n")
@@ -78,7 +86,9 @@ def test_a_stopped_run_goes_on_where_it_was(calm_infer, expected, tmp_path, monk
     return generate(self, texts, **options)
 
   monkeypatch.setattr(predictor.Predictor, "generate", counted)
-  assert "4 prompts' outputs are there already" in calm_infer(f"--output={output}")
+  assert "4 prompts' outputs are there already" in calm_infer(
+    f"--output={output}"
+  )
   assert sum(counts) == 3 and output.read_text() == expected
   left = [path.name for path in tmp_path.iterdir()]
   assert not [name for name in left if name.startswith((".", "out.jsonl."))]
@@ -94,11 +104,17 @@ def test_every_command_goes_on_from_lines_of_its_own(
     calm_infer(f"--output={output}", code=2)
   (partial,) = tmp_path.glob("out.jsonl.*.partial")
   kept = partial.read_bytes()
-  for change in ("--threshold=0.5", "--max_decode_length=3", f"--prompts={other}"):
+  for change in (
+    "--threshold=0.5",
+    "--max_decode_length=3",
+    f"--prompts={other}",
+  ):
     assert "are there already" not in calm_infer(f"--output={output}", change)
     assert ids(output.read_text()) == [f"p{i}" for i in range(7)]
     assert partial.read_bytes() == kept
-  assert "2 prompts' outputs are there already" in calm_infer(f"--output={output}")
+  assert "2 prompts' outputs are there already" in calm_infer(
+    f"--output={output}"
+  )
   assert output.read_text() == expected and not partial.exists()
   partial.write_text('{"id": "x"}\n')
   assert "got others; take it away" in calm_infer(f"--output={output}", code=2)
@@ -120,7 +136,12 @@ def test_lines_go_to_pipes_and_standard_output(calm_infer, expected, tmp_path):
 
 
 def test_tokens_are_shown_as_they_come(model, prompts, capsys, monkeypatch):
-  words = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", *toy.DECODE]
+  words = [
+    f"--model={model}",
+    f"--prompts={prompts}",
+    "--input_key=review",
+    *toy.DECODE,
+  ]
   words = ["infer", *words, "--threshold=never"]
   assert cli.main(words) == 0
   whole, shown, show = capsys.readouterr().out, [], infer.Serving._show
@@ -140,13 +161,20 @@ def test_what_was_read_and_what_it_took_is_said_once(calm_infer):
   printed = calm_infer("--max_input_length=6")
   assert printed.count("7 prompts, CSV, column 'review'") == 1
   assert printed.count("have more than `max_input_length`") == 1
-  assert "Warning: 7 of 7 prompts have more than `max_input_length` = 6 tokens" in printed
-  assert "start-up" in printed and "The full model was used; no guarantee" in printed
+  assert (
+    "Warning: 7 of 7 prompts have more than `max_input_length` = 6 tokens"
+    in printed
+  )
+  assert (
+    "start-up" in printed and "The full model was used; no guarantee" in printed
+  )
 
 
 def certified(model, path, note=None, **options):
   """A calibration for a model under these options, saved."""
-  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  made = calibrate.calibrate(
+    np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05
+  )
   procedure = inference.load(model, **options).procedure
   made = dataclasses.replace(made, procedure=procedure)
   (timing.note(made, note) if note else made).save(path)
@@ -157,16 +185,34 @@ def test_the_models_own_calibration_is_served(prompts, calm, tmp_path):
   model = toy.save_model(tmp_path / "fitted")
   pair = timing.Pair(1, 8, full=4.0, early=2.0, speedup=2.0, end_to_end=1.5)
   made = certified(model, model / "calibration.json", timing.Seconds(pair))
-  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--limit=1"]
-  assert "`--threshold` beside options" in calm("infer", *named, "--measure=state", code=2)
+  named = [
+    f"--model={model}",
+    f"--prompts={prompts}",
+    "--input_key=review",
+    "--limit=1",
+  ]
+  assert "`--threshold` beside options" in calm(
+    "infer", *named, "--measure=state", code=2
+  )
   printed = calm("infer", *named, "--output=-")
   assert made.guarantee.split(".")[0] in printed
-  assert "as measured with the calibration: x2.00 one at a time (x1.50" in printed
+  assert (
+    "as measured with the calibration: x2.00 one at a time (x1.50" in printed
+  )
 
 
-def test_the_speed_beside_full_depth_is_measured(model, prompts, tmp_path, calm, monkeypatch):
-  """Of a calibration that names no seconds; that some prompts are cut is said once, of all."""
-  certified(model, path := tmp_path / "calibration.json", max_input_length=6, batch_size=2)
+def test_the_speed_beside_full_depth_is_measured(
+  model, prompts, tmp_path, calm, monkeypatch
+):
+  """Of a calibration that names no seconds; that some prompts are cut is said
+  once, of all.
+  """
+  certified(
+    model,
+    path := tmp_path / "calibration.json",
+    max_input_length=6,
+    batch_size=2,
+  )
   monkeypatch.setattr(infer, "MEASURED_PROMPTS", 7)
   measure = timing.beside_full_depth
 
@@ -176,7 +222,12 @@ def test_the_speed_beside_full_depth_is_measured(model, prompts, tmp_path, calm,
     return dataclasses.replace(found, single=single, batched=None)
 
   monkeypatch.setattr(timing, "beside_full_depth", measured)
-  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--output=-"]
+  named = [
+    f"--model={model}",
+    f"--prompts={prompts}",
+    "--input_key=review",
+    "--output=-",
+  ]
   printed = calm("infer", *named, f"--calibration={path}")
   assert "x0.90 one at a time (x1.25 with the encoder)" in printed
   assert "not faster than full depth" in printed
@@ -189,9 +240,13 @@ def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path):
   printed = calm_infer(f"--output={output}", way=("--exact", "--batch_size=1"))
   lines = [json.loads(line) for line in output.read_text().splitlines()]
   plain = [json.loads(line) for line in expected.splitlines()]
-  assert [line["tokens"] for line in lines] == [line["tokens"] for line in plain]
+  assert [line["tokens"] for line in lines] == [
+    line["tokens"] for line in plain
+  ]
   assert "the full model's own texts" in printed
-  rate = sum(len(line["tokens"]) for line in lines) / sum(line["passes"] for line in lines)
+  rate = sum(len(line["tokens"]) for line in lines) / sum(
+    line["passes"] for line in lines
+  )
   assert f"{rate:.2f} tokens a pass" in printed
 
 
@@ -206,4 +261,7 @@ def test_what_is_read_is_never_replaced(model, tmp_path, calm):
     assert "not to be a file that is read" in printed
   named = [f"--full={full}", f"--outputs=0.5={full}", f"--output={full}"]
   assert "not to be a file that is read" in calm("calibrate", *named, code=2)
-  assert prompts.read_text() == '{"input": "a text"}\n' and "prediction" in full.read_text()
+  assert (
+    prompts.read_text() == '{"input": "a text"}\n'
+    and "prediction" in full.read_text()
+  )

@@ -1,4 +1,6 @@
-"""Shards of a list: who is where, what is refused, and that together they are the whole."""
+"""Shards of a list: who is where, what is refused, and that together they are
+the whole.
+"""
 
 import json
 import shutil
@@ -6,7 +8,13 @@ import tracemalloc
 
 import pytest
 
-from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
+from calm.calibrate import (
+  GenerationsError,
+  Prompt,
+  Record,
+  generations,
+  open_writer,
+)
 from calm.commands import merge
 from calm.data.prompt_files import Prompts
 from tests.calibrate import laws
@@ -23,7 +31,9 @@ def record(prompt: Prompt, threshold: float) -> Record:
   return Record(prompt.id, text, (5, 1), (2, 3), (0.25, 0.0), (0.0, 0.5), -1.5)
 
 
-def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GRID):
+def write(
+  folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GRID
+):
   """One shard, as `calm generate` writes it, batches of like prompts first."""
   procedure = procedure or laws.procedure()
   mine, mark = merge.take_shard(Prompts(prompts), number, count)
@@ -32,7 +42,9 @@ def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GR
     writer = open_writer(at, prompts=mine, thresholds=grid, procedure=procedure)
     for threshold in (float("inf"), *grid):
       backwards = sorted(mine, key=lambda p: p.id[::-1])
-      writer.append(threshold, [record(prompt, threshold) for prompt in backwards])
+      writer.append(
+        threshold, [record(prompt, threshold) for prompt in backwards]
+      )
     writer.finish()
   merge.write_mark(at, mark)
 
@@ -63,18 +75,25 @@ def place(folder, number=0, count=4):
 
 
 def contents(folder) -> dict[str, bytes]:
-  return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+  return {
+    path.name: path.read_bytes()
+    for path in folder.iterdir()
+    if path.suffix != ".lock"
+  }
 
 
 def test_a_prompt_has_one_shard_everywhere_and_groups_stay_together():
-  # Stored shards are gone on with by later versions: these numbers never change.
+  # Stored shards are gone on with by later versions: these numbers never
+  # change.
   made = [merge.shard_of(Prompt(f"id-{i}", ""), 4) for i in range(8)]
   assert made == [3, 1, 3, 2, 0, 2, 2, 3]
   groups = {(p.group, merge.shard_of(p, 4)) for p in PROMPTS if p.group}
   assert len(groups) == len({group for group, _ in groups}) > 4
 
 
-def test_four_shards_are_the_whole_byte_for_byte_again_and_after_a_stop(four, whole):
+def test_four_shards_are_the_whole_byte_for_byte_again_and_after_a_stop(
+  four, whole
+):
   assert merge.merge([four], four / "merged") == COUNT
   assert contents(four / "merged") == contents(whole)
   loaded = generations.load(four / "merged")
@@ -120,16 +139,34 @@ OTHER = laws.procedure(measure="state")
       lambda f: mark(f, lambda value: {"positions": value["positions"][1:]}),
       r"every prompt of the list in one shard, got 1 in none and 0 in several",
     ),
-    (lambda f: edited(f, "prompts.jsonl"), r"prompts\.jsonl: .*SHA-256 .* of manifest"),
+    (
+      lambda f: edited(f, "prompts.jsonl"),
+      r"prompts\.jsonl: .*SHA-256 .* of manifest",
+    ),
     (
       lambda f: (place(f, 2) / merge.MARK).unlink(),
       r"that have no complete\.json: .*shard-00002-of-00004; run them again",
     ),
-    (lambda f: shutil.rmtree(place(f, 1)), r"got the --shard_id \[0, 2, 3\] of \[4\]"),
-    (lambda f: shutil.copytree(place(f), place(f, 9)), r"the --shard_id \[0, 0, 1, 2, 3\]"),
-    (lambda f: anew(f, procedure=OTHER), r"a shard of one run: `measure`: expected 'softmax'"),
-    (lambda f: anew(f, grid=(0.9, 0.4)), r"a shard of one run: `thresholds`: expected \[0.9 0"),
-    (lambda f: mark(f, lambda _: {"kind": "infer"}), r"shards of one run, got two"),
+    (
+      lambda f: shutil.rmtree(place(f, 1)),
+      r"got the --shard_id \[0, 2, 3\] of \[4\]",
+    ),
+    (
+      lambda f: shutil.copytree(place(f), place(f, 9)),
+      r"the --shard_id \[0, 0, 1, 2, 3\]",
+    ),
+    (
+      lambda f: anew(f, procedure=OTHER),
+      r"a shard of one run: `measure`: expected 'softmax'",
+    ),
+    (
+      lambda f: anew(f, grid=(0.9, 0.4)),
+      r"a shard of one run: `thresholds`: expected \[0.9 0",
+    ),
+    (
+      lambda f: mark(f, lambda _: {"kind": "infer"}),
+      r"shards of one run, got two",
+    ),
     (
       lambda f: anew(f, prompts=[*PROMPTS[:-1], Prompt("a", "b")]),
       "one list of prompts, got two",
@@ -178,11 +215,20 @@ def test_a_shard_that_is_not_known_is_refused(count, number, message):
 
 
 def test_shards_are_one_run(model, tmp_path, calm):
-  """One row at a time: no prompt's numbers depend on those that are decoded beside it."""
+  """One row at a time: no prompt's numbers depend on those that are decoded
+  beside it.
+  """
   prompts = tmp_path / "prompts.jsonl"
-  rows = [{"id": f"p{i + 5}", "input": f"text {i}", "target": ["x"]} for i in range(7)]
+  rows = [
+    {"id": f"p{i + 5}", "input": f"text {i}", "target": ["x"]} for i in range(7)
+  ]
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  named = ["generate", f"--model={model}", f"--prompts={prompts}", "--thresholds=0.9,0.5"]
+  named = [
+    "generate",
+    f"--model={model}",
+    f"--prompts={prompts}",
+    "--thresholds=0.9,0.5",
+  ]
   named += ["--max_input_length=32", "--max_decode_length=4", "--batch_size=1"]
   one, many = tmp_path / "one", tmp_path / "many"
   calm(*named, f"--output={one}")
@@ -192,21 +238,36 @@ def test_shards_are_one_run(model, tmp_path, calm):
   calm("merge", many)
   for name in generations.file_names((0.9, 0.5)):
     ours, theirs = (
-      sorted((at / name).read_text().splitlines()) for at in (many / "merged", one)
+      sorted((at / name).read_text().splitlines())
+      for at in (many / "merged", one)
     )
     assert ours == theirs and len(ours) == 7
-  assert "`measure`" in calm(*named, *part, "--measure=state", code=2)  # another run
-  named, many = ["infer", *named[1:3], "--threshold=0.5", *named[4:]], tmp_path / "outputs"
+  # another run
+  assert "`measure`" in calm(*named, *part, "--measure=state", code=2)
+  named, many = (
+    ["infer", *named[1:3], "--threshold=0.5", *named[4:]],
+    tmp_path / "outputs",
+  )
   calm(*named, f"--output={tmp_path / 'one.jsonl'}")
   for number in (1, 0, 1):
     part = ["--num_shards=2", f"--shard_id={number}", f"--output={many}"]
     printed = calm(*named, *part)
   assert "shard-00001-of-00002 is finished already" in printed
   calm("merge", many)
-  assert (many / merge.OUTPUTS).read_text() == (tmp_path / "one.jsonl").read_text()
-  assert "got another's" in calm(*named, *part, "--batch_size=2", "--threshold=never", code=2)
-  lines = (many / "shard-00001-of-00002" / merge.OUTPUTS).read_text().splitlines()
-  (many / "shard-00001-of-00002" / merge.OUTPUTS).write_text("\n".join(lines[1:]))
-  with pytest.raises(GenerationsError, match=rf"of {len(lines)} prompts, .* got"):
+  assert (many / merge.OUTPUTS).read_text() == (
+    tmp_path / "one.jsonl"
+  ).read_text()
+  assert "got another's" in calm(
+    *named, *part, "--batch_size=2", "--threshold=never", code=2
+  )
+  lines = (
+    (many / "shard-00001-of-00002" / merge.OUTPUTS).read_text().splitlines()
+  )
+  (many / "shard-00001-of-00002" / merge.OUTPUTS).write_text(
+    "\n".join(lines[1:])
+  )
+  with pytest.raises(
+    GenerationsError, match=rf"of {len(lines)} prompts, .* got"
+  ):
     merge.merge([many], tmp_path / "again.jsonl")
   assert not (tmp_path / "again.jsonl").exists()

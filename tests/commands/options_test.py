@@ -1,14 +1,18 @@
-"""Values that no option means, for every option of every command that takes a value.
+"""Values that no option means, for every option of every command that takes a
+value.
 
-The options are read off the commands' own parsers: one that is new is asked about too. What
-comes back is a refusal that names the option or the value, or the table calls the value fair.
+The options are read off the commands' own parsers: one that is new is asked
+about too. What comes back is a refusal that names the option or the value, or
+the table calls the value fair.
 """
 
 import collections
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+pytest.importorskip(
+  "matplotlib", reason="matplotlib (the `report` extra) is not installed"
+)
 
 from calm.commands import cli
 from tests.commands import asked
@@ -36,7 +40,9 @@ _much = "10" * 20
 _odd = f"nowhere{ESCAPE}"
 # Options, of one command or of all -> what they may well mean.
 FAIR = {
-  "--limit --ablated --timed --rounds --queue --timeout --largest_cluster": _of(_much),
+  "--limit --ablated --timed --rounds --queue --timeout --largest_cluster": _of(
+    _much
+  ),
   "--seed --shard_id --port": _of("0"),
   "--temperature --examples": _of("0", _much),
   "--start": _of("-1", "0"),
@@ -47,7 +53,9 @@ FAIR = {
   "--output_dir demo--output fit--output generate--output report--output": _new,
   "merge--output": _any,
   # A stream says what is wrong when it is written to.
-  "calibrate--output infer--output": _of(_odd, "/dev/null", STREAM, "{garbage}"),
+  "calibrate--output infer--output": _of(
+    _odd, "/dev/null", STREAM, "{garbage}"
+  ),
 }
 
 
@@ -74,7 +82,9 @@ def told_of(option, value, told):
   names = (name, name.replace("_", " "), name.rstrip("s").replace("_", " "))
   plain = told.replace("\n", " ")
   shown = value.replace(ESCAPE, "\\x1b[2J")[:60]
-  return any(each in plain for each in names) or (len(shown) > 3 and shown in plain)
+  return any(each in plain for each in names) or (
+    len(shown) > 3 and shown in plain
+  )
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
@@ -85,7 +95,9 @@ def test_no_option_takes_nonsense(command, asker, monkeypatch):
     option = (*action.option_strings, action.metavar or action.dest)[0]
     for value in VALUES.get(kind(action), ()):
       fair = is_fair(command, option, value)
-      given = value.replace("{garbage}", "garbage").format(folder=asker.folder, rows=asker.rows)
+      given = value.replace("{garbage}", "garbage").format(
+        folder=asker.folder, rows=asker.rows
+      )
       words = asker.words(command, option)
       words += [f"{option}={given}"] if action.option_strings else [given]
       status, told = asker.ask(words)
@@ -95,7 +107,15 @@ def test_no_option_takes_nonsense(command, asker, monkeypatch):
       elif status == 2 and not told_of(option, given, told):
         outcome = "vague"
       found[outcome] += 1
-      if outcome in ("silent", "vague") or "Traceback" in told or ESCAPE in told:
-        wrong.append(f"{outcome} {option}={value[:60]!r}: {status}: {told[-300:]}")
-  assert found["named"] >= 0.95 * (found["named"] + found["vague"]), "\n".join(wrong)
-  assert not [each for each in wrong if not each.startswith("vague")], "\n".join(wrong)
+      if (
+        outcome in ("silent", "vague") or "Traceback" in told or ESCAPE in told
+      ):
+        wrong.append(
+          f"{outcome} {option}={value[:60]!r}: {status}: {told[-300:]}"
+        )
+  assert found["named"] >= 0.95 * (found["named"] + found["vague"]), "\n".join(
+    wrong
+  )
+  assert not [each for each in wrong if not each.startswith("vague")], (
+    "\n".join(wrong)
+  )

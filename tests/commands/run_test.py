@@ -1,4 +1,6 @@
-"""What every command does alike: one true line, whatever ends it; commands that work."""
+"""What every command does alike: one true line, whatever ends it; commands that
+work.
+"""
 
 import argparse
 import os
@@ -29,10 +31,19 @@ def ended(capsys, run, **arguments) -> tuple[int, str]:
   [
     (ValueError("a \x1b[2J path \u202e"), r"a \x1b[2J path \u202e"),
     (MemoryError(), "does not fit the memory"),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "does not fit the memory"),
+    (
+      RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+      "does not fit the memory",
+    ),
     (RecursionError("maximum"), "too deep in one another"),
-    (RuntimeError("Unable to initialize backend 'bogus'"), "what JAX_PLATFORMS names"),
-    (ModuleNotFoundError("x", name="optax.transforms"), "pip install 'calm-t5x[train]'"),
+    (
+      RuntimeError("Unable to initialize backend 'bogus'"),
+      "what JAX_PLATFORMS names",
+    ),
+    (
+      ModuleNotFoundError("x", name="optax.transforms"),
+      "pip install 'calm-t5x[train]'",
+    ),
     (ModuleNotFoundError("x", name="other"), "install 'other'"),
     (RuntimeError("a bug"), None),
   ],
@@ -51,11 +62,17 @@ def test_errors_are_one_line_without_effects(capsys, error, words):
 
 GIN = {
   "syntax.gin": ("a = 1\nb b\n", r"syntax\.gin, line 2"),
-  "unknown.gin": ("\nnot_configurable.x = 3\n", r"not_configurable.* In file .*unknown\.gin"),
+  "unknown.gin": (
+    "\nnot_configurable.x = 3\n",
+    r"not_configurable.* In file .*unknown\.gin",
+  ),
   "self.gin": ("include 'self.gin'\n", "recursion"),
   "module.gin": ("import no_such_module_here\n", "no_such_module_here"),
   "missing.gin": ("include 'nowhere.gin'\n", "nowhere.gin"),
-  **{binding: ("", "--gin_bindings") for binding in ("x", "nobody.knows = 1", "a.b = @c(")},
+  **{
+    binding: ("", "--gin_bindings")
+    for binding in ("x", "nobody.knows = 1", "a.b = @c(")
+  },
 }
 
 
@@ -64,7 +81,11 @@ def test_bad_gin_is_one_line_with_its_place(tmp_path, capsys, case):
   text, words = GIN[case]
   files, bindings = ([case], []) if text else ([], [case])
   (tmp_path / case).write_text(text)
-  given = {"gin_file": files, "gin_bindings": bindings, "gin_search_paths": str(tmp_path)}
+  given = {
+    "gin_file": files,
+    "gin_bindings": bindings,
+    "gin_search_paths": str(tmp_path),
+  }
   code, err = ended(capsys, run_lib.parse_gin, **given)
   assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
   assert re.search(words, err), err
@@ -92,7 +113,9 @@ def test_compiled_programs_are_never_read_from_the_working_directory(
   assert not list(here.iterdir())
 
 
-def test_a_new_cache_is_its_users_alone_whatever_the_umask(cache_in_tmp, tmp_path, monkeypatch):
+def test_a_new_cache_is_its_users_alone_whatever_the_umask(
+  cache_in_tmp, tmp_path, monkeypatch
+):
   before = os.umask(0)
   try:
     made = pathlib.Path(cache_folder())
@@ -123,5 +146,7 @@ def test_a_cache_that_others_may_write_is_refused(
   if not refused:
     assert cache_folder() == str(tmp_path / "xdg" / "calm" / "xla")
     return
-  with pytest.raises(ValueError, match=rf"Expected '.*{place}' to be .* by you alone"):
+  with pytest.raises(
+    ValueError, match=rf"Expected '.*{place}' to be .* by you alone"
+  ):
     cache_folder()

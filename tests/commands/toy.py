@@ -10,7 +10,8 @@ SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
 DECODE = ["--max_input_length=32", "--max_decode_length=6", "--batch_size=2"]
 # At the first no text differs from the full model's, at the second all five do.
 THRESHOLDS = "--thresholds=0.99,0.5"
-# Five losses of 0 have a p-value of 0.045 against a mean of 0.5; one of 1 among them, 0.27.
+# Five losses of 0 have a p-value of 0.045 against a mean of 0.5; one of 1 among
+# them, 0.27.
 CERTIFIES = ["--tolerance=0.5", "--error_rate=0.05"]
 TEXTS = ["a few words", "another prompt", "b", "the fourth one", "the end"]
 
@@ -28,5 +29,11 @@ def save_model(directory, params=None):
 def generate(model, prompts, output, *more):
   options = [THRESHOLDS, *DECODE, *more]
   return cli.main(
-    ["generate", f"--model={model}", f"--prompts={prompts}", f"--output={output}", *options]
+    [
+      "generate",
+      f"--model={model}",
+      f"--prompts={prompts}",
+      f"--output={output}",
+      *options,
+    ]
   )

@@ -24,7 +24,10 @@ def test_prefix_text_and_eos():
 
 def test_long_prompts_are_cut_with_a_warning_that_counts():
   texts = ["a" * 7, "b" * 8, "c" * 20]
-  expected = "2 of 3 prompts have more than `max_input_length` = 8 tokens (the longest has 21)"
+  expected = (
+    "2 of 3 prompts have more than `max_input_length` = 8 tokens (the "
+    "longest has 21)"
+  )
   with pytest.warns(UserWarning, match=re.escape(expected)):
     rows = tokenize(texts)
   assert [len(row) for row in rows] == [8, 8, 8]
@@ -33,7 +36,9 @@ def test_long_prompts_are_cut_with_a_warning_that_counts():
 
 
 def lengths_of(kind, encode, monkeypatch) -> list[int]:
-  """How long the texts are that vocabularies of a kind are given from now on."""
+  """How long the texts are that vocabularies of a kind are given from now
+  on.
+  """
   found: list[int] = []
   noting = lambda self, text: found.append(len(text)) or encode(self, text)
   monkeypatch.setattr(kind, "encode", noting)
@@ -47,12 +52,19 @@ def lengths_of(kind, encode, monkeypatch) -> list[int]:
     *(("pieces", text) for text in ("the lazy dog", " " * 999 + "ab ")),
   ],
 )
-def test_of_a_text_without_end_a_beginning_is_tokenized(text, kind, tmp_path, monkeypatch):
+def test_of_a_text_without_end_a_beginning_is_tokenized(
+  text, kind, tmp_path, monkeypatch
+):
   made = BYTES
   if kind == "pieces":
-    made = vocabulary.SentencePieceVocabulary(toy_vocabulary.train(tmp_path / "tiny.model"))
+    made = vocabulary.SentencePieceVocabulary(
+      toy_vocabulary.train(tmp_path / "tiny.model")
+    )
   whole, limit = text * (2_000_000 // len(text)), 64
-  expected = [[*made.encode(f"p: {whole}")[: limit - 1], 1], [*made.encode("p: b"), 1]]
+  expected = [
+    [*made.encode(f"p: {whole}")[: limit - 1], 1],
+    [*made.encode("p: b"), 1],
+  ]
   lengths = lengths_of(type(made), type(made).encode, monkeypatch)
   options = dict(prefix="p: ", max_input_length=limit, eos_id=1)
   told = r"1 of 2 .* \(the longest has \d+ or more\)"
@@ -65,9 +77,12 @@ def test_of_a_text_without_end_a_beginning_is_tokenized(text, kind, tmp_path, mo
 def test_batches_hold_every_prompt_once(batch_size):
   rng = np.random.default_rng(0)
   tokens = [
-    [*rng.integers(3, 99, size=size - 1).tolist(), 1] for size in rng.integers(1, 71, size=45)
+    [*rng.integers(3, 99, size=size - 1).tolist(), 1]
+    for size in rng.integers(1, 71, size=45)
   ]
-  batches = prompt_batches.plan(tokens, batch_size=batch_size, max_input_length=70)
+  batches = prompt_batches.plan(
+    tokens, batch_size=batch_size, max_input_length=70
+  )
   rows = np.concatenate([batch.rows for batch in batches])
   assert sorted(rows) == list(range(45))
   assert {batch.tokens.shape[1] for batch in batches} == {32, 64, 70}
@@ -76,7 +91,9 @@ def test_batches_hold_every_prompt_once(batch_size):
   for batch in batches:
     assert batch.tokens.dtype == np.int32
     assert len(batch.rows) <= len(batch.tokens) <= batch_size
-    assert batch.active.tolist() == [i < len(batch.rows) for i in range(len(batch.tokens))]
+    assert batch.active.tolist() == [
+      i < len(batch.rows) for i in range(len(batch.tokens))
+    ]
     assert not batch.tokens[len(batch.rows) :].any()
     for i, row in enumerate(batch.rows):
       assert batch.tokens[i, : len(tokens[row])].tolist() == list(tokens[row])
@@ -87,7 +104,9 @@ def test_what_is_left_of_a_length_goes_along_with_the_next_within_twice():
   tokens = [[1] * length for length in (32, 20, 9, 60, 64, 500)]
   planned = lambda **options: [
     (batch.tokens.shape, batch.rows.tolist())
-    for batch in prompt_batches.plan(tokens, batch_size=2, max_input_length=512, **options)
+    for batch in prompt_batches.plan(
+      tokens, batch_size=2, max_input_length=512, **options
+    )
   ]
   assert planned() == [
     ((2, 32), [0, 1]),

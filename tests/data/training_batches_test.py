@@ -1,4 +1,6 @@
-"""Batches are pure functions of (seed, step) that use every example once an epoch."""
+"""Batches are pure functions of (seed, step) that use every example once an
+epoch.
+"""
 
 import collections
 import types
@@ -16,19 +18,28 @@ BUCKETS = ((4, 4), (8, 4), (12, 6))
 
 
 def ragged(lengths):
-  """Sequence i begins with 1000 + i (so that it can be told) and ends with EOS."""
-  return [np.array([1000 + i, *range(2, n), EOS]) for i, n in enumerate(lengths)]
+  """Sequence i begins with 1000 + i (so that it can be told) and ends with
+  EOS.
+  """
+  return [
+    np.array([1000 + i, *range(2, n), EOS]) for i, n in enumerate(lengths)
+  ]
 
 
 def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
   rng = np.random.default_rng(0)
-  inputs, targets = ragged(rng.integers(2, 16, num)), ragged(rng.integers(2, 8, num))
+  inputs, targets = (
+    ragged(rng.integers(2, 16, num)),
+    ragged(rng.integers(2, 8, num)),
+  )
   return training_batches.Supervised(inputs, targets, buckets, batch_size, seed)
 
 
 def denoising(seed=5, batch_size=2, length=40):
   texts = [np.arange(100, 100 + n) for n in (16, 20, 40, 41, 90)]
-  return training_batches.Denoising(texts, length, batch_size, seed, first_sentinel=SENTINEL)
+  return training_batches.Denoising(
+    texts, length, batch_size, seed, first_sentinel=SENTINEL
+  )
 
 
 def mixture():
@@ -57,13 +68,17 @@ def examples_seen(source, steps):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(4, 40), st.integers(1, 4), st.integers(0, 3))
-def test_an_epoch_has_every_example_once_up_to_the_dropped_rest(num, batch_size, epoch):
+def test_an_epoch_has_every_example_once_up_to_the_dropped_rest(
+  num, batch_size, epoch
+):
   source = supervised(num, batch_size=batch_size)
   steps = num // batch_size
   seen = examples_seen(source, range(steps * epoch, steps * (epoch + 1)))
   assert set(seen.values()) == {1}
   assert len(seen) == num - num % batch_size
-  with pytest.raises(ValueError, match=rf"`batch_size` = {num + 1} .* got {num}"):
+  with pytest.raises(
+    ValueError, match=rf"`batch_size` = {num + 1} .* got {num}"
+  ):
     supervised(num, batch_size=num + 1)
 
 
@@ -109,11 +124,14 @@ def test_span_corruption_hides_nothing_for_good():
   source = denoising()
   for step in range(10):
     batch = source.batch(step)
-    rows = zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
+    rows = zip(
+      batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True
+    )
     for inputs, targets in rows:
       inputs, targets = real(inputs), real(targets)
       text = reconstruct(inputs, targets)
-      assert text == list(range(text[0], text[0] + len(text)))  # a stretch of a text
+      # a stretch of a text
+      assert text == list(range(text[0], text[0] + len(text)))
       sentinels = [t for t in inputs if t <= SENTINEL]
       assert sentinels == list(range(SENTINEL, SENTINEL - len(sentinels), -1))
       assert sentinels == [t for t in targets if t <= SENTINEL]
@@ -127,4 +145,6 @@ def test_mixture_keeps_its_proportions_and_skips_no_step_of_a_source():
   got = [mixed.batch(step) for step in range(20)]
   assert sum(name == "a" for name, _ in got[:5]) == 3
   for name, count in (("a", 12), ("b", 8)):
-    assert [step for source, step in got if source == name] == list(range(count))
+    assert [step for source, step in got if source == name] == list(
+      range(count)
+    )

@@ -1,4 +1,6 @@
-"""Vocabularies: round trips, seqio's ids, and messages for what is no vocabulary."""
+"""Vocabularies: round trips, seqio's ids, and messages for what is no
+vocabulary.
+"""
 
 import copy
 import pathlib
@@ -17,7 +19,9 @@ TEXTS = toy_vocabulary.TEXTS
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> pathlib.Path:
-  return toy_vocabulary.train(tmp_path_factory.mktemp("vocabulary") / "tiny.model")
+  return toy_vocabulary.train(
+    tmp_path_factory.mktemp("vocabulary") / "tiny.model"
+  )
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +63,30 @@ def test_pieces_join_to_the_text(pieces):
   assert "".join(pieces.piece(i) for i in pieces.encode(text)) == " " + text
   byte = vocabulary.ByteVocabulary()
   assert [byte.piece(i) for i in (0, 1, 2, 100, 0xC3 + 3, 999)] == [
-    "<pad>", "</s>", "<unk>", "a", "<0xC3>", "<unused_999>",
-  ]  # fmt: skip
-  assert [pieces.piece(i) for i in (0, 1, 2, 144)] == ["<pad>", "</s>", "<unk>", "<unused_144>"]
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "a",
+    "<0xC3>",
+    "<unused_999>",
+  ]
+  assert [pieces.piece(i) for i in (0, 1, 2, 144)] == [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<unused_144>",
+  ]
 
 
 def test_digest_is_of_the_content_not_of_the_path(model, pieces, tmp_path):
   moved = tmp_path / "elsewhere.model"
   moved.write_bytes(model.read_bytes())
   same = vocabulary.SentencePieceVocabulary(moved)
-  assert same == pieces and same.digest() == pieces.digest() and len(same.digest()) == 64
+  assert (
+    same == pieces
+    and same.digest() == pieces.digest()
+    and len(same.digest()) == 64
+  )
   others = [
     vocabulary.SentencePieceVocabulary(model, extra_ids=99),
     vocabulary.ByteVocabulary(),
@@ -86,7 +104,9 @@ def test_a_file_that_is_no_model_of_t5_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"`path`.*missing"):
     vocabulary.SentencePieceVocabulary(path)
   path.write_bytes(b"this is a text")
-  with pytest.raises(ValueError, match=r"`path` to be a SentencePiece model.*bad.model"):
+  with pytest.raises(
+    ValueError, match=r"`path` to be a SentencePiece model.*bad.model"
+  ):
     vocabulary.SentencePieceVocabulary(path)
   toy_vocabulary.train(path, pad_id=-1, eos_id=2, unk_id=0, bos_id=1)
   with pytest.raises(ValueError, match=r"padding id 0.*pad_id -1"):
@@ -106,7 +126,13 @@ def test_ids_and_texts_are_those_of_seqio(model, pieces):
   for ours, theirs in pairs:
     for field in ("vocab_size", "pad_id", "eos_id", "unk_id"):
       assert getattr(ours, field) == getattr(theirs, field)
-    for text in [*TEXTS[:3], "", "  two  spaces ", "é<extra_id_3>", "a <extra_id_99>ly zzz"]:
+    for text in [
+      *TEXTS[:3],
+      "",
+      "  two  spaces ",
+      "é<extra_id_3>",
+      "a <extra_id_99>ly zzz",
+    ]:
       ids = ours.encode(text)
       assert ids == theirs.encode(text)
       assert ours.decode([*ids, 1, 5]) == theirs.decode([*ids, 1, 5])

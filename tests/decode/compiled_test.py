@@ -1,4 +1,6 @@
-"""Programs are compiled once a shape, and kept within a bound, oldest dropped first."""
+"""Programs are compiled once a shape, and kept within a bound, oldest dropped
+first.
+"""
 
 import dataclasses
 import functools

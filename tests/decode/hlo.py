@@ -1,4 +1,6 @@
-"""Reads compiled HLO: which operations run inside loops, and how large their results are."""
+"""Reads compiled HLO: which operations run inside loops, and how large their
+results are.
+"""
 
 import dataclasses
 import re
@@ -30,23 +32,30 @@ def computations(text: str) -> dict[str, list[Operation]]:
     if header:
       name = header[1]
       out[name] = []
-    found = re.match(r"\s+(ROOT )?%?[\w.\-]+ = (\(.*?\) |\S+ )([\w\-]+)\(", line)
+    found = re.match(
+      r"\s+(ROOT )?%?[\w.\-]+ = (\(.*?\) |\S+ )([\w\-]+)\(", line
+    )
     if found:
       shape = re.match(r"\w+\[([\d,]*)\]", found[2])
       sizes = [int(x) for x in shape[1].split(",") if x] if shape else [0]
       listed = (
-        r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+        r"(?:calls|body|condition|to_apply|true_computation|false_computation)"
+        r"=%?([\w.\-]+)"
       )
       calls = re.findall(listed, line)
       for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
         calls += re.findall(r"%?([\w.\-]+)", group)
-      operation = Operation(found[3], int(np.prod(sizes)), tuple(calls), bool(found[1]), line)
+      operation = Operation(
+        found[3], int(np.prod(sizes)), tuple(calls), bool(found[1]), line
+      )
       out[name].append(operation)
   return out
 
 
 def in_loops(text: str) -> list[Operation]:
-  """Instructions that run in the body of some `while`, those inside fusions left out."""
+  """Instructions that run in the body of some `while`, those inside fusions
+  left out.
+  """
   module = computations(text)
   todo = [
     call
@@ -68,7 +77,9 @@ def in_loops(text: str) -> list[Operation]:
 
 
 def large(text: str, elements: int) -> list[Operation]:
-  """Operations in loops that make `elements` numbers or more; updates in place are none."""
+  """Operations in loops that make `elements` numbers or more; updates in place
+  are none.
+  """
   module = computations(text)
 
   def in_place(operation: Operation) -> bool:
@@ -81,37 +92,51 @@ def large(text: str, elements: int) -> list[Operation]:
       root.opcode == "bitcast" and "dynamic-update-slice" in opcodes
     )
 
-  return [x for x in in_loops(text) if x.elements >= elements and not in_place(x)]
+  return [
+    x for x in in_loops(text) if x.elements >= elements and not in_place(x)
+  ]
 
 
 def most_ready(text: str) -> int:
-  """Most operations of one turn of a loop that have their inputs at the same time.
+  """Most operations of one turn of a loop that have their inputs at the same
+  time.
 
-  As XLA:CPU takes them, first come, first served, if buffers set no other order.
+  As XLA:CPU takes them, first come, first served, if buffers set no other
+  order.
   """
   module = computations(text)
-  bodies = {name for operations in module.values() for name in _bodies(operations)}
+  bodies = {
+    name for operations in module.values() for name in _bodies(operations)
+  }
   return max(_most_ready(module[name]) for name in bodies)
 
 
 def _bodies(operations: list[Operation]) -> list[str]:
   """Of the loops among them."""
   return [
-    operation.calls[1 if "condition=" in operation.text.split("body=")[0] else 0]
+    operation.calls[
+      1 if "condition=" in operation.text.split("body=")[0] else 0
+    ]
     for operation in operations
     if operation.opcode == "while"
   ]
 
 
 def turns(text: str) -> list[int]:
-  """Operations of a turn of every loop that multiplies matrices, with those of the longest
-  loop within it."""
+  """Operations of a turn of every loop that multiplies matrices, with those of
+  the longest loop within it.
+  """
   module = computations(text)
   size = lambda name: sum(each.opcode not in FREE for each in module[name])
-  bodies = {name for operations in module.values() for name in _bodies(operations)}
+  bodies = {
+    name for operations in module.values() for name in _bodies(operations)
+  }
   product = lambda each: each.opcode == "dot" or "calm_tiles" in each.text
   multiply = [name for name in bodies if any(map(product, module[name]))]
-  return [size(name) + max(map(size, _bodies(module[name])), default=0) for name in multiply]
+  return [
+    size(name) + max(map(size, _bodies(module[name])), default=0)
+    for name in multiply
+  ]
 
 
 def _most_ready(operations: list[Operation]) -> int:
@@ -119,7 +144,9 @@ def _most_ready(operations: list[Operation]) -> int:
   needs: dict[str, set[str]] = {}
   free: dict[str, set[str]] = {}
   for operation in operations:
-    name, inputs = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", operation.text).groups()
+    name, inputs = re.match(
+      r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", operation.text
+    ).groups()
     inputs = inputs.split(f" {operation.opcode}(", 1)[1].split("), ", 1)[0]
     names = set(re.findall(r"%([\w.\-]+)", inputs))
     known = {each for other in names for each in free.get(other, {other})}
@@ -131,7 +158,9 @@ def _most_ready(operations: list[Operation]) -> int:
   while ready:
     most = max(most, len(ready))
     finished.add(ready.pop(0))
-    new = [name for name in needs if name not in done and needs[name] <= finished]
+    new = [
+      name for name in needs if name not in done and needs[name] <= finished
+    ]
     ready += new
     done |= set(new)
   assert len(finished) == len(needs)

@@ -1,4 +1,6 @@
-"""Where heads lie side by side in the caches, as on a TPU, every engine decodes the same."""
+"""Where heads lie side by side in the caches, as on a TPU, every engine decodes
+the same.
+"""
 
 import functools
 
@@ -17,10 +19,14 @@ from tests import engine
 
 
 def decoded(name: str, platform: str):
-  """The final state with the caches of a platform, traced anew; the caches heads apart."""
+  """The final state with the caches of a platform, traced anew; the caches
+  heads apart.
+  """
   toy = engine.toy()
   rule = exits.DynamicExits(confidence.Classifier())
-  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=getattr(engines, name))
+  program = program_lib.Program(
+    toy.config, rule, engine.LENGTH, engine=getattr(engines, name)
+  )
   encoded = engine.encode(toy)
   if platform == "tpu":
     beside = lambda x: caches_lib.Cache(_beside(x.keys), _beside(x.values))
@@ -43,7 +49,9 @@ def _apart(beside: jax.Array, heads: int) -> jax.Array:
 
 
 def _beside(apart: jax.Array) -> jax.Array:
-  return jnp.transpose(apart, (0, 2, 1, 3)).reshape(apart.shape[0], apart.shape[2], -1)
+  return jnp.transpose(apart, (0, 2, 1, 3)).reshape(
+    apart.shape[0], apart.shape[2], -1
+  )
 
 
 @functools.cache

@@ -16,11 +16,15 @@ from calm.t5 import network
 from tests import engine
 
 NEVER = schedules.NEVER_EXIT
-MEASURES = tuple(map(confidence.measure, ("softmax", "state", "classifier", "probe")))
+MEASURES = tuple(
+  map(confidence.measure, ("softmax", "state", "classifier", "probe"))
+)
 SCHEDULES = {"constant": schedules.Constant(), "decaying": engine.DECAYING}
 STATIC = exits.StaticExit()
 SOFTMAX = exits.DynamicExits(confidence.Softmax())
-LEARNED = exits.DynamicExits(confidence.Classifier(), propagation=propagation.Learned())
+LEARNED = exits.DynamicExits(
+  confidence.Classifier(), propagation=propagation.Learned()
+)
 BATCH = len(engine.PROMPTS)
 
 
@@ -30,10 +34,18 @@ BATCH = len(engine.PROMPTS)
   ids=["softmax", "state", "classifier", "probe"],
 )
 def test_never_exit_is_the_full_model_caches_included(measure, schedule):
-  propagated = propagation.Learned() if schedule == "constant" else propagation.FirstState()
-  rule = exits.DynamicExits(measure, SCHEDULES[schedule], propagation=propagated)
+  propagated = (
+    propagation.Learned()
+    if schedule == "constant"
+    else propagation.FirstState()
+  )
+  rule = exits.DynamicExits(
+    measure, SCHEDULES[schedule], propagation=propagated
+  )
   toy = engine.toy_for(rule, sharpness=1000.0)  # whose margins are saturated
-  engine.assert_same_rows(toy, engine.run(toy, rule, NEVER), engine.run(toy, STATIC), STATIC)
+  engine.assert_same_rows(
+    toy, engine.run(toy, rule, NEVER), engine.run(toy, STATIC), STATIC
+  )
 
 
 def test_cut_models_and_the_oracle_read_through_translators():
@@ -62,34 +74,57 @@ def test_rows_do_not_depend_on_mates_padding_or_batch_size(rule):
     (rows_of(rule, padded), range(BATCH)),
     (rows_of(rule, prompts[2:5]), (2, 3, 4)),
     (rows_of(rule, prompts[7:8]), (7,)),
-    (rows_of(rule, np.where(active[:, None], prompts, 0), active), range(BATCH)),
+    (
+      rows_of(rule, np.where(active[:, None], prompts, 0), active),
+      range(BATCH),
+    ),
   ]
-  for field in ("tokens", "exit_layers", "confidences", "rejected_confidences", "scores"):
-    assert not np.asarray(getattr(others[-1][0].generation, field))[~active].any()
+  for field in (
+    "tokens",
+    "exit_layers",
+    "confidences",
+    "rejected_confidences",
+    "scores",
+  ):
+    assert not np.asarray(getattr(others[-1][0].generation, field))[
+      ~active
+    ].any()
   # Which do not hold up the loop.
-  assert others[-1][0].position == engine.lengths(others[-1][0].generation).max()
+  assert (
+    others[-1][0].position == engine.lengths(others[-1][0].generation).max()
+  )
   for state, originals in others:
     for j, i in enumerate(originals):
       if i in sure and (state is not others[-1][0] or active[i]):
         engine.assert_same_row(everything, state, i, j)
-        engine.assert_same_confidences(everything.generation, state.generation, i, j)
+        engine.assert_same_confidences(
+          everything.generation, state.generation, i, j
+        )
 
 
 def test_a_shortlist_of_everything_is_softmax_and_a_part_never_leaves_earlier():
   toy, rule = engine.toy(), exits.DynamicExits(confidence.measure("shortlist"))
 
   def run(ids, threshold):
-    weights = program_lib.model_weights(toy.params, toy.config, toy.sizes.num_pieces, ids)
-    return engine.run(dataclasses.replace(toy, weights=weights), rule, threshold)
+    weights = program_lib.model_weights(
+      toy.params, toy.config, toy.sizes.num_pieces, ids
+    )
+    return engine.run(
+      dataclasses.replace(toy, weights=weights), rule, threshold
+    )
 
   everything, part = tuple(range(40)), tuple(range(0, 40, 3))
   softmax = engine.run(toy, SOFTMAX, 0.6)
   engine.assert_same_rows(toy, run(everything, 0.6), softmax, SOFTMAX, 0.6)
-  engine.assert_same_rows(toy, run(part, NEVER), engine.run(toy, STATIC), STATIC)
+  engine.assert_same_rows(
+    toy, run(part, NEVER), engine.run(toy, STATIC), STATIC
+  )
   # Of the first token, which has no past: the same state is asked by both.
   layers = run(part, 0.6).generation.exit_layers[:, 0]
   assert (layers >= softmax.generation.exit_layers[:, 0]).all()
-  assert set(np.asarray(run(part, 0.0).generation.exit_layers).ravel().tolist()) <= {0, 1}
+  assert set(
+    np.asarray(run(part, 0.0).generation.exit_layers).ravel().tolist()
+  ) <= {0, 1}
 
 
 def test_a_whole_grid_is_one_trace():
@@ -99,7 +134,9 @@ def test_a_whole_grid_is_one_trace():
   encoded, active = engine.encode(toy), jnp.ones(BATCH, bool)
   before = compiled.num_made("Program.decode")
   grid = [NEVER, 1.0, *np.linspace(0.95, 0.05, 19), 0.0]
-  made = [fresh.decode(toy.weights, encoded, active, jnp.float32(x)) for x in grid]
+  made = [
+    fresh.decode(toy.weights, encoded, active, jnp.float32(x)) for x in grid
+  ]
   assert compiled.num_made("Program.decode") == before + 1
   means = [*map(engine.mean_layers, made)]
   assert means[0] == 4 and means[-1] == 1 and len(set(means)) > 5
@@ -117,13 +154,21 @@ def test_a_whole_grid_is_one_trace():
 
 @functools.partial(jax.jit, static_argnums=0)
 def teacher_forced(config, params, tokens):
-  """Logits [layers, batch, length, vocab] of the network on emitted tokens, every layer's."""
+  """Logits [layers, batch, length, vocab] of the network on emitted tokens,
+  every layer's.
+  """
   fed = jnp.pad(tokens, [(0, 0), (1, 0)])[:, :-1]
   model, variables = network.Transformer(config), {"params": params}
-  # Targets only tell which positions are real; the first input is the padding token.
-  hidden = model.apply(variables, engine.PROMPTS, fed, tokens, method="hidden_states")
+  # Targets only tell which positions are real; the first input is the padding
+  # token.
+  hidden = model.apply(
+    variables, engine.PROMPTS, fed, tokens, method="hidden_states"
+  )
   head = lambda model, states: jnp.stack(
-    [model.decoder.logits(state, layer) for layer, state in enumerate(states, start=1)]
+    [
+      model.decoder.logits(state, layer)
+      for layer, state in enumerate(states, start=1)
+    ]
   )
   return model.apply(variables, hidden, method=head)
 
@@ -142,8 +187,12 @@ def test_cached_decoding_is_teacher_forced_decoding(depth, changes):
   logits = logits[..., : toy.sizes.num_pieces]
   tokens, real = np.asarray(got.tokens), np.asarray(got.exit_layers) > 0
   np.testing.assert_array_equal(np.argmax(logits, axis=-1)[real], tokens[real])
-  chosen = np.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-  np.testing.assert_allclose(got.scores, np.where(real, chosen, 0).sum(1), atol=1e-3)
+  chosen = np.take_along_axis(
+    jax.nn.log_softmax(logits), tokens[..., None], axis=-1
+  )[..., 0]
+  np.testing.assert_allclose(
+    got.scores, np.where(real, chosen, 0).sum(1), atol=1e-3
+  )
 
 
 def test_bfloat16_runs_with_float32_logits_and_confidences():
@@ -154,15 +203,20 @@ def test_bfloat16_runs_with_float32_logits_and_confidences():
   for field in ("confidences", "rejected_confidences", "scores"):
     assert getattr(state.generation, field).dtype == jnp.float32
   assert {cache.keys.dtype for cache in state.cache} == {jnp.dtype("bfloat16")}
-  # Agreement is measured, not promised (seed 4 keeps 3 rows of 8, seed 1 all of them).
+  # Agreement is measured, not promised (seed 4 keeps 3 rows of 8, seed 1 all of
+  # them).
   wide = engine.run(toy, SOFTMAX, 0.6).generation
   same = (state.generation.tokens == wide.tokens).all(axis=1)
   assert same.mean() >= 0.5
-  rounding = jnp.abs(state.generation.confidences - wide.confidences)[same].max()
+  rounding = jnp.abs(state.generation.confidences - wide.confidences)[
+    same
+  ].max()
   assert 1e-4 < rounding < 0.2  # it is bfloat16 that was computed
 
 
-@pytest.mark.parametrize("rule", [SOFTMAX, exits.Speculative(2, num_drafts=4, stop_below=0.0)])
+@pytest.mark.parametrize(
+  "rule", [SOFTMAX, exits.Speculative(2, num_drafts=4, stop_below=0.0)]
+)
 def test_a_generation_comes_back_bit_for_bit(rule):
   toy, rows = engine.toy(), 3
   active = np.arange(rows) != 1
@@ -172,7 +226,9 @@ def test_a_generation_comes_back_bit_for_bit(rule):
   array = program.decode_packed(toy.weights, encoded, active, np.float32(0.4))
   got = loop.unpack(np.asarray(array), engine.LENGTH)
   assert jax.tree.structure(got) == jax.tree.structure(jax.device_get(expected))
-  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+  for ours, theirs in zip(
+    jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+  ):
     assert ours.dtype == theirs.dtype and isinstance(ours, np.ndarray)
     np.testing.assert_array_equal(ours, theirs)
   assert np.any(got.tokens) and np.any(got.scores)

@@ -16,7 +16,10 @@ FIRST = propagation.propagation("first_state")
 COPY = propagation.propagation("copy_projections")
 LEARNED = propagation.propagation("learned")
 CASES = {
-  "eager": (exits.DynamicExits(confidence.Classifier(), propagation=COPY), engines.Eager),
+  "eager": (
+    exits.DynamicExits(confidence.Classifier(), propagation=COPY),
+    engines.Eager,
+  ),
   "learned": (
     exits.DynamicExits(confidence.State(), allowed=(1, 3), propagation=LEARNED),
     engines.Deferred,
@@ -35,7 +38,9 @@ _resume = jax.jit(
 
 
 def first_exits(generation, threshold) -> np.ndarray:
-  """The first token of each row that would now leave earlier; the row's length if none."""
+  """The first token of each row that would now leave earlier; the row's length
+  if none.
+  """
   real = np.asarray(generation.exit_layers) > 0
   leaves = real & (np.asarray(generation.rejected_confidences) >= threshold)
   return np.where(leaves.any(axis=1), leaves.argmax(axis=1), real.sum(axis=1))
@@ -68,7 +73,9 @@ def test_a_descending_grid_from_where_each_row_changes(name):
     for i in range(len(engine.PROMPTS)):
       engine.assert_same_row(state, anew, i, i)
       engine.assert_same_confidences(state.generation, anew.generation, i, i)
-    tokens = np.where(np.asarray(anew.generation.exit_layers) > 0, anew.generation.tokens, 0)
+    tokens = np.where(
+      np.asarray(anew.generation.exit_layers) > 0, anew.generation.tokens, 0
+    )
     np.testing.assert_array_equal(state.generation.tokens, tokens)
   # Meta: something was taken over, and rows waited for one another.
   assert saved > 5 and waits

@@ -31,31 +31,46 @@ many = inference.load(sys.argv[2], num_devices=8, **options)
 one = many.with_options(num_devices=1)
 found = {"devices": jax.device_count()}
 made = [model.generate(texts, threshold=0.6) for model in (one, many)]
-found["outputs"] = [[[o.tokens, o.exit_layers] for o in outputs] for outputs in made]
+told = lambda outputs: [[o.tokens, o.exit_layers] for o in outputs]
+found["outputs"] = list(map(told, made))
 found["procedures"] = one.procedure == many.procedure
 
 from tests import engine
 
-rule = exits.DynamicExits(confidence.Classifier(), propagation=propagation.Learned())
+rule = exits.DynamicExits(
+  confidence.Classifier(), propagation=propagation.Learned()
+)
 toy = engine.toy_for(rule)
 program = sharded.ShardedProgram(Program(toy.config, rule, 4), 8)
 weights = sharded.replicate(toy.weights, program.num_devices)
 encoded = program.encode(weights, jnp.ones((11, 6), jnp.int32))
-rows = program.decode(weights, encoded, jnp.ones(11, bool), jnp.linspace(0.0, 1.0, 11))
+rows = program.decode(
+  weights, encoded, jnp.ones(11, bool), jnp.linspace(0.0, 1.0, 11)
+)
 alone = program.program.decode(
-  toy.weights, jax.device_get(encoded), jnp.ones(16, bool), jnp.linspace(0.0, 1.5, 16)
+  toy.weights,
+  jax.device_get(encoded),
+  jnp.ones(16, bool),
+  jnp.linspace(0.0, 1.5, 16),
 )
 arguments = (weights, encoded, jnp.ones(16, bool), jnp.asarray(0.9))
 compiled = sharded.ShardedProgram._decode.lower(program, *arguments).compile()
 found |= {
-  "split": all(leaf.sharding.spec[0] == "prompts" for leaf in jax.tree.leaves(encoded)),
-  "a threshold a row": [rows.exit_layers.tolist(), alone.exit_layers[:11].tolist()],
+  "split": all(
+    leaf.sharding.spec[0] == "prompts" for leaf in jax.tree.leaves(encoded)
+  ),
+  "a threshold a row": [
+    rows.exit_layers.tolist(),
+    alone.exit_layers[:11].tolist(),
+  ],
   "tokens": [rows.tokens.tolist(), alone.tokens[:11].tolist()],
   "program": compiled.as_text(),
 }
 json.dump(found, open(sys.argv[1], "w"))
 """
-COLLECTIVES = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\b"
+COLLECTIVES = (
+  r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\b"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +79,13 @@ def found(tmp_path_factory):
   path, words = folder / "found.json", vocabulary.ByteVocabulary(extra_ids=0)
   sizes = toys.Config(vocab_size=words.vocab_size, num_pieces=words.vocab_size)
   config = network.T5Config(**toys.network_fields(sizes))
-  checkpoints.save(folder / "toy", toys.params(sizes, 1), config, vocabulary=words)
+  checkpoints.save(
+    folder / "toy", toys.params(sizes, 1), config, vocabulary=words
+  )
   # Not a number of devices: `load` asks for it.
-  flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  flags = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  )
   done = subprocess.run(
     [sys.executable, "-c", CHILD, str(path), str(folder / "toy")],
     cwd=pathlib.Path(__file__).parents[2],
@@ -86,7 +105,9 @@ def test_eight_devices_give_the_results_of_one(found):
   one, many = found["outputs"]
   assert one == many
   depths = {layer for _, exit_layers in one for layer in exit_layers}
-  assert len(depths) > 1, "every token left at the same layer: nothing was compared"
+  assert len(depths) > 1, (
+    "every token left at the same layer: nothing was compared"
+  )
 
 
 def test_eight_devices_take_a_threshold_a_row(found):
@@ -103,7 +124,9 @@ def test_rows_are_split_and_nothing_is_exchanged(found):
 
 def test_more_devices_than_there_are_is_refused():
   count = jax.local_device_count() + 1
-  with pytest.raises(ValueError, match=r"Expected `num_devices` in 1 .* JAX_NUM_CPU_DEVICES"):
+  with pytest.raises(
+    ValueError, match=r"Expected `num_devices` in 1 .* JAX_NUM_CPU_DEVICES"
+  ):
     sharded.mesh(count)
   with pytest.raises(ValueError, match="Expected `num_devices` to be in 1"):
     inference.DecodeOptions(num_devices=0)

@@ -1,4 +1,6 @@
-"""Speculative decoding: the full model's tokens, scores and caches, whatever is drafted."""
+"""Speculative decoding: the full model's tokens, scores and caches, whatever is
+drafted.
+"""
 
 import dataclasses
 import functools
@@ -25,7 +27,9 @@ RULE = exits.Speculative(2, num_drafts=5, stop_below=0.0, adapts=False)
 
 @functools.cache
 def toy(**changes) -> engine.Toy:
-  """Layers 3 and 4 change little, so that drafts of layer 2 are accepted and refused."""
+  """Layers 3 and 4 change little, so that drafts of layer 2 are accepted and
+  refused.
+  """
   sizes = toys.Config(**changes)
   params = toys.params(sizes, seed=1)
   for i in range(sizes.num_decoder_layers):
@@ -41,12 +45,18 @@ def toy(**changes) -> engine.Toy:
 
 def with_shortlist(made: engine.Toy, listed=SHORTLIST) -> engine.Toy:
   sizes = made.sizes.num_pieces, listed
-  weights = program_lib.model_weights(made.params, made.config, *sizes, native=True)
+  weights = program_lib.model_weights(
+    made.params, made.config, *sizes, native=True
+  )
   return dataclasses.replace(made, weights=weights)
 
 
 def reference_rows(
-  made: engine.Toy, rule, threshold=1.0, prompts=engine.PROMPTS, listed=SHORTLIST
+  made: engine.Toy,
+  rule,
+  threshold=1.0,
+  prompts=engine.PROMPTS,
+  listed=SHORTLIST,
 ):
   shortlist = listed if rule.draft_head == "shortlist" else None
   return [
@@ -70,8 +80,12 @@ def assert_is_the_full_model(got, full, rows):
     np.testing.assert_array_equal(a.tokens[i], b.tokens[i])
     np.testing.assert_array_equal(a.exit_layers[i], b.exit_layers[i])
     np.testing.assert_allclose(a.scores[i], b.scores[i], atol=1e-5)
-    for ours, theirs in zip(*map(jax.tree.leaves, (got.cache, full.cache)), strict=True):
-      np.testing.assert_allclose(ours[i, :, :upto], theirs[i, :, :upto], atol=1e-5)
+    for ours, theirs in zip(
+      *map(jax.tree.leaves, (got.cache, full.cache)), strict=True
+    ):
+      np.testing.assert_allclose(
+        ours[i, :, :upto], theirs[i, :, :upto], atol=1e-5
+      )
 
 
 def compare_with_reference(got, rows, rule, threshold) -> None:
@@ -80,7 +94,9 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
   for i, row in enumerate(rows):
     length = len(row.tokens)
     assert np.asarray(got.generation.tokens[i])[:length].tolist() == row.tokens
-    np.testing.assert_allclose(got.generation.scores[i], sum(row.scores), rtol=1e-4)
+    np.testing.assert_allclose(
+      got.generation.scores[i], sum(row.scores), rtol=1e-4
+    )
     if not rule.adapts:
       drafted = np.asarray(seen.drafted[i])[:length].tolist()
       assert (seen.passes[i], drafted) == row.passes(rule, exact=threshold >= 1)
@@ -97,7 +113,10 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
   ("rule", "rows"),
   [
     (RULE, slice(8)),
-    (dataclasses.replace(RULE, draft_layer=1, num_drafts=9, draft_head="full"), slice(3)),
+    (
+      dataclasses.replace(RULE, draft_layer=1, num_drafts=9, draft_head="full"),
+      slice(3),
+    ),
     (exits.Speculative(3, num_drafts=2, draft_head="full"), slice(3)),
     # Of one row: passes of several read on where any of them does.
     (dataclasses.replace(RULE, num_drafts=7, stop_below=0.6), slice(2, 3)),
@@ -113,33 +132,47 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, rows):
     expected = reference_rows(made, rule, prompts=prompts)
     assert_is_the_full_model(got, full, expected)
     compare_with_reference(got, expected, rule, threshold)
-    accepted |= set(np.asarray(got.generation.verification.drafted).ravel().tolist())
+    accepted |= set(
+      np.asarray(got.generation.verification.drafted).ravel().tolist()
+    )
   assert accepted == {False, True}
   # One program, whatever was accepted.
   assert engine._decode_state._cache_size() == before + 1
 
 
 def looked_up(seen: list[int], begun: int) -> list[int]:
-  """What followed the longest run like the last `begun` ones at most, the first of equals."""
+  """What followed the longest run like the last `begun` ones at most, the first
+  of equals.
+  """
   runs: dict[int, list[list[int]]] = {}
   for at in range(len(seen) - 1):
-    likes = (n <= at and seen[at - n] == seen[-1 - n] for n in range(min(8, begun)))
+    likes = (
+      n <= at and seen[at - n] == seen[-1 - n] for n in range(min(8, begun))
+    )
     run = len(list(itertools.takewhile(bool, likes)))
-    runs.setdefault(run, []).append(list(itertools.takewhile(bool, seen[at + 1 : at + 4])))
+    runs.setdefault(run, []).append(
+      list(itertools.takewhile(bool, seen[at + 1 : at + 4]))
+    )
   return runs[max(runs)][0] if max(runs) else []
 
 
 def test_drafts_off_the_prompt_are_what_followed_the_last_tokens():
   made, rule = toy(), exits.Speculative(0, num_drafts=3, adapts=False)
   full, seen = engine.run(made, STATIC).generation.tokens, set()
-  np.testing.assert_array_equal(engine.run(made, rule, 0.3).generation.tokens, full)
+  np.testing.assert_array_equal(
+    engine.run(made, rule, 0.3).generation.tokens, full
+  )
   for prompt, tokens in zip(engine.PROMPTS, full, strict=True):
     text, accepted = [int(t) for t in tokens if t], []
     while (at := len(accepted)) < len(text):
-      drafts = looked_up([*prompt.tolist(), *text[:at]], at)[: engine.LENGTH - at - 1]
+      drafts = looked_up([*prompt.tolist(), *text[:at]], at)[
+        : engine.LENGTH - at - 1
+      ]
       right = (a == b for a, b in zip(drafts, text[at:], strict=False))
       accepted += [*itertools.takewhile(bool, right), False]
-    got = engine.run(made, rule, 1.0, prompts=prompt[None]).generation.verification
+    got = engine.run(
+      made, rule, 1.0, prompts=prompt[None]
+    ).generation.verification
     assert got.passes.tolist() == [accepted.count(False)]
     assert got.drafted[0, : len(text)].tolist() == accepted[: len(text)]
     seen |= set(accepted)
@@ -153,40 +186,64 @@ def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
   assert_is_the_full_model(got, engine.run(plain, STATIC), rows)
   compare_with_reference(got, rows, RULE, 1.0)
   # Meta: without the translator others are drafted.
-  assert [row.drafts for row in rows] != [row.drafts for row in reference_rows(plain, RULE)]
+  assert [row.drafts for row in rows] != [
+    row.drafts for row in reference_rows(plain, RULE)
+  ]
 
 
 def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
   made, tokens = toy(), []
   for threshold in (1.0, 0.5, 0.1, 0.0):
     got = engine.run(made, RULE, threshold)
-    compare_with_reference(got, reference_rows(made, RULE, threshold), RULE, threshold)
+    compare_with_reference(
+      got, reference_rows(made, RULE, threshold), RULE, threshold
+    )
     # A text under slack does not depend on where passes end.
-    adapts = engine.run(made, dataclasses.replace(RULE, adapts=True), threshold).generation
+    adapts = engine.run(
+      made, dataclasses.replace(RULE, adapts=True), threshold
+    ).generation
     np.testing.assert_array_equal(adapts.tokens, got.generation.tokens)
     tokens.append(np.asarray(got.generation.tokens).tolist())
     if threshold < 1:
       confidences = np.asarray(got.generation.confidences)
-      assert np.all((confidences >= threshold)[np.asarray(got.generation.tokens) > 0])
+      assert np.all(
+        (confidences >= threshold)[np.asarray(got.generation.tokens) > 0]
+      )
   assert len({str(each) for each in tokens}) > 2
 
 
 def test_a_head_in_8_bits_says_what_the_one_in_float32_says():
   """Of refused drafts too."""
-  rule, made, threshold = dataclasses.replace(RULE, draft_head="full"), toy(), 0.9
+  rule, made, threshold = (
+    dataclasses.replace(RULE, draft_head="full"),
+    toy(),
+    0.9,
+  )
   read = program_lib.model_weights(
-    made.params, made.config, made.sizes.num_pieces, SHORTLIST, head_dtype="int8"
+    made.params,
+    made.config,
+    made.sizes.num_pieces,
+    SHORTLIST,
+    head_dtype="int8",
   )
   assert not isinstance(read.decoder.head, jax.Array)
-  got = engine.run(dataclasses.replace(made, weights=read), rule, threshold).generation
+  got = engine.run(
+    dataclasses.replace(made, weights=read), rule, threshold
+  ).generation
   full = engine.run(made, rule, threshold).generation
   np.testing.assert_array_equal(got.tokens, full.tokens)
-  np.testing.assert_array_equal(got.verification.drafted, full.verification.drafted)
-  # Pieces that cannot be the likeliest stay rounded, and refused drafts are among them.
+  np.testing.assert_array_equal(
+    got.verification.drafted, full.verification.drafted
+  )
+  # Pieces that cannot be the likeliest stay rounded, and refused drafts are
+  # among them.
   np.testing.assert_allclose(got.scores, full.scores, atol=0.1)
   for name in ("confidences", "rejected_confidences"):
-    np.testing.assert_allclose(getattr(got, name), getattr(full, name), atol=5e-2)
-  assert np.any(np.asarray(full.rejected_confidences) > 0)  # drafts were refused
+    np.testing.assert_allclose(
+      getattr(got, name), getattr(full, name), atol=5e-2
+    )
+  # drafts were refused
+  assert np.any(np.asarray(full.rejected_confidences) > 0)
 
 
 def test_of_equal_logits_the_first_is_emitted():
@@ -196,7 +253,10 @@ def test_of_equal_logits_the_first_is_emitted():
   head = params["decoder"]["logits_dense"]["kernel"]
   head[:, 4:39:2] = head[:, 3:38:2]
   twins = with_shortlist(engine.of_params(params, made.sizes), listed)
-  got, full = engine.run(twins, RULE, 1.0).generation, engine.run(twins, STATIC).generation
+  got, full = (
+    engine.run(twins, RULE, 1.0).generation,
+    engine.run(twins, STATIC).generation,
+  )
   np.testing.assert_array_equal(got.tokens, full.tokens)
   rows = reference_rows(twins, RULE, listed=listed)
   seconds = [
@@ -212,38 +272,54 @@ def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   prompts = engine.PROMPTS[:1]
   full = engine.run(toy(), STATIC, prompts=prompts)
   eos = jnp.ones(1, jnp.int32), jnp.ones(1)
-  monkeypatch.setattr(speculative.Speculation, "_draft_head", lambda self, hidden: eos)
+  monkeypatch.setattr(
+    speculative.Speculation, "_draft_head", lambda self, hidden: eos
+  )
   got = engine.run(toy(), RULE, 1.0, prompts=prompts)
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
 
 
 def test_bad_drafts_are_not_made():
-  """A head that drafts nonsense: after some refusals a pass is a step of the full model."""
+  """A head that drafts nonsense: after some refusals a pass is a step of the
+  full model.
+  """
   made = toy()
   weights = made.weights.decoder
-  bad = dataclasses.replace(weights, shortlist=jax.tree.map(jnp.negative, weights.shortlist))
-  made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=bad))
+  bad = dataclasses.replace(
+    weights, shortlist=jax.tree.map(jnp.negative, weights.shortlist)
+  )
+  made = dataclasses.replace(
+    made, weights=dataclasses.replace(made.weights, decoder=bad)
+  )
   got = {}
   for adapts in (True, False):
     rule = dataclasses.replace(RULE, adapts=adapts)
     state = engine.run(made, rule, 1.0, prompts=engine.PROMPTS[:4])
     full = engine.run(made, STATIC, prompts=engine.PROMPTS[:4])
-    np.testing.assert_array_equal(state.generation.tokens, full.generation.tokens)
+    np.testing.assert_array_equal(
+      state.generation.tokens, full.generation.tokens
+    )
     got[adapts] = jax.device_get(state.generation.verification)
   assert 0 < np.sum(got[True].drafts) < 0.6 * np.sum(got[False].drafts)
   assert np.sum(got[False].drafted) < 5
 
 
 def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
-  """Read off what is compiled: one product with the head for every size of a pass."""
+  """Read off what is compiled: one product with the head for every size of a
+  pass.
+  """
   made, rows = toy(), 4
-  program = program_lib.Program(made.config, exits.Speculative(2, num_drafts=4), engine.LENGTH)
+  program = program_lib.Program(
+    made.config, exits.Speculative(2, num_drafts=4), engine.LENGTH
+  )
   encoded = jax.tree.map(lambda leaf: leaf[:rows], engine.encode(made))
   args = made.weights, encoded, jnp.ones(rows, bool), jnp.float32(1)
   decode = jax.jit(lambda *args: program.decode_state(*args).generation)
   columns = engine.columns(made.weights.decoder.head)
   text = decode.lower(*args).as_text()
-  found = re.findall(rf"(?:dot_general|calm_tiles).*-> tensor<(\d+)x{columns}xf32>", text)
+  found = re.findall(
+    rf"(?:dot_general|calm_tiles).*-> tensor<(\d+)x{columns}xf32>", text
+  )
   assert sorted(map(int, found)) == [rows * size for size in (1, 5)]
 
 
@@ -259,26 +335,36 @@ def test_bad_rules_and_slacks_are_named():
 
 
 def test_drafts_are_worth_what_rows_and_weights_make_of_them(monkeypatch):
-  """A batch of many rows, or a large head for every draft, leaves nothing to save."""
+  """A batch of many rows, or a large head for every draft, leaves nothing to
+  save.
+  """
   made, layer = toy(), exits.Speculative(1, draft_head="full")
-  cost = lambda batch, weights=made.weights.decoder, rule=layer: speculative.draft_cost(
-    made.config, weights, rule, batch
+  cost = lambda batch, weights=made.weights.decoder, rule=layer: (
+    speculative.draft_cost(made.config, weights, rule, batch)
   )
   monkeypatch.setattr(kernels, "is_small", lambda matrix: False)
   assert 1 / 4 < cost(1) < cost(2) < cost(64) == math.inf
   look = exits.Speculative(0, 3)  # rows find drafts at different times
   assert cost(1, rule=look) < cost(1) and cost(2, rule=look) == math.inf
-  large = dataclasses.replace(made.weights.decoder, head=np.zeros((512, 512), np.float32))
+  large = dataclasses.replace(
+    made.weights.decoder, head=np.zeros((512, 512), np.float32)
+  )
   assert cost(1, large) == math.inf
-  # And a row of small layers that are not in tiles, whose products wake threads.
+  # And a row of small layers that are not in tiles, whose products wake
+  # threads.
   monkeypatch.setattr(kernels, "is_small", lambda matrix: True)
   assert cost(1) == math.inf > cost(2)
 
 
 def seen(tokens: int, passes: int, drafts: int) -> loop.Generation:
   """A text of so many tokens."""
-  row, layers = np.zeros((1, 16), np.float32), (np.arange(16) < tokens)[None] * 4
-  verification = loop.Verification(row > 0, np.array([passes]), np.array([drafts]))
+  row, layers = (
+    np.zeros((1, 16), np.float32),
+    (np.arange(16) < tokens)[None] * 4,
+  )
+  verification = loop.Verification(
+    row > 0, np.array([passes]), np.array([drafts])
+  )
   return loop.Generation(layers, layers, row, row, row[:, 0], verification)
 
 

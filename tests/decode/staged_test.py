@@ -1,4 +1,6 @@
-"""Limits in stages: the same texts as in one program, and no stage that no text needs."""
+"""Limits in stages: the same texts as in one program, and no stage that no text
+needs.
+"""
 
 import dataclasses
 import itertools
@@ -34,7 +36,9 @@ def decoded(program, active=None, threshold=0.6, toy=None, stages=False):
 
 
 def ending(program, toy=None):
-  """The program with an end of texts that some rows say early and others late or never."""
+  """The program with an end of texts that some rows say early and others late
+  or never.
+  """
   said = np.asarray(decoded(program, toy=toy).tokens)
   early, late = set(said[:, :3].flat), set(said[:, 4:].flat)
   in_every_row = set.intersection(*(set(row[:4]) for row in said))
@@ -48,23 +52,36 @@ def test_stages_grow_up_to_the_limit_and_none_is_nearly_as_long(limit):
   assert stages[-1] == limit and list(stages) == sorted(set(stages))
   assert all(2 * length <= limit for length in stages[:-1])
   assert (len(stages) > 1) == (limit >= 2 * program_lib.FIRST)
-  assert all(b == program_lib.RATIO * a for a, b in itertools.pairwise(stages[:-1]))
+  assert all(
+    b == program_lib.RATIO * a for a, b in itertools.pairwise(stages[:-1])
+  )
 
 
-# A threshold a row; and passes of six positions, which go beyond stages of two and four.
+# A threshold a row; and passes of six positions, which go beyond stages of two
+# and four.
 LEVELS = np.linspace(0.5, 0.7, len(engine.PROMPTS))
 DRAFTS = exits.Speculative(1, 5, "full")
 
 
 @pytest.mark.parametrize(
   ("rule", "made", "threshold"),
-  [(STATIC, None, LEVELS), (CLASSIFIER, engines.Compacted, LEVELS), (DRAFTS, None, 1.0)],
+  [
+    (STATIC, None, LEVELS),
+    (CLASSIFIER, engines.Compacted, LEVELS),
+    (DRAFTS, None, 1.0),
+  ],
   ids=["static", "compacted", "drafts"],
 )
 def test_texts_in_stages_are_those_of_one_program(rule, made, threshold, short):
-  program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH, engine=made))
-  given = np.arange(len(engine.PROMPTS)) != 1, threshold  # a row holds no prompt
-  whole, stages = decoded(program, *given), decoded(program, *given, stages=True)
+  program = ending(
+    program_lib.Program(engine.toy().config, rule, engine.LENGTH, engine=made)
+  )
+  # a row holds no prompt
+  given = np.arange(len(engine.PROMPTS)) != 1, threshold
+  whole, stages = (
+    decoded(program, *given),
+    decoded(program, *given, stages=True),
+  )
   # Meta: rows end in a stage before the last, and in the last.
   ends = set(engine.lengths(whole)[given[0]].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
@@ -76,13 +93,20 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, threshold, short):
 
 
 def test_a_grid_goes_on_in_stages_as_in_one_program(short):
-  """Threshold after threshold, from where each row changes, in the stage that it needs."""
+  """Threshold after threshold, from where each row changes, in the stage that
+  it needs.
+  """
   rule, made = resume_test.CASES["learned"]
   toy = engine.toy_for(rule)
-  program = ending(program_lib.Program(toy.config, rule, engine.LENGTH, engine=made), toy)
+  program = ending(
+    program_lib.Program(toy.config, rule, engine.LENGTH, engine=made), toy
+  )
   known, rows = (toy.weights, engine.encode(toy)), len(engine.PROMPTS)
   ways = {"whole": program.resume, "stages": program.regenerate}
-  states = {"whole": program.nothing_yet(rows), "stages": program.stages[0].nothing_yet(rows)}
+  states = {
+    "whole": program.nothing_yet(rows),
+    "stages": program.stages[0].nothing_yet(rows),
+  }
   lengths = [caches.length(states["stages"].cache)]
   for threshold in (np.inf, *resume_test.GRID):
     before = states["whole"].generation
@@ -107,7 +131,9 @@ def test_short_limits_and_other_platforms_have_one_program():
   for rule in (STATIC, exits.Speculative(1, draft_head="full")):
     program = program_lib.Program(config, rule, 127)
     assert program.stages == (program,)
-  long = dataclasses.replace(program_lib.Program(config, STATIC, 127), max_decode_length=128)
+  long = dataclasses.replace(
+    program_lib.Program(config, STATIC, 127), max_decode_length=128
+  )
   assert [stage.room for stage in long.stages] == [64, 128]
   assert len(dataclasses.replace(long, native=False).stages) == 1
   with platforms.laid_out_for("tpu"):

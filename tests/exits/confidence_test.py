@@ -1,4 +1,6 @@
-"""Confidence measures: ties, saturation, names; `decode/engines_test.py` has their numbers."""
+"""Confidence measures: ties, saturation, names; `decode/engines_test.py` has
+their numbers.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,12 @@ def test_measures_are_found_by_name():
   for name, measure in confidence.MEASURES.items():
     assert confidence.measure(name) is measure and measure.name == name
     assert measure.uses_head == heads.get(name, measure.uses_head)
-  with pytest.raises(ValueError, match=r"`measure`.*'classifier'.*'state'.*'margin'"):
+  with pytest.raises(
+    ValueError, match=r"`measure`.*'classifier'.*'state'.*'margin'"
+  ):
     confidence.measure("margin")
   for removed in ("entropy", "patience"):
-    with pytest.raises(ValueError, match=rf"`measure`.*'{removed}'; calibrate with"):
+    with pytest.raises(
+      ValueError, match=rf"`measure`.*'{removed}'; calibrate with"
+    ):
       confidence.measure(removed)

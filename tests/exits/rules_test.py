@@ -1,7 +1,7 @@
 """Exit rules on a toy decoder of a few lines: no network.
 
-Every layer adds 1 to the state, which begins at 0: d^i = i. Any head says the number in the
-state, so that the token is the layer whose state was read.
+Every layer adds 1 to the state, which begins at 0: d^i = i. Any head says the
+number in the state, so that the token is the layer whose state was read.
 """
 
 import dataclasses
@@ -18,15 +18,19 @@ from calm.exits import propagation, schedules
 
 L = 4
 NEVER = schedules.NEVER_EXIT
-# Confidence [layer, row]; row 0 clears 0.5 at layer 1, row 1 at 3, row 2 never before the last.
+# Confidence [layer, row]; row 0 clears 0.5 at layer 1, row 1 at 3, row 2 never
+# before the last.
 TABLE = np.array(
-  [[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.9, 0.8, 0.2], [0.7, 0.6, 0.05]], np.float32
+  [[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.9, 0.8, 0.2], [0.7, 0.6, 0.05]],
+  np.float32,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """A measure that reads a table [layers, batch], and one of cheaper bounds where given."""
+  """A measure that reads a table [layers, batch], and one of cheaper bounds
+  where given.
+  """
 
   table: Any
   uses_head: Any = False
@@ -75,7 +79,9 @@ def take(rule, threshold: Any = 0.5, *, active=(True, True, True), layers=None):
   """One token of every row."""
   hidden = jnp.zeros((len(active), 2))
   layers = toy_layers([]) if layers is None else layers
-  return rule(layers, hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0))
+  return rule(
+    layers, hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0)
+  )
 
 
 def walk(confidences, threshold, allowed):
@@ -91,7 +97,13 @@ def walk(confidences, threshold, allowed):
 
 @pytest.mark.parametrize(
   ("kind", "allowed"),
-  [("head", None), ("state", (1, 3)), ("head", (1, 4)), ("state", ()), ("bound", None)],
+  [
+    ("head", None),
+    ("state", (1, 3)),
+    ("head", (1, 4)),
+    ("state", ()),
+    ("bound", None),
+  ],
 )
 def test_the_rule_is_its_definition(kind, allowed):
   """Also where a cheaper bound is cleared first."""
@@ -109,8 +121,14 @@ def test_the_rule_is_its_definition(kind, allowed):
     known = np.where((bounds < threshold) & (kind == "bound"), bounds, table)
     known[-1] = table[-1]
     for row in range(3):
-      expected = walk(known[:, row], threshold, range(1, L) if allowed is None else allowed)
-      fields = got.exit_layer[row], got.confidence[row], got.rejected_confidence[row]
+      expected = walk(
+        known[:, row], threshold, range(1, L) if allowed is None else allowed
+      )
+      fields = (
+        got.exit_layer[row],
+        got.confidence[row],
+        got.rejected_confidence[row],
+      )
       np.testing.assert_array_equal(fields, expected)
       assert jnp.argmax(got.logits[row]) == expected[0]
       seen.add(expected[0])
@@ -123,15 +141,20 @@ def test_the_rule_is_its_definition(kind, allowed):
 def test_layers_above_the_deepest_active_row_do_not_run(active, deepest):
   calls = []
   with jax.disable_jit():
-    take(exits.DynamicExits(Given(TABLE)), active=active, layers=toy_layers(calls))
-  assert [layer for name, layer in calls if name == "run"] == list(range(1, deepest + 1))
+    take(
+      exits.DynamicExits(Given(TABLE)), active=active, layers=toy_layers(calls)
+    )
+  assert [layer for name, layer in calls if name == "run"] == list(
+    range(1, deepest + 1)
+  )
   projected = [layer for name, layer in calls if name == "project"]
   assert projected == list(range(deepest + 1, L + 1))
 
 
 @pytest.mark.parametrize(
   ("uses_head", "allowed", "expected"),
-  [(False, None, 1), (True, None, L), (True, (2,), 2)],  # one head after the exit, or inside
+  # one head after the exit, or inside
+  [(False, None, 1), (True, None, L), (True, (2,), 2)],
 )
 def test_no_head_more_than_the_measure_needs(uses_head, allowed, expected):
   calls = []
@@ -143,14 +166,17 @@ def test_no_head_more_than_the_measure_needs(uses_head, allowed, expected):
 
 def test_layers_beyond_the_model_are_named():
   for beyond in (-1, L + 1):
-    with pytest.raises(ValueError, match=rf"`layer` in 1 \.\.\. {L}, got {beyond}"):
+    with pytest.raises(
+      ValueError, match=rf"`layer` in 1 \.\.\. {L}, got {beyond}"
+    ):
       exits.StaticExit(beyond).depth(L)
   assert exits.allowed_layers(None, L) == (1, 2, 3)
   assert exits.allowed_layers((2, 4), L) == (2,)
   assert exits.allowed_layers([], L) == ()
   for bad in ([0], [5], [2, 1], [2, 2]):
     with pytest.raises(
-      ValueError, match=r"`allowed` exit layers to be ascending within 1 \.\.\. 4"
+      ValueError,
+      match=r"`allowed` exit layers to be ascending within 1 \.\.\. 4",
     ):
       exits.allowed_layers(bad, L)
 
@@ -158,5 +184,7 @@ def test_layers_beyond_the_model_are_named():
 def test_propagations_are_found_by_name():
   for name, made in propagation.PROPAGATIONS.items():
     assert propagation.propagation(name) is made and made.name == name
-  with pytest.raises(ValueError, match=r"`propagation`.*'copy_projections'.*got 'none'"):
+  with pytest.raises(
+    ValueError, match=r"`propagation`.*'copy_projections'.*got 'none'"
+  ):
     propagation.propagation("none")

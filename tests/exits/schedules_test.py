@@ -33,7 +33,12 @@ def test_eq_5_by_hand(threshold, temperature, generated, expected):
 
 
 @pytest.mark.parametrize(
-  "schedule", [schedules.Constant(), schedules.Decaying(0.0, 8), schedules.Decaying(4.0, 8)]
+  "schedule",
+  [
+    schedules.Constant(),
+    schedules.Decaying(0.0, 8),
+    schedules.Decaying(4.0, 8),
+  ],
 )
 def test_never_stays_infinite_and_only_never(schedule):
   thresholds = jnp.array([1.0, NEVER, 0.0])
@@ -47,8 +52,12 @@ def test_schedules_by_name():
   assert schedules.schedule("constant") == schedules.Constant()
   made = schedules.schedule("decaying", temperature=2.0, max_length=9)
   assert made == schedules.Decaying(2.0, 9)
-  with pytest.raises(ValueError, match=r"`schedule`.*\['constant', 'decaying'\].*'linear'"):
+  with pytest.raises(
+    ValueError, match=r"`schedule`.*\['constant', 'decaying'\].*'linear'"
+  ):
     schedules.schedule("linear")
   for numbers in ((-1.0, 8), (math.nan, 8), (4.0, 0)):
-    with pytest.raises(ValueError, match="`temperature` >= 0 and a whole `max_length` >= 1"):
+    with pytest.raises(
+      ValueError, match="`temperature` >= 0 and a whole `max_length` >= 1"
+    ):
       schedules.Decaying(*numbers)

@@ -1,4 +1,6 @@
-"""A toy that fits share; the files skip where what a fit needs is not installed."""
+"""A toy that fits share; the files skip where what a fit needs is not
+installed.
+"""
 
 import dataclasses
 import functools
@@ -16,7 +18,10 @@ def rows():
   """90 rows with references, each of a source of its own."""
   from calm.calibrate import Prompt
 
-  return [Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (WORDS[i % 3],), f"g{i}") for i in range(90)]
+  return [
+    Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (WORDS[i % 3],), f"g{i}")
+    for i in range(90)
+  ]
 
 
 class Said:
@@ -40,7 +45,9 @@ def promotion():
 
 @pytest.fixture(scope="module")
 def few_rounds():
-  """One candidate and few rounds: a toy's seconds are looked at for their form only."""
+  """One candidate and few rounds: a toy's seconds are looked at for their form
+  only.
+  """
   from calm import inference
   from calm.fitting import choose
 
@@ -48,7 +55,9 @@ def few_rounds():
   for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
   patch.setattr(inference.options, "measures", lambda predictor: ("softmax",))
-  few = functools.partial(inference.timing.beside_full_depth, prompts=2, rounds=1)
+  few = functools.partial(
+    inference.timing.beside_full_depth, prompts=2, rounds=1
+  )
   patch.setattr(inference.timing, "beside_full_depth", few)
   yield
   patch.undo()
@@ -56,7 +65,9 @@ def few_rounds():
 
 @pytest.fixture(scope="module")
 def always_faster(few_rounds):
-  """Nothing is timed, and exits are taken to be faster: a toy's seconds are noise."""
+  """Nothing is timed, and exits are taken to be faster: a toy's seconds are
+  noise.
+  """
   from calm import inference
   from calm.fitting import choose
   from calm.inference import timing
@@ -68,7 +79,9 @@ def always_faster(few_rounds):
   def faster(predictor, prompts, tried, size, progress):
     return [dataclasses.replace(entry, **gains) for entry in tried], 1.5
 
-  patch.setattr(inference.timing, "beside_full_depth", lambda *args, **more: seconds)
+  patch.setattr(
+    inference.timing, "beside_full_depth", lambda *args, **more: seconds
+  )
   patch.setattr(choose, "timed", faster)
   yield patch
   patch.undo()

@@ -1,7 +1,8 @@
-"""Writes one calibration of every kind; `calibrations/` holds those of commit d1de7c0.
+"""Writes one calibration of every kind; `calibrations/` holds those of commit
+d1de7c0.
 
-`python -m tests.golden.make_calibrations FOLDER`. Kinds in `RETIRED` used methods that are
-gone: their files are read, and cannot be made again.
+`python -m tests.golden.make_calibrations FOLDER`. Kinds in `RETIRED` used
+methods that are gone: their files are read, and cannot be made again.
 """
 
 import dataclasses
@@ -16,11 +17,17 @@ from calm.calibrate import SequenceLosses, Support, risks
 from tests.calibrate import laws
 
 GRID = (0.9, 0.6, 0.3, 0.1)
-RATES = {"tolerance": 0.1, "error_rate": 0.05, "randomized": False}  # as they were made
+# as they were made
+RATES = {"tolerance": 0.1, "error_rate": 0.05, "randomized": False}
 SHARES = np.array([0.0, 0.03, 0.07, 0.9])
 RETIRED = (
   *("method_hoeffding", "method_hoeffding_bentkus", "method_betting_early"),
-  *("configurations", "configurations_of_clusters", "given_order", "testing_bonferroni"),
+  *(
+    "configurations",
+    "configurations_of_clusters",
+    "given_order",
+    "testing_bonferroni",
+  ),
   *("sequential", "sequential_of_clusters"),
 )
 
@@ -32,18 +39,27 @@ def table(seed=0, shares=SHARES, size=160, **fields) -> SequenceLosses:
     2.0, 4.0, (size, len(shares))
   )
   ids = tuple(f"prompt {row}" for row in range(size))
-  return SequenceLosses(values, GRID, **{"metric": "rouge_l", "ids": ids, **fields})
+  return SequenceLosses(
+    values, GRID, **{"metric": "rouge_l", "ids": ids, **fields}
+  )
 
 
 def binary(seed=0, **fields) -> SequenceLosses:
   values = np.asarray(table(seed).values > 0.0, np.float64)
-  return SequenceLosses(values, GRID, Support(binary=True), metric="exact_match", **fields)
+  return SequenceLosses(
+    values, GRID, Support(binary=True), metric="exact_match", **fields
+  )
 
 
 def signed(seed=0, **fields) -> SequenceLosses:
   values = table(seed).values - 0.5 * table(seed + 1, np.full(4, 0.05)).values
   return SequenceLosses(
-    values, GRID, Support(lower=-1.0), kind="risk_signed", metric="token_f1", **fields
+    values,
+    GRID,
+    Support(lower=-1.0),
+    kind="risk_signed",
+    metric="token_f1",
+    **fields,
   )
 
 
@@ -52,12 +68,21 @@ def certify(losses, thresholds=None, **options):
 
 
 def clusters(seed=0, **fields) -> SequenceLosses:
-  return table(seed, groups=tuple(f"text {row // 2}" for row in range(160)), **fields)
+  return table(
+    seed, groups=tuple(f"text {row // 2}" for row in range(160)), **fields
+  )
 
 
 def noted():
   made = certify(table(procedure=laws.procedure()))
-  pair = dict(batch_size=1, num_prompts=12, full=8.0, early=4.0, speedup=2.0, end_to_end=1.5)
+  pair = dict(
+    batch_size=1,
+    num_prompts=12,
+    full=8.0,
+    early=4.0,
+    speedup=2.0,
+    end_to_end=1.5,
+  )
   provenance = dataclasses.replace(
     made.provenance, notes={"seconds": dict(single=pair, batched=pair)}
   )
@@ -68,13 +93,19 @@ LABELS = [f"task {row % 2}" for row in range(160)]
 KINDS = {
   "mean": lambda: certify(table()),
   "mean_with_procedure": lambda: certify(
-    table(procedure=laws.procedure(reference_dtype="float32", reference_digest="r" * 64))
+    table(
+      procedure=laws.procedure(
+        reference_dtype="float32", reference_digest="r" * 64
+      )
+    )
   ),
   "mean_with_notes": noted,
   "randomized": lambda: certify(table(), randomized=True),
   "plain_losses": lambda: certify(table().values.tolist(), GRID),
   "plain_binary": lambda: certify(binary().values, GRID),
-  "plain_of_few_kinds": lambda: certify(np.round(table().values * 2.0) / 2.0, GRID),
+  "plain_of_few_kinds": lambda: certify(
+    np.round(table().values * 2.0) / 2.0, GRID
+  ),
   "own_seed": lambda: certify(table(), seed="abc123"),
   "clusters": lambda: certify(clusters()),
   "clusters_ignored": lambda: certify(clusters().ungrouped()),
@@ -95,15 +126,27 @@ KINDS = {
   ),
   "nothing_certified": lambda: certify(table(shares=np.full(4, 0.9))),
   "too_few_prompts": lambda: certify(table(size=10)),
-  "lost_value": lambda: certify(np.where(table().values > 0.68, np.nan, table().values), GRID),
-  "quantile": lambda: certify(table(), tolerance=0.3, promise=risks.Quantile(0.9)),
-  "every_group": lambda: certify(table(), promise=risks.EveryGroup(labels=LABELS)),
-  "each_group": lambda: calibrate.each_group(table(), LABELS, **RATES)["task 1"],
+  "lost_value": lambda: certify(
+    np.where(table().values > 0.68, np.nan, table().values), GRID
+  ),
+  "quantile": lambda: certify(
+    table(), tolerance=0.3, promise=risks.Quantile(0.9)
+  ),
+  "every_group": lambda: certify(
+    table(), promise=risks.EveryGroup(labels=LABELS)
+  ),
+  "each_group": lambda: calibrate.each_group(table(), LABELS, **RATES)[
+    "task 1"
+  ],
   "early_exits": lambda: certify(
     table(),
-    promise=risks.EarlyExits((2.0, 4.0), depths=np.arange(640).reshape(160, 4) % 5 % 4 + 1),
+    promise=risks.EarlyExits(
+      (2.0, 4.0), depths=np.arange(640).reshape(160, 4) % 5 % 4 + 1
+    ),
   ),
-  "tail_mean": lambda: certify(table(), tolerance=0.5, promise=risks.TailMean(0.8, 0.1)),
+  "tail_mean": lambda: certify(
+    table(), tolerance=0.5, promise=risks.TailMean(0.8, 0.1)
+  ),
   "known_mixture": lambda: certify(
     table(), promise=risks.KnownMixture(1.5, weights=[0.5, 1.5] * 80)
   ),
@@ -113,7 +156,8 @@ KINDS = {
     randomized=False,
   ),
   "cost": lambda: certify(
-    table(), promise=risks.Cost(0.8, costs=np.tile([0.9, 0.6, 0.4, 0.2], (160, 1)))
+    table(),
+    promise=risks.Cost(0.8, costs=np.tile([0.9, 0.6, 0.4, 0.2], (160, 1))),
   ),
   **{
     f"method_{name}": lambda name=name: certify(table(), method=name)
@@ -121,7 +165,9 @@ KINDS = {
   },
   "method_binomial": lambda: certify(binary(), method="binomial"),
   **{
-    f"testing_{name}": lambda name=name: certify(table(), testing_procedure=name)
+    f"testing_{name}": lambda name=name: certify(
+      table(), testing_procedure=name
+    )
     for name in ("fallback", "holm")
   },
 }

@@ -1,4 +1,6 @@
-"""Arguments of models, options and rules: what stands for a value passes, the rest is named."""
+"""Arguments of models, options and rules: what stands for a value passes, the
+rest is named.
+"""
 
 import dataclasses
 import math
@@ -17,9 +19,18 @@ TEXTS = ["a", "some words"]
 
 
 def test_options_and_rules_take_names_and_lists():
-  options = {"exit_layers": np.array([1]), "grid": [0.9, 0.5], "shortlist": (i for i in (1, 2))}
+  options = {
+    "exit_layers": np.array([1]),
+    "grid": [0.9, 0.5],
+    "shortlist": (i for i in (1, 2)),
+  }
   plain = {"exit_layers": (1,), "grid": (0.9, 0.5), "shortlist": (1, 2)}
-  filled = confidence.State(), schedules.Constant(), (1,), propagation.CopyProjections()
+  filled = (
+    confidence.State(),
+    schedules.Constant(),
+    (1,),
+    propagation.CopyProjections(),
+  )
   for odd, expected in (
     (DecodeOptions(schedule="constant", **options), DecodeOptions(**plain)),
     (
@@ -28,7 +39,8 @@ def test_options_and_rules_take_names_and_lists():
     ),
     (exits.StaticExit(np.int64(2)), exits.StaticExit(2)),
   ):
-    assert odd == expected and hash(odd) == hash(expected)  # programs are compiled by it
+    # programs are compiled by it
+    assert odd == expected and hash(odd) == hash(expected)
 
 
 def test_generate_takes_what_stands_for_texts_and_thresholds(model):
@@ -63,9 +75,15 @@ BORDER = {
   "options": (DecodeOptions, fields(DecodeOptions)),
   "static": (exits.StaticExit, fields(exits.StaticExit)),
   "oracle": (exits.OracleExit, fields(exits.OracleExit)),
-  "dynamic": (exits.DynamicExits, fields(exits.DynamicExits, measure="softmax")),
+  "dynamic": (
+    exits.DynamicExits,
+    fields(exits.DynamicExits, measure="softmax"),
+  ),
   "speculative": (exits.Speculative, fields(exits.Speculative, draft_layer=1)),
-  "decaying": (schedules.schedule, {"name": "decaying", "temperature": 1.0, "max_length": 8}),
+  "decaying": (
+    schedules.schedule,
+    {"name": "decaying", "temperature": 1.0, "max_length": 8},
+  ),
   "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
   "measure": (confidence.measure, {"name": "softmax"}),
   "propagation": (propagation.propagation, {"name": "exit_state"}),
@@ -83,8 +101,19 @@ def test_every_argument_is_taken_or_refused_by_name(name):
 def test_every_argument_of_a_model_is_taken_or_refused_by_name(model):
   given = {"texts": TEXTS, "threshold": 0.5, "rule": None}
   assert list(odd_arguments.unclear(model.generate, given)) == []
-  rates = {"tolerance": 0.1, "error_rate": 0.05, "consistency": "textual", "metric": "rouge_l"}
-  given = {"prompts": TEXTS, **rates, "thresholds": None, "folder": None, "progress": None}
+  rates = {
+    "tolerance": 0.1,
+    "error_rate": 0.05,
+    "consistency": "textual",
+    "metric": "rouge_l",
+  }
+  given = {
+    "prompts": TEXTS,
+    **rates,
+    "thresholds": None,
+    "folder": None,
+    "progress": None,
+  }
 
   def calibrate(**options):  # two prompts are too few, whatever else is right
     with pytest.raises((TypeError, ValueError)) as caught:

@@ -1,5 +1,7 @@
-"""Grids decoded and certified before serving (`Predictor.calibrate`) or while serving
-(`Predictor.online`), and the seconds that are measured beside full depth."""
+"""Grids decoded and certified before serving (`Predictor.calibrate`) or while
+serving (`Predictor.online`), and the seconds that are measured beside full
+depth.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +19,8 @@ from tests.inference import predictor_test
 
 # A toy's seconds are noise.
 pytestmark = pytest.mark.filterwarnings(
-  "ignore::calm.inference.SlowerThanFullDepth", "ignore:.*prompts have more than"
+  "ignore::calm.inference.SlowerThanFullDepth",
+  "ignore:.*prompts have more than",
 )
 TEXTS = [f"{word} {i}" for i in range(12) for word in ("a", "the words")]
 RATES = {"tolerance": 0.9, "thresholds": [0.9, 0.5]}
@@ -30,12 +33,16 @@ ONLINE = {"tolerance": 0.8, "error_rate": 0.3, "thresholds": GRID}
 
 @pytest.fixture(scope="module")
 def model(directory):
-  return inference.load(directory, **{**predictor_test.OPTIONS, "max_input_length": 32})
+  return inference.load(
+    directory, **{**predictor_test.OPTIONS, "max_input_length": 32}
+  )
 
 
 def test_a_model_calibrates_itself_on_texts(model):
   told = []
-  served = model.calibrate(TEXTS, **RATES, progress=lambda *where: told.append(where))
+  served = model.calibrate(
+    TEXTS, **RATES, progress=lambda *where: told.append(where)
+  )
   calibration = served.calibration
   assert calibration.procedure == model.procedure and calibration.certified
   measured = timing.noted(calibration)
@@ -46,7 +53,11 @@ def test_a_model_calibrates_itself_on_texts(model):
   assert outputs.threshold == calibration.threshold
   assert outputs.guarantee == calibration.guarantee
   shares = [share for share, _ in told]
-  assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] == pytest.approx(1.0)
+  assert (
+    shares == sorted(shares)
+    and shares[0] > 0.0
+    and shares[-1] == pytest.approx(1.0)
+  )
   assert any("batch 2 of 6, threshold 0.9" in text for _, text in told)
 
 
@@ -59,8 +70,16 @@ def test_a_model_calibrates_itself_on_texts(model):
       {"tolerance": 0.1},
       "at least 22 clusters of prompts .*got 20",
     ),
-    (TEXTS, {"tolerance": 0.9, "consistency": "risk"}, "references .*24 without"),
-    (TEXTS, {"tolerance": 0.9, "consistency": "textul"}, "`consistency` to be one of 'text"),
+    (
+      TEXTS,
+      {"tolerance": 0.9, "consistency": "risk"},
+      "references .*24 without",
+    ),
+    (
+      TEXTS,
+      {"tolerance": 0.9, "consistency": "textul"},
+      "`consistency` to be one of 'text",
+    ),
   ],
 )
 def test_what_cannot_be_certified_is_refused_before_any_decoding(
@@ -88,16 +107,27 @@ def decode(model, monkeypatch, **options):
   return records, begun
 
 
-def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, monkeypatch):
+def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(
+  model, monkeypatch
+):
   records, _ = decode(model, monkeypatch)
   static = grid.with_rule(model, PROMPTS, exits.StaticExit())
   made, _ = decode(model, monkeypatch, full=static)
-  assert made == records | {NEVER_EXIT: {record.id: record for record in static}}
+  assert made == records | {
+    NEVER_EXIT: {record.id: record for record in static}
+  }
 
 
-@pytest.mark.parametrize("schedule", [schedules.Constant(), schedules.Decaying(4.0, 6)])
-def test_beginnings_are_taken_over_and_the_records_are_the_same(model, monkeypatch, schedule):
-  model, made = model.with_options(schedule=schedule), compiled.num_made("Program.resume")
+@pytest.mark.parametrize(
+  "schedule", [schedules.Constant(), schedules.Decaying(4.0, 6)]
+)
+def test_beginnings_are_taken_over_and_the_records_are_the_same(
+  model, monkeypatch, schedule
+):
+  model, made = (
+    model.with_options(schedule=schedule),
+    compiled.num_made("Program.resume"),
+  )
   records, begun = decode(model, monkeypatch)
   # A batch of 4 and one of 2, over the whole grid.
   assert compiled.num_made("Program.resume") - made <= 2
@@ -106,7 +136,10 @@ def test_beginnings_are_taken_over_and_the_records_are_the_same(model, monkeypat
   for threshold, made in records.items():
     for plain in grid.with_rule(model, PROMPTS, threshold=threshold):
       reused = made[plain.id]
-      assert (reused.tokens, reused.exit_layers) == (plain.tokens, plain.exit_layers)
+      assert (reused.tokens, reused.exit_layers) == (
+        plain.tokens,
+        plain.exit_layers,
+      )
       for name in ("confidences", "rejected_confidences"):
         got, expected = getattr(reused, name), getattr(plain, name)
         np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -128,7 +161,9 @@ def test_reuse_by_hand():
 # ---- While serving
 
 
-LIVES = [f"{word} {i}" for i in range(6) for word in ("some", "words", "to", "read")]
+LIVES = [
+  f"{word} {i}" for i in range(6) for word in ("some", "words", "to", "read")
+]
 
 
 def test_it_learns_what_a_batch_of_the_same_prompts_would(model, tmp_path):
@@ -142,9 +177,12 @@ def test_it_learns_what_a_batch_of_the_same_prompts_would(model, tmp_path):
   named = online.threshold
   made = model.generate(LIVES[12:], online=online)
   assert (
-    made.threshold == named and made.texts == model.generate(LIVES[12:], threshold=named).texts
+    made.threshold == named
+    and made.texts == model.generate(LIVES[12:], threshold=named).texts
   )
-  assert "at least 0.7 over the whole life" in made.guarantee and online.served == 24
+  assert (
+    "at least 0.7 over the whole life" in made.guarantee and online.served == 24
+  )
   # The losses are those of a calibration of these prompts.
   prompts = [Prompt(text, text) for text in LIVES[:12]]
   _, cached = grid.certify(model, prompts, **ONLINE)
@@ -168,7 +206,11 @@ def test_what_does_not_fit_is_refused(model):
   for served, other, message in (
     (model, {"threshold": 0.5}, "`online` needs neither"),
     (model, {"ids": ["a", "b"]}, "`ids` of 1 texts, got 2"),
-    (model.with_options(max_decode_length=3), {}, "a state of this model under these options"),
+    (
+      model.with_options(max_decode_length=3),
+      {},
+      "a state of this model under these options",
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       served.generate(LIVES[:1], online=online, **other)
@@ -198,10 +240,14 @@ def test_prompts_are_timed_alone_and_in_whole_batches(model):
   assert (single.batch_size, single.num_prompts) == (1, 3)
   assert (batched.batch_size, batched.num_prompts) == (2, 6)
   for pair in (single, batched):
-    assert pair.full > 0 and pair.speedup == pytest.approx(pair.full / pair.early)
+    assert pair.full > 0 and pair.speedup == pytest.approx(
+      pair.full / pair.early
+    )
     assert min(pair.speedup, 1) <= pair.end_to_end <= max(pair.speedup, 1)
   assert told == sorted(told) and told[-1] == 1.0
-  assert timing.beside_full_depth(model, TEXTS[:3], 0.6, rounds=1).batched is None
+  assert (
+    timing.beside_full_depth(model, TEXTS[:3], 0.6, rounds=1).batched is None
+  )
 
 
 FAST = timing.Pair(1, 8, full=4.0, early=2.0, speedup=2.0, end_to_end=1.5)
@@ -219,25 +265,36 @@ def calibrated(losses=0.0, **fields):
   [
     (timing.Seconds(FAST), ""),
     (timing.Seconds(FAST, SLOW), "x0.80 in batches of 8"),
-    (timing.Seconds(dataclasses.replace(FAST, speedup=1.0), SLOW), "x1.00 one at a time and"),
+    (
+      timing.Seconds(dataclasses.replace(FAST, speedup=1.0), SLOW),
+      "x1.00 one at a time and",
+    ),
   ],
 )
-def test_what_was_measured_is_kept_and_a_slow_threshold_warns_where_it_is_served(
+def test_measured_speed_is_kept_and_serving_a_slow_threshold_warns(
   model, directory, tmp_path, measured, words
 ):
   path = tmp_path / "calibration.json"
   timing.note(calibrated(procedure=model.procedure), measured).save(path)
   read = calibrate.Calibration.load(path)
-  assert timing.noted(read) == measured and bool(timing.warning(read)) == bool(words)
+  assert timing.noted(read) == measured and bool(timing.warning(read)) == bool(
+    words
+  )
   slow = pytest.warns(inference.SlowerThanFullDepth, match=words)
   with slow if words else contextlib.nullcontext():
     assert inference.load(directory, calibration=path).threshold == 0.5
 
 
 def test_nothing_is_said_where_nothing_was_measured_or_certified():
-  assert timing.noted(calibrated()) is None and timing.warning(calibrated()) == ""
-  assert timing.warning(timing.note(calibrated(1.0), timing.Seconds(SLOW))) == ""
+  assert (
+    timing.noted(calibrated()) is None and timing.warning(calibrated()) == ""
+  )
+  assert (
+    timing.warning(timing.note(calibrated(1.0), timing.Seconds(SLOW))) == ""
+  )
   # A note of that name that somebody else wrote.
   for note in ({"single": {"speedup": 0.5}, "batched": None}, "slow"):
-    provenance = dataclasses.replace(calibrated().provenance, notes={"seconds": note})
+    provenance = dataclasses.replace(
+      calibrated().provenance, notes={"seconds": note}
+    )
     assert timing.noted(calibrated(provenance=provenance)) is None

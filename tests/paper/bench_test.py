@@ -1,4 +1,6 @@
-"""What the experiments decode, on a toy model: wrong tokens, seconds, and the command."""
+"""What the experiments decode, on a toy model: wrong tokens, seconds, and the
+command.
+"""
 
 import dataclasses
 import itertools
@@ -22,8 +24,17 @@ from calm.paper import bench, experiments, sections
 from calm.t5 import network
 from tests import toys
 
-SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2)
-TEXTS = ["a few words", "another", "b", "one that is longer than others", "the end", "é"]
+SIZES = toys.Config(
+  vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2
+)
+TEXTS = [
+  "a few words",
+  "another",
+  "b",
+  "one that is longer than others",
+  "the end",
+  "é",
+]
 PROMPTS = [Prompt(f"p{i}", text, (text,)) for i, text in enumerate(TEXTS)]
 
 
@@ -53,7 +64,10 @@ def full(model):
 
 
 def test_one_token_is_another_choice_and_what_came_before_stays(model, full):
-  tenth, shallow = experiments.RULES["sampling-based"], experiments.RULES["layer-based"]
+  tenth, shallow = (
+    experiments.RULES["sampling-based"],
+    experiments.RULES["layer-based"],
+  )
   changed = grid.with_rule(model, PROMPTS, tenth, 2.0)
   reached = [row for row, record in enumerate(full) if len(record.tokens) > 2]
   assert len(reached) > 2
@@ -68,44 +82,86 @@ def test_one_token_is_another_choice_and_what_came_before_stays(model, full):
   assert [r.tokens[0] for r in changed] == [r.tokens[0] for r in own]
 
 
-def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full, tmp_path):
+def test_perturbed_outputs_are_compared_where_they_have_that_token(
+  model, full, tmp_path
+):
   task = dataclasses.replace(bench.task("synopsis"), metric="rouge_l")
   of = bench.Bench(model, task, tuple(PROMPTS), (), tmp_path)
   of.__dict__.update(whole=model, static={2: full})
   found = experiments.perturbations(of).curves
-  before, _, after = (found[name] for name in (experiments.UNPERTURBED, *experiments.RULES))
-  assert [point.threshold for point in after] == list(experiments.positions(full))
-  reach = [sum(len(record.tokens) > point.threshold for record in full) for point in after]
-  assert [point.num_prompts for point in after] == reach and after[0].identical < 0.5
+  before, _, after = (
+    found[name] for name in (experiments.UNPERTURBED, *experiments.RULES)
+  )
+  assert [point.threshold for point in after] == list(
+    experiments.positions(full)
+  )
+  reach = [
+    sum(len(record.tokens) > point.threshold for record in full)
+    for point in after
+  ]
+  assert [point.num_prompts for point in after] == reach and after[
+    0
+  ].identical < 0.5
   assert {point.identical for point in before} == {1.0}
 
 
 def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
-  candidates = [choose.Candidate("softmax", (1,)), choose.Candidate("state", (1,))]
-  tried = [choose.Tried(c, (0.9, 0.5), (0.0, 0.1), threshold=0.5) for c in candidates]
+  candidates = [
+    choose.Candidate("softmax", (1,)),
+    choose.Candidate("state", (1,)),
+  ]
+  tried = [
+    choose.Tried(c, (0.9, 0.5), (0.0, 0.1), threshold=0.5) for c in candidates
+  ]
   readings = itertools.count()
   # A second between any two readings, and a minute more at one of them.
   clock = lambda: (reading := next(readings)) + 60.0 * (reading > 6)
   monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=clock))
-  found, full = choose.timed(plain, PROMPTS, tried, (2, 2), lambda share, text: None)
+  found, full = choose.timed(
+    plain, PROMPTS, tried, (2, 2), lambda share, text: None
+  )
   assert [entry.speedup for entry in found] == [1.0, 1.0] and full == 1000.0
 
 
-def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch, capsys):
-  task = dataclasses.replace(bench.task("enfr"), max_input_length=80, max_decode_length=5)
+def test_one_command_makes_the_report_and_goes_on(
+  folder, tmp_path, monkeypatch, capsys
+):
+  task = dataclasses.replace(
+    bench.task("enfr"), max_input_length=80, max_decode_length=5
+  )
   monkeypatch.setattr(bench, "TASKS", {task.name: task})
   data, output = tmp_path / "data" / task.name, tmp_path / "report"
   data.mkdir(parents=True)
   for split in ("validation", "test"):
     names = [f"{split}{i}" for i in range(len(TEXTS))]
     rows = (
-      {"id": name, "source": name, "input": f"w{i} {text}", "target": [f"<b>{text}"]}
+      {
+        "id": name,
+        "source": name,
+        "input": f"w{i} {text}",
+        "target": [f"<b>{text}"],
+      }
       for i, (name, text) in enumerate(zip(names, TEXTS, strict=True))
     )
-    (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / f"{split}.jsonl").write_text(
+      "".join(json.dumps(row) + "\n" for row in rows)
+    )
   command = [
-    *("report", f"--model={folder}", f"--data={data.parent}", f"--output={output}"),
-    *("--tasks", "enfr", "--limit=6", "--measures", "softmax", "--timed=1", "--rounds=1"),
+    *(
+      "report",
+      f"--model={folder}",
+      f"--data={data.parent}",
+      f"--output={output}",
+    ),
+    *(
+      "--tasks",
+      "enfr",
+      "--limit=6",
+      "--measures",
+      "softmax",
+      "--timed=1",
+      "--rounds=1",
+    ),
     *("--examples=2", "--step=0.5", f"--geometric_model={folder}"),
   ]
   assert cli.main(command) == 0
@@ -116,21 +172,37 @@ def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch,
   assert "<b>" not in page.split("<main>")[1]
   made = {path.name for path in output.rglob("*.csv")}
   assert {"table2_debian_enfr.csv", "table1.csv"} <= made
-  stored = {path: path.read_bytes() for path in (output / "cache").rglob("*.json*")}
+  stored = {
+    path: path.read_bytes() for path in (output / "cache").rglob("*.json*")
+  }
   # Nothing is decoded or timed again: no step of either is announced.
   assert cli.main(command) == 0
   second = capsys.readouterr().out.split("Translation: ")[0]
   assert "translation: oracle" not in second and "seconds" not in second
-  assert {p: p.read_bytes() for p in (output / "cache").rglob("*.json*")} == stored
+  assert {
+    p: p.read_bytes() for p in (output / "cache").rglob("*.json*")
+  } == stored
 
 
-def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeypatch, capsys):
+def test_a_users_own_rows_are_split_as_fit_splits_them(
+  folder, tmp_path, monkeypatch, capsys
+):
   rows, output, found = tmp_path / "my rows.jsonl", tmp_path / "report", []
-  lines = [json.dumps({"source": f"s{i}", "input": f"w{i}", "target": "b"}) for i in range(120)]
+  lines = [
+    json.dumps({"source": f"s{i}", "input": f"w{i}", "target": "b"})
+    for i in range(120)
+  ]
   rows.write_text("\n".join(lines) + "\n", "utf-8")
-  monkeypatch.setattr(sections, "sections", lambda made: found.extend(made) or [])
+  monkeypatch.setattr(
+    sections, "sections", lambda made: found.extend(made) or []
+  )
   monkeypatch.setattr(sections, "headline", lambda task: ("x1", "nothing"))
-  command = ["report", f"--model={folder}", f"--train={rows}", f"--output={output}"]
+  command = [
+    "report",
+    f"--model={folder}",
+    f"--train={rows}",
+    f"--output={output}",
+  ]
   command += ["--measures", "softmax", "--metric=token_f1", "--limit=4"]
   assert cli.main(command) == 0 and "nothing" in capsys.readouterr().out
   (task,) = found
@@ -139,7 +211,10 @@ def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeyp
   prompts = request.read_rows(rows, options)
   limits, _ = request.length_limits(inference.load(folder), prompts, None)
   splits = request.split(prompts, options, trains=True)
-  assert task.validation == splits.validation[:4] and task.test == splits.calibration[:4]
+  assert (
+    task.validation == splits.validation[:4]
+    and task.test == splits.calibration[:4]
+  )
   assert task.predictor.options.max_input_length == limits["max_input_length"]
 
 
@@ -153,8 +228,15 @@ def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeyp
     (["--measures", "verified@2,4"], "`measures`"),
   ],
 )
-def test_what_cannot_be_reported_is_named(folder, tmp_path, capsys, options, words):
-  command = ["report", f"--model={folder}", f"--data={tmp_path}", f"--output={tmp_path / 'o'}"]
+def test_what_cannot_be_reported_is_named(
+  folder, tmp_path, capsys, options, words
+):
+  command = [
+    "report",
+    f"--model={folder}",
+    f"--data={tmp_path}",
+    f"--output={tmp_path / 'o'}",
+  ]
   assert cli.main([*command, *options]) == 2
   assert words in capsys.readouterr().err
 
@@ -169,6 +251,10 @@ def test_a_name_says_measure_layers_and_decay(plain):
   rule = bench.under(packed, "verified@2").options.rule
   assert isinstance(rule, exits.Speculative) and rule.draft_layer == 2
   assert bench.available(packed, ("probe/2", "verified@2")) == ("verified@2",)
-  assert bench.available(plain, bench.MEASURES) == ("softmax", "classifier", "state")
+  assert bench.available(plain, bench.MEASURES) == (
+    "softmax",
+    "classifier",
+    "state",
+  )
   with pytest.raises(ValueError, match="a measure that the model has"):
     bench.available(plain, ["shortlist"])

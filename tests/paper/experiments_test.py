@@ -1,4 +1,6 @@
-"""The experiments on made-up generations, against numbers by hand, and the headline."""
+"""The experiments on made-up generations, against numbers by hand, and the
+headline.
+"""
 
 import dataclasses
 import math
@@ -25,12 +27,18 @@ def test_scores_by_hand():
   full = [samples.record(i, 4) for i in range(4)]
   early = [samples.record(i, 2, wrong=i == 0) for i in range(4)]
   prompts = [Prompt(r.id, r.id, (r.prediction,)) for r in full]
-  scored = experiments.point("softmax", early, full, prompts, "rouge_l", bleu=True)
+  scored = experiments.point(
+    "softmax", early, full, prompts, "rouge_l", bleu=True
+  )
   # The first output lacks its last of four words: precision 1, recall 3/4.
   assert scored.similarity == scored.quality == pytest.approx((6 / 7 + 3) / 4)
   layers = [layer for record in early for layer in record.exit_layers]
   assert scored.layers == pytest.approx(sum(layers) / len(layers))
-  assert scored.identical == 0.75 and 0 < scored.bleu < 100 and math.isnan(scored.seconds)
+  assert (
+    scored.identical == 0.75
+    and 0 < scored.bleu < 100
+    and math.isnan(scored.seconds)
+  )
 
 
 def test_a_grid_has_points_where_confidences_lie():
@@ -38,8 +46,12 @@ def test_a_grid_has_points_where_confidences_lie():
   count = len(refused)
   record = Record("p", "t", (3,) * count, (4,) * count, (0.0,) * count, refused)
   grid = np.array(bench.grid_of([record], "classifier", points=4))
-  assert np.all(np.diff(grid) < 0) and set(default_grid("classifier")) <= set(grid)
-  assert grid[grid > 0.95] == pytest.approx(np.quantile(refused, [0.8, 0.6, 0.4, 0.2]))
+  assert np.all(np.diff(grid) < 0) and set(default_grid("classifier")) <= set(
+    grid
+  )
+  assert grid[grid > 0.95] == pytest.approx(
+    np.quantile(refused, [0.8, 0.6, 0.4, 0.2])
+  )
 
 
 def test_the_tradeoff_has_every_curve_and_its_seconds(report):
@@ -63,7 +75,9 @@ def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
   assert named == ("textual", 0.1, "softmax", "auto")
   assert auto.threshold == 0.6 and 0 < auto.risk < 0.1
   exits = [r.exit_layers for r in samples.cached().records[1][48:]]
-  assert auto.layers == pytest.approx(sum(map(sum, exits)) / sum(map(len, exits)))
+  assert auto.layers == pytest.approx(
+    sum(map(sum, exits)) / sum(map(len, exits))
+  )
   assert auto.speedup == pytest.approx(4 / 2.2) and auto.flops_reduction == 1.5
   assert auto.risk_interval[0] <= auto.risk < auto.risk_interval[1] < 0.5
   few = samples.sample(5)  # nothing is certified: the full model
@@ -78,7 +92,8 @@ def test_examples_show_distance_risk_and_layers():
   assert shown.thresholds == (schedules.NEVER_EXIT, *GRID)
   promised = dict(shown.promised)
   assert list(promised) == list(experiments.TOLERANCES) == sorted(promised)
-  assert (promised[0.02], promised[0.1], promised[0.5]) == (0, 2, 3)  # 48 prompts
+  # 48 prompts
+  assert (promised[0.02], promised[0.1], promised[0.5]) == (0, 2, 3)
   first = shown.items[0]
   full, above, _, below = first.levels
   assert full.distance == 0.0 and set(full.exit_layers) == {NUM_LAYERS}
@@ -87,7 +102,10 @@ def test_examples_show_distance_risk_and_layers():
   # One word of `words` is lost.
   assert below.distance == pytest.approx(1 - 2 * (words - 1) / (2 * words - 1))
   assert below.risk_difference > 0 and above.risk_difference == 0.0
-  assert below.layers == pytest.approx((4 + words - 1) / words) and above.pieces[-1] == "⏎"
+  assert (
+    below.layers == pytest.approx((4 + words - 1) / words)
+    and above.pieces[-1] == "⏎"
+  )
 
 
 def test_schedules_are_three_different_things():
@@ -95,7 +113,9 @@ def test_schedules_are_three_different_things():
   assert values["constant"] == pytest.approx([0.8] * 10)
   assert values["decaying, τ = 0"] == pytest.approx([0.82] * 10)
   fast = values["decaying, τ = 4"]
-  assert (fast[0], fast[-1]) == pytest.approx((0.82, 0.72 + 0.1 * math.exp(-3.6)))
+  assert (fast[0], fast[-1]) == pytest.approx(
+    (0.82, 0.72 + 0.1 * math.exp(-3.6))
+  )
 
 
 def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
@@ -106,7 +126,9 @@ def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
   every = bench.read_prompts(tmp_path, bench.task("qa"), "test")
   assert sorted(p.group for p in every) == sorted(f"s{i}" for i in range(10))
   assert [p.id for p in every] != sorted(p.id for p in every)
-  assert bench.read_prompts(tmp_path, bench.task("qa"), "test", limit=4) == every[:4]
+  assert (
+    bench.read_prompts(tmp_path, bench.task("qa"), "test", limit=4) == every[:4]
+  )
 
 
 # ---- Headlines
@@ -121,13 +143,31 @@ def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
       "Summaries: decodes ×1.82 as fast (1.82 to 1.82); drift 0.0"
       ", where 0.1 was promised (softmax, threshold 0.6, 12 unseen prompts).",
     ),
-    ({"risk": 0.3, "risk_interval": (0.05, 0.5)}, "×1.82", "by less than so few prompts"),
-    ({"risk": 0.3, "risk_interval": (0.28, 0.5)}, "×1.82", "do not rely on it."),
-    ({"speedup": 0.8}, "×1", "full depth serves best here, that is certified runs ×0.80"),
-    ({"threshold": schedules.NEVER_EXIT}, "×1", "nothing faster was certified."),
+    (
+      {"risk": 0.3, "risk_interval": (0.05, 0.5)},
+      "×1.82",
+      "by less than so few prompts",
+    ),
+    (
+      {"risk": 0.3, "risk_interval": (0.28, 0.5)},
+      "×1.82",
+      "do not rely on it.",
+    ),
+    (
+      {"speedup": 0.8},
+      "×1",
+      "full depth serves best here, that is certified runs ×0.80",
+    ),
+    (
+      {"threshold": schedules.NEVER_EXIT},
+      "×1",
+      "nothing faster was certified.",
+    ),
   ],
 )
-def test_the_headline_has_speed_drift_promise_and_their_intervals(report, change, speed, words):
+def test_the_headline_has_speed_drift_promise_and_their_intervals(
+  report, change, speed, words
+):
   gains = tuple(dataclasses.replace(cell, **change) for cell in report.gains)
   made = samples.changed(gains=gains)
   word, sentence = sections.headline(made)

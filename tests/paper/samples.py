@@ -1,4 +1,6 @@
-"""Results of one task from made-up generations, through the experiments' own functions."""
+"""Results of one task from made-up generations, through the experiments' own
+functions.
+"""
 
 import dataclasses
 import functools
@@ -17,9 +19,21 @@ from calm.paper import bench, experiments
 
 NUM_LAYERS = 4
 GRID = (0.9, 0.6, 0.3)
-WORDS = ("red", "green", "blue", "small", "large", "<b>", "&", "tool", "library")
+WORDS = (
+  "red",
+  "green",
+  "blue",
+  "small",
+  "large",
+  "<b>",
+  "&",
+  "tool",
+  "library",
+)
 MEASURES = ("softmax", "classifier", "state")
-RESULTS = [n for n, v in vars(experiments.Task).items() if hasattr(v, "attrname")]
+RESULTS = [
+  n for n, v in vars(experiments.Task).items() if hasattr(v, "attrname")
+]
 
 
 def full_text(i: int) -> str:
@@ -37,7 +51,9 @@ def prompts(count: int = 60) -> tuple[Prompt, ...]:
 
 
 def record(i: int, depth: int, *, wrong: bool = False) -> Record:
-  """Every token but the first leaves after `depth` layers; a wrong one loses its last word."""
+  """Every token but the first leaves after `depth` layers; a wrong one loses
+  its last word.
+  """
   words = full_text(i).split()
   words = words[:-1] if wrong else words
   count = len(words) + 1
@@ -54,27 +70,40 @@ def record(i: int, depth: int, *, wrong: bool = False) -> Record:
 
 @functools.cache
 def cached(count: int = 60) -> generations.Generations:
-  """At 0.9 nothing changes, at 0.6 every tenth output does, at 0.3 every second one."""
+  """At 0.9 nothing changes, at 0.6 every tenth output does, at 0.3 every second
+  one.
+  """
   columns = [
-    tuple(record(i, depth, wrong=bool(every) and i % every == 0) for i in range(count))
+    tuple(
+      record(i, depth, wrong=bool(every) and i % every == 0)
+      for i in range(count)
+    )
     for depth, every in ((3, 0), (2, 10), (1, 2))
   ]
   full = tuple(record(i, NUM_LAYERS) for i in range(count))
-  return generations.Generations(prompts(count), np.array(GRID), tuple(columns), full)
+  return generations.Generations(
+    prompts(count), np.array(GRID), tuple(columns), full
+  )
 
 
 def timings() -> timing.Timings:
   """Seconds in proportion to layers; the measure costs a tenth."""
 
   def timed(name: str, threshold: float, layers: float) -> timing.Timed:
-    seconds = layers * (1.0 if name.startswith(("static", "full")) else 1.1) * 1e-3
+    seconds = (
+      layers * (1.0 if name.startswith(("static", "full")) else 1.1) * 1e-3
+    )
     speedups = (4e-3 / seconds, 5e-3 / (seconds + 1e-3))
     return timing.Timed(name, threshold, (seconds,) * 3, seconds, *speedups)
 
   never = schedules.NEVER_EXIT
   rows = [timed(timing.FULL, never, 4.0), timed("oracle", never, 5.0)]
   rows += [timed(f"static {k}", never, k) for k in range(1, NUM_LAYERS + 1)]
-  rows += [timed(m, t, d) for m in MEASURES for t, d in zip(GRID, (3, 2, 1), strict=True)]
+  rows += [
+    timed(m, t, d)
+    for m in MEASURES
+    for t, d in zip(GRID, (3, 2, 1), strict=True)
+  ]
   return timing.Timings(3, tuple(rows))
 
 
@@ -82,7 +111,9 @@ class Model:
   """The parts of a predictor that experiments ask for beside decoding."""
 
   num_layers, eos_id = NUM_LAYERS, 1
-  options = types.SimpleNamespace(task_prefix="", max_input_length=8, max_decode_length=8)
+  options = types.SimpleNamespace(
+    task_prefix="", max_input_length=8, max_decode_length=8
+  )
   vocabulary = types.SimpleNamespace(
     encode=str.split, piece=lambda token: "▁" + WORDS[token % len(WORDS)]
   )
@@ -91,12 +122,17 @@ class Model:
     return self
 
   def step_costs(self, input_length: int) -> Any:
-    return types.SimpleNamespace(savings=lambda layers: types.SimpleNamespace(flops=1.5))
+    return types.SimpleNamespace(
+      savings=lambda layers: types.SimpleNamespace(flops=1.5)
+    )
 
   def plan(self, texts) -> list[prompt_batches.PromptBatch]:
     batch = prompt_batches.PromptBatch
     active = np.ones(1, bool)
-    return [batch(np.array([i]), np.zeros((1, 8), int), active) for i in range(len(texts))]
+    return [
+      batch(np.array([i]), np.zeros((1, 8), int), active)
+      for i in range(len(texts))
+    ]
 
 
 class Task(experiments.Task):
@@ -107,7 +143,9 @@ class Task(experiments.Task):
   static = property(lambda self: {k: self._static(k) for k in range(1, 5)})
 
   def _static(self, depth):
-    return tuple(record(i, depth, wrong=i % 4 >= depth) for i in range(len(self.test)))
+    return tuple(
+      record(i, depth, wrong=i % 4 >= depth) for i in range(len(self.test))
+    )
 
   def records(self, name, rule, examples, measure=""):
     return self.full
@@ -134,7 +172,9 @@ class Task(experiments.Task):
 def sample(count: int = 60, **results: Any) -> Task:
   """A task, some of whose results are given."""
   model: Any = Model()
-  settings = dataclasses.replace(bench.task("synopsis"), max_decode_length=8, bleu=True)
+  settings = dataclasses.replace(
+    bench.task("synopsis"), max_decode_length=8, bleu=True
+  )
   other = {"geometric": model, "last_layer": model}
   options, given = bench.Options(step=0.3, examples=3), prompts(count)
   made = Task(model, settings, given, given, pathlib.Path(), options, **other)

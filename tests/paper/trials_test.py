@@ -1,4 +1,6 @@
-"""Repeated calibration: violations are counted, and lockstep chooses what one set chooses."""
+"""Repeated calibration: violations are counted, and lockstep chooses what one
+set chooses.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,10 @@ def test_violations_stay_within_the_error_rate(method):
   boundary = [float(mean) - 1e-4 for mean in pool.values.mean(axis=0)]
   for found in experiments.repeat(pool, method, boundary, 0.2, 80, LAYERS):
     broken = stats.binomtest(found.violations, 200, 0.2, alternative="greater")
-    assert broken.pvalue > 1e-3 and found.interval[0] <= found.share <= found.interval[1]
+    assert (
+      broken.pvalue > 1e-3
+      and found.interval[0] <= found.share <= found.interval[1]
+    )
 
 
 def test_splits_report_risk_layers_and_spread():
@@ -40,11 +45,15 @@ def test_splits_report_risk_layers_and_spread():
 
 
 def one_at_a_time(method, values, upper, draws, error_rate, uniforms):
-  """The definition: fixed sequence testing of every set, every p-value computed."""
+  """The definition: fixed sequence testing of every set, every p-value
+  computed.
+  """
   chosen = np.empty((len(draws), len(TOLERANCES)), int)
   for i, rows in enumerate(draws):
     for j, tolerance in enumerate(TOLERANCES):
-      design = method.design(tolerance, error_rate, len(rows), upper, uniforms[i])
+      design = method.design(
+        tolerance, error_rate, len(rows), upper, uniforms[i]
+      )
       log_p = method.log_p_values(values[rows], design)
       adjusted, _ = testing.fixed_sequence(np.exp(log_p), error_rate)
       chosen[i, j] = np.sum(adjusted <= error_rate) - 1
@@ -53,7 +62,9 @@ def one_at_a_time(method, values, upper, draws, error_rate, uniforms):
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS))
 @pytest.mark.parametrize(("error_rate", "size"), [(0.05, 1), (0.4, 37)])
-def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, size):
+def test_lockstep_chooses_what_one_set_at_a_time_chooses(
+  method, error_rate, size
+):
   means, more = np.linspace(0.0, 0.3, len(FINE)), {}
   if method == "binomial":
     more = {"law": laws.bernoulli, "support": Support(binary=True)}

@@ -1,4 +1,6 @@
-"""The benchmark at a tiny shape: forced exits come out, tables are whole, peers are named."""
+"""The benchmark at a tiny shape: forced exits come out, tables are whole, peers
+are named.
+"""
 
 import json
 import time
@@ -14,7 +16,12 @@ import numpy as np
 import pytest
 import tables
 
-TINY = ("--shapes=tiny", "--batch_sizes=2", "--input_lengths=16", "--decode_lengths=6")
+TINY = (
+  "--shapes=tiny",
+  "--batch_sizes=2",
+  "--input_lengths=16",
+  "--decode_lengths=6",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,11 +32,25 @@ def compilation_cache():
 
 def test_one_command_makes_one_table(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(tables, "RESULTS", tmp_path)
-  options = ("--depths=1", "--measures=classifier", "--repeats=2", "--shortlist=8", "--peers=")
-  options = (*options, "--engines=default", "--systems=static,mixed", "--results=table")
+  options = (
+    "--depths=1",
+    "--measures=classifier",
+    "--repeats=2",
+    "--shortlist=8",
+    "--peers=",
+  )
+  options = (
+    *options,
+    "--engines=default",
+    "--systems=static,mixed",
+    "--results=table",
+  )
   assert benchmark.main([*TINY, *options]) == 0
   table = json.loads((tmp_path / "table.json").read_text())
-  rows = {row[1]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
+  rows = {
+    row[1]: dict(zip(table["columns"], row, strict=True))
+    for row in table["rows"]
+  }
   assert {"full depth", "static 1", "classifier, mixed, default"} <= set(rows)
   full, static = rows["full depth"], rows["static 1"]
   assert full["layers"] == 4 and static["layers"] == 1
@@ -37,7 +58,9 @@ def test_one_command_makes_one_table(tmp_path, capsys, monkeypatch):
   narrow = rows["classifier, mixed, default, head in 8 bits"]
   assert 1 < mixed["layers"] < 4 and narrow["layers"] == mixed["layers"]
   for row in rows.values():
-    assert 0 < row["ms a step"] < row["with the encoder"] and row["compile s"] >= 0
+    assert (
+      0 < row["ms a step"] < row["with the encoder"] and row["compile s"] >= 0
+    )
   assert mixed["over static"] > 0 and static["over static"] == pytest.approx(1)
   assert table["machine"].endswith("cores") and "jax" in table["versions"]
   assert "| classifier, mixed, default |" in capsys.readouterr().out
@@ -52,7 +75,10 @@ def test_forced_exits_are_exact_for_every_row_and_token(measure):
     system = ours.forced("mixed", measure, depths, "default", exit_layers)
     (got,) = system.decode().exit_layers
     np.testing.assert_array_equal(got, system.exact[0])
-    assert set(np.unique(got)) == {1, 2, 3, 4} & {*(exit_layers or (1, 2, 3)), 4}
+    assert set(np.unique(got)) == {1, 2, 3, 4} & {
+      *(exit_layers or (1, 2, 3)),
+      4,
+    }
     assert (got[0] != got[1]).any()
 
 
@@ -65,7 +91,9 @@ def test_a_peer_that_is_not_there_is_named_and_rows_are_counted_to_their_end():
 
 def test_calls_take_turns():
   order = []
-  runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+  runs = {
+    name: lambda name=name: order.append(name) or len(order) for name in "ab"
+  }
   timed = harness.in_turn(runs, 2)
   assert order == ["a", "b", "a", "b", "b", "a"]
   assert timed["a"].result == 1 and timed["a"].results == [3, 6]
@@ -73,17 +101,25 @@ def test_calls_take_turns():
 
 
 def test_a_peer_answers_behind_the_routes_of_the_server():
-  testclient = pytest.importorskip("starlette.testclient", reason="starlette is not installed")
-  pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+  testclient = pytest.importorskip(
+    "starlette.testclient", reason="starlette is not installed"
+  )
+  pytest.importorskip(
+    "prometheus_client", reason="prometheus-client is not installed"
+  )
   import benchmark_serve
 
   from calm import inference, serve
 
   decode = lambda rows, limit, first: [[5, 1]] * len(rows)
   device = benchmark_serve.PeerDevice(inference.load("packed"), decode)
-  with testclient.TestClient(serve.Api(device, "m").app, "http://127.0.0.1") as client:
+  with testclient.TestClient(
+    serve.Api(device, "m").app, "http://127.0.0.1"
+  ) as client:
     while device.is_alive() and not device.ready:
       time.sleep(0.02)
     answer = client.post("/v1/completions", json={"prompt": "a"})
-  line = benchmark_serve.row("m", "0.3", [(2.0, 1.0, [(0.0, 0.5, answer.content)])])
+  line = benchmark_serve.row(
+    "m", "0.3", [(2.0, 1.0, [(0.0, 0.5, answer.content)])]
+  )
   assert line == ["m", "0.3", 8.0, 0.5, 500.0, 500.0, None, 1000.0]

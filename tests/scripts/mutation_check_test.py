@@ -26,9 +26,20 @@ def check(x=True):
 
 def test_each_mutant_is_one_change():
   mutants = list(mutation_check.mutants(SOURCE))
-  of_8 = ("0 -> 1", "1 -> 2", "2 -> 3", "9 -> 10", "Lt -> LtE", "LtE -> Lt", "Not dropped")
+  of_8 = (
+    "0 -> 1",
+    "1 -> 2",
+    "2 -> 3",
+    "9 -> 10",
+    "Lt -> LtE",
+    "LtE -> Lt",
+    "Not dropped",
+  )
   assert sorted((m.line, m.change) for m in mutants) == [
-    *((3, "3 -> 4"), *((8, change) for change in (*of_8, "USub dropped", "max -> min"))),
+    *(
+      (3, "3 -> 4"),
+      *((8, change) for change in (*of_8, "USub dropped", "max -> min")),
+    ),
     *((9, "True -> False"), (10, "2 -> 3"), (10, "Gt -> GtE")),
     *((12, "Add -> Sub"), (12, "any -> all")),
   ]
@@ -40,11 +51,15 @@ def test_each_mutant_is_one_change():
 
 
 def test_all_modules_and_their_tests_are_there():
-  assert {"p_values", "betting", "testing", "risks"} <= set(mutation_check.TESTS)
+  assert {"p_values", "betting", "testing", "risks"} <= set(
+    mutation_check.TESTS
+  )
   root = SCRIPTS.parent
   for module, names in mutation_check.TESTS.items():
     assert (root / "calm" / "calibrate" / f"{module}.py").is_file()
-    assert all((root / "tests" / "calibrate" / f"{name}.py").is_file() for name in names)
+    assert all(
+      (root / "tests" / "calibrate" / f"{name}.py").is_file() for name in names
+    )
 
 
 # Forks, which a process with JAX in it should not.
@@ -54,7 +69,8 @@ source = "def add(x, y):\\n  return x * y + 0\\n"
 found = check.survivors("sums_of_two", source, ["sums_of_two_test.py"])
 # 2 and 2 do not tell sums from products.
 found = {mutant.change: lives for mutant, lives in found}
-assert found == {"Add -> Sub": True, "Mult -> Div": False, "0 -> 1": False}, found
+expected = {"Add -> Sub": True, "Mult -> Div": False, "0 -> 1": False}
+assert found == expected, found
 """
 
 
@@ -65,5 +81,7 @@ def test_a_test_that_notices_kills(tmp_path):
   )
   env = {**os.environ, "PYTHONPATH": f"{SCRIPTS}:{tmp_path}"}
   run = [sys.executable, "-c", RUN]
-  done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+  done = subprocess.run(
+    run, cwd=tmp_path, env=env, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr

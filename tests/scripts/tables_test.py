@@ -25,8 +25,14 @@ def test_commands_of_results_name_no_place_of_one_machine():
 
 
 def typed(text):
-  """Rows of tables outside the marks that show measured figures: two decimals or a ratio."""
-  rows = [line for line in tables.MARK.sub("", text).splitlines() if line.startswith("|")]
+  """Rows of tables outside the marks that show measured figures: two decimals
+  or a ratio.
+  """
+  rows = [
+    line
+    for line in tables.MARK.sub("", text).splitlines()
+    if line.startswith("|")
+  ]
   return [row for row in rows if re.search(r"\|\s*x?\d+\.\d\d\b", row)]
 
 
@@ -59,7 +65,9 @@ def test_a_changed_figure_is_found(tmp_path, monkeypatch, capsys):
   readme.write_text("<!-- table: a -->\n| x |\n|---|\n| 1.00 |\n<!-- end -->\n")
   monkeypatch.setattr(tables, "RESULTS", folder)
   monkeypatch.setattr(tables, "ROOT", tmp_path)
-  assert tables.main(["--check"]) == 1 and "README.md" in capsys.readouterr().out
+  assert (
+    tables.main(["--check"]) == 1 and "README.md" in capsys.readouterr().out
+  )
   assert tables.main([]) == 0 and "2.00" in readme.read_text()
   assert tables.main(["--check"]) == 0
   with pytest.raises(FileNotFoundError):

@@ -1,4 +1,6 @@
-"""The reader of what a TPU's compiler made: estimates along a path, and what only moves."""
+"""The reader of what a TPU's compiler made: estimates along a path, and what
+only moves.
+"""
 
 import pytest
 
@@ -30,12 +32,13 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {{
   %x = f32[4,8]{{1,0}} fusion(%p), calls=%adds, {COST % 1000}
   ROOT %w = (f32[4,8]{{1,0:T(8,128)}}, s32[]) while(%x), condition=%condition, body=%body
 }}
-""")
+""")  # noqa: E501
 
 
 def fusion(name: str, cycles: int, calls: str = "adds") -> str:
   return (
-    f"  %{name} = f32[4,8]{{1,0}} fusion(%t), kind=kLoop, calls=%{calls}, {COST % cycles}\n"
+    f"  %{name} = f32[4,8]{{1,0}} fusion(%t), kind=kLoop, calls=%{calls}, "
+    f"{COST % cycles}\n"
   )
 
 
@@ -50,8 +53,13 @@ def test_cycles_of_the_loop_alone_are_added():
 
 
 def nested() -> tpu_hlo.Module:
-  """A layer of 10, then 100 if a row stays, then 1000; a fill of 1 where none does."""
-  case = "  %c = f32[4,8]{1,0} conditional(%t), branch_computations={%deeper, %leaves}\n"
+  """A layer of 10, then 100 if a row stays, then 1000; a fill of 1 where none
+  does.
+  """
+  case = (
+    "  %c = f32[4,8]{1,0} conditional(%t), branch_computations={%deeper, "
+    "%leaves}\n"
+  )
   inner = "true_computation=%leaves, false_computation=%last"
   inner = f"  %d = f32[4,8]{{1,0}} conditional(%t), {inner}\n"
   other = (
@@ -69,11 +77,17 @@ def test_nested_conditionals_are_followed_to_the_exit(segments, cycles):
 
 
 def in_turn() -> tpu_hlo.Module:
-  """A step of 10, two layers behind a conditional each: of no row (1), of two, of all (100)."""
+  """A step of 10, two layers behind a conditional each: of no row (1), of two,
+  of all (100).
+  """
   branches = "branch_computations={%none, %two, %all}"
-  case = lambda name: f"  %{name} = f32[4,8]{{1,0}} conditional(%t), {branches}\n"
+  case = lambda name: (
+    f"  %{name} = f32[4,8]{{1,0}} conditional(%t), {branches}\n"
+  )
   sizes = {"none": 1, "two": 500, "all": 100}
-  other = "".join(computation(name, fusion(name[0], n)) for name, n in sizes.items())
+  other = "".join(
+    computation(name, fusion(name[0], n)) for name, n in sizes.items()
+  )
   return module(fusion("f", 10) + case("c") + case("d"), other)
 
 
@@ -81,18 +95,28 @@ def in_turn() -> tpu_hlo.Module:
 def test_a_first_segment_behind_a_conditional_is_run_as_well(segments, cycles):
   path = tpu_hlo.Path(deeper=-1, leaves=0, first_too=True)
   assert tpu_hlo.step_cycles(in_turn(), path, segments) == cycles
-  with pytest.raises(ValueError, match="Expected 3 segments of layers in the loop, got 1 few"):
+  with pytest.raises(
+    ValueError, match="Expected 3 segments of layers in the loop, got 1 few"
+  ):
     tpu_hlo.step_cycles(in_turn(), path, 3)
 
 
 @pytest.mark.parametrize(("segments", "cycles"), [(1, 10), (2, 110), (3, 210)])
-def test_loops_of_one_turn_are_segments_and_those_inside_are_fills(segments, cycles):
-  loop = "  %%%s = (f32[4,8]{1,0}) while(%%t), condition=%%condition, body=%%%s\n"
+def test_loops_of_one_turn_are_segments_and_those_inside_are_fills(
+  segments, cycles
+):
+  loop = (
+    "  %%%s = (f32[4,8]{1,0}) while(%%t), condition=%%condition, body=%%%s\n"
+  )
   other = computation("fill", fusion("z", 7)) + computation(
     "segment", fusion("s", 100) + loop % ("y", "fill")
   )
-  made = module(fusion("f", 10) + loop % ("u", "segment") + loop % ("v", "segment"), other)
-  assert tpu_hlo.step_cycles(made, tpu_hlo.Path(by_loops=True), segments) == cycles
+  made = module(
+    fusion("f", 10) + loop % ("u", "segment") + loop % ("v", "segment"), other
+  )
+  assert (
+    tpu_hlo.step_cycles(made, tpu_hlo.Path(by_loops=True), segments) == cycles
+  )
 
 
 def test_what_only_moves_is_told_from_what_computes():
@@ -104,7 +128,9 @@ def test_what_only_moves_is_told_from_what_computes():
 
 def test_collectives_are_counted_in_the_loop():
   gather = "  %g = f32[4,8]{1,0} all-gather(%t), dimensions={0}\n"
-  assert tpu_hlo.collectives(module(gather + fusion("a", 1))) == {"all-gather": 1}
+  assert tpu_hlo.collectives(module(gather + fusion("a", 1))) == {
+    "all-gather": 1
+  }
   assert not tpu_hlo.collectives(module(fusion("a", 1)))
 
 

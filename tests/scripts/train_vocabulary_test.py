@@ -14,10 +14,18 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "train_vocabulary.py"
 def test_a_trained_vocabulary_has_t5s_special_ids_and_is_reproducible(tmp_path):
   rows, made = tmp_path / "rows.jsonl", []
   texts = enumerate(sorted(set(toy_vocabulary.TEXTS)))
-  lines = [{"id": str(n), "input": text, "target": [text[:9]]} for n, text in texts]
+  lines = [
+    {"id": str(n), "input": text, "target": [text[:9]]} for n, text in texts
+  ]
   rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
   for path in (tmp_path / "a.model", tmp_path / "b.model"):
-    command = [sys.executable, str(SCRIPT), f"--output={path}", "--size=40", str(rows)]
+    command = [
+      sys.executable,
+      str(SCRIPT),
+      f"--output={path}",
+      "--size=40",
+      str(rows),
+    ]
     subprocess.run(command, check=True, timeout=300)
     made.append(vocabulary.SentencePieceVocabulary(path, extra_ids=0))
   assert made[0].vocab_size == 40

@@ -1,4 +1,6 @@
-"""Costs of decoding: against XLA's own count, against sums by hand, composed with exits."""
+"""Costs of decoding: against XLA's own count, against sums by hand, composed
+with exits.
+"""
 
 import dataclasses
 import functools
@@ -24,8 +26,12 @@ CONFIG = network.T5Config(vocab_size=512, **toys.SMALLEST | WIDE | DEEP)
 INPUT, CACHE = 48, 32
 
 
-def costs_of(config: network.T5Config = CONFIG, **options) -> costs.DecodingCosts:
-  return costs.decoding_costs(config, input_length=INPUT, cache_length=CACHE, **options)
+def costs_of(
+  config: network.T5Config = CONFIG, **options
+) -> costs.DecodingCosts:
+  return costs.decoding_costs(
+    config, input_length=INPUT, cache_length=CACHE, **options
+  )
 
 
 COSTS = costs_of()
@@ -33,20 +39,27 @@ COSTS = costs_of()
 
 def compiled(function, *arguments) -> costs.Cost:
   """What XLA says of one compiled program."""
-  # As leaves: JAX describes arguments by trees of its own, which our annotations refuse.
+  # As leaves: JAX describes arguments by trees of its own, which our
+  # annotations refuse.
   leaves, tree = jax.tree.flatten(arguments)
   flat = jax.jit(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)))
   # LLVM, which comes after the program that is counted, need not try hard.
   quickly: dict = {"xla_backend_optimization_level": 0}
-  analysis = flat.lower(*leaves).compile(compiler_options=quickly).cost_analysis()
+  analysis = (
+    flat.lower(*leaves).compile(compiler_options=quickly).cost_analysis()
+  )
   assert analysis is not None
   return costs.Cost(analysis["flops"], analysis["bytes accessed"])
 
 
 @functools.cache
 def xla_step(piece, batch: int) -> costs.Cost:
-  """One piece of a step, `piece(layers, hidden [batch, emb])`, straight-line."""
-  weights = program_lib.model_weights(toys.params(CONFIG, 0), CONFIG, shortlist=range(64))
+  """One piece of a step, `piece(layers, hidden [batch, emb])`,
+  straight-line.
+  """
+  weights = program_lib.model_weights(
+    toys.params(CONFIG, 0), CONFIG, shortlist=range(64)
+  )
   program = program_lib.Program(CONFIG, exits.StaticExit(), CACHE)
   encoded = program.encode(weights, jnp.ones((batch, INPUT), jnp.int32))
 
@@ -75,7 +88,9 @@ def static(depth: int):
 def test_the_static_step_is_xlas(batch):
   two, three = xla_step(static(2), batch), xla_step(static(3), batch)
   assert three.flops == pytest.approx(COSTS.full.flops * batch, rel=0.02)
-  assert three.flops - two.flops == pytest.approx(COSTS.layer.flops * batch, rel=0.02)
+  assert three.flops - two.flops == pytest.approx(
+    COSTS.layer.flops * batch, rel=0.02
+  )
   if batch == 1:
     assert three.bytes == pytest.approx(COSTS.full.bytes, rel=0.05)
     assert three.bytes - two.bytes == pytest.approx(COSTS.layer.bytes, rel=0.05)
@@ -89,15 +104,22 @@ def by_hand(measure, shortlist=0, allowed=None):
 def test_what_each_measure_adds_at_an_exit():
   layers = COSTS.layer.flops * 2 + COSTS.propagation.flops
   head = COSTS.head.flops
-  flops = lambda *args, **kwargs: by_hand(*args, **kwargs).early(2).flops - layers
+  flops = lambda *args, **kwargs: (
+    by_hand(*args, **kwargs).early(2).flops - layers
+  )
   assert flops(confidence.Softmax()) == 2 * head
   assert flops(confidence.Softmax(), allowed=(2,)) == head
-  assert flops(confidence.Shortlist(), shortlist=64) == head + 2 * (2 * 192 * 64)
+  assert flops(confidence.Shortlist(), shortlist=64) == head + 2 * (
+    2 * 192 * 64
+  )
   assert flops(confidence.Classifier()) == head + 2 * (2 * 192)
   listed = 2 * 192 * 64
-  assert flops(confidence.Probe(), shortlist=64) == head + 2 * (listed + 10 * 192)
+  assert flops(confidence.Probe(), shortlist=64) == head + 2 * (
+    listed + 10 * 192
+  )
   assert flops(confidence.State()) == head + 2 * (6 * 192)
-  # The last layer costs one head of its own, and a static model propagates nothing.
+  # The last layer costs one head of its own, and a static model propagates
+  # nothing.
   full = COSTS.full.flops
   assert by_hand(confidence.Softmax()).early(3).flops == full + 2 * head
   assert by_hand(confidence.Classifier(), allowed=()).early(3).flops == full
@@ -106,8 +128,14 @@ def test_what_each_measure_adds_at_an_exit():
 
 
 def test_maps_cost_what_is_read_through_them():
-  maps = dict(exit_translators=(2,), exit_propagation=(1, 2), exit_propagation_rank=16)
-  config, square, rank = dataclasses.replace(CONFIG, **maps), 2 * 192 * 192, 2 * 192 * 16
+  maps = dict(
+    exit_translators=(2,), exit_propagation=(1, 2), exit_propagation_rank=16
+  )
+  config, square, rank = (
+    dataclasses.replace(CONFIG, **maps),
+    2 * 192 * 192,
+    2 * 192 * 16,
+  )
   of = lambda config, rule: costs_of(config, rule=rule)
   plain = exits.DynamicExits(confidence.Classifier())
   added = lambda rule, layer: (
@@ -118,7 +146,10 @@ def test_maps_cost_what_is_read_through_them():
   # A code an exit that is asked, and a prediction a layer that is skipped.
   codes = [added(learned, layer) - added(plain, layer) for layer in (1, 2, 3)]
   assert codes == [rank * (1 + 2), rank * (2 + 1), rank * 2]
-  assert of(config, exits.StaticExit(2)).static(2).flops == COSTS.static(2).flops + square
+  assert (
+    of(config, exits.StaticExit(2)).static(2).flops
+    == COSTS.static(2).flops + square
+  )
   assert of(config, None).full == COSTS.full
 
 
@@ -136,18 +167,26 @@ STORED = {
 
 @pytest.mark.parametrize("dtypes", STORED, ids=str)
 def test_weights_are_read_as_they_are_stored(dtypes):
-  """Every matrix that a step reads, as it lies in memory, without the steps of its codes."""
+  """Every matrix that a step reads, as it lies in memory, without the steps of
+  its codes.
+  """
   matrix, head = STORED[dtypes]
   stored = dict(weights_dtype=dtypes[0], head_dtype=dtypes[1])
   narrow = costs_of(**stored)
-  made = program_lib.model_weights(toys.params(CONFIG, 0), CONFIG, **stored).decoder
+  made = program_lib.model_weights(
+    toys.params(CONFIG, 0), CONFIG, **stored
+  ).decoder
   layer = made.layers[0]
-  items = {leaf.dtype.itemsize for leaf in jax.tree.leaves(layer) if leaf.ndim > 1}
+  items = {
+    leaf.dtype.itemsize for leaf in jax.tree.leaves(layer) if leaf.ndim > 1
+  }
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(layer) if leaf.ndim > 1)
   assert items == {matrix} and size == EVERY * matrix
   # Caches are as they were.
   assert COSTS.layer.bytes - narrow.layer.bytes == EVERY * (4 - matrix)
-  assert COSTS.propagation.bytes - narrow.propagation.bytes == 2 * 192 * 192 * (4 - matrix)
+  assert COSTS.propagation.bytes - narrow.propagation.bytes == 2 * 192 * 192 * (
+    4 - matrix
+  )
   read = getattr(made.head, "coded", made.head)
   assert narrow.head.bytes == max(leaf.nbytes for leaf in jax.tree.leaves(read))
   assert narrow.head.bytes == COSTS.head.bytes * head / 4

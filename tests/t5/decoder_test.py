@@ -1,4 +1,6 @@
-"""The one-position decoder against the network and the numpy yardstick, on the same tree."""
+"""The one-position decoder against the network and the numpy yardstick, on the
+same tree.
+"""
 
 import dataclasses
 
@@ -22,9 +24,16 @@ FIRST_MAP = {"exit_propagation": (1,), "exit_propagation_rank": 2}
 
 
 def test_learned_propagation_that_a_model_lacks_is_refused_by_name():
-  learned = exits.DynamicExits(confidence.State(), propagation=propagation.Learned())
-  for toy, found in ((engine.toy(), "none"), (engine.toy(**FIRST_MAP), r"\[1\]")):
-    with pytest.raises(ValueError, match=rf"exit layers \[1, 2, 3\], got.*{found}; fit it"):
+  learned = exits.DynamicExits(
+    confidence.State(), propagation=propagation.Learned()
+  )
+  for toy, found in (
+    (engine.toy(), "none"),
+    (engine.toy(**FIRST_MAP), r"\[1\]"),
+  ):
+    with pytest.raises(
+      ValueError, match=rf"exit layers \[1, 2, 3\], got.*{found}; fit it"
+    ):
       toy.weights.decoder.for_exits(learned, 4)
   only = dataclasses.replace(learned, allowed=(1,))
   maps = engine.toy(**FIRST_MAP).weights.decoder.for_exits(only, 4).propagation
@@ -57,26 +66,43 @@ def test_biases_by_distance_with_the_future_masked():
 def test_a_vocabulary_larger_than_the_model_is_refused():
   toy = engine.toy()
   for pieces in (0, 49):
-    with pytest.raises(ValueError, match=rf"at most 48 pieces.*got {pieces}; this vocabulary"):
+    with pytest.raises(
+      ValueError, match=rf"at most 48 pieces.*got {pieces}; this vocabulary"
+    ):
       decoder_weights.decoder_weights(toy.params, toy.config, pieces)
 
 
 def test_a_model_without_classifier_says_so():
   decoder = decoder_step(engine.toy(exit_classifier=False))
-  with pytest.raises(ValueError, match="exit classifier for the measure 'classifier'"):
+  with pytest.raises(
+    ValueError, match="exit classifier for the measure 'classifier'"
+  ):
     decoder.exit_logit(jnp.ones((3, 16)))
-  with pytest.raises(ValueError, match=r"exit probes for the measure 'probe'.*exit_probes.gin"):
+  with pytest.raises(
+    ValueError, match=r"exit probes for the measure 'probe'.*exit_probes.gin"
+  ):
     decoder.probe_logit(2, *[jnp.ones((3, 16))] * 3)
 
 
 def test_windows_read_caches_and_prompts_however_their_heads_lie():
-  normal = lambda *shape: jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-  apart, query = caches_lib.Cache(normal(2, 2, 5, 8), normal(2, 2, 5, 8)), normal(6, 2, 8)
-  merged = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2).reshape(2, 5, 16), apart)
+  normal = lambda *shape: jnp.asarray(
+    np.random.default_rng(1).normal(size=shape), jnp.float32
+  )
+  apart, query = (
+    caches_lib.Cache(normal(2, 2, 5, 8), normal(2, 2, 5, 8)),
+    normal(6, 2, 8),
+  )
+  merged = jax.tree.map(
+    lambda x: jnp.moveaxis(x, 1, 2).reshape(2, 5, 16), apart
+  )
   made = []
   for cache in (apart, merged):
     biases = normal(2, 2, 3, 5), normal(2, 1, 5)
-    window = attention_lib.WindowAttention(cache, biases[0], cache, biases[1], False)
+    window = attention_lib.WindowAttention(
+      cache, biases[0], cache, biases[1], False
+    )
     row = layers.KeyValue(query, query)
     made.append((window.to_past(query, row), window.to_prompt(query)))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *made)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *made
+  )

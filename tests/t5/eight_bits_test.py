@@ -1,4 +1,6 @@
-"""8 bits: products are whole sums of codes; the largest logit is the float32 head's."""
+"""8 bits: products are whole sums of codes; the largest logit is the float32
+head's.
+"""
 
 import hypothesis
 import jax
@@ -17,11 +19,17 @@ def quantize(request):
   """The ways to multiply a matrix in 8 bits, whatever the machine likes."""
   if request.param == "tiled" and not kernels.multiplies_codes():
     pytest.skip("needs llvmlite and a processor with AVX-512 VNNI")
-  return lambda matrix: eight_bits.quantize(jnp.asarray(matrix), request.param == "tiled")
+  return lambda matrix: eight_bits.quantize(
+    jnp.asarray(matrix), request.param == "tiled"
+  )
 
 
-def matrix_and_rows(seed: int, rows: int, outlier: float = 1.0, outputs: int = OUTPUTS):
-  """float32 [inputs, outputs] and [rows, inputs]; a number of either is above the rest."""
+def matrix_and_rows(
+  seed: int, rows: int, outlier: float = 1.0, outputs: int = OUTPUTS
+):
+  """float32 [inputs, outputs] and [rows, inputs]; a number of either is above
+  the rest.
+  """
   random = np.random.default_rng(seed)
   matrix = random.normal(size=(INPUTS, outputs)).astype(np.float32)
   x = random.normal(size=(rows, INPUTS)).astype(np.float32)
@@ -31,21 +39,30 @@ def matrix_and_rows(seed: int, rows: int, outlier: float = 1.0, outputs: int = O
 
 
 def by_hand(matrix: np.ndarray, x: np.ndarray, tiled: bool) -> np.ndarray:
-  """The docstring's formula in whole numbers, or of rows that stay as they are."""
+  """The docstring's formula in whole numbers, or of rows that stay as they
+  are.
+  """
   steps = np.abs(x).max(1, keepdims=True) / np.float32(127)
   scales = np.abs(matrix).max(0, keepdims=True) / np.float32(127)
-  codes, weights = np.round(x / steps).astype(int), np.round(matrix / scales).astype(int)
+  codes, weights = (
+    np.round(x / steps).astype(int),
+    np.round(matrix / scales).astype(int),
+  )
   return (codes @ weights) * steps * scales if tiled else (x @ weights) * scales
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
-def test_a_product_is_the_scaled_sum_of_the_codes_products(quantize, rows, outlier):
+def test_a_product_is_the_scaled_sum_of_the_codes_products(
+  quantize, rows, outlier
+):
   matrix, x = matrix_and_rows(0, rows, outlier)
   coded = quantize(matrix)
   made = coded.product(jnp.asarray(x))
   assert made.shape == (rows, OUTPUTS) and made.dtype == jnp.float32
-  np.testing.assert_allclose(made, by_hand(matrix, x, coded.tiled), rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(
+    made, by_hand(matrix, x, coded.tiled), rtol=1e-5, atol=1e-4
+  )
 
 
 def test_zeros_have_no_nan_and_rows_keep_their_dtype(quantize):
@@ -55,7 +72,9 @@ def test_zeros_have_no_nan_and_rows_keep_their_dtype(quantize):
   made = coded.product(jnp.zeros((2, INPUTS)).at[1, 0].set(jnp.nan))
   assert not np.any(made[0]) and np.isnan(made[1]).all()
   made = coded.product(jnp.ones((2, INPUTS), jnp.bfloat16))
-  assert made.dtype == jnp.bfloat16 and np.all(np.asarray(made, np.float32) == INPUTS)
+  assert made.dtype == jnp.bfloat16 and np.all(
+    np.asarray(made, np.float32) == INPUTS
+  )
   if kernels.available():
     head = eight_bits.quantize_head(jnp.zeros((INPUTS, PIECES)))
     assert not np.asarray(head.logits(jnp.zeros((2, INPUTS)))).any()
@@ -65,7 +84,9 @@ native = pytest.mark.skipif(not kernels.available(), reason="needs llvmlite")
 
 
 @native
-@pytest.mark.parametrize(("batch", "pieces"), [(1, PIECES), (8, PIECES), (2, 23), (13, 1040)])
+@pytest.mark.parametrize(
+  ("batch", "pieces"), [(1, PIECES), (8, PIECES), (2, 23), (13, 1040)]
+)
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 def test_the_largest_logit_is_the_full_heads(batch, pieces, outlier):
   made = jax.jit(lambda head, x: head.logits(x))
@@ -75,7 +96,8 @@ def test_the_largest_logit_is_the_full_heads(batch, pieces, outlier):
     got, norms = np.asarray(made(coded, states)), np.linalg.norm(states, axis=1)
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
     np.testing.assert_allclose(got.max(-1), expected.max(-1), rtol=1e-5)
-    # Pieces that cannot be the most likely stay rounded: each logit by at most its slack.
+    # Pieces that cannot be the most likely stay rounded: each logit by at most
+    # its slack.
     assert (np.abs(got - expected) <= np.outer(norms, coded.slack)).all()
 
 
@@ -91,9 +113,15 @@ def test_rounding_changes_no_logit_by_more_than_the_slack(seed, outlier, batch):
   made = eight_bits.quantize_head(jnp.asarray(head))
   logits = np.asarray(made.rounded(jnp.asarray(states)))
   slack = np.outer(np.linalg.norm(states, axis=1), made.slack)
-  assert (np.abs(logits - states.astype(np.float64) @ head.astype(np.float64)) <= slack).all()
-  # And the bound is of use: most of what it allows is what was rounded, not a constant.
-  norms = np.linalg.norm(states, axis=1).max() * np.linalg.norm(head, axis=0).max()
+  assert (
+    np.abs(logits - states.astype(np.float64) @ head.astype(np.float64))
+    <= slack
+  ).all()
+  # And the bound is of use: most of what it allows is what was rounded, not a
+  # constant.
+  norms = (
+    np.linalg.norm(states, axis=1).max() * np.linalg.norm(head, axis=0).max()
+  )
   assert np.median(slack) < 0.1 * norms
 
 
@@ -104,8 +132,13 @@ def test_however_many_pieces_are_in_question_they_are_scored_again():
   first = states[0] / np.linalg.norm(states[0])
   for i in range(60):
     head[:, 100 + i] = 9 * first * (1 + 1e-5 * i)
-  made, states = eight_bits.quantize_head(jnp.asarray(head)), jnp.asarray(states)
+  made, states = (
+    eight_bits.quantize_head(jnp.asarray(head)),
+    jnp.asarray(states),
+  )
   logits = np.asarray(made.logits(states))[0]
-  np.testing.assert_allclose(logits[100:160], made.whole(states)[0, 100:160], rtol=1e-6)
+  np.testing.assert_allclose(
+    logits[100:160], made.whole(states)[0, 100:160], rtol=1e-6
+  )
   assert logits.argmax() == 159
   assert not np.isin(made.rounded(states)[0, 100:160], logits).all()

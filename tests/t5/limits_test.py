@@ -25,7 +25,16 @@ WRONG = {
   "relpos_buckets": [0, 2, 10**7],
   "relpos_max_distance": [0, 16, -1],
   "dropout_rate": ["x", 1.0, -0.1, float("nan"), float("inf"), None, True],
-  "mlp_activations": ["relu", [], ["softmax"], ["Dense"], [3], None, {"relu": 1}, ["relu"] * 5],
+  "mlp_activations": [
+    "relu",
+    [],
+    ["softmax"],
+    ["Dense"],
+    [3],
+    None,
+    {"relu": 1},
+    ["relu"] * 5,
+  ],
   "dtype": ["int8", "float64", "float16", np.float16, "words", None, [], {}],
   "exit_classifier": ["yes", 1, None],
   "exit_translators": [[0], [2, 1], [1, 1], 3, "1", [1.5], [True], [300], None],
@@ -46,36 +55,51 @@ def write(path, value) -> None:
 
 def test_what_gin_and_numpy_give_takes_one_form():
   given = dict(
-    vocab_size=np.int64(8), dropout_rate=0, mlp_activations=["relu"], dtype=np.float32
+    vocab_size=np.int64(8),
+    dropout_rate=0,
+    mlp_activations=["relu"],
+    dtype=np.float32,
   )
   made = limits.check(given)
   assert made == dict(
     vocab_size=8, dropout_rate=0.0, mlp_activations=("relu",), dtype="float32"
   )
   assert type(made["vocab_size"]) is int
-  ours, theirs = (network.T5Config(8, dtype=dtype) for dtype in (np.float32, "float32"))
+  ours, theirs = (
+    network.T5Config(8, dtype=dtype) for dtype in (np.float32, "float32")
+  )
   assert ours == theirs and hash(ours) == hash(theirs)
 
 
 def test_maps_are_of_layers_below_the_last_and_have_a_rank():
-  made = lambda **given: network.T5Config(vocab_size=8, num_decoder_layers=3, **given)
+  made = lambda **given: network.T5Config(
+    vocab_size=8, num_decoder_layers=3, **given
+  )
   assert made(exit_translators=[1, 2]).exit_translators == (1, 2)
-  with pytest.raises(ValueError, match=r"`exit_translators` to be layers below the last of 3"):
+  with pytest.raises(
+    ValueError, match=r"`exit_translators` to be layers below the last of 3"
+  ):
     made(exit_translators=(3,))
   for given in ({"exit_propagation": (1,)}, {"exit_propagation_rank": 2}):
-    with pytest.raises(ValueError, match="`exit_propagation` with `exit_propagation_rank`"):
+    with pytest.raises(
+      ValueError, match="`exit_propagation` with `exit_propagation_rank`"
+    ):
       made(**given)
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_out_of_bounds(name, value):
   with pytest.raises(ValueError, match=rf"^Expected `{name}` .*got .*; "):
-    limits.check({"relpos_buckets": 32, "relpos_max_distance": 128, name: value})
+    limits.check(
+      {"relpos_buckets": 32, "relpos_max_distance": 128, name: value}
+    )
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("kind", ["t5_lm_adapt", "codet5"])
-def test_weights_that_are_stored_in_float16_open_and_compute_in_float32(tmp_path, kind, field):
+def test_weights_that_are_stored_in_float16_open_and_compute_in_float32(
+  tmp_path, kind, field
+):
   """Their `dtype` is that of storage; activations in it would be NaN."""
   folder = shutil.copytree(GOLDEN / kind, tmp_path / "model")
   theirs = json.loads((folder / "config.json").read_text())
@@ -99,12 +123,20 @@ def test_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
 
 
 def test_configurations_of_versions_with_a_head_a_layer(tmp_path):
-  fields = {"format": checkpoints.FORMAT, "vocab_size": 8, "per_layer_heads": True}
+  fields = {
+    "format": checkpoints.FORMAT,
+    "vocab_size": 8,
+    "per_layer_heads": True,
+  }
   write(tmp_path / "config.json", fields)
-  with pytest.raises(ValueError, match=r"unknown fields \['per_layer_heads'\]; open it"):
+  with pytest.raises(
+    ValueError, match=r"unknown fields \['per_layer_heads'\]; open it"
+  ):
     checkpoints.load(tmp_path)
   write(tmp_path / "config.json", fields | {"per_layer_heads": False})
-  with pytest.raises((ValueError, FileNotFoundError), match=r"params\.safetensors"):
+  with pytest.raises(
+    (ValueError, FileNotFoundError), match=r"params\.safetensors"
+  ):
     checkpoints.load(tmp_path)
 
 
@@ -128,8 +160,12 @@ def test_shapes_of_t5x_have_these_limits():
 def test_a_layer_count_that_the_file_does_not_hold_is_found_at_once():
   config = network.T5Config(vocab_size=8, num_decoder_layers=256)
   spent = Spent()
-  with pytest.raises(ValueError, match=r"'decoder/layers_255/'.*num_decoder_layers"):
-    parameters.check({"token_embedder": {"embedding": np.zeros((8, 512))}}, config)
+  with pytest.raises(
+    ValueError, match=r"'decoder/layers_255/'.*num_decoder_layers"
+  ):
+    parameters.check(
+      {"token_embedder": {"embedding": np.zeros((8, 512))}}, config
+    )
   assert spent.seconds < 1
 
 

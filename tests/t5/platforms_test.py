@@ -17,11 +17,15 @@ def test_a_product_is_the_same_with_rows_added(rows):
   with platforms.laid_out_for("tpu"):
     made = platforms.product(x, MATRIX)
   assert made.shape == (rows, 5)
-  np.testing.assert_allclose(made, np.asarray(x) @ np.asarray(MATRIX), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    made, np.asarray(x) @ np.asarray(MATRIX), rtol=1e-5, atol=1e-6
+  )
 
 
 def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
-  positions = lambda: [platforms.least_positions(rows) for rows in (1, 2, 8, 32, 128, 256)]
+  positions = lambda: [
+    platforms.least_positions(rows) for rows in (1, 2, 8, 32, 128, 256)
+  ]
   with platforms.laid_out_for("tpu"):
     assert positions() == [8, 4, 1, 1, 2, 2]
   with platforms.laid_out_for("cpu"):
@@ -30,9 +34,14 @@ def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
 
 @pytest.mark.parametrize(
   ("asked", "flag"),
-  [(platforms.adds_products, "avx512_vnni"), (platforms.has_wide_vectors, "avx512f")],
+  [
+    (platforms.adds_products, "avx512_vnni"),
+    (platforms.has_wide_vectors, "avx512f"),
+  ],
 )
-def test_only_a_cpu_with_the_instructions_is_said_to_have_them(monkeypatch, asked, flag):
+def test_only_a_cpu_with_the_instructions_is_said_to_have_them(
+  monkeypatch, asked, flag
+):
   monkeypatch.setattr(platforms, "_processor", lambda: f"flags: fma {flag}")
   assert asked() == (jax.default_backend() == "cpu")
   with platforms.laid_out_for("tpu"):

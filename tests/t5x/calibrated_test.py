@@ -1,4 +1,6 @@
-"""A calibration in T5X: its threshold is served, and what it was not made for is refused."""
+"""A calibration in T5X: its threshold is served, and what it was not made for
+is refused.
+"""
 
 import dataclasses
 
@@ -32,25 +34,51 @@ def box():
 
 @pytest.fixture(scope="module")
 def files(box, tmp_path_factory):
-  """The model in the box as a T5X checkpoint, another one, and a calibration of the first."""
+  """The model in the box as a T5X checkpoint, another one, and a calibration of
+  the first.
+  """
   folder = tmp_path_factory.mktemp("calibrated")
   embedder = jax.tree.map(lambda x: x + 1, box.params["token_embedder"])
-  params = {"checkpoint": box.params, "other": {**box.params, "token_embedder": embedder}}
-  save = lambda name: models.save_t5x_checkpoint(params[name], box.config, str(folder / name))
-  options = {"max_input_length": 96, "max_decode_length": 24, "task_prefix": PREFIX}
-  model = inference.load("packed", measure="softmax", exit_layers=(2, 4), **options)
+  params = {
+    "checkpoint": box.params,
+    "other": {**box.params, "token_embedder": embedder},
+  }
+  save = lambda name: models.save_t5x_checkpoint(
+    params[name], box.config, str(folder / name)
+  )
+  options = {
+    "max_input_length": 96,
+    "max_decode_length": 24,
+    "task_prefix": PREFIX,
+  }
+  model = inference.load(
+    "packed", measure="softmax", exit_layers=(2, 4), **options
+  )
   losses = np.random.default_rng(0).random((200, 2)) * [0.1, 1.0]
   made = calibrate.calibrate(losses, [0.9, 0.5], tolerance=0.2, error_rate=0.05)
   made = dataclasses.replace(
-    made, procedure=model.procedure, kind="textual", metric="rouge_l", clusters=False
+    made,
+    procedure=model.procedure,
+    kind="textual",
+    metric="rouge_l",
+    clusters=False,
   )
   made.save(folder / "calibration.json")
   dataclasses.replace(made, procedure=None).save(folder / "elsewhere.json")
-  written = {name: str(folder / f"{name}.json") for name in ("calibration", "elsewhere")}
+  written = {
+    name: str(folder / f"{name}.json") for name in ("calibration", "elsewhere")
+  }
   return written | {name: save(name) for name in params}
 
 
-def model_of(box, files, path="calibration", checkpoint="checkpoint", prefix=PREFIX, **changes):
+def model_of(
+  box,
+  files,
+  path="calibration",
+  checkpoint="checkpoint",
+  prefix=PREFIX,
+  **changes,
+):
   words = stored.stored_vocabulary()
   calibrated = stored.Calibrated(files[path], files[checkpoint], prefix)
   arguments = {"rule": RULE, "decode_fn": models.greedy_decode, **changes}
@@ -60,7 +88,9 @@ def model_of(box, files, path="calibration", checkpoint="checkpoint", prefix=PRE
   )
 
 
-def test_its_threshold_is_served_and_batches_of_other_kinds_are_refused(box, files):
+def test_its_threshold_is_served_and_batches_of_other_kinds_are_refused(
+  box, files
+):
   model = model_of(box, files)
   assert model.threshold == 0.9 == model.calibration.threshold
   shapes = lambda dtype: jax.eval_shape(
@@ -73,19 +103,33 @@ def test_its_threshold_is_served_and_batches_of_other_kinds_are_refused(box, fil
     shapes(dtype),
   )
   assert predict(BATCH)[1]["threshold"].shape == (2,)
-  short = {**BATCH, "encoder_input_tokens": BATCH["encoder_input_tokens"][:, :64]}
-  with pytest.raises(ValueError, match=r"of \(96, 24, None\), .* got \(64, 24, None\)"):
+  short = {
+    **BATCH,
+    "encoder_input_tokens": BATCH["encoder_input_tokens"][:, :64],
+  }
+  with pytest.raises(
+    ValueError, match=r"of \(96, 24, None\), .* got \(64, 24, None\)"
+  ):
     predict(short)
-  with pytest.raises(ValueError, match=r"Config\.dtype float32, .* and bfloat16"):
+  with pytest.raises(
+    ValueError, match=r"Config\.dtype float32, .* and bfloat16"
+  ):
     predict(BATCH, jnp.bfloat16)
-  predict(short, decoder_params={"threshold": 0.5})  # a threshold of one's own promises nothing
+  # a threshold of one's own promises nothing
+  predict(short, decoder_params={"threshold": 0.5})
 
 
 @pytest.mark.parametrize(
   ("named", "changes"),
   [
-    ("`measure`", {"rule": dataclasses.replace(RULE, measure=confidence.State())}),
-    ("`schedule`", {"rule": dataclasses.replace(RULE, schedule=schedules.Decaying(4.0, 24))}),
+    (
+      "`measure`",
+      {"rule": dataclasses.replace(RULE, measure=confidence.State())},
+    ),
+    (
+      "`schedule`",
+      {"rule": dataclasses.replace(RULE, schedule=schedules.Decaying(4.0, 24))},
+    ),
     ("`task_prefix`", {"prefix": ""}),
     ("`parameters_digest`", {"checkpoint": "other"}),
     ("got both", {"threshold": 0.5}),

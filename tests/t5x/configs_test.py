@@ -1,4 +1,6 @@
-"""Every gin file for T5X's scripts parses, finalises, and builds the model that it says."""
+"""Every gin file for T5X's scripts parses, finalises, and builds the model that
+it says.
+"""
 
 import functools
 import re
@@ -25,8 +27,19 @@ REPOSITORY, CONFIGS = configs_test.REPOSITORY, configs_test.CONFIGS
 RUNS = sorted((CONFIGS / "runs").glob("*.gin"))
 # Included by others, or after them.
 PARTS = (
-  *("local.gin", "paper.gin", "early_exit.gin", "t5x_stored_model.gin", "decaying.gin"),
-  *("exit_classifier.gin", "exit_maps.gin", "exit_translators.gin", "calibrated.gin"),
+  *(
+    "local.gin",
+    "paper.gin",
+    "early_exit.gin",
+    "t5x_stored_model.gin",
+    "decaying.gin",
+  ),
+  *(
+    "exit_classifier.gin",
+    "exit_maps.gin",
+    "exit_translators.gin",
+    "calibrated.gin",
+  ),
 )
 WHOLE = [path for path in RUNS if path.name not in PARTS]
 SIZES = sorted(
@@ -34,14 +47,20 @@ SIZES = sorted(
   for path in (setup.t5x_root() / "t5x/examples/t5").glob("*/*.gin")
 )
 # Public figures of the T5 1.1 checkpoints.
-NUM_PARAMETERS = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080}
+NUM_PARAMETERS = {
+  "small": 76_961_152,
+  "base": 247_577_856,
+  "large": 783_150_080,
+}
 SMALL = "t5x/examples/t5/t5_1_1/small.gin"
 SYNOPSIS = "configs/tasks/debian_synopsis.gin"
 
 
 def forget(module: str) -> None:
-  """Takes a module's configurables out of gin's registry, as in a process that is new: T5X's
-  small.gin says `network.T5Config` without an import, of which gin must know but one."""
+  """Takes a module's configurables out of gin's registry, as in a process that
+  is new: T5X's small.gin says `network.T5Config` without an import, of which
+  gin must know but one.
+  """
   from gin import config
 
   for selector, known in list(config._REGISTRY.items()):
@@ -62,7 +81,11 @@ def gin_of_t5x(monkeypatch):
   from scripts import t5x_sweep
 
   main = types.ModuleType("__main__")
-  main.train, main.infer, main.evaluate = train.train, infer.infer, t5x_eval.evaluate
+  main.train, main.infer, main.evaluate = (
+    train.train,
+    infer.infer,
+    t5x_eval.evaluate,
+  )
   main.write_inferences_to_file = infer.write_inferences_to_file
   main.sweep = t5x_sweep.sweep
   monkeypatch.setitem(sys.modules, "__main__", main)
@@ -76,7 +99,9 @@ def gin_of_t5x(monkeypatch):
 
 
 def parse(*files, **given):
-  gin.parse_config_files_and_bindings(list(files), [f"{k} = {v!r}" for k, v in given.items()])
+  gin.parse_config_files_and_bindings(
+    list(files), [f"{k} = {v!r}" for k, v in given.items()]
+  )
 
 
 def required(path):
@@ -90,7 +115,9 @@ def required(path):
 
 
 def parse_run(path, *after, size=SMALL, **more):
-  """A run with T5X's network and a task beside it, as its header says, and files after it."""
+  """A run with T5X's network and a task beside it, as its header says, and
+  files after it.
+  """
   text, name = configs_test.text_of(path), str(path.relative_to(REPOSITORY))
   has_network = re.search(r'^include "t5x/examples/', text, re.MULTILINE)
   files = [name] if has_network else [size, name]
@@ -105,7 +132,8 @@ def use_a_vocabulary_without_a_file(size: int = 32128):
     gin.parse_config(
       "from __gin__ import dynamic_registration\nimport seqio\n"
       "VOCABULARY = @seqio.PassThroughVocabulary()\n"
-      f"seqio.PassThroughVocabulary.size = {size}\nseqio.PassThroughVocabulary.eos_id = 1"
+      "seqio.PassThroughVocabulary.size = "
+      f"{size}\nseqio.PassThroughVocabulary.eos_id = 1"
     )
 
 
@@ -136,29 +164,44 @@ def test_every_network_of_t5x_is_taken_as_it_is(size):
   parse(size, "configs/runs/early_exit.gin", DROPOUT_RATE=0.1)
   theirs = gin.get_bindings(t5x_network.T5Config)
   use_a_vocabulary_without_a_file(theirs["vocab_size"])
-  config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn().config
+  config = (
+    gin.query_parameter("MODEL/macro.value").scoped_configurable_fn().config
+  )
   assert {name: getattr(config, name) for name in theirs} == theirs
   assert not config.exit_classifier
-  if "/t5/t5_1_1/" in size and (name := size.split("/")[-1][:-4]) in NUM_PARAMETERS:
+  if (
+    "/t5/t5_1_1/" in size
+    and (name := size.split("/")[-1][:-4]) in NUM_PARAMETERS
+  ):
     shapes = parameters.expected_shapes(config).values()
     assert sum(int(np.prod(shape)) for shape in shapes) == NUM_PARAMETERS[name]
 
 
 def test_the_papers_runs_are_the_papers():
-  for task, temperature in (("cnn_dailymail", 4.0), ("wmt15_enfr", 4.0), ("squad", 0.0)):
+  for task, temperature in (
+    ("cnn_dailymail", 4.0),
+    ("wmt15_enfr", 4.0),
+    ("squad", 0.0),
+  ):
     gin.clear_config()
     model = built(CONFIGS / "runs" / f"paper_{task}.gin")
-    assert model.config.num_decoder_layers == 8 and model.config.dtype == "bfloat16"
+    assert (
+      model.config.num_decoder_layers == 8 and model.config.dtype == "bfloat16"
+    )
     assert model.config.dropout_rate == 0.1
     assert model.rule.schedule.temperature == temperature
     assert model._loss_normalizing_factor == 2048 * 114
     assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
 
 
-def test_exits_beside_frozen_weights_are_trained_and_read_from_one_pair_of_lines():
-  """After the paper's runs too; in decoding, tokens leave after the layers that have maps."""
+def test_exits_beside_frozen_weights_train_and_load_from_one_pair_of_lines():
+  """After the paper's runs too; in decoding, tokens leave after the layers that
+  have maps.
+  """
   lines = {"EXIT_LAYERS": (1, 3)}
-  model = built(CONFIGS / "runs" / "paper_squad.gin", "exit_translators", **lines)
+  model = built(
+    CONFIGS / "runs" / "paper_squad.gin", "exit_translators", **lines
+  )
   assert isinstance(model.objective, distillation.ExitMaps)
   gin.clear_config()
   reads = built(CONFIGS / "runs" / "infer.gin", "exit_maps", **lines)
@@ -168,12 +211,17 @@ def test_exits_beside_frozen_weights_are_trained_and_read_from_one_pair_of_lines
   assert reads.rule.allowed == (1, 3)
   assert reads.rule.propagation == propagation.Learned()
   gin.clear_config()
-  plain = built(CONFIGS / "runs" / "infer.gin", "exit_maps", EXIT_RANK=0, **lines).config
+  plain = built(
+    CONFIGS / "runs" / "infer.gin", "exit_maps", EXIT_RANK=0, **lines
+  ).config
   assert plain.exit_translators == (1, 3) and plain.exit_propagation == ()
 
 
 def test_decoding_takes_the_papers_schedule():
-  numbers = {"schedules.Decaying.temperature": 4.0, "schedules.Decaying.max_length": 512}
+  numbers = {
+    "schedules.Decaying.temperature": 4.0,
+    "schedules.Decaying.max_length": 512,
+  }
   model = built(CONFIGS / "runs" / "infer.gin", "decaying", **numbers)
   assert model.rule.schedule == schedules.Decaying(4.0, 512)
   assert model.is_greedy and model.whole_decoder
@@ -183,13 +231,20 @@ def test_decoding_takes_the_papers_schedule():
 def test_a_network_after_the_run_is_refused(run):
   """T5X's file sets MODEL again, to a model without exits."""
   path = CONFIGS / "runs" / f"{run}.gin"
-  given = {name: "x" for name in required(path)} | {"DATA": "x", "DROPOUT_RATE": 0.0}
-  given |= {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8}, "TRAIN_STEPS": 3}
+  given = {name: "x" for name in required(path)} | {
+    "DATA": "x",
+    "DROPOUT_RATE": 0.0,
+  }
+  given |= {
+    "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8},
+    "TRAIN_STEPS": 3,
+  }
   with pytest.raises(ValueError, match="T5X's network file before the run"):
     parse(str(path.relative_to(REPOSITORY)), SMALL, SYNOPSIS, **given)
 
 
-# What users bind for T5X's own class holds for the model with exits, or is refused.
+# What users bind for T5X's own class holds for the model with exits, or is
+# refused.
 NETWORK_FILE = 'include "t5x/examples/t5/t5_1_1/small.gin"'
 INFER_FILE = 'include "t5x/configs/runs/infer.gin"'
 ONE_LINE = 'include "configs/runs/early_exit.gin"'
@@ -216,8 +271,12 @@ IMPORTED = "from calm.t5x import models as calm_models"
 def model_of(*lines: str):
   """MODEL of a user's file."""
   text = "\n".join(["from __gin__ import dynamic_registration", *lines])
-  imports = [line for line in text.split("\n") if line.startswith(("import", "from"))]
-  others = [line for line in text.split("\n") if not line.startswith(("import", "from"))]
+  imports = [
+    line for line in text.split("\n") if line.startswith(("import", "from"))
+  ]
+  others = [
+    line for line in text.split("\n") if not line.startswith(("import", "from"))
+  ]
   gin.clear_config()
   gin.parse_config("\n".join([*imports, *others]))
   return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
@@ -227,18 +286,23 @@ def shapes_of(model):
   """(parameters' shapes, a batch)."""
   batch = setup.batch(engine.PROMPTS[:2], length=4)
   shapes = {name: x.shape for name, x in batch.items()}
-  made = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
+  made = jax.eval_shape(
+    lambda: model.get_initial_variables(jax.random.key(0), shapes)
+  )
   return made["params"], batch
 
 
 def test_one_line_honours_what_is_bound_for_t5x_class_and_its_method():
-  ours = "calm_models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 2"
+  ours = (
+    "calm_models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 2"
+  )
   lines = [
     NETWORK_FILE,
     THEIRS,
     "from t5x import decoding",
     "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 4",
-    "models.EncoderDecoderModel.predict_batch_with_aux.return_all_decodes = True",
+    "models.EncoderDecoderModel.predict_batch_with_aux.return_all_decodes = "
+    "True",
     "models.EncoderDecoderModel.decode_fn = @decoding.temperature_sample",
     "decoding.temperature_sample.temperature = 0.5",
     "Z_LOSS = 0.25",
@@ -248,17 +312,25 @@ def test_one_line_honours_what_is_bound_for_t5x_class_and_its_method():
   ]
   model = model_of(*lines)
   assert isinstance(model, models.EncoderDecoderModel)
-  assert model.threshold == 0.4 and model.objective == objectives.LayerWeighted(z_loss=0.25)
-  assert not model.whole_decoder and model.rule == exits.DynamicExits(confidence.Softmax())
+  assert model.threshold == 0.4 and model.objective == objectives.LayerWeighted(
+    z_loss=0.25
+  )
+  assert not model.whole_decoder and model.rule == exits.DynamicExits(
+    confidence.Softmax()
+  )
   params, batch = shapes_of(model)
   tokens, aux = jax.eval_shape(model.predict_batch_with_aux, params, batch)
   assert tokens.shape == (2, 4, 4) == aux["exit_layers"].shape
   assert aux["relative_cost"].shape == (2, 4)
-  given = functools.partial(model.predict_batch_with_aux, return_all_decodes=False)
+  given = functools.partial(
+    model.predict_batch_with_aux, return_all_decodes=False
+  )
   assert jax.eval_shape(given, params, batch)[0].shape == (2, 4)
   # What is bound for our own method goes before it.
   model = model_of(*lines, IMPORTED, ours)
-  assert jax.eval_shape(model.predict_batch_with_aux, params, batch)[0].shape == (2, 2, 4)
+  assert jax.eval_shape(model.predict_batch_with_aux, params, batch)[
+    0
+  ].shape == (2, 2, 4)
 
 
 MEASURED = (
@@ -272,20 +344,29 @@ MEASURED = (
   ("lines", "said"),
   [
     (["TRESHOLD = 0.5"], "no exits, unless a call gives a threshold"),
-    ([*MEASURED, "THRESHOLD = 0"], "exits: threshold 0, DynamicExits(measure=Classifier()"),
+    (
+      [*MEASURED, "THRESHOLD = 0"],
+      "exits: threshold 0, DynamicExits(measure=Classifier()",
+    ),
   ],
 )
 def test_one_line_says_what_decodes(caplog, lines, said):
   model = model_of(NETWORK_FILE, INFER_FILE, ONE_LINE, *lines, NETWORK_SIZES)
   (line,) = [line for line in caplog.messages if "exits" in line]
   assert line.startswith(said)
-  assert model.config.exit_classifier == ("Classifier" in said), "where it is needed"
+  assert model.config.exit_classifier == ("Classifier" in said), (
+    "where it is needed"
+  )
 
 
 @pytest.mark.parametrize("value", ["[0.5, 0.9]", "'0.5'"])
 def test_a_threshold_that_is_no_number_is_refused(value):
-  with pytest.raises(ValueError, match="Expected `threshold` to be a number, got "):
-    model_of(NETWORK_FILE, INFER_FILE, ONE_LINE, f"THRESHOLD = {value}", NETWORK_SIZES)
+  with pytest.raises(
+    ValueError, match="Expected `threshold` to be a number, got "
+  ):
+    model_of(
+      NETWORK_FILE, INFER_FILE, ONE_LINE, f"THRESHOLD = {value}", NETWORK_SIZES
+    )
 
 
 def test_what_would_be_ignored_is_refused():

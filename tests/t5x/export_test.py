@@ -17,7 +17,9 @@ models = setup.import_models()
 pytestmark = setup.MARKS
 
 
-LEARNED = exits.DynamicExits(confidence.State(), propagation=propagation.Learned())
+LEARNED = exits.DynamicExits(
+  confidence.State(), propagation=propagation.Learned()
+)
 
 
 # What a server runs: JAX and files, nothing of this package.
@@ -34,7 +36,8 @@ for path, leaf in flat.items():
   node[name] = leaf
 from jax import export
 opened = export.deserialize(bytearray(open(folder + "/exits.jax", "rb").read()))
-assert not {name.split(".")[0] for name in sys.modules} & {"calm", "t5x", "flax", "seqio"}
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"calm", "t5x", "flax", "seqio"}
 made = opened.call(params, dict(given))
 np.savez(folder + "/made.npz", *made)
 """
@@ -43,22 +46,31 @@ np.savez(folder + "/made.npz", *made)
 def test_an_artefact_is_served_by_a_fresh_process_for_any_batch_size(tmp_path):
   toy = engine.toy_for(LEARNED)
   given = {"rule": LEARNED, "module": models.network.Transformer(toy.config)}
-  model = setup.model(toy, decode_fn=models.greedy_decode, threshold=0.4, **given)
+  model = setup.model(
+    toy, decode_fn=models.greedy_decode, threshold=0.4, **given
+  )
   params, batch = setup.params(toy), setup.batch()
   predict = jax.jit(model.predict_batch_with_exits)
   (rows,) = export.symbolic_shape("rows")
   symbolic = {
-    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()
+    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+    for name, x in batch.items()
   }
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   stored = export.export(predict)(like, symbolic).serialize()
   (tmp_path / "exits.jax").write_bytes(stored)
-  np.savez(tmp_path / "params.npz", **parameters.flatten(jax.device_get(params)))
+  np.savez(
+    tmp_path / "params.npz", **parameters.flatten(jax.device_get(params))
+  )
   expected = predict(params, batch)
   for size in (len(engine.PROMPTS), 3):
-    np.savez(tmp_path / "batch.npz", **{name: x[:size] for name, x in batch.items()})
+    np.savez(
+      tmp_path / "batch.npz", **{name: x[:size] for name, x in batch.items()}
+    )
     server = [sys.executable, "-c", SERVER, str(tmp_path)]
-    done = subprocess.run(server, env=setup.environment(), cwd=tmp_path, capture_output=True)
+    done = subprocess.run(
+      server, env=setup.environment(), cwd=tmp_path, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     tokens, scores, layers = np.load(tmp_path / "made.npz").values()
     np.testing.assert_array_equal(tokens, expected[0][:size])

@@ -1,4 +1,6 @@
-"""Early exit as other loops call it, without T5X: caches that they shuffle, replay, meshes."""
+"""Early exit as other loops call it, without T5X: caches that they shuffle,
+replay, meshes.
+"""
 
 import dataclasses
 
@@ -18,7 +20,9 @@ from tests import engine
 from tests.t5x import setup
 
 RULE = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
-LEARNED = exits.DynamicExits(confidence.State(), engine.DECAYING, (1, 3), propagation.Learned())
+LEARNED = exits.DynamicExits(
+  confidence.State(), engine.DECAYING, (1, 3), propagation.Learned()
+)
 # Name -> how steps run, and the rule.
 ENGINES = {
   "eager": (engines.Eager, RULE),
@@ -40,12 +44,16 @@ class State:
   cache: dict
 
 
-def bound(name, weights=None, threshold=0.4, prefix=NO_PREFIX, **given) -> loops.Loop:
+def bound(
+  name, weights=None, threshold=0.4, prefix=NO_PREFIX, **given
+) -> loops.Loop:
   """A toy's loop by the name of an engine."""
   by, rule = ENGINES[name]
   toy = engine.toy_for(rule)
   rows = loops.make_rows(engine.encode(toy), prefix, threshold, **given)
-  return loops.Loop(toy.config, rule, weights or toy.weights.decoder, rows, EOS, by)
+  return loops.Loop(
+    toy.config, rule, weights or toy.weights.decoder, rows, EOS, by
+  )
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -59,13 +67,17 @@ def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
     return tokens, scores, loop.exits_of(tokens, made), loop.exits_of(tokens)
 
   expected = engine.run(toy, rule, 0.6).generation
-  tokens, scores, *both = setup.compiled(run)(toy.weights.decoder, jnp.float32(0.6))
+  tokens, scores, *both = setup.compiled(run)(
+    toy.weights.decoder, jnp.float32(0.6)
+  )
   np.testing.assert_array_equal(tokens[:, 0], expected.tokens)
   np.testing.assert_allclose(scores[:, 0], expected.scores, atol=1e-4)
   for found in both:
     assert found.keys() == {"exit_layers", *loops.MEASURED}
     for field, values in found.items():
-      np.testing.assert_allclose(values[:, 0], getattr(expected, field), atol=1e-4)
+      np.testing.assert_allclose(
+        values[:, 0], getattr(expected, field), atol=1e-4
+      )
   assert 1 < engine.mean_layers(expected) < 4 and np.any(expected.tokens == EOS)
 
 
@@ -73,7 +85,9 @@ def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
 def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
   """What beam search does between two steps."""
   order, loop = np.array([3, 3, 0, 1, 7, 6, 5, 2]), bound(name)
-  same_prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, 0), loop.rows.encoded)
+  same_prompt = jax.tree.map(
+    lambda x: jnp.repeat(x[:1], 8, 0), loop.rows.encoded
+  )
   rows = dataclasses.replace(loop.rows, encoded=same_prompt)
   step = setup.compiled(dataclasses.replace(loop, rows=rows))
   tokens = [jnp.arange(5, 13)[:, None], jnp.arange(20, 28)[:, None]]
@@ -86,11 +100,15 @@ def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
   excluded = ("cache_index", "cached_bias", "position_embedder_index")
   for path, leaf in jax.tree.leaves_with_path(cache):
     assert all(isinstance(key, jax.tree_util.DictKey) for key in path)
-    assert leaf.shape[:1] == (8,) if path[-1].key not in excluded else leaf.ndim == 0
+    assert (
+      leaf.shape[:1] == (8,) if path[-1].key not in excluded else leaf.ndim == 0
+    )
 
 
 def test_real_tokens_end_with_eos_or_the_last_that_is_not_padding():
-  tokens = jnp.array([[5, 1, 0, 0], [5, 6, 0, 0], [1, 7, 1, 9], [0, 0, 0, 0], [5, 0, 6, 0]])
+  tokens = jnp.array(
+    [[5, 1, 0, 0], [5, 6, 0, 0], [1, 7, 1, 9], [0, 0, 0, 0], [5, 0, 6, 0]]
+  )
   got = np.sum(loops.real_tokens(tokens, EOS), axis=1)
   np.testing.assert_array_equal(got, [2, 2, 1, 0, 3])
 
@@ -101,14 +119,19 @@ def test_rows_are_split_along_axes_that_divide_them():
   assert loops.row_axes(mesh, 12) == ("data",)
   assert loops.row_axes(mesh, 3) == ()
   assert loops.row_axes(mesh, object()) == (), "a symbolic batch is never split"
-  assert loops.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6) == ()
+  assert (
+    loops.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6)
+    == ()
+  )
   assert loops.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
 
 
 def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
   toy, tokens = engine.toy(**engine.MAPS), jnp.ones((1, 4), jnp.int32)
   init = network.Transformer(toy.config).init
-  variables = jax.eval_shape(lambda key: init(key, tokens, tokens, tokens), jax.random.key(0))
+  variables = jax.eval_shape(
+    lambda key: init(key, tokens, tokens, tokens), jax.random.key(0)
+  )
   is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
   rules = [(name, "model") for name in ("vocab", "mlp", "joined_kv", "heads")]
   rules += [(name, None) for name in ("embed", "kv", "relpos_buckets")]
@@ -118,8 +141,14 @@ def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
     axes = partitioning.get_axis_names(made["params_axes"])
     found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_spec)
     meshed = lambda spec: partitioning.logical_to_mesh_axes(spec, rules)
-    return {jax.tree_util.keystr(path) for path, spec in found if "model" in meshed(spec)}
+    return {
+      jax.tree_util.keystr(path)
+      for path, spec in found
+      if "model" in meshed(spec)
+    }
 
   before, after = along(variables), along(loops.kept_whole(variables))
   assert after == {path for path in before if "'encoder'" in path}
-  assert len(before) > len(after) > 0 and not any("exit_" in path for path in before)
+  assert len(before) > len(after) > 0 and not any(
+    "exit_" in path for path in before
+  )

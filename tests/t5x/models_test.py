@@ -1,4 +1,6 @@
-"""Our model in T5X: the same network, losses and loops as T5X's own, and early exit in them."""
+"""Our model in T5X: the same network, losses and loops as T5X's own, and early
+exit in them.
+"""
 
 import dataclasses
 import functools
@@ -43,11 +45,15 @@ def predictor(model, **arguments):
 
 
 def loss_of(model, params, batch):
-  """Loss and computed metrics; T5X's timing metrics need a clock and are left out."""
+  """Loss and computed metrics; T5X's timing metrics need a clock and are left
+  out.
+  """
 
   def run(params, batch):
     loss, metrics = model.loss_fn(params, batch, None)
-    return loss, {k: v.compute() for k, v in metrics.items() if "timing" not in k}
+    return loss, {
+      k: v.compute() for k, v in metrics.items() if "timing" not in k
+    }
 
   return setup.compiled(run)(params, batch)
 
@@ -57,13 +63,20 @@ def lambdas(value) -> dict:
 
 
 def assert_close(got, expected, atol=2e-5):
-  np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=atol, rtol=1e-4)
+  np.testing.assert_allclose(
+    np.asarray(got), np.asarray(expected), atol=atol, rtol=1e-4
+  )
 
 
 def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
-  toy, shapes = engine.toy(), {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)}
+  toy, shapes = (
+    engine.toy(),
+    {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)},
+  )
   ours, theirs = (
-    jax.eval_shape(lambda m=m: m.get_initial_variables(jax.random.key(0), shapes))
+    jax.eval_shape(
+      lambda m=m: m.get_initial_variables(jax.random.key(0), shapes)
+    )
     for m in (setup.model(toy, rule=BY_CLASSIFIER), setup.t5x_model(toy))
   )
   for name in ("params", "params_axes"):
@@ -71,7 +84,9 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
     added = {path for path in mine if "exit_classifier" in path}
     assert added and set(mine) - added == set(expected)
     shape_of = lambda leaf: getattr(leaf, "shape", leaf)
-    assert all(shape_of(mine[path]) == shape_of(leaf) for path, leaf in expected.items())
+    assert all(
+      shape_of(mine[path]) == shape_of(leaf) for path, leaf in expected.items()
+    )
 
 
 def test_full_depth_logits_are_those_of_t5x():
@@ -80,7 +95,9 @@ def test_full_depth_logits_are_those_of_t5x():
     lambda *inputs: (model._compute_logits(*inputs), model.score_batch(*inputs))
   )
   logits, scores = both(setup.model(toy))(setup.params(toy), batch)
-  expected, their_scores = both(setup.t5x_model(toy))(setup.t5x_params(toy), batch)
+  expected, their_scores = both(setup.t5x_model(toy))(
+    setup.t5x_params(toy), batch
+  )
   assert np.std(expected) > 1
   assert_close(logits, expected, atol=1e-4)
   assert_close(scores, their_scores, atol=1e-4)
@@ -94,18 +111,28 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
   toy = engine.toy()
   assert setup.model(toy, rule=BY_CLASSIFIER).config == toy.config
   without = dataclasses.replace(toy.config, exit_classifier=False)
-  assert setup.model(toy).config == without, "nothing needs one: the tree is T5X's own"
+  assert setup.model(toy).config == without, (
+    "nothing needs one: the tree is T5X's own"
+  )
   ours = models.network.Transformer(toy.config)
   assert setup.model(toy, module=ours).config == toy.config
   scaled = gpu_network.T5Config(vocab_size=44, scale_attn_logits=True)
   decays = adafactor.Adafactor(1e-3, weight_decay_rate=0.1)
-  stage_two = {"objective": objectives.ExitClassifier(), "optimizer_def": decays}
+  stage_two = {
+    "objective": objectives.ExitClassifier(),
+    "optimizer_def": decays,
+  }
   refused = {
     "no `weight_decay_rate` with ExitClassifier, got 0.1": stage_two,
     "got flax": {"module": nn.Dense(2)},
     "scale_attn_logits of False": {"module": gpu_network.Transformer(scaled)},
-    "`rule` to be a `StepRule`, got Speculative": {"rule": exits.Speculative(2)},
-    "no `threshold` with Static": {"rule": exits.StaticExit(2), "threshold": 0.5},
+    "`rule` to be a `StepRule`, got Speculative": {
+      "rule": exits.Speculative(2)
+    },
+    "no `threshold` with Static": {
+      "rule": exits.StaticExit(2),
+      "threshold": 0.5,
+    },
   }
   for message, given in refused.items():
     with pytest.raises(ValueError, match=message):
@@ -118,7 +145,11 @@ DISTILLED = distillation.SelfDistilled(share=0.0, z_loss=1e-3)
 
 @pytest.mark.parametrize(
   ("objective", "factor"),
-  [(DISTILLED, 7.0), (LAST_LAYER, "NUM_REAL_TARGET_TOKENS"), (LAST_LAYER, None)],
+  [
+    (DISTILLED, 7.0),
+    (LAST_LAYER, "NUM_REAL_TARGET_TOKENS"),
+    (LAST_LAYER, None),
+  ],
 )
 def test_the_last_layer_alone_is_t5x_loss_and_accuracy(objective, factor):
   toy, batch = engine.toy(), setup.training_batch(engine.toy())
@@ -129,7 +160,12 @@ def test_the_last_layer_alone_is_t5x_loss_and_accuracy(objective, factor):
   expected, expected_metrics = loss_of(theirs, setup.t5x_params(toy), batch)
   assert_close(loss, expected)
   assert metrics["z_loss"] > 0
-  for name in ("loss", "loss_per_nonpadding_target_token", "z_loss", "accuracy"):
+  for name in (
+    "loss",
+    "loss_per_nonpadding_target_token",
+    "z_loss",
+    "accuracy",
+  ):
     assert_close(metrics[name], expected_metrics[name])
 
 
@@ -158,8 +194,13 @@ def test_at_full_depth_it_is_t5x_own_model_token_for_token():
     np.testing.assert_array_equal(got, expected)
     assert_close(aux["scores"], scores["scores"])
     assert np.std(scores["scores"]) > 0, "T5X scores nothing where it rescales"
-    assert set(np.unique(aux["exit_layers"])) <= {0, 4} and aux["exit_layers"][0, 0] == 4
-    measured = {"threshold", "confidences", "rejected_confidences"} if options else set()
+    assert (
+      set(np.unique(aux["exit_layers"])) <= {0, 4}
+      and aux["exit_layers"][0, 0] == 4
+    )
+    measured = (
+      {"threshold", "confidences", "rejected_confidences"} if options else set()
+    )
     always = {"scores", "exit_layers", "relative_cost"}
     assert set(aux) == always | measured, "what is not measured is left out"
     assert options or np.all(aux["relative_cost"] == 1.0)
@@ -167,20 +208,32 @@ def test_at_full_depth_it_is_t5x_own_model_token_for_token():
 
 @pytest.mark.parametrize("decode_fn", [greedy, lambda: models.greedy_decode])
 def test_early_exit_is_that_of_our_decoder_exit_for_exit(decode_fn):
-  toy, rule = engine.toy(), exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
+  toy, rule = (
+    engine.toy(),
+    exits.DynamicExits(confidence.Softmax(), engine.DECAYING),
+  )
   predict = predictor(setup.model(toy, rule=rule, decode_fn=decode_fn()))
   means = []
   for threshold in (0.3, 0.7, NEVER):
     expected = engine.run(toy, rule, threshold).generation
     got, aux = predict(setup.params(toy), setup.batch(), lambdas(threshold))
     np.testing.assert_array_equal(got, expected.tokens)
-    for name in ("exit_layers", "confidences", "rejected_confidences", "scores"):
+    for name in (
+      "exit_layers",
+      "confidences",
+      "rejected_confidences",
+      "scores",
+    ):
       assert_close(aux[name], getattr(expected, name))
     assert_close(aux["threshold"], np.full(BATCH, threshold))
-    sizes = dict(input_length=engine.PROMPTS.shape[1], cache_length=engine.LENGTH)
+    sizes = dict(
+      input_length=engine.PROMPTS.shape[1], cache_length=engine.LENGTH
+    )
     sizes["num_pieces"] = toy.sizes.num_pieces
     step = costs.decoding_costs(toy.config, rule=rule, **sizes)
-    each = [step.savings([row]).flops for row in np.asarray(expected.exit_layers)]
+    each = [
+      step.savings([row]).flops for row in np.asarray(expected.exit_layers)
+    ]
     assert_close(1 / aux["relative_cost"], each)
     means.append(engine.mean_layers(expected))
     assert np.max(got) < toy.sizes.num_pieces < toy.sizes.vocab_size
@@ -195,15 +248,32 @@ def test_the_threshold_stays_here_and_odd_calls_are_refused():
     seen.update(arguments)
     return models.greedy_decode(**arguments)
 
-  given, inputs = {"threshold": 0.5, "eos_id": 1}, (setup.params(toy), setup.batch())
-  setup.model(toy, decode_fn=spy).predict_batch_with_aux(*inputs, decoder_params=given)
+  given, inputs = (
+    {"threshold": 0.5, "eos_id": 1},
+    (setup.params(toy), setup.batch()),
+  )
+  setup.model(toy, decode_fn=spy).predict_batch_with_aux(
+    *inputs, decoder_params=given
+  )
   assert given == {"threshold": 0.5, "eos_id": 1}
   assert "threshold" not in seen and seen["eos_id"] == 1
   key, wrong = jax.random.key(0), np.array([0.5] * (BATCH - 1) + [-0.1])
   for message, rule, options in (
-    ("no prefix with OracleExit", exits.OracleExit(), {"prompt_with_targets": True}),
-    ("one random key", None, {"rng": key, "decoder_params": {"decode_rng": key}}),
-    ("Expected `threshold` to be", None, {"decoder_params": {"threshold": wrong}}),
+    (
+      "no prefix with OracleExit",
+      exits.OracleExit(),
+      {"prompt_with_targets": True},
+    ),
+    (
+      "one random key",
+      None,
+      {"rng": key, "decoder_params": {"decode_rng": key}},
+    ),
+    (
+      "Expected `threshold` to be",
+      None,
+      {"decoder_params": {"threshold": wrong}},
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       setup.model(toy, rule=rule).predict_batch_with_aux(*inputs, **options)
@@ -213,11 +283,17 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
   """Where it stops before the targets' length."""
   from t5x import decoding
 
-  toy, length, options = engine.toy(), setup.LENGTH - 2, dict(return_all_decodes=True)
+  toy, length, options = (
+    engine.toy(),
+    setup.LENGTH - 2,
+    dict(return_all_decodes=True),
+  )
   beam = {"decode_fn": decoding.beam_search}
 
   def run(model, params, **given):
-    decode = functools.partial(model.predict_batch_with_aux, num_decodes=4, **options)
+    decode = functools.partial(
+      model.predict_batch_with_aux, num_decodes=4, **options
+    )
     given["max_decode_len"] = length
     step = setup.compiled(lambda p, b: decode(p, b, decoder_params=given))
     return step(params, setup.batch())
@@ -235,7 +311,9 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
 
 @dataclasses.dataclass(frozen=True)
 class FirstTokenOnly:
-  """A schedule by which the first generated token leaves at once and no other ever does."""
+  """A schedule by which the first generated token leaves at once and no other
+  ever does.
+  """
 
   name = "first_token_only"
 
@@ -247,7 +325,11 @@ class FirstTokenOnly:
 def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
   from t5x import decoding
 
-  decode_fn = {"sample": greedy(), "beam": decoding.beam_search, "ours": models.greedy_decode}
+  decode_fn = {
+    "sample": greedy(),
+    "beam": decoding.beam_search,
+    "ours": models.greedy_decode,
+  }
   toy = engine.toy()
   rule = exits.DynamicExits(confidence.Softmax(), FirstTokenOnly())
   model = setup.model(toy, rule=rule, decode_fn=decode_fn[loop])
@@ -256,7 +338,9 @@ def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
   prefix[np.arange(setup.LENGTH)[None] > lengths[:, None]] = 0
   prefix[:, 0] = 0
   batch = setup.batch() | {"decoder_input_tokens": jnp.asarray(prefix)}
-  run = predictor(model, prompt_with_targets=True, num_decodes=2 if loop == "beam" else 1)
+  run = predictor(
+    model, prompt_with_targets=True, num_decodes=2 if loop == "beam" else 1
+  )
   tokens, aux = run(setup.params(toy), batch, lambdas(0.5))
   layers = np.asarray(aux["exit_layers"])
   for row, k in enumerate(lengths):
@@ -268,35 +352,52 @@ def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
   if loop == "sample":
     theirs = setup.t5x_model(toy, decode_fn=greedy())
     ours = setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
-    never, _ = predictor(ours, prompt_with_targets=True)(setup.params(toy), batch, {})
-    full, _ = predictor(theirs, prompt_with_targets=True)(setup.t5x_params(toy), batch, {})
+    never, _ = predictor(ours, prompt_with_targets=True)(
+      setup.params(toy), batch, {}
+    )
+    full, _ = predictor(theirs, prompt_with_targets=True)(
+      setup.t5x_params(toy), batch, {}
+    )
     np.testing.assert_array_equal(never, full)
 
 
 @pytest.mark.parametrize("loop", ["temperature_sample", "beam_search"])
-def test_exits_in_t5x_own_loops_do_not_double_the_program_that_a_run_compiles(loop):
-  """Start-up is compiling: the step is in the loop alone, exits are replayed in one pass."""
+def test_exits_in_t5x_own_loops_do_not_double_the_program_that_a_run_compiles(
+  loop,
+):
+  """Start-up is compiling: the step is in the loop alone, exits are replayed in
+  one pass.
+  """
   from t5x import decoding
 
   toy, batch = engine.toy(num_decoder_layers=6), setup.batch()
   model = setup.model(toy, decode_fn=getattr(decoding, loop))
 
   def lines(options):
-    made = jax.jit(functools.partial(model.predict_batch_with_aux, decoder_params=options))
+    made = jax.jit(
+      functools.partial(model.predict_batch_with_aux, decoder_params=options)
+    )
     return made.lower(setup.params(toy), batch).as_text().count("\n")
 
-  assert lines({"threshold": 0.5}) < 3 * lines({})  # with the step in two loops, x5.3
+  # with the step in two loops, x5.3
+  assert lines({"threshold": 0.5}) < 3 * lines({})
 
 
 def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():
-  """Where T5X draws no id that the vocabulary does not have, and that ours never emits."""
+  """Where T5X draws no id that the vocabulary does not have, and that ours
+  never emits.
+  """
   from t5x import decoding
 
   fixed = dict(topk=0, temperature=0.7)
-  toy, decode_fn = engine.toy(), functools.partial(decoding.temperature_sample, **fixed)
+  toy, decode_fn = (
+    engine.toy(),
+    functools.partial(decoding.temperature_sample, **fixed),
+  )
   pieces = toy.sizes.num_pieces
 
-  def unlikely_beyond(params):  # as after training, which shows a model no such id
+  # as after training, which shows a model no such id
+  def unlikely_beyond(params):
     decoder = params["decoder"]
     head = decoder["logits_dense"]["kernel"].at[:, pieces:].set(0.0)
     return {**params, "decoder": {**decoder, "logits_dense": {"kernel": head}}}
@@ -304,11 +405,20 @@ def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():
   def sampled(model, params):
     options = {"decode_rng": jax.random.PRNGKey(3)}
     run = predictor(model, num_decodes=2, return_all_decodes=True)
-    return np.asarray(run(unlikely_beyond(params), setup.batch(), options)[0]).tolist()
+    return np.asarray(
+      run(unlikely_beyond(params), setup.batch(), options)[0]
+    ).tolist()
 
-  theirs = sampled(setup.t5x_model(toy, decode_fn=decode_fn), setup.t5x_params(toy))
+  theirs = sampled(
+    setup.t5x_model(toy, decode_fn=decode_fn), setup.t5x_params(toy)
+  )
   ours = sampled(setup.model(toy, decode_fn=decode_fn), setup.params(toy))
-  rows = [(i, row) for i, prompt in enumerate(theirs) for row in prompt if max(row) < pieces]
+  rows = [
+    (i, row)
+    for i, prompt in enumerate(theirs)
+    for row in prompt
+    if max(row) < pieces
+  ]
   assert len(rows) > BATCH and np.max(ours) < pieces < toy.sizes.vocab_size
   assert all(row in ours[i] for i, row in rows)
 
@@ -316,27 +426,40 @@ def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():
 def in_pairs(batch):
   """Rows 2i and 2i + 1 one behind the other, as seqio packs examples."""
   made = {name: x.reshape(x.shape[0] // 2, -1) for name, x in batch.items()}
-  for side, tokens in (("encoder", "encoder_input"), ("decoder", "decoder_target")):
+  for side, tokens in (
+    ("encoder", "encoder_input"),
+    ("decoder", "decoder_target"),
+  ):
     length = batch[f"{tokens}_tokens"].shape[1]
     number = jnp.repeat(jnp.arange(1, 3), length)[None, :]
-    made[f"{side}_segment_ids"] = jnp.where(made[f"{tokens}_tokens"] > 0, number, 0)
+    made[f"{side}_segment_ids"] = jnp.where(
+      made[f"{tokens}_tokens"] > 0, number, 0
+    )
     places = jnp.tile(jnp.arange(length), 2)[None, :]
-    made[f"{side}_positions"] = jnp.broadcast_to(places, made[f"{tokens}_tokens"].shape)
+    made[f"{side}_positions"] = jnp.broadcast_to(
+      places, made[f"{tokens}_tokens"].shape
+    )
   return made
 
 
 def test_examples_that_are_packed_have_the_loss_that_they_have_apart():
   toy = engine.toy()
   model, batch = setup.model(toy, rule=BY_CLASSIFIER), setup.training_batch(toy)
-  loss = setup.compiled(lambda params, batch: model.loss_fn(params, batch, None)[0])
+  loss = setup.compiled(
+    lambda params, batch: model.loss_fn(params, batch, None)[0]
+  )
   apart, packed = (loss(setup.params(toy), x) for x in (batch, in_pairs(batch)))
   np.testing.assert_allclose(packed, apart, rtol=1e-5)
   mixed = {k: v for k, v in in_pairs(batch).items() if "segment" not in k}
-  assert not np.allclose(loss(setup.params(toy), mixed), apart, rtol=1e-3), "meta: they attend"
+  assert not np.allclose(loss(setup.params(toy), mixed), apart, rtol=1e-3), (
+    "meta: they attend"
+  )
 
 
 def test_a_file_of_all_decodes_is_refused_and_one_of_the_best_is_read(tmp_path):
-  """What `t5x/infer.py` writes in `predict_with_aux` mode, by its own function."""
+  """What `t5x/infer.py` writes in `predict_with_aux` mode, by its own
+  function.
+  """
   import seqio
   import tensorflow as tf
   from t5x import decoding, infer
@@ -347,10 +470,17 @@ def test_a_file_of_all_decodes_is_refused_and_one_of_the_best_is_read(tmp_path):
   inputs = setup.params(toy), setup.batch(engine.PROMPTS[:2])
   for every in (True, False):
     predict = predictor(model, num_decodes=3, return_all_decodes=every)
-    made, path = jax.device_get(predict(*inputs, {})), str(tmp_path / f"{every}.jsonl")
+    made, path = (
+      jax.device_get(predict(*inputs, {})),
+      str(tmp_path / f"{every}.jsonl"),
+    )
     infer.write_inferences_to_file(path, made, rows, "predict_with_aux", words)
-  with pytest.raises(GenerationsError, match=r"one decode.*return_all_decodes = False"):
+  with pytest.raises(
+    GenerationsError, match=r"one decode.*return_all_decodes = False"
+  ):
     foreign.read_predictions(tmp_path / "True.jsonl")
   _, records = foreign.read_predictions(path)
-  lines = [json.loads(x)["prediction"] for x in (tmp_path / "False.jsonl").open()]
+  lines = [
+    json.loads(x)["prediction"] for x in (tmp_path / "False.jsonl").open()
+  ]
   assert [record.prediction for record in records] == lines and len(lines) == 2

@@ -1,4 +1,6 @@
-"""Eight virtual devices generate what one generates, data-parallel and model-parallel."""
+"""Eight virtual devices generate what one generates, data-parallel and
+model-parallel.
+"""
 
 import functools
 import json
@@ -19,7 +21,8 @@ pytestmark = setup.MARKS
 
 THRESHOLDS = (0.4, float("inf"))
 RULE = exits.DynamicExits(confidence.Softmax())
-# name -> partitions of the model, decode function, arguments of the model and of decoding.
+# name -> partitions of the model, decode function, arguments of the model and
+# of decoding.
 GREEDY = {
   "data": (1, "ours", {}, {}),
   "data_model": (2, "ours", {}, {}),
@@ -37,8 +40,14 @@ WEIGHTS_GATHERED = r"(?m) all-gather\(.*op_name=\"[^\"]*sharding_constraint"
 def model(decode: str, **arguments: Any) -> Any:
   from t5x import decoding
 
-  sample = functools.partial(decoding.temperature_sample, temperature=0.7, topk=5)
-  known = {"ours": models.greedy_decode, "sample": sample, "beam": decoding.beam_search}
+  sample = functools.partial(
+    decoding.temperature_sample, temperature=0.7, topk=5
+  )
+  known = {
+    "ours": models.greedy_decode,
+    "sample": sample,
+    "beam": decoding.beam_search,
+  }
   given = {"rule": RULE, "decode_fn": known[decode], **arguments}
   return setup.model(toy(), **given)
 
@@ -58,8 +67,10 @@ from calm.t5x import loops
 from tests.t5x import partitions_test as here, setup
 
 found = {}
-for name, (partitions, decode, arguments, options) in (here.GREEDY | here.OTHERS).items():
-  # On a CPU T5X puts every device on its model axis, whatever num_partitions says.
+runs = here.GREEDY | here.OTHERS
+for name, (partitions, decode, arguments, options) in runs.items():
+  # On a CPU T5X puts every device on its model axis, whatever
+  # num_partitions says.
   grid = np.array(jax.devices()).reshape(-1, partitions)
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
   partitioner = partitioning.PjitPartitioner(num_partitions=partitions)
@@ -73,11 +84,15 @@ for name, (partitions, decode, arguments, options) in (here.GREEDY | here.OTHERS
   init = model.get_initial_variables
   initializer = utils.TrainStateInitializer(None, init, shapes, partitioner)
   axes = initializer.train_state_axes.params
-  place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
+  place = partitioner.partition(
+    lambda p: p, in_axis_resources=(None,), out_axis_resources=axes
+  )
   params = place(flax.core.freeze(jax.tree.map(np.asarray, params)))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
   given = lambda t: {"threshold": np.float32(t)}
-  predict = lambda p, b, d: model.predict_batch_with_aux(p, b, decoder_params=d, **options)
+  predict = lambda p, b, d: model.predict_batch_with_aux(
+    p, b, decoder_params=d, **options
+  )
   step = partitioner.partition(
     predict,
     in_axis_resources=(axes, partitioner.data_partition_spec, None),
@@ -88,7 +103,8 @@ for name, (partitions, decode, arguments, options) in (here.GREEDY | here.OTHERS
   text = run.as_text()
   moved = [x.opcode for x in hlo.in_loops(text) if x.opcode.startswith(kinds)]
   found[name] = {
-    "shard": list(kernel.addressable_shards[0].data.shape), "collectives": sorted(set(moved)),
+    "shard": list(kernel.addressable_shards[0].data.shape),
+    "collectives": sorted(set(moved)),
     "weights_gathered": len(re.findall(here.WEIGHTS_GATHERED, text)),
   }
   of = lambda made: [made[0].tolist(), made[1]["exit_layers"].tolist()]
@@ -104,7 +120,10 @@ print("FOUND" + json.dumps([jax.device_count(), found]))
 
 @pytest.fixture(scope="module")
 def found():
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  flags = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0"
+  )
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-c", SCRIPT],
     cwd=setup.REPOSITORY,
@@ -136,13 +155,19 @@ def test_generations_are_those_of_one_device_up_to_ties(found, name):
 def test_t5x_own_loops_search_as_on_one_device_and_draw_apart(found, name):
   tokens, layers = map(np.array, found[name]["0.4"])
   assert tokens.shape[:2] == (len(engine.PROMPTS), 2)
-  assert len({tuple(row) for row in tokens.reshape(-1, tokens.shape[-1])}) > len(tokens)
+  assert len(
+    {tuple(row) for row in tokens.reshape(-1, tokens.shape[-1])}
+  ) > len(tokens)
   assert name != "beam" or found[name]["0.4"] == found[name]["one"]
   assert 1 < layers[layers > 0].mean() < 4
 
 
-def test_nothing_is_exchanged_while_rows_are_decoded_nor_whole_weights_gathered(found):
-  """But where the whole mesh decodes as one, which shows that the law can fail."""
+def test_nothing_is_exchanged_while_rows_are_decoded_nor_whole_weights_gathered(
+  found,
+):
+  """But where the whole mesh decodes as one, which shows that the law can
+  fail.
+  """
   for name in (*GREEDY, *OTHERS):
     assert bool(found[name]["collectives"]) == name.endswith("whole_mesh")
   assert found["kept_whole"]["weights_gathered"] == 0

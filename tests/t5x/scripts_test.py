@@ -1,4 +1,6 @@
-"""To a T5X checkpoint and back: nothing is lost on the way; and how T5X is installed."""
+"""To a T5X checkpoint and back: nothing is lost on the way; and how T5X is
+installed.
+"""
 
 import dataclasses
 import importlib
@@ -30,9 +32,16 @@ def there_and_back(tmp_path, monkeypatch):
 
   def made(checkpoint: str):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    run("to_t5x", f"--checkpoint={checkpoint}", f"--output={theirs}", "--step=7")
+    run(
+      "to_t5x", f"--checkpoint={checkpoint}", f"--output={theirs}", "--step=7"
+    )
     step = theirs / "checkpoint_7"
-    run("from_t5x", f"--checkpoint={step}", f"--like={checkpoint}", f"--output={ours}")
+    run(
+      "from_t5x",
+      f"--checkpoint={step}",
+      f"--like={checkpoint}",
+      f"--output={ours}",
+    )
     return ours
 
   return made
@@ -45,28 +54,44 @@ def test_options_come_back(there_and_back):
   assert found == expected
 
 
-def test_exits_beside_frozen_weights_come_back_bit_for_bit(tmp_path, there_and_back):
+def test_exits_beside_frozen_weights_come_back_bit_for_bit(
+  tmp_path, there_and_back
+):
   """As parts of T5X's tree, whose options say that they are read."""
   toy, folder = engine.toy(**engine.MAPS), tmp_path / "fitted"
   checkpoints.save(folder, toy.params, toy.config, exits_trained=True)
   back = there_and_back(str(folder))
   assert checkpoints.load(back).config == toy.config
-  assert parameters.digest(checkpoints.load(back).params) == parameters.digest(toy.params)
+  assert parameters.digest(checkpoints.load(back).params) == parameters.digest(
+    toy.params
+  )
   options = json.loads((back / "inference.json").read_text())
-  assert options["propagation"] == "learned" and options["exit_layers"] == [1, 2, 3]
+  assert options["propagation"] == "learned" and options["exit_layers"] == [
+    1,
+    2,
+    3,
+  ]
 
 
 def test_a_classifier_that_was_added_comes_back(there_and_back):
   """Hugging Face's own models have none."""
   before, after = map(
-    checkpoints.load, (GOLDEN / "t5_1_1", there_and_back(str(GOLDEN / "t5_1_1")))
+    checkpoints.load,
+    (GOLDEN / "t5_1_1", there_and_back(str(GOLDEN / "t5_1_1"))),
   )
   assert not before.config.exit_classifier
-  assert after.config == dataclasses.replace(before.config, exit_classifier=True)
-  kept, found = parameters.flatten(before.params), parameters.flatten(after.params)
+  assert after.config == dataclasses.replace(
+    before.config, exit_classifier=True
+  )
+  kept, found = (
+    parameters.flatten(before.params),
+    parameters.flatten(after.params),
+  )
   for path, leaf in kept.items():
     np.testing.assert_array_equal(found.pop(path), leaf, err_msg=path)
-  assert found.keys() == {f"decoder/exit_classifier/{name}" for name in ("kernel", "bias")}
+  assert found.keys() == {
+    f"decoder/exit_classifier/{name}" for name in ("kernel", "bias")
+  }
 
 
 def test_the_installer_parses_and_says_how_it_is_used():

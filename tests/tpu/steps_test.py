@@ -1,6 +1,8 @@
-"""Whole steps compiled for a TPU's mesh: training, and decoding as T5X's users run it.
+"""Whole steps compiled for a TPU's mesh: training, and decoding as T5X's users
+run it.
 
-Real widths, few layers and a small vocabulary; scripts/tpu_steps.py compiles the paper's runs.
+Real widths, few layers and a small vocabulary; scripts/tpu_steps.py compiles
+the paper's runs.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ import tpu_hlo
 import tpu_report
 import tpu_steps
 
-pytestmark = pytest.mark.skipif(bool(tpu_report.available()), reason=tpu_report.available())
+pytestmark = pytest.mark.skipif(
+  bool(tpu_report.available()), reason=tpu_report.available()
+)
 
 SMALL: Any = dict(vocabulary=2048, batch=16, inputs=128, targets=64)
 
@@ -48,14 +52,21 @@ def test_each_core_decodes_rows_of_its_own_and_moves_no_cache(topology):
   assert not [x.text for x in tpu_hlo.moved(module, weight)]
 
 
-def test_inference_keeps_the_decoder_whole_on_every_core_and_gathers_no_weight():
-  """As T5X's inference has it with `whole_decoder`; without, each batch gathers the weights."""
+def test_inference_replicates_the_decoder_and_gathers_no_weight():
+  """As T5X's inference has it with `whole_decoder`; without, each batch gathers
+  the weights.
+  """
   step = tpu_steps.Step("decode", "small", layers=2, model=2, **SMALL)
-  gathered, kept = compiled(step), compiled(dataclasses.replace(step, whole=True))
+  gathered, kept = (
+    compiled(step),
+    compiled(dataclasses.replace(step, whole=True)),
+  )
 
   def exchanged_by_decoder(made):
     module = tpu_hlo.parse(made.as_text())
-    found = [x for x in module.within(module.entry) if x.opcode in tpu_hlo.COLLECTIVES]
+    found = [
+      x for x in module.within(module.entry) if x.opcode in tpu_hlo.COLLECTIVES
+    ]
     assert found  # the encoder's
     return [x.text for x in found if "/encoder/" not in x.text]
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+pytest.importorskip(
+  "orbax.checkpoint", reason="Orbax (the `train` extra) is not installed"
+)
 
 from calm import training
 from calm.data import training_batches
@@ -36,21 +38,31 @@ def source_of(texts, seed):
 
 @dataclasses.dataclass
 class Toy:
-  """All that a run of a tiny network needs; also the script that is killed below."""
+  """All that a run of a tiny network needs; also the script that is killed
+  below.
+  """
 
   config: training.TrainConfig
 
   def __post_init__(self):
     rng = np.random.default_rng(0)
     self.source = source_of(
-      [[*rng.integers(3, 20, n).tolist(), 1] for n in rng.integers(2, 9, 24)], seed=1
+      [[*rng.integers(3, 20, n).tolist(), 1] for n in rng.integers(2, 9, 24)],
+      seed=1,
     )
     self.module = network.Transformer(
       network.T5Config(
-        vocab_size=20, emb_dim=8, num_heads=1, head_dim=8, mlp_dim=8, dropout_rate=0.1,
-        num_encoder_layers=1, num_decoder_layers=2, one_hot_embedding=False,
+        vocab_size=20,
+        emb_dim=8,
+        num_heads=1,
+        head_dim=8,
+        mlp_dim=8,
+        dropout_rate=0.1,
+        num_encoder_layers=1,
+        num_decoder_layers=2,
+        one_hot_embedding=False,
       )
-    )  # fmt: skip
+    )
     self.losses = {}
 
   def fit(self, output_dir, listener=None, evaluate=None):
@@ -61,7 +73,13 @@ class Toy:
     listener = listener or training.Listener(on_step=self.note)
     evaluate = evaluate or default
     return loop.fit(
-      state, self.source, step, evaluate, self.config, output_dir=output_dir, listener=listener
+      state,
+      self.source,
+      step,
+      evaluate,
+      self.config,
+      output_dir=output_dir,
+      listener=listener,
     )
 
   def note(self, step, scalars):
@@ -83,7 +101,8 @@ def compiled(module, config, objective, source):
   return _compiled[key]
 
 
-# log_every does not divide eval_every: windows must still not cross a checkpoint.
+# log_every does not divide eval_every: windows must still not cross a
+# checkpoint.
 CONFIG = training.TrainConfig(num_steps=12, eval_every=5, log_every=3)
 
 # Killed between the best checkpoint and the newest.
@@ -105,14 +124,18 @@ def save_and_die(manager, step, tree):
   save(manager, step, tree)
 
 loop._save = save_and_die
-note = lambda step, scalars: print(f"{step} {scalars['loss'].hex()}", flush=True)
+note = lambda step, scalars: print(
+  f"{step} {scalars['loss'].hex()}", flush=True
+)
 t.Toy(t.CONFIG).fit(pathlib.Path(sys.argv[1]), training.Listener(on_step=note))
 """
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """(folder, toy, leaves at the end) of a run that nobody stopped; tests only read it."""
+  """(folder, toy, leaves at the end) of a run that nobody stopped; tests only
+  read it.
+  """
   folder = tmp_path_factory.mktemp("training") / "whole"
   toy = Toy(CONFIG)
   with jax.numpy_dtype_promotion("standard"):
@@ -128,14 +151,24 @@ def same(state, expected):
     np.testing.assert_array_equal(left, right)
 
 
-def test_a_run_that_was_killed_ends_as_if_it_never_was(whole, programs, tmp_path):
+def test_a_run_that_was_killed_ends_as_if_it_never_was(
+  whole, programs, tmp_path
+):
   folder, uninterrupted, expected = whole
-  environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+  environment = {
+    **os.environ,
+    "PYTHONPATH": str(REPOSITORY),
+    "JAX_PLATFORMS": "cpu",
+  }
   environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
   killed = subprocess.run(
     [sys.executable, "-c", SCRIPT, str(tmp_path), programs],
-    env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY,
-  )  # fmt: skip
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=REPOSITORY,
+  )
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   pairs = map(str.split, killed.stdout.splitlines())
   seen = {int(step): float.fromhex(loss) for step, loss in pairs}
@@ -158,7 +191,8 @@ def test_early_stopping_returns_the_best_parameters(tmp_path):
     return {"loss": next(values)}
 
   state = Toy(config).fit(tmp_path, evaluate=evaluate)
-  assert len(kept) == 4 and int(state.step) == 8  # two validations without improvement
+  # two validations without improvement
+  assert len(kept) == 4 and int(state.step) == 8
   same(state, jax.tree.leaves(kept[1]))
 
 
@@ -174,8 +208,12 @@ def test_losses_are_better_low_and_accuracies_high(metric, values, best):
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
-  config = dataclasses.replace(CONFIG, schedule=lambda steps: lambda step: jnp.nan)
-  with pytest.raises(FloatingPointError, match=r"finite .* loss, got nan by step 3; lower the"):
+  config = dataclasses.replace(
+    CONFIG, schedule=lambda steps: lambda step: jnp.nan
+  )
+  with pytest.raises(
+    FloatingPointError, match=r"finite .* loss, got nan by step 3; lower the"
+  ):
     Toy(config).fit(tmp_path)
   with pytest.raises(FloatingPointError, match="finite validation loss"):
     Toy(CONFIG).fit(tmp_path, evaluate=lambda params: {"loss": float("inf")})
@@ -184,11 +222,15 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(OSError, match=r"`output_dir` to be a folder that can be written, got .*"):
+  with pytest.raises(
+    OSError, match=r"`output_dir` to be a folder that can be written, got .*"
+  ):
     loop.check_writable(tmp_path / "file" / "run")
 
 
-IDENTIFIED = training.TrainConfig(20, training.Schedule(0.01, 1, final_fraction=1.0))
+IDENTIFIED = training.TrainConfig(
+  20, training.Schedule(0.01, 1, final_fraction=1.0)
+)
 
 
 def check(path, reached, first=3, rows_seed=0, width=2, **change):
@@ -203,7 +245,10 @@ def check(path, reached, first=3, rows_seed=0, width=2, **change):
   [
     ({"seed": 7}, "seed 0, now 7"),
     # A longer run decays more slowly: the steps that were made had other rates.
-    ({"schedule": training.Schedule(0.01, 1), "num_steps": 40}, r"learning rate 0\.01 at step"),
+    (
+      {"schedule": training.Schedule(0.01, 1), "num_steps": 40},
+      r"learning rate 0\.01 at step",
+    ),
     ({"first": 4}, "other data"),
     ({"rows_seed": 1}, "other data"),
     ({"width": 3}, "another model or optimizer"),
@@ -226,7 +271,12 @@ def test_the_same_run_and_a_longer_one_at_a_constant_rate_go_on(tmp_path):
   path.unlink()  # a run of an earlier version
   check(path, 10, rows_seed=3)
   known = json.loads(path.read_text())
-  for stored in ({}, [], {**known, "batches": known["batches"][:2]}, {**known, "batches": 3}):
+  for stored in (
+    {},
+    [],
+    {**known, "batches": known["batches"][:2]},
+    {**known, "batches": 3},
+  ):
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="to be what a run was made with"):
       check(path, 10, rows_seed=3)

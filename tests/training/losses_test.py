@@ -1,4 +1,6 @@
-"""Eq. 6 and the exit-classifier losses against naive loops, and without their memory."""
+"""Eq. 6 and the exit-classifier losses against naive loops, and without their
+memory.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +42,19 @@ def labels_of(logits, targets):
 
 def ours(normed, kernel, rest, z_loss=Z_LOSS):
   return losses.layer_cross_entropy(
-    normed, kernel, rest["targets"], rest["token_weights"], rest["weights"], z_loss
+    normed,
+    kernel,
+    rest["targets"],
+    rest["token_weights"],
+    rest["weights"],
+    z_loss,
   )
 
 
 def gradients_of(function, data):
-  return jax.jit(jax.grad(function, argnums=(0, 1)))(data["normed"], data["kernel"])
+  return jax.jit(jax.grad(function, argnums=(0, 1)))(
+    data["normed"], data["kernel"]
+  )
 
 
 @pytest.mark.parametrize("z_loss", [0.0, Z_LOSS])
@@ -55,11 +64,15 @@ def test_layer_cross_entropy_is_the_naive_one_in_value_and_gradients(z_loss):
   expected = lambda n, k: naive(
     n, k, data["targets"], data["token_weights"], data["weights"], z_loss
   )
-  np.testing.assert_allclose(value, expected(data["normed"], data["kernel"]), rtol=1e-5)
+  np.testing.assert_allclose(
+    value, expected(data["normed"], data["kernel"]), rtol=1e-5
+  )
   log_probabilities = jax.nn.log_softmax(data["normed"] @ data["kernel"])
   label = np.asarray(labels_of(log_probabilities, data["targets"]))
   real, targets = np.asarray(data["token_weights"]), np.asarray(data["targets"])
-  np.testing.assert_allclose(metrics.cross_entropy, -(label * real).sum((1, 2)), rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics.cross_entropy, -(label * real).sum((1, 2)), rtol=1e-5
+  )
   hits = np.asarray(log_probabilities).argmax(-1) == targets
   np.testing.assert_array_equal(metrics.correct, (hits * real).sum((1, 2)))
   got = gradients_of(lambda n, k: 3.0 * ours(n, k, data, z_loss)[0], data)
@@ -94,8 +107,11 @@ def test_logits_of_all_layers_never_exist_at_once():
       buffer_sizes(jax.make_jaxpr(grad)(data["normed"], data["kernel"]).jaxpr)
     )
   assert largest["ours"] < all_logits
-  assert largest["naive"] >= all_logits  # the search does find them where they are
-  predictions = jax.make_jaxpr(losses.layer_predictions)(data["normed"], data["kernel"])
+  # the search does find them where they are
+  assert largest["naive"] >= all_logits
+  predictions = jax.make_jaxpr(losses.layer_predictions)(
+    data["normed"], data["kernel"]
+  )
   assert max(buffer_sizes(predictions.jaxpr)) < all_logits
 
 
@@ -112,7 +128,9 @@ def test_gradients_have_the_dtype_of_bfloat16_activations():
 
 
 def test_weights_are_those_of_equation_6():
-  np.testing.assert_allclose(losses.layer_weights(4), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+  np.testing.assert_allclose(
+    losses.layer_weights(4), [0.1, 0.2, 0.3, 0.4], rtol=1e-6
+  )
   np.testing.assert_allclose(losses.layer_weights(8).sum(), 1.0, rtol=1e-6)
   np.testing.assert_array_equal(losses.last_layer_weights(3), [0, 0, 1])
   np.testing.assert_array_equal(losses.equal_weights(4), [0.25] * 4)
@@ -149,14 +167,20 @@ def naive_classifier(exit_logits, predictions, token_weights):
     (losses.geometric_classifier_loss, naive_geometric),
   ],
 )
-def test_classifier_losses_are_those_of_naive_loops_and_ignore_padding(function, loops):
+def test_classifier_losses_are_those_of_naive_loops_and_ignore_padding(
+  function, loops
+):
   rng = np.random.default_rng(0)
   exit_logits = rng.standard_normal((4, BATCH, LENGTH)).astype(np.float32)
   predictions = rng.integers(0, 3, (4, BATCH, LENGTH))
   token_weights = np.array(draw()["token_weights"])
-  call = lambda: function(*map(jnp.asarray, (exit_logits, predictions, token_weights)))
+  call = lambda: function(
+    *map(jnp.asarray, (exit_logits, predictions, token_weights))
+  )
   value = call()
-  np.testing.assert_allclose(value, loops(exit_logits, predictions, token_weights), rtol=1e-5)
+  np.testing.assert_allclose(
+    value, loops(exit_logits, predictions, token_weights), rtol=1e-5
+  )
   padded = token_weights == 0
   exit_logits[:, padded] = 50.0
   predictions[:, padded] = 9

@@ -1,11 +1,12 @@
-"""Cached generations: outputs of a model at every threshold, on disk and in memory.
+"""Cached generations: outputs of a model at every threshold, on disk and in
+memory.
 
 A directory holds
 
-    manifest.json            schema version, procedure, provenance, thresholds, checksums
-    prompts.jsonl            one prompt a line
-    threshold_never.jsonl    the full-depth reference
-    threshold_0.9.jsonl ...  one file a threshold, one record a line, in any order
+    manifest.json            schema version, procedure, provenance, thresholds,
+    checksums prompts.jsonl            one prompt a line threshold_never.jsonl
+    the full-depth reference threshold_0.9.jsonl ...  one file a threshold, one
+    record a line, in any order
 """
 
 import dataclasses
@@ -21,7 +22,11 @@ from calm import arguments, storage
 from calm.calibrate import checks
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
+from calm.calibrate.generations.procedure import (
+  Procedure,
+  Provenance,
+  describe_differences,
+)
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 __all__ = [
@@ -48,13 +53,17 @@ class Generations:
 
   prompts: tuple[Prompt, ...]  # [num_examples], in the recorded order
   thresholds: np.ndarray  # [num_thresholds] float64, strictly descending
-  # Per threshold the records in the order of `prompts`; those of long files stay on the disk.
-  # Runs of earlier versions that stopped early have those of the first prompts only.
+  # Per threshold the records in the order of `prompts`; those of long files
+  # stay on the disk. Runs of earlier versions that stopped early have those of
+  # the first prompts only.
   records: tuple[Sequence[Record], ...]
   full: Sequence[Record]  # the full-depth reference, in the order of `prompts`
-  procedure: Procedure | None = None  # how they were decoded; None for files from elsewhere
-  provenance: Provenance = dataclasses.field(default_factory=Provenance)  # their story
-  # Names of the settings, in the order of `thresholds`, where they were no thresholds.
+  # how they were decoded; None for files from elsewhere
+  procedure: Procedure | None = None
+  # their story
+  provenance: Provenance = dataclasses.field(default_factory=Provenance)
+  # Names of the settings, in the order of `thresholds`, where they were no
+  # thresholds.
   knobs: tuple[str, ...] = ()
 
   @property
@@ -63,23 +72,29 @@ class Generations:
     return tuple(prompt.id for prompt in self.prompts)
 
   def layer_counts(self) -> tuple[np.ndarray, np.ndarray] | None:
-    """(layers summed over real tokens, real tokens), each [num_examples, num_thresholds] int64.
+    """(layers summed over real tokens, real tokens), each [num_examples,
+    num_thresholds] int64.
 
-    EOS counts, padding does not. None where a record is missing or has no `exit_layers`.
+    EOS counts, padding does not. None where a record is missing or has no
+    `exit_layers`.
     """
     if {len(column) for column in self.records} != {len(self.prompts)}:
       return None
     sums = lambda column: [_sums(record) for record in column]
-    counts = [c.table[:, 1:] if isinstance(c, Column) else sums(c) for c in self.records]
+    counts = [
+      c.table[:, 1:] if isinstance(c, Column) else sums(c) for c in self.records
+    ]
     layers, tokens = np.array(counts, np.int64).transpose(2, 1, 0)
     return None if (layers < 0).any() else (layers, tokens)
 
 
 class Column(Sequence[Record]):
-  """Records that stay in their file: a million take gigabytes as objects, 24 bytes each here.
+  """Records that stay in their file: a million take gigabytes as objects, 24
+  bytes each here.
 
-  `table` is [num_records, 3] int64: where each line begins, in bytes; decoder layers run,
-  summed over tokens, -1 where a record says none; tokens without padding.
+  `table` is [num_records, 3] int64: where each line begins, in bytes; decoder
+  layers run, summed over tokens, -1 where a record says none; tokens without
+  padding.
   """
 
   def __init__(self, path: pathlib.Path, table: np.ndarray):
@@ -122,7 +137,9 @@ def threshold_file(threshold: float) -> str:
 
 
 def file_names(grid: Iterable[float]) -> list[str]:
-  """Names of the files of a run but its manifest: prompts, the reference, the thresholds."""
+  """Names of the files of a run but its manifest: prompts, the reference, the
+  thresholds.
+  """
   return [PROMPTS, *map(threshold_file, [thresholds_lib.NEVER_EXIT, *grid])]
 
 
@@ -132,9 +149,11 @@ def file_names(grid: Iterable[float]) -> list[str]:
 def read_document(
   path: pathlib.Path, check: Callable[..., None], way_out: str
 ) -> dict[str, Any] | None:
-  """A JSON object whose fields are the arguments of `check`; None where there is no file.
+  """A JSON object whose fields are the arguments of `check`; None where there
+  is no file.
 
-  GenerationsError where it is no JSON object, or a field is not what it should be.
+  GenerationsError where it is no JSON object, or a field is not what it should
+  be.
   """
   try:
     value = storage.parse_json(storage.content(path))
@@ -167,9 +186,13 @@ def _check_manifest(
   manifest_procedure({"procedure": procedure})
   Provenance(**provenance or {})
   if odd := set(checksums) - set(names):
-    raise ValueError(f"Expected `checksums` of {names}, got one of {min(odd)!r:.100}")
+    raise ValueError(
+      f"Expected `checksums` of {names}, got one of {min(odd)!r:.100}"
+    )
   if twice := checks.repeated(prompt_ids):
-    raise ValueError(f"Expected `prompt_ids` to be different texts, got {twice[0]!r} twice")
+    raise ValueError(
+      f"Expected `prompt_ids` to be different texts, got {twice[0]!r} twice"
+    )
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -181,13 +204,16 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
   path = pathlib.Path(directory) / MANIFEST
   if (found := read_document(path, _check_manifest, _AGAIN)) is None:
     raise GenerationsError(
-      f"Expected `directory` to be a folder that `calm generate` wrote, got {path.parent},"
+      "Expected `directory` to be a folder that `calm generate` wrote, got "
+      f"{path.parent},"
       f" which has no {MANIFEST}."
     )
   return found
 
 
-def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(
+  directory: pathlib.Path, manifest: Mapping[str, Any]
+) -> None:
   text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
   storage.write_atomically(directory / MANIFEST, text)
 
@@ -198,17 +224,24 @@ def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
   return None if value is None else Procedure(**value)
 
 
-def check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> None:
-  """GenerationsError for the first file that is not what the manifest says of it."""
+def check_checksums(
+  directory: pathlib.Path, checksums: Mapping[str, str]
+) -> None:
+  """GenerationsError for the first file that is not what the manifest says of
+  it.
+  """
   for name, expected in checksums.items():
     path = directory / name
     if not path.is_file():
-      raise GenerationsError(f"{path}: expected a file, as {MANIFEST} lists it, got none.")
+      raise GenerationsError(
+        f"{path}: expected a file, as {MANIFEST} lists it, got none."
+      )
     if storage.checksum(path) != expected:
       for _ in storage.read_lines(path):  # says more of a damaged line
         pass
       raise GenerationsError(
-        f"{path}: expected the SHA-256 {expected[:12]!r}... of {MANIFEST}, got another: it was"
+        f"{path}: expected the SHA-256 {expected[:12]!r}... of {MANIFEST}, "
+        "got another: it was"
         " changed after the run finished; restore it, or generate again."
       )
 
@@ -216,23 +249,29 @@ def check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> No
 # ---- Reading
 
 
-def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generations:
+def load(
+  directory: str | pathlib.Path, *, in_memory: bool = False
+) -> Generations:
   """Reads cached generations.
 
   Args:
     directory: a folder written by `open_writer`.
-    in_memory: read all records into memory. By default those of a file of more than
-      `LONG_FILE` bytes are read when they are asked for, so that memory grows with the prompts
-      alone; the folder must then stay as it is.
+    in_memory: read all records into memory. By default those of a file of more
+      than `LONG_FILE` bytes are read when they are asked for, so that memory
+      grows with the prompts alone; the folder must then stay as it is.
 
   Raises:
-    GenerationsError: anything is missing, damaged, duplicated or mixed; names file and line.
+    GenerationsError: anything is missing, damaged, duplicated or mixed; names
+      file and line.
   """
   directory = pathlib.Path(directory)
   manifest = read_manifest(directory)
   checksums, ids = manifest.get("checksums", {}), manifest["prompt_ids"]
   check_checksums(directory, checksums)
-  by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
+  by_id = {
+    prompt.id: prompt
+    for prompt in records_lib.read_prompts(directory / PROMPTS)
+  }
   provenance = Provenance(**manifest.get("provenance") or {})
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
   for name, told, got in (
@@ -247,10 +286,15 @@ def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generatio
       )
   names, procedure = file_names(grid), manifest_procedure(manifest)
   options = (ids, procedure, manifest.get("sequential", False), in_memory)
-  full, *records = (_read_column(directory / name, *options) for name in names[1:])
-  if bare := [n for n in names if n not in checksums and (directory / n).exists()]:
+  full, *records = (
+    _read_column(directory / name, *options) for name in names[1:]
+  )
+  if bare := [
+    n for n in names if n not in checksums and (directory / n).exists()
+  ]:
     raise GenerationsError(
-      f"{directory / MANIFEST}: expected `checksums` of every file, as of a run that finished,"
+      f"{directory / MANIFEST}: expected `checksums` of every file, as of a "
+      "run that finished,"
       f" got none of {bare[:3]}; resume the run that wrote it."
     )
   prompts = tuple(by_id[name] for name in ids)
@@ -264,7 +308,9 @@ def _read_column(
   partial: bool,
   in_memory: bool,
 ) -> Sequence[Record]:
-  """The records of one threshold, of the first `ids` where the run may be `partial`."""
+  """The records of one threshold, of the first `ids` where the run may be
+  `partial`.
+  """
   if partial and not path.exists():
     return ()
   long = not in_memory and path.is_file() and path.stat().st_size > LONG_FILE
@@ -277,40 +323,55 @@ def _read_column(
     missing = [name for name in wanted if name not in by_id]
     unknown = sorted(by_id.keys() - set(wanted))
     raise GenerationsError(
-      f"{path}: expected a record of each of the {len(wanted)} prompts, got {len(missing)}"
-      f" without one, first {missing[:5]}, and records of others: {unknown[:5]}; {_AGAIN}"
+      f"{path}: expected a record of each of the {len(wanted)} prompts, got "
+      f"{len(missing)}"
+      f" without one, first {missing[:5]}, and records of others: "
+      f"{unknown[:5]}; {_AGAIN}"
     )
   kept = [by_id[name] for name in wanted]
-  return Column(path, np.array(kept, np.int64).reshape(-1, 3)) if long else tuple(kept)
+  return (
+    Column(path, np.array(kept, np.int64).reshape(-1, 3))
+    if long
+    else tuple(kept)
+  )
 
 
 def read_records(
   path: str | pathlib.Path, procedure: Procedure | None = None
 ) -> Iterator[tuple[storage.Line, Record]]:
-  """(line, record) of each line of a file; GenerationsError where one is not of the run."""
+  """(line, record) of each line of a file; GenerationsError where one is not of
+  the run.
+  """
   parse = functools.partial(_parse, procedure_mark(procedure))
   return records_lib.read_each(path, parse, "a record of an output")
 
 
 def _parse(mark: str | None, line: storage.Line) -> Record:
-  """The record of a line; GenerationsError where it is of another procedure or threshold."""
+  """The record of a line; GenerationsError where it is of another procedure or
+  threshold.
+  """
   record = Record.from_json(line.value)
   if (theirs := line.value.get("procedure")) != mark:
     raise line.error(
-      f"expected a record of the manifest's procedure {mark!r}, got one of {theirs!r}: two"
+      f"expected a record of the manifest's procedure {mark!r}, got one of "
+      f"{theirs!r}: two"
       " procedures are mixed; generate again."
     )
-  level = line.value.get("threshold")  # files of earlier versions do not have it
+  # files of earlier versions do not have it
+  level = line.value.get("threshold")
   if level is not None and line.path.name != f"threshold_{level}.jsonl":
     raise line.error(
-      f"expected records of the threshold that the file is named by, got one of {level!r};"
+      "expected records of the threshold that the file is named by, got one "
+      f"of {level!r};"
       f" {_AGAIN}"
     )
   return record
 
 
 def procedure_mark(procedure: Procedure | None) -> str | None:
-  """The short digest that every record line carries, so that mixed files are found."""
+  """The short digest that every record line carries, so that mixed files are
+  found.
+  """
   return None if procedure is None else procedure.digest()[:16]
 
 
@@ -318,13 +379,18 @@ def procedure_mark(procedure: Procedure | None) -> str | None:
 
 
 class Writer:
-  """Appends records to a directory; `reports` says what resuming repaired (`open_writer`)."""
+  """Appends records to a directory; `reports` says what resuming repaired
+  (`open_writer`).
+  """
 
-  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: storage.Lock):
+  def __init__(
+    self, directory: pathlib.Path, manifest: dict[str, Any], lock: storage.Lock
+  ):
     self.directory = directory
     self._lock = lock  # held until `finish`, or as long as this object lives
     self._manifest = manifest
-    self.procedure = manifest_procedure(manifest)  # of the records that are there
+    # of the records that are there
+    self.procedure = manifest_procedure(manifest)
     self._mark = procedure_mark(self.procedure)
     self._ids = frozenset(manifest["prompt_ids"])
     self.reports: list[str] = []
@@ -335,10 +401,12 @@ class Writer:
       self._done[threshold] = self._resume(path) if path.exists() else {}
 
   def _resume(self, path: pathlib.Path) -> dict[str, int]:
-    """Where each record begins, after what killed or concurrent writers left was mended.
+    """Where each record begins, after what killed or concurrent writers left
+    was mended.
 
-    Two writers at once double and tear lines, where file systems have no locks. Of equal lines
-    the first is kept; where two of one id differ, none is: the prompt is decoded again.
+    Two writers at once double and tear lines, where file systems have no locks.
+    Of equal lines the first is kept; where two of one id differ, none is: the
+    prompt is decoded again.
     """
     self.reports += filter(None, [storage.drop_partial_line(path)])
     kept: dict[str, tuple[int, int]] = {}  # where a line begins, and its hash
@@ -348,7 +416,9 @@ class Writer:
         value = storage.parse_line(raw)[0] or {}
         begin, offset = offset, offset + len(raw)
         try:
-          name = _parse(self._mark, storage.Line(path, number, value, begin, raw)).id
+          name = _parse(
+            self._mark, storage.Line(path, number, value, begin, raw)
+          ).id
         except GenerationsError:  # another run's, which is no damage
           raise
         except (OverflowError, TypeError, ValueError):
@@ -363,20 +433,27 @@ class Writer:
       if not (torn or twice or differ):
         return {name: begin for name, (begin, _) in kept.items()}
       with storage.replacing(path) as mended:
-        for begin in (begin for name, (begin, _) in kept.items() if name not in differ):
+        for begin in (
+          begin for name, (begin, _) in kept.items() if name not in differ
+        ):
           file.seek(begin)
           mended.write(file.readline())
     self.reports.append(
-      f"{path}: {torn} damaged lines and {twice} doubled ones were removed, and {len(differ)}"
+      f"{path}: {torn} damaged lines and {twice} doubled ones were removed, "
+      f"and {len(differ)}"
       " prompts that had two outputs; what is missing is decoded again."
     )
     return self._resume(path)
 
   def completed_ids(self, threshold: float) -> frozenset[str]:
-    """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
+    """Ids that already have a record at `threshold` (`NEVER_EXIT` for the
+    reference).
+    """
     return frozenset(self._done[threshold])
 
-  def completed_records(self, threshold: float, ids: Iterable[str]) -> dict[str, Record]:
+  def completed_records(
+    self, threshold: float, ids: Iterable[str]
+  ) -> dict[str, Record]:
     """The records already written at `threshold`, of those `ids`, by id."""
     done = self._done[threshold]
     offsets = np.array([done[name] for name in ids if name in done], np.int64)
@@ -385,7 +462,9 @@ class Writer:
     return {record.id: record for record in column}
 
   def append(self, threshold: float, records: Iterable[Record]) -> None:
-    """Appends records as a whole; ValueError where an id is unknown or already written."""
+    """Appends records as a whole; ValueError where an id is unknown or already
+    written.
+    """
     done = self._done[threshold]
     marks = {"threshold": thresholds_lib.threshold_to_json(threshold)}
     if self._mark is not None:
@@ -396,21 +475,27 @@ class Writer:
     for record in records:
       if record.id not in self._ids or record.id in done or record.id in begins:
         raise ValueError(
-          f"Expected `records` to be of prompts that have none at {threshold} yet, got one of"
+          "Expected `records` to be of prompts that have none at "
+          f"{threshold} yet, got one of"
           f" {record.id!r}."
         )
-      lines.append(storage.dump_line({**record.to_json(), **marks}).encode("utf-8"))
+      lines.append(
+        storage.dump_line({**record.to_json(), **marks}).encode("utf-8")
+      )
       begins[record.id] = begin
       begin += len(lines[-1])
     storage.append(path, b"".join(lines))
     done.update(begins)
 
   def finish(self) -> None:
-    """Writes the checksums of all files into the manifest; ValueError if a record lacks."""
+    """Writes the checksums of all files into the manifest; ValueError if a
+    record lacks.
+    """
     for threshold, done in self._done.items():
       if missing := len(self._ids - set(done)):
         raise ValueError(
-          f"{threshold_file(threshold)}: expected a record of every prompt, got {missing}"
+          f"{threshold_file(threshold)}: expected a record of every prompt, "
+          f"got {missing}"
           " without one; append them before `finish`."
         )
     names = file_names(self._manifest["thresholds"])
@@ -420,7 +505,9 @@ class Writer:
 
 
 def checksums(directory: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-  """The field `checksums` of a manifest or a mark: {name: SHA-256 of the file}."""
+  """The field `checksums` of a manifest or a mark: {name: SHA-256 of the
+  file}.
+  """
   return {name: storage.checksum(directory / name) for name in names}
 
 
@@ -437,14 +524,14 @@ def open_writer(
   Args:
     directory: where; made if missing.
     prompts: in the order that losses will be tested in.
-    thresholds: the strictly descending grid, without `NEVER_EXIT` (the reference is always
-      there).
+    thresholds: the strictly descending grid, without `NEVER_EXIT` (the
+      reference is always there).
     procedure: how the outputs are decoded, or None.
     provenance: the story of the run.
 
   Raises:
-    GenerationsError: the directory holds another procedure, grid or prompts (the message names
-      the field), or is damaged.
+    GenerationsError: the directory holds another procedure, grid or prompts
+      (the message names the field), or is damaged.
     ValueError: there is no prompt, or an id occurs twice.
     storage.LockedError: another process writes there.
     OSError: it cannot be written, or one of its files is a link to nothing.
@@ -452,10 +539,14 @@ def open_writer(
   directory, ids = pathlib.Path(directory), [prompt.id for prompt in prompts]
   if not ids or (twice := checks.repeated(ids)):
     got = f"{twice[:5]} more than once" if ids else "none"
-    raise ValueError(f"Expected `prompts` to be at least one, with unique ids, got {got}.")
+    raise ValueError(
+      f"Expected `prompts` to be at least one, with unique ids, got {got}."
+    )
   grid = thresholds_lib.validate_grid(thresholds).tolist()
   story = provenance or Provenance()
-  story = dataclasses.replace(story, grid=story.grid or tuple(grid), num_examples=len(ids))
+  story = dataclasses.replace(
+    story, grid=story.grid or tuple(grid), num_examples=len(ids)
+  )
   manifest = {
     "schema_version": SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),
@@ -467,9 +558,14 @@ def open_writer(
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    text = f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror}"
+    text = (
+      f"Expected {str(directory)!r} to be a folder that can be made, got: "
+      f"{error.strerror}"
+    )
     raise OSError(f"{text}; choose a folder that can be written.") from error
-  storage.refuse_planted_links(directory / name for name in (MANIFEST, *file_names(grid)))
+  storage.refuse_planted_links(
+    directory / name for name in (MANIFEST, *file_names(grid))
+  )
   lock, differ = storage.lock(directory), ""
   if (directory / MANIFEST).exists():
     there = read_manifest(directory)
@@ -477,25 +573,35 @@ def open_writer(
     for name in ("thresholds", "prompt_ids", "sequential"):
       ours, theirs = manifest.get(name, False), there.get(name, False)
       if ours != theirs:
-        differ = differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"
-    # The story begins with the first run, and records are marked with its procedure.
-    manifest |= {name: there.get(name) for name in ("provenance", "procedure", "checksums")}
+        differ = (
+          differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"
+        )
+    # The story begins with the first run, and records are marked with its
+    # procedure.
+    manifest |= {
+      name: there.get(name) for name in ("provenance", "procedure", "checksums")
+    }
   path = directory / PROMPTS
-  lines = b"".join(storage.dump_line(prompt.to_json()).encode() for prompt in prompts)
+  lines = b"".join(
+    storage.dump_line(prompt.to_json()).encode() for prompt in prompts
+  )
   fresh = not path.exists()
   if not fresh and (
-    path.stat().st_size != len(lines) or storage.content(path, len(lines)) != lines
+    path.stat().st_size != len(lines)
+    or storage.content(path, len(lines)) != lines
   ):
     differ = differ or f"other prompts in {PROMPTS}, which would be replaced"
   if differ:
     raise GenerationsError(
-      f"{directory}: expected the run that is there, got another: {differ}; choose another"
+      f"{directory}: expected the run that is there, got another: {differ}; "
+      "choose another"
       " folder (--output), or the options of the run that is there."
     )
   if fresh:
     storage.write_atomically(path, lines)
   # Records that were edited must not be written into new checksums.
   check_checksums(directory, manifest["checksums"] or {})
-  # Resuming reopens a finished run: its checksums are written again by `finish`.
+  # Resuming reopens a finished run: its checksums are written again by
+  # `finish`.
   write_manifest(directory, manifest | {"checksums": {}})
   return Writer(directory, manifest, lock)

@@ -1,4 +1,6 @@
-"""Outputs decoded elsewhere: T5X, vLLM, OpenAI batches, plain {id, prediction} lines."""
+"""Outputs decoded elsewhere: T5X, vLLM, OpenAI batches, plain {id, prediction}
+lines.
+"""
 
 import math
 import pathlib
@@ -13,7 +15,9 @@ from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 Path = str | pathlib.Path
 _TARGET = "targets_pretokenized"
-_WHAT = "{id, prediction}, or a line of T5X infer, of an OpenAI batch or of vLLM"
+_WHAT = (
+  "{id, prediction}, or a line of T5X infer, of an OpenAI batch or of vLLM"
+)
 
 
 def read_predictions(
@@ -21,15 +25,17 @@ def read_predictions(
 ) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
   """Reads one file of outputs, of any of these forms, line by line.
 
-  {"id": ..., "prediction": ...} is a plain line; `input`, `targets` (or `references`), `group`
-  and the fields of `Record` are read where they are there. A line of an OpenAI batch's output
-  (`vllm run-batch` writes the same) has its id in `custom_id` and its text in `response.body`;
-  a `RequestOutput` of vLLM has `request_id` and `outputs`. A T5X `infer` line ({"inputs":
-  {...}, "prediction": ..., "aux": {...}}) gives the prompt too; its id is `inputs.id` where the
-  task kept one, else the line number.
+  {"id": ..., "prediction": ...} is a plain line; `input`, `targets` (or
+  `references`), `group` and the fields of `Record` are read where they are
+  there. A line of an OpenAI batch's output (`vllm run-batch` writes the same)
+  has its id in `custom_id` and its text in `response.body`; a `RequestOutput`
+  of vLLM has `request_id` and `outputs`. A T5X `infer` line ({"inputs": {...},
+  "prediction": ..., "aux": {...}}) gives the prompt too; its id is `inputs.id`
+  where the task kept one, else the line number.
 
-  `threshold` is what the file is given as (infinity: the full model's); None asks no line.
-  GenerationsError where a line is no output, or several, or an id occurs twice.
+  `threshold` is what the file is given as (infinity: the full model's); None
+  asks no line. GenerationsError where a line is no output, or several, or an id
+  occurs twice.
   """
   prompts: list[Prompt] = []
 
@@ -38,14 +44,18 @@ def read_predictions(
     prompts.append(Prompt.from_json({"input": "", **value}))
     return Record.from_json(value)
 
-  records = tuple(row for _, row in records_lib.read_each(path, parse, _WHAT, pipes=True))
+  records = tuple(
+    row for _, row in records_lib.read_each(path, parse, _WHAT, pipes=True)
+  )
   if not records:
     raise GenerationsError(f"{path}: expected outputs, one a line, got none.")
   return tuple(prompts), records
 
 
 def _plain(line: storage.Line, threshold: float | None) -> Mapping[str, Any]:
-  """A line of any form as a plain one: the fields of a prompt and of its record."""
+  """A line of any form as a plain one: the fields of a prompt and of its
+  record.
+  """
   value = line.value
   if isinstance(value.get("prediction"), list):
     _only(line, value["prediction"], "prediction")
@@ -62,7 +72,9 @@ def _plain(line: storage.Line, threshold: float | None) -> Mapping[str, Any]:
 
 
 def _of_batch(line: storage.Line) -> Any:
-  """The text of a line of a batch's output; ValueError where its request failed."""
+  """The text of a line of a batch's output; ValueError where its request
+  failed.
+  """
   response, error = line.value.get("response") or {}, line.value.get("error")
   if error or response.get("status_code", 200) != 200:
     raise ValueError(
@@ -73,17 +85,24 @@ def _of_batch(line: storage.Line) -> Any:
   if "choices" in body:
     choice = _only(line, body["choices"], "choices")
     return (choice.get("message") or choice).get("content", choice.get("text"))
-  messages = [part for part in body.get("output", ()) if part.get("type") == "message"]
+  messages = [
+    part for part in body.get("output", ()) if part.get("type") == "message"
+  ]
   parts = _only(line, messages, "output").get("content", ())
   return "".join(part.get("text", "") for part in parts)
 
 
 def _only(line: storage.Line, entries: Any, name: str) -> Mapping[str, Any]:
   """The one decode of a prompt: which of several is served is not known."""
-  if isinstance(entries, list) and len(entries) == 1 and isinstance(entries[0], Mapping):
+  if (
+    isinstance(entries, list)
+    and len(entries) == 1
+    and isinstance(entries[0], Mapping)
+  ):
     return entries[0]
   raise line.error(
-    f"expected one decode of a prompt in `{name}`, got {entries!r:.100}; decode with"
+    f"expected one decode of a prompt in `{name}`, got {entries!r:.100}; "
+    "decode with"
     " `return_all_decodes = False`, or ask for one (`n = 1`)."
   )
 
@@ -109,7 +128,9 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
   record = {field: aux[field] for field in names if field in aux}
   if (layers := record.get("exit_layers")) is not None:
     if any(layer < 0 for layer in layers):
-      raise ValueError(f"Expected `exit_layers` of at least 0, got {layers!r:.100}")
+      raise ValueError(
+        f"Expected `exit_layers` of at least 0, got {layers!r:.100}"
+      )
     # Padding has exit layer 0 and follows the real tokens.
     length = sum(layer > 0 for layer in layers)
     record = {field: values[:length] for field, values in record.items()}
@@ -126,30 +147,49 @@ def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
   }
 
 
-def _check_threshold(line: storage.Line, aux: Mapping[str, Any], given: float | None) -> None:
-  """Refuses a T5X line whose `aux` names another threshold than the file is given as."""
+def _check_threshold(
+  line: storage.Line, aux: Mapping[str, Any], given: float | None
+) -> None:
+  """Refuses a T5X line whose `aux` names another threshold than the file is
+  given as.
+  """
   if given is None or not aux:
     return
   level = aux.get("threshold")
   if level is None:
-    # With exits but no confidence nothing was measured: every token ran a fixed depth.
-    level = given if "confidences" in aux or "exit_layers" not in aux else math.inf
-  if type(level) not in (int, float) or not (0 <= level <= 1 or level == math.inf):
-    raise ValueError(f"Expected `aux.threshold` to be a number in [0, 1], got {level!r:.100}")
-  if not math.isclose(level, given, rel_tol=2.0**-23):  # T5X writes a float32's digits
-    name = lambda value: "none (the full model)" if value == math.inf else f"{value:.7g}"
+    # With exits but no confidence nothing was measured: every token ran a fixed
+    # depth.
+    level = (
+      given if "confidences" in aux or "exit_layers" not in aux else math.inf
+    )
+  if type(level) not in (int, float) or not (
+    0 <= level <= 1 or level == math.inf
+  ):
+    raise ValueError(
+      f"Expected `aux.threshold` to be a number in [0, 1], got {level!r:.100}"
+    )
+  # T5X writes a float32's digits
+  if not math.isclose(level, given, rel_tol=2.0**-23):
+    name = lambda value: (
+      "none (the full model)" if value == math.inf else f"{value:.7g}"
+    )
     raise line.error(
-      f"expected outputs of threshold {name(given)}, as the file is given, got outputs of"
-      f" threshold {name(level)} (`aux.threshold`); name each file by its own threshold."
+      f"expected outputs of threshold {name(given)}, as the file is given, "
+      "got outputs of"
+      f" threshold {name(level)} (`aux.threshold`); name each file by its "
+      "own threshold."
     )
 
 
-def gather(full: Path, by_threshold: Mapping[float, Path] | Mapping[str, Path]) -> Generations:
-  """Cached generations from one file a threshold, in any form `read_predictions` knows.
+def gather(
+  full: Path, by_threshold: Mapping[float, Path] | Mapping[str, Path]
+) -> Generations:
+  """Cached generations from one file a threshold, in any form
+  `read_predictions` knows.
 
-  `by_threshold` has thresholds in [0, 1], or any other knob as texts, the best first; prompts
-  are what `full` says of them. GenerationsError where a file is damaged, or its prompts or
-  threshold are others.
+  `by_threshold` has thresholds in [0, 1], or any other knob as texts, the best
+  first; prompts are what `full` says of them. GenerationsError where a file is
+  damaged, or its prompts or threshold are others.
   """
   order: list[Any] = list(by_threshold)
   if not any(isinstance(knob, str) for knob in order):
@@ -167,15 +207,19 @@ def gather(full: Path, by_threshold: Mapping[float, Path] | Mapping[str, Path]) 
     unknown = [name for name in by_name if name not in by_id]
     if missing or unknown:
       raise GenerationsError(
-        f"{path}: expected one output of each of the {len(known)} prompts, got missing"
-        f" {missing[:5]}, unknown {unknown[:5]}; decode the same prompts for every file."
+        f"{path}: expected one output of each of the {len(known)} prompts, "
+        "got missing"
+        f" {missing[:5]}, unknown {unknown[:5]}; decode the same prompts for "
+        "every file."
       )
     for number, other in enumerate(said, start=1):
       ours = by_id[other.id].input
       if other.input and ours and other.input != ours:
         raise GenerationsError(
-          f"{path}: expected output {number} (id {other.id!r}) to be of the input"
-          f" {ours[:60]!r}, got {other.input[:60]!r}: the files are not aligned; decode the"
+          f"{path}: expected output {number} (id {other.id!r}) to be of the "
+          "input"
+          f" {ours[:60]!r}, got {other.input[:60]!r}: the files are not "
+          "aligned; decode the"
           " same prompts in one order, or give them ids."
         )
     records.append(tuple(by_name[name] for name in by_id))

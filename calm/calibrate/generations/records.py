@@ -11,26 +11,35 @@ import numpy as np
 
 from calm import arguments, storage
 
-# Cached generations that cannot be used; the message names the file and the line.
+# Cached generations that cannot be used; the message names the file and the
+# line.
 GenerationsError = storage.FormatError
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One prompt; ValueError where `id` or `input` is no text, or targets are no texts."""
+  """One prompt; ValueError where `id` or `input` is no text, or targets are no
+  texts.
+  """
 
   id: str  # unique name
   input: str  # text, without task prefix
-  targets: tuple[str, ...] = ()  # accepted references, best first; a lone text is one
-  group: str | None = None  # name of the cluster that the prompt belongs to (its source)
+  # accepted references, best first; a lone text is one
+  targets: tuple[str, ...] = ()
+  # name of the cluster that the prompt belongs to (its source)
+  group: str | None = None
 
   def __post_init__(self):
     targets, group = self.targets, self.group
     lone = isinstance(targets, str) or not arguments.is_listing(targets)
     texts: tuple[Any, ...] = (targets,) if lone else tuple(targets)
     if not all(isinstance(target, str) for target in texts):
-      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r:.100}")
-    if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
+      raise ValueError(
+        f"Expected `targets` to be a list of texts, got {targets!r:.100}"
+      )
+    if not isinstance(group, str | numbers.Integral | None) or isinstance(
+      group, bool
+    ):
       text = f"to be a text, a whole number or null, got {group!r:.100}"
       raise ValueError(f"Expected `group` {text}")
     group = None if group is None else str(group)
@@ -47,11 +56,15 @@ class Prompt:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
-    """Reads `to_json`'s form, or a data-set row: {id, input, target or references, source}."""
+    """Reads `to_json`'s form, or a data-set row: {id, input, target or
+    references, source}.
+    """
     field: Any = value.get
     targets = field("targets", field("references", field("target")))
     texts = () if targets is None else targets
-    return cls(field("id"), field("input"), texts, field("group", field("source")))
+    return cls(
+      field("id"), field("input"), texts, field("group", field("source"))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +73,17 @@ class Record:
 
   id: str  # the prompt's
   prediction: str  # decoded text
-  tokens: tuple[int, ...] | None = None  # [length], EOS included, nothing after it
-  exit_layers: tuple[int, ...] | None = None  # [length] decoder layers run (1-based)
-  confidences: tuple[float, ...] | None = None  # [length] at the exit, in [0, 1]
-  # [length] highest confidence that was evaluated and refused at that token, 0 if none.
+  # [length], EOS included, nothing after it
+  tokens: tuple[int, ...] | None = None
+  # [length] decoder layers run (1-based)
+  exit_layers: tuple[int, ...] | None = None
+  # [length] at the exit, in [0, 1]
+  confidences: tuple[float, ...] | None = None
+  # [length] highest confidence that was evaluated and refused at that token, 0
+  # if none.
   rejected_confidences: tuple[float, ...] | None = None
-  score: float | None = None  # sum of the emitted tokens' log-probabilities, nats
+  # sum of the emitted tokens' log-probabilities, nats
+  score: float | None = None
 
   def __post_init__(self):
     require_text("id", self.id)
@@ -74,35 +92,52 @@ class Record:
     for name, most in _MOST.items():
       if (values := getattr(self, name)) is not None:
         values = _numbers(name, values, most)
-        object.__setattr__(self, name, values)  # `vars` would make a dict of each record
+        # `vars` would make a dict of each record
+        object.__setattr__(self, name, values)
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
       raise ValueError(
-        f"Expected the sequences of {self.id!r} to have one length, got {lengths}; give each an"
+        f"Expected the sequences of {self.id!r} to have one length, got "
+        f"{lengths}; give each an"
         " entry for every token"
       )
     if (score := self.score) is not None:
       real = isinstance(score, numbers.Real) and not isinstance(score, bool)
       if not real or not math.isfinite(float(score)):
-        raise ValueError(f"Expected `score` to be a finite number (nats), got {score!r}")
+        raise ValueError(
+          f"Expected `score` to be a finite number (nats), got {score!r}"
+        )
       object.__setattr__(self, "score", float(score))
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
     plain = lambda value: list(value) if isinstance(value, tuple) else value
-    return {name: plain(value) for name, value in vars(self).items() if value is not None}
+    return {
+      name: plain(value)
+      for name, value in vars(self).items()
+      if value is not None
+    }
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Record":
-    """The inverse of `to_json`; unknown fields are ignored, ValueError for what is none."""
+    """The inverse of `to_json`; unknown fields are ignored, ValueError for what
+    is none.
+    """
     given: dict[str, Any] = {"id": None, "prediction": None}
-    return cls(**given | {name: value[name] for name in _NAMES if name in value})
+    return cls(
+      **given | {name: value[name] for name in _NAMES if name in value}
+    )
 
 
-# The greatest value of each sequence; confidences are rounded by as much as float32 cosines and
-# softmax margins pass their bounds.
+# The greatest value of each sequence; confidences are rounded by as much as
+# float32 cosines and softmax margins pass their bounds.
 _ROUNDING = 1e-5
-_MOST = {"tokens": 2**31 - 1, "exit_layers": 2**10, "confidences": 1, "rejected_confidences": 1}
+_MOST = {
+  "tokens": 2**31 - 1,
+  "exit_layers": 2**10,
+  "confidences": 1,
+  "rejected_confidences": 1,
+}
 _NAMES = ("id", "prediction", *_MOST, "score")
 
 
@@ -115,9 +150,12 @@ def _numbers(name: str, values: Any, most: int) -> tuple:
     found = list(values)
     if not set(map(type, found)) <= {int, float}:  # numpy's scalars
       found = list(map(_plain, found))
-    # A million records are read: their numbers are looked at together; a NaN is in the sum.
+    # A million records are read: their numbers are looked at together; a NaN is
+    # in the sum.
     total = sum(found) if set(map(type, found)) <= set(kinds) else math.nan
-    if not found or (total == total and holds(min(found)) and holds(max(found))):
+    if not found or (
+      total == total and holds(min(found)) and holds(max(found))
+    ):
       return tuple(map(float, found)) if most == 1 else tuple(found)
     odd = next(value for value in found if not holds(value))
   kind = "numbers in [0, 1]" if most == 1 else f"whole numbers in 0 ... {most}"
@@ -137,7 +175,8 @@ def require_text(name: str, text: Any) -> None:
     raise ValueError(f"Expected `{name}` to be a text, got {text!r:.100}")
   try:
     text.encode("utf-8")
-  except UnicodeEncodeError as error:  # JSON can hold it, and no file in UTF-8 can
+  except UnicodeEncodeError as error:
+    # JSON can hold it, and no file in UTF-8 can
     half = f"{text[error.start]!r} at character {error.start + 1}"
     raise ValueError(
       f"Expected `{name}` to be Unicode, got half of a surrogate pair, {half}"
@@ -151,9 +190,11 @@ def read_each(
   *,
   pipes: bool = False,
 ) -> Iterator[tuple[storage.Line, Any]]:
-  """(line, what `parse` makes of it, with an `id`) of each object of a JSON Lines file.
+  """(line, what `parse` makes of it, with an `id`) of each object of a JSON
+  Lines file.
 
-  GenerationsError, which names file and line, where one is not `what`, or an id occurs twice.
+  GenerationsError, which names file and line, where one is not `what`, or an id
+  occurs twice.
   """
   seen: set[str] = set()
   for line in storage.read_lines(path, pipes=pipes):
@@ -162,11 +203,15 @@ def read_each(
     except GenerationsError:
       raise
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
-      text = f"expected {what}, got none: {str(error).rstrip('.')}; write the line again."
+      text = (
+        f"expected {what}, got none: {str(error).rstrip('.')}; write the "
+        "line again."
+      )
       raise line.error(text) from error
     if value.id in seen:
       raise line.error(
-        f"expected every id once, got {value.id!r} twice; give each its own, or resume the run"
+        f"expected every id once, got {value.id!r} twice; give each its own, "
+        "or resume the run"
         " that wrote it."
       )
     seen.add(value.id)
@@ -174,13 +219,19 @@ def read_each(
 
 
 def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
-  """Reads prompts from JSON Lines of {id, input, targets or target, group or source}.
+  """Reads prompts from JSON Lines of {id, input, targets or target, group or
+  source}.
 
   Raises:
-    GenerationsError: a line is no prompt, an id occurs twice, or there is no prompt at all.
+    GenerationsError: a line is no prompt, an id occurs twice, or there is no
+      prompt at all.
   """
   parse = lambda line: Prompt.from_json(line.value)
-  prompts = tuple(prompt for _, prompt in read_each(path, parse, "a prompt, `id` and `input`"))
+  prompts = tuple(
+    prompt for _, prompt in read_each(path, parse, "a prompt, `id` and `input`")
+  )
   if not prompts:
-    raise GenerationsError(f"{path}: expected a prompt a line, got none; write at least one.")
+    raise GenerationsError(
+      f"{path}: expected a prompt a line, got none; write at least one."
+    )
   return prompts

@@ -1,6 +1,8 @@
-"""What XLA:CPU computes slowly, as functions of this process that XLA calls, a file each.
-Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA computes all of
-it; texts are the same but for what a last bit decides."""
+"""What XLA:CPU computes slowly, as functions of this process that XLA calls, a
+file each. Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another
+platform, XLA computes all of it; texts are the same but for what a last bit
+decides.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -49,7 +51,9 @@ def available() -> bool:
 
 def reads(keys: jax.Array, values: jax.Array) -> bool:
   """Whether `attend` reads keys and values of this layout."""
-  return keys.dtype == values.dtype == jnp.float32 and keys.ndim == 4 and available()
+  return (
+    keys.dtype == values.dtype == jnp.float32 and keys.ndim == 4 and available()
+  )
 
 
 def attend(
@@ -64,16 +68,20 @@ def attend(
   """softmax(keys query + bias) values, of every query and head.
 
   Args:
-    rows: the row of the batch that each query reads; of queries with a negative one the result
-      is 0. None: as many read each row, in the batch's order.
+    rows: the row of the batch that each query reads; of queries with a negative
+      one the result is 0. None: as many read each row, in the batch's order.
     query, keys, values: the batch's, which it `reads`.
-    bias: of the keys: for each query, for each row of the batch, or for all. Keys at
-      `layers.MASK_BIAS` before the first or behind the last that is not are not read; a query
-      that sees none gets 0.
-    now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
-    single_threaded: whether one thread makes the layer's products, the others asleep.
+    bias: of the keys: for each query, for each row of the batch, or for all.
+      Keys at `layers.MASK_BIAS` before the first or behind the last that is not
+      are not read; a query that sees none gets 0.
+    now: one key more of every query, its value [queries, heads, head_dim], bias
+      [heads].
+    single_threaded: whether one thread makes the layer's products, the others
+      asleep.
   """
-  return _kernel("attention").attend(rows, query, keys, values, bias, now, single_threaded)
+  return _kernel("attention").attend(
+    rows, query, keys, values, bias, now, single_threaded
+  )
 
 
 def attend_within(
@@ -88,21 +96,29 @@ def attend_within(
 
   Args:
     begins: where each prompt begins, then how many tokens there are.
-    counts: tokens of each prompt; behind them, up to where the next begins, the result is 0.
+    counts: tokens of each prompt; behind them, up to where the next begins, the
+      result is 0.
     query, key, value: float32.
-    biases: by position of the key less the query's, from 1 - n to n - 1, n of the longest.
+    biases: by position of the key less the query's, from 1 - n to n - 1, n of
+      the longest.
   """
   return _kernel("prompt").attend(begins, counts, query, key, value, biases)
 
 
 def is_small(matrix: Any) -> bool:
-  """Whether XLA wakes a second thread to multiply a row by a matrix that is not in tiles, where
-  one is as fast."""
-  return getattr(matrix, "dtype", None) == jnp.float32 and matrix.size <= MOST_NUMBERS
+  """Whether XLA wakes a second thread to multiply a row by a matrix that is not
+  in tiles, where one is as fast.
+  """
+  return (
+    getattr(matrix, "dtype", None) == jnp.float32
+    and matrix.size <= MOST_NUMBERS
+  )
 
 
 def tile_width(dtype: Any) -> int:
-  """Columns of a tile: a row of one of codes fills a line of memory, one of numbers two."""
+  """Columns of a tile: a row of one of codes fills a line of memory, one of
+  numbers two.
+  """
   return platforms.WIDTH if dtype == jnp.int8 else platforms.WIDTH // 2
 
 
@@ -112,21 +128,26 @@ def reads_tiles(dtype: Any) -> bool:
 
 
 def one_thread(rows: int, tiles: jax.Array) -> bool:
-  """Whether one thread multiplies so many rows by a matrix as fast as two do."""
-  # Codes are multiplied twice as fast; up to eight rows wait for float32 numbers to be read.
+  """Whether one thread multiplies so many rows by a matrix as fast as two
+  do.
+  """
+  # Codes are multiplied twice as fast; up to eight rows wait for float32
+  # numbers to be read.
   rows = -(-rows // 2) if tiles.dtype == jnp.int8 else max(8, rows)
   return rows * tiles.size < SHARED_PRODUCTS
 
 
 def row_steps(inputs: int) -> int:
-  """Steps of the largest number of a row that `tiled_product` multiplies with codes: as many as
-  sums of so many products have room for in 32 bits."""
+  """Steps of the largest number of a row that `tiled_product` multiplies with
+  codes: as many as sums of so many products have room for in 32 bits.
+  """
   return min(2**15 - 1, (2**31 - 1) // (127 * inputs))
 
 
 def tiled_product(
   x: Float[Array, "rows inputs"],
-  tiles: Int8[Array, "tiles pairs width two"] | Float[Array, "tiles inputs width"],
+  tiles: Int8[Array, "tiles pairs width two"]
+  | Float[Array, "tiles inputs width"],
   scales: Float[Array, " columns"] | None,
 ) -> Float[Array, "rows columns"]:
   """The product with a matrix in tiles, of float32 rows.
@@ -134,10 +155,12 @@ def tiled_product(
   Args:
     x: float32 rows.
     tiles: the matrix, in tiles of `tile_width` columns that lie side by side.
-    scales: what each column's codes are multiplied with, which meet rows of 16 bits, of steps
-      of their own; None of numbers.
+    scales: what each column's codes are multiplied with, which meet rows of 16
+      bits, of steps of their own; None of numbers.
   """
-  return _kernel("tiles").product(x, tiles, scales, not one_thread(len(x), tiles))
+  return _kernel("tiles").product(
+    x, tiles, scales, not one_thread(len(x), tiles)
+  )
 
 
 def multiplies_codes(activations: Sequence[str] = ()) -> bool:
@@ -156,7 +179,8 @@ def coded_product(
 
   Args:
     x: float32 rows.
-    matrices: in tiles; all but the last are multiplied with x, then with each other.
+    matrices: in tiles; all but the last are multiplied with x, then with each
+      other.
     activations: of each of those, by name.
     count: rows that are asked for; behind them the result is 0.
   """
@@ -187,8 +211,9 @@ def coded_heads(
 
 
 def peaks(logits: Float[Array, "rows pieces"]) -> tuple[jax.Array, ...] | None:
-  """The fields of `exits.layers.Peaks`, in their order, of one reading of the logits where XLA
-  reads them for each; None where nothing is compiled."""
+  """The fields of `exits.layers.Peaks`, in their order, of one reading of the
+  logits where XLA reads them for each; None where nothing is compiled.
+  """
   return _kernel("logits").peaks(logits) if available() else None
 
 

@@ -1,6 +1,8 @@
-"""Attention of one query a row, or of a few, in pieces that XLA's threads share. Queries of one
-row meet its keys and values together, which are read once, in order, from the first to the last
-that one of them may see; what becomes of a query does not depend on those beside it."""
+"""Attention of one query a row, or of a few, in pieces that XLA's threads
+share. Queries of one row meet its keys and values together, which are read
+once, in order, from the first to the last that one of them may see; what
+becomes of a query does not depend on those beside it.
+"""
 
 from typing import Any
 
@@ -10,23 +12,38 @@ import numpy as np
 from llvmlite import ir
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import FLOAT, INT, LANES, LEAST, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import (
+  FLOAT,
+  INT,
+  LANES,
+  LEAST,
+  Frame,
+  Writer,
+  constant,
+  number,
+)
 
-# Keys and values of so many numbers are worth a second thread: one that is awake, or one that
-# has to be woken for them.
+# Keys and values of so many numbers are worth a second thread: one that is
+# awake, or one that has to be woken for them.
 AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
 _MASKED = -1e9  # biases of keys that nobody sees are lower
 _SUMS = 16  # vectors of sums, which registers hold
 
 
-def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.Array:
+def attend(
+  rows, query, keys, values, bias, now, single_threaded: bool
+) -> jax.Array:
   """See `kernels.attend`."""
   queries, heads, head_dim = query.shape
-  together = queries // len(keys) if rows is None else 1  # queries of one row, side by side
+  # queries of one row, side by side
+  together = queries // len(keys) if rows is None else 1
   enough = ASLEEP_NUMBERS if single_threaded else AWAKE_NUMBERS
   # Their numbers, written out, are one operation more of every layer of a step.
   rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
-  given = rows, *(x.astype(jnp.float32) for x in (query, keys, values, bias, *(now or ())))
+  given = (
+    rows,
+    *(x.astype(jnp.float32) for x in (query, keys, values, bias, *(now or ()))),
+  )
   has_now = now is not None
   target = llvm.target(
     f"calm_attention_{head_dim}_{together}{'_now' if has_now else ''}",
@@ -34,35 +51,62 @@ def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.A
   )
 
   def piece(first: tuple[int, int], count: int, num_heads: int) -> jax.Array:
-    shape = jax.ShapeDtypeStruct((count * together, num_heads, head_dim), "float32")
+    shape = jax.ShapeDtypeStruct(
+      (count * together, num_heads, head_dim), "float32"
+    )
     return jax.ffi.ffi_call(target, shape)(np.array(first, np.int32), *given)
 
   groups, shared = queries // together, keys[0].size * queries >= enough
   if heads < groups:
-    made = llvm.in_pieces(groups, shared, lambda i, end: piece((i, 0), end - i, heads))
+    made = llvm.in_pieces(
+      groups, shared, lambda i, end: piece((i, 0), end - i, heads)
+    )
   else:
-    made = llvm.in_pieces(heads, shared, lambda i, end: piece((0, i), groups, end - i), axis=1)
+    made = llvm.in_pieces(
+      heads, shared, lambda i, end: piece((0, i), groups, end - i), axis=1
+    )
   return made.reshape(queries, -1)
 
 
 class _Piece:
-  """One call, for heads of one size, whose numbers stay in registers. Its arrays: the first
-  group of queries and the first head of the piece, then those of `attend`."""
+  """One call, for heads of one size, whose numbers stay in registers. Its
+  arrays: the first group of queries and the first head of the piece, then those
+  of `attend`.
+  """
 
-  def __init__(self, w: Writer, frame: Frame, head_dim: int, together: int, has_now: bool):
+  def __init__(
+    self, w: Writer, frame: Frame, head_dim: int, together: int, has_now: bool
+  ):
     self._w, self._head_dim, self._together = w, number(head_dim), together
     arrays = [frame.argument(i) for i in range(9 if has_now else 6)]
-    begin, self._rows, self._queries, self._keys, self._values, self._biases, *now = map(
-      frame.numbers, arrays
-    )
+    (
+      begin,
+      self._rows,
+      self._queries,
+      self._keys,
+      self._values,
+      self._biases,
+      *now,
+    ) = map(frame.numbers, arrays)
     self._first, self._now = begin, now
-    self._begin, self._head = (self._index(w.item(begin, number(i))) for i in range(2))
+    self._begin, self._head = (
+      self._index(w.item(begin, number(i))) for i in range(2)
+    )
     self._num_queries = frame.size(arrays[2], 0)
     self._in_order = w.icmp_signed("==", frame.size(arrays[1], 0), number(0))
-    self._heads, self._length = frame.size(arrays[3], 1), frame.size(arrays[3], 2)
-    self._bias_rows, self._bias_heads = frame.size(arrays[5], 0), frame.size(arrays[5], 1)
+    self._heads, self._length = (
+      frame.size(arrays[3], 1),
+      frame.size(arrays[3], 2),
+    )
+    self._bias_rows, self._bias_heads = (
+      frame.size(arrays[5], 0),
+      frame.size(arrays[5], 1),
+    )
     self._groups = w.udiv(frame.size(frame.result(0), 0), number(together))
-    self._count, self._out = frame.size(frame.result(0), 1), frame.numbers(frame.result(0))
+    self._count, self._out = (
+      frame.size(frame.result(0), 1),
+      frame.numbers(frame.result(0)),
+    )
     # A vector more, since scores are made a vector at a time.
     self._room = w.add(self._length, number(LANES))
     self._weights = w.scratch(w.mul(self._room, number(4 * together)))
@@ -79,7 +123,10 @@ class _Piece:
       for i, _ in w.loop(zero, self._count, 1):
         head = w.add(self._head, i)
         beside = [w.add(first, number(q)) for q in range(self._together)]
-        outs = [self._at(self._out, w.add(w.mul(each, self._count), i)) for each in beside]
+        outs = [
+          self._at(self._out, w.add(w.mul(each, self._count), i))
+          for each in beside
+        ]
         with w.if_else(w.icmp_signed("<", row, zero)) as (absent, present):
           with absent:
             for out in outs:
@@ -96,7 +143,9 @@ class _Piece:
   def _row(self, group: Any) -> Any:
     """The row of the batch that a group of queries reads."""
     # Where no row is named, something else that may be read.
-    named = self._w.select(self._in_order, self._first, self._w.item(self._rows, group))
+    named = self._w.select(
+      self._in_order, self._first, self._w.item(self._rows, group)
+    )
     return self._w.select(self._in_order, group, self._index(named))
 
   def _attend(self, query: Any, head: Any, row: Any, outs: list[Any]) -> None:
@@ -107,7 +156,10 @@ class _Piece:
     cached = w.mul(w.add(w.mul(row, self._heads), head), self._length)
     keys, values = self._at(self._keys, cached), self._at(self._values, cached)
     biases = [self._bias(each, head, row) for each in queries]
-    weights = [w.at(self._weights, self._room, number(i), number(0)) for i in range(len(outs))]
+    weights = [
+      w.at(self._weights, self._room, number(i), number(0))
+      for i in range(len(outs))
+    ]
     first, last = self._seen(biases)
     self._score(of_query, keys, first, last, weights)
     scales, mixed = [], []
@@ -122,12 +174,18 @@ class _Piece:
         for j, part in enumerate(parts, start=i * len(parts)):
           sums[j] = w.fused(factor, part, sums[j])
     for i, sum_ in enumerate(mixed):
-      (part, mask), of = self._parts[i % len(self._parts)], i // len(self._parts)
+      (part, mask), of = (
+        self._parts[i % len(self._parts)],
+        i // len(self._parts),
+      )
       w.write(w.fmul(sum_, scales[of]), w.item(outs[of], part), mask)
 
-  def _score(self, of_query: list[Any], keys: Any, first: Any, last: Any, weights) -> None:
-    """query . key, of all keys from the first to the last, added up a vector of keys at a time:
-    key after key is read, as memory likes it."""
+  def _score(
+    self, of_query: list[Any], keys: Any, first: Any, last: Any, weights
+  ) -> None:
+    """query . key, of all keys from the first to the last, added up a vector of
+    keys at a time: key after key is read, as memory likes it.
+    """
     w, end = self._w, self._w.sub(last, number(1))
     asked = [self._vectors(self._at(self._queries, each)) for each in of_query]
     sums = lambda q, i: w.at(
@@ -135,20 +193,31 @@ class _Piece:
     )
     for place, _ in w.loop(first, last, LANES):
       for i, _ in w.loop(number(0), number(LANES // self._at_once), 1):
-        # The last key again where there are no more: a tail needs no code of its own.
+        # The last key again where there are no more: a tail needs no code of
+        # its own.
         begin = w.add(place, w.mul(i, number(self._at_once)))
-        at = [w.least(w.add(begin, number(key)), end) for key in range(self._at_once)]
+        at = [
+          w.least(w.add(begin, number(key)), end)
+          for key in range(self._at_once)
+        ]
         some = [self._vectors(self._at(keys, key)) for key in at]
         for query, parts in enumerate(asked):
           made = [self._product(parts, key) for key in some]
           w.write(w.folded_together(made), sums(query, i))
       for query, weight in enumerate(weights):
-        made = [w.read(sums(query, number(i))) for i in range(LANES // self._at_once)]
-        w.write(w.folded_together(made, LANES // self._at_once), w.item(weight, place))
+        made = [
+          w.read(sums(query, number(i))) for i in range(LANES // self._at_once)
+        ]
+        w.write(
+          w.folded_together(made, LANES // self._at_once), w.item(weight, place)
+        )
 
-  def _weigh(self, of_query, head, bias, weights, first, last) -> tuple[Any, list[Any]]:
-    """e^(score - largest) of a query's keys; what sums of them are multiplied with, and the
-    first such sum, of the key that it has besides."""
+  def _weigh(
+    self, of_query, head, bias, weights, first, last
+  ) -> tuple[Any, list[Any]]:
+    """e^(score - largest) of a query's keys; what sums of them are multiplied
+    with, and the first such sum, of the key that it has besides.
+    """
     w, least = self._w, constant(LEAST)
     now, own_value = self._own(of_query, head)
     peaks, totals = list[Any]([constant(LEAST)]), list[Any]([constant(0.0)])
@@ -160,7 +229,9 @@ class _Piece:
       peaks[0] = w.larger(score, peaks[0])
     peak = w.spread(w.larger(w.folded(peaks[0], w.larger), now))
     exp = lambda score: w.select(
-      w.fcmp_unordered(">", score, least), w.exp(w.fsub(score, peak)), constant(0.0)
+      w.fcmp_unordered(">", score, least),
+      w.exp(w.fsub(score, peak)),
+      constant(0.0),
     )
     for place, part, mask in w.parts(weights, first, last, totals, LEAST):
       weight = exp(part)
@@ -174,7 +245,9 @@ class _Piece:
     return scale, [w.fmul(own, part) for part in own_value]
 
   def _bias(self, query: Any, head: Any, row: Any) -> Any:
-    """Where the biases of a query's keys begin: its own, its row's, or everybody's."""
+    """Where the biases of a query's keys begin: its own, its row's, or
+    everybody's.
+    """
     w, one = self._w, number(1)
     by_query = w.icmp_signed("==", self._bias_rows, self._num_queries)
     own = w.select(by_query, query, w.least(row, w.sub(self._bias_rows, one)))
@@ -183,17 +256,23 @@ class _Piece:
     return w.at(self._biases, self._length, place, number(0))
 
   def _seen(self, biases: list[Any]) -> tuple[Any, Any]:
-    """The first key that one of the queries may see, and the one behind the last such; equal if
-    none."""
+    """The first key that one of the queries may see, and the one behind the
+    last such; equal if none.
+    """
     w = self._w
     ends = [w.spread(w.trunc(self._length, INT)), constant(0, INT)]
     # Once where all queries have the same.
-    last = w.select(w.icmp_signed("==", biases[0], biases[-1]), number(1), number(len(biases)))
+    last = w.select(
+      w.icmp_signed("==", biases[0], biases[-1]), number(1), number(len(biases))
+    )
     stride = w.sub(biases[min(1, len(biases) - 1)], biases[0])
     for i, _ in w.loop(number(0), last, 1, ends):
       bias = w.add(biases[0], w.mul(i, stride))
       for place, part, _ in w.parts(bias, number(0), self._length, ends, LEAST):
-        open_, here = w.fcmp_ordered(">=", part, constant(_MASKED)), w.lanes(place)
+        open_, here = (
+          w.fcmp_ordered(">=", part, constant(_MASKED)),
+          w.lanes(place),
+        )
         behind = w.add(here, constant(1, INT))
         first = w.select(open_, w.least(here, ends[0]), ends[0])
         ends[:] = first, w.select(open_, w.most(behind, ends[1]), ends[1])
@@ -201,13 +280,17 @@ class _Piece:
     return w.sext(w.least(first, last), llvm.INDEX), w.sext(last, llvm.INDEX)
 
   def _own(self, of_query: Any, head: Any) -> tuple[Any, list[Any]]:
-    """The score of the key that a query has besides, `LEAST` if none, and its value."""
+    """The score of the key that a query has besides, `LEAST` if none, and its
+    value.
+    """
     w = self._w
     if not self._now:
       return ir.Constant(FLOAT, LEAST), [constant(0.0)] * len(self._parts)
     keys, values, bias = self._now
     asked = self._vectors(self._at(self._queries, of_query))
-    score = w.folded(self._product(asked, self._vectors(self._at(keys, of_query))), w.fadd)
+    score = w.folded(
+      self._product(asked, self._vectors(self._at(keys, of_query))), w.fadd
+    )
     score = w.fadd(score, w.read(w.item(bias, head), FLOAT))
     return score, self._vectors(self._at(values, of_query))
 
@@ -221,7 +304,9 @@ class _Piece:
   def _vectors(self, begin: Any) -> list[Any]:
     """A head's numbers."""
     w = self._w
-    return [w.read_some(w.item(begin, part), mask) for part, mask in self._parts]
+    return [
+      w.read_some(w.item(begin, part), mask) for part, mask in self._parts
+    ]
 
   def _at(self, array: Any, place: Any) -> Any:
     """Where the head of this number begins in an array of heads."""

@@ -1,5 +1,7 @@
-"""Products of many rows with matrices in 8 bits, and feed-forward blocks of them, a few rows at
-a time: what lies between two products stays near, and no row depends on those beside it."""
+"""Products of many rows with matrices in 8 bits, and feed-forward blocks of
+them, a few rows at a time: what lies between two products stays near, and no
+row depends on those beside it.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +13,16 @@ import numpy as np
 from llvmlite import ir
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import FLOAT, FLOATS, INTS, LANES, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import (
+  FLOAT,
+  FLOATS,
+  INTS,
+  LANES,
+  Frame,
+  Writer,
+  constant,
+  number,
+)
 from calm.t5.platforms import GROUP, WIDTH
 
 # Rows that meet a tile of columns at once: registers hold 24 vectors of sums.
@@ -22,7 +33,10 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _SHARED_PRODUCTS = 2**24
 _SHIFT = 128  # added to codes of rows, which must have no sign
 # x / (1 + e^(x (a + b x^2))), the tanh form of GELU.
-_GELU = -2.0 * math.sqrt(2.0 / math.pi), -2.0 * math.sqrt(2.0 / math.pi) * 0.044715
+_GELU = (
+  -2.0 * math.sqrt(2.0 / math.pi),
+  -2.0 * math.sqrt(2.0 / math.pi) * 0.044715,
+)
 
 
 def _gelu(w: Writer, x: Any) -> Any:
@@ -32,12 +46,16 @@ def _gelu(w: Writer, x: Any) -> Any:
 
 ACTIVATIONS: dict[str, Callable[[Writer, Any], Any]] = {
   "linear": lambda w, x: x,
-  "relu": lambda w, x: w.select(w.fcmp_unordered("<", x, constant(0.0)), constant(0.0), x),
+  "relu": lambda w, x: w.select(
+    w.fcmp_unordered("<", x, constant(0.0)), constant(0.0), x
+  ),
   "gelu": _gelu,
 }
 
 
-def product(x, matrices: Sequence[Any], activations: Sequence[str], count: Any) -> jax.Array:
+def product(
+  x, matrices: Sequence[Any], activations: Sequence[str], count: Any
+) -> jax.Array:
   """See `kernels.coded_product`."""
   rows, width = len(x), matrices[-1].scales.size
   used = jnp.asarray(rows if count is None else count, jnp.int32)
@@ -45,7 +63,9 @@ def product(x, matrices: Sequence[Any], activations: Sequence[str], count: Any) 
 
   def columns(begin: int, end: int) -> jax.Array:
     begins, shape = np.zeros(1, np.int32), (1, 1, rows, (end - begin) * WIDTH)
-    return heads(x, matrices, (), begins, used[None], begin * WIDTH, shape)[0, 0]
+    return heads(x, matrices, (), begins, used[None], begin * WIDTH, shape)[
+      0, 0
+    ]
 
   def piece(begin: int, end: int) -> jax.Array:
     first, last = _ROWS * begin, min(rows, _ROWS * end)
@@ -55,13 +75,16 @@ def product(x, matrices: Sequence[Any], activations: Sequence[str], count: Any) 
 
   shared = rows * sum(m.codes.size for m in matrices) >= _SHARED_PRODUCTS
   if tiles > blocks and not activations:
-    made = llvm.in_pieces(tiles, shared, columns, axis=1)  # each is read once for all rows
+    # each is read once for all rows
+    made = llvm.in_pieces(tiles, shared, columns, axis=1)
   else:
     made = llvm.in_pieces(blocks, shared, piece)
   return made[:, : matrices[-1].outputs]
 
 
-def heads(x, matrices, activations, begins, counts, first, shape: Sequence[int]) -> jax.Array:
+def heads(
+  x, matrices, activations, begins, counts, first, shape: Sequence[int]
+) -> jax.Array:
   """See `kernels.coded_heads`; `first` is a number."""
   name = "_".join(["calm_coded_product", *activations])
   target = llvm.target(name, lambda w, frame: _write(w, frame, activations))
@@ -77,14 +100,20 @@ class _Matrix:
     codes, shifts, scales = (frame.argument(first + i) for i in range(3))
     self.stride = w.mul(frame.size(codes, 1), number(GROUP))
     self.columns = frame.size(scales, 0)
-    self.codes, self.shifts, self.scales = map(frame.numbers, (codes, shifts, scales))
+    self.codes, self.shifts, self.scales = map(
+      frame.numbers, (codes, shifts, scales)
+    )
 
 
 def _write(w: Writer, frame: Frame, activations: Sequence[str]) -> None:
   matrices = [_Matrix(w, frame, 4 + 3 * i) for i in range(len(activations) + 1)]
-  first, x, begins, counts = (frame.numbers(frame.argument(i)) for i in range(4))
+  first, x, begins, counts = (
+    frame.numbers(frame.argument(i)) for i in range(4)
+  )
   rows = _Rows(w, x, frame.size(frame.argument(1), 1), matrices, activations)
-  index = lambda array, i: w.sext(w.read(w.item(array, i), llvm.INT), llvm.INDEX)
+  index = lambda array, i: w.sext(
+    w.read(w.item(array, i), llvm.INT), llvm.INDEX
+  )
   out, zero, result = frame.numbers(frame.result(0)), number(0), frame.result(0)
   heads, width = frame.size(result, 1), frame.size(result, 3)
   room = w.mul(frame.size(result, 2), width)  # numbers of a head of a prompt
@@ -106,22 +135,34 @@ def _write(w: Writer, frame: Frame, activations: Sequence[str]) -> None:
 class _Rows:
   """Rows of `x` on their way through the matrices."""
 
-  def __init__(self, w: Writer, x: Any, inputs: Any, matrices: list[_Matrix], activations):
+  def __init__(
+    self, w: Writer, x: Any, inputs: Any, matrices: list[_Matrix], activations
+  ):
     self._w, self._x, self._inputs, self._names = w, x, inputs, activations
     (*self._inner, self._outer), self._first = matrices, matrices[0]
-    # Codes, which may be written a vector too far, steps, and states of the rows at hand.
+    # Codes, which may be written a vector too far, steps, and states of the
+    # rows at hand.
     most = w.mul(w.most(self._first.stride, self._outer.stride), number(_ROWS))
     self._codes = w.scratch(w.add(most, number(LANES)))
     self._steps = w.scratch(number(LANES * 4))
     self._hidden = w.scratch(w.mul(self._first.columns, number(_ROWS * 4)))
 
-  def multiply(self, begin, count, column, columns, place: Callable[[Any, Any], Any]) -> None:
-    """So many rows, from `begin`, by so many columns, from `column`; `place` of both says where
-    a product is written."""
-    w, every, zero, last = self._w, number(_ROWS), number(0), self._w.sub(count, number(1))
+  def multiply(
+    self, begin, count, column, columns, place: Callable[[Any, Any], Any]
+  ) -> None:
+    """So many rows, from `begin`, by so many columns, from `column`; `place` of
+    both says where a product is written.
+    """
+    w, every, zero, last = (
+      self._w,
+      number(_ROWS),
+      number(0),
+      self._w.sub(count, number(1)),
+    )
     width, stride = self._first.columns, self._outer.stride
     for block, _ in w.loop(zero, count, _ROWS):
-      # The last row again where there are no more: a tail needs no code of its own.
+      # The last row again where there are no more: a tail needs no code of its
+      # own.
       row = lambda r, block=block: w.least(w.add(block, r), last)
       for r, _ in w.loop(zero, every, 1):
         given = w.at(self._x, self._inputs, w.add(begin, row(r)), zero)
@@ -130,8 +171,14 @@ class _Rows:
         for tile, _ in w.loop(zero, width, WIDTH):
           for matrix, name in zip(self._inner, self._names, strict=True):
             for r, at, value in self._products(matrix, tile):
-              value, at = ACTIVATIONS[name](w, value), w.at(self._hidden, width, number(r), at)
-              w.write(value if matrix is self._first else w.fmul(value, w.read(at)), at)
+              value, at = (
+                ACTIVATIONS[name](w, value),
+                w.at(self._hidden, width, number(r), at),
+              )
+              w.write(
+                value if matrix is self._first else w.fmul(value, w.read(at)),
+                at,
+              )
         for r, _ in w.loop(zero, every, 1):
           given = w.at(self._hidden, width, r, zero)
           self._round(r, given, stride, stride)
@@ -142,23 +189,34 @@ class _Rows:
   def _round(self, r: Any, x: Any, count: Any, stride: Any) -> None:
     """Codes of one of the rows, and what they are multiplied with."""
     w, codes = self._w, self._w.add(self._codes, self._w.mul(r, stride))
-    step = w.rounded(x, count, FLOAT(1 / 127), _BYTES, lambda i: w.add(codes, i), _SHIFT)
+    step = w.rounded(
+      x, count, FLOAT(1 / 127), _BYTES, lambda i: w.add(codes, i), _SHIFT
+    )
     w.write(step, w.item(self._steps, r))
 
-  def _products(self, matrix: _Matrix, column: Any) -> Iterator[tuple[int, Any, Any]]:
+  def _products(
+    self, matrix: _Matrix, column: Any
+  ) -> Iterator[tuple[int, Any, Any]]:
     """(row, column, vector) of the rows' products with a tile of columns."""
     w, codes = self._w, self._codes
     places = [w.add(column, number(v * LANES)) for v in range(_VECTORS)]
-    sums: list[Any] = [w.read(w.item(matrix.shifts, at), INTS) for at in places] * _ROWS
+    sums: list[Any] = [
+      w.read(w.item(matrix.shifts, at), INTS) for at in places
+    ] * _ROWS
     tile = w.add(matrix.codes, w.mul(column, matrix.stride))
     rows = [w.add(codes, w.mul(number(r), matrix.stride)) for r in range(_ROWS)]
     for i, values in w.loop(number(0), matrix.stride, GROUP, sums):
       line = w.add(tile, w.mul(i, number(WIDTH)))
-      parts = [w.read(w.add(line, number(v * LANES * GROUP)), INTS) for v in range(_VECTORS)]
+      parts = [
+        w.read(w.add(line, number(v * LANES * GROUP)), INTS)
+        for v in range(_VECTORS)
+      ]
       for r, row in enumerate(rows):
         four = w.spread(w.read(w.add(row, i), llvm.INT))
         for at, part in enumerate(parts, start=r * _VECTORS):
-          values[at] = w.call_by_name(_MULTIPLY_ADD, INTS, [values[at], four, part])
+          values[at] = w.call_by_name(
+            _MULTIPLY_ADD, INTS, [values[at], four, part]
+          )
     for r in range(_ROWS):
       step = w.spread(w.read(w.item(self._steps, number(r)), FLOAT))
       for v, at in enumerate(places):

@@ -1,7 +1,8 @@
-"""Functions for XLA, written in LLVM's own language and compiled in a tenth of a second.
+"""Functions for XLA, written in LLVM's own language and compiled in a tenth of
+a second.
 
-A compiler of Python's loops (numba) keeps the sums of a product in memory, which takes eight
-rows three times as long, and compiles for two seconds.
+A compiler of Python's loops (numba) keeps the sums of a product in memory,
+which takes eight rows three times as long, and compiles for two seconds.
 """
 
 import ctypes
@@ -17,7 +18,8 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
-# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
+# XLA:CPU runs up to nine operations that are ready one after another; more,
+# side by side.
 _PIECES = 12
 LANES = 16  # numbers of a vector
 LEAST = -3.0e38  # of numbers that are worth a comparison
@@ -29,17 +31,23 @@ _ALIGNED = ir.Constant(INT, _BYTES)
 # Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2, with a polynomial for e^r.
 _LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _POLYNOMIAL = (
-  1.98756915e-4, 1.39819995e-3, 8.3334519e-3, 4.16657959e-2, 0.166666655, 0.5,
-)  # fmt: skip
+  1.98756915e-4,
+  1.39819995e-3,
+  8.3334519e-3,
+  4.16657959e-2,
+  0.166666655,
+  0.5,
+)
 
-# XLA calls a function with one `XLA_FFI_CallFrame` (xla/ffi/api/c_api.h, whose layout a major
-# version keeps). All that is read of it lies in words of 64 bits: of what is asked besides a
-# call, and of the arrays.
+# XLA calls a function with one `XLA_FFI_CallFrame` (xla/ffi/api/c_api.h, whose
+# layout a major version keeps). All that is read of it lies in words of 64
+# bits: of what is asked besides a call, and of the arrays.
 _EXTENSION, _ARGUMENTS, _RESULTS = 1, 9, 14
 # Words of an array, `XLA_FFI_Buffer`.
 _DATA, _SIZES = 3, 5
-# Words of `XLA_FFI_Metadata_Extension` and of its `XLA_FFI_Metadata`; the version that this was
-# written by, which XLA refuses where it can no longer serve it.
+# Words of `XLA_FFI_Metadata_Extension` and of its `XLA_FFI_Metadata`; the
+# version that this was written by, which XLA refuses where it can no longer
+# serve it.
 _METADATA, _VERSION, _TRAITS = 3, 3, 4
 _MAJOR, _MINOR = 0, 3
 # What XLA was given; it calls them for as long as the process lives.
@@ -48,20 +56,27 @@ _lock = threading.Lock()
 
 
 def target(name: str, write: Callable[["Writer", "Frame"], None]) -> str:
-  """The name by which XLA calls a function, compiled when it is first asked for."""
+  """The name by which XLA calls a function, compiled when it is first asked
+  for.
+  """
   with _lock:
     if name not in _COMPILED:
       engine = _compile(write)
       kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
       function = kind(engine.get_function_address("kernel"))
-      jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+      jax.ffi.register_ffi_target(
+        name, jax.ffi.pycapsule(function), platform="cpu"
+      )
       _COMPILED[name] = engine, function
   return name
 
 
-def in_pieces(count: int, shared: bool, call: Callable[[int, int], Any], axis: int = 0) -> Any:
-  """Arrays that `call` makes of begin and end of pieces of `count` rows, heads or tiles, one
-  behind the other: of as many pieces as threads share, or of one."""
+def in_pieces(
+  count: int, shared: bool, call: Callable[[int, int], Any], axis: int = 0
+) -> Any:
+  """Arrays that `call` makes of begin and end of pieces of `count` rows, heads
+  or tiles, one behind the other: of as many pieces as threads share, or of one.
+  """
   pieces = min(_PIECES, count) if shared and num_cores() > 1 else 1
   ends = itertools.pairwise(i * count // pieces for i in range(pieces + 1))
   together = lambda *parts: jnp.concatenate(parts, axis)
@@ -101,7 +116,9 @@ def _compile(write: Callable[["Writer", "Frame"], None]) -> Any:
   parsed = llvm.parse_assembly(str(module))
   parsed.verify()
   machine = llvm.Target.from_default_triple().create_target_machine(
-    cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    cpu=llvm.get_host_cpu_name(),
+    features=llvm.get_host_cpu_features().flatten(),
+    opt=3,
   )
   engine = llvm.create_mcjit_compiler(parsed, machine)
   engine.finalize_object()
@@ -124,9 +141,10 @@ class Writer(ir.IRBuilder):
   def loop(
     self, begin: Any, end: Any, step: int, carried: list[Any] | None = None
   ) -> Iterator[tuple[Any, list[Any]]]:
-    """What is written for (i, values) that it yields is done for begin, begin + step, ... below
-    `end`. The list of values, `carried` at first, is to be set to the next ones; behind the
-    loop it has the last."""
+    """What is written for (i, values) that it yields is done for begin, begin +
+    step, ... below `end`. The list of values, `carried` at first, is to be set
+    to the next ones; behind the loop it has the last.
+    """
     before = self.block
     test, body, after = (self.append_basic_block() for _ in range(3))
     self.branch(test)
@@ -139,17 +157,26 @@ class Writer(ir.IRBuilder):
     self.position_at_end(body)
     values[:] = phis[1:]
     yield phis[0], values
-    for phi, value in zip(phis, (self.add(phis[0], number(step)), *values), strict=True):
+    for phi, value in zip(
+      phis, (self.add(phis[0], number(step)), *values), strict=True
+    ):
       phi.add_incoming(value, self.block)
     self.branch(test)
     self.position_at_end(after)
     values[:] = phis[1:]
 
   def parts(
-    self, row: Any, begin: Any, end: Any, carried: list[Any], instead: float = 0.0
+    self,
+    row: Any,
+    begin: Any,
+    end: Any,
+    carried: list[Any],
+    instead: float = 0.0,
   ) -> Iterator[tuple[Any, Any, Any]]:
-    """(its place, a vector, its mask) of every vector of a row from `begin` to `end`; `carried`
-    is as in `loop`. Only the last has a mask, and has `instead` where that says no."""
+    """(its place, a vector, its mask) of every vector of a row from `begin` to
+    `end`; `carried` is as in `loop`. Only the last has a mask, and has
+    `instead` where that says no.
+    """
     whole = self.add(begin, self.below(self.sub(end, begin), LANES))
     for place, _ in self.loop(begin, whole, LANES, carried):
       yield place, self.read(self.item(row, place)), None
@@ -157,9 +184,13 @@ class Writer(ir.IRBuilder):
     yield whole, self.read_some(self.item(row, whole), mask, instead), mask
 
   def parts_of(self, size: int) -> list[tuple[Any, Any]]:
-    """(place, mask) of every vector of a row of so many numbers; only the last may have one."""
+    """(place, mask) of every vector of a row of so many numbers; only the last
+    may have one.
+    """
     left = size % LANES
-    masks = [None] * (size // LANES) + ([self.first_lanes(number(left))] if left else [])
+    masks = [None] * (size // LANES) + (
+      [self.first_lanes(number(left))] if left else []
+    )
     return [(number(LANES * i), mask) for i, mask in enumerate(masks)]
 
   def scratch(self, count: Any) -> Any:
@@ -194,7 +225,9 @@ class Writer(ir.IRBuilder):
 
   def first_lanes(self, count: Any) -> Any:
     """The mask of the first lanes of a vector."""
-    return self.icmp_signed("<", self.lanes(number(0)), self.spread(self.trunc(count, INT)))
+    return self.icmp_signed(
+      "<", self.lanes(number(0)), self.spread(self.trunc(count, INT))
+    )
 
   def read(self, address: Any, kind: Any = FLOATS) -> Any:
     """A vector, or a single number."""
@@ -202,7 +235,9 @@ class Writer(ir.IRBuilder):
     return self.load(self.inttoptr(address, kind.as_pointer()), align=align)
 
   def read_some(self, address: Any, mask: Any, instead: float = 0.0) -> Any:
-    """A vector of float32 of which nothing is read where its mask, if it has one, says no."""
+    """A vector of float32 of which nothing is read where its mask, if it has
+    one, says no.
+    """
     if mask is None:
       return self.read(address)
     pointer = self.inttoptr(address, FLOATS.as_pointer())
@@ -210,7 +245,9 @@ class Writer(ir.IRBuilder):
     return self.call_by_name("llvm.masked.load.v16f32.p0v16f32", FLOATS, given)
 
   def write(self, value: Any, address: Any, mask: Any = None) -> None:
-    """Writes a vector, or a single number; where a mask says no, nothing is written."""
+    """Writes a vector, or a single number; where a mask says no, nothing is
+    written.
+    """
     pointer = self.inttoptr(address, value.type.as_pointer())
     if mask is None:
       self.store(value, pointer, align=_BYTES)
@@ -220,7 +257,9 @@ class Writer(ir.IRBuilder):
 
   def fused(self, one: Any, other: Any, added: Any) -> Any:
     """one * other + added, of vectors, rounded once where the processor can."""
-    return self.call_by_name(f"llvm.fmuladd.v{LANES}f32", FLOATS, [one, other, added])
+    return self.call_by_name(
+      f"llvm.fmuladd.v{LANES}f32", FLOATS, [one, other, added]
+    )
 
   def exp(self, x: Any) -> Any:
     """e^x to 3e-7 of itself, of x held between -87 and 87; NaN of NaN."""
@@ -241,15 +280,28 @@ class Writer(ir.IRBuilder):
     return self.fmul(p, self.bitcast(power, x.type))
 
   def rounded(
-    self, x: Any, count: Any, part: Any, kind: Any, place: Callable[[Any], Any], shift: int = 0
+    self,
+    x: Any,
+    count: Any,
+    part: Any,
+    kind: Any,
+    place: Callable[[Any], Any],
+    shift: int = 0,
   ) -> Any:
-    """The step of a row, this part of its largest number without its sign. Every number's steps
-    and `shift` are written, as vectors of a kind, at the `place` of each vector's first."""
-    # As bits, whose order is that of the numbers without a sign: NaN is the largest.
-    largest = lambda one, other: self.select(self.icmp_signed(">", one, other), one, other)
+    """The step of a row, this part of its largest number without its sign.
+    Every number's steps and `shift` are written, as vectors of a kind, at the
+    `place` of each vector's first.
+    """
+    # As bits, whose order is that of the numbers without a sign: NaN is the
+    # largest.
+    largest = lambda one, other: self.select(
+      self.icmp_signed(">", one, other), one, other
+    )
     bits = list[Any]([constant(_LEAST_BITS, INT)])
     for _, numbers, _ in self.parts(x, number(0), count, bits):
-      unsigned = self.and_(self.bitcast(numbers, INTS), constant(2**31 - 1, INT))
+      unsigned = self.and_(
+        self.bitcast(numbers, INTS), constant(2**31 - 1, INT)
+      )
       bits[0] = largest(unsigned, bits[0])
     step = self.fmul(self.bitcast(self.folded(bits[0], largest), FLOAT), part)
     factor = self.spread(self.fdiv(FLOAT(1.0), step))
@@ -257,7 +309,9 @@ class Writer(ir.IRBuilder):
       name = f"llvm.nearbyint.v{LANES}f32"
       steps = self.call_by_name(name, FLOATS, [self.fmul(numbers, factor)])
       code = self.fptosi(steps, INTS)
-      self.write(self.trunc(self.add(code, constant(shift, INT)), kind), place(i))
+      self.write(
+        self.trunc(self.add(code, constant(shift, INT)), kind), place(i)
+      )
     return step
 
   def lanes(self, begin: Any) -> Any:
@@ -266,7 +320,9 @@ class Writer(ir.IRBuilder):
     return self.add(self.spread(self.trunc(begin, INT)), order)
 
   def larger(self, one: Any, other: Any) -> Any:
-    """The larger of two numbers, or of each lane's; the other one where one is NaN."""
+    """The larger of two numbers, or of each lane's; the other one where one is
+    NaN.
+    """
     return self.select(self.fcmp_ordered(">", one, other), one, other)
 
   def spread(self, value: Any) -> Any:
@@ -286,15 +342,19 @@ class Writer(ir.IRBuilder):
     return self.extract_element(values, ir.Constant(INT, 0))
 
   def folded_together(self, vectors: list[Any], width: int = LANES) -> Any:
-    """Vectors whose blocks of so many lanes are added up, as `folded` does, until they lie in
-    one: each block's sum behind the one before."""
+    """Vectors whose blocks of so many lanes are added up, as `folded` does,
+    until they lie in one: each block's sum behind the one before.
+    """
     while len(vectors) > 1:
       width //= 2
       order = [i % width + i // width * 2 * width for i in range(LANES)]
-      lower, upper = (ir.Constant(INTS, [i + add for i in order]) for add in (0, width))
+      lower, upper = (
+        ir.Constant(INTS, [i + add for i in order]) for add in (0, width)
+      )
       pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
       halves = (
-        [self.shuffle_vector(*pair, lanes) for pair in pairs] for lanes in (lower, upper)
+        [self.shuffle_vector(*pair, lanes) for pair in pairs]
+        for lanes in (lower, upper)
       )
       vectors = list(map(self.fadd, *halves))
     return vectors[0]
@@ -307,7 +367,9 @@ class Writer(ir.IRBuilder):
 
 
 class Frame:
-  """What XLA hands to a call, at `address`; an array is the address of what describes it."""
+  """What XLA hands to a call, at `address`; an array is the address of what
+  describes it.
+  """
 
   def __init__(self, writer: Writer, address: Any):
     self._w, self.address = writer, address

@@ -1,5 +1,7 @@
-"""Rows of logits: what measures and greedy decoding ask of them; and, where their error has a
-bound, those scored again in float32 that may be the largest of a row, however many they are."""
+"""Rows of logits: what measures and greedy decoding ask of them; and, where
+their error has a bound, those scored again in float32 that may be the largest
+of a row, however many they are.
+"""
 
 from typing import Any
 
@@ -8,7 +10,17 @@ import jax.numpy as jnp
 from llvmlite import ir
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import FLOAT, INT, INTS, LANES, LEAST, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import (
+  FLOAT,
+  INT,
+  INTS,
+  LANES,
+  LEAST,
+  Frame,
+  Writer,
+  constant,
+  number,
+)
 
 # Logits that are worth a second thread.
 _SHARED = 2**17
@@ -36,23 +48,33 @@ def _write_peaks(w: Writer, frame: Frame) -> None:
   first = w.sext(w.read(begin, INT), llvm.INDEX)
   for i, _ in w.loop(number(0), rows, 1):
     row = w.at(logits, count, w.add(first, i), number(0))
-    largest: list[Any] = [constant(LEAST), constant(LEAST), ir.Constant(INTS, None)]
+    largest: list[Any] = [
+      constant(LEAST),
+      constant(LEAST),
+      ir.Constant(INTS, None),
+    ]
     for place, values, _ in w.parts(row, number(0), count, largest, LEAST):
       best, second, token = largest
-      largest[2] = w.select(w.fcmp_ordered(">", values, best), w.lanes(place), token)
-      largest[1] = w.larger(second, w.select(w.fcmp_ordered(">", values, best), best, values))
+      largest[2] = w.select(
+        w.fcmp_ordered(">", values, best), w.lanes(place), token
+      )
+      largest[1] = w.larger(
+        second, w.select(w.fcmp_ordered(">", values, best), best, values)
+      )
       largest[0] = w.larger(values, best)
     best, second, token = largest
     top = w.folded(best, w.larger)
     is_top = w.fcmp_ordered("==", best, w.spread(top))
     lesser = lambda a, b: w.select(w.icmp_signed("<", a, b), a, b)
     place = w.folded(w.select(is_top, token, constant(2**31 - 1, INT)), lesser)
-    # Of the lane that has the largest its own second; of the others, what they have.
+    # Of the lane that has the largest its own second; of the others, what they
+    # have.
     is_best = w.and_(is_top, w.icmp_signed("==", token, w.spread(place)))
     second = w.folded(w.select(is_best, second, best), w.larger)
     sums: list[Any] = [constant(0.0)] * 3
     for _, values, _ in w.parts(row, number(0), count, sums, LEAST):
-      below = w.larger(constant(_FARTHEST), w.fsub(values, w.spread(top)))  # NaN of NaN
+      # NaN of NaN
+      below = w.larger(constant(_FARTHEST), w.fsub(values, w.spread(top)))
       weight = w.exp(below)
       known = w.fcmp_ordered(">", values, constant(LEAST))
       sums[0] = w.fadd(sums[0], weight)
@@ -68,7 +90,9 @@ def rescored(logits: jax.Array, *arrays: jax.Array) -> jax.Array:
 
   def piece(begin: int, end: int) -> jax.Array:
     shape = jax.ShapeDtypeStruct((end - begin, logits.shape[1]), "float32")
-    call = jax.ffi.ffi_call(llvm.target("calm_rescored", _write_rescored), shape)
+    call = jax.ffi.ffi_call(
+      llvm.target("calm_rescored", _write_rescored), shape
+    )
     return call(jnp.full((), begin, jnp.int32), logits, *arrays)
 
   return llvm.in_pieces(len(logits), logits.size >= _SHARED, piece)
@@ -77,12 +101,19 @@ def rescored(logits: jax.Array, *arrays: jax.Array) -> jax.Array:
 def _write_rescored(w: Writer, frame: Frame) -> None:
   arrays = [frame.argument(i) for i in range(6)]
   begin, logits, norms, slack, states, head = map(frame.numbers, arrays)
-  made, count, emb = frame.result(0), frame.size(arrays[1], 1), frame.size(arrays[4], 1)
+  made, count, emb = (
+    frame.result(0),
+    frame.size(arrays[1], 1),
+    frame.size(arrays[4], 1),
+  )
   first, out = w.sext(w.read(begin, INT), llvm.INDEX), frame.numbers(made)
   for i, _ in w.loop(number(0), frame.size(made, 0), 1):
     row = w.add(first, i)
     norm = w.spread(w.read(w.item(norms, row), FLOAT))
-    given, state = w.at(logits, count, row, number(0)), w.at(states, emb, row, number(0))
+    given, state = (
+      w.at(logits, count, row, number(0)),
+      w.at(states, emb, row, number(0)),
+    )
     result = w.at(out, count, i, number(0))
 
     def away(piece: Any, mask: Any, norm: Any = norm) -> Any:
@@ -95,12 +126,21 @@ def _write_rescored(w: Writer, frame: Frame) -> None:
     for piece, logit, mask in w.parts(given, number(0), count, [], LEAST):
       w.write(logit, w.item(result, piece), mask)
       asked = w.fcmp_ordered(">=", w.fadd(logit, away(piece, mask)), floor)
-      bits: Any = w.bitcast(asked if mask is None else w.and_(asked, mask), _BITS)
-      with w.if_then(w.icmp_unsigned("!=", bits, ir.Constant(_BITS, 0)), likely=False):
+      bits: Any = w.bitcast(
+        asked if mask is None else w.and_(asked, mask), _BITS
+      )
+      with w.if_then(
+        w.icmp_unsigned("!=", bits, ir.Constant(_BITS, 0)), likely=False
+      ):
         for lane, _ in w.loop(number(0), number(LANES), 1):
-          with w.if_then(w.trunc(w.lshr(bits, w.trunc(lane, _BITS)), ir.IntType(1))):
+          with w.if_then(
+            w.trunc(w.lshr(bits, w.trunc(lane, _BITS)), ir.IntType(1))
+          ):
             at = w.add(piece, lane)
-            w.write(_score(w, state, w.at(head, emb, at, number(0)), emb), w.item(result, at))
+            w.write(
+              _score(w, state, w.at(head, emb, at, number(0)), emb),
+              w.item(result, at),
+            )
 
 
 def _score(w: Writer, state: Any, row: Any, emb: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Attention of prompts that lie one behind the other, each to itself alone, without padding."""
+"""Attention of prompts that lie one behind the other, each to itself alone,
+without padding.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,10 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from calm.t5.kernels import llvm
-from calm.t5.kernels.llvm import FLOAT, LANES, LEAST, Frame, Writer, constant, number
+from calm.t5.kernels.llvm import (
+  FLOAT,
+  LANES,
+  LEAST,
+  Frame,
+  Writer,
+  constant,
+  number,
+)
 
 _SUMS = 16  # vectors of sums, which registers hold
-# Keys are scored in tiles of at most so many: biases can be read so far behind their end.
+# Keys are scored in tiles of at most so many: biases can be read so far behind
+# their end.
 _LARGEST_TILE = _SUMS * LANES
 # Queries that meet a key at once.
 _num_rows = lambda head_dim: max(1, _SUMS // -(-head_dim // LANES))
@@ -21,32 +32,48 @@ def attend(begins, counts, query, key, value, biases) -> jax.Array:
   head_dim, longest = query.shape[-1], biases.shape[1] // 2 + 1
   rows = _num_rows(head_dim)
   target = llvm.target(
-    f"calm_prompt_attention_{head_dim}", lambda w, frame: _write(w, frame, head_dim)
+    f"calm_prompt_attention_{head_dim}",
+    lambda w, frame: _write(w, frame, head_dim),
   )
-  # Of one prompt: transposed keys, scores, and what sums of weights are multiplied with.
+  # Of one prompt: transposed keys, scores, and what sums of weights are
+  # multiplied with.
   scratch = (head_dim + rows) * (longest + _LARGEST_TILE) + rows
-  shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in (query.shape, (scratch,))]
+  shapes = [
+    jax.ShapeDtypeStruct(shape, "float32")
+    for shape in (query.shape, (scratch,))
+  ]
   biases = jnp.pad(biases, ((0, 0), (0, _LARGEST_TILE)))
-  return jax.ffi.ffi_call(target, shapes)(begins, counts, query, key, value, biases)[0]
+  return jax.ffi.ffi_call(target, shapes)(
+    begins, counts, query, key, value, biases
+  )[0]
 
 
 def _write(w: Writer, frame: Frame, head_dim: int) -> None:
-  arguments, results = [frame.argument(i) for i in range(6)], [frame.result(i) for i in (0, 1)]
+  arguments, results = (
+    [frame.argument(i) for i in range(6)],
+    [frame.result(i) for i in (0, 1)],
+  )
   begins, counts, query, key, value, biases, out, scratch = map(
     frame.numbers, (*arguments, *results)
   )
   heads, row_size = frame.size(arguments[2], 1), frame.size(arguments[5], 1)
-  index = lambda array, place: w.sext(w.read(w.item(array, place), llvm.INT), llvm.INDEX)
+  index = lambda array, place: w.sext(
+    w.read(w.item(array, place), llvm.INT), llvm.INDEX
+  )
   no_distance = w.lshr(w.sub(row_size, number(_LARGEST_TILE)), number(1))
   for head, _ in w.loop(number(0), heads, 1):
     for prompt, _ in w.loop(number(0), frame.size(arguments[1], 0), 1):
       begin = index(begins, prompt)
       first = w.mul(w.add(w.mul(begin, heads), head), number(head_dim))
       _Prompt(
-        w, head_dim, index(counts, prompt), w.mul(heads, number(head_dim)), scratch,
+        w,
+        head_dim,
+        index(counts, prompt),
+        w.mul(heads, number(head_dim)),
+        scratch,
         *(w.item(array, first) for array in (query, key, value, out)),
         bias=w.at(biases, row_size, head, no_distance),
-      ).write(w.sub(index(begins, w.add(prompt, number(1))), begin))  # fmt: skip
+      ).write(w.sub(index(begins, w.add(prompt, number(1))), begin))
 
 
 @dataclasses.dataclass
@@ -68,7 +95,9 @@ class _Prompt:
     w, self.rows = self.w, _num_rows(self.head_dim)
     self.tile = LANES * (_SUMS // self.rows)
     self.stride = w.below(w.add(self.count, number(self.tile - 1)), self.tile)
-    self.weights = w.at(self.scratch, self.stride, number(self.head_dim), number(0))
+    self.weights = w.at(
+      self.scratch, self.stride, number(self.head_dim), number(0)
+    )
     self.scales = w.at(self.weights, self.stride, number(self.rows), number(0))
     self.parts = w.parts_of(self.head_dim)
 
@@ -84,7 +113,8 @@ class _Prompt:
         w.write(entry, w.at(self.scratch, self.stride, d, token))
     last = w.sub(self.count, number(1))
     for row, _ in w.loop(zero, self.count, self.rows):
-      # The last row again where there are no more: a tail needs no code of its own.
+      # The last row again where there are no more: a tail needs no code of its
+      # own.
       tokens = [w.least(w.add(row, number(r)), last) for r in range(self.rows)]
       self._score(tokens)
       for r, _ in w.loop(zero, number(self.rows), 1):
@@ -98,15 +128,24 @@ class _Prompt:
       sums: list[Any] = [constant(0.0)] * _SUMS
       for d, values in w.loop(number(0), number(self.head_dim), 1, sums):
         keys = w.at(self.scratch, self.stride, d, column)
-        factors = [w.read(w.at(self.query, self.row_size, token, d), FLOAT) for token in tokens]
-        self._add_products(values, factors, [w.read(w.item(keys, v)) for v in vectors])
+        factors = [
+          w.read(w.at(self.query, self.row_size, token, d), FLOAT)
+          for token in tokens
+        ]
+        self._add_products(
+          values, factors, [w.read(w.item(keys, v)) for v in vectors]
+        )
       for i, sum_ in enumerate(sums):
         r, v = divmod(i, len(vectors))
         at = w.add(column, vectors[v])
         bias = w.read(w.item(self.bias, w.sub(at, tokens[r])))
-        w.write(w.fadd(sum_, bias), w.at(self.weights, self.stride, number(r), at))
+        w.write(
+          w.fadd(sum_, bias), w.at(self.weights, self.stride, number(r), at)
+        )
 
-  def _add_products(self, sums: list[Any], factors: list[Any], vectors: list[Any]) -> None:
+  def _add_products(
+    self, sums: list[Any], factors: list[Any], vectors: list[Any]
+  ) -> None:
     w = self.w
     for r, factor in enumerate(map(w.spread, factors)):
       for i, vector in enumerate(vectors, start=r * len(vectors)):
@@ -133,10 +172,21 @@ class _Prompt:
     w, rows = self.w, list(map(number, range(self.rows)))
     sums: list[Any] = [constant(0.0)] * (self.rows * len(self.parts))
     for key, values in w.loop(number(0), self.count, 1, sums):
-      places = [(w.at(self.value, self.row_size, key, part), mask) for part, mask in self.parts]
-      factors = [w.read(w.at(self.weights, self.stride, r, key), FLOAT) for r in rows]
-      self._add_products(values, factors, [w.read_some(*place) for place in places])
+      places = [
+        (w.at(self.value, self.row_size, key, part), mask)
+        for part, mask in self.parts
+      ]
+      factors = [
+        w.read(w.at(self.weights, self.stride, r, key), FLOAT) for r in rows
+      ]
+      self._add_products(
+        values, factors, [w.read_some(*place) for place in places]
+      )
     for i, sum_ in enumerate(sums):
       r, (part, mask) = i // len(self.parts), self.parts[i % len(self.parts)]
       scale = w.spread(w.read(w.item(self.scales, rows[r]), FLOAT))
-      w.write(w.fmul(sum_, scale), w.at(self.out, self.row_size, tokens[r], part), mask)
+      w.write(
+        w.fmul(sum_, scale),
+        w.at(self.out, self.row_size, tokens[r], part),
+        mask,
+      )

@@ -15,7 +15,10 @@ def write(path, rows):
 
 
 def t5x(text, prediction, **fields):
-  inputs = {"inputs_pretokenized": text, "targets_pretokenized": f"target of {text}"}
+  inputs = {
+    "inputs_pretokenized": text,
+    "targets_pretokenized": f"target of {text}",
+  }
   return {"inputs": inputs, "prediction": prediction, **fields}
 
 
@@ -32,13 +35,27 @@ def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
   }
   rows = [t5x("a", "x", aux=aux, prediction_tokens=[7, 1])]
   rows[0]["inputs"] |= {"id": 7, "source": "s", "targets": [5, 6]}
-  (prompt,), (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
-  assert record == Record("7", "x", [7, 1], [2, 3], [0.5, 0.0], [0.25, 0.5], -1.5)
-  assert (prompt.id, prompt.group, prompt.targets) == ("7", "s", ("target of a",))
-  rows[0]["prediction_tokens"] = [7]  # T5X cuts tokens at the first 0, even a real one
-  del aux["confidences"], rows[0]["inputs"]["id"]  # a model that does not report them
+  (prompt,), (record,) = foreign.read_predictions(
+    write(tmp_path / "f.jsonl", rows)
+  )
+  assert record == Record(
+    "7", "x", [7, 1], [2, 3], [0.5, 0.0], [0.25, 0.5], -1.5
+  )
+  assert (prompt.id, prompt.group, prompt.targets) == (
+    "7",
+    "s",
+    ("target of a",),
+  )
+  # T5X cuts tokens at the first 0, even a real one
+  rows[0]["prediction_tokens"] = [7]
+  # a model that does not report them
+  del aux["confidences"], rows[0]["inputs"]["id"]
   _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
-  assert (record.id, record.tokens, record.confidences) == ("line 1", None, None)
+  assert (record.id, record.tokens, record.confidences) == (
+    "line 1",
+    None,
+    None,
+  )
   assert record.exit_layers == (2, 3)
 
 
@@ -59,7 +76,10 @@ def test_plain_files_need_id_and_prediction_only(tmp_path):
   [
     ([], "early.jsonl: expected outputs, one a line, got none"),
     (plain("b"), r"missing \['a'\], unknown \['b'\]"),
-    (plain("a", input="other"), "output 1 .* to be of the input .*, got 'other'.* not aligned"),
+    (
+      plain("a", input="other"),
+      "output 1 .* to be of the input .*, got 'other'.* not aligned",
+    ),
   ],
 )
 def test_errors_name_the_file(tmp_path, rows, message):
@@ -70,11 +90,15 @@ def test_errors_name_the_file(tmp_path, rows, message):
 
 
 def decoded_at(threshold, measured=True):
-  """A line of `predict_with_aux`; without a threshold it is the full model's."""
+  """A line of `predict_with_aux`; without a threshold it is the full
+  model's.
+  """
   aux = {"exit_layers": [2, 2, 0], "scores": -1.0}
   if threshold is not None:
     aux |= {"threshold": threshold}
-  return t5x("a", "x", aux=aux | ({"confidences": [0.5, 0.5, 0.0]} if measured else {}))
+  return t5x(
+    "a", "x", aux=aux | ({"confidences": [0.5, 0.5, 0.0]} if measured else {})
+  )
 
 
 FULL = decoded_at(None, measured=False)
@@ -82,32 +106,46 @@ FULL = decoded_at(None, measured=False)
 
 def gathered(tmp_path, full, early, knob):
   return foreign.gather(
-    write(tmp_path / "full.jsonl", [full]), {knob: write(tmp_path / "early.jsonl", [early])}
+    write(tmp_path / "full.jsonl", [full]),
+    {knob: write(tmp_path / "early.jsonl", [early])},
   )
 
 
 @pytest.mark.parametrize("knob", [1 / 3, 0.0])
 @pytest.mark.parametrize("said", [1 / 3, 0.0, None])
-def test_a_t5x_file_is_taken_for_the_threshold_alone_that_its_lines_say(tmp_path, knob, said):
+def test_a_t5x_file_is_taken_for_the_threshold_alone_that_its_lines_say(
+  tmp_path, knob, said
+):
   # As T5X writes it: 0.2 is 0.20000000298023224.
   written = None if said is None else float(np.float32(said))
   line = decoded_at(written, measured=said is not None)
   if said == knob:
     assert gathered(tmp_path, FULL, line, knob).thresholds.tolist() == [knob]
-    with pytest.raises(GenerationsError, match=r"full.jsonl:1: .* threshold none .*, got outp"):
+    with pytest.raises(
+      GenerationsError, match=r"full.jsonl:1: .* threshold none .*, got outp"
+    ):
       gathered(tmp_path, line, line, knob)
     return
   name = "none" if said is None else f"{said:.7g}"
-  message = rf"early.jsonl:1: .* threshold {knob:.7g}, as .* got outputs of threshold {name} "
+  message = (
+    rf"early.jsonl:1: .* threshold {knob:.7g}, as .* got outputs of "
+    rf"threshold {name} "
+  )
   with pytest.raises(GenerationsError, match=message):
     gathered(tmp_path, FULL, line, knob)
   # Another knob than a threshold has no number to be held to.
-  assert gathered(tmp_path, FULL, line, f"lambda={knob}").knobs == (f"lambda={knob}",)
+  assert gathered(tmp_path, FULL, line, f"lambda={knob}").knobs == (
+    f"lambda={knob}",
+  )
 
 
-@pytest.mark.parametrize("said", ["0.5", -0.1, pytest.param(10**400, id="huge")])
+@pytest.mark.parametrize(
+  "said", ["0.5", -0.1, pytest.param(10**400, id="huge")]
+)
 def test_a_threshold_that_is_none_is_refused(tmp_path, said):
-  with pytest.raises(GenerationsError, match=r"`aux.threshold` to be a number in \[0, 1\]"):
+  with pytest.raises(
+    GenerationsError, match=r"`aux.threshold` to be a number in \[0, 1\]"
+  ):
     gathered(tmp_path, FULL, decoded_at(said), 0.5)
 
 
@@ -120,10 +158,15 @@ def message(text):
 
 
 def chat(*texts):
-  return batch(body={"choices": [{"message": {"content": text}} for text in texts]})
+  return batch(
+    body={"choices": [{"message": {"content": text}} for text in texts]}
+  )
 
 
-ONE = "expected one decode of a prompt in `(prediction|outputs|choices|output)`, got .*"
+ONE = (
+  "expected one decode of a prompt in `(prediction|outputs|choices|output)`, "
+  "got .*"
+)
 FAILED = "`response` of a request that succeeded, got one that failed: .*"
 
 
@@ -132,21 +175,37 @@ FAILED = "`response` of a request that succeeded, got one that failed: .*"
   [
     ({"id": "a"}, "got none: Expected `prediction` to be a text"),
     (t5x("a", "x", aux=[1]), r"`aux` to be an object .*, got \[1\]"),
-    (t5x("a", "x", aux={"exit_layers": [1, -1]}), "`exit_layers` of at least 0"),
-    ({**chat("x"), "error": {"code": "batch_expired"}}, f"{FAILED}batch_expired"),
+    (
+      t5x("a", "x", aux={"exit_layers": [1, -1]}),
+      "`exit_layers` of at least 0",
+    ),
+    (
+      {**chat("x"), "error": {"code": "batch_expired"}},
+      f"{FAILED}batch_expired",
+    ),
     (batch(status_code=500), f"{FAILED}500"),
     (chat(), "`choices`"),
     (batch(body={}), "`output`"),
     (chat(None), "`prediction` to be a text"),
     ({"request_id": 3, "outputs": [{"text": "x"}]}, "`id` to be a text"),
     (t5x("b", ["x", "y"]), f"{ONE}return_all_decodes = False"),
-    ({"request_id": "p0", "outputs": [{"text": "x"}, {"text": "y"}]}, f"{ONE}`n = 1`"),
+    (
+      {"request_id": "p0", "outputs": [{"text": "x"}, {"text": "y"}]},
+      f"{ONE}`n = 1`",
+    ),
     (chat("x", "y"), f"{ONE}`n = 1`"),
     (batch(body={"output": [message("x"), message("y")]}), f"{ONE}`n = 1`"),
-    ({"id": "first", "prediction": "x"}, "expected every id once, got 'first' twice"),
+    (
+      {"id": "first", "prediction": "x"},
+      "expected every id once, got 'first' twice",
+    ),
   ],
 )
-def test_a_line_that_is_no_output_is_refused_with_its_number(line, message, tmp_path):
-  path = write(tmp_path / "out.jsonl", [{"id": "first", "prediction": "a text"}, line])
+def test_a_line_that_is_no_output_is_refused_with_its_number(
+  line, message, tmp_path
+):
+  path = write(
+    tmp_path / "out.jsonl", [{"id": "first", "prediction": "a text"}, line]
+  )
   with pytest.raises(GenerationsError, match=rf"out.jsonl:2: .*{message}"):
     foreign.read_predictions(path)

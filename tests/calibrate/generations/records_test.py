@@ -1,4 +1,6 @@
-"""Procedures are compared field by field; prompts and records are read or refused by name."""
+"""Procedures are compared field by field; prompts and records are read or
+refused by name.
+"""
 
 import dataclasses
 import json
@@ -24,24 +26,39 @@ def changed(name):
     return {"name": "other", "relpos_max_distance": 20, "emb_dim": 8}
   value = getattr(BASE, name)
   other = value + 1 if isinstance(value, int) else "other"
-  return (1, 2) if name == "exit_layers" else 8 if name == "batch_bucket" else other
+  return (
+    (1, 2) if name == "exit_layers" else 8 if name == "batch_bucket" else other
+  )
 
 
 def test_every_field_is_compared_and_changes_the_digest():
   for name in (field.name for field in dataclasses.fields(BASE)):
     other = dataclasses.replace(BASE, **{name: changed(name)})
-    assert list(BASE.differences(other)) == [name] and BASE.digest() != other.digest()
+    assert (
+      list(BASE.differences(other)) == [name]
+      and BASE.digest() != other.digest()
+    )
     assert f"`{name}`: expected" in describe_differences(BASE, other)
   # Of configurations the entries that differ.
-  other = dataclasses.replace(BASE, configuration={"relpos_max_distance": 20, "emb_dim": 8})
+  other = dataclasses.replace(
+    BASE, configuration={"relpos_max_distance": 20, "emb_dim": 8}
+  )
   text = describe_differences(BASE, other)
   assert "{'relpos_max_distance': 128}, got {'relpos_max_distance': 20}" in text
 
 
 def test_same_fields_are_the_same_procedure_whatever_their_containers():
-  base = laws.procedure(exit_layers=[1, 2], decode_method={"name": "sample", "k": (1, 2)})
-  other = laws.procedure(exit_layers=(1, 2), decode_method={"k": [1, 2], "name": "sample"})
-  assert base == other and base.digest() == other.digest() and not base.differences(other)
+  base = laws.procedure(
+    exit_layers=[1, 2], decode_method={"name": "sample", "k": (1, 2)}
+  )
+  other = laws.procedure(
+    exit_layers=(1, 2), decode_method={"k": [1, 2], "name": "sample"}
+  )
+  assert (
+    base == other
+    and base.digest() == other.digest()
+    and not base.differences(other)
+  )
   assert describe_differences(None, None) == ""
   # Digests of files that were written do not drift.
   assert laws.procedure().digest() == (
@@ -51,10 +68,13 @@ def test_same_fields_are_the_same_procedure_whatever_their_containers():
 
 def test_files_from_before_platforms_were_recorded_are_still_read():
   old = dataclasses.replace(BASE, platform=None, matmul_precision=None)
-  assert {"platform", "matmul_precision", "weights_dtype"}.isdisjoint(old.to_json())
+  assert {"platform", "matmul_precision", "weights_dtype"}.isdisjoint(
+    old.to_json()
+  )
   assert procedure.Procedure(**old.to_json()) == old
   assert describe_differences(old, BASE) == ""
-  # What older versions stored is known: another dtype of the weights is another procedure.
+  # What older versions stored is known: another dtype of the weights is another
+  # procedure.
   narrow = dataclasses.replace(BASE, weights_dtype="bfloat16")
   assert "`weights_dtype`: expected None" in describe_differences(old, narrow)
 
@@ -62,7 +82,8 @@ def test_files_from_before_platforms_were_recorded_are_still_read():
 def test_where_it_was_decoded_is_one_question_and_how_another():
   other = dataclasses.replace(BASE, platform="tpu", matmul_precision="high")
   assert describe_differences(BASE, other) == (
-    "`platform`: expected 'cpu', got 'tpu'; `matmul_precision`: expected 'default', got 'high'"
+    "`platform`: expected 'cpu', got 'tpu'; `matmul_precision`: expected "
+    "'default', got 'high'"
   )
   assert describe_differences(BASE, other, allow_platform=True) == ""
   other = dataclasses.replace(other, measure="state")
@@ -71,8 +92,13 @@ def test_where_it_was_decoded_is_one_question_and_how_another():
 
 
 def test_json_round_trip_through_text():
-  story = procedure.Provenance(metric="rouge_l", grid=[0.9, 0.8], versions={"numpy": "2"})
-  for one in (laws.procedure(shortlist={"digest": "d", "size": 10}, batch_bucket=4), story):
+  story = procedure.Provenance(
+    metric="rouge_l", grid=[0.9, 0.8], versions={"numpy": "2"}
+  )
+  for one in (
+    laws.procedure(shortlist={"digest": "d", "size": 10}, batch_bucket=4),
+    story,
+  ):
     assert type(one)(**json.loads(json.dumps(one.to_json()))) == one
 
 
@@ -80,15 +106,23 @@ def test_json_round_trip_through_text():
   ("change", "message"),
   [
     ({"schedule": {}}, "`schedule` to be a dict with a 'name'"),
-    ({"schedule": {"name": "x", "tau": float("nan")}}, "`schedule` to hold JSON values"),
-    ({"exit_layers": [1, True]}, "`exit_layers` to be a list of whole numbers, got True"),
+    (
+      {"schedule": {"name": "x", "tau": float("nan")}},
+      "`schedule` to hold JSON values",
+    ),
+    (
+      {"exit_layers": [1, True]},
+      "`exit_layers` to be a list of whole numbers, got True",
+    ),
     ({"tau": 1}, "unexpected keyword argument 'tau'"),
   ],
 )
 def test_malformed_procedures_are_refused(change, message):
   with pytest.raises((TypeError, ValueError), match=message):
     procedure.Procedure(**{**BASE.to_json(), **change})
-  with pytest.raises(ValueError, match="Expected `num_examples` from 0, got -1"):
+  with pytest.raises(
+    ValueError, match="Expected `num_examples` from 0, got -1"
+  ):
     procedure.Provenance(num_examples=-1)
 
 
@@ -100,19 +134,32 @@ def test_records_round_trip():
   assert records.Record.from_json(full.to_json()) == full
   bare = records.Record("a", "x")
   assert bare.to_json() == {"id": "a", "prediction": "x"}
-  assert records.Record.from_json({"id": "a", "prediction": "x", "other": 1}) == bare
+  assert (
+    records.Record.from_json({"id": "a", "prediction": "x", "other": 1}) == bare
+  )
   row = records.Record("a", "x", confidences=np.array([0.9, 0.1], np.float32))
-  assert row.to_json()["confidences"] == [0.9, 0.1]  # short digits are kept, and the value
+  # short digits are kept, and the value
+  assert row.to_json()["confidences"] == [0.9, 0.1]
   assert np.float32(row.confidences[0]) == np.float32(0.9)
 
 
 def test_prompts_read_data_set_rows_too():
-  row = {"id": "a", "source": "s", "kind": "k", "input": "i", "target": ["t", "u"]}
+  row = {
+    "id": "a",
+    "source": "s",
+    "kind": "k",
+    "input": "i",
+    "target": ["t", "u"],
+  }
   prompt = records.Prompt.from_json(row)
   assert prompt == records.Prompt("a", "i", ("t", "u"), "s")
   assert records.Prompt.from_json(prompt.to_json()) == prompt
-  assert records.Prompt.from_json({"id": "a", "input": "i", "target": "t"}).targets == ("t",)
-  assert records.Prompt.from_json({"id": "a", "input": "i"}) == records.Prompt("a", "i")
+  assert records.Prompt.from_json(
+    {"id": "a", "input": "i", "target": "t"}
+  ).targets == ("t",)
+  assert records.Prompt.from_json({"id": "a", "input": "i"}) == records.Prompt(
+    "a", "i"
+  )
 
 
 @pytest.mark.parametrize(
@@ -123,9 +170,15 @@ def test_prompts_read_data_set_rows_too():
     ({"tokens": "12"}, "`tokens` to be a list of whole .* got '12'"),
     ({"tokens": [np.bool_(True)]}, "a list of whole .* got "),
     ({"exit_layers": [1025]}, r"whole numbers in 0 \.\.\. 1024, got 1025"),
-    ({"confidences": [0.5, float("nan")]}, r"a list of numbers in \[0, 1\], got nan"),
+    (
+      {"confidences": [0.5, float("nan")]},
+      r"a list of numbers in \[0, 1\], got nan",
+    ),
     ({"score": float("inf")}, "`score` to be a finite number"),
-    ({"prediction": "half \ud83d"}, "`prediction` to be Unicode, got half of a surrogate pair"),
+    (
+      {"prediction": "half \ud83d"},
+      "`prediction` to be Unicode, got half of a surrogate pair",
+    ),
   ],
 )
 def test_bad_records_are_refused(change, message):
@@ -140,15 +193,29 @@ def test_bad_records_are_refused(change, message):
       b'{"id": "a", "input": "i"}\n{"id": "a", "input": "j"}\n',
       r":2: expected every id once, got 'a' twice",
     ),
-    (b'{"id": "a", "input": "i"}\n\n[1]\n', r":3: expected a JSON object, got list"),
-    (b'{"id": "a"}\n', r":1: expected a prompt, .*, got none: Expected `input` to be a text"),
-    (b'{"id": "a", "input": "i", "target": [1]}\n', r":1: .*`targets` to be a list of texts"),
-    (b'{"id": "a", "input": "i", "group": true}\n', r":1: .*`group` to be a text"),
+    (
+      b'{"id": "a", "input": "i"}\n\n[1]\n',
+      r":3: expected a JSON object, got list",
+    ),
+    (
+      b'{"id": "a"}\n',
+      r":1: expected a prompt, .*, got none: Expected `input` to be a text",
+    ),
+    (
+      b'{"id": "a", "input": "i", "target": [1]}\n',
+      r":1: .*`targets` to be a list of texts",
+    ),
+    (
+      b'{"id": "a", "input": "i", "group": true}\n',
+      r":1: .*`group` to be a text",
+    ),
     (b"\n", "expected a prompt a line, got none; write at least one"),
   ],
 )
 def test_errors_name_the_file_and_the_line(tmp_path, content, message):
   path = tmp_path / "prompts.jsonl"
   path.write_bytes(content)
-  with pytest.raises(records.GenerationsError, match=f"prompts.jsonl.*{message}"):
+  with pytest.raises(
+    records.GenerationsError, match=f"prompts.jsonl.*{message}"
+  ):
     records.read_prompts(path)
