@@ -89,7 +89,8 @@ def _converted(value: Any, kind: Any) -> Any:
   """A value in the form of its annotation; _Mismatch where the annotation does
   not allow it.
   """
-  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  origin = typing.get_origin(kind)
+  inner = typing.get_args(kind)
   if _is_open(kind):
     return value
   if kind in _PLAIN:
@@ -193,7 +194,8 @@ def _require(holds: bool) -> None:
 
 def _words(kind: Any, several: bool = False) -> str:
   """An annotation in words."""
-  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  origin = typing.get_origin(kind)
+  inner = typing.get_args(kind)
   if kind in _PLAIN:
     one, more, _ = _PLAIN[kind]
     return more if several else one

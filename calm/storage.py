@@ -45,8 +45,10 @@ LONGEST_LINE = 2**26
 MOST_BYTES = 2**28
 # Texts pack to a third or a tenth; a file that unpacks to less than this is not
 # judged.
-UNPACKED, UNPACKED_RATIO = 2**28, 200
-_NO_LINK, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
+UNPACKED = 2**28
+UNPACKED_RATIO = 200
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
 # opening a pipe does not wait for its other end
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -206,7 +208,8 @@ def append(path: str | pathlib.Path, content: bytes) -> None:
   """
   refuse_planted_links([path])
   with _explaining(path), open(path, "ab", buffering=0) as file:
-    before, rest = file.tell(), memoryview(content)
+    before = file.tell()
+    rest = memoryview(content)
     try:
       while rest:
         rest = rest[file.write(rest) :]
@@ -552,7 +555,8 @@ def from_json(kind: Any, value: Any) -> Any:
   TypeError for a field that is missing or of another type. Fields of an earlier
   version are passed over.
   """
-  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  origin = typing.get_origin(kind)
+  inner = typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     some = next(each for each in inner if each is not type(None))
     return (
@@ -564,10 +568,8 @@ def from_json(kind: Any, value: Any) -> Any:
       from_json(each, entry) for each, entry in zip(kinds, value, strict=True)
     )
   if dataclasses.is_dataclass(kind):
-    hints, make = (
-      typing.get_type_hints(kind.__init__),
-      typing.cast(Callable[..., Any], kind),
-    )
+    hints = typing.get_type_hints(kind.__init__)
+    make = typing.cast(Callable[..., Any], kind)
     return make(
       **{
         n: from_json(hints[n], entry)

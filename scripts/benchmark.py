@@ -55,9 +55,16 @@ COLUMNS = (
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   """The command line."""
-  words = lambda text: tuple(part for part in text.split(",") if part)
-  ints = lambda text: tuple(int(part) for part in words(text))
-  floats = lambda text: tuple(float(part) for part in words(text))
+
+  def words(text):
+    return tuple(part for part in text.split(",") if part)
+
+  def ints(text):
+    return tuple(int(part) for part in words(text))
+
+  def floats(text):
+    return tuple(float(part) for part in words(text))
+
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -210,10 +217,8 @@ def measured(
   own = f"encoder of {chosen[0].name}"
   rows = []
   for system in chosen:
-    decode, encode = (
-      timed[system.name],
-      timed.get(f"encoder of {system.name}", timed[own]),
-    )
+    decode = timed[system.name]
+    encode = timed.get(f"encoder of {system.name}", timed[own])
     rows.append(Row(system, decode, encode, model.eos_id))
     for got, expected in zip(
       decode.result.exit_layers or (), system.exact or (), strict=False
@@ -259,7 +264,8 @@ def cells(setting: models.Setting, rows: list[Row]) -> list[list[Any]]:
   depths = sorted(static)
   lines = []
   for row, median in zip(rows, medians, strict=True):
-    layers, over_static = row.layers, None
+    layers = row.layers
+    over_static = None
     if (
       not row.system.peer
       and layers
@@ -290,13 +296,18 @@ def main(arguments: list[str] | None = None) -> int:
   # Compilation is reported: it must not come from disk.
   warnings.filterwarnings("ignore")  # peers' own
   jax.config.update("jax_enable_compilation_cache", False)
-  log = lambda text: print(text, file=sys.stderr, flush=True)
+
+  def log(text):
+    return print(text, file=sys.stderr, flush=True)
+
   for peer in peers.PEERS:
     if peer.name in options.peers and (
       why := peers.not_installed(*peer.packages)
     ):
       log(f"not installed: {peer.name} ({why})")
-  settings, lines, result = models.grid(options), [], {}
+  settings = models.grid(options)
+  lines = []
+  result = {}
   path = (
     tables.RESULTS / f"{options.results}.json"
     if options.results

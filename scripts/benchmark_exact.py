@@ -25,7 +25,10 @@ from calm.paper import bench
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   """The command line."""
-  words = lambda text: tuple(part for part in text.split(",") if part)
+
+  def words(text):
+    return tuple(part for part in text.split(",") if part)
+
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -102,10 +105,8 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     equal = sum(
       a.tokens == b.tokens for a, b in zip(full, outputs, strict=True)
     )
-    passes, drafts = (
-      sum(o.passes for o in outputs),
-      sum(o.drafts for o in outputs),
-    )
+    passes = sum(o.passes for o in outputs)
+    drafts = sum(o.drafts for o in outputs)
     accepted = sum(sum(o.drafted) for o in outputs)
     made.append(
       {

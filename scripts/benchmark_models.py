@@ -125,7 +125,8 @@ def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
 
 
 def _read(model: Model, name: str) -> Model:
-  params, config = model.params, model.config
+  params = model.params
+  config = model.config
   dtypes: dict[str, Any] = {"native": config.dtype == "float32"}
   if name == "xla":
     dtypes = {}
@@ -271,7 +272,8 @@ def forced(
   """The rule whose tokens leave at `depths` in turn, measuring at all exit
   layers.
   """
-  inner, num_layers = confidence.measure(measure), config.num_decoder_layers
+  inner = confidence.measure(measure)
+  num_layers = config.num_decoder_layers
   kind: Any = "learned" if config.exit_propagation else "exit_state"
   return exits.DynamicExits(
     ForcedMeasure(inner, num_layers),  # pyright: ignore[reportArgumentType]

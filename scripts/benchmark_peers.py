@@ -154,8 +154,10 @@ def t5x_systems(model, setting, depths) -> list[System]:
   layers.
   """
   del depths
-  decoding, t5x_models = imported("t5x.decoding"), imported("t5x.models")
-  words, module = _vocabulary(model), _t5x_network(model)
+  decoding = imported("t5x.decoding")
+  t5x_models = imported("t5x.models")
+  words = _vocabulary(model)
+  module = _t5x_network(model)
   theirs = t5x_models.EncoderDecoderModel(
     module, words, words, optimizer_def=None
   )
@@ -184,7 +186,9 @@ def t5x_calm_systems(model, setting, depths) -> list[System]:
   """
   decoding = imported("t5x.contrib.calm.decoding")
   calm_models = imported("t5x.contrib.calm.models")
-  words, module, made = _vocabulary(model), _flaxformer(model), []
+  words = _vocabulary(model)
+  module = _flaxformer(model)
+  made = []
   num_layers = model.config.num_decoder_layers
   methods = [m for m in CALM_METHODS if m != "state" or setting.batch_size == 1]
   for method in methods:
@@ -200,11 +204,12 @@ def t5x_calm_systems(model, setting, depths) -> list[System]:
         conf_threshold=0.0,
         min_exit=depth,
       )
-      to_logits = lambda state, t=theirs, **given: (
-        t._compute_logits_from_slice_early_exit(
+
+      def to_logits(state, t=theirs, **given):
+        return t._compute_logits_from_slice_early_exit(
           state, conf_threshold=0.0, **given
         )
-      )
+
       loop = T5xLoop(
         model, setting, module, to_logits, decoding.temperature_sample
       )
@@ -216,7 +221,8 @@ def t5x_calm_systems(model, setting, depths) -> list[System]:
 
 def _flaxformer(model: models.Model) -> Any:
   """Their CALM network of the model's sizes, from their own gin files."""
-  flaxformer, gin = imported("flaxformer"), imported("gin")
+  flaxformer = imported("flaxformer")
+  gin = imported("gin")
   root = pathlib.Path(flaxformer.__file__).parents[1]
   config = model.config
   bindings = {
@@ -291,7 +297,8 @@ class Torch:
   """A model of `GENERATORS`, and its `generate`, greedy, with its cache."""
 
   def __init__(self, model: Any, way: str = "transformers", threads: int = 0):
-    self.torch, self.transformers = imported("torch"), imported("transformers")
+    self.torch = imported("torch")
+    self.transformers = imported("transformers")
     self.transformers.logging.set_verbosity_error()
     self.transformers.utils.logging.disable_progress_bar()
     package, name, given = GENERATORS[way]
@@ -303,10 +310,8 @@ class Torch:
     self.model.generation_config.eos_token_id = (
       None if model.eos_id < 0 else model.eos_id
     )
-    self._own_cache, self.threads = (
-      way != "transformers",
-      threads or self.torch.get_num_threads(),
-    )
+    self._own_cache = way != "transformers"
+    self.threads = threads or self.torch.get_num_threads()
 
   def generate(self, batch: np.ndarray, steps: int, **more: Any) -> np.ndarray:
     """Tokens [batch, at most steps] of prompts [batch, length], padded with
@@ -346,7 +351,8 @@ def torch_systems(way: str, model, setting, depths) -> list[System]:
 
 def _torch_system(name: str, theirs: Torch, model, setting) -> System:
   batches = models.batches(model, setting)
-  encoder, length = theirs.model.get_encoder(), setting.decode_length
+  encoder = theirs.model.get_encoder()
+  length = setting.decode_length
 
   def encode():
     theirs.torch.set_num_threads(theirs.threads)
@@ -378,10 +384,8 @@ class Translator:
   def __init__(self, model: Any, kind: str, **options: Any):
     self._names = [f"t{i}" for i in range(model.config.vocab_size)]
     self._names[:3] = ["<pad>", "</s>", "<unk>"]
-    self._index, self._ends = (
-      {name: i for i, name in enumerate(self._names)},
-      model.eos_id >= 0,
-    )
+    self._index = {name: i for i, name in enumerate(self._names)}
+    self._ends = model.eos_id >= 0
     with exported(model) as path, tempfile.TemporaryDirectory() as directory:
       target = _converter(path, self._names).convert(directory, force=True)
       make = imported("ctranslate2").Translator
@@ -442,7 +446,10 @@ def _converter(path: pathlib.Path, names: list[str]) -> Any:
   class Tokenizer:
     """What the loader reads of one."""
 
-    pad_token, eos_token, unk_token, bos_token = "<pad>", "</s>", "<unk>", None
+    pad_token = "<pad>"
+    eos_token = "</s>"
+    unk_token = "<unk>"
+    bos_token = None
 
     def get_vocab(self):
       return {name: i for i, name in enumerate(names)}

@@ -86,12 +86,10 @@ Answer = tuple[float, float, bytes]
 class Numbers:
   """Texts that are numbers of tokens, for random weights."""
 
-  pad_id, eos_id, unk_id, vocab_size = (
-    0,
-    1,
-    2,
-    models.SIZES["small"]["vocab_size"],
-  )
+  pad_id = 0
+  eos_id = 1
+  unk_id = 2
+  vocab_size = models.SIZES["small"]["vocab_size"]
   encode = staticmethod(lambda text: [int(word) for word in text.split()])
   decode = staticmethod(lambda ids: " ".join(map(str, ids)))
   piece = staticmethod(str)
@@ -110,7 +108,10 @@ class PeerDevice(serve.Device):
     for length in self._lengths:
       for size in self._sizes:
         rows = [[3] * (length - 1) + [self.model.eos_id]] * size
-        run = lambda rows=rows: self._peer(rows, 8, None)
+
+        def run(rows=rows):
+          return self._peer(rows, 8, None)
+
         self._seconds[size, length] = min(
           timeit.repeat(run, number=1, repeat=4)
         )
@@ -132,15 +133,12 @@ class PeerDevice(serve.Device):
       yield job, output, *job.visible(output, "")
 
   def _output(self, ids: Sequence[int]) -> outputs.Output:
-    model, ones = self.model, (1.0,) * len(ids)
-    pieces, layers = (
-      tuple(map(model.vocabulary.piece, ids)),
-      (model.num_layers,) * len(ids),
-    )
-    text, end = (
-      model.vocabulary.decode(ids),
-      (0.0, model.num_layers, model.eos_id),
-    )
+    model = self.model
+    ones = (1.0,) * len(ids)
+    pieces = tuple(map(model.vocabulary.piece, ids))
+    layers = (model.num_layers,) * len(ids)
+    text = model.vocabulary.decode(ids)
+    end = (0.0, model.num_layers, model.eos_id)
     return outputs.Output(text, tuple(ids), pieces, layers, ones, ones, *end)
 
 
@@ -163,7 +161,8 @@ def ctranslate2(model: inference.Predictor, kind: str) -> Decode:
 
 
 def transformers(model: inference.Predictor) -> Decode:
-  theirs, end = peers.Torch(model), model.eos_id
+  theirs = peers.Torch(model)
+  end = model.eos_id
 
   def decode(rows, limit, first):
     def told(ids, scores, **_):
@@ -183,7 +182,8 @@ def transformers(model: inference.Predictor) -> Decode:
 
 def device(options: argparse.Namespace) -> serve.Device:
   """The system of --system, which begins when it is started."""
-  name, early = options.system, options.system in CALIBRATED
+  name = options.system
+  early = options.system in CALIBRATED
   if options.model == "small":
     lengths: Any = {"max_input_length": 128, "max_decode_length": 64}
     if CALIBRATED.get(name) == "narrow":
@@ -223,7 +223,8 @@ def serve_one(options: argparse.Namespace) -> None:
   import uvicorn
 
   run_lib.use_compilation_cache()
-  listener, made = socket.create_server(("127.0.0.1", 0)), device(options)
+  listener = socket.create_server(("127.0.0.1", 0))
+  made = device(options)
   listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
   def tell() -> None:
@@ -251,16 +252,16 @@ class Client:
 
   def __init__(self, name: str, words: Sequence[str]):
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    self.name, self.process = (
-      name,
-      subprocess.Popen([*words, f"--system={name}"], **pipes),
-    )
+    self.name = name
+    self.process = subprocess.Popen([*words, f"--system={name}"], **pipes)
     assert self.process.stdout is not None
     self._port = int(self.process.stdout.readline())
     self.free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
   async def ask(self, body: dict[str, Any]) -> Answer:
-    start, first, content = time.perf_counter(), 0.0, json.dumps(body).encode()
+    start = time.perf_counter()
+    first = 0.0
+    content = json.dumps(body).encode()
     pair = self.free.pop() if self.free else None
     reader, writer = pair or await asyncio.open_connection(
       "127.0.0.1", self._port
@@ -297,7 +298,8 @@ async def one_after_another(
   client: Client, bodies: list[dict], clients: int
 ) -> list[Answer]:
   """So many clients ask, each when it has its answer."""
-  left, found = iter(bodies), []
+  left = iter(bodies)
+  found = []
 
   async def one() -> None:
     for body in left:
@@ -313,7 +315,8 @@ async def arrive(
   """Prompts come after these gaps, [num_bodies] seconds, whatever became of
   those before.
   """
-  start, asked = time.perf_counter(), []
+  start = time.perf_counter()
+  asked = []
   for body, due in zip(bodies, np.cumsum(gaps), strict=True):
     await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
     asked.append(asyncio.create_task(client.ask(body)))
@@ -333,7 +336,8 @@ async def measure(
   made: dict[str, tuple[float, float, list[Answer]]] = {}
 
   async def timed(name: str, answers) -> float:
-    start, cpu = time.perf_counter(), client.cpu_seconds()
+    start = time.perf_counter()
+    cpu = client.cpu_seconds()
     found = await answers
     made[name] = time.perf_counter() - start, client.cpu_seconds() - cpu, found
     return len(found) / made[name][0]
@@ -386,10 +390,14 @@ def requests(options: argparse.Namespace) -> list[dict[str, Any]]:
   draw = np.random.default_rng(0)
   if options.model == "small":
     sizes = draw.integers((16, 8), (120, 65), (options.count, 2)).tolist()
-    text = lambda size: " ".join(map(str, draw.integers(3, 32_000, size)))
+
+    def text(size):
+      return " ".join(map(str, draw.integers(3, 32_000, size)))
+
     return [{"prompt": text(size), "max_tokens": most} for size, most in sizes]
   model = inference.load(options.model)
-  limit, prefix = model.options.max_input_length, model.options.task_prefix
+  limit = model.options.max_input_length
+  prefix = model.options.task_prefix
   rows = prompt_files.open_prompts(options.prompts)
   texts = [
     row.input
@@ -435,7 +443,9 @@ def main() -> None:
   if options.system:
     serve_one(options)
     return
-  bodies, clients, rate = requests(options), [], None
+  bodies = requests(options)
+  clients = []
+  rate = None
   rounds: dict[tuple[str, str], list] = {}
   try:
     for name in options.systems.split(";"):

@@ -125,7 +125,8 @@ class Ours:
   ) -> System:
     """Exits at known layers; the run checks that they came out."""
     rule = models.forced(measure, depths, self.model.config, exit_layers)
-    rows, length = self.setting.batch_size, self.setting.decode_length
+    rows = self.setting.batch_size
+    length = self.setting.decode_length
     made = self.system(
       f"{name}, {engine}", rule, None, models.starts(rows), engine
     )
@@ -162,7 +163,8 @@ class Ours:
     )
 
   def _program(self, rule, engine="default"):
-    model, length = self.model, self.setting.decode_length
+    model = self.model
+    length = self.setting.decode_length
     made = program_lib.Program(
       model.config, rule, length, model.eos_id, ENGINES[engine], self.native
     )

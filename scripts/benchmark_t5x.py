@@ -71,7 +71,8 @@ SIZES: dict[str, Any] = {
     "mlp_activations": ("gelu", "linear"),
   },
 }
-INPUT_LENGTH, STEPS = 128, 64
+INPUT_LENGTH = 128
+STEPS = 64
 NO_EOS = 2**30  # an id that is never emitted: every step runs
 THEIRS = "T5X's network, T5X's loop"
 GREEDILY = functools.partial(
@@ -113,9 +114,10 @@ def runners(batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
   )
   params = without_exits(jax.tree.map(jnp.asarray, dict(params["params"])))
   options = {"eos_id": NO_EOS}
-  step = lambda model: jax.jit(
-    functools.partial(predict, model, options=options)
-  )
+
+  def step(model):
+    return jax.jit(functools.partial(predict, model, options=options))
+
   return {
     name: functools.partial(step(model), params, batch)
     for name, model in kinds.items()
@@ -147,12 +149,15 @@ def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
   parts = parts_of(
     **{name: getattr(config, name) for name in fields if name != "dtype"}
   )
-  ours = lambda measure, *layers: models.EncoderDecoderModel(
-    *parts,
-    models.greedy_decode,
-    rule=exits.DynamicExits(measure, allowed=layers or None),
-    whole_decoder=True,
-  )
+
+  def ours(measure, *layers):
+    return models.EncoderDecoderModel(
+      *parts,
+      models.greedy_decode,
+      rule=exits.DynamicExits(measure, allowed=layers or None),
+      whole_decoder=True,
+    )
+
   softmax = ours(confidence.Softmax(), *LAYERS)
   return {
     THEIRS: (t5x_models.EncoderDecoderModel(*parts, GREEDILY), None),
@@ -242,11 +247,9 @@ def told(name: str, medians: dict[str, float], layers: np.ndarray) -> str:
   """A cell: milliseconds, full depth over them, the same without the encoder,
   layers.
   """
-  full, encoder, here = (
-    medians["ours, full depth"],
-    medians[ENCODER],
-    medians[name],
-  )
+  full = medians["ours, full depth"]
+  encoder = medians[ENCODER]
+  here = medians[name]
   if name in (ENCODER, "ours, full depth"):
     return f"{here:.0f}"
   apart = (full - encoder) / max(here - encoder, 1e-9)

@@ -43,7 +43,9 @@ with contextlib.suppress(ImportError):  # its columns are then empty
   from mapie.risk_control import fwer_control  # pyright: ignore[reportMissingImports]
   from mapie.risk_control import methods as mapie  # pyright: ignore[reportMissingImports]
 
-LEVEL, SIZES, TOLERANCES = 0.05, (50, 100, 300, 1000), (0.05, 0.1)
+LEVEL = 0.05
+SIZES = (50, 100, 300, 1000)
+TOLERANCES = (0.05, 0.1)
 # thresholds of a law: risks from a tenth of the tolerance to twice the
 # tolerance
 STEPS = 20
@@ -110,7 +112,8 @@ def wsr(values: np.ndarray, tolerance: float, star: bool = False) -> int:
   means = (0.5 + values.cumsum(axis=0)) / (rows + 1)
   spread = (0.25 + np.square(values - means).cumsum(axis=0)) / (rows + 1)
   spread = np.vstack([np.full((1, values.shape[1]), 0.25), spread[:-1]])
-  target, wealth = math.log(1.0 / LEVEL), np.zeros(values.shape[1])
+  target = math.log(1.0 / LEVEL)
+  wealth = np.zeros(values.shape[1])
   highest = wealth.copy()
   for row, loss in enumerate(values):
     needed = np.maximum(target - wealth, 1e-12) if star else target

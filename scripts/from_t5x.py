@@ -1,4 +1,4 @@
-"""A T5X checkpoint and a vocabulary -> a checkpoint of ours, for `calm infer`.
+r"""A T5X checkpoint and a vocabulary -> a checkpoint of ours, for `calm infer`.
 
   python scripts/from_t5x.py --checkpoint=runs/two/checkpoint_400 --like=packed
       \ --output=runs/model
@@ -51,10 +51,8 @@ def main() -> None:
     "--rank", type=int, default=16, help="of its learned propagation"
   )
   arguments = parser.parse_args()
-  stored, options = (
-    checkpoints.load(arguments.checkpoint),
-    inference.DecodeOptions(),
-  )
+  stored = checkpoints.load(arguments.checkpoint)
+  options = inference.DecodeOptions()
   if arguments.vocabulary == "bytes":
     words = vocabulary.ByteVocabulary()
   elif arguments.vocabulary:
@@ -82,7 +80,8 @@ def main() -> None:
   if layers and options.propagation != "learned":
     learned = {"propagation": "learned", "exit_layers": layers}
     options = inference.options.change(stored.config, options, **learned)
-  words, trained = stored.vocabulary, stored.exits_trained
+  words = stored.vocabulary
+  trained = stored.exits_trained
   checkpoints.save(
     arguments.output,
     stored.params,
@@ -126,7 +125,8 @@ def fitted(
   predictor = inference.Predictor(
     stored.config, stored.params, stored.vocabulary, options
   )
-  own, theirs = predictor.procedure.to_json(), found.procedure.to_json()
+  own = predictor.procedure.to_json()
+  theirs = found.procedure.to_json()
   # T5X reads no exits unasked
   if theirs["parameters_digest"] == parameters.digest(base):
     own["parameters_digest"] = theirs["parameters_digest"]
@@ -139,9 +139,10 @@ def fitted(
     )
   inputs = [prompt.input for prompt in found.prompts]
   outputs = [record.tokens or () for record in found.full]
-  show = lambda share, text: print(
-    f"\r{share:4.0%} {text:40}", end="", file=sys.stderr
-  )
+
+  def show(share, text):
+    return print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr)
+
   made, _ = exit_maps.fit(
     predictor, inputs, outputs, layers, rank=rank, progress=show
   )

@@ -46,7 +46,8 @@ def measure(
   tried = result["choice"]["tried"][result["choice"]["chosen"] or 0][
     "candidate"
   ]
-  layers, metric = tuple(tried["exit_layers"]), result["options"]["metric"]
+  layers = tuple(tried["exit_layers"])
+  metric = result["options"]["metric"]
   served = inference.load(fit, void_guarantee=True)
   limits = ("task_prefix", "max_input_length", "max_decode_length")
   given = inference.load(
@@ -75,7 +76,8 @@ def measure(
       losses = sequence_losses.compute(cached, "textual", metric=metric).values
       depths = [outputs.mean_layers(records) for records in cached.records]
     curves[name] = [depths, losses.mean(axis=0).tolist()]
-  decoder, cut = grid.in_bulk(served), ([], [])
+  decoder = grid.in_bulk(served)
+  cut = ([], [])
   for layer in range(2, served.num_layers):
     records = grid.with_rule(decoder, prompts, exits.StaticExit(layer))
     pairs = [
@@ -114,8 +116,10 @@ def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
   grid.update(
     left=0.07, right=0.99, top=0.95, bottom=0.03, hspace=0.32, wspace=0.18
   )
-  bars, curve = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-  single, batched = found["seconds"]["single"], found["seconds"]["batched"]
+  bars = figure.add_subplot(grid[0, 0])
+  curve = figure.add_subplot(grid[0, 1])
+  single = found["seconds"]["single"]
+  batched = found["seconds"]["batched"]
   pairs = {"one at a time": single, "in batches": batched}
   named = [(name, pair) for name, pair in pairs.items() if pair]
   for place, (_, pair) in enumerate(named):
@@ -184,7 +188,8 @@ def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
   curve.axhline(
     found["tolerance"], color="#111213", linestyle=":", linewidth=0.9
   )
-  level, by_height = found["tolerance"], curve.get_yaxis_transform()
+  level = found["tolerance"]
+  by_height = curve.get_yaxis_transform()
   curve.text(0.01, level + 0.01, "promised", transform=by_height, fontsize=8)
   curve.set(
     xlabel="mean decoder layers a token",
@@ -202,9 +207,11 @@ def sentence(axes, found: dict[str, Any]) -> None:
   """
   axes.axis("off")
   axes.set(xlim=(0, 1), ylim=(-0.3, 1.6), autoscale_on=False)
-  colours, start = outputs.scale(found["num_layers"]), 0.0
+  colours = outputs.scale(found["num_layers"])
+  start = 0.0
   for piece, layer in zip(*found["example"].values(), strict=True):
-    colour, text = colours[layer - 1], piece.replace(chr(0x2581), " ")
+    colour = colours[layer - 1]
+    text = piece.replace(chr(0x2581), " ")
     ink = outputs.text_colour(colour)
     words = axes.text(start, 0.1, text, fontsize=12, color=ink)
     box = words.get_window_extent(axes.figure.canvas.get_renderer())

@@ -51,10 +51,8 @@ def in_turn(
 
 def machine() -> str:
   """The processor and the cores that this process may use."""
-  name, cpu = (
-    platform.processor() or platform.machine(),
-    pathlib.Path("/proc/cpuinfo"),
-  )
+  name = platform.processor() or platform.machine()
+  cpu = pathlib.Path("/proc/cpuinfo")
   if cpu.exists():
     lines = (
       line

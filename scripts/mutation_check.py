@@ -103,7 +103,8 @@ def mutants(source: str) -> Iterator[Mutant]:
   """Every module that differs from `source` in one operator, comparison,
   constant or name.
   """
-  tree, lines = ast.parse(source), source.splitlines()
+  tree = ast.parse(source)
+  lines = source.splitlines()
   alone = _left_alone(tree)
   for index, node in enumerate(list(ast.walk(tree))):
     for done, attribute, value in (
@@ -135,9 +136,12 @@ def run(
   os.dup2(quiet, 2)
   loader = importlib.machinery.SourceFileLoader
   read = loader.get_code
-  changed = lambda self, module: (
-    compile(tree, self.path, "exec") if module == name else read(self, module)
-  )
+
+  def changed(self, module):
+    return (
+      compile(tree, self.path, "exec") if module == name else read(self, module)
+    )
+
   loader.get_code = changed  # pyright: ignore[reportAttributeAccessIssue]
   flags = [
     "-x",
@@ -176,7 +180,9 @@ def check(module: str, every: int) -> None:
   tests = [
     str(ROOT / "tests" / "calibrate" / f"{name}.py") for name in TESTS[module]
   ]
-  started, total, survived = time.perf_counter(), 0, 0
+  started = time.perf_counter()
+  total = 0
+  survived = 0
   for mutant, lives in survivors(
     f"calm.calibrate.{module}", source, tests, every
   ):

@@ -49,7 +49,8 @@ def live(kind: str, seed: int, prompts: int) -> bool:
   """One whole life of a state: whether it ever named the threshold at the
   bound.
   """
-  generator, tolerance = np.random.default_rng([53, seed]), 0.1
+  generator = np.random.default_rng([53, seed])
+  tolerance = 0.1
   state = Online(
     None,
     [0.9, 0.5],
@@ -58,9 +59,11 @@ def live(kind: str, seed: int, prompts: int) -> bool:
     seed=str(seed),
     patience=20,
   )
-  change, wrong = kind == "a change at half time", False
+  change = kind == "a change at half time"
+  wrong = False
   clusters = kind == "clusters of 4 equal prompts"
-  late, losses = {}, []
+  late = {}
+  losses = []
   for number in range(prompts):
     risk = tolerance
     if change and state.life == 0:  # after the alarm the risk is at the bound
@@ -150,7 +153,8 @@ def certified(
 
 def batch_size(law: str, tolerance: float, mean: float, draws: int) -> int:
   """Prompts with which a batch is certified in 80 % of draws, to 2 %."""
-  low, high = 8, 16
+  low = 8
+  high = 16
   while certified(law, tolerance, mean, high, draws) < 0.8:
     low, high = high, 2 * high
   while high - low > max(1, high // 50):
@@ -170,13 +174,12 @@ def cost_table(lives: int) -> Iterator[list[str]]:
     *((law, 0.05, 0.5) for law in LAWS),
   ):
     mean = share * tolerance
-    batch, most = batch_size(law, tolerance, mean, 1000), 0
+    batch = batch_size(law, tolerance, mean, 1000)
+    most = 0
     generator = np.random.default_rng([55, round(1e4 * mean)])
     wealth = online.Wealth(1.0 / (1.0 - tolerance), (lives,))
-    target, found = (
-      -math.log(online.life_level(ERROR_RATE, 0)),
-      np.full(lives, np.inf),
-    )
+    target = -math.log(online.life_level(ERROR_RATE, 0))
+    found = np.full(lives, np.inf)
     while np.isinf(found).any() and most < 40 * batch:
       most += 1
       wealth.bet(tolerance - laws.BY_NAME[law](generator, mean, (1, lives))[0])
@@ -192,7 +195,9 @@ def share_table(lives: int) -> Iterator[list[str]]:
   """Checks per 1,000 served prompts, of a grid whose last thresholds cannot be
   certified.
   """
-  blocks, counts, named = (1, 2, 5, 10, 20), np.zeros(20), []
+  blocks = (1, 2, 5, 10, 20)
+  counts = np.zeros(20)
+  named = []
   for seed in range(lives):
     generator = np.random.default_rng([56, seed])
     state = Online(
@@ -208,7 +213,10 @@ def share_table(lives: int) -> Iterator[list[str]]:
       if number + 1 in (1000, 5000):
         named.append(state.threshold)
   cells = [f"{counts[block - 1] / lives:.0f}" for block in blocks]
-  share = lambda at: f"{np.mean([level == 0.5 for level in named[at::2]]):.2f}"
+
+  def share(at):
+    return f"{np.mean([level == 0.5 for level in named[at::2]]):.2f}"
+
   names = (f"thousand {block}" for block in blocks)
   yield [*names, "names 0.5 after 1,000", "after 5,000", "states"]
   yield [*cells, share(0), share(1), str(lives)]
@@ -232,7 +240,8 @@ def delay_table(lives: int) -> Iterator[list[str]]:
         laws.text(generator, 0.5 * tolerance, (1, lives))[0] - tolerance
       )
     false = alarm.highest >= math.log(20.0)
-    found, count = np.where(false, -1.0, np.inf), 0
+    found = np.where(false, -1.0, np.inf)
+    count = 0
     while np.isinf(found).any():
       count += 1
       alarm.bet(
@@ -240,7 +249,8 @@ def delay_table(lives: int) -> Iterator[list[str]]:
       )
       found[np.isinf(found) & (alarm.highest >= math.log(20.0))] = count
     seen = found[~false]
-    middle, late = f"{np.median(seen):.0f}", f"{np.quantile(seen, 0.95):.0f}"
+    middle = f"{np.median(seen):.0f}"
+    late = f"{np.quantile(seen, 0.95):.0f}"
     yield [
       f"{tolerance:g}",
       f"{good:,}",

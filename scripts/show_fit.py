@@ -206,20 +206,26 @@ def certified_layers(output: pathlib.Path, task: str) -> str:
 
 def row(model: str, task: str, way: str, result: dict) -> dict:
   """A fit's result as the table shows it."""
-  choice, last, seconds = result["choice"], result["last"], result["seconds"]
+  choice = result["choice"]
+  last = result["last"]
+  seconds = result["seconds"]
   tried = (
     None if choice["chosen"] is None else choice["tried"][choice["chosen"]]
   )
   chosen = str(tried and choose.Candidate(**tried["candidate"]))
-  single, batched = (
-    (seconds or {}).get("single"),
-    (seconds or {}).get("batched"),
-  )
-  mean = lambda value: (
-    "" if value is None else f"{value['value']:.3f} ± {value['margin']:.3f}"
-  )
-  speed = lambda pair, key: None if pair is None else pair[key]
-  learned, exact = result.get("learned"), result["exact"]
+  single = (seconds or {}).get("single")
+  batched = (seconds or {}).get("batched")
+
+  def mean(value):
+    return (
+      "" if value is None else f"{value['value']:.3f} ± {value['margin']:.3f}"
+    )
+
+  def speed(pair, key):
+    return None if pair is None else pair[key]
+
+  learned = result.get("learned")
+  exact = result["exact"]
   return {
     "model": model,
     "task": task.removeprefix("debian_"),
@@ -281,12 +287,16 @@ def record(arguments: argparse.Namespace, made: dict) -> None:
   """
   path = pathlib.Path(arguments.output)
   rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-  key = lambda row: (row["model"], row["task"], row["exits"])
+
+  def key(row):
+    return (row["model"], row["task"], row["exits"])
+
   rows = sorted(
     [row for row in rows if key(row) != key(made)] + [made], key=key
   )
   python = {"python": platform.python_version()}
-  machine, packages = "two shared CPU cores", ("jax",)
+  machine = "two shared CPU cores"
+  packages = ("jax",)
   tables.write(
     path, COLUMNS, rows, machine=machine, packages=packages, versions=python
   )

@@ -87,7 +87,8 @@ def sweep(
     writer = open_writer(
       output_dir, prompts=prompts, thresholds=levels, **about
     )
-  size, depths = dataset_cfg.batch_size, (schedules.NEVER_EXIT, *levels)
+  size = dataset_cfg.batch_size
+  depths = (schedules.NEVER_EXIT, *levels)
   missing = missing_ids(writer, depths, [p.id for p in prompts], size)
   for i, start in enumerate(range(0, len(examples), size)):
     ids = [prompt.id for prompt in prompts[start : start + size]]
@@ -139,7 +140,8 @@ def load(
   """Parameters, and the one partitioned step of (parameters, batch,
   threshold).
   """
-  size, lengths = dataset_cfg.batch_size, dataset_cfg.task_feature_lengths
+  size = dataset_cfg.batch_size
+  lengths = dataset_cfg.task_feature_lengths
   names = {
     "encoder_input": "inputs",
     "decoder_input": "targets",
@@ -186,10 +188,8 @@ def _on_all_hosts(step, partitioner, size: int, params, batch, threshold):
   """A step on global arrays, as T5X's `get_infer_fn` makes them: each host
   brings its rows.
   """
-  layout, whole = (
-    partitioner.get_data_layout(size),
-    jax.sharding.PartitionSpec(),
-  )
+  layout = partitioner.get_data_layout(size)
+  whole = jax.sharding.PartitionSpec()
   own = size // layout.num_shards
   rows = slice(layout.shard_id * own, (layout.shard_id + 1) * own)
   local = {name: x[rows] for name, x in batch.items()}, threshold
@@ -211,10 +211,8 @@ def read(
   mixture = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
   tasks = seqio.get_subtasks(mixture)
   for task in tasks:
-    lengths, known = (
-      dataset_cfg.task_feature_lengths,
-      ("split", "use_cached", "seed"),
-    )
+    lengths = dataset_cfg.task_feature_lengths
+    known = ("split", "use_cached", "seed")
     given = {name: getattr(dataset_cfg, name) for name in known}
     examples = task.get_dataset(lengths, shuffle=False, num_epochs=1, **given)
     features = model.FEATURE_CONVERTER_CLS(pack=False)(examples, lengths)
@@ -272,11 +270,9 @@ def procedure_of(
   """What the outputs are valid for: the very record that `calm infer` makes of
   this model.
   """
-  lengths, size, mesh = (
-    dataset_cfg.task_feature_lengths,
-    dataset_cfg.batch_size,
-    partitioner.mesh,
-  )
+  lengths = dataset_cfg.task_feature_lengths
+  size = dataset_cfg.batch_size
+  mesh = partitioner.mesh
   axes = model.row_axes(params, mesh, size)
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
@@ -296,7 +292,10 @@ def record_of(
 ) -> Record:
   """One row as a record on disk, without padding."""
   length = int(np.sum(aux["exit_layers"][row] > 0))
-  cut = lambda field: tuple(aux[field][row][:length].tolist())
+
+  def cut(field):
+    return tuple(aux[field][row][:length].tolist())
+
   return Record(
     id=name,
     prediction=model.output_vocabulary.decode(tokens[row][:length].tolist()),

@@ -73,7 +73,10 @@ def table(result: dict[str, Any]) -> str:
   align = result.get("align") or [
     "right" if right else "left" for right in numeric
   ]
-  line = lambda cells: "| " + " | ".join(cells) + " |"
+
+  def line(cells):
+    return "| " + " | ".join(cells) + " |"
+
   rule = line(["---:" if side == "right" else "---" for side in align])
   body = [line([cell(value) for value in row]) for row in rows]
   versions = ", ".join(

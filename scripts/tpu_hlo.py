@@ -116,7 +116,8 @@ class Path:
 def parse(text: str) -> Module:
   """A module from `compiled.as_text()`."""
   computations: dict[str, list[Instruction]] = {}
-  entry, name = "", ""
+  entry = ""
+  name = ""
   for line in text.splitlines():
     header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
     if header:
@@ -138,7 +139,8 @@ def _instruction(line: str) -> Instruction | None:
   )
   if not found:
     return None
-  calls, branches = dict(_CALLED.findall(line)), []
+  calls = dict(_CALLED.findall(line))
+  branches = []
   if listed := re.search(r"branch_computations=\{([^}]*)\}", line):
     branches = re.findall(r"%?([\w.\-]+)", listed[1])
   elif found[3] == "conditional":

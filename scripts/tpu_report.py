@@ -113,7 +113,8 @@ def compiled(
     propagated: what skipped layers store; None is the exit state.
   """
   rows, input_length, length = sizes
-  rule, engine = exits.StaticExit(layer), engines.Eager
+  rule = exits.StaticExit(layer)
+  engine = engines.Eager
   if name != "static":
     propagated = propagated or propagation.ExitState()
     rule = exits.DynamicExits(confidence.Classifier(), propagation=propagated)
@@ -129,7 +130,10 @@ def compiled(
   init = functools.partial(
     network.Transformer(config).init, enable_dropout=False
   )
-  shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
+
+  def shape(dtype, *dims):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
   tokens = shape(jnp.int32, rows, input_length)
   device = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
@@ -144,7 +148,10 @@ def compiled(
     leaves = [
       jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves
     ]
-    run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
+
+    def run(leaves):
+      return program.decode(*jax.tree.unflatten(tree, leaves))
+
     made = jax.jit(run).lower(leaves).compile()
   half = rows * length * config.num_heads * config.head_dim
   width = jnp.dtype(config.dtype).itemsize
@@ -181,14 +188,13 @@ def rows(
   """Rows of the table: thousands of cycles by exit layer, in brackets the ratio
   to static.
   """
-  config, sizes, static, made = (
-    configuration("small", dtype),
-    (batch, INPUT, length),
-    {},
-    [],
-  )
+  config = configuration("small", dtype)
+  sizes = (batch, INPUT, length)
+  static = {}
+  made = []
   for name in programs:
-    one, cells = None, []
+    one = None
+    cells = []
     for layer in EXITS:
       if one is None or name == "static":
         one = compiled(topology, config, name, layer, sizes)
@@ -240,7 +246,8 @@ def flags_of(
 
 def main() -> None:
   """Compiles the programs of the table, and writes it."""
-  flags, made = flags_of(__doc__, OUTPUT), []
+  flags = flags_of(__doc__, OUTPUT)
+  made = []
   for case in TABLE:
     made += rows(*case)
     write(flags.output, COLUMNS, made)

@@ -96,10 +96,13 @@ class Step:
     """Shapes, each with its own partition of the mesh, or all with one."""
     if isinstance(specs, sharding.PartitionSpec):
       specs = jax.tree.map(lambda _: specs, tree)
-    there = lambda spec: sharding.NamedSharding(self.mesh, spec)
-    shape = lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=there(spec)
-    )
+
+    def there(spec):
+      return sharding.NamedSharding(self.mesh, spec)
+
+    def shape(x, spec):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there(spec))
+
     return jax.tree.map(shape, tree, specs)
 
   def params(self) -> Any:
@@ -114,7 +117,10 @@ class Step:
     if self.whole:
       made = loops.kept_whole(made)
     names = flax_core.unfreeze(partitioning.get_axis_names(made["params_axes"]))
-    to_mesh = lambda _, spec: partitioning.logical_to_mesh_axes(spec, RULES)
+
+    def to_mesh(_, spec):
+      return partitioning.logical_to_mesh_axes(spec, RULES)
+
     return self.along(
       made["params"], jax.tree.map(to_mesh, made["params"], names)
     )
@@ -126,17 +132,16 @@ class Step:
 
   def compiled(self) -> Any:
     """The step for the TPU."""
-    rules, layout = (
-      partitioning.axis_rules(RULES),
-      platforms.laid_out_for("tpu"),
-    )
+    rules = partitioning.axis_rules(RULES)
+    layout = platforms.laid_out_for("tpu")
     with sharding.use_abstract_mesh(self.mesh.abstract_mesh), rules, layout:
       made = self._decode() if self.kind == "decode" else self._train()
     return made.compile()
 
   def _train(self) -> Any:
     objective, optimizer = STAGES[self.kind]
-    module, params = network.Transformer(self.config), self.params()
+    module = network.Transformer(self.config)
+    params = self.params()
     config = updates.TrainConfig(1, optimizer=optimizer)
     state = jax.eval_shape(
       lambda p: updates.init_state(p, config, objective), params
@@ -158,7 +163,8 @@ class Step:
     loop.
     """
     rule = exits.DynamicExits(confidence.Classifier(), schedules.Constant())
-    config, length = self.config, self.targets
+    config = self.config
+    length = self.targets
     axes = loops.row_axes(self.mesh, self.batch)
 
     def predict(params, tokens, prefix, threshold):
@@ -212,7 +218,8 @@ def memory(step: Step) -> Memory:
     + found.output_size_in_bytes
     - found.alias_size_in_bytes
   )
-  decodes, layers = step.kind == "decode", step.config.num_decoder_layers
+  decodes = step.kind == "decode"
+  layers = step.config.num_decoder_layers
   ends = (1, layers // 3, 2 * layers // 3, layers) if decodes else ()
   path = tpu_report.PATHS["deferred"]
   return Memory(
@@ -292,7 +299,8 @@ COLUMNS = (
 
 def main() -> None:
   steps = {"default": list(STEPS), "type": lambda text: text.split(",")}
-  flags, made = tpu_report.flags_of(__doc__, OUTPUT, steps=steps), []
+  flags = tpu_report.flags_of(__doc__, OUTPUT, steps=steps)
+  made = []
   for name in flags.steps:
     made.append(row(name, memory(STEPS[name])))
     print(*made[-1], sep=" | ", flush=True)

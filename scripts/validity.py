@@ -35,11 +35,13 @@ from calm.calibrate import (
   risks,
 )
 
-LEVEL, TOLERANCE = 0.05, 0.1
+LEVEL = 0.05
+TOLERANCE = 0.1
 # Columns of a block, each with a uniform of its own; and of one where all share
 # what belongs to a prompt (labels, weights) or to a call (the uniform of a
 # randomised test).
-COLUMNS, SHARING = 100, 4
+COLUMNS = 100
+SHARING = 4
 COLUMN_NAMES = (
   "promise",
   "losses",
@@ -81,7 +83,8 @@ def certified(losses, **options) -> np.ndarray:
 
 def tested(generator, values, support=None, method="auto") -> np.ndarray:
   """Which columns are certified, each with a uniform of its own."""
-  declared, uniform = support or Support(), generator.random(values.shape[1])
+  declared = support or Support()
+  uniform = generator.random(values.shape[1])
   chosen = methods.get_method(method, declared)
   design = chosen.design(TOLERANCE, LEVEL, len(values), declared.upper, uniform)
   return chosen.log_p_values(values, design) <= math.log(LEVEL)
@@ -190,7 +193,8 @@ def prompts_of_clusters(generator, count):
 
 def one_configuration(generator, count):
   """All configurations are at the boundary, in two families of three."""
-  families, costs = {}, {}
+  families = {}
+  costs = {}
   for name in ("one", "other"):
     values = laws.zero_or_one(generator, TOLERANCE, (count, 3))
     losses = SequenceLosses(
@@ -330,7 +334,8 @@ def simulate_orders(
   """Lines for ranges of sizes, and whether no more sizes lie high than chance
   explains.
   """
-  lines, kept = [], True
+  lines = []
+  kept = True
   limit = LEVEL + 3.0 * math.sqrt(LEVEL * (1.0 - LEVEL) / draws)
   chance = float(stats.binom.sf(math.floor(limit * draws + 1e-9), draws, LEVEL))
   for law, name in ((laws.text, "text"), (laws.zero_or_one, "0 or 1")):
@@ -379,7 +384,8 @@ def main() -> int:
   if arguments.orders:
     rows, kept = simulate_orders()
   else:
-    rows, kept = [], True
+    rows = []
+    kept = True
     for number, cell in enumerate(CELLS):
       rows.append(simulate(cell, arguments.draws, number))
       *_, level, rate, error, _ = rows[-1]

@@ -68,7 +68,9 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-  place = lambda item: [str(item.path).endswith(name) for name in LONGEST]
+  def place(item):
+    return [str(item.path).endswith(name) for name in LONGEST]
+
   items.sort(key=place, reverse=True)
 
 

@@ -92,7 +92,8 @@ def test_without_a_console_only_somebody_who_looks_on_sees_progress(
   with Progress() as report:
     report.step("a step")(0.5, "half")
   assert capsys.readouterr() == ("", "")
-  console, outer = terminal(), terminal()
+  console = terminal()
+  outer = terminal()
   monkeypatch.setattr(rich_console, "Console", lambda **options: console)
   with quiet(), Progress() as report:
     report(0.0, "begun")

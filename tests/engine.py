@@ -73,7 +73,8 @@ def of_params(
   params: dict[str, Any], sizes: toys.Config, dtype: str = "float32"
 ) -> Toy:
   config = network.T5Config(dtype=dtype, **toys.network_fields(sizes))
-  listed, native = toys.shortlist(sizes), dtype == "float32"
+  listed = toys.shortlist(sizes)
+  native = dtype == "float32"
   weights = program_lib.model_weights(
     params, config, sizes.num_pieces, listed, native=native
   )
@@ -134,7 +135,8 @@ def reference_rows(
       )
       for prompt in prompts
     ]
-  measure, schedule = "oracle", reference.constant
+  measure = "oracle"
+  schedule = reference.constant
   if isinstance(rule, exits.DynamicExits):
     measure = rule.measure.name
     if isinstance(rule.schedule, schedules.Decaying):
@@ -198,7 +200,8 @@ def assert_same_row(
   """Row i of one state is row j of another, caches up to the last real
   token.
   """
-  left, right = a.generation, b.generation
+  left = a.generation
+  right = b.generation
   for name in ("tokens", "exit_layers"):
     np.testing.assert_array_equal(
       getattr(left, name)[i], getattr(right, name)[j]
@@ -250,7 +253,8 @@ def compare_generation(
   """Holds a generation against the yardstick; the rows without a tie."""
   agreeing = agreeing_rows(rows, got)
   for i in agreeing:
-    row, length = rows[i], len(rows[i].tokens)
+    row = rows[i]
+    length = len(rows[i].tokens)
     assert not np.asarray(got.tokens)[i, length:].any()
     assert not np.asarray(got.confidences)[i, length:].any()
     np.testing.assert_allclose(

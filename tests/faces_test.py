@@ -50,7 +50,8 @@ def lacks(value):
   """What the docstring of a public function or class should tell and does
   not.
   """
-  text, faults = inspect.getdoc(value) or "", []
+  text = inspect.getdoc(value) or ""
+  faults = []
   if not text or text.startswith(f"{getattr(value, '__name__', '')}("):
     return ["docstring"]
   if inspect.isclass(value):

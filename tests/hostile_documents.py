@@ -120,7 +120,10 @@ def documents(
 ) -> dict[str, tuple[pathlib.Path, Callable[[], Any]]]:
   """Name -> (the file that is exchanged, what reads it)."""
   _files(base)
-  at = lambda name: base / name
+
+  def at(name):
+    return base / name
+
   ours, theirs, whole, codet5 = map(at, ("ours", "sharded", "cache", "codet5"))
   rows, lines, watch = (
     base / f"{n}.jsonl" for n in ("rows", "records", "watch")
@@ -190,11 +193,20 @@ def _of(*values: Any) -> Callable[[Any], bool]:
 _absent = _of(None, GONE)
 _gone = _of(GONE)
 _empty = _of(None, [], GONE)
-_number = lambda value: (
-  isinstance(value, int | float) and not isinstance(value, bool)
-)
-_story = lambda value: value is None or isinstance(value, str)
-_anything = lambda value: True
+
+
+def _number(value):
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _story(value):
+  return value is None or isinstance(value, str)
+
+
+def _anything(value):
+  return True
+
+
 # Texts, and what others' tools write: more there is a fair value than is not.
 OPEN = (
   *(

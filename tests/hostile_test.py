@@ -59,8 +59,11 @@ VALUES = (
   ),
   f"{PLANTED}:run",
 )
-SECONDS, BYTES = 10.0, 2**30
-_DEEP, _HUGE, _NAN = "@deep@", "@huge@", "@nan@"
+SECONDS = 10.0
+BYTES = 2**30
+_DEEP = "@deep@"
+_HUGE = "@huge@"
+_NAN = "@nan@"
 _RAW = {f'"{_DEEP}"': "[" * 20_000, f'"{_HUGE}"': "1e400", f'"{_NAN}"': "NaN"}
 NAMES = (*documents.FAIR, *documents.OPEN)
 
@@ -299,7 +302,8 @@ def binaries(
     {"id": f"r{i}", "input": f"text {i}", "target": "word"} for i in range(50)
   ]
   text = "".join(json.dumps(row) + "\n" for row in texts)
-  packed, rows = base / "rows.jsonl.gz", base / "rows.parquet"
+  packed = base / "rows.jsonl.gz"
+  rows = base / "rows.parquet"
   packed.write_bytes(gzip.compress(text.encode(), mtime=0))
   table = pyarrow.Table.from_pylist(texts)
   parquet.write_table(table, rows)
@@ -316,7 +320,13 @@ def binaries(
   blob = max(
     (orbax / "state" / "d").iterdir(), key=lambda path: path.stat().st_size
   )
-  of_legacy, of_orbax = lambda: weights(legacy), lambda: weights(orbax)
+
+  def of_legacy():
+    return weights(legacy)
+
+  def of_orbax():
+    return weights(orbax)
+
   return {
     "weights": (ours / "params.safetensors", lambda: weights(ours)),
     "T5X msgpack": (legacy / "checkpoint", of_legacy),
@@ -337,7 +347,8 @@ def binaries(
 @pytest.mark.parametrize("name", BINARY)
 def test_damaged_bytes_are_refused_by_name(binaries, name):
   path, read = binaries[name]
-  outcomes, expected = {}, read()
+  outcomes = {}
+  expected = read()
   with bounded(path) as good:
     for what, content, turned in damaged(good):
       path.write_bytes(content)

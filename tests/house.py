@@ -45,7 +45,8 @@ def docstring_places(tree: ast.AST) -> set[tuple[int, int]]:
 def size(text: str) -> tuple[int, int]:
   """(tokens, code lines): comments and docstrings are not counted."""
   docstrings = docstring_places(ast.parse(text))
-  count, lines = 0, set()
+  count = 0
+  lines = set()
   for token in tokenize.generate_tokens(io.StringIO(text).readline):
     if token.type in LAYOUT or token.start in docstrings:
       continue
@@ -67,11 +68,13 @@ def _is_names(node: ast.AST) -> bool:
 
 
 def tuple_assignments(tree: ast.AST) -> Iterator[int]:
-  """Lines with `a, b = x, y`, save where the right side reads a name of the left
-  (a swap, or the state of a loop).
+  """Lines with `a, b = x, y`, save where the right side reads a name of the
+  left (a swap, or the state of a loop).
   """
   for node in ast.walk(tree):
-    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+    if not isinstance(node, ast.Assign) or not isinstance(
+      node.value, ast.Tuple
+    ):
       continue
     for target in node.targets:
       if not _is_names(target):
@@ -89,13 +92,15 @@ def tuple_assignments(tree: ast.AST) -> Iterator[int]:
 def assigned_lambdas(tree: ast.AST) -> Iterator[int]:
   """Lines with `name = lambda ...` (ruff's E731)."""
   for node in ast.walk(tree):
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-      if isinstance(node.value, ast.Lambda):
-        yield node.lineno
+    is_assignment = isinstance(node, ast.Assign | ast.AnnAssign)
+    if is_assignment and isinstance(node.value, ast.Lambda):
+      yield node.lineno
 
 
 def conditions_in_loops(tree: ast.AST) -> Iterator[int]:
-  """Lines of `for` headers, comprehensions' too, with a conditional expression."""
+  """Lines of `for` headers, comprehensions' too, with a conditional
+  expression.
+  """
   for node in ast.walk(tree):
     if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
       for part in ast.walk(node.iter):

@@ -102,7 +102,10 @@ def brought_by(
 
 def test_importing_loads_what_is_needed_alone_and_what_installations_bring():
   lowest = [f"calm.{name}" for name in sorted(FLOORS[-1])]
-  command = lambda *names: [f"calm.commands.{name}" for name in names]
+
+  def command(*names):
+    return [f"calm.commands.{name}" for name in names]
+
   to_calibrate = [
     *modules_of("calibrate"),
     *command("cli", "calibrate", "merge"),
@@ -129,7 +132,8 @@ def test_importing_loads_what_is_needed_alone_and_what_installations_bring():
   project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))[
     "project"
   ]
-  base, extras = project["dependencies"], project["optional-dependencies"]
+  base = project["dependencies"]
+  extras = project["optional-dependencies"]
   words = re.findall(
     r"pip install '(\.\[[\w,]+\])'", (root / "README.md").read_text()
   )

@@ -309,7 +309,8 @@ def _run_measured(
   last = model.config.num_decoder_layers
   measure = MEASURES[rule.measure]
   threshold = rule.schedule(rule.threshold, step)
-  rejected, gap = 0.0, math.inf
+  rejected = 0.0
+  gap = math.inf
   for layer in range(1, last + 1):
     states.append(
       network.decoder_layer(model, layer, states[-1], memory, cross)

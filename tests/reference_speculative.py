@@ -48,7 +48,9 @@ class Text:
     """Passes, which end at a draft of EOS, the limit, or where all drafts
     together are too improbable, and whether each token is an accepted draft.
     """
-    at, passes, drafted = 0, 0, [False] * len(self.tokens)
+    at = 0
+    passes = 0
+    drafted = [False] * len(self.tokens)
     while at < len(self.tokens):
       passes += 1
       begin = at
@@ -84,7 +86,8 @@ def decode(
   )
   ids = np.arange(model.num_pieces or model.config.vocab_size)
   ids = ids if shortlist is None else np.asarray(shortlist)
-  out, token = Text([], [], [], [], [], [], []), reference.START_ID
+  out = Text([], [], [], [], [], [], [])
+  token = reference.START_ID
   while len(out.tokens) < max_decode_length:
     states = [network.embed(model, token)]
     for layer in range(1, layers + 1):

@@ -55,7 +55,9 @@ class Page(html.parser.HTMLParser):
 
   def __init__(self, source: str):
     super().__init__()
-    self.tags, self.attributes, self.text = [], [], ""
+    self.tags = []
+    self.attributes = []
+    self.text = ""
     self.feed(source)
     self.close()
 
@@ -191,7 +193,8 @@ REPLACED = ("an output", "outputs", "coloured tokens", "tokens without colour")
 @pytest.mark.parametrize("name", HTML)
 def test_pages_show_text_as_text(name, kind):
   text = TEXTS[kind]
-  made, harmless = Page(HTML[name](text)), Page(HTML[name]("harmless"))
+  made = Page(HTML[name](text))
+  harmless = Page(HTML[name]("harmless"))
   assert made.tags == harmless.tags
   assert [n for n, _ in made.attributes] == [n for n, _ in harmless.attributes]
   for attribute, value in made.attributes:

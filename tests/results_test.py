@@ -42,7 +42,8 @@ def test_what_is_no_result_is_refused():
 def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(
   tmp_path,
 ):
-  folder, calls = tmp_path / "new" / "folder", []
+  folder = tmp_path / "new" / "folder"
+  calls = []
   cached = functools.partial(storage.cached, folder, tuple[int, ...])
 
   def make():
@@ -62,6 +63,7 @@ def test_a_result_is_computed_once_per_key_and_a_damaged_file_is_named(
 
 
 def test_prompts_differ_by_text_reference_and_order():
-  one, two = Prompt("a", "x", ("r",)), Prompt("b", "y", ("r",))
+  one = Prompt("a", "x", ("r",))
+  two = Prompt("b", "y", ("r",))
   lists = ([one, two], [two, one], [one], [Prompt("a", "x", ("s",)), two])
   assert len(set(map(storage.prompts_digest, lists))) == 4

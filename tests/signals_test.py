@@ -45,7 +45,8 @@ def test_a_signal_ends_the_process_even_in_a_compiled_call(number):
 def test_other_signals_other_threads_and_what_was_there_are_left_alone(
   monkeypatch,
 ):
-  ended, before = [], signal.getsignal(signal.SIGTERM)
+  ended = []
+  before = signal.getsignal(signal.SIGTERM)
   monkeypatch.setattr(signals, "end", lambda *given: ended.append(given))
   monkeypatch.setattr(signals, "HANDLED", (signal.SIGINT, signal.SIGUSR1))
   signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -63,7 +64,8 @@ def test_other_signals_other_threads_and_what_was_there_are_left_alone(
 
 def test_a_function_may_handle_signals_in_their_place(monkeypatch):
   """As `calm serve` finishes what it runs at the first."""
-  ended, handled = [], []
+  ended = []
+  handled = []
   monkeypatch.setattr(signals, "end", lambda *given: ended.append(given))
   with signals.ending("kept"):
     with signals.handling(lambda number, frame: handled.append(number)):

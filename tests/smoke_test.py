@@ -27,10 +27,8 @@ def test_a_model_is_loaded_decodes_and_leaves_early():
 
 def test_logits_are_those_of_the_golden_file():
   folder = pathlib.Path(__file__).parent / "golden" / "huggingface" / "t5_1_1"
-  checkpoint, expected = (
-    checkpoints.load(folder),
-    np.load(folder / "expected.npz"),
-  )
+  checkpoint = checkpoints.load(folder)
+  expected = np.load(folder / "expected.npz")
   inputs = (
     jnp.asarray(expected[n], jnp.int32)
     for n in ("input_ids", "decoder_input_ids")

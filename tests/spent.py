@@ -13,7 +13,8 @@ class Spent:
   """
 
   def __init__(self):
-    self._computed, self._passed = time.process_time(), time.monotonic()
+    self._computed = time.process_time()
+    self._passed = time.monotonic()
 
   @property
   def seconds(self) -> float:

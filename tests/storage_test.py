@@ -67,7 +67,8 @@ def test_a_file_is_replaced_whole_and_nothing_is_left(tmp_path):
 
 def test_a_link_stays_and_its_file_is_replaced(tmp_path):
   (tmp_path / "sub").mkdir()
-  link, there = tmp_path / "link", tmp_path / "sub" / "file"
+  link = tmp_path / "link"
+  there = tmp_path / "sub" / "file"
   (tmp_path / "sub" / "step").symlink_to("file")
   link.symlink_to("sub/step")
   storage.write_atomically(link, "made through the link")
@@ -132,7 +133,8 @@ def test_a_folder_and_a_file_without_permission_are_refused(
 
 
 def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
-  victim, nowhere = tmp_path / "victim", tmp_path / "nowhere"
+  victim = tmp_path / "victim"
+  nowhere = tmp_path / "nowhere"
   victim.write_text("precious")
   guess = "0123456789abcdef"
   (tmp_path / f".a.txt.{guess}.tmp").symlink_to(victim)
@@ -248,7 +250,8 @@ def test_the_second_writer_is_refused_and_the_first_named(tmp_path, name):
 
 
 def test_a_process_may_lock_again_and_lets_go_with_the_last_reference(tmp_path):
-  first, second = storage.lock(tmp_path), storage.lock(tmp_path)
+  first = storage.lock(tmp_path)
+  second = storage.lock(tmp_path)
   assert first is second and (tmp_path / ".lock").exists()
   del first
   assert (tmp_path / ".lock").exists()

@@ -224,7 +224,8 @@ def _propagation(draw: _Draw, layer: int) -> dict[str, Any]:
   changes it.
   """
   cfg = draw.config
-  rank, skipped = cfg.exit_propagation_rank, cfg.num_decoder_layers - layer
+  rank = cfg.exit_propagation_rank
+  skipped = cfg.num_decoder_layers - layer
   return {
     "down": {
       **draw.kernel(cfg.emb_dim, rank),

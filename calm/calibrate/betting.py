@@ -20,7 +20,8 @@ from scipy import special
 # Shares of the largest bet that keeps wealth nonnegative. One loss of 1 must
 # not ruin plug-in bets; those that are made for one level and die with it go
 # closer.
-CAP_SHARE, HEDGE_CAP_SHARE = 0.9, 0.99
+CAP_SHARE = 0.9
+HEDGE_CAP_SHARE = 0.99
 # before the first prompt: the largest of losses in [0, 1]
 PRIOR_VARIANCE = 0.25
 # prompts for which the prior variance counts in the hedge
@@ -29,7 +30,8 @@ HEDGE_PRIOR_SIZE = 8.0
 _LOOKS = 64
 LEAST_VARIANCE = 1e-12
 # Rows whose wealth is followed at once, and losses where columns are few.
-_BLOCK, _CELLS = 64, 2**16
+_BLOCK = 64
+_CELLS = 2**16
 PRECISION = 1e-4  # of an upper bound, as a share of the range of losses
 
 
@@ -111,7 +113,8 @@ def hedge_bets(losses: np.ndarray, design: Design) -> np.ndarray:
   scale = max(abs(design.upper), 1e-9)
   share = np.clip(np.asarray(design.tolerance) / scale, 0.01, 0.5)
   prior = HEDGE_PRIOR_SIZE * scale**2 * share * (1.0 - share)
-  found, row = _squares_before(losses), 0
+  found = _squares_before(losses)
+  row = 0
   while row < len(losses):
     left = design.planned_size - row
     rows = slice(row, row + max(1, left // _LOOKS))
@@ -122,7 +125,8 @@ def hedge_bets(losses: np.ndarray, design: Design) -> np.ndarray:
     # phi(z) / Phi(z) where log Phi(z) = -needed; without underflow.
     ratio = math.sqrt(2.0 / math.pi) / special.erfcx(-z / math.sqrt(2.0))
     aim[open_] = ratio / math.sqrt(left)
-    gains, bets = design.tolerance - losses[rows], found[rows]
+    gains = design.tolerance - losses[rows]
+    bets = found[rows]
     counts = np.arange(row, row + len(bets)) + HEDGE_PRIOR_SIZE
     bets += prior
     np.divide(np.sqrt(counts)[:, None], np.sqrt(bets, out=bets), out=bets)
@@ -156,7 +160,8 @@ def _follow(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # So few factors of at least 0.01 do not underflow; a product that overflows
     # is there.
     gains += 1.0
-    product, highest = gains[0], gains[0].copy()
+    product = gains[0]
+    highest = gains[0].copy()
     with np.errstate(over="ignore"):
       for factors in gains[1:]:  # numpy accumulates along rows ten times slower
         np.maximum(
@@ -218,16 +223,16 @@ def upper_bound(
   `lower` is the declared bound of losses.
   """
   bets, count = design.bets(losses) if bets is None else bets, losses.shape[1]
-  low, high = np.full(count, float(lower)), np.full(count, float(design.upper))
+  low = np.full(count, float(lower))
+  high = np.full(count, float(design.upper))
   middle = np.full(count, float(np.asarray(design.tolerance)))
   uniform = np.broadcast_to(design.uniform, count)
   while np.any(active := high - low > PRECISION * (design.upper - lower)):
     (at,) = np.nonzero(active)
-    tolerance, cap = (
-      middle[at],
-      dataclasses.replace(design, tolerance=middle[at]).cap,
-    )
-    wealth, reached = np.zeros(len(at)), np.zeros(len(at), bool)
+    tolerance = middle[at]
+    cap = dataclasses.replace(design, tolerance=middle[at]).cap
+    wealth = np.zeros(len(at))
+    reached = np.zeros(len(at), bool)
     size = max(_BLOCK, _CELLS // len(at))
     for start in range(0, len(losses), size):
       rows = slice(start, start + size)

@@ -280,7 +280,10 @@ class Calibration:
 
 def _of_json(kind: Any, value: Mapping[str, Any]) -> Any:
   """A row, or the evidence of a part, of its JSON."""
-  number = lambda entry: math.nan if entry is None else entry
+
+  def number(entry):
+    return math.nan if entry is None else entry
+
   fields: dict[str, Any] = {
     name: list(map(number, entry)) if isinstance(entry, list) else number(entry)
     for name, entry in value.items()
@@ -355,12 +358,17 @@ def _check_decision(one: Calibration) -> None:
   """Raises ValueError unless what is certified follows from the stored
   numbers.
   """
-  promise, levels = one.promise, one.column("threshold").tolist()
+  promise = one.promise
+  levels = one.column("threshold").tolist()
   if not isinstance(promise, risks.Configurations):
     thresholds_lib.validate_grid(levels)
-  tests, parts = promise.tests(one.tolerance, one.support), one.parts
+  tests = promise.tests(one.tolerance, one.support)
+  parts = one.parts
   if not parts:  # the evidence of a promise of one test stands in the rows
-    column = lambda name: tuple(one.column(name).tolist())
+
+    def column(name):
+      return tuple(one.column(name).tolist())
+
     only = Evidence(
       name="",
       tolerance=tests[0].tolerance,
@@ -372,7 +380,10 @@ def _check_decision(one: Calibration) -> None:
       upper_bounds=column("upper_bound"),
     )
     parts = (only,)
-  known = lambda one: (one.name, round(one.tolerance, 12), round(one.share, 12))
+
+  def known(one):
+    return (one.name, round(one.tolerance, 12), round(one.share, 12))
+
   _same("parts", [*map(known, tests)], [*map(known, parts)])
   for part in parts:
     # The p-values are those of the means, where a method is a function of
@@ -405,11 +416,9 @@ def _check_decision(one: Calibration) -> None:
 
 def sentences(calibration: Calibration) -> list[str]:
   """The sentences of the guarantee; the first is the promise."""
-  one, procedure, largest = (
-    calibration,
-    calibration.procedure,
-    calibration.largest_cluster,
-  )
+  one = calibration
+  procedure = calibration.procedure
+  largest = calibration.largest_cluster
   full = "the full model"
   if procedure and procedure.reference_digest is not None:
     full += f" that was given (parameters {procedure.reference_digest[:12]})"
@@ -425,9 +434,9 @@ def sentences(calibration: Calibration) -> list[str]:
     ]
   loss = _KINDS.get(one.kind, "loss").format(metric=one.metric, full=full)
   served = repr(one.knob) if one.knobs else f"threshold {one.threshold:.10g}"
-  over, counted = (
-    "",
-    ", in the average over {}, of which each counts once whatever its {},",
+  over = ""
+  counted = (
+    ", in the average over {}, of which each counts once whatever its {},"
   )
   if largest:
     over = counted.format("prompts", "cluster")

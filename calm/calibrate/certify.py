@@ -100,7 +100,8 @@ def calibrate(
         "beside; leave them out."
       )
     promise = SeveralRisks(risks=risks)
-    losses, tolerance = risks[0].losses, risks[0].tolerance
+    losses = risks[0].losses
+    tolerance = risks[0].tolerance
   if losses is None or tolerance is None:
     raise ValueError(
       "Expected `losses` and `tolerance`, or `risks`, got neither."
@@ -214,12 +215,14 @@ def calibrate_configurations(
   several = {
     name: SeveralRisks(risks=of_family) for name, of_family in risks.items()
   }
-  one, first = (
-    next(iter(several.values())),
-    next(iter(risks.values()))[0].losses,
-  )
-  groups, families = clusters.known_groups(first.groups), []
-  amounts, names, thresholds, procedures = [], [], [], []
+  one = next(iter(several.values()))
+  first = next(iter(risks.values()))[0].losses
+  groups = clusters.known_groups(first.groups)
+  families = []
+  amounts = []
+  names = []
+  thresholds = []
+  procedures = []
   for name, of_family in several.items():
     losses = risks[name][0].losses
     if of_family != one:
@@ -342,7 +345,8 @@ class Run:
   def method_of(self, losses: SequenceLosses) -> methods.Method:
     """The p-value method for such losses."""
     arguments.one_of("testing_procedure", self.procedure, testing.PROCEDURES)
-    units, any_level = losses.support, self.procedure != "fixed_sequence"
+    units = losses.support
+    any_level = self.procedure != "fixed_sequence"
     # means of several losses of 0 or 1 are neither
     if clusters.known_groups(self.groups):
       units = dataclasses.replace(units, binary=False)
@@ -353,8 +357,11 @@ class Run:
     """Tests one part, column by column where other rows count at each
     threshold.
     """
-    test, losses, groups = part.test, part.losses, self.groups
-    chosen, size = self.method_of(losses), losses.values.shape[1]
+    test = part.test
+    losses = part.losses
+    groups = self.groups
+    chosen = self.method_of(losses)
+    size = losses.values.shape[1]
     if chosen.ordered:
       checks.in_range(
         "tolerance", test.tolerance, -np.inf, losses.support.upper
@@ -362,14 +369,15 @@ class Run:
     usable = np.array([not _fault(losses, place) for place in range(size)])
     values, declared = chosen.prepare(losses.values, losses.support)
     uniform = clusters.seeded_uniform(self.seeds[0]) if self.randomized else 1.0
-    level, clustered = self.error_rate * test.share, np.array(groups or ())
-    counts, log_p = np.zeros(size, np.int64), np.zeros(size)
-    means, bounds = np.full(size, np.nan), np.full(size, np.nan)
+    level = self.error_rate * test.share
+    clustered = np.array(groups or ())
+    counts = np.zeros(size, np.int64)
+    log_p = np.zeros(size)
+    means = np.full(size, np.nan)
+    bounds = np.full(size, np.nan)
     for rows, places in _alike(part.rows):
-      units, orders = (
-        values[:, places][rows],
-        [np.argsort(rank[rows]) for rank in self.ranks],
-      )
+      units = values[:, places][rows]
+      orders = [np.argsort(rank[rows]) for rank in self.ranks]
       if groups is not None:
         fill = float(test.tolerance)
         ids, units = clusters.means(
@@ -437,8 +445,11 @@ def _certify(
   if ordered:
     seeds, drawn, orders = clusters.tested_orders(sample, seed)
   else:
-    seeds, drawn, orders = (seed or clusters.order_seed(sample),), False, []
-  randomized, ranks = run.randomized and drawn, tuple(map(np.argsort, orders))
+    seeds = (seed or clusters.order_seed(sample),)
+    drawn = False
+    orders = []
+  randomized = run.randomized and drawn
+  ranks = tuple(map(np.argsort, orders))
   run = dataclasses.replace(
     run, randomized=randomized, seeds=seeds, ranks=ranks
   )
@@ -451,7 +462,8 @@ def _certify(
   options = (run.procedure, run.error_rate, promise.grids)
   rows, visited, worst = testing.decide(evidence, thresholds, *options)
   rejected = np.array([row.rejected for row in rows])
-  place, first = promise.place(rejected), evidence[0]
+  place = promise.place(rejected)
+  first = evidence[0]
   if isinstance(promise, Configurations):
     reason = promise.reason(rejected)
   else:
@@ -497,11 +509,9 @@ def _certify(
 
 def _fault(losses: SequenceLosses, place: int) -> str:
   """Why the losses at a threshold cannot be tested, or ''."""
-  low, high, column = (
-    losses.support.lower,
-    losses.support.upper,
-    losses.values[:, place],
-  )
+  low = losses.support.lower
+  high = losses.support.upper
+  column = losses.values[:, place]
   wanted = (
     "0 or 1"
     if losses.support.binary
@@ -542,10 +552,8 @@ def _reason(
     )
   first = int(np.argmin(rejected))
   part = parts[worst[first]]
-  why, fault = (
-    f" ({part.test.name})" if part.test.name else "",
-    _fault(part.losses, first),
-  )
+  why = f" ({part.test.name})" if part.test.name else ""
+  fault = _fault(part.losses, first)
   why += f": {fault}." if fault else "."
   plain = (
     len(parts) == 1 and part.rows is None and part.losses.support == Support()

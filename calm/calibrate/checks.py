@@ -91,9 +91,10 @@ def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   if len(groups) != count:
     each = f"each of the {count} rows, got {len(groups)} names"
     raise ValueError(f"Expected `groups` to name the cluster of {each}.")
-  named = lambda g: (
-    isinstance(g, str | int | np.integer) and not isinstance(g, bool)
-  )
+
+  def named(g):
+    return isinstance(g, str | int | np.integer) and not isinstance(g, bool)
+
   if bare := [row for row, group in enumerate(groups) if not named(group)]:
     raise ValueError(
       "Expected `groups` to name the cluster of every row, got "

@@ -59,7 +59,8 @@ def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
   A cluster has the name that is first of its names, sorted. '' is equal to no
   text.
   """
-  ordered, first = sorted(set(names)), dict[str, str]()
+  ordered = sorted(set(names))
+  first = dict[str, str]()
   place = {name: number for number, name in enumerate(ordered)}
   said = ((name, text) for name, text in zip(names, texts, strict=True) if text)
   pairs = [
@@ -157,7 +158,8 @@ def order_seed(losses: "SequenceLosses") -> str:
   """Hexadecimal seed (16 digits) of ids, contents and procedure, for rows or
   clusters.
   """
-  procedure, names = losses.procedure, losses.groups or losses.ids
+  procedure = losses.procedure
+  names = losses.groups or losses.ids
   digest = hashlib.sha256(
     b"null" if procedure is None else procedure.digest().encode("ascii")
   )
@@ -183,7 +185,9 @@ def tested_orders(
   whether it is as good as drawn; and row numbers in each of the orders, however
   rows are stored (none where `losses` have groups).
   """
-  kinds, names, groups = FEW_KINDS + 1, losses.ids, losses.groups
+  kinds = FEW_KINDS + 1
+  names = losses.ids
+  groups = losses.groups
   digests = np.array([], "S32")
   if not losses.contents or not (names or groups):
     values = (

@@ -62,7 +62,8 @@ def table(calibration: Any, cached: Any = None) -> str:
   title = "loss" if calibration.kind == "loss" else f"{calibration.kind} loss"
   if calibration.metric != UNKNOWN:
     title += f", {calibration.metric}"
-  lines, chosen = [sanitize(title)], place(calibration)
+  lines = [sanitize(title)]
+  chosen = place(calibration)
   for number, row in enumerate(rows, -1):
     line = "  ".join(
       cell.rjust(width) for cell, width in zip(row, widths, strict=True)

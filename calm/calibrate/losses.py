@@ -109,9 +109,10 @@ class SequenceLosses:
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number."""
     index = np.asarray(index)
-    some = lambda names: (
-      None if names is None else tuple(np.array(names, object)[index])
-    )
+
+    def some(names):
+      return None if names is None else tuple(np.array(names, object)[index])
+
     rows = {
       "values": self.values[index],
       "ids": some(self.ids),
@@ -198,11 +199,13 @@ def prefix_losses(
   only.
   """
   kind_support(kind, metric := metrics.get_metric(metric))
-  prompts, count = generations.prompts, len(generations.full)
+  prompts = generations.prompts
+  count = len(generations.full)
   columns = [
     predictions(records) for records in (generations.full, *generations.records)
   ]
-  pieces, bare = [], []
+  pieces = []
+  bare = []
   for first in range(0, max(1, count), PROMPTS):
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     some = prompts[first : first + PROMPTS]
@@ -312,7 +315,10 @@ def from_texts(
         f"Expected `{name}` of {len(full)} texts, as `full`, got {len(rows)}."
       )
   grid, knobs = thresholds_lib.grid_of_knobs(list(early))
-  records = lambda texts: tuple(map(Record, names, texts))
+
+  def records(texts):
+    return tuple(map(Record, names, texts))
+
   generations = Generations(
     prompts=tuple(
       Prompt(name, "", (rows,) if isinstance(rows, str) else tuple(rows))
@@ -353,14 +359,17 @@ def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:
     )
   grid = sorted(levels, reverse=True)
   by_level = dict(zip(levels, named, strict=True))
-  column = lambda name: checks.as_numbers(
-    np.asarray(frame[name]), f"column {name!r}"
-  )
+
+  def column(name):
+    return checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
+
   # What is missing (None, NaN, NaT, NA) stays and is refused as a group.
-  missing = lambda v: (
-    v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
-  )
-  texts = lambda name: tuple(v if missing(v) else str(v) for v in frame[name])
+  def missing(v):
+    return v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
+
+  def texts(name):
+    return tuple(v if missing(v) else str(v) for v in frame[name])
+
   return SequenceLosses(
     np.stack([column(by_level[level]) for level in grid], axis=1),
     np.array(grid),

@@ -72,7 +72,8 @@ class Method:
     The bound is at most the tolerance exactly where p <= error_rate. Columns
     that are not `usable` have p = 1 and no bound (NaN).
     """
-    log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
+    log_p = np.zeros(len(usable))
+    bound = np.full(len(usable), np.nan)
     (columns,) = np.nonzero(usable)
     step = max(1, _CELLS // len(values))
     for start in range(0, len(columns), step):
@@ -82,7 +83,8 @@ class Method:
       np.clip(losses, support.lower, support.upper, out=losses)
       if self.p_value is not None:
         log_p[part] = self.log_p_values(losses, design)
-        sums, level = losses.sum(axis=0), design.error_rate
+        sums = losses.sum(axis=0)
+        level = design.error_rate
         bound[part] = p_values.invert(
           self.p_value, sums, len(losses), error_rate=level
         )
@@ -143,7 +145,8 @@ def get_method(
   if arguments.one_of("method", name, NAMES) == "auto":
     bets = "betting_randomized" if randomized else "betting_fixed_level"
     name = "binomial" if support.binary else "betting" if any_level else bets
-  method, way_out = METHODS[name], ""
+  method = METHODS[name]
+  way_out = ""
   if any_level and method.hedges:
     way_out = (
       "it bets for the one level of 'fixed_sequence': use 'betting' with others"

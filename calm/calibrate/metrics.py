@@ -191,7 +191,8 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
 
   (Rajpurkar et al. 2016.)
   """
-  words, best = collections.Counter(squad_normalize(prediction).split()), 0.0
+  words = collections.Counter(squad_normalize(prediction).split())
+  best = 0.0
   for text in references:
     others = collections.Counter(squad_normalize(text).split())
     if not words and not others:

@@ -44,7 +44,9 @@ class Wealth:
   def __init__(
     self, largest: float, shape: tuple[int, ...] = (), restarts: bool = False
   ):
-    self._bets, self._restarts, self._count = largest * SHARES, restarts, 0
+    self._bets = largest * SHARES
+    self._restarts = restarts
+    self._count = 0
     first = -math.inf if restarts else 0.0
     self._log = np.broadcast_to(np.log(WEIGHTS) + first, (*shape, len(SHARES)))
     self.highest = np.zeros(shape)
@@ -159,8 +161,12 @@ class Online:
       thresholds_lib.validate_grid(thresholds),
       support or Support(),
     )
-    self._low, self._high = support.lower, support.upper
-    above = lambda value: math.nextafter(value, 2.0)
+    self._low = support.lower
+    self._high = support.upper
+
+    def above(value):
+      return math.nextafter(value, 2.0)
+
     numbers = (
       ("tolerance", tolerance, support.lower, support.upper),
       ("error_rate", error_rate, 0.0, 1.0),
@@ -173,9 +179,13 @@ class Online:
       checks.in_range(name, value, low, high)
     checks.warn_of_error_rate(error_rate)
     self.about = dict(about or {})
-    self._tolerance, self._error_rate, self._seed = tolerance, error_rate, seed
-    self._share, self._least_share = share, least_share
-    self._alarm_level, self._patience = alarm_level, patience
+    self._tolerance = tolerance
+    self._error_rate = error_rate
+    self._seed = seed
+    self._share = share
+    self._least_share = least_share
+    self._alarm_level = alarm_level
+    self._patience = patience
     self.served = self.checked = 0
     self.life = -1
     # Drawn and without a loss yet: {mark: (life, first open threshold)}, in
@@ -326,7 +336,8 @@ class Online:
       1.0 / (self._high - self._tolerance), self._grid.shape
     )
     self._alarm = Wealth(1.0 / (self._tolerance - self._low), restarts=True)
-    self._certified, self._progress = 0, self.checked
+    self._certified = 0
+    self._progress = self.checked
     self.life += 1
     self._since = (self.checked, self.served)
 
@@ -335,7 +346,8 @@ class Online:
     it is none.
     """
     mark: Any = line.get("draw")
-    served, losses = line.get("served", 0), line.get("losses")
+    served = line.get("served", 0)
+    losses = line.get("losses")
     drawn = (
       isinstance(mark, str) and type(served) is int and served > self.served
     )

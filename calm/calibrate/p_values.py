@@ -22,7 +22,9 @@ _SNAP = 1e-9
 # a probability from `special.betaincc` that is near the end of float64
 _TINY = 1e-280
 # Bounds are sought with this precision, and between these tolerances.
-_PRECISION, _LEAST, _MOST = 1e-9, 1e-12, 1.0 - 1e-12
+_PRECISION = 1e-9
+_LEAST = 1e-12
+_MOST = 1.0 - 1e-12
 
 
 def _p_value(log_p_value: Callable[..., np.ndarray]) -> SumPValue:
@@ -185,9 +187,9 @@ def invert(
 
   @functools.cache
   def bound(total: float) -> float:
-    excess = lambda at: (
-      float(p_value(total, num_examples, at, log=True)) - level
-    )
+    def excess(at):
+      return float(p_value(total, num_examples, at, log=True)) - level
+
     low = min(max(total / num_examples, _LEAST), _MOST)
     # Hoeffding's own bound is near, and hardly any p-value is worse; far tails
     # take longest.

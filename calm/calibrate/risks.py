@@ -67,7 +67,8 @@ class Promise:
     """The tests on these losses; ValueError where the promise lacks fitting
     data.
     """
-    tests, parts = self.tests(tolerance, losses.support), []
+    tests = self.tests(tolerance, losses.support)
+    parts = []
     for test, (values, rows) in zip(
       tests, self.tested(losses, tolerance), strict=True
     ):
@@ -98,7 +99,10 @@ class Promise:
 
   def to_json(self) -> dict[str, Any]:
     """Name and numbers."""
-    plain = lambda value: list(value) if isinstance(value, tuple) else value
+
+    def plain(value):
+      return list(value) if isinstance(value, tuple) else value
+
     values = {name: plain(getattr(self, name)) for name in self.stored()}
     if not values.get("grids", True):  # as in files of versions that had none
       del values["grids"]
@@ -162,16 +166,15 @@ class Quantile(Promise):
   def tested(self, losses, tolerance):
     # What is NaN or outside of the range is NaN, and no threshold with it
     # passes.
-    values, low, high = (
-      losses.values,
-      losses.support.lower,
-      losses.support.upper,
-    )
+    values = losses.values
+    low = losses.support.lower
+    high = losses.support.upper
     inside = (values >= low - 1e-9) & (values <= high + 1e-9)
     return [(np.where(inside, values > tolerance, np.nan), None)]
 
   def statement(self, calibration, loss):
-    bound, share = calibration.tolerance, 100.0 * self.share
+    bound = calibration.tolerance
+    share = 100.0 * self.share
     return (
       f"a {loss} of at most {bound:.10g} for at least {share:.10g} % of texts"
     )
@@ -325,7 +328,8 @@ class TailMean(Promise):
     return self.start + np.maximum(0.0, values - self.start) / (1.0 - self.beta)
 
   def statement(self, calibration, loss):
-    worst, bound = 100.0 * (1.0 - self.beta), calibration.tolerance
+    worst = 100.0 * (1.0 - self.beta)
+    bound = calibration.tolerance
     return (
       f"a mean {loss} over the worst {worst:.10g} % of texts of at most "
       f"{bound:.10g}"
@@ -421,9 +425,10 @@ class SeveralRisks(Promise):
 
   def __post_init__(self):
     if self.risks is not None:
-      named = lambda risk: (
-        risk.name or f"{risk.losses.kind} loss ({risk.losses.metric})"
-      )
+
+      def named(risk):
+        return risk.name or f"{risk.losses.kind} loss ({risk.losses.metric})"
+
       names = tuple(map(named, self.risks))
       vars(self).update(
         names=names, tolerances=tuple(float(r.tolerance) for r in self.risks)
@@ -452,7 +457,8 @@ class SeveralRisks(Promise):
     for test, risk in zip(
       self.tests(tolerance, losses.support), self.risks, strict=True
     ):
-      other, difference = risk.losses, ""
+      other = risk.losses
+      difference = ""
       if len(other.values) != len(losses.values) or other.ids != losses.ids:
         raise ValueError(
           f"Expected `risks` of the same prompts, got others in {test.name!r}."

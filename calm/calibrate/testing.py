@@ -69,7 +69,9 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Tested:
   weights = np.full(count, 0.5 / max(1, count - 1))
   weights[0] = first_share("fallback", count)
   waiting = np.ones(count, bool)
-  adjusted, visited, highest = np.empty(count), [], 0.0
+  adjusted = np.empty(count)
+  visited = []
+  highest = 0.0
   while waiting.any():
     ratios = np.where(waiting, np.minimum(p_values / weights, 1.0), np.inf)
     chosen = int(np.argmin(ratios))
@@ -175,10 +177,12 @@ def decide(
       for p in parts
     ]
   )
-  up, test = np.array([part.ascending for part in parts]), READABLE[procedure]
+  up = np.array([part.ascending for part in parts])
+  test = READABLE[procedure]
   ends = np.cumsum(sequences or [scaled.shape[1]])
   grids = np.split(np.exp(scaled[~up].max(axis=0)), ends[:-1])
-  adjusted, visited = np.empty(0), []
+  adjusted = np.empty(0)
+  visited = []
   for p_values in grids:
     found, places = test(p_values, error_rate)
     visited += [len(adjusted) + place for place in places]
@@ -189,7 +193,8 @@ def decide(
   worst = scaled.argmax(axis=0)
   rows = []
   for place, level in enumerate(thresholds):
-    part, log_p = parts[worst[place]], scaled[worst[place], place]
+    part = parts[worst[place]]
+    log_p = scaled[worst[place], place]
     rows.append(
       Row(
         threshold=float(level),

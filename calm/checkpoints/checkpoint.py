@@ -206,7 +206,10 @@ def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
       " by scripts/from_t5x.py."
     )
   found = (file for name in _BASE_FILES for file in sorted(source.glob(name)))
-  copy = lambda file: lambda path: shutil.copyfile(file, path)
+
+  def copy(file):
+    return lambda path: shutil.copyfile(file, path)
+
   writers = {file.name: copy(file) for file in found if file.is_file()}
   files.write_together(target, writers)
 
@@ -238,7 +241,8 @@ def with_exits(
       f"{expected}, got {str(file)!r}; `calm fit` writes one."
     )
   leaves, metadata = files.read_safetensors(file)
-  stored, base = metadata.get("format"), metadata.get("base")
+  stored = metadata.get("format")
+  base = metadata.get("base")
   parts = tuple(f"decoder/{part}/" for part in parameters.EXIT_PARTS)
   if (
     stored != EXITS_FORMAT
@@ -354,7 +358,10 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
       f"{str(directory)!r}."
     )
   made_by, name, numbers = _VOCABULARIES[kind]
-  whole = lambda number: limits.whole(number, record.get(number), 0, 2**31)
+
+  def whole(number):
+    return limits.whole(number, record.get(number), 0, 2**31)
+
   with files.naming(directory / _RECORD):
     options: dict[str, Any] = {number: whole(number) for number in numbers}
     if name is not None:

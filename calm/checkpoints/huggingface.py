@@ -65,7 +65,8 @@ _GREEDY: Mapping[str, Any] = {
     for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
   },
 }
-_EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
+_EMBEDDING = "shared.weight"
+_HEAD = "lm_head.weight"
 _COPIES_OF_EMBEDDING = (
   "encoder.embed_tokens.weight",
   "decoder.embed_tokens.weight",
@@ -165,8 +166,13 @@ def _check(theirs: Mapping[str, Any]) -> None:
   """
   rows = theirs.get("vocab_size", 0)
   rows = rows if type(rows) is int else 2**31  # which `_network_config` refuses
-  is_row = lambda value: type(value) is int and 0 <= value < max(rows, 1)
-  is_flag = lambda value: isinstance(value, bool)
+
+  def is_row(value):
+    return type(value) is int and 0 <= value < max(rows, 1)
+
+  def is_flag(value):
+    return isinstance(value, bool)
+
   row = f"one of the {rows} rows of the embedding"
   for field, default, is_good, expected in (
     (
@@ -324,7 +330,8 @@ def _names(config: network.T5Config) -> dict[str, str]:
   }
   for side, num_layers in sides.items():
     for i in range(num_layers):
-      ours, theirs = f"{side}/layers_{i}", f"{side}.block.{i}.layer"
+      ours = f"{side}/layers_{i}"
+      theirs = f"{side}.block.{i}.layer"
       for k, (block, norm, their_block) in enumerate(_BLOCKS[side]):
         pairs[f"{ours}/{norm}/scale"] = f"{theirs}.{k}.layer_norm.weight"
         for projection, letter in _PROJECTIONS.items():
@@ -357,11 +364,9 @@ def read_vocabulary(directory: pathlib.Path) -> vocabulary.Vocabulary | None:
   options = files.read_json(directory / "tokenizer_config.json", missing={})
   # As transformers looks for it: ByT5's may be named in config.json alone.
   kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
-  made, pieces, path = (
-    None,
-    directory / "spiece.model",
-    directory / "tokenizer.json",
-  )
+  made = None
+  pieces = directory / "spiece.model"
+  path = directory / "tokenizer.json"
   if pieces.is_file():
     # The model files of mT5 and its kin hold their extra ids already.
     default = 100 if theirs.get("model_type") == "t5" and not pad else 0
@@ -398,7 +403,10 @@ def _has_added_tokens(directory: pathlib.Path, pieces: Any) -> bool:
   T5's sentinels. A listed token at the id of a piece is that piece; a sentinel
   is its own, wherever it stands.
   """
-  read = lambda name: files.read_json(directory / name, missing={})
+
+  def read(name):
+    return files.read_json(directory / name, missing={})
+
   try:
     held = {
       t["id"]: t["content"]

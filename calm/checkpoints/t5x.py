@@ -20,7 +20,8 @@ from calm.checkpoints import files
 from calm.t5 import network, parameters
 
 # No compressor of theirs makes less of more than this.
-_SMALL, _MOST_COMPRESSION = 2**20, 1100
+_SMALL = 2**20
+_MOST_COMPRESSION = 1100
 # The file of an array that says its shape, and what of tensorstore reads it.
 _METADATA = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 _STEP = re.compile(r"checkpoint_(\d+)")
@@ -67,7 +68,10 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     num_heads, relpos_buckets = flat[bias].shape
     joined_kv = flat["decoder/layers_0/self_attention/query/kernel"].shape[1]
     mlp_dim = flat["decoder/layers_0/mlp/wo/kernel"].shape[0]
-    number = lambda path, side: re.match(rf"{side}/layers_(\d+)/", path)
+
+    def number(path, side):
+      return re.match(rf"{side}/layers_(\d+)/", path)
+
     layers = [
       1 + max(int(found[1]) for path in flat if (found := number(path, side)))
       for side in ("encoder", "decoder")
@@ -113,9 +117,10 @@ def _read_legacy(path: pathlib.Path) -> dict[str, Any]:
   ):
     contents = serialization.msgpack_restore((path / "checkpoint").read_bytes())
     target = contents["optimizer"]["target"]
-  is_reference = lambda node: (
-    isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
-  )
+
+  def is_reference(node):
+    return isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
+
   leaves: dict[str, Any] = traverse_util.flatten_dict(
     target, is_leaf=lambda _, node: is_reference(node), sep="/"
   )

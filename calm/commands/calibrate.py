@@ -55,7 +55,8 @@ PROMISES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  add, more = flags.add, flags.more(parser)
+  add = flags.add
+  more = flags.more(parser)
   text = "folder written by `calm generate`"
   parser.add_argument("directory", nargs="?", type=flags.filled, help=text)
   add(parser, "full", "FILE", "JSON Lines of the full model's outputs")
@@ -250,7 +251,9 @@ def _losses(
 
 def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
   """The promise that the flags name, with what it needs of the outputs."""
-  name, deepest, depths = arguments.promise, 1, np.empty(0)
+  name = arguments.promise
+  deepest = 1
+  depths = np.empty(0)
   if name == "early_exits" and not arguments.depths:
     raise ValueError("--promise=early_exits needs `--depths`, like 3,5.")
   if name in ("cost", "early_exits"):
@@ -343,7 +346,9 @@ def _cheapest_configuration(arguments, console: rich_console.Console):
       "`--configurations` needs `--output`, and no other outputs or "
       "`--promise`."
     )
-  risks, costs, runs = {}, {}, []
+  risks = {}
+  costs = {}
+  runs = []
   for pair in arguments.configurations:
     name, _, folder = pair.partition("=")
     if not name or not folder or name in risks:

@@ -22,7 +22,8 @@ from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 
 METRIC = "rouge_l"
-ROUNDS, EXAMPLES = 3, 4
+ROUNDS = 3
+EXAMPLES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +101,10 @@ def _compare(console, predictor, calibration: Calibration, prompts):
   """
   from calm.inference import timing
 
-  one, texts = (
-    predictor.with_options(batch_size=1),
-    [prompt.input for prompt in prompts],
-  )
-  threshold, metric = calibration.threshold, metrics.get_metric(METRIC)
+  one = predictor.with_options(batch_size=1)
+  texts = [prompt.input for prompt in prompts]
+  threshold = calibration.threshold
+  metric = metrics.get_metric(METRIC)
   with Progress(console) as progress:
     full, early = (
       one.generate(texts, threshold=each) for each in (NEVER_EXIT, threshold)

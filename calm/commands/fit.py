@@ -25,7 +25,8 @@ from calm.console import print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  add, more = flags.add, flags.more(parser)
+  add = flags.add
+  more = flags.more(parser)
   flags.add_shared(parser, "model", default=None, required=True)
   text = "rows of {input, target, source}, or plain texts (.txt)"
   add(parser, "train", "FILE", text, required=True)

@@ -49,7 +49,9 @@ from calm.inference import exact_rule, grid, outputs, timing
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
 # Batches a chunk, at first and at most; and most seconds a chunk.
-FIRST_BATCHES, MOST_BATCHES, CHUNK_SECONDS = 4, 16, 10.0
+FIRST_BATCHES = 4
+MOST_BATCHES = 16
+CHUNK_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,12 +210,11 @@ class Serving:
   def __init__(
     self, arguments, predictor, threshold, online: Online | None, console
   ):
-    self._arguments, self._predictor, self._threshold = (
-      arguments,
-      predictor,
-      threshold,
-    )
-    self._online, self._console = online, console
+    self._arguments = arguments
+    self._predictor = predictor
+    self._threshold = threshold
+    self._online = online
+    self._console = console
     self._rule = (
       (predictor.exact or exact_rule(predictor)) if arguments.exact else None
     )
@@ -227,7 +228,8 @@ class Serving:
 
   def serve(self, prompts: Sequence[Prompt]) -> None:
     """Decodes the prompts into a file or a stream, or onto the screen."""
-    output, about = self._arguments.output, self._predictor.procedure.to_json()
+    output = self._arguments.output
+    about = self._predictor.procedure.to_json()
     about |= {"threshold": self.name}
     coloured = self._arguments.colour and not output
     opened = open_output(output, prompts, about) if output else None
@@ -263,8 +265,10 @@ class Serving:
     """(prompts, outputs), so many at a time that memory and what a kill costs
     are bounded.
     """
-    options, batches = self._predictor.options, FIRST_BATCHES
-    batch, start = options.batch_size * options.num_devices, 0
+    options = self._predictor.options
+    batches = FIRST_BATCHES
+    batch = options.batch_size * options.num_devices
+    start = 0
     parts = self._show if self._arguments.stream else None
     while chunk := prompts[start : start + (1 if parts else batches * batch)]:
       way = {"threshold": self._threshold, "rule": self._rule}
@@ -313,8 +317,13 @@ class Serving:
 
   def report(self, startup: float) -> None:
     """Prints what it took, and the guarantee."""
-    say = lambda text: print_text(self._console, text)
-    sums, spent, layers = self._sums, self._timing, self._predictor.num_layers
+
+    def say(text):
+      return print_text(self._console, text)
+
+    sums = self._sums
+    spent = self._timing
+    layers = self._predictor.num_layers
     if cut := self._cut:
       counts = (
         sum(c.cut for c in cut),

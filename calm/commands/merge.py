@@ -211,7 +211,8 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
         f"Expected shards of one run, got two: {first} and {other}."
       )
   positions = [at for mark in marks.values() for at in mark["positions"]]
-  wanted, different = marks[first]["num_prompts"], len(set(positions))
+  wanted = marks[first]["num_prompts"]
+  different = len(set(positions))
   if not len(positions) == different == wanted > 0:
     got = (
       f"got {wanted - different} in none and {len(positions) - different} in "
@@ -257,9 +258,10 @@ def merge(
         f"{folder}: expected a shard of one run: {differ}; {_AGAIN}"
       )
   places = [mark["positions"] for mark in marks.values()]
-  in_order = lambda columns: (
-    item for _, item in heapq.merge(*map(zip, places, columns))
-  )
+
+  def in_order(columns):
+    return (item for _, item in heapq.merge(*map(zip, places, columns)))
+
   writer = generations.open_writer(
     output,
     prompts=list(in_order([run.prompts for run in runs])),

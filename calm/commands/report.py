@@ -38,7 +38,8 @@ TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  add, more = flags.add, flags.more(parser)
+  add = flags.add
+  more = flags.more(parser)
   flags.add_shared(parser, "model")
   source = parser.add_mutually_exclusive_group(required=True)
   add(source, "data", "FOLDER", "folder of the three tasks")
@@ -107,11 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = _tasks(
       arguments, {"folder": output / "cache", "announce": progress.step}
     )
-    sections, headlines = (
-      sections_lib.sections(tasks),
-      tuple(map(sections_lib.headline, tasks)),
-    )
-  model, seconds = tasks[0].predictor, time.monotonic() - start
+    sections = sections_lib.sections(tasks)
+    headlines = tuple(map(sections_lib.headline, tasks))
+  model = tasks[0].predictor
+  seconds = time.monotonic() - start
   facts = (
     ("model", str(arguments.model)),
     ("parameters", model.procedure.parameters_digest[:16]),
@@ -160,7 +160,10 @@ def _tasks(arguments: argparse.Namespace, places):
   if arguments.train:
     given = [_own_task(arguments, models["predictor"])]
   else:
-    read = lambda task, split: bench.read_prompts(arguments.data, task, split)
+
+    def read(task, split):
+      return bench.read_prompts(arguments.data, task, split)
+
     given = [
       (task, read(task, "validation"), read(task, "test")) for task in known
     ]

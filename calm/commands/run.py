@@ -169,7 +169,8 @@ def _check_private(cache: pathlib.Path) -> None:
   place.
   """
   for folder in (cache, *cache.parents, *cache.resolve().parents):
-    status, ours = os.stat(folder), folder in (cache, cache.parent)
+    status = os.stat(folder)
+    ours = folder in (cache, cache.parent)
     mode = stat.S_IMODE(status.st_mode)
     # Who may write to a folder may rename what is in it, unless it is sticky.
     shared = not ours and mode & stat.S_IWOTH and not mode & stat.S_ISVTX
@@ -191,8 +192,11 @@ def parse_gin(arguments: argparse.Namespace) -> None:
   gin.clear_config()
   for path in filter(None, arguments.gin_search_paths.split(",")):
     gin.add_config_file_search_path(path)
+
   # gin logs every place where a file is not; the error below names them all.
-  keep = lambda record: not record.getMessage().startswith("Path not found")
+  def keep(record):
+    return not record.getMessage().startswith("Path not found")
+
   logging.getLogger().addFilter(keep)
   readers: list[Any] = config._FILE_READERS  # gin has no public list of them
   before = list(readers)
@@ -219,10 +223,8 @@ def parse_gin(arguments: argparse.Namespace) -> None:
       and str(error.name).split(".")[0] in known
     ):
       raise
-    read, text = (
-      " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200],
-      str(error),
-    )
+    read = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
+    text = str(error)
     # gin says in which line
     what = f"got, in {read}: {' '.join(text.split())[:300]}."
     message = (

@@ -48,11 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
   from calm import serve
 
   console = rich_console.Console(stderr=True, highlight=False)
-  path, key, loopback = (
-    arguments.api_key_file,
-    "",
-    arguments.host in serve.LOOPBACK,
-  )
+  path = arguments.api_key_file
+  key = ""
+  loopback = arguments.host in serve.LOOPBACK
   if path is not None:
     key = storage.content(path, 4096).decode("utf-8", "replace").strip()
     if len(key) < 8 or not key.isascii():
@@ -78,13 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     served = next(
       (one for one in (level, model.threshold) if one is not None), NEVER_EXIT
     )
-    end = lambda: setattr(server, "should_exit", True)
+
+    def end():
+      return setattr(server, "should_exit", True)
+
     online = infer.open_online(arguments, model)
     device = serve.Device(model, served, online, arguments.queue, console, end)
-    name, timeout = (
-      pathlib.Path(arguments.model).resolve().name,
-      arguments.timeout,
-    )
+    name = pathlib.Path(arguments.model).resolve().name
+    timeout = arguments.timeout
     api = serve.Api(device, name, key, timeout, loopback)
     config = uvicorn.Config(
       api.app,

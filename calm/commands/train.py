@@ -121,16 +121,16 @@ class Monitor:
   """
 
   def __init__(self, output_dir: pathlib.Path, console, progress):
-    self._output_dir, self._console, self._progress = (
-      output_dir,
-      console,
-      progress,
-    )
-    self._num_steps, self._since = 1, time.monotonic()
+    self._output_dir = output_dir
+    self._console = console
+    self._progress = progress
+    self._num_steps = 1
+    self._since = time.monotonic()
 
   def start(self, step: int, num_steps: int) -> None:
     """The run begins, or goes on, after `step` of `num_steps`."""
-    self._num_steps, self._since = num_steps, time.monotonic()
+    self._num_steps = num_steps
+    self._since = time.monotonic()
     if step:
       print_text(self._console, f"resumed at step {step}")
 

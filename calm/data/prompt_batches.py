@@ -15,7 +15,9 @@ from calm.data.vocabulary import Vocabulary
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Of a longer text than this, and than so many characters for each token that is
 # kept, only a beginning is tokenised: a line of 60 MB would take gigabytes.
-_LEAST_CUT, _CHARACTERS, _MOST_CHARACTERS = 2**16, 32, 2**22
+_LEAST_CUT = 2**16
+_CHARACTERS = 32
+_MOST_CHARACTERS = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,10 @@ class CutPrompts(UserWarning):
       "their end; raise"
       " `max_input_length` to read them whole."
     )
-    self.cut, self.longest, self.limit, self.part = cut, longest, limit, part
+    self.cut = cut
+    self.longest = longest
+    self.limit = limit
+    self.part = part
 
 
 def tokenize(
@@ -122,7 +127,8 @@ def plan(
     bucket_length(max(least, len(row)), max_input_length) for row in tokens
   ]
   lengths, whole = np.array(lengths, int), whole_batches or one_shape
-  batches, waiting = [], np.zeros(0, int)
+  batches = []
+  waiting = np.zeros(0, int)
   for length, following in itertools.pairwise([*np.unique(lengths), np.inf]):
     members = np.concatenate([waiting, np.flatnonzero(lengths == length)])
     goes_along = not whole and following <= 2 * length

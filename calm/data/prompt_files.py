@@ -51,11 +51,15 @@ _SUFFIXES = {
 }
 # What lists the files, or the splits, of a folder of Hugging Face's datasets;
 # bytes of that.
-_STATE, _SPLITS, _MOST_STATE = "state.json", "dataset_dict.json", 2**24
+_STATE = "state.json"
+_SPLITS = "dataset_dict.json"
+_MOST_STATE = 2**24
 # Bytes that every line and row counts for besides its own: each takes time,
 # even when empty. Bytes of a number, and rows by column that are written out at
 # once.
-_ROW, _NUMBER, _ROWS_AT_ONCE = 256, 8, 1024
+_ROW = 256
+_NUMBER = 8
+_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,8 @@ class TextTask:
     `.jsonl.gz`.
     """
     folder = pathlib.Path(root) / self.name
-    packed, plain = folder / f"{split}.jsonl.gz", folder / f"{split}.jsonl"
+    packed = folder / f"{split}.jsonl.gz"
+    plain = folder / f"{split}.jsonl"
     return plain if plain.exists() and not packed.exists() else packed
 
 
@@ -263,9 +268,10 @@ def _arrow_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a folder of `Dataset.save_to_disk`, which its state.json
   names, in order.
   """
-  listed = lambda name: storage.parse_json(
-    storage.content(folder / name, _MOST_STATE)
-  )
+
+  def listed(name):
+    return storage.parse_json(storage.content(folder / name, _MOST_STATE))
+
   try:
     if (folder / _SPLITS).is_file():
       splits = ", ".join(map(repr, listed(_SPLITS)["splits"]))
@@ -377,7 +383,8 @@ def _json_lines(opened: _Opened) -> Iterator[_Row]:
 
 def _json_array(opened: _Opened) -> Iterator[_Row]:
   """Objects or texts of a JSON array, which is read whole."""
-  name, content = opened.name, opened.files[0].read(storage.LONGEST_LINE + 1)
+  name = opened.name
+  content = opened.files[0].read(storage.LONGEST_LINE + 1)
   if len(content) > storage.LONGEST_LINE:
     most = f"at most {storage.LONGEST_LINE} bytes"
     raise ValueError(
@@ -428,7 +435,10 @@ def _table(opened: _Opened, delimiter: str = ",") -> Iterator[_Row]:
   table = csv.reader(
     (line for _, line in _lines(opened)), delimiter=delimiter, strict=True
   )
-  where = lambda: f"{opened.name}:{table.line_num}"
+
+  def where():
+    return f"{opened.name}:{table.line_num}"
+
   try:
     header = next(table, [])
     _check_columns(header, opened.name)
@@ -455,7 +465,9 @@ def _columnar(
   """Rows by column, columns left out that hold no texts, numbers or lists of
   them.
   """
-  name, left, number = opened.name, opened.most, 0
+  name = opened.name
+  left = opened.most
+  number = 0
   pyarrow = arguments.package("pyarrow", f"read {name}", "pyarrow")
   try:
     for batch in itertools.chain.from_iterable(
@@ -484,7 +496,8 @@ def _unpacked(array: Any) -> int:
 
   if _is_list(array.type):
     return _unpacked(array.flatten())
-  size, packed = _NUMBER * len(array), hasattr(array, "dictionary")
+  size = _NUMBER * len(array)
+  packed = hasattr(array, "dictionary")
   texts = array.dictionary if packed else array
   if "string" not in str(texts.type):
     return size
@@ -552,10 +565,13 @@ def _is_packed(metadata: bytes) -> bool:
   """Whether the table of a record batch, in a flatbuffer of Arrow's, has a
   `compression`.
   """
-  at = lambda kind, place: struct.unpack_from(kind, metadata, place)[0]
+
+  def at(kind, place):
+    return struct.unpack_from(kind, metadata, place)[0]
 
   def field(table: int, number: int) -> int:  # its place, or 0
-    vtable, entry = table - at("<i", table), 4 + 2 * number
+    vtable = table - at("<i", table)
+    entry = 4 + 2 * number
     place = at("<H", vtable + entry) if entry < at("<H", vtable) else 0
     return place and table + place
 
@@ -634,13 +650,14 @@ def _prompt_of(
   for key in (input_key, target_key):
     if key is not None and key not in fields:
       raise row.error(f"expected a field `{key}`, got {list(fields)[:12]}")
-  first = lambda keys: next(
-    (fields[key] for key in keys if fields.get(key) is not None), None
-  )
-  targets, name = (
-    first((target_key,) if target_key else TARGET_KEYS),
-    fields.get("id"),
-  )
+
+  def first(keys):
+    return next(
+      (fields[key] for key in keys if fields.get(key) is not None), None
+    )
+
+  targets = first((target_key,) if target_key else TARGET_KEYS)
+  name = fields.get("id")
   targets = (
     []
     if targets is None

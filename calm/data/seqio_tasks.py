@@ -154,10 +154,8 @@ def debian_mixture(
   """Registers all three Debian data sets, mixed in proportion to their training
   examples.
   """
-  members, name = (
-    [debian(task, root, vocabulary) for task in prompt_files.DEBIAN],
-    "debian",
-  )
+  members = [debian(task, root, vocabulary) for task in prompt_files.DEBIAN]
+  name = "debian"
   seqio.MixtureRegistry.remove(name)
   seqio.MixtureRegistry.add(
     name, members, default_rate=seqio.mixing_rate_num_examples
@@ -193,7 +191,8 @@ def question_example(example: Tensors) -> dict[str, Any]:
   Like T5's own task it puts spaces around ASCII punctuation, in the answers
   too.
   """
-  question, context = _spaced(example["question"]), _spaced(example["context"])
+  question = _spaced(example["question"])
+  context = _spaced(example["context"])
   text = tf.strings.join(["question: ", question, " context: ", context])
   return _example(example["id"], text, _spaced(example["answers"]["text"]))
 

@@ -19,7 +19,8 @@ TokenPair = tuple[np.ndarray, np.ndarray]  # inputs, targets; each ends with EOS
 Bucket = tuple[int, int]
 # T5's: share of a text's tokens that are hidden, and tokens of a span on
 # average.
-NOISE_DENSITY, SPAN_LENGTH = 0.15, 3.0
+NOISE_DENSITY = 0.15
+SPAN_LENGTH = 3.0
 
 
 @runtime_checkable
@@ -72,7 +73,8 @@ def _plan(
   rng = np.random.default_rng([seed, epoch])
   bucket_of = np.frombuffer(buckets, np.int64)
   order = rng.permutation(len(bucket_of))
-  plan, rest = [], np.zeros(0, np.int64)
+  plan = []
+  rest = np.zeros(0, np.int64)
   for bucket in range(bucket_of.max() + 1):
     # Rows that do not fill a batch move on to the next, longer bucket.
     rows = np.concatenate([rest, order[bucket_of[order] == bucket]])
@@ -127,7 +129,8 @@ class Denoising:
 
   @property
   def bucket(self) -> Bucket:
-    num_noise, num_spans = round(self.length * NOISE_DENSITY), self.max_spans
+    num_noise = round(self.length * NOISE_DENSITY)
+    num_spans = self.max_spans
     return self.length - num_noise + num_spans + 1, num_noise + num_spans + 1
 
   @property
@@ -150,7 +153,10 @@ class Denoising:
     start = rng.integers(0, max(1, len(tokens) - self.length + 1))
     tokens = tokens[start : start + self.length]
     noise = noise_mask(len(tokens), rng)
-    replaced = lambda hidden: replace_spans(tokens, hidden, self.first_sentinel)
+
+    def replaced(hidden):
+      return replace_spans(tokens, hidden, self.first_sentinel)
+
     return np.append(replaced(noise), self.eos_id), np.append(
       replaced(~noise), self.eos_id
     )

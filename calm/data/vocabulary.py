@@ -60,7 +60,8 @@ class Vocabulary:
     """Text of the ids, all 0 or above, before the first EOS; padding is
     skipped.
     """
-    eos_id, pad_id = self.eos_id, self.pad_id
+    eos_id = self.eos_id
+    pad_id = self.pad_id
     kept = list(itertools.takewhile(lambda i: i != eos_id, map(int, ids)))
     if kept and min(kept) < 0:
       raise ValueError(
@@ -134,7 +135,8 @@ class SentencePieceVocabulary(Vocabulary):
     return self._processor.encode(s)
 
   def _decode(self, ids: list[int]) -> str:
-    size, unknown = self.vocab_size, self.unk_id
+    size = self.vocab_size
+    unknown = self.unk_id
     return self._processor.decode([i if i < size else unknown for i in ids])
 
   def _piece(self, token_id: int) -> str | None:
@@ -376,7 +378,8 @@ def _check_steps(part: str, step: Any) -> None:
   """ValueError for steps by which a few bytes of the file would take
   gigabytes.
   """
-  growth, left = 1.0, [step] if step else []
+  growth = 1.0
+  left = [step] if step else []
   while left:
     step = left.pop()
     left += step.get("normalizers") or step.get("decoders") or []

@@ -45,7 +45,9 @@ class Method:
 
   def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
     global _seconds
-    made, before, start = num_made(), _seconds, time.perf_counter()
+    made = num_made()
+    before = _seconds
+    start = time.perf_counter()
     program, leaves = self._compiled(instance, args, kwargs)
     result = program(*leaves)
     if num_made() > made:  # of methods that it calls the seconds are in its own

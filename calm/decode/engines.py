@@ -104,9 +104,11 @@ class Eager:
     self, current, position, active, cache
   ) -> tuple[exits.TokenExit, Any]:
     """The loop's step."""
-    task, rule = self.task, self.task.rule
+    task = self.task
+    rule = self.task.rule
     assert not isinstance(rule, exits.Speculative)  # which runs no step
-    decoder, hidden = self.decoder(position), task.embed(current)
+    decoder = self.decoder(position)
+    hidden = task.embed(current)
     made = rule(decoder.layers(cache), hidden, active, task.threshold, position)
     keeps = task.keeps(position)
     ends = after_each(position, made.rows, made.head)
@@ -129,7 +131,8 @@ class Eager:
     return cache
 
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
-    task, bias = self.task, self.table.at(position)
+    task = self.task
+    bias = self.table.at(position)
     return decoder_lib.DecoderStep(
       task.weights,
       task.config,
@@ -241,11 +244,13 @@ class Deferred(Eager):
 
   def _kept_of_one_layer(self) -> jax.Array:
     """What is kept of a position, of tokens that ran one layer."""
-    task, layers = self.task, self.decoder(jnp.zeros((), jnp.int32)).layers(())
+    task = self.task
+    layers = self.decoder(jnp.zeros((), jnp.int32)).layers(())
     hidden = jnp.zeros(
       (task.batch_size, task.config.emb_dim), jnp.dtype(task.config.dtype)
     )
-    done, row = jnp.zeros(task.batch_size, bool), layers.project(1, hidden)
+    done = jnp.zeros(task.batch_size, bool)
+    row = layers.project(1, hidden)
     memory = self.rule.propagation.remember(None, 1, hidden, row, done, layers)
     return self.rule.propagation.state(hidden, memory)
 
@@ -256,9 +261,10 @@ class Deferred(Eager):
     fills: list[LayerFill] = []
     for segment in segments(walk.allowed, walk.layers.num_layers):
       carry = state, tuple(cache.layers[k - 1] for k in segment)
-      body = lambda carry, segment=segment: self._run(
-        walk, decoder, segment, position, cache.states, carry
-      )
+
+      def body(carry, segment=segment):
+        return self._run(walk, decoder, segment, position, cache.states, carry)
+
       needed = jnp.any(~state.done)
       state, made = (
         body(carry) if segment[0] == 1 else loop.run_if(needed, body, carry)
@@ -347,11 +353,15 @@ class Deferred(Eager):
     length = states.shape[1]
     start = jnp.minimum(fill.filled, length - chunk)
     window = lax.dynamic_slice_in_dim(states, start, chunk, axis=1)
-    flat, layers = window.reshape(-1, window.shape[-1]), decoder.layers(())
+    flat = window.reshape(-1, window.shape[-1])
+    layers = decoder.layers(())
     row = decoder.project(
       layer, self.rule.propagation.layer_input(layer, flat, layers)
     )
-    split = lambda x: x.reshape(states.shape[0], chunk, *x.shape[1:])
+
+    def split(x):
+      return x.reshape(states.shape[0], chunk, *x.shape[1:])
+
     # Near the end the chunk begins before `filled`: what is there stays.
     positions = (start + jnp.arange(chunk))[None, :]
     new = positions >= fill.filled
@@ -465,7 +475,8 @@ class Compacted(Deferred):
     return (0, *sorted({size for size in halves if size > 1}), rows)
 
   def take_step(self, current, position, active, cache: DeferredCache):
-    task, decoder = self.task, self.decoder(position)
+    task = self.task
+    decoder = self.decoder(position)
     walk = self.walk(decoder, position)
     state = _complete(walk, walk_lib.start(task.embed(current), active))
     fills: list[LayerFill] = []
@@ -537,11 +548,14 @@ class Compacted(Deferred):
       walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
     )
     inside = dataclasses.replace(walk, threshold=threshold)
-    stays, part = ~state.done, _part(state, rows)
-    count, stored = jnp.sum(stays), []
+    stays = ~state.done
+    part = _part(state, rows)
+    count = jnp.sum(stays)
+    stored = []
     for layer, cache in steps.items():
       row = decoder.project(layer, walk.layer_input(layer, state))
-      kept, part_row = walk.stored(layer, state, row), rows.take(row)
+      kept = walk.stored(layer, state, row)
+      part_row = rows.take(row)
       whole = decoder.attention(layer, part.hidden, cache, rows.present(count))
       attention = whole if whole.native else _Spread(whole, rows)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)

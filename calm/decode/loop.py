@@ -149,7 +149,10 @@ def resume(
   columns = jnp.arange(length)[None, :]
   kept = ~active[:, None] | (columns < resume_at[:, None])
   old = state.generation
-  blank = lambda array: jnp.where(kept, array, jnp.zeros((), array.dtype))
+
+  def blank(array):
+    return jnp.where(kept, array, jnp.zeros((), array.dtype))
+
   log_probabilities = blank(state.log_probabilities)
   generation = Generation(
     *map(
@@ -201,7 +204,10 @@ def go_on(
   """Decodes on where a lower limit stopped; `cache` is the state's, with more
   room.
   """
-  advance = lambda state: _advance(step, state, state.active, eos_id)
+
+  def advance(state):
+    return _advance(step, state, state.active, eos_id)
+
   return _loop(advance, dataclasses.replace(state, cache=cache), step_limit)
 
 
@@ -234,10 +240,8 @@ def _advance(
     )
 
   old = state.generation
-  position, active = (
-    state.position + 1,
-    state.active & ~(decodes & (said.token == eos_id)),
-  )
+  position = state.position + 1
+  active = state.active & ~(decodes & (said.token == eos_id))
   generation = Generation(
     tokens=put(old.tokens, said.token),
     exit_layers=put(old.exit_layers, made.exit_layer),
@@ -263,7 +267,9 @@ def _loop(
   state: DecodingState,
   limit: Any,
 ) -> DecodingState:
-  unfinished = lambda state: (state.position < limit) & jnp.any(state.active)
+  def unfinished(state):
+    return (state.position < limit) & jnp.any(state.active)
+
   return lax.while_loop(unfinished, advance, state)
 
 
@@ -272,7 +278,10 @@ def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
   turn, whose body may update arrays in place, which the branches of a
   conditional may not.
   """
-  once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
+
+  def once(pair):
+    return (jnp.zeros((), bool), body(pair[1]))
+
   return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
 
 
@@ -280,11 +289,14 @@ def pack(made: Generation) -> Int[Array, "batch columns"]:
   """A generation's arrays beside each other, float32 by their bits: every array
   that comes back to the host takes a short text some microseconds longer.
   """
-  bits = lambda x: (
-    lax.bitcast_convert_type(x, jnp.int32)
-    if x.dtype == jnp.float32
-    else x.astype(jnp.int32)
-  )
+
+  def bits(x):
+    return (
+      lax.bitcast_convert_type(x, jnp.int32)
+      if x.dtype == jnp.float32
+      else x.astype(jnp.int32)
+    )
+
   parts = [bits(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(made)]
   return jnp.concatenate(parts, axis=1)
 
@@ -293,9 +305,11 @@ def unpack(array: np.ndarray, length: int) -> Generation:
   """The generation again, of numpy arrays; `length` are most tokens of a
   row.
   """
-  ints, floats = array, array.view(np.float32)
+  ints = array
+  floats = array.view(np.float32)
   columns = [slice(i * length, (i + 1) * length) for i in range(4)]
-  rest, verification = 4 * length, None
+  rest = 4 * length
+  verification = None
   if array.shape[1] > rest + 1:
     drafted = ints[:, rest + 1 : rest + 1 + length] > 0
     verification = Verification(drafted, ints[:, -2], ints[:, -1])

@@ -27,7 +27,8 @@ from calm.t5.network import Params
 
 State = loop.DecodingState | speculative.SpeculativeState
 # Positions of the first stage, and how many times as many the next one has.
-FIRST, RATIO = 64, 4
+FIRST = 64
+RATIO = 4
 
 
 @struct.dataclass
@@ -119,7 +120,8 @@ def stage_lengths(max_decode_length: int) -> tuple[int, ...]:
   A stage that would hold more than half of the limit is left out: it saves
   little.
   """
-  stages, length = [], FIRST
+  stages = []
+  length = FIRST
   while 2 * length <= max_decode_length:
     stages.append(length)
     length *= RATIO
@@ -357,7 +359,9 @@ class Program:
     """The loop of `exits.Speculative` at work on these prompts; ValueError
     where the rule does not fit the model, or wants a shortlist that it has not.
     """
-    rule, config, decoder = self.rule, self.config, weights.decoder
+    rule = self.rule
+    config = self.config
+    decoder = weights.decoder
     assert isinstance(rule, exits.Speculative)
     rule.depth(config.num_decoder_layers)
     if (

@@ -21,7 +21,8 @@ from calm.t5 import caches
 AXIS = "prompts"
 MOST_CPU_DEVICES = 256  # that are made because somebody names a number
 # Rows of every leaf of a batch lie along its first axis.
-ROWS, REPLICATED = sharding.PartitionSpec(AXIS), sharding.PartitionSpec()
+ROWS = sharding.PartitionSpec(AXIS)
+REPLICATED = sharding.PartitionSpec()
 
 
 def make_cpu_devices(count: Any) -> None:

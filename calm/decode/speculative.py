@@ -54,17 +54,25 @@ def draft_cost(
   the bytes that are read, in steps of the full model; inf where not even good
   drafts would save steps.
   """
-  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  whole, k, matrix = weights.head, rule.draft_layer, weights.layers[0].mlp_out
+
+  def size(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+  whole = weights.head
+  k = rule.draft_layer
+  matrix = weights.layers[0].mlp_out
   layer = size(weights.layers[0])
   head = size(
     whole.coded if isinstance(whole, eight_bits.QuantizedHead) else whole
   )
   short = size(weights.shortlist) if rule.draft_head == "shortlist" else head
   drafted = k * layer + short + size(weights.translators.get(k)) if k else 0
+
   # A further row takes a seventh of the first on two CPU cores, a TPU computes
   # tiles of rows.
-  rows = lambda n: 1.0 + max(0, n - platforms.least_rows()) / 7
+  def rows(n):
+    return 1.0 + max(0, n - platforms.least_rows()) / 7
+
   wider = rows(batch * rule.window) / rows(batch) - 1.0
   step = config.num_decoder_layers * layer + head
   cost = (drafted + wider * (step - k * layer) / rule.num_drafts) / step
@@ -199,12 +207,13 @@ class Speculation:
     """Before the first token of every active row; the others stay empty and
     never vote.
     """
-    rows, window, task = len(active), self.rule.window, self.task
-    ints, none = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
-    zero, columns = (
-      jnp.zeros((), jnp.int32),
-      jnp.zeros((rows, self.length), jnp.float32),
-    )
+    rows = len(active)
+    window = self.rule.window
+    task = self.task
+    ints = jnp.zeros((rows,), jnp.int32)
+    none = jnp.zeros((rows,), bool)
+    zero = jnp.zeros((), jnp.int32)
+    columns = jnp.zeros((rows, self.length), jnp.float32)
     doubt = jnp.zeros((rows,), jnp.float32)
     drafted = jnp.zeros((rows, window), jnp.int32)
     hidden = jnp.zeros(
@@ -237,7 +246,9 @@ class Speculation:
 
     plain = dataclasses.replace(state.generation, verification=None)
     state = dataclasses.replace(state, generation=plain)
-    drafting = lambda state: unfinished(state) & ~state.pending.ended
+
+    def drafting(state):
+      return unfinished(state) & ~state.pending.ended
 
     def one_pass(state: SpeculativeState) -> SpeculativeState:
       if self.rule.draft_layer:
@@ -256,7 +267,8 @@ class Speculation:
 
   def _finish(self, state: SpeculativeState) -> SpeculativeState:
     """The state with what its generation says of whole rows."""
-    passes, learned = state.positions - state.ahead, state.learned
+    passes = state.positions - state.ahead
+    learned = state.learned
     emitted = (
       jnp.arange(self.length, dtype=jnp.int32)[None, :]
       < state.positions[:, None]
@@ -278,19 +290,16 @@ class Speculation:
     """Drafts what followed the longest run of tokens like the last ones, the
     first of equals; a pass of one position where there is none.
     """
-    task, window, positions = (
-      self.task,
-      self.rule.window,
-      state.positions[:, None],
-    )
+    task = self.task
+    window = self.rule.window
+    positions = state.positions[:, None]
     seen = jnp.concatenate(
       [task.encoded.tokens, state.generation.tokens], axis=1
     )
-    last, at = (
-      task.encoded.tokens.shape[1] + positions - 1,
-      jnp.arange(seen.shape[1])[None],
-    )
-    same, run = at < last, jnp.zeros_like(seen)
+    last = task.encoded.tokens.shape[1] + positions - 1
+    at = jnp.arange(seen.shape[1])[None]
+    same = at < last
+    run = jnp.zeros_like(seen)
     for back in range(LONGEST_RUN):
       token = jnp.take_along_axis(seen, jnp.maximum(last - back, 0), axis=1)
       before = jnp.pad(seen, ((0, 0), (back, 0)))[:, : seen.shape[1]]
@@ -320,8 +329,10 @@ class Speculation:
     """One position more of every active row; a pass of one position ends with
     it.
     """
-    k, at = self.rule.draft_layer, state.pending.count
-    positions, cache = state.positions + at, state.cache
+    k = self.rule.draft_layer
+    at = state.pending.count
+    positions = state.positions + at
+    cache = state.cache
     past = self.table.before_each(positions, self.task.native)
     hidden, rows = self._one(1, self.task.embed(state.current), cache[:k], past)
     lower = self._written(cache[:k], rows, positions, hidden)
@@ -353,7 +364,8 @@ class Speculation:
     reads on there.
     """
     pending, _ = carry
-    at, window = pending.count, self.rule.window
+    at = pending.count
+    window = self.rule.window
     blank = jnp.zeros_like(state.current), jnp.ones(state.current.shape)
     wanted = self._drafts(state) & (self._every | (at + 1 < window))
     token, confidence = lax.cond(
@@ -362,7 +374,9 @@ class Speculation:
     has_room = state.active & (state.positions + at + 1 < self.length)
     before = jnp.take(pending.doubts, jnp.maximum(at - 1, 0), axis=1)
     doubt = jnp.where(at > 0, before, 0.0) - jnp.log(confidence)
-    learned, rate, least = state.learned, 1.0, self.rule.stop_below
+    learned = state.learned
+    rate = 1.0
+    least = self.rule.stop_below
     if self.rule.adapts:
       # A draft of probability p is taken to be accepted with p^rate: heads,
       # layers and texts differ in how often drafts are refused beside how often
@@ -375,9 +389,10 @@ class Speculation:
     follows = (jnp.exp(-rate * doubt) >= least) & (token != self.eos_id)
     reads_on = has_room & follows & wanted & ((at == 0) | pending.reads_on)
     goes_on = jnp.any(reads_on) & (at + 1 < window)
-    put = lambda array, x: lax.dynamic_update_slice_in_dim(
-      array, x[:, None], at, axis=1
-    )
+
+    def put(array, x):
+      return lax.dynamic_update_slice_in_dim(array, x[:, None], at, axis=1)
+
     pending = Pending(
       count=at + goes_on.astype(jnp.int32),
       ended=~goes_on & (at > 0),
@@ -392,7 +407,8 @@ class Speculation:
     """Layer k's likeliest token (the first of equals), and its probability
     under the draft head, [batch].
     """
-    decoder, ids = self._decoder(), self.task.weights.shortlist_ids
+    decoder = self._decoder()
+    ids = self.task.weights.shortlist_ids
     read = decoder.read(self.rule.draft_layer, hidden)
     if self.rule.draft_head == "full":
       best = decoder.peaks(decoder.logits(read)).greedy
@@ -407,13 +423,16 @@ class Speculation:
     self, state: SpeculativeState, *, hidden, past
   ) -> SpeculativeState:
     """The end of a pass of one position, which was read."""
-    k, cache = self.rule.draft_layer, state.cache
-    drafts, drafted = self._drafts(state) & (k > 0), state.pending.tokens[:, 0]
+    k = self.rule.draft_layer
+    cache = state.cache
+    drafts = self._drafts(state) & (k > 0)
+    drafted = state.pending.tokens[:, 0]
     hidden, rows = self._one(k + 1, hidden, cache[k:], past)
     upper = self._written(cache[k:], rows, state.positions, hidden)
     best, gap_of = self._said(hidden)
     state = dataclasses.replace(state, cache=(*cache[:k], *upper))
-    count, made = state.active.astype(jnp.int32), jnp.ones((1,), bool)
+    count = state.active.astype(jnp.int32)
+    made = jnp.ones((1,), bool)
     positions = state.positions + count
 
     def judge(carry):
@@ -438,14 +457,16 @@ class Speculation:
 
   def _verify(self, state: SpeculativeState, width: int) -> SpeculativeState:
     """The end of a pass of several positions, `width` at most."""
-    pending, at = state.pending, jnp.arange(width, dtype=jnp.int32)
+    pending = state.pending
+    at = jnp.arange(width, dtype=jnp.int32)
     drafts, doubts, states = (
       x[:, :width] for x in (pending.tokens, pending.doubts, pending.hidden)
     )
     # Without slack the last of the window has no draft.
     made = (at <= pending.count) & self._drafts(state)
     made &= self._every | (at + 1 < self.rule.window)
-    k, cache = self.rule.draft_layer, state.cache
+    k = self.rule.draft_layer
+    cache = state.cache
     hidden, upper = self._several(states, cache[k:], state.positions)
     best, gap_of = self._said(hidden)
     said = best.token, best.log_probability, gap_of(drafts.reshape(-1))
@@ -461,10 +482,14 @@ class Speculation:
     count = jnp.minimum(last + 1, jnp.where(state.active, inside, 0))
     # One after the other, or a thread would be woken for half of it.
     positions = engines.after(state.positions, log_probability)
-    moved, ahead = positions + count, state.ahead + jnp.maximum(count - 1, 0)
-    learn = lambda learned: self._learn(
-      learned, judged, doubts, made, moved, count, jnp.max(moved - ahead)
-    )
+    moved = positions + count
+    ahead = state.ahead + jnp.maximum(count - 1, 0)
+
+    def learn(learned):
+      return self._learn(
+        learned, judged, doubts, made, moved, count, jnp.max(moved - ahead)
+      )
+
     learned = loop.run_if(made[0], learn, state.learned)
     state = dataclasses.replace(
       state,
@@ -489,9 +514,10 @@ class Speculation:
     emitted.
     """
     at = np.arange(token.shape[1])[None]
-    put = lambda array, columns: write_columns(
-      array, columns, state.positions, count
-    )
+
+    def put(array, columns):
+      return write_columns(array, columns, state.positions, count)
+
     generation = dataclasses.replace(
       state.generation, tokens=put(state.generation.tokens, token)
     )
@@ -523,7 +549,10 @@ class Speculation:
     miss_streak = jnp.where(jnp.any(count > 1), 0, old.miss_streak + 1)
     # Passes without a draft: 0, 0, 1, 2, 4 ... 32.
     paused = 2 ** jnp.minimum(miss_streak, 7) // 4 if self.rule.adapts else 0
-    put = lambda array, columns: write_columns(array, columns, positions, count)
+
+    def put(array, columns):
+      return write_columns(array, columns, positions, count)
+
     number = jnp.where(count > 0, jnp.sum(made, dtype=jnp.int32), 0)
     return Learned(
       miss_streak=miss_streak,
@@ -544,13 +573,15 @@ class Speculation:
     self, hidden: jax.Array
   ) -> tuple[Greedy, Callable[[jax.Array], jax.Array]]:
     """The likeliest token, and how far the logit of any token is above its."""
-    decoder, last = self._decoder(), self.task.config.num_decoder_layers
+    decoder = self._decoder()
+    last = self.task.config.num_decoder_layers
     read = decoder.read(last, hidden)
     logits = decoder.logits(read)
     best = decoder.peaks(logits).greedy
-    score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[
-      :, 0
-    ]
+
+    def score(token):
+      return jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+
     return best, lambda token: score(token) - score(best.token)
 
   def _one(
@@ -559,7 +590,8 @@ class Speculation:
     """Layers from `first` on over one position of every row, [batch, emb]; then
     their rows.
     """
-    decoder, rows = self._decoder(past), []
+    decoder = self._decoder(past)
+    rows = []
     for layer, cache in enumerate(caches, start=first):
       hidden, row = decoder.run(layer, hidden, cache)
       rows.append(jax.tree.map(lambda x: x[:, None], row))
@@ -569,9 +601,11 @@ class Speculation:
     """Layers k + 1 ... L over positions [batch, positions, emb]: [rows, emb],
     and caches.
     """
-    task, decoder = self.task, self._decoder()
+    task = self.task
+    decoder = self._decoder()
     biases = self.table.of_windows(positions, states.shape[1], task.native)
-    hidden, written = states.reshape(-1, states.shape[-1]), []
+    hidden = states.reshape(-1, states.shape[-1])
+    written = []
     for layer, cache in enumerate(caches, start=self.rule.draft_layer + 1):
       row = decoder.project(layer, hidden)
       window = jax.tree.map(

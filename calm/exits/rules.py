@@ -228,7 +228,8 @@ class OracleExit(StepRule):
       exit_layer = jnp.where(agrees, layer, exit_layer)
       exit_logits = jnp.where(agrees[:, None], logits, exit_logits)
       exit_hidden = jnp.where(agrees[:, None], hidden, exit_hidden)
-    memory, rows = None, []
+    memory = None
+    rows = []
     for layer, hidden, row, _ in ran:  # above the exit the propagated row
       left = layer > exit_layer
       if layer > 1:
@@ -394,12 +395,17 @@ def _walk_from(
 
   def skip(state):
     above = range(layer + 1, walk.layers.num_layers + 1)
-    skipped = lambda k: walk.propagation.skipped(
-      k, state.hidden, state.memory, walk.layers
-    )
+
+    def skipped(k):
+      return walk.propagation.skipped(
+        k, state.hidden, state.memory, walk.layers
+      )
+
     return state, tuple(map(skipped, above))
 
-  deeper = lambda state: _walk_from(walk, layer + 1, state)
+  def deeper(state):
+    return _walk_from(walk, layer + 1, state)
+
   if layer not in walk.allowed:
     state, rows = deeper(state)
   else:

@@ -70,7 +70,8 @@ class Walk:
     """What a layer that runs gets: d^{i-1}, and of rows that had left the
     propagated state.
     """
-    hidden, rows = state.hidden, state.done.shape[0]
+    hidden = state.hidden
+    rows = state.done.shape[0]
     before_exits = layer <= min(self.allowed, default=self.layers.num_layers)
     # it had not left: the layer runs
     if before_exits or (isinstance(rows, int) and rows == 1):
@@ -104,7 +105,8 @@ class Walk:
     row: layers_lib.KeyValue,
   ) -> WalkState:
     """The state after `layer`, which made `hidden` and stored `row`."""
-    done, previous = state.done, state.hidden
+    done = state.done
+    previous = state.hidden
     hidden = jnp.where(done[:, None], previous, hidden)
     memory = self.propagation.remember(
       state.memory, layer, hidden, row, done, self.layers
@@ -123,7 +125,8 @@ class Walk:
     """
     if state.logits is not None and state.greedy is not None:
       return state.logits, state.greedy
-    layers, read = self.layers, state.read
+    layers = self.layers
+    read = state.read
     read = (
       layers.read(layers.num_layers, state.hidden) if read is None else read
     )
@@ -195,7 +198,10 @@ def view_after(
   """What a measure may look at after `layer`, which made `hidden` of
   `previous`.
   """
-  read = lambda: layers.read(layer, hidden)
+
+  def read():
+    return layers.read(layer, hidden)
+
   return confidence_lib.LayerView(
     layer,
     hidden,

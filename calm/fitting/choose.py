@@ -28,13 +28,18 @@ from calm.t5 import caches, decoder, parameters
 
 # Finalists that are timed; how many of them, the fastest first, get a grid with
 # a threshold.
-FINALISTS, DECODED = 5, 2
+FINALISTS = 5
+DECODED = 2
 DECODE_TEXTS = "Decode the rows that train, at full depth"
 # (prompts, rounds) of the first timing and of the last one.
-FIRST, LAST = (6, 3), (12, 5)
+FIRST = (6, 3)
+LAST = (12, 5)
 # Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a
 # head must be, and a candidate in 8 bits.
-LEAST_NUMBERS, LEAST_LAYERS, MARGIN, CLEARLY = 2**20, 2**20, 1.05, 1.15
+LEAST_NUMBERS = 2**20
+LEAST_LAYERS = 2**20
+MARGIN = 1.05
+CLEARLY = 1.15
 # The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts),
 # and twice that, which needs the fewest layers on the translations of the model
 # in the box; None: constant.
@@ -228,8 +233,13 @@ class Choice:
 
   def lines(self) -> list[str]:
     """The finalists, those that were decoded first, the fastest first."""
-    order = lambda entry: (not entry.decoded, -np.nan_to_num(entry.speedup))
-    mark = lambda entry: " (chosen)" if self.best is entry else ""
+
+    def order(entry):
+      return (not entry.decoded, -np.nan_to_num(entry.speedup))
+
+    def mark(entry):
+      return " (chosen)" if self.best is entry else ""
+
     lines = [f"{entry}{mark(entry)}" for entry in sorted(self.tried, key=order)]
     return [f"  {line}" for line in (*lines, self.compared) if line]
 
@@ -306,7 +316,8 @@ def _read(
   """Whether layers agree with the last, and their confidences, [layers, batch,
   length] each.
   """
-  config, shape = predictor.config, targets.shape
+  config = predictor.config
+  shape = targets.shape
   states, *_ = exit_maps.full_states(config, params, inputs, targets)
   states = [
     state.reshape(-1, config.emb_dim)
@@ -405,9 +416,11 @@ def rank(
       continue
     depth, loss = simulate(reading, candidate, levels, length)
     within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
-    depths, threshold = np.full(1, predictor.num_layers), float("inf")
+    depths = np.full(1, predictor.num_layers)
+    threshold = float("inf")
     if len(within):
-      depths, threshold = depth[within[-1]], float(levels[within[-1]])
+      depths = depth[within[-1]]
+      threshold = float(levels[within[-1]])
     costs = candidate.applied(predictor).step_costs(input_length)
     found.append(
       (costs.savings([depths]).bytes, Tried(candidate, threshold=threshold))
@@ -421,8 +434,11 @@ def finalists(ranked: Sequence[Tried], most: int) -> list[Tried]:
   """
   best = {entry.candidate.measure: entry for entry in reversed(ranked)}
   chosen = sorted(best.values(), key=ranked.index)
+
   # Texts are short or long: seconds decide which schedule is better.
-  alike = lambda one: (one.measure, one.exit_layers, one.temperature is None)
+  def alike(one):
+    return (one.measure, one.exit_layers, one.temperature is None)
+
   first = ranked[0].candidate
   other = (first.measure, first.exit_layers, first.temperature is not None)
   chosen += [entry for entry in ranked if alike(entry.candidate) == other][:1]
@@ -465,7 +481,8 @@ def forecast(
   part; `inf`: none, or the first, without which no other is tested, is in doubt
   by what two draws of prompts differ.
   """
-  means, spread = losses.mean(axis=0), _QUANTILE * losses.std(axis=0, ddof=1)
+  means = losses.mean(axis=0)
+  spread = _QUANTILE * losses.std(axis=0, ddof=1)
   bound = np.maximum.accumulate(means + spread / np.sqrt(num_calibration))
   if (
     means[0] + spread[0] * np.sqrt(1 / len(losses) + 1 / num_calibration)
@@ -481,10 +498,8 @@ def final_grid(best: Tried, tolerance: float) -> tuple[float, ...]:
   """
   if best.cut:
     return best.thresholds
-  levels, rising = (
-    np.asarray(best.thresholds),
-    np.maximum.accumulate(best.losses),
-  )
+  levels = np.asarray(best.thresholds)
+  rising = np.maximum.accumulate(best.losses)
   wanted = tolerance * np.array(_FINE)  # above threshold 1 nothing is lost
   crossed = np.interp(wanted, [0.0, *rising], [1.0, *levels])
   points = {
@@ -503,9 +518,10 @@ def in_8_bits(ways: Sequence[Candidate]) -> list[Candidate]:
   """What is tried in 8 bits: these ways to leave, and full depth, with drafts
   off the prompt. Texts change, which the promise covers.
   """
-  of = lambda name, few: [
-    dataclasses.replace(way, in_8_bits=name) for way in few
-  ]
+
+  def of(name, few):
+    return [dataclasses.replace(way, in_8_bits=name) for way in few]
+
   whole = Candidate(inference.VERIFIED, ())
   return [*of("layers", ways), *of("encoder", ways[:1]), *of("layers", [whole])]
 
@@ -521,9 +537,10 @@ def full_texts(
     "model": model.procedure.to_json(),
     "prompts": storage.prompts_digest(prompts),
   }
-  make = lambda: grid.with_rule(
-    model, prompts, exits.StaticExit(), progress=progress
-  )
+
+  def make():
+    return grid.with_rule(model, prompts, exits.StaticExit(), progress=progress)
+
   return storage.cached(folder, tuple[Record, ...], "full_texts", key, make)
 
 
@@ -533,11 +550,9 @@ def choose(
   """The choice on the validation part; losses compare with the given model's
   texts.
   """
-  prompts, options, folder = (
-    fit.splits.validation,
-    fit.options,
-    fit.work / "validation",
-  )
+  prompts = fit.splits.validation
+  options = fit.options
+  folder = fit.work / "validation"
   length = predictor.options.max_decode_length
   full = full_texts(
     grid.in_bulk(predictor), prompts, folder, part(progress, 0.0, 0.2)
@@ -637,7 +652,8 @@ def timed(
   settings = []
   for entry in (tried[i] for i in able):
     model = entry.candidate.applied(predictor)
-    name, rule = str(entry.candidate), model.options.rule
+    name = str(entry.candidate)
+    rule = model.options.rule
     settings.append(timing.Setting(name, rule, entry.threshold, model))
   chosen = timing.of_one_length(predictor, prompts, size[0])
   found = timing.measure(
@@ -697,10 +713,8 @@ def faster_exact(
   """
   if predictor.num_layers == 1 or predictor.batch_size_affects_output:
     return None
-  texts, seconds = (
-    [prompt.input for prompt in prompts],
-    timing.beside_full_depth,
-  )
+  texts = [prompt.input for prompt in prompts]
+  seconds = timing.beside_full_depth
   rules = inference.exact_rule(predictor), inference.LOOKED_UP
   found = [(seconds(predictor, texts, 1.0, rule=rule), rule) for rule in rules]
   best = max(found, key=lambda pair: pair[0].single.speedup)

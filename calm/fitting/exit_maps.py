@@ -40,7 +40,8 @@ _Maps = list[tuple[np.ndarray, np.ndarray]]
 
 # Texts that the full model reads at a time, and the multiple that their length
 # is padded to.
-BATCH, _BUCKET = 16, 8
+BATCH = 16
+_BUCKET = 8
 _SAMPLE_BYTES = 2**29
 # Share of the sampled texts that no map is fitted to. They choose the penalty
 # and the last step, and train classifier and probes: maps agree too often with
@@ -49,7 +50,10 @@ _HELD_OUT = 0.25
 _PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Tokens of a training step; steps; steps between two evaluations, and how many
 # of these may pass without a better loss.
-_STEP_TOKENS, _STEPS, _EVALUATE, _PATIENCE = 512, 300, 25, 3
+_STEP_TOKENS = 512
+_STEPS = 300
+_EVALUATE = 25
+_PATIENCE = 3
 _LEARNING_RATE = 1e-3
 _SHORTLIST = 512
 # L2 penalties of logistic regressions, for features of unit variance.
@@ -57,7 +61,9 @@ _LOGISTIC_PENALTIES = (1.0, 10.0, 100.0)
 # Head columns that a step compares: all of a vocabulary of at most so many
 # pieces; of a larger one the likeliest, and so many others that are drawn anew
 # every step.
-_MOST_COLUMNS, _DRAWN_COLUMNS, _TOP = 2048, 512, 8
+_MOST_COLUMNS = 2048
+_DRAWN_COLUMNS = 512
+_TOP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +132,11 @@ def fit(
   """
   start = time.monotonic()
   config, layers = predictor.config, tuple(layers)
-  report = lambda done, of: progress(
-    0.3 * done / of, f"states of text {done} of {of}"
-  )
-  sums, sample = _read_all(predictor, layers, texts, tokens, seed, report)
+
+  def report_text(done: int, of: int) -> None:
+    progress(0.3 * done / of, f"states of text {done} of {of}")
+
+  sums, sample = _read_all(predictor, layers, texts, tokens, seed, report_text)
   penalty, starts = _ridge(sums, sample)
   head = parameters.head_kernel(predictor.params, config)
   head = np.asarray(head[:, : predictor.vocabulary.vocab_size])
@@ -150,7 +157,8 @@ def fit(
     )
     flat |= zip(names, leaves, strict=True)
   before, after = zip(*agreement, strict=True)
-  count, seconds = sum(map(len, tokens)), time.monotonic() - start
+  count = sum(map(len, tokens))
+  seconds = time.monotonic() - start
   base_digest = parameters.base_digest(predictor.params)
   learned = LearnedExits(layers, before, after, count, seconds, base_digest)
   made = {
@@ -185,10 +193,8 @@ def with_targets(
   """
   length = -(-max(1, *map(len, tokens)) // _BUCKET) * _BUCKET
   for batch in batches:
-    rows, targets = (
-      batch.rows.tolist(),
-      np.zeros((len(batch.tokens), length), np.int32),
-    )
+    rows = batch.rows.tolist()
+    targets = np.zeros((len(batch.tokens), length), np.int32)
     for i, row in enumerate(rows):
       targets[i, : len(tokens[row])] = tokens[row]
     yield rows, batch.tokens, targets
@@ -231,11 +237,14 @@ def _read_all(
   lengths = np.array([len(row) for row in tokens])
   room = max(1, _SAMPLE_BYTES // (4 * config.emb_dim * (len(layers) + 1)))
   chosen = order[np.cumsum(lengths[order]) <= room]
-  kept, held_out = np.zeros(len(texts), bool), np.zeros(len(texts), bool)
+  kept = np.zeros(len(texts), bool)
+  held_out = np.zeros(len(texts), bool)
   kept[chosen if len(chosen) else order[:1]] = True
   held_out[chosen[: max(1, round(_HELD_OUT * len(chosen)))]] = len(chosen) > 1
   read = jax.jit(functools.partial(_read_batch, config, layers))
-  sums, found, done = None, [], 0
+  sums = None
+  found = []
+  done = 0
   batches = predictor.with_options(batch_size=BATCH).plan(list(texts))
   for rows, inputs, targets in with_targets(batches, tokens):
     weights = np.zeros(targets.shape, np.float32)
@@ -274,8 +283,12 @@ def _read_batch(
   """
   hidden, normed, _ = full_states(config, params, inputs, targets)
   weight = weights.reshape(-1, 1)
-  flat = lambda x: x.reshape(-1, config.emb_dim) * weight
-  sums, scalars = [], []
+
+  def flat(x):
+    return x.reshape(-1, config.emb_dim) * weight
+
+  sums = []
+  scalars = []
   for layer in layers:
     raw = hidden[layer - 1]
     before = hidden[layer - 2] if layer > 1 else jnp.zeros_like(raw)
@@ -301,9 +314,11 @@ def _ridge(sums: Sequence[_Sums], sample: _Sample) -> tuple[float, _Maps]:
   under it; with fewer tokens than emb_dim + 1 the equations have no unique
   solution without one.
   """
-  held, found = sample.held_out, []
+  held = sample.held_out
+  found = []
   for penalty in _PENALTIES:
-    maps, error = [], 0.0
+    maps = []
+    error = 0.0
     for each, states in zip(sums, sample.exits, strict=True):
       solved = _solve(each.gram, each.last, penalty)
       predicted = states[held] @ solved[:-1] + solved[-1]
@@ -330,7 +345,8 @@ def _low_rank(sums: _Sums, penalty: float, rank: int, skipped: int):
   layer norms them.
   """
   emb_dim = sums.gram.shape[0] - 1
-  down, up = np.zeros((emb_dim + 1, rank)), np.zeros((skipped, rank, emb_dim))
+  down = np.zeros((emb_dim + 1, rank))
+  up = np.zeros((skipped, rank, emb_dim))
   if skipped > 1:  # the next layer's input is d^j itself
     count = max(sums.gram[-1, -1], 1.0)
     scale = np.sqrt(np.maximum(sums.squares / (count * emb_dim), 1e-30))[
@@ -386,7 +402,9 @@ def _train_translators(sample: _Sample, head, starts: _Maps, seed, progress):
     _drawn(rng, columns, head, 1)[0],
   )
   evaluate = jax.jit(loss)
-  best, least, worse = maps, float(evaluate(maps, *shown, rows_of_head)), 0
+  best = maps
+  least = float(evaluate(maps, *shown, rows_of_head))
+  worse = 0
   size = min(_STEP_TOKENS, len(sample.trains))
   for step in range(_EVALUATE, _STEPS + 1, _EVALUATE):
     rows = np.stack(
@@ -418,10 +436,12 @@ def cross_entropy(maps, exits, last, drawn, head, *, columns):
   stands_for = np.zeros(pieces.shape[0], np.float32)
   if drawn.shape[0]:
     stands_for[columns.shape[0] :] = np.log(others / drawn.shape[0])
-  read = lambda x: jax.nn.log_softmax(
-    x @ head[pieces].T + stands_for[None], axis=-1
-  )
-  target, total = jnp.exp(read(last)), 0.0
+
+  def read(x):
+    return jax.nn.log_softmax(x @ head[pieces].T + stands_for[None], axis=-1)
+
+  target = jnp.exp(read(last))
+  total = 0.0
   for number in range(exits.shape[0]):
     x = exits[number] + exits[number] @ kernels[number] + biases[number][None]
     total -= jnp.mean(jnp.sum(target * read(x), axis=-1))
@@ -459,13 +479,13 @@ def _confidence_heads(predictor, sample: _Sample, layers, maps: _Maps, head):
   tokens that agree with the full model, (without the translator, with it) a
   layer.
   """
-  held, emb_dim, listed = (
-    sample.held_out,
-    sample.last.shape[1],
-    predictor.options.shortlist,
-  )
+  held = sample.held_out
+  emb_dim = sample.last.shape[1]
+  listed = predictor.options.shortlist
   best = np.argmax(sample.last[held] @ head, axis=1)
-  read, agrees, agreement = [], [], []
+  read = []
+  agrees = []
+  agreement = []
   probes = np.zeros(
     (emb_dim + confidence.NUM_FEATURES + 1, predictor.num_layers - 1)
   )
@@ -499,7 +519,8 @@ def _logistic(
   """Weights and bias of a logistic regression; of the penalties the one that
   predicts every second token best from the others.
   """
-  mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
+  mean = features.mean(axis=0)
+  spread = features.std(axis=0) + 1e-6
   unit = np.concatenate(
     [(features - mean) / spread, np.ones((len(features), 1))], axis=1
   )

@@ -44,7 +44,9 @@ _LEAST = {"validation": 20, "last": 10}
 _COMFORT = 4
 # Share of the rows that the length limits leave whole; the limits' own limits,
 # in tokens.
-_WHOLE, _LONGEST_INPUT, _LONGEST_TEXT = 0.99, 1024, 256
+_WHOLE = 0.99
+_LONGEST_INPUT = 1024
+_LONGEST_TEXT = 256
 
 
 def parse_budget(text: str) -> float:
@@ -53,10 +55,8 @@ def parse_budget(text: str) -> float:
   Raises:
     ValueError: the text is no time.
   """
-  lower, units = (
-    text.strip().lower(),
-    {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0},
-  )
+  lower = text.strip().lower()
+  units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
   time = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
   seconds = sum(
     float(number) * units[unit] for number, unit in time.findall(lower)
@@ -192,8 +192,11 @@ def length_limits(
       f" {total} pieces; is it the tokenizer that the model was trained "
       "with, and the language?"
     )
+
   # with EOS
-  quantile = lambda sizes: 1 + int(np.quantile(sizes, _WHOLE, method="higher"))
+  def quantile(sizes):
+    return 1 + int(np.quantile(sizes, _WHOLE, method="higher"))
+
   targets = [
     len(vocabulary.encode(row.targets[0])) for row in rows if row.targets
   ]
@@ -236,7 +239,8 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
   nothing `trains`, that part is empty. ValueError where there are too few
   groups to certify anything.
   """
-  tolerance, error_rate = options.tolerance, options.error_rate
+  tolerance = options.tolerance
+  error_rate = options.error_rate
   lower = losses.kind_support(options.kind, options.metric).lower
   names = [
     f"id:{row.id}" if row.group is None else f"group:{row.group}"
@@ -250,7 +254,8 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
     planning.min_calibration_size(tolerance, error_rate, lower=low)
     for low in (lower, 0.0)
   )
-  groups, shares = len(members), _SHARES[trains].items()
+  groups = len(members)
+  shares = _SHARES[trains].items()
   # With few rows calibration comes first, then choosing.
   sizes = {
     name: min(round(share * groups), most) for name, (share, most) in shares
@@ -273,10 +278,12 @@ def split(rows: Sequence[Prompt], options: FitOptions, trains: bool) -> Splits:
       f"{groups}; give more"
       " rows, or a larger tolerance."
     )
-  draw = lambda name: hashlib.sha256(
-    f"{options.seed}\n{name}".encode()
-  ).hexdigest()
-  ranked, parts = sorted(members, key=draw), {}
+
+  def draw(name):
+    return hashlib.sha256(f"{options.seed}\n{name}".encode()).hexdigest()
+
+  ranked = sorted(members, key=draw)
+  parts = {}
   for name, size in sizes.items():
     chosen, ranked = ranked[:size], ranked[size:]
     parts[name] = tuple(

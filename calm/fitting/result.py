@@ -22,7 +22,8 @@ from calm.fitting.train import Trained
 from calm.inference import options as options_lib
 from calm.inference import panel, timing
 
-RESULT, SUMMARY = "result.json", "summary.html"
+RESULT = "result.json"
+SUMMARY = "summary.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Result:
       )
       return f"The given model is served at full depth{drafts}: {self.reason}"
     assert self.seconds is not None and self.last.risk is not None
-    batch, risk = self.seconds.batched, self.last.risk
+    batch = self.seconds.batched
+    risk = self.last.risk
     more = (
       ""
       if batch is None
@@ -173,7 +175,8 @@ def write(
   calibration: Calibration | None,
 ) -> None:
   """Writes the model, its defaults, its promise, and the summary."""
-  output, options = fit.output, fit.options
+  output = fit.output
+  options = fit.options
   if options.learns_exits:
     checkpoints.copy_base(fit.initial, output)
     shutil.copyfile(fit.work / checkpoints.EXITS, output / checkpoints.EXITS)

@@ -32,7 +32,10 @@ from calm.t5 import parameters
 
 # Rows whose texts exits are learned from, and that are decoded together; rank
 # of learned propagation; examples on the page.
-MOST_ROWS, TEXTS_BATCH, RANK, EXAMPLES = 2000, 64, 16, 6
+MOST_ROWS = 2000
+TEXTS_BATCH = 64
+RANK = 16
+EXAMPLES = 6
 
 
 @arguments.checked()
@@ -138,7 +141,10 @@ def begin(
 
 def make(fit: Fit) -> None:
   """All steps; those that an earlier run finished are taken from its folder."""
-  learned, trained, predictor, say = None, (), fit.source, fit.say
+  learned = None
+  trained = ()
+  predictor = fit.source
+  say = fit.say
   if fit.options.learns_exits:
     predictor, learned = learn_exits(fit)
   elif fit.options.train_all:
@@ -155,11 +161,15 @@ def make(fit: Fit) -> None:
     "model": predictor.parameters_digest,
     "head": predictor.options.head_dtype,
   }
-  compute = lambda: choose.choose(fit, predictor, progress)
+
+  def compute():
+    return choose.choose(fit, predictor, progress)
+
   choice = storage.cached(fit.results, choose.Choice, "chosen", key, compute)
   for line in choice.lines():
     say(line)
-  calibration, promised = None, ((fit.options.tolerance, 0),)
+  calibration = None
+  promised = ((fit.options.tolerance, 0),)
   if choice.best is not None:
     predictor = choice.best.candidate.applied(predictor).with_options(
       grid=choice.grid
@@ -188,17 +198,16 @@ def untouched(fit: Fit, predictor: inference.Predictor) -> inference.Predictor:
 
 def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
   """The model with exits beside its weights, and the report on them."""
-  rows, source = fit.splits.train[:MOST_ROWS], fit.source
+  rows = fit.splits.train[:MOST_ROWS]
+  source = fit.source
   told = fit.step(choose.DECODE_TEXTS)
   bulk = source.with_options(batch_size=TEXTS_BATCH)
   tokens = [
     r.tokens or () for r in choose.full_texts(bulk, rows, fit.results, told)
   ]
   progress = fit.step("Learn exits beside the frozen weights")
-  file, base = (
-    fit.work / checkpoints.EXITS,
-    parameters.base_digest(source.params),
-  )
+  file = fit.work / checkpoints.EXITS
+  base = parameters.base_digest(source.params)
   if source.options.shortlist is None:
     listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
     source = source.with_options(shortlist=listed)
@@ -217,7 +226,8 @@ def learn_exits(fit: Fit) -> tuple[inference.Predictor, exit_maps.LearnedExits]:
     return report
 
   # The file is written first: a report without it was never stored.
-  kind, key = exit_maps.LearnedExits, {"base": base}
+  kind = exit_maps.LearnedExits
+  key = {"base": base}
   learned = storage.cached(fit.results, kind, "exits", key, learn)
   fit.say(str(learned))
   config, params = checkpoints.with_exits(source.config, source.params, file)
@@ -230,7 +240,9 @@ def certify(
   """The calibration of the chosen candidate, and what other tolerances
   certify.
   """
-  rows, full, options = fit.splits.calibration, None, fit.options
+  rows = fit.splits.calibration
+  full = None
+  options = fit.options
   if options.train_all:
     full = grid.with_rule(grid.in_bulk(fit.source), rows, exits.StaticExit())
   calibration, cached = grid.certify(
@@ -297,11 +309,14 @@ def look(
   is.
   """
   progress = fit.step("Look at the last part")
-  prompts, options = fit.splits.last, fit.options
-  measured, served = None, None
+  prompts = fit.splits.last
+  options = fit.options
+  measured = None
+  served = None
   level = NEVER_EXIT if calibration is None else calibration.threshold
   if np.isfinite(level):
-    texts, told = [row.input for row in prompts], part(progress, 0.0, 0.6)
+    texts = [row.input for row in prompts]
+    told = part(progress, 0.0, 0.6)
     measured = timing.beside_full_depth(predictor, texts, level, progress=told)
   reason = why_full_depth(choice, calibration, measured)
   if calibration is not None and measured is not None and not reason:
@@ -312,13 +327,13 @@ def look(
   )
   told = part(progress, 0.6, 0.8)
   full = grid.with_rule(reference, prompts, exits.StaticExit(), progress=told)
-  levels, columns = (), (full,)
+  levels = ()
+  columns = (full,)
   if calibration is not None:
-    levels, model = (
-      tuple(grid.default_grid(predictor.options)),
-      grid.in_bulk(predictor),
-    )
-    told, folder = part(progress, 0.8, 1.0), fit.work / "last"
+    levels = tuple(grid.default_grid(predictor.options))
+    model = grid.in_bulk(predictor)
+    told = part(progress, 0.8, 1.0)
+    folder = fit.work / "last"
     columns += grid.on_grid(
       model, prompts, levels, folder, full=full, progress=told
     ).records
@@ -360,7 +375,8 @@ def evaluate(
   """The numbers of the last part at full depth and as it is served; the same:
   full depth.
   """
-  prompts, metric = fit.splits.last, metrics.get_metric(fit.options.metric)
+  prompts = fit.splits.last
+  metric = metrics.get_metric(fit.options.metric)
 
   def quality(records: Sequence[Record]) -> result_lib.Mean | None:
     if not all(prompt.targets for prompt in prompts):

@@ -20,7 +20,9 @@ from calm.training import losses, objectives, read_history, run, sources
 OUTPUTS = "outputs.jsonl"
 # Validations of a stage; tokens of the longest rows whose gradients are
 # computed at a time.
-_VALIDATIONS, _PART_TOKENS, _SHORTLIST = 8, 2**12, 512
+_VALIDATIONS = 8
+_PART_TOKENS = 2**12
+_SHORTLIST = 512
 
 
 def recipe(
@@ -41,7 +43,8 @@ def recipe(
       0.0,
       training.TrainConfig(300, schedule, training.adam, patience=3),
     )
-  small, own = num_parameters < 20_000_000, name == "own"
+  small = num_parameters < 20_000_000
+  own = name == "own"
   steps = int(np.clip((10 if small else 3) * num_rows // batch, 100, 20_000))
   schedule = training.Schedule(
     peak=1e-2 if small else 1e-3,
@@ -74,12 +77,10 @@ def train_stages(
   trained model under its limits, and the reports. Finished stages are not
   trained again.
   """
-  predictor, initial, rows, folder = (
-    fit.source,
-    fit.initial,
-    fit.splits,
-    fit.output / "splits",
-  )
+  predictor = fit.source
+  initial = fit.initial
+  rows = fit.splits
+  folder = fit.output / "splits"
   names = ["one"] if all(row.targets for row in rows.train) else []
   names, done = [*names, "own", "two"], []
   for name in names:
@@ -105,10 +106,8 @@ def write_own_texts(
   reads their tokens (`OUTPUTS`): a text which the length limit cut off has no
   end to learn.
   """
-  rows, count = (
-    (*fit.splits.validation, *fit.splits.train),
-    len(fit.splits.validation),
-  )
+  rows = (*fit.splits.validation, *fit.splits.train)
+  count = len(fit.splits.validation)
   bulk = predictor.with_options(batch_size=64)
   records = full_texts(bulk, rows, fit.results, fit.step(DECODE_TEXTS))
   own = tuple(
@@ -138,12 +137,15 @@ def train_stage(
   `rows_folder`, for at most `seconds` (None: the recipe's steps), and exports
   it to `stage_`name/model in `fit.work`.
   """
-  progress, folder = fit.step(f"Train stage {name}"), fit.work / f"stage_{name}"
+  progress = fit.step(f"Train stage {name}")
+  folder = fit.work / f"stage_{name}"
   num_parameters = sum(x.size for x in jax.tree.leaves(model.params))
   batch_size, dropout_rate, config = recipe(
     name, num_parameters, len(splits.train)
   )
-  options, vocabulary, steps = model.options, model.vocabulary, config.num_steps
+  options = model.options
+  vocabulary = model.vocabulary
+  steps = config.num_steps
   limits = options.max_input_length, options.max_decode_length
   train, validation = (
     str(rows_folder / f"{part}.jsonl") for part in ("train", "validation")
@@ -159,27 +161,28 @@ def train_stage(
   }[name]
   # A power of two of parts, each with the memory of few tokens.
   rows = max(1, min(batch_size, _PART_TOKENS // sum(limits)))
-  outputs, count = rows_folder / OUTPUTS, len(splits.validation)
+  outputs = rows_folder / OUTPUTS
+  count = len(splits.validation)
   common: dict[str, Any] = {
     "prefix": options.task_prefix,
     "seed": fit.options.seed,
   }
   common["outputs"] = str(outputs) if outputs.is_file() else ""
-  read = lambda file, buckets, size: sources.supervised(
-    file, vocabulary, buckets, size, **common
-  )
-  halves, held = (
-    (-(-limits[0] // 2), -(-limits[1] // 2)),
-    min(batch_size, 4 * rows, count),
-  )
+
+  def read(file, buckets, size):
+    return sources.supervised(file, vocabulary, buckets, size, **common)
+
+  halves = (-(-limits[0] // 2), -(-limits[1] // 2))
+  held = min(batch_size, 4 * rows, count)
   data = run.Data(
     read(train, tuple(dict.fromkeys((halves, limits))), batch_size),
     {"rows": read(validation, (limits,), held)},
     {"rows": count // held},
   )
-  report = lambda step, text: progress(
-    step / steps, f"step {step} of {steps}, {text}"
-  )
+
+  def report(step, text):
+    return progress(step / steps, f"step {step} of {steps}, {text}")
+
   run.train(
     data,
     objective,

@@ -45,7 +45,9 @@ from calm.t5 import caches
 if TYPE_CHECKING:
   from calm.inference.predictor import Predictor
 
-silent: Report = lambda share, text: None
+
+def silent(share, text):
+  return None
 
 
 def part(progress: Report, start: float, end: float, name: str = "") -> Report:
@@ -64,7 +66,9 @@ class _Batch:
   """
 
   def __init__(self, model: "Predictor", batch, ids: Sequence[str]):
-    self._model, self._batch, self._ids = model, batch, ids
+    self._model = model
+    self._batch = batch
+    self._ids = ids
     self._state = None
     self._last: list[Record] = []  # of every row, as it was decoded last
 
@@ -76,7 +80,8 @@ class _Batch:
     """Every row's record at one threshold, some of them those of the threshold
     before.
     """
-    options, active = self._model.options, self._batch.active.copy()
+    options = self._model.options
+    active = self._batch.active.copy()
     positions = jnp.arange(options.max_decode_length)
     # In float32, as the decoder has it.
     level = jnp.full(positions.shape, threshold, jnp.float32)
@@ -167,7 +172,8 @@ def generate(
       " promise about this model's own full depth."
     )
   known = None if full is None else {record.id: record for record in full}
-  levels, in_memory = (NEVER_EXIT, *thresholds), isinstance(writer, dict)
+  levels = (NEVER_EXIT, *thresholds)
+  in_memory = isinstance(writer, dict)
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
@@ -264,9 +270,10 @@ def with_rule(
   """One record a prompt, in their order, of a rule (None: the model's own) at
   one threshold.
   """
-  report = lambda done, of: progress(
-    done / max(of, 1), f"{done} of {of} prompts"
-  )
+
+  def report(done, of):
+    return progress(done / max(of, 1), f"{done} of {of} prompts")
+
   made = model.decode_texts(
     [example.input for example in examples], threshold, rule, report
   )
@@ -325,7 +332,8 @@ def certify(
       prompts without references for 'risk'. Nothing is decoded then.
   """
   prompts, kind = prompt_files.prompts_of(prompts), KINDS[consistency]
-  support, unit = sequence_losses.kind_support(kind, metric), "prompts"
+  support = sequence_losses.kind_support(kind, metric)
+  unit = "prompts"
   if (count := len(set(clusters.prompt_clusters(prompts)))) < len(prompts):
     # Means of several losses of 0 or 1 are neither.
     support, unit = (

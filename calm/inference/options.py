@@ -199,7 +199,8 @@ def measures(model: Any) -> tuple[str, ...]:
   """The confidence measures that a `Predictor` has: the classifier where it is
   trained.
   """
-  decoder, listed = model.params["decoder"], bool(model.options.shortlist)
+  decoder = model.params["decoder"]
+  listed = bool(model.options.shortlist)
   # Exit parameters start at 0: those that are still 0 were never trained.
   trained = [
     part
@@ -262,9 +263,12 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
     field.name: getattr(options, field.name)
     for field in dataclasses.fields(options)
   }
-  kept = lambda name: (
-    name in _ALWAYS_STORED or values[name] != getattr(DecodeOptions, name)
-  )
+
+  def kept(name):
+    return name in _ALWAYS_STORED or values[name] != getattr(
+      DecodeOptions, name
+    )
+
   stored = {
     name: values[name]
     for name in values
@@ -305,8 +309,11 @@ def procedure(model: Any) -> Procedure:
   """The procedure for which a calibration of a `Predictor`'s outputs is
   valid.
   """
-  config, options, shortlist = model.config, model.options, None
-  drafts, measure = options.shortlist is not None, options.measure
+  config = model.config
+  options = model.options
+  shortlist = None
+  drafts = options.shortlist is not None
+  measure = options.measure
   if (
     drafts
     if measure == VERIFIED
@@ -317,11 +324,9 @@ def procedure(model: Any) -> Procedure:
       "digest": hashlib.sha256(ids.tobytes()).hexdigest(),
       "size": len(ids),
     }
-  precision = (
-    options.matmul_precision
-    or jax.config.jax_default_matmul_precision
-    or "default"
-  )  # pyright: ignore[reportAttributeAccessIssue]
+  default: Any = jax.config
+  precision = options.matmul_precision
+  precision = precision or default.jax_default_matmul_precision or "default"
   # of several names for one; an algorithm has its own
   with contextlib.suppress(ValueError):
     precision = lax.Precision(precision).name.lower()

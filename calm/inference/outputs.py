@@ -255,7 +255,8 @@ def printable(piece: str) -> str:
 
 def _spans(tokens: Iterable[tuple[str, int, str]], num_layers: int) -> str:
   """Spans of (text, layer, end of the title)."""
-  colours, spans = scale(num_layers), []
+  colours = scale(num_layers)
+  spans = []
   for text, layer, more in tokens:
     colour = colours[layer - 1]
     style = f"background:{colour};color:{text_colour(colour)};padding:1px 0"
@@ -301,7 +302,8 @@ def to_terminal(
     with console.capture() as capture:
       console.print(painted, end="", soft_wrap=True)
     return capture.get()
-  shown, previous = "", 0
+  shown = ""
+  previous = 0
   for text, layer in tokens:
     if layer != previous:
       # Between words as a word of its own; within one where a word's pieces

@@ -95,9 +95,10 @@ def promised(
   itself.
   """
   levels = [thresholds.NEVER_EXIT, *losses.thresholds.tolist()]
-  certified = lambda tolerance: calibrate(
-    losses, tolerance=tolerance, error_rate=error_rate
-  )
+
+  def certified(tolerance):
+    return calibrate(losses, tolerance=tolerance, error_rate=error_rate)
+
   return tuple(
     (t, levels.index(certified(t).threshold)) for t in sorted({*tolerances})
   )
@@ -114,12 +115,14 @@ def shown_prompt(
   is the text of a token.
   """
   full, metric = records[0], metrics.get_metric(metric)
-  against = lambda text: (
-    metric(text, prompt.targets) if prompt.targets else float("nan")
-  )
+
+  def against(text):
+    return metric(text, prompt.targets) if prompt.targets else float("nan")
+
   levels = []
   for record in records:
-    layers, tokens = record.exit_layers or (), record.tokens or ()
+    layers = record.exit_layers or ()
+    tokens = record.tokens or ()
     pieces = [
       "⏎" if token == eos_id else outputs.printable(piece(token))
       for token in tokens

@@ -28,7 +28,8 @@ from calm.inference import options as options_lib
 from calm.t5 import caches, costs, kernels, limits, network, parameters
 
 # Beside a model with a promise, or beside one that full depth serves best.
-CALIBRATION, FULL_DEPTH = "calibration.json", "full_depth.json"
+CALIBRATION = "calibration.json"
+FULL_DEPTH = "full_depth.json"
 # Options that the layout of the weights depends on.
 _LAYOUT = (
   "num_devices",
@@ -281,10 +282,12 @@ class Predictor:
       threshold = thresholds_lib.parse_threshold(threshold)
     if rule is not None:
       rule.depth(self.num_layers)  # the rule's own check of its layers
-    promised, model = rule is None, self
+    promised = rule is None
+    model = self
     if promised and threshold == NEVER_EXIT:
       # Where no token can leave early, no confidence is asked for.
-      model, rule = self.reference, self.exact or exits.StaticExit()
+      model = self.reference
+      rule = self.exact or exits.StaticExit()
     with Progress() as bar:
       report = progress or bar.count("prompts")
       decoded = model.decode_texts(texts, threshold, rule, report, parts)
@@ -305,8 +308,12 @@ class Predictor:
     `generate`.
     """
     jax.block_until_ready(self.weights)  # laid out once, and not timed
-    programs, compiling = compiled.num_made(), compiled.seconds()
-    now = lambda: time.perf_counter() - compiled.seconds()
+    programs = compiled.num_made()
+    compiling = compiled.seconds()
+
+    def now():
+      return time.perf_counter() - compiled.seconds()
+
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
     encode = decode = 0.0
@@ -341,8 +348,12 @@ class Predictor:
     text.
     """
     length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
-    columns = lambda array: tuple(array[row][:length].tolist())
-    tokens, passes = columns(generation.tokens), generation.verification
+
+    def columns(array):
+      return tuple(array[row][:length].tolist())
+
+    tokens = columns(generation.tokens)
+    passes = generation.verification
     drafts: dict[str, Any] = {}
     if passes is not None:
       counts = {
@@ -391,10 +402,13 @@ class Predictor:
     of this one.
     """
     other = dataclasses.replace(self, **fields)
-    layout = lambda model: (
-      model.config,
-      *(getattr(model.options, n) for n in _LAYOUT),
-    )
+
+    def layout(model):
+      return (
+        model.config,
+        *(getattr(model.options, n) for n in _LAYOUT),
+      )
+
     alike = ("weights", "_parts") if layout(self) == layout(other) else ()
     for name in ("parameters_digest", "base_digest", "folder", *alike):
       if name in self.__dict__:
@@ -436,7 +450,8 @@ class Predictor:
     in float32, laid out a second time where these options have others; else the
     model itself.
     """
-    options, dtype = self.options, self.options.reference_dtype
+    options = self.options
+    dtype = self.options.reference_dtype
     narrow = options.weights_dtype not in (None, dtype)
     if dtype is None or not (self.batch_size_affects_output or narrow):
       return self
@@ -469,7 +484,8 @@ class Predictor:
     program looks at its arguments one by one, 0.1 ms of a short prompt's
     encoding if it is given all.
     """
-    decoder, once = self.weights.decoder, "cross_key_value"
+    decoder = self.weights.decoder
+    once = "cross_key_value"
     others = {
       f.name: None for f in dataclasses.fields(decoder) if f.name != once
     }
@@ -545,10 +561,8 @@ class Predictor:
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
     options = self.options
-    size, length = (
-      options.batch_size * options.num_devices,
-      options.max_input_length,
-    )
+    size = options.batch_size * options.num_devices
+    length = options.max_input_length
     tokens = prompt_batches.tokenize(
       texts,
       self.vocabulary,
@@ -583,7 +597,8 @@ class Predictor:
     rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    chosen, rows = rule or self.options.rule, len(active)
+    chosen = rule or self.options.rule
+    rows = len(active)
     if not isinstance(chosen, exits.Speculative):
       return self._run(rule, encoded, active, threshold)
     key = chosen, threshold, rows
@@ -632,11 +647,14 @@ class Predictor:
     last limits them. Drafts, and several devices, give one part; an end of 0
     compiles what any other needs.
     """
-    program, state, position = self.program(rule), None, 0
+    program = self.program(rule)
+    state = None
+    position = 0
     if program.rule.speculates or self.options.num_devices > 1:
       yield self.decode(encoded, active, threshold, rule)
       return
-    weights, level = self._parts[1], np.float32(threshold)
+    weights = self._parts[1]
+    level = np.float32(threshold)
     for stage in program.stages:
       for position in sorted(
         {min(n, stage.length) for n in ends if n > position or not n}
@@ -683,7 +701,8 @@ def exact_rule(model: Predictor) -> exits.Speculative:
     ValueError: there is one layer only, or it would not be exact
       (`Predictor.batch_size_affects_output`).
   """
-  config, options = model.config, model.options
+  config = model.config
+  options = model.options
   if model.batch_size_affects_output:
     got = f"`dtype` {config.dtype!r}, `weights_dtype` {options.weights_dtype!r}"
     raise ValueError(
@@ -769,7 +788,8 @@ def load(
     return predictor.changed(threshold=calibration.threshold)
   if calibration is not None:
     return predictor.under(calibration, allow_platform=allow_platform)
-  own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
+  own = directory / CALIBRATION
+  full_depth = directory / FULL_DEPTH
   if own.exists() and not void_guarantee:
     calibration = Calibration.load(own)
     pair = calibration.procedure, predictor.procedure

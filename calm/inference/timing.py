@@ -263,7 +263,8 @@ def beside_full_depth(
   chosen = of_one_length(
     model, [Prompt(str(i), text) for i, text in enumerate(texts)]
   )
-  size, pairs = model.options.batch_size, []
+  size = model.options.batch_size
+  pairs = []
   for batch_size, most in [(1, prompts), (size, 4 * size)][: 1 + (size > 1)]:
     if count := min(most, len(chosen)) // batch_size * batch_size:
       how = "one at a time" if batch_size == 1 else f"batches of {batch_size}"

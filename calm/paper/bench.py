@@ -267,9 +267,10 @@ class Bench:
     cached.
     """
     model = self.model(measure) if measure else self.whole
-    make = lambda: grid.with_rule(
-      model, prompts, rule, progress=self.step(name)
-    )
+
+    def make():
+      return grid.with_rule(model, prompts, rule, progress=self.step(name))
+
     key = {"rule": repr(rule), "decoded_by": model.procedure.to_json()}
     slug = name.replace(" ", "_").replace("'", "")
     return self.result(
@@ -338,9 +339,12 @@ class Bench:
   ) -> timing.Timings:
     options: dict[str, Any] = {"rounds": self.options.rounds}
     told = self.step(f"seconds, {name}")
-    make = lambda: timing.measure(
-      self.predictor, prompts, settings, progress=told, **options
-    )
+
+    def make():
+      return timing.measure(
+        self.predictor, prompts, settings, progress=told, **options
+      )
+
     key = options | {"settings": [[s.name, s.threshold] for s in settings]}
     return self.result(
       timing.Timings, f"seconds-{name}", make, prompts=prompts, **key

@@ -30,7 +30,9 @@ from calm.exits import propagation, schedules
 from calm.inference import grid, outputs, panel, timing
 from calm.paper import bench
 
-FULL, STATIC, ORACLE = "full model", "static", "oracle"
+FULL = "full model"
+STATIC = "static"
+ORACLE = "oracle"
 SHOWN_THRESHOLD = 0.8  # lambda of Fig. 2b
 # Propagations of the oracle (section 3.3.1).
 PROPAGATIONS = ("exit_state", "first_state", "copy_projections")
@@ -43,7 +45,8 @@ TARGETS = (("textual", 0.1), ("textual", 0.25), ("risk", 0.02), ("risk", 0.05))
 METHODS = {"paper": "risk_clipped", "auto": "risk_signed"}
 # App. B: deltas, random splits of figure (a), calibration sets of figure (b).
 TOLERANCES = panel.TOLERANCES
-SPLITS, DRAWS = 50, 200
+SPLITS = 50
+DRAWS = 200
 MAX_TOKENS = 60  # of an output that is shown
 
 
@@ -112,10 +115,8 @@ def point(
 
   Its seconds are those of the setting `timed_as`, or `name`, at that threshold.
   """
-  texts, references = (
-    [r.prediction for r in records],
-    [prompt.targets for prompt in prompts],
-  )
+  texts = [r.prediction for r in records]
+  references = [prompt.targets for prompt in prompts]
   metric, pairs = (
     metrics.get_metric(metric),
     functools.partial(zip, texts, strict=True),
@@ -180,9 +181,10 @@ def mean_interval(losses: np.ndarray, lower: float = 0.0) -> Interval:
     return UNKNOWN
   values = np.random.default_rng(0).permutation(losses)
   design = betting.Design((lower + 1.0) / 2.0, (1.0 - LEVEL) / 2.0, len(values))
-  bound = lambda losses: float(
-    betting.upper_bound(losses[:, None], design, lower)[0]
-  )
+
+  def bound(losses):
+    return float(betting.upper_bound(losses[:, None], design, lower)[0])
+
   # The same test of 1 + lower - loss, which has the same range.
   return max(lower, 1.0 + lower - bound(1.0 + lower - values)), bound(values)
 
@@ -217,7 +219,8 @@ def lengths(of: bench.Bench) -> tuple[str, ...]:
   percentile)', of references, full model's outputs and inputs; the share of
   inputs that is cut, in %.
   """
-  options, encode = of.predictor.options, of.predictor.vocabulary.encode
+  options = of.predictor.options
+  encode = of.predictor.vocabulary.encode
 
   def counts(texts: Iterable[str]) -> np.ndarray:
     return np.array([len(encode(text)) for text in texts], float)
@@ -258,7 +261,8 @@ def tradeoff(of: bench.Bench) -> Curves:
   ]
   settings.append(timing.Setting(ORACLE, exits.OracleExit()))
   timed = timing.of_one_length(of.predictor, of.validation, of.options.timed)
-  timings, full = of.time("tradeoff", timed, settings), of.full
+  timings = of.time("tradeoff", timed, settings)
+  full = of.full
   more: dict[str, Any] = {"bleu": of.settings.bleu, "timings": timings}
   scored = functools.partial(
     point, full=full, prompts=of.validation, metric=of.settings.metric, **more
@@ -299,11 +303,9 @@ def schedule_values(max_length: int) -> dict[str, np.ndarray]:
 
 def decay(of: bench.Bench) -> Curves:
   """Fig. 2c: the trade-off under each schedule, with the first measure."""
-  prompts, step, points = (
-    of.validation[: of.options.ablated],
-    of.options.step,
-    [],
-  )
+  prompts = of.validation[: of.options.ablated]
+  step = of.options.step
+  points = []
   levels = [round(1.0 - i * step, 6) for i in range(1, round(1.0 / step))]
   for name, schedule in schedule_kinds(
     of.predictor.options.max_decode_length
@@ -354,7 +356,8 @@ def objectives(of: bench.Bench) -> Curves | None:
   """
   if of.last_layer is None:
     return None
-  models, points = {"Eq. 6": of.all_layers or of.predictor}, []
+  models = {"Eq. 6": of.all_layers or of.predictor}
+  points = []
   models["last layer only"] = of.last_layer
   for name, model in models.items():
     static = dataclasses.replace(of, predictor=model).static
@@ -432,7 +435,8 @@ def perturbations(of: bench.Bench) -> Curves:
   their threshold, over the prompts whose output has a token there.
   """
   prompts = of.validation[: of.options.ablated]
-  full, progress = of.full[: len(prompts)], of.step("perturbed tokens")
+  full = of.full[: len(prompts)]
+  progress = of.step("perturbed tokens")
   asked = list(itertools.product((UNPERTURBED, *RULES), positions(full)))
 
   def perturb() -> Curves:
@@ -443,8 +447,10 @@ def perturbations(of: bench.Bench) -> Curves:
         for row, record in enumerate(full)
         if len(record.tokens or ()) > position
       ]
-      some, whole = [prompts[row] for row in rows], [full[row] for row in rows]
-      rule, early = RULES.get(kind), whole
+      some = [prompts[row] for row in rows]
+      whole = [full[row] for row in rows]
+      rule = RULES.get(kind)
+      early = whole
       if rule is not None:
         early = grid.with_rule(of.whole, some, rule, float(position))
       points.append(
@@ -504,14 +510,17 @@ def gains(
   Each cell has its own test at epsilon. FLOPs are those at the padded length of
   a prompt of mean length.
   """
-  encode, options = of.predictor.vocabulary.encode, of.predictor.options
+  encode = of.predictor.vocabulary.encode
+  options = of.predictor.options
   read = np.mean(
     [len(encode(options.task_prefix + p.input)) for p in of.validation]
   )
   padded = prompt_batches.bucket_length(
     round(read) + 1, options.max_input_length
   )
-  cut, cells, metric = of.num_calibration, [], of.settings.metric
+  cut = of.num_calibration
+  cells = []
+  metric = of.settings.metric
 
   @functools.cache
   def table(consistency: str, measure: str, method: str):
@@ -623,7 +632,8 @@ def repeat(
   """
   test = methods.get_method(method, losses.support)
   values, support = test.prepare(losses.values, losses.support)
-  count, generator = len(values), np.random.default_rng(0)
+  count = len(values)
+  generator = np.random.default_rng(0)
   cut = min(count - 1, max(1, round(0.8 * count)))
   orders = np.stack([generator.permutation(count) for _ in range(splits)])
   asked = test, values, support.upper, tolerances, error_rate
@@ -633,9 +643,12 @@ def repeat(
   of_draws = choose(*asked, sets, generator.random(draws))
   # The last entry is what -1 reads: the full model, whose loss is 0 by
   # definition.
-  true_risk, found = np.append(values.mean(axis=0), 0.0), []
+  true_risk = np.append(values.mean(axis=0), 0.0)
+  found = []
 
-  depth = lambda c, rows: layers[0][rows, c].sum() / layers[1][rows, c].sum()
+  def depth(c, rows):
+    return layers[0][rows, c].sum() / layers[1][rows, c].sum()
+
   for place, tolerance in enumerate(tolerances):
     columns = chosen[:, place].tolist()
     pairs = list(zip(columns, orders[:, cut:], strict=True))
@@ -697,7 +710,9 @@ def validity(of: bench.Bench) -> tuple[Trial, ...]:
   """App. B: calibrates again and again on the cached outputs of the test
   prompts.
   """
-  count, found, progress = len(of.test), [], of.step("repeated calibration")
+  count = len(of.test)
+  found = []
+  progress = of.step("repeated calibration")
   # the order that splits were always drawn from
   rows = sorted(range(count), key=str)
   for number, (measure, cached) in enumerate(of.test_grids.items()):
@@ -723,7 +738,8 @@ def examples(of: bench.Bench) -> tuple[panel.Panel, ...]:
   Of unseen prompts with outputs of 3 to `MAX_TOKENS` tokens first those whose
   output changes in the lower half of the grid; none is chosen by its quality.
   """
-  cut, shown = of.num_calibration, []
+  cut = of.num_calibration
+  shown = []
   first = of.test_grids[of.measures[0]]
   texts = [
     [r.prediction for r in made]
@@ -733,9 +749,10 @@ def examples(of: bench.Bench) -> tuple[panel.Panel, ...]:
   rows = [
     row for row in range(cut, len(lengths)) if 3 <= lengths[row] <= MAX_TOKENS
   ]
-  changes = lambda row: any(
-    each[row] != first.full[row].prediction for each in texts
-  )
+
+  def changes(row):
+    return any(each[row] != first.full[row].prediction for each in texts)
+
   rows = sorted(rows, key=lambda row: not changes(row))[: of.options.examples]
   given = of.predictor.vocabulary.piece, of.settings.metric, of.predictor.eos_id
   for measure, cached in of.test_grids.items():

@@ -26,7 +26,8 @@ from calm.inference.panel import number
 from calm.paper import experiments
 
 # Placeholders that the page replaces by its own colours.
-INK, RULE = "#111213", "#cdcecf"
+INK = "#111213"
+RULE = "#cdcecf"
 _TITLE_COLUMNS = 52
 _SIZE = (4.7, 3.5)  # inches; narrow, so that text stays legible on a phone
 _RC: dict[Any, Any] = {
@@ -114,9 +115,10 @@ def curve_series(
 ) -> list[Series]:
   """Every curve by two fields of its points; shares as hundredths."""
   scale = {"layers": 1.0, "seconds": 1e3, "quality": 100, "similarity": 100}
-  values = lambda points, field: [
-    scale[field] * getattr(point, field) for point in points
-  ]
+
+  def values(points, field):
+    return [scale[field] * getattr(point, field) for point in points]
+
   return [
     Series(name, values(made, x), values(made, y))
     for name, made in curves.items()
@@ -160,7 +162,8 @@ def draw(
       figure.legend(
         handles, names, loc="outside lower center", ncols=min(3, len(handles))
       )
-    svg, png = io.StringIO(), io.BytesIO()
+    svg = io.StringIO()
+    png = io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     lines = textwrap.fill(title, _TITLE_COLUMNS)
     figure.suptitle(

@@ -100,7 +100,10 @@ def headline(task: Task) -> tuple[str, str]:
   faster = [cell for cell in cells if cell.speedup > 1.0]
   tightest = min((cell.tolerance for cell in faster), default=None)
   among = [cell for cell in faster if cell.tolerance == tightest] or cells
-  speed = lambda cell: -math.inf if math.isnan(cell.speedup) else cell.speedup
+
+  def speed(cell):
+    return -math.inf if math.isnan(cell.speedup) else cell.speedup
+
   best = max(among, key=speed, default=None)
   pace = (
     ""
@@ -147,11 +150,9 @@ def _tradeoff(task: Task) -> Iterator[Figure | Table]:
   """Fig. 3, one point a threshold: against layers, and against seconds where
   measured.
   """
-  found, settings, curves = (
-    task.tradeoff,
-    task.settings,
-    dict(task.tradeoff.curves),
-  )
+  found = task.tradeoff
+  settings = task.settings
+  curves = dict(task.tradeoff.curves)
   (full,), label = (
     curves.pop(FULL),
     f"{settings.metric_title} against references",
@@ -223,10 +224,8 @@ def _gains(task: Task) -> Iterator[Table]:
     ("total", lambda gain: times(gain.end_to_end)),
   ]
   for method in ("auto", "paper"):
-    cells, unseen = (
-      [gain for gain in task.gains if gain.method == method],
-      len(task.unseen),
-    )
+    cells = [gain for gain in task.gains if gain.method == method]
+    unseen = len(task.unseen)
     above = sum(gain.above for gain in cells)
     note = (
       f"{task.num_calibration} calibration prompts, {unseen} unseen ones; ε ="
@@ -283,25 +282,23 @@ def _validity_figures(task: Task) -> Iterator[Figure]:
   """Figure (a): mean and spread of the risk on the test part; (b): share of
   violations.
   """
-  settings, rate = task.settings, task.options.error_rate
-  shown, drawn, broken_shares = (
-    [t for t in task.validity if t.method == "auto"],
-    [],
-    [],
-  )
+  settings = task.settings
+  rate = task.options.error_rate
+  shown = [t for t in task.validity if t.method == "auto"]
+  drawn = []
+  broken_shares = []
   for turn, name in enumerate(task.measures):
     trials = [trial for trial in shown if trial.measure == name]
-    deltas, means = [t.tolerance for t in trials], [t.risk_mean for t in trials]
+    deltas = [t.tolerance for t in trials]
+    means = [t.risk_mean for t in trials]
     bars = [
       (t.risk_mean - t.risk_spread, t.risk_mean + t.risk_spread) for t in trials
     ]
     drawn.append(page.Series(name, deltas, means, bars))
     # or bars would cover each other
     shift = 0.004 * (turn - (len(task.measures) - 1) / 2)
-    moved, broken = (
-      [delta + shift for delta in deltas],
-      [100 * t.share for t in trials],
-    )
+    moved = [delta + shift for delta in deltas]
+    broken = [100 * t.share for t in trials]
     bars = [(100 * t.interval[0], 100 * t.interval[1]) for t in trials]
     broken_shares.append(
       page.Series(name, moved, broken, bars, {"linestyle": "none"})
@@ -349,7 +346,8 @@ def _oracles(task: Task) -> Iterator[Table]:
     "CNN/DM at 1.53 of 8"
     " layers: 38.24, 38.31 and 23.02; the full model 38.32."
   )
-  title, points = "what skipped layers store", task.propagations.points
+  title = "what skipped layers store"
+  points = task.propagations.points
   yield _points(task, "propagation", title, points, note=note)
 
 
@@ -357,7 +355,9 @@ def _oracles(task: Task) -> Iterator[Table]:
 
 
 def _perturbations(task: Task) -> Iterator[Figure | Table]:
-  settings, series, kinds = task.settings, [], dict(task.perturbations.curves)
+  settings = task.settings
+  series = []
+  kinds = dict(task.perturbations.curves)
   del kinds[experiments.UNPERTURBED]
   for turn, name in enumerate(kinds):
     values = [100 * point.similarity for point in kinds[name]]
@@ -379,7 +379,8 @@ def _perturbations(task: Task) -> Iterator[Figure | Table]:
     series,
     lambda axes: axes.set_ylim(top=101),
   )
-  title, points = "the numbers of Fig. 2a", task.perturbations.points
+  title = "the numbers of Fig. 2a"
+  points = task.perturbations.points
   yield _points(task, "fig2a", title, points, "position, from 0")
 
 
@@ -387,15 +388,11 @@ def _perturbations(task: Task) -> Iterator[Figure | Table]:
 
 
 def _schedules(task: Task) -> Iterator[Figure | Table]:
-  found, settings, length = (
-    task.decay,
-    task.settings,
-    task.settings.max_decode_length,
-  )
-  values, every = (
-    experiments.schedule_values(length),
-    {"markevery": max(1, length // 8)},
-  )
+  found = task.decay
+  settings = task.settings
+  length = task.settings.max_decode_length
+  values = experiments.schedule_values(length)
+  every = {"markevery": max(1, length // 8)}
   yield page.draw(
     f"fig2b_{settings.name}",
     f"{settings.title}: the threshold of each token, λ = "
@@ -428,7 +425,8 @@ def _trainings(task: Task) -> Iterator[Figure]:
     ("classifiers", "exit classifiers"),
     ("objectives", "Eq. 6"),
   ):
-    found, settings = getattr(task, kind), task.settings
+    found = getattr(task, kind)
+    settings = task.settings
     if found is None:
       continue
     error = max(point.quality_error for point in found.points)

@@ -60,17 +60,13 @@ class Api:
     timeout: float = 60.0,
     loopback: bool = True,
   ):
-    self.device, self.name, self._key, self._timeout = (
-      device,
-      name,
-      key,
-      timeout,
-    )
+    self.device = device
+    self.name = name
+    self._key = key
+    self._timeout = timeout
     self._registry = add = prometheus.CollectorRegistry()
-    kind, labels = (
-      functools.partial(prometheus.Summary, registry=add),
-      ["route", "status"],
-    )
+    kind = functools.partial(prometheus.Summary, registry=add)
+    labels = ["route", "status"]
     self._requests = kind(
       "calm_requests", "Requests, and seconds before answers.", labels
     )
@@ -97,9 +93,10 @@ class Api:
     ):
       prometheus.Gauge(f"calm_{gauge}", text, registry=add).set_function(value)
     page = pathlib.Path(__file__).with_name("page.html").read_text("utf-8")
-    asks = lambda kind, stream=False: self._guard(
-      functools.partial(self._ask, kind, stream)
-    )
+
+    def asks(kind, stream=False):
+      return self._guard(functools.partial(self._ask, kind, stream))
+
     post = functools.partial(Route, methods=["POST"])
     # A page of another site whose name was made to lead here (DNS rebinding) is
     # refused.
@@ -137,7 +134,8 @@ class Api:
     """Asks for the key, counts requests, and answers errors as JSON."""
 
     async def guarded(request: Request) -> Response:
-      start, route = time.perf_counter(), request.url.path
+      start = time.perf_counter()
+      route = request.url.path
       try:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self._key and not hmac.compare_digest(
@@ -191,8 +189,10 @@ class Api:
     return Response(content, media_type=prometheus.CONTENT_TYPE_LATEST)
 
   async def _models(self, request: Request) -> Response:
-    device, online = self.device, self.device.online
-    options, layers = device.model.options, device.model.num_layers
+    device = self.device
+    online = self.device.online
+    options = device.model.options
+    layers = device.model.num_layers
     as_json = thresholds.threshold_to_json
     history = [
       (count, as_json(level), mean)
@@ -237,10 +237,8 @@ class Api:
       asyncio.get_running_loop().call_soon_threadsafe, came.put_nowait
     )
     for index, job in enumerate(asked.jobs):
-      job.stream, job.deliver = (
-        stream,
-        lambda part, index=index: tell((index, part)),
-      )
+      job.stream = stream
+      job.deliver = lambda part, index=index: tell((index, part))
     if not self.device.submit(asked.jobs):
       raise Refusal(
         "The queue is full.", None, 429, "queue_full", Retry_After="1"
@@ -290,7 +288,8 @@ class Api:
   async def _receive(
     self, jobs, came: asyncio.Queue
   ) -> AsyncGenerator[tuple[int, Part], None]:
-    left, end = len(jobs), time.monotonic() + self._timeout
+    left = len(jobs)
+    end = time.monotonic() + self._timeout
     try:
       while left:
         index, part = await asyncio.wait_for(came.get(), end - time.monotonic())

@@ -71,7 +71,8 @@ class Job:
     """The text that the client may have after `text`, and why it ended, if it
     has.
     """
-    whole, ends = output.text, output.tokens[-1:] == (output.eos_id,)
+    whole = output.text
+    ends = output.tokens[-1:] == (output.eos_id,)
     if places := [at for stop in self.stop if (at := whole.find(stop)) >= 0]:
       return whole[: min(places)], "stop_sequence"
     if ends or len(output.tokens) >= self.limit:
@@ -110,13 +111,19 @@ class Device(threading.Thread):
     workers: int | None = None,
   ):
     super().__init__(name="device", daemon=True)
-    self.model, self.online, self.most_waiting = model, online, most_waiting
-    self.workers, self._checking = workers or 0, False  # 0: not measured yet
-    self._threshold, self._ended = threshold, ended
+    self.model = model
+    self.online = online
+    self.most_waiting = most_waiting
+    # 0: not measured yet
+    self.workers = workers or 0
+    self._checking = False
+    self._threshold = threshold
+    self._ended = ended
     self._console = console or rich_console.Console(quiet=True)
     self.say = functools.partial(print_text, self._console, soft_wrap=True)
     # (programs that are compiled, of how many)
-    self.ready, self.compiled = False, (0, 1)
+    self.ready = False
+    self.compiled = (0, 1)
     self.failed: BaseException | None = None
     # (served prompts, threshold, layers a token) of the last batches.
     self.history = collections.deque[tuple[int, float, float]](
@@ -124,7 +131,8 @@ class Device(threading.Thread):
     )
     self.waiting: list[Job] = []
     self._unchecked = collections.deque[str](maxlen=MOST_UNCHECKED)
-    self._stopping, self._condition = False, threading.Condition()
+    self._stopping = False
+    self._condition = threading.Condition()
     # of the first tokens, by shape
     self._seconds: dict[tuple[int, int], float] = {}
     # Seconds of the last batches, by their shape and whether they were at full
@@ -132,10 +140,12 @@ class Device(threading.Thread):
     self._spent = collections.defaultdict(
       lambda: collections.deque[float](maxlen=20)
     )
-    options, most = model.options, model.options.max_input_length
+    options = model.options
+    most = model.options.max_input_length
     # A batch's shape may be part of the procedure; not of an encoder in 8 bits
     # that packs: its prompts get what they get alone.
-    self._whole, size = model.batch_size_affects_output, options.batch_size
+    self._whole = model.batch_size_affects_output
+    size = options.batch_size
     if self._whole and model.packs:
       self._whole, size = (
         size > 1,
@@ -202,7 +212,8 @@ class Device(threading.Thread):
     try:
       work()
     except BaseException as error:
-      self.failed, self.ready = error, False
+      self.failed = error
+      self.ready = False
       self.stop()
       self._ended()
 
@@ -218,7 +229,9 @@ class Device(threading.Thread):
     """Runs every program once, on prompts without text."""
     if self.online is not None:
       self.online.give_up()
-    model, full, start = self.model, self.model.reference, time.monotonic()
+    model = self.model
+    full = self.model.reference
+    start = time.monotonic()
     shapes = [
       (size, length) for length in self._lengths for size in self._sizes
     ]
@@ -252,7 +265,8 @@ class Device(threading.Thread):
       functools.partial(self._begin, model, batch, 1.0) for batch in batches
     )
     self.workers = self.workers or max(map(workers_that_pay, begins))
-    self.ready, level = True, thresholds.format_threshold(self.threshold)
+    self.ready = True
+    level = thresholds.format_threshold(self.threshold)
     spent = (
       f"programs took {time.monotonic() - start:.1f} s, decoding threads "
       f"{self.workers}"
@@ -290,18 +304,23 @@ class Device(threading.Thread):
           return None
         self._checking = True
         return []
-      first, length = self.waiting[0], self._length(self.waiting[0])
+      first = self.waiting[0]
+      length = self._length(self.waiting[0])
       lengths = (
         {length}
         if self._whole
         else {n for n in self._lengths if n <= 2 * length}
       )
-      near = lambda job: (
-        job.threshold == first.threshold and self._length(job) in lengths
-      )
+
+      def near(job):
+        return job.threshold == first.threshold and self._length(job) in lengths
+
       batch = [job for job in self.waiting if near(job)][: self._sizes[-1]]
+
       # Few may take less one after another.
-      each = lambda size: self._expected(first, size) / min(size, len(batch))
+      def each(size):
+        return self._expected(first, size) / min(size, len(batch))
+
       batch = batch[
         : min((n for n in self._sizes if n <= self._size(batch)), key=each)
       ]
@@ -313,7 +332,8 @@ class Device(threading.Thread):
     lasts as long as its longest text, and by the first tokens, which last less:
     every size is tried.
     """
-    length, full = self._length(first), self._level(first) == NEVER_EXIT
+    length = self._length(first)
+    full = self._level(first) == NEVER_EXIT
     begun = self._seconds.get((size, length), math.inf)
     seconds = sorted([begun, *self._spent[size, length, full]])
     # The slowest tenth may have waited for the machine: one pause is worth ten
@@ -349,8 +369,10 @@ class Device(threading.Thread):
     )
 
   def _serve(self, batch: Sequence[Job]) -> None:
-    start, level = time.perf_counter(), self._level(batch[0])
-    guarantee, layers = self.guarantee(level), []
+    start = time.perf_counter()
+    level = self._level(batch[0])
+    guarantee = self.guarantee(level)
+    layers = []
     try:
       for job, output, text, reason in self._decode(batch, level):
         spent = time.perf_counter() - start
@@ -424,18 +446,22 @@ def workers_that_pay(decode: Callable[[], Any]) -> int:
   products of a small model keep one core busy, those of a larger one keep them
   all. `decode` decodes a batch.
   """
-  most, count = os.cpu_count() or 1 if platforms.is_cpu() else 1, 1
+  most = os.cpu_count() or 1 if platforms.is_cpu() else 1
+  count = 1
   with futures.ThreadPoolExecutor(most) as pool:
-    run = lambda count: futures.wait(
-      [pool.submit(decode) for _ in range(count)]
-    )
-    seconds = lambda count: timeit.timeit(
-      functools.partial(run, count), number=1
-    )
-    turns = lambda n: range(max(3, min(20, round(1.0 / seconds(n)))))
-    gain = lambda n: np.median(
-      [2.0 * seconds(n) / seconds(2 * n) for _ in turns(n)]
-    )
+
+    def run(count):
+      return futures.wait([pool.submit(decode) for _ in range(count)])
+
+    def seconds(count):
+      return timeit.timeit(functools.partial(run, count), number=1)
+
+    def turns(n):
+      return range(max(3, min(20, round(1.0 / seconds(n)))))
+
+    def gain(n):
+      return np.median([2.0 * seconds(n) / seconds(2 * n) for _ in turns(n)])
+
     while 2 * count <= most and gain(count) >= LEAST_GAIN:
       count *= 2
   return count

@@ -24,10 +24,8 @@ class Refusal(Exception):
     code=None,
     **headers,
   ):
-    self.status, self.headers = (
-      status,
-      {k.replace("_", "-"): v for k, v in headers.items()},
-    )
+    self.status = status
+    self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
     kind = "invalid_request_error" if status < 500 else "server_error"
     self.body = {
       "error": {"message": message, "type": kind, "param": param, "code": code}
@@ -112,9 +110,12 @@ def _jobs(
   """The prompts of a request; `prompt` and `limit` are the names of its
   fields.
   """
-  options, model = device.model.options, device.model
-  longest, most = options.max_input_length, options.max_decode_length
-  count, stop = given.get(limit, most), _texts(given.get("stop", []))
+  options = device.model.options
+  model = device.model
+  longest = options.max_input_length
+  most = options.max_decode_length
+  count = given.get(limit, most)
+  stop = _texts(given.get("stop", []))
   if not 1 <= count <= most:
     whole = f"a whole number of at least 1 and at most {most}"
     raise Refusal(
@@ -180,10 +181,8 @@ class Completion:
     self.jobs = _jobs(
       device, _texts(given["prompt"]), given, "prompt", "max_tokens"
     )
-    self.stream, self._counts = (
-      given.get("stream", False),
-      extra.get("include_usage", False),
-    )
+    self.stream = given.get("stream", False)
+    self._counts = extra.get("include_usage", False)
     self._same = {
       "id": f"cmpl-{uuid.uuid4().hex}",
       "object": "text_completion",
@@ -256,10 +255,8 @@ class Generation:
     )
 
   def _tokens(self, output: Any) -> list[dict[str, Any]]:
-    names, end = (
-      ("id", "text", "exit_layer", "special", "logprob"),
-      output.eos_id,
-    )
+    names = ("id", "text", "exit_layer", "special", "logprob")
+    end = output.eos_id
     rows = zip(output.tokens, output.pieces, output.exit_layers, strict=True)
     return [
       dict(zip(names, (*row, row[0] == end, None), strict=True)) for row in rows

@@ -67,7 +67,8 @@ class BiasTable:
     cache's, [batch, heads, window, length]; `positions` are of the first token
     of each window, and the caches have room for a whole one.
     """
-    length, biases = self.length, []
+    length = self.length
+    biases = []
     for extended, current in zip(self.extended, self.current, strict=True):
       own = np.arange(extended.shape[1]) == length - 1
       with_itself = jnp.where(own[None, :], current[:, None], extended)
@@ -150,7 +151,10 @@ class Attention:
     """Mixed values [batch, heads * head_dim] of the past and of the current
     token, `row`.
     """
-    by_row = lambda bias: bias if bias.ndim == 3 else bias[None]
+
+    def by_row(bias):
+      return bias if bias.ndim == 3 else bias[None]
+
     if self.native:
       now = row.key, row.value, self.current_bias
       return self._attend(query, self.cache, by_row(self.past_bias), now)
@@ -184,7 +188,9 @@ class Attention:
   def _attend(
     self, query: jax.Array, cache: Cache, bias: jax.Array, now: Any
   ) -> jax.Array:
-    keys, values, alone = cache.keys, cache.values, self.single_threaded
+    keys = cache.keys
+    values = cache.values
+    alone = self.single_threaded
     return kernels.attend(self.rows, query, keys, values, bias, now, alone)
 
   def _scored(self, x: jax.Array) -> jax.Array:
@@ -247,12 +253,16 @@ class WindowAttention:
     keys, values = (
       _apart(x, query.shape[1]) for x in (cache.keys, cache.values)
     )
-    batch, alone = self.cross_bias.shape[0], self.single_threaded
+    batch = self.cross_bias.shape[0]
+    alone = self.single_threaded
     if self.native and kernels.reads(keys, values):
       # By query, where they differ; or by row.
       by_query = jnp.swapaxes(bias, 1, 2).reshape(-1, *bias.shape[1::2])
       return kernels.attend(None, query, keys, values, by_query, None, alone)
-    scored = lambda x: x.astype(jnp.float32) if self.float32 else x
+
+    def scored(x):
+      return x.astype(jnp.float32) if self.float32 else x
+
     rows = by_window(query, batch)
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a
     # few queries.

@@ -47,7 +47,8 @@ def cross_attention_inputs(
   """Every decoder layer's cross-attention keys and values, once a prompt, of
   states as `network.encode` makes them.
   """
-  heads, head_dim = config.num_heads, config.head_dim
+  heads = config.num_heads
+  head_dim = config.head_dim
   batch, length = encoder_input_tokens.shape
   matrices = weights.cross_key_value
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
@@ -56,11 +57,12 @@ def cross_attention_inputs(
     isinstance(matrix, EightBits) and matrix.tiled for matrix in matrices
   )
   if packed is not None and tiled and kernels.writes_heads(heads, head_dim):
-    given, lines = (
-      (encoded, packed.begins, packed.counts),
-      (batch, heads, length, head_dim),
-    )
-    of = lambda matrix, first: kernels.coded_heads(*given, matrix, first, lines)
+    given = (encoded, packed.begins, packed.counts)
+    lines = (batch, heads, length, head_dim)
+
+    def of(matrix, first):
+      return kernels.coded_heads(*given, matrix, first, lines)
+
     cross, matrices = (
       [Cache(of(m, 0), of(m, heads * head_dim)) for m in matrices],
       (),
@@ -90,18 +92,17 @@ def empty_caches(
   num_layers: int | None = None,
 ) -> tuple[Cache, ...]:
   """Zeroed caches of the first `num_layers` layers (all by default)."""
-  heads, head_dim, dtype = (
-    config.num_heads,
-    config.head_dim,
-    jnp.dtype(config.dtype),
-  )
+  heads = config.num_heads
+  head_dim = config.head_dim
+  dtype = jnp.dtype(config.dtype)
   num_layers = config.num_decoder_layers if num_layers is None else num_layers
-  apart, beside = (
-    (batch_size, heads, length, head_dim),
-    (batch_size, length, heads * head_dim),
-  )
+  apart = (batch_size, heads, length, head_dim)
+  beside = (batch_size, length, heads * head_dim)
   shape = beside if platforms.merged_heads() else apart
-  empty = lambda: jnp.zeros(shape, dtype)
+
+  def empty():
+    return jnp.zeros(shape, dtype)
+
   return tuple(Cache(empty(), empty()) for _ in range(num_layers))
 
 

@@ -82,7 +82,8 @@ class DecodingCosts:
     rows = [np.asarray(row, int).ravel() for row in exit_layers]
     layers = np.concatenate([np.zeros(0, int), *rows])
     counts = np.bincount(layers[layers > 0], minlength=self.num_layers + 1)
-    full, early = self.full * int(counts.sum()), Cost()
+    full = self.full * int(counts.sum())
+    early = Cost()
     for layer in np.flatnonzero(counts):
       early += self.early(int(layer)) * int(counts[layer])
     if not counts.sum():
@@ -110,18 +111,20 @@ def decoding_costs(
   measures that ask for those; `weights_dtype` and `head_dtype` are as in
   `program.model_weights`.
   """
-  size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
+  size = jnp.dtype(config.dtype).itemsize
+  emb = config.emb_dim
   width = config.num_heads * config.head_dim
   stored = size if weights_dtype is None else jnp.dtype(weights_dtype).itemsize
   # Translators and shortlists stay as they are beside matrices in 8 bits.
   heads = 4 if weights_dtype in (None, "int8") else stored
-  matrix = lambda rows, columns, item=stored: Cost(
-    2.0 * rows * columns, item * rows * columns
-  )
+
+  def matrix(rows, columns, item=stored):
+    return Cost(2.0 * rows * columns, item * rows * columns)
+
   # Scores and the weighted sum are a product each, over every position.
-  attended = lambda length: Cost(
-    4.0 * width * length, 2.0 * width * length * size
-  )
+  def attended(length):
+    return Cost(4.0 * width * length, 2.0 * width * length * size)
+
   written = Cost(0.0, 2.0 * width * size)
   head = matrix(
     emb,

@@ -67,7 +67,8 @@ class DecoderStep:
     its own; `rows` says of whose rows they are, where `kernels.attend` computes
     it.
     """
-    cross, past = self.encoded.cross[layer - 1], of_layer(self.past_bias, layer)
+    cross = self.encoded.cross[layer - 1]
+    past = of_layer(self.past_bias, layer)
     native = self.native and all(
       kernels.reads(x.keys, x.values) for x in (cross, cache)
     )
@@ -191,9 +192,11 @@ class DecoderStep:
     """The skipped layer's input, [rows, emb_dim], by [d^j; code] of tokens that
     left before.
     """
-    maps, width = self.weights.propagation, self.config.emb_dim
+    maps = self.weights.propagation
+    width = self.config.emb_dim
     assert maps is not None
-    hidden, up = state[:, :width], maps.up[layer - 1]
+    hidden = state[:, :width]
+    up = maps.up[layer - 1]
     codes = state[:, width : width + maps.codes(layer)]
     return hidden if up is None else hidden + self._times(codes, up)
 

@@ -73,8 +73,12 @@ class LearnedPropagation:
 
   def from_layers(self, layers: Sequence[int]) -> "LearnedPropagation":
     """Of some of the exit layers alone."""
-    at, rank = [self.layers.index(layer) for layer in layers], self.rank
-    of = lambda parts: tuple(parts[i] for i in at)
+    at = [self.layers.index(layer) for layer in layers]
+    rank = self.rank
+
+    def of(parts):
+      return tuple(parts[i] for i in at)
+
     up = []
     for layer, whole in enumerate(self.up, start=1):
       codes = [
@@ -142,7 +146,8 @@ def decoder_weights(
   `program.model_weights`. Columns beyond `num_pieces` are cut from the heads,
   which is the same as logits of -inf for them.
   """
-  decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
+  decoder = params["decoder"]
+  dtype = jnp.dtype(config.dtype)
   in_8_bits = weights_dtype == "int8"
   matrices = jnp.dtype(
     dtype if in_8_bits or weights_dtype is None else weights_dtype
@@ -158,20 +163,20 @@ def decoder_weights(
   if weights_dtype is not None and not in_8_bits:
     head = head.astype(matrices)
   codes_first = head_dtype == "int8" and kernels.available()
-  in_tiles = lambda x: (
-    tiled(x) if native and kernels.reads_tiles(x.dtype) else x
-  )
+
+  def in_tiles(x):
+    return tiled(x) if native and kernels.reads_tiles(x.dtype) else x
+
   stored = eight_bits.rounded if in_8_bits else in_tiles
   classifier = decoder.get("exit_classifier")
   layers = [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
   translators = parameters.by_layer(decoder.get("exit_translators", {}))
-  in_codes, cross = (
-    in_8_bits or encoder_dtype == "int8",
-    "encoder_decoder_attention",
-  )
-  once = lambda matrix: (
-    eight_bits.quantize(matrix, tiled=True) if in_codes else matrix
-  )
+  in_codes = in_8_bits or encoder_dtype == "int8"
+  cross = "encoder_decoder_attention"
+
+  def once(matrix):
+    return eight_bits.quantize(matrix, tiled=True) if in_codes else matrix
+
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
@@ -219,14 +224,18 @@ def _learned_propagation(
   stored: Callable[[jax.Array], Matrix],
 ) -> LearnedPropagation | None:
   """The maps laid out by the layer that reads them; None without any."""
-  found, kernel = (
-    parameters.by_layer(parts),
-    lambda part: jnp.asarray(part["kernel"], matrices),
-  )
+  found = parameters.by_layer(parts)
+
+  def kernel(part):
+    return jnp.asarray(part["kernel"], matrices)
+
   if not found:
     return None
   ups = {layer: kernel(part["up"]) for layer, part in found.items()}
-  before = lambda k: [up[k - j - 1] for j, up in ups.items() if j < k]
+
+  def before(k):
+    return [up[k - j - 1] for j, up in ups.items() if j < k]
+
   blocks = map(before, range(1, config.num_decoder_layers + 1))
   return LearnedPropagation(
     tuple(found),
@@ -246,10 +255,13 @@ def _layer_weights(
   stored: Callable[[jax.Array], Matrix],
 ) -> LayerWeights:
   """One layer, its matrices as they are `stored`."""
-  kernel = lambda block, name: jnp.asarray(
-    layer[block][name]["kernel"], matrices
-  )
-  scale = lambda name: jnp.asarray(layer[name]["scale"], config.dtype)
+
+  def kernel(block, name):
+    return jnp.asarray(layer[block][name]["kernel"], matrices)
+
+  def scale(name):
+    return jnp.asarray(layer[name]["scale"], config.dtype)
+
   names = ["key", "value"]
   apart = (
     [[name] for name in names]
@@ -283,7 +295,8 @@ def _beside(
 
 
 def _shortlist_head(head: jax.Array, shortlist: Sequence[int]) -> jax.Array:
-  ids, num_pieces = np.asarray(shortlist, np.int64), head.shape[1]
+  ids = np.asarray(shortlist, np.int64)
+  num_pieces = head.shape[1]
   distinct = len(np.unique(ids)) == len(ids)
   if len(ids) < 2 or not distinct or ids.min() < 0 or ids.max() >= num_pieces:
     raise ValueError(

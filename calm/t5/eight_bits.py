@@ -81,12 +81,14 @@ def quantize(
   available.
   """
   wide = jnp.asarray(matrix).T.astype(jnp.float32)
-  scales, outputs = step(wide), len(wide)
+  scales = step(wide)
+  outputs = len(wide)
   codes = jnp.round(wide / scales).astype(jnp.int8)
   shifts = -_SHIFT * jnp.sum(codes, axis=1, dtype=jnp.int32)
   if not (tiled and kernels.multiplies_codes()):
     return EightBits(codes, shifts, scales[:, 0], outputs)
-  width, group = platforms.WIDTH, platforms.GROUP
+  width = platforms.WIDTH
+  group = platforms.GROUP
   more = 0, -outputs % width
   codes = jnp.pad(codes, (more, (0, -codes.shape[1] % group)))
   groups = codes.reshape(len(codes) // width, width, -1, group).swapaxes(1, 2)
@@ -142,7 +144,9 @@ def quantize_head(head: Float[Array, "emb pieces"]) -> QuantizedHead:
   With a piece w coded as v and a state x rounded to y, w x - v y = (w - v) x +
   v (x - y), which is at most |w - v| |x| + |v| |x - y|.
   """
-  rows, made, inputs = head.T.astype(jnp.float32), quantize(head), len(head)
+  rows = head.T.astype(jnp.float32)
+  made = quantize(head)
+  inputs = len(head)
   decoded = made.codes.astype(jnp.float32) * made.scales[:, None]
   left, norms = (jnp.linalg.norm(x, axis=1) for x in (rows - decoded, decoded))
   of_states = np.sqrt(inputs) / (2 * kernels.row_steps(inputs)) + _ROUNDING

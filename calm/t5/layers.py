@@ -138,7 +138,8 @@ class Mlp(nn.Module):
   def __call__(
     self, inputs: Float[Array, "batch length emb"], *, deterministic: bool
   ):
-    cfg, parts = self.config, []
+    cfg = self.config
+    parts = []
     for index, activation in enumerate(cfg.mlp_activations):
       name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{index}"
       x = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(inputs)
@@ -178,21 +179,23 @@ class Attention(nn.Module):
     *,
     deterministic: bool,
   ) -> Float[Array, "batch query_length emb"]:
-    query_init = lambda *args: (
-      attention_init(*args) / np.sqrt(self.config.head_dim)
-    )
+    def query_init(*args):
+      return attention_init(*args) / np.sqrt(self.config.head_dim)
+
     query = self._project("query", inputs_q, query_init)
     key = self._project("key", inputs_kv, attention_init)
     value = self._project("value", inputs_kv, attention_init)
     mixed = self.mix(query, key, value, mask, bias, deterministic)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
-    width, axes = inputs_q.shape[-1], ("joined_kv", "embed")
+    width = inputs_q.shape[-1]
+    axes = ("joined_kv", "embed")
     return Dense(width, axes, self.config.dtype, attention_init, name="out")(
       mixed
     )
 
   def _project(self, name: str, x: jax.Array, init: Initializer) -> jax.Array:
-    heads, head_dim = self.config.num_heads, self.config.head_dim
+    heads = self.config.num_heads
+    head_dim = self.config.head_dim
     x = Dense(
       heads * head_dim,
       ("embed", "joined_kv"),

@@ -190,10 +190,8 @@ def check(
   the file calls them, for the ValueError of the first one of another type or
   out of its bounds.
   """
-  called, made = (
-    {name: name for name in fields} | dict(names or {}),
-    dict(fields),
-  )
+  called = {name: name for name in fields} | dict(names or {})
+  made = dict(fields)
   for field, value in fields.items():
     if field in SIZES:
       made[field] = whole(called[field], value, *SIZES[field])
@@ -209,7 +207,8 @@ def check(
           " or restore the file."
         )
   if {"relpos_buckets", "relpos_max_distance"} <= set(made):
-    buckets, distance = made["relpos_buckets"], made["relpos_max_distance"]
+    buckets = made["relpos_buckets"]
+    distance = made["relpos_max_distance"]
     if distance <= buckets // 2:
       raise ValueError(
         f"Expected `{called['relpos_max_distance']}` beyond {buckets // 2}, "

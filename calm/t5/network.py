@@ -182,7 +182,8 @@ def _once_a_prompt(
   """A call of a module: attention as a CPU likes it, linear maps in 8 bits if
   stored so.
   """
-  module, called = context.module, context.method_name
+  module = context.module
+  called = context.method_name
   count = None if packed is None else jnp.sum(packed.counts)  # real tokens
   if packed is not None and isinstance(module, layers.RelativePositionBiases):
     sizes = module.config.relpos_buckets, module.config.relpos_max_distance
@@ -203,10 +204,8 @@ def _once_a_prompt(
     if isinstance(kernel, EightBits):
       return kernel.product(jnp.asarray(arguments[0], module.dtype), count)
   if isinstance(module, layers.Mlp) and called == "__call__":
-    parts, activations = (
-      module.variables["params"],
-      module.config.mlp_activations,
-    )
+    parts = module.variables["params"]
+    activations = module.config.mlp_activations
     matrices = [
       parts[name]["kernel"] for name in (*sorted({*parts} - {"wo"}), "wo")
     ]
@@ -276,15 +275,19 @@ class Layer(nn.Module):
   ):
     cfg = self.config
     dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-    drop = lambda y: dropout(y, deterministic=deterministic)
-    norm = lambda name, x: layers.LayerNorm(
-      cfg.dtype, name=f"pre_{name}_layer_norm"
-    )(x)
+
+    def drop(y):
+      return dropout(y, deterministic=deterministic)
+
+    def norm(name, x):
+      return layers.LayerNorm(cfg.dtype, name=f"pre_{name}_layer_norm")(x)
+
     if cfg.relpos_per_layer:
       relpos = layers.RelativePositionBiases(cfg, name="relpos_bias")
       bias = relpos(bias, bias, encoded is None)  # only the length was given
     name = "attention" if encoded is None else "self_attention"
-    y, attend = norm(name, x), layers.Attention(cfg, name=name)
+    y = norm(name, x)
+    attend = layers.Attention(cfg, name=name)
     x = x + drop(attend(y, y, mask, bias, deterministic=deterministic))
     if encoded is not None:
       y = norm("cross_attention", x)
@@ -355,7 +358,8 @@ class Decoder(nn.Module):
     self, encoded, tokens, mask, cross_mask, deterministic
   ) -> Float[Array, "layers batch length emb"]:
     """Raw residuals d^1 ... d^L after each layer."""
-    length, per_layer = tokens.shape[-1], self.config.relpos_per_layer
+    length = tokens.shape[-1]
+    per_layer = self.config.relpos_per_layer
     bias = length if per_layer else self.relpos_bias(length, length, False)
     tokens = jnp.asarray(tokens, jnp.int32)
     x = self.dropout(self.shared_embedding(tokens), deterministic=deterministic)
@@ -376,10 +380,8 @@ class Decoder(nn.Module):
     """
     if layer not in self.config.exit_translators:
       return normed
-    part, x = (
-      self.exit_translators()[f"layers_{layer - 1}"],
-      normed.astype(jnp.float32),
-    )
+    part = self.exit_translators()[f"layers_{layer - 1}"]
+    x = normed.astype(jnp.float32)
     return x + x @ part["kernel"] + jnp.broadcast_to(part["bias"], x.shape)
 
   def read(self, hidden: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -414,11 +416,12 @@ class ExitParts(nn.Module):
   @nn.compact
   def __call__(self) -> dict[str, Any]:
     zeros = nn.initializers.zeros
-    leaf = lambda name, shape, axes, initializer=zeros: (
-      partitioning.param_with_axes(
+
+    def leaf(name, shape, axes, initializer=zeros):
+      return partitioning.param_with_axes(
         name, initializer, shape, jnp.float32, axes=axes
       )
-    )
+
     return {
       name: ExitParts(part, name=name)()
       if isinstance(part, Mapping)
@@ -431,11 +434,9 @@ def exit_parts(cfg: T5Config) -> dict[str, Mapping[str, Any]]:
   """{name: its tree, for `ExitParts`} of the exit parts that a configuration
   has.
   """
-  emb, rank, below = (
-    cfg.emb_dim,
-    cfg.exit_propagation_rank,
-    cfg.num_decoder_layers - 1,
-  )
+  emb = cfg.emb_dim
+  rank = cfg.exit_propagation_rank
+  below = cfg.num_decoder_layers - 1
   # T5X's own axis names, of axes that it replicates: a new one would be unknown
   # to its Adafactor, and along its "layers" that would not average.
   axes = ("embed", "mlp_activations")
@@ -453,10 +454,13 @@ def exit_parts(cfg: T5Config) -> dict[str, Mapping[str, Any]]:
   # be skipped. Their product starts at zero with `up`; were both zero, no
   # gradient would move either.
   down = linear(rank, nn.initializers.lecun_normal())
-  skipped = lambda layer: (cfg.num_decoder_layers - layer, rank, emb)
-  up = lambda layer: {
-    "kernel": (skipped(layer), ("stack", "mlp_activations", "embed"))
-  }
+
+  def skipped(layer):
+    return (cfg.num_decoder_layers - layer, rank, emb)
+
+  def up(layer):
+    return {"kernel": (skipped(layer), ("stack", "mlp_activations", "embed"))}
+
   parts = {
     "exit_classifier": linear(1),
     "exit_probes": {**probes, "bias": linear(below)["bias"]},

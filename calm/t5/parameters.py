@@ -121,10 +121,8 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
       )
   expected = expected_shapes(config)
   for path in (*expected, *sorted(set(got) - set(expected))):
-    shape, found = (
-      expected.get(path),
-      np.shape(got[path]) if path in got else None,
-    )
+    shape = expected.get(path)
+    found = np.shape(got[path]) if path in got else None
     if shape is None:
       raise ValueError(
         f"Expected the leaves of `config`, got also {path!r}; {_way_out(path)}."
@@ -162,7 +160,8 @@ def _way_out(path: str) -> str:
 @functools.lru_cache(maxsize=8)
 def expected_shapes(config: network.T5Config) -> Mapping[str, tuple[int, ...]]:
   """{path: shape} of the parameters of `config`, computed without numbers."""
-  model, tokens = network.Transformer(config), jnp.ones((1, 1), jnp.int32)
+  model = network.Transformer(config)
+  tokens = jnp.ones((1, 1), jnp.int32)
   made = jax.eval_shape(
     lambda: model.init(
       jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
@@ -218,7 +217,8 @@ def renew(
   parts are names of the tree or paths, "exit_classifier",
   "decoder/layers_0/mlp". ValueError: no path has one.
   """
-  flat, values = flatten(params), flatten(fresh)
+  flat = flatten(params)
+  values = flatten(fresh)
   for part in parts:
     chosen = [path for path in flat if f"/{part}/" in f"/{path}/"]
     if not chosen:

@@ -84,7 +84,8 @@ def product(
 
 # Columns of 8-bit codes that lie together on a CPU: a row of them fills a line
 # of memory; and codes of a column that one instruction multiplies and adds.
-WIDTH, GROUP = 64, 4
+WIDTH = 64
+GROUP = 4
 
 
 def is_cpu() -> bool:

@@ -55,10 +55,8 @@ def tiled(
   """A matrix of float32 numbers, or of codes with `scales`, as `Tiles`."""
   (inputs, outputs), native = matrix.shape, kernels.available()
   width = kernels.tile_width(matrix.dtype) if native else outputs
-  missing, odd = (
-    -outputs % width,
-    inputs % 2 if native and scales is not None else 0,
-  )
+  missing = -outputs % width
+  odd = inputs % 2 if native and scales is not None else 0
   matrix = jnp.pad(matrix, ((0, odd), (0, missing)))
   tiles = jnp.moveaxis(matrix.reshape(len(matrix), -1, width), 1, 0)
   if scales is None:

@@ -123,7 +123,8 @@ class Loop:
 
   def _task(self, rows: Rows) -> engines.Task:
     """The rule at work on rows, whose prefixes do not exit."""
-    rule, given = self.rule, (rows.encoded, rows.threshold, self.length)
+    rule = self.rule
+    given = (rows.encoded, rows.threshold, self.length)
     if isinstance(rule, exits.DynamicExits):
       schedule = AfterPrefix(rule.schedule, rows)
       rule = dataclasses.replace(rule, schedule=schedule)
@@ -134,14 +135,18 @@ class Loop:
 
     `batch_size` is the rows of the batch, before a loop multiplies them.
     """
-    cut = lambda x: x[:batch_size] if x.ndim else x
+
+    def cut(x):
+      return x[:batch_size] if x.ndim else x
+
     empty = jax.tree.map(cut, self.bound.empty)
     return _to_loop(jnp.zeros((), jnp.int32), empty)
 
   def __call__(self, state: Any) -> tuple[jax.Array, dict[str, Any]]:
     """T5X's "tokens to logits": one position of its `DecodingState`, and the
     cache after it."""
-    cache, token = state.cache, state.cur_token[:, 0]
+    cache = state.cache
+    token = state.cur_token[:, 0]
     structure = jax.tree.structure(self.bound.empty)
     carried = jax.tree.unflatten(structure, jax.tree.leaves(cache["carried"]))
     position = cache["cache_index"]
@@ -155,8 +160,12 @@ class Loop:
   def step_with_prefix(self, current, position, active, cache):
     """A `loop.Step` that emits the prefix, which has no exits and no score."""
     made, cache = self.bound.take_step(current, position, active, cache)
-    prefix, best = _at(self.rows.prefix, position), made.best
-    free = lambda x: jnp.where(prefix == 0, x, jnp.zeros_like(x))
+    prefix = _at(self.rows.prefix, position)
+    best = made.best
+
+    def free(x):
+      return jnp.where(prefix == 0, x, jnp.zeros_like(x))
+
     token = jnp.where(prefix == 0, best.token, prefix)
     made = dataclasses.replace(
       made,
@@ -209,17 +218,24 @@ class Loop:
         "Expected a rule exits.DynamicExits with T5X's loops, got"
         f" {type(self.rule).__name__}; bind decode_fn = @models.greedy_decode."
       )
-    blank = lambda x: jnp.where(counted, x, jnp.zeros_like(x))[:, :length]
+
+    def blank(x):
+      return jnp.where(counted, x, jnp.zeros_like(x))[:, :length]
+
     return jax.tree.map(blank, found)
 
   def _go_up(self, given: tuple[Rows, jax.Array, jax.Array]):
     """Exits of every position of rows (what is known, inputs, real tokens)."""
     rows, inputs, real = given
-    flat = lambda x: x.reshape(-1, 1)
+
+    def flat(x):
+      return x.reshape(-1, 1)
+
     threshold = jnp.repeat(rows.threshold, self.length)
     each = (flat(rows.prefix), flat(rows.generated), threshold)
     task = self._task(Rows(rows.encoded, *each))
-    bound, position = engines.Eager(task), jnp.zeros((), jnp.int32)
+    bound = engines.Eager(task)
+    position = jnp.zeros((), jnp.int32)
     decoder = bound.decoder(position)
     rule: Any = task.rule  # of dynamic exits, which was asked before
     walk = rule.walk(decoder.layers(()), threshold, position)
@@ -228,7 +244,10 @@ class Loop:
     for layer in range(1, self.config.num_decoder_layers + 1):
       hidden = walk.layer_input(layer, state)
       row = walk.stored(layer, state, decoder.project(layer, hidden))
-      window = lambda x: attention.by_window(x, task.batch_size)
+
+      def window(x):
+        return attention.by_window(x, task.batch_size)
+
       cache = caches.Cache(window(row.key), window(row.value))
       attends = decoder.window_attention(layer, hidden, cache, biases)
       hidden = decoder.run_projected(layer, hidden, row, attends)
@@ -240,7 +259,10 @@ class Loop:
 
 def _to_loop(position: jax.Array, carried: Any) -> dict[str, Any]:
   """T5X knows leaves without a row axis by their name, `cache_index`."""
-  name = lambda leaf: "per_row" if leaf.ndim else "cache_index"
+
+  def name(leaf):
+    return "per_row" if leaf.ndim else "cache_index"
+
   leaves = enumerate(jax.tree.leaves(carried))
   # So wide that the names have the leaves' order.
   named = {f"{i:04}": {name(leaf): leaf} for i, leaf in leaves}
@@ -287,7 +309,8 @@ def greedy_decode(
     max_decode_length=inputs.shape[1],
     eos_id=eos_id,
   ).generation
-  tokens, scores = jnp.asarray(made.tokens), jnp.asarray(made.scores)
+  tokens = jnp.asarray(made.tokens)
+  scores = jnp.asarray(made.scores)
   return tokens[:, None], scores[:, None], made
 
 
@@ -306,11 +329,16 @@ def kept_whole(variables: Any) -> Any:
   """Variables of a model whose decoder every device is to keep whole: its axes
   in 'params_axes' are renamed to "kv", which T5X's rules lay along no mesh
   axis, and which its Adafactor factors as those that it replaces."""
-  renamed = lambda names: ("kv" if n in _ALONG_MODEL else n for n in names)
-  rename = lambda axes: axes.replace(
-    names=sharding.PartitionSpec(*renamed(axes.names))
-  )
-  is_axes = lambda x: isinstance(x, partitioning.AxisMetadata)
+
+  def renamed(names):
+    return ("kv" if n in _ALONG_MODEL else n for n in names)
+
+  def rename(axes):
+    return axes.replace(names=sharding.PartitionSpec(*renamed(axes.names)))
+
+  def is_axes(x):
+    return isinstance(x, partitioning.AxisMetadata)
+
   axes = dict(variables["params_axes"])
   for part in ("token_embedder", "decoder"):  # which decode loops read
     axes[part] = jax.tree.map(rename, axes[part], is_leaf=is_axes)
@@ -335,7 +363,8 @@ def over_rows(
       rng = jax.random.fold_in(rng, jax.lax.axis_index(axes))
     return function(shared, rows, rng)
 
-  every, split = sharding.PartitionSpec(), sharding.PartitionSpec(axes)
+  every = sharding.PartitionSpec()
+  split = sharding.PartitionSpec(axes)
   # Not checked: a `while_loop` whose number of turns varies over devices is
   # what this is for, and the check takes constants in its carry for unvarying.
   return jax.shard_map(

@@ -122,7 +122,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       )
     inference.DecodeOptions(matmul_precision=matmul_precision)  # is checked
     measured = getattr(getattr(rule, "measure", None), "part", None)
-    module, parts = theirs["module"], (*objective.parts, measured)
+    module = theirs["module"]
+    parts = (*objective.parts, measured)
     config = stored.config_of(module, parts, exit_maps)
     theirs["module"] = network.Transformer(config)
     super().__init__(**theirs)
@@ -179,7 +180,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     penalty = sums.z_loss
     if factor is not None:
       loss, penalty = loss / factor, penalty / factor
-    end, kinds = "_segment_ids", ("encoder_input", "decoder_target")
+    end = "_segment_ids"
+    kinds = ("encoder_input", "decoder_target")
     ids = {k.removesuffix(end): x for k, x in batch.items() if k.endswith(end)}
     names = (f"{kind}_tokens" for kind in kinds)
     found = self._compute_metrics(
@@ -240,7 +242,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     if asked is not None and not isinstance(asked, jax.core.Tracer):
       for value in np.ravel(asked).tolist():
         thresholds.parse_threshold(value)
-    threshold, rule = self.threshold if asked is None else asked, self.rule
+    threshold = self.threshold if asked is None else asked
+    rule = self.rule
     never = asked is None and threshold == schedules.NEVER_EXIT
     if never and isinstance(rule, exits.DynamicExits):
       rule = exits.StaticExit()  # full depth, and nothing is measured
@@ -254,7 +257,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       )
     # As T5X does: an EOS at the prompt's end would end it.
     prefix = prefix * (prefix != options["eos_id"])
-    num_rows, mesh = prefix.shape[0], _context_mesh()
+    num_rows = prefix.shape[0]
+    mesh = _context_mesh()
     threshold = jnp.asarray(threshold, jnp.float32)
     threshold = jnp.broadcast_to(threshold, (num_rows,))
     per_row = any(np.shape(x)[:1] == (num_rows,) for x in options.values())
@@ -315,7 +319,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def _decode(self, params, inputs, rows, how, key, axes):
     """Decodes of a batch, and what is known of them."""
     (prefix, threshold), (rule, num_decodes, options) = rows, how
-    mesh, num_rows = _context_mesh(), prefix.shape[0]
+    mesh = _context_mesh()
+    num_rows = prefix.shape[0]
     # The plain engine takes a symbolic number of rows, and exchanges least
     # where steps are the whole mesh's; with T5X's loops, whose exits are a
     # second program, what is compiled soonest. None: the fastest.
@@ -399,8 +404,12 @@ def _layer_metrics(
 ) -> dict[str, Any]:
   """The last layer's metrics by T5X's names, and those of 1-based layers."""
   kind: Any = clu_metrics.Average
-  average = lambda total, count: kind(total=total, count=count)
-  last, tokens = sums.cross_entropy[-1], jnp.array(num_tokens)
+
+  def average(total, count):
+    return kind(total=total, count=count)
+
+  last = sums.cross_entropy[-1]
+  tokens = jnp.array(num_tokens)
   names = ("accuracy", "loss", "agreement")
   totals = (sums.correct, sums.cross_entropy, sums.agreement)
   return {

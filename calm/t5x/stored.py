@@ -115,11 +115,14 @@ def refuse_missing_parts(
   """A `state_transformation_fns` of T5X's: ValueError where the model's decoder
   has an exit part, or maps of a layer, that the checkpoint's has not."""
   del is_resuming
-  parts_of = lambda tree: [
-    f"decoder/{part}/{name}"
-    for part in parameters.EXIT_PARTS
-    for name in tree["target"]["decoder"].get(part, ())
-  ]
+
+  def parts_of(tree):
+    return [
+      f"decoder/{part}/{name}"
+      for part in parameters.EXIT_PARTS
+      for name in tree["target"]["decoder"].get(part, ())
+    ]
+
   brought = parts_of(checkpoint)
   if missing := [part for part in parts_of(state) if part not in brought]:
     raise ValueError(
@@ -153,7 +156,8 @@ def config_of(
   sizes: dict[str, Any] = {name: name in parts for name in names}
   known = {field.name for field in dataclasses.fields(network.T5Config)}
   for field in dataclasses.fields(theirs):
-    value, name = getattr(theirs, field.name), field.name
+    value = getattr(theirs, field.name)
+    name = field.name
     if name in known:
       sizes[name] = value
     elif value != field.default:
@@ -241,7 +245,8 @@ def refuse_batch(
   of parameters than those of the calibration."""
   theirs: Any = calibration.procedure
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
-  rows, names = theirs.batch_bucket, ("encoder_input", "decoder_input")
+  rows = theirs.batch_bucket
+  names = ("encoder_input", "decoder_input")
   expected = (theirs.max_input_length, theirs.max_decode_length, rows)
   lengths = (batch[f"{name}_tokens"].shape[1] for name in names)
   got = (*lengths, rows and num_rows)

@@ -49,10 +49,8 @@ class SelfDistilled(objectives.Objective):
         jax.random.fold_in(rng, 1), early, (self.sampled_layers,)
       )
     kernel = parameters.head_kernel(params, module.config)
-    targets, token_weights = (
-      batch["decoder_target_tokens"],
-      batch["decoder_loss_weights"],
-    )
+    targets = batch["decoder_target_tokens"]
+    token_weights = batch["decoder_loss_weights"]
     loss, metrics = losses.layer_cross_entropy(
       normed[-1:], kernel, targets, token_weights, jnp.ones(1), self.z_loss
     )
@@ -63,7 +61,8 @@ class SelfDistilled(objectives.Objective):
     penalty = loss - jnp.sum(metrics.cross_entropy)
     loss += self.share * jnp.mean(apart) if early else 0.0
     sums = losses.LayerMetrics(*map(jnp.append, early_sums, metrics))
-    layers, weight = jnp.append(chosen, early), jnp.sum(token_weights)
+    layers = jnp.append(chosen, early)
+    weight = jnp.sum(token_weights)
     return loss, objectives.layer_metrics(
       early + 1, layers, loss, weight, sums, penalty
     )
@@ -107,10 +106,8 @@ class ExitMaps(objectives.Objective):
     params = parameters.unflatten(jax.lax.stop_gradient(base) | beside)
     states = objectives.applied(module, params, batch, method="states")
     hidden, normed, read = (x.astype(jnp.float32) for x in states)
-    kernel, weights = (
-      parameters.head_kernel(params, config),
-      batch["decoder_loss_weights"],
-    )
+    kernel = parameters.head_kernel(params, config)
+    weights = batch["decoder_loss_weights"]
     chosen = np.asarray(config.exit_translators) - 1
     teacher = _logits(read[-1], kernel)
     best = jnp.argmax(teacher, axis=-1)
@@ -124,7 +121,8 @@ class ExitMaps(objectives.Objective):
     loss += losses.classifier_loss(
       objectives.classified(params, stays), predictions, weights
     )
-    count, last = jnp.sum(weights), len(read) - 1
+    count = jnp.sum(weights)
+    last = len(read) - 1
     said = jnp.append(sums.agreement, count)
     sums = losses.LayerMetrics(jnp.append(apart + entropy, entropy), said, said)
     layers = jnp.append(chosen, last)
@@ -150,9 +148,10 @@ def _propagation_loss(
   """Sum over tokens of the relative squared errors of skipped layers' inputs,
   their mean over (exit layer, skipped layer); 0 without learned propagation.
   """
-  over_tokens = lambda x: jnp.sum(
-    jnp.square(x) * weights[None, ..., None], axis=(1, 2, 3)
-  )
+
+  def over_tokens(x):
+    return jnp.sum(jnp.square(x) * weights[None, ..., None], axis=(1, 2, 3))
+
   errors = []
   for layer in config.exit_propagation:
     later = hidden[layer:-1]  # of the next layer the input is d^j itself
@@ -178,7 +177,8 @@ def _divergences(
   token_weights: Float[Array, "batch length"],
 ) -> tuple[jax.Array, losses.LayerMetrics]:
   """Sums over tokens of each layer: KL(teacher || layer), and its metrics."""
-  wanted, best = jax.nn.log_softmax(teacher), jnp.argmax(teacher, axis=-1)
+  wanted = jax.nn.log_softmax(teacher)
+  best = jnp.argmax(teacher, axis=-1)
 
   # One layer's logits live at a time: the way back multiplies a head out again.
   @jax.checkpoint

@@ -95,7 +95,8 @@ def fit(
   validations = output_dir / "validation.json"
   newest = _checkpointer(output_dir, "checkpoints", 1)
   with newest as newest, _checkpointer(output_dir, "best", 2) as bests:
-    step, running = newest.latest_step() or 0, None
+    step = newest.latest_step() or 0
+    running = None
     # Orbax reads all leaves at once, and leaves the other reads behind at the
     # first misfit.
     check_identity(output_dir / "run.json", config, source, state, step)
@@ -108,7 +109,8 @@ def fit(
     for ahead in [saved for saved in bests.all_steps() if saved > step]:
       bests.delete(ahead)
     listener.on_start(step, config.num_steps)
-    begun, late = time.monotonic(), False
+    begun = time.monotonic()
+    late = False
     while step < config.num_steps and not late:
       patience = config.patience if history else None
       if (
@@ -191,10 +193,8 @@ def _checkpointer(output_dir: pathlib.Path, name: str, max_to_keep: int):
     enable_async_checkpointing=False,
     cleanup_tmp_directories=True,
   )
-  folder, handler = (
-    (output_dir / name).absolute(),
-    ocp.StandardCheckpointHandler(),
-  )
+  folder = (output_dir / name).absolute()
+  handler = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
@@ -238,7 +238,8 @@ def check_identity(
   if reached and path.exists():  # a run of an earlier version recorded none
     with storage.reading(path, "what a run was made with", _ANEW):
       before = storage.parse_json(storage.content(path))
-      rates, batches = dict(before["learning_rates"]), dict(before["batches"])
+      rates = dict(before["learning_rates"])
+      batches = dict(before["batches"])
       found = [f"seed {before['seed']}, now {now['seed']}"] * (
         before["seed"] != now["seed"]
       )

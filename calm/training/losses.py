@@ -107,11 +107,12 @@ def _forward(normed, kernel, targets, token_weights, weights, z_loss):
   (loss, kernel_grad), (cross_entropy, best, x_grads) = lax.scan(
     one_layer, start, (flat, weights.astype(jnp.float32))
   )
-  counted = lambda hits: jnp.sum(jnp.where(hits, token_weights, 0.0), axis=-1)
-  correct, agreement = (
-    counted(best == targets[None]),
-    counted(best == best[-1:]),
-  )
+
+  def counted(hits):
+    return jnp.sum(jnp.where(hits, token_weights, 0.0), axis=-1)
+
+  correct = counted(best == targets[None])
+  agreement = counted(best == best[-1:])
   metrics = LayerMetrics(cross_entropy, correct, agreement)
   return (loss, metrics), (x_grads.reshape(normed.shape), kernel_grad)
 

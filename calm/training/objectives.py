@@ -73,7 +73,10 @@ def layer_metrics(
   """Metrics of the 0-based `layers` that were measured, whose sums are
   [len(layers)].
   """
-  to_layers = lambda x: jnp.zeros(num_layers).at[layers].add(x)
+
+  def to_layers(x):
+    return jnp.zeros(num_layers).at[layers].add(x)
+
   cross_entropy, correct, agreement = map(to_layers, sums)
   seen = to_layers(jnp.broadcast_to(weight, layers.shape))
   return BatchMetrics(
@@ -149,7 +152,8 @@ class LayerWeighted(Objective):
       )
       chosen_weights = jnp.full((k,), 1.0 / k)
     else:
-      chosen, chosen_weights = jnp.arange(num_layers), weights
+      chosen = jnp.arange(num_layers)
+      chosen_weights = weights
     token_weights = batch["decoder_loss_weights"]
     loss, metrics = losses.layer_cross_entropy(
       normed[chosen],
@@ -287,7 +291,10 @@ def _stage_two(
   weight = jnp.sum(token_weights)
   agrees = (predictions == predictions[-1:]).astype(jnp.float32)
   hits = ((logits > 0).astype(jnp.float32) == agrees).astype(jnp.float32)
-  over_tokens = lambda x: jnp.sum(x * token_weights[None], axis=(1, 2))
+
+  def over_tokens(x):
+    return jnp.sum(x * token_weights[None], axis=(1, 2))
+
   apart = jax.nn.softplus(logits) - agrees * logits
   sums = losses.LayerMetrics(*map(over_tokens, (apart, hits, agrees)))
   layers = jnp.arange(len(logits))

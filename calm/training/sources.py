@@ -49,9 +49,10 @@ def supervised(
   """
   limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
   rising = itertools.pairwise([(1, 1), *buckets, (limits.LONGEST,) * 2])
-  fits = lambda one, next: (
-    len(next) == 2 and one[0] <= next[0] and one[1] <= next[1]
-  )
+
+  def fits(one, next):
+    return len(next) == 2 and one[0] <= next[0] and one[1] <= next[1]
+
   if not buckets or not all(itertools.starmap(fits, rising)):
     raise ValueError(
       f"Expected `buckets` to be pairs of lengths in 1 ... {limits.LONGEST}, "
@@ -62,9 +63,10 @@ def supervised(
   examples = prompt_files.open_prompts(file, require_target=not outputs)[
     ::every
   ]
-  encoded = lambda text: np.array(
-    [*vocabulary.encode(text), vocabulary.eos_id], np.int32
-  )
+
+  def encoded(text):
+    return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
+
   if outputs:
 
     def parse(line: storage.Line) -> records.Record:

@@ -116,7 +116,8 @@ class TrainConfig:
 
 def init_params(config: network.T5Config, seed: int) -> Params:
   """Fresh parameters of a model."""
-  tokens, module = jnp.ones((1, 2), jnp.int32), network.Transformer(config)
+  tokens = jnp.ones((1, 2), jnp.int32)
+  module = network.Transformer(config)
   init = jax.jit(
     lambda key: module.init(key, *[tokens] * 3, enable_dropout=False)["params"]
   )

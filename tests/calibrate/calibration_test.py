@@ -71,10 +71,8 @@ def test_auto_goes_by_the_declared_support_never_by_values():
 
 def test_a_randomised_test_says_so_and_repeats_itself():
   losses = sample(ids=tuple(f"id-{i}" for i in range(300)))
-  found, plain = (
-    calibrate(losses, **RATES),
-    calibrate(losses, **RATES, randomized=False),
-  )
+  found = calibrate(losses, **RATES)
+  plain = calibrate(losses, **RATES, randomized=False)
   assert (found.method, plain.method) == (
     "betting_randomized",
     "betting_fixed_level",
@@ -120,7 +118,9 @@ def test_a_declared_largest_cluster_makes_the_promise_one_about_prompts():
   """More than half of all prompts are in large clusters: mean 0.33 a prompt,
   0.08 a cluster.
   """
-  rates, wrong, named = dict(tolerance=0.2, error_rate=0.05), 0, 0
+  rates = dict(tolerance=0.2, error_rate=0.05)
+  wrong = 0
+  named = 0
   for seed in range(12):
     losses, groups = unequal_clusters(np.random.default_rng(seed))
     options = dict(groups=groups, seed=f"{seed:04x}", randomized=False, **rates)
@@ -341,7 +341,8 @@ def test_arguments_are_checked(changes, message):
     **RATES,
     **changes,
   }
-  losses, grid = options.pop("losses"), options.pop("thresholds")
+  losses = options.pop("losses")
+  grid = options.pop("thresholds")
   with pytest.raises(ValueError, match=message):
     calibrate(losses, grid, **options)
 

@@ -63,7 +63,8 @@ def test_the_level_of_every_table_of_zeros_and_ones_is_exact(
   (first: 0.25).
   """
   most = int(stats.binom.ppf(1 - 1e-5, count, tolerance))
-  chosen, passed = methods.get_method(method, Support()), []
+  chosen = methods.get_method(method, Support())
+  passed = []
   for ones in range(most + 1):
     losses = SequenceLosses(
       (np.arange(count) < ones).astype(float)[:, None], [0.5]
@@ -189,11 +190,9 @@ def known(prompts):
 
 
 def test_a_prompt_without_a_group_beside_others_is_a_cluster_of_its_own():
-  grouped, also, bare = (
-    Prompt("x", "", (), "g"),
-    Prompt("z", "", (), "g"),
-    Prompt("y", ""),
-  )
+  grouped = Prompt("x", "", (), "g")
+  also = Prompt("z", "", (), "g")
+  bare = Prompt("y", "")
   assert known([bare, Prompt("w", "")]) is None  # inputs that nobody knows
   assert known([grouped, bare]) is None
   assert clusters.prompt_clusters([grouped, bare]) == ("g", "prompt y")

@@ -29,9 +29,15 @@ LINES = [
   for line in (FOLDER / "every_kind.jsonl").read_text().splitlines()
 ]
 STORED = {line["name"]: line for line in LINES}
+
+
 # Libraries differ in the last digits.
-digits = lambda text: round(float(text), 9)
-rounded = lambda value: json.loads(json.dumps(value), parse_float=digits)
+def digits(text):
+  return round(float(text), 9)
+
+
+def rounded(value):
+  return json.loads(json.dumps(value), parse_float=digits)
 
 
 def test_there_is_a_file_of_every_kind():
@@ -175,7 +181,8 @@ def of_losses(made, kind: str) -> dict:
 
 
 def of_sequential(folder: pathlib.Path) -> dict:
-  made, manifest = generations.load(folder), generations.read_manifest(folder)
+  made = generations.load(folder)
+  manifest = generations.read_manifest(folder)
   prefixes = sequence_losses.prefix_losses(made, "textual")
   return {
     "ids": made.ids,
@@ -231,7 +238,10 @@ def of_merging(copy: pathlib.Path) -> dict:
     merge.merge([copy / "outputs"], copy / "again.jsonl"),
   ]
   old = re.compile(rb' "(sequential|by_group)": false,\n')
-  content = lambda path: old.sub(b"", path.read_bytes())
+
+  def content(path):
+    return old.sub(b"", path.read_bytes())
+
   merged = (copy / "merged").iterdir()
   same = all(
     content(copy / "again" / path.name) == content(path) for path in merged

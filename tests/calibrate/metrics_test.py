@@ -27,7 +27,8 @@ def slow_longest_common_subsequence(first, second):
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(
   first, second
 ):
-  a, b = first.split(), second.split()
+  a = first.split()
+  b = second.split()
   common = slow_longest_common_subsequence(a, b)
   assert metrics._longest_common_subsequence(a, b) == common
   expected = 2 * common / (len(a) + len(b)) if common else 0.0
@@ -37,7 +38,8 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(
 @given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60), WORDS)
 def test_rouge_l_equals_rouge_score_on_ascii(first, second):
   for a, b in ((first, second), (second, first)):
-    ours, theirs = metrics.rouge_l(a, [b]), metrics.rouge_l_rouge_score(a, [b])
+    ours = metrics.rouge_l(a, [b])
+    theirs = metrics.rouge_l_rouge_score(a, [b])
     assert ours == pytest.approx(theirs, abs=1e-12)
 
 

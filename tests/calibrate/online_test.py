@@ -21,7 +21,8 @@ def serve(state, count, *risks, start=0, seed=0):
   """Serves prompts with losses of 0 or 1 at these risks; returns the thresholds
   it named.
   """
-  generator, named = np.random.default_rng(seed), []
+  generator = np.random.default_rng(seed)
+  named = []
   for number in range(start, start + count):
     named.append(state.threshold)
     losses = (generator.random() < np.array(risks)) * 1.0
@@ -46,7 +47,8 @@ def test_wealth_has_expectation_one_at_the_bound(restarts):
   """Over all paths of 0 and 1: with probabilities tolerance and 1 -
   tolerance.
   """
-  length, tolerance = 10, 0.3
+  length = 10
+  tolerance = 0.3
   paths = (np.arange(2**length)[:, None] >> np.arange(length)) & 1
   sign = -1.0 if restarts else 1.0  # the alarm bets on the reverse
   wealth = online.Wealth(
@@ -77,10 +79,8 @@ def alarm_by_hand(losses, tolerance, low):
 def test_wealth_is_its_formula_and_the_alarm_comes_where_it_reaches_the_level(
   low,
 ):
-  state, served = (
-    Online(None, [0.5], **RATES, support=Support(low), least_share=1.0),
-    [],
-  )
+  state = Online(None, [0.5], **RATES, support=Support(low), least_share=1.0)
+  served = []
   for number, bad in enumerate(np.random.default_rng(3).random(200) < 0.6):
     assert state.should_check(number)
     wealth = wealth_by_hand([0.0] * number, 0.1)
@@ -127,7 +127,9 @@ def test_it_serves_the_safe_setting_first_and_lowers_it_as_far_as_it_may():
 
 def test_the_share_falls_when_nothing_new_is_certified():
   state = Online(None, GRID, **RATES, share=0.8, least_share=0.1)
-  shares, named, since = [], NEVER_EXIT, 0
+  shares = []
+  named = NEVER_EXIT
+  since = 0
   for number in range(12_000):
     shares.append(state.share)
     idle = max(1, state.checked - since)
@@ -135,7 +137,8 @@ def test_the_share_falls_when_nothing_new_is_certified():
     if state.should_check(number):
       state.observe(number, {**dict.fromkeys(GRID, 1.0), 0.9: 0.0})
     if state.threshold != named:
-      named, since = state.threshold, state.checked
+      named = state.threshold
+      since = state.checked
   assert named == 0.9 and since > 0
   assert (
     shares[0] == 0.8
@@ -238,7 +241,8 @@ def test_losses_that_are_none_change_nothing(tmp_path):
 
 
 def test_a_state_goes_on_wherever_it_was_stopped(tmp_path):
-  path, risks = tmp_path / "state.jsonl", (0.0, 0.02, 0.4)
+  path = tmp_path / "state.jsonl"
+  risks = (0.0, 0.02, 0.4)
   whole = Online(path, GRID, **RATES)
   serve(whole, 900, *risks)
   lines = path.read_bytes().splitlines(keepends=True)

@@ -63,7 +63,8 @@ def compute(name, losses, tolerance):
   ("law", "name"), CASES, ids=lambda v: getattr(v, "__name__", v)
 )
 def test_super_uniform_at_the_boundary_by_simulation(law, name):
-  size, draws = 100, 2000
+  size = 100
+  draws = 2000
   for tolerance in (0.05, 0.25):
     generator = np.random.default_rng([size, int(100 * tolerance)])
     losses = law(generator, tolerance, (size, draws))
@@ -231,11 +232,9 @@ def test_betting_is_super_uniform_exactly(hedges, values, chances, size):
 def test_betting_by_hand(planned):
   # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 /
   # n) / 0.5.
-  tolerance, losses, pace = (
-    0.5,
-    np.array([0.2, 0.4]),
-    math.sqrt(2 * math.log(20.0) / planned),
-  )
+  tolerance = 0.5
+  losses = np.array([0.2, 0.4])
+  pace = math.sqrt(2 * math.log(20.0) / planned)
   first = min(pace / 0.5, 0.9 / 0.5)
   second = min(pace / math.sqrt((0.25 + (0.2 - 0.2 / 2) ** 2) / 2), 0.9 / 0.5)
   wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
@@ -263,22 +262,20 @@ def hedge_by_hand(losses, tolerance, error_rate, planned, upper=1.0):
   """One column, its wealth looked at after every 64th of what is left
   (`hedge_bets`).
   """
-  target, pace = (
-    math.log(1 / error_rate),
-    math.sqrt(2 * math.log(1 / error_rate) / planned),
-  )
+  target = math.log(1 / error_rate)
+  pace = math.sqrt(2 * math.log(1 / error_rate) / planned)
   share = min(max(tolerance / upper, 0.01), 0.5)
-  wealth, highest, squares, total = (
-    0.0,
-    0.0,
-    8 * upper**2 * share * (1 - share),
-    0.0,
-  )
-  bets, look = [], 0
+  wealth = 0.0
+  highest = 0.0
+  squares = 8 * upper**2 * share * (1 - share)
+  total = 0.0
+  bets = []
+  look = 0
   for row, loss in enumerate(losses):
     deviation = math.sqrt(squares / (row + 8))
     if row == look:
-      chance, left = min(1.0, error_rate * math.exp(wealth)), planned - row
+      chance = min(1.0, error_rate * math.exp(wealth))
+      left = planned - row
       look += max(1, left // 64)
       aim = pace
       if highest < target and chance > error_rate**2:
@@ -361,7 +358,8 @@ def test_bounds_agree_with_decisions(
   losses = np.stack([law(generator, mean, size) for mean in means], axis=1)
   losses = np.clip(losses, lower, 1.0)
   support = Support(lower, binary=name == "binomial")
-  method, usable = methods.get_method(name, support), np.ones(6, bool)
+  method = methods.get_method(name, support)
+  usable = np.ones(6, bool)
   design = method.design(tolerance, error_rate, size)
   log_p, bound = method.evidence(losses, support, design, usable)
   np.testing.assert_array_equal(bound <= tolerance, np.exp(log_p) <= error_rate)
@@ -374,7 +372,8 @@ def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(hedges, tolerance):
   """Losses of 0 and 1 at the bound: sum over paths of P(reject | path),
   exactly.
   """
-  length, level = 11, 0.05
+  length = 11
+  level = 0.05
   paths = ((np.arange(2**length) >> np.arange(length)[:, None]) & 1).astype(
     float
   )
@@ -410,10 +409,14 @@ def test_a_bound_is_the_least_that_is_rejected_up_to_its_precision(
   design = Design(
     0.05, 0.05, size, 0.5, hedges=hedges, uniform=generator.random(30) ** 2
   )
-  bets, bounds = design.bets(losses), upper_bound(losses, design)
-  at = lambda bound: log_p_value(
-    losses, dataclasses.replace(design, tolerance=bound), bets
-  )
+  bets = design.bets(losses)
+  bounds = upper_bound(losses, design)
+
+  def at(bound):
+    return log_p_value(
+      losses, dataclasses.replace(design, tolerance=bound), bets
+    )
+
   assert np.all(at(bounds) <= math.log(0.05)) and bounds.max() < 0.5
   np.testing.assert_array_equal(bounds <= 0.05, at(0.05) <= math.log(0.05))
   assert np.all(at(bounds - 0.5 * 1.01e-4) > math.log(0.05))

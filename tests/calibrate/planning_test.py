@@ -64,12 +64,15 @@ def test_a_randomised_method_needs_what_certifies_in_half_of_all_draws():
   assert 22 == planning.min_calibration_size(0.1, 0.1) <= size
   assert size < planning.method_size("betting_fixed_level", **rates)
   seeds = [f"{number:04x}" for number in range(80)]
-  share = lambda count: np.mean(
-    [
-      calibrate(np.zeros((count, 1)), [0.5], **rates, seed=seed).certified
-      for seed in seeds
-    ]
-  )
+
+  def share(count):
+    return np.mean(
+      [
+        calibrate(np.zeros((count, 1)), [0.5], **rates, seed=seed).certified
+        for seed in seeds
+      ]
+    )
+
   assert share(size - 1) < 0.5 + 0.17 and share(size) > 0.5 - 0.17
 
 

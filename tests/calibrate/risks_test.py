@@ -416,7 +416,8 @@ def procedure(measure):
 
 def families(count=400, seed=0, tolerances=(0.1, 0.2), groups=None):
   generator = np.random.default_rng(seed)
-  several, costs = {}, {}
+  several = {}
+  costs = {}
   for name, grid in GRIDS.items():
     values = (generator.random((count, len(grid))) < RATES[name]) * 1.0
     losses = SequenceLosses(

@@ -41,11 +41,13 @@ def test_family_wise_error_by_enumeration(name, tolerance):
   """Every outcome of 5 prompts, for laws with every pattern of true and false
   hypotheses.
   """
-  error_rate, size = 0.2, 5
+  error_rate = 0.2
+  size = 5
   for law in joint_laws():
     # Move the law so that every hypothesis sits at, above or below its
     # boundary.
-    vectors, chances = np.array(list(law)), np.array(list(law.values()))
+    vectors = np.array(list(law))
+    chances = np.array(list(law.values()))
     means = chances @ vectors
     true = means > tolerance - 1e-12
     if not true.any():
@@ -105,7 +107,8 @@ def test_fallback_equals_its_definition(p):
   weights = (
     [0.5, *[0.5 / max(1, len(p) - 1)] * (len(p) - 1)] if len(p) > 1 else [1.0]
   )
-  carried, expected = 0.0, []
+  carried = 0.0
+  expected = []
   for value, weight in zip(p, weights, strict=True):
     level = 0.3 * weight + carried
     assume(abs(value - level) > 1e-12)  # rounding decides ties
@@ -138,7 +141,10 @@ def part(p_values, share=1.0, ascending=False):
 
 def check(found, p_values, worst, rejected, adjusted, visited):
   rows, tested, least_certain = found
-  column = lambda name: [getattr(row, name) for row in rows]
+
+  def column(name):
+    return [getattr(row, name) for row in rows]
+
   np.testing.assert_allclose(column("p_value"), p_values, rtol=1e-12)
   np.testing.assert_allclose(
     np.exp(column("log_p_value")), p_values, rtol=1e-12
@@ -166,7 +172,8 @@ def test_what_is_tested_from_either_end_has_shares_and_needs_both():
   found = decide([risk, *costs], GRID, "fixed_sequence", 0.05)
   # Over its share, a p-value above 1/2 is 1. Costs are accumulated from the
   # last threshold up.
-  largest, adjusted = [1.0, 0.04, 0.048], [1.0, 0.04, 0.048]
+  largest = [1.0, 0.04, 0.048]
+  adjusted = [1.0, 0.04, 0.048]
   check(found, largest, [2, 0, 0], [False, True, True], adjusted, (0, 1, 2))
   found = decide(
     [part([0.01, 0.02, 0.3], share=0.5), *costs], GRID, "fixed_sequence", 0.05
@@ -186,7 +193,8 @@ def test_grids_are_tested_each_for_itself():
     part([0.01, 0.03, 0.02], share=0.5),
     part([0.02, 0.001, 0.024], share=0.5),
   ]
-  p, certified = [0.04, 0.06, 0.048], [True, False, True]
+  p = [0.04, 0.06, 0.048]
+  certified = [True, False, True]
   for lengths in ((2, 1), (1, 1, 1)):
     found = decide(parts, GRID, "fixed_sequence", 0.05, lengths)
     check(found, p, [1, 0, 1], certified, p, (0, 1, 2))

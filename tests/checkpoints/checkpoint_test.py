@@ -61,7 +61,8 @@ def test_loading_gives_back_what_was_saved(saved, pieces):
   loaded = checkpoints.load(saved)
   assert loaded.config == CONFIG
   assert loaded.vocabulary == pieces
-  ours, theirs = parameters.flatten(loaded.params), parameters.flatten(draw())
+  ours = parameters.flatten(loaded.params)
+  theirs = parameters.flatten(draw())
   assert ours.keys() == theirs.keys()
   for path, leaf in ours.items():
     assert leaf.dtype == np.float32

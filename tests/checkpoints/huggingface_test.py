@@ -294,7 +294,8 @@ def test_a_bias_in_every_layer_is_decoded_as_the_network_computes_it():
     assert tuple(best.tolist()) == output.tokens
 
 
-PIECES, SENTINELS = 44, 100
+PIECES = 44
+SENTINELS = 100
 SIZE = PIECES + SENTINELS
 SPECIAL = {0: "<pad>", 1: "</s>", 2: "<unk>"}
 COUNTED_DOWN = {SIZE - 1 - k: f"<extra_id_{k}>" for k in range(SENTINELS)}
@@ -574,7 +575,8 @@ for path in sys.argv[1:]:
   except ValueError as error:
     print(str(error).replace("\\n", " "))
 """
-REFUSED, READ = "Expected '", "[2] a"
+REFUSED = "Expected '"
+READ = "[2] a"
 SMALL = (
   ({"padding": FIXED}, READ),
   ({"normalizer": charsmap(b"\xf0\xff\xff\xff" + b"\xff" * 40)}, REFUSED),

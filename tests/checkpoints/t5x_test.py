@@ -55,7 +55,8 @@ def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(
   unpacked, name, folder
 ):
   golden = expected()
-  tokens, logits = jnp.asarray(golden.pop("tokens")), golden.pop("logits")
+  tokens = jnp.asarray(golden.pop("tokens"))
+  logits = golden.pop("logits")
   checkpoint = checkpoints.load(unpacked / name / folder)
   flat = parameters.flatten(checkpoint.params)
   assert flat.keys() == golden.keys()

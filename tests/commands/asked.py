@@ -76,8 +76,11 @@ class Asker:
   """
 
   def __init__(self, model, outputs, calibration, folder: pathlib.Path, capsys):
-    self.model, self.outputs, self.calibration = model, outputs, calibration
-    self.folder, self._capsys = folder, capsys
+    self.model = model
+    self.outputs = outputs
+    self.calibration = calibration
+    self.folder = folder
+    self._capsys = capsys
     self._numbers = itertools.count()
     self.prompts = _write_rows(folder / "prompts.jsonl", 1)
     self.rows = _write_rows(folder / "rows.jsonl", 400)

@@ -27,7 +27,8 @@ def outputs(folder, count=80, groups=None, wrong=()):
   """Options of the full model and of one threshold whose texts differ in the
   rows `wrong`.
   """
-  full, early = [], []
+  full = []
+  early = []
   for row in range(count):
     prompt = {"id": f"p{row}", "input": f"prompt {row}", "targets": ["a b c"]}
     if groups is not None and groups[row] is not None:
@@ -44,7 +45,8 @@ def outputs(folder, count=80, groups=None, wrong=()):
 def test_groups_count_wherever_they_are_known(tmp_path, calm):
   # one without is its own
   groups = [*(f"g{row // 4}" for row in range(79)), None]
-  words, saved = outputs(tmp_path, groups=groups), tmp_path / "calibration.json"
+  words = outputs(tmp_path, groups=groups)
+  saved = tmp_path / "calibration.json"
   printed = calm(*words)  # few: the answer is the full model, and says why
   assert (
     "Nothing can be certified: expected at least 22 clusters of prompts"
@@ -118,7 +120,8 @@ def test_knobs_are_thresholds_throughout_or_not_at_all():
 def test_references_are_wanted_only_where_texts_differ(tmp_path, calm):
   words = outputs(tmp_path, wrong=(3, 50))
   words += ["--kind=risk_clipped", "--metric=token_f1"]
-  full, saved = tmp_path / "full.jsonl", tmp_path / "calibration.json"
+  full = tmp_path / "full.jsonl"
+  saved = tmp_path / "calibration.json"
   rows = [json.loads(line) for line in full.read_text().splitlines()]
   write(tmp_path, [{**row, "targets": []} for row in rows], "full.jsonl")
   assert "got 2 that have none, first ['p3', 'p50']" in calm(*words, code=2)
@@ -143,7 +146,10 @@ def grid(
   from tests.calibrate import laws
 
   generator = np.random.default_rng(seed)
-  group = lambda row: size and f"article {row // size}"
+
+  def group(row):
+    return size and f"article {row // size}"
+
   prompts = [
     Prompt(f"p{row}", f"prompt {row}", ("a b c",), group(row))
     for row in range(count)

@@ -19,7 +19,8 @@ from calm.commands import cli, flags
 from calm.paper import bench
 from tests.commands import toy
 
-MOST_HELP_LINES, MOST_INFER_OPTIONS = 50, 16
+MOST_HELP_LINES = 50
+MOST_INFER_OPTIONS = 16
 
 
 def listed(command: str, option: str, capsys) -> str:
@@ -88,9 +89,9 @@ def test_the_first_help_says_each_command_once(capsys):
 
 
 def test_python_and_the_command_line_have_the_same_defaults():
-  values = lambda kind: {
-    field.name: field.default for field in dataclasses.fields(kind)
-  }
+  def values(kind):
+    return {field.name: field.default for field in dataclasses.fields(kind)}
+
   for command, kind in (("fit", fitting.FitOptions), ("report", bench.Options)):
     theirs = values(kind)
     shared = {

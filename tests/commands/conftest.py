@@ -22,10 +22,8 @@ def calm(capsys):
 
   def run(*words, code=0) -> str:
     capsys.readouterr()
-    status, printed = (
-      cli.main([str(word) for word in words]),
-      capsys.readouterr(),
-    )
+    status = cli.main([str(word) for word in words])
+    printed = capsys.readouterr()
     assert status == code, printed
     assert "Traceback" not in printed.err
     return " ".join((printed.out + printed.err).split())

@@ -57,7 +57,8 @@ def stop_after(monkeypatch, chunks: int, half: bytes = b"") -> None:
   """A failure while the chunk after so many is written, of which `half` has got
   there.
   """
-  append, done = storage.append, []
+  append = storage.append
+  done = []
 
   def stopped(path, content):
     if len(done) == chunks:
@@ -79,7 +80,8 @@ def test_a_stopped_run_goes_on_where_it_was(
     stop_after(patched, 2, half=b'{"id": "p4", "pre')
     calm_infer(f"--output={output}", code=2)
   assert output.read_text() == "an earlier result\n"
-  counts, generate = [], predictor.Predictor.generate
+  counts = []
+  generate = predictor.Predictor.generate
 
   def counted(self, texts, **options):
     counts.append(len(texts))
@@ -97,7 +99,8 @@ def test_a_stopped_run_goes_on_where_it_was(
 def test_every_command_goes_on_from_lines_of_its_own(
   calm_infer, expected, prompts, tmp_path, monkeypatch
 ):
-  output, other = tmp_path / "out.jsonl", tmp_path / "other.csv"
+  output = tmp_path / "out.jsonl"
+  other = tmp_path / "other.csv"
   other.write_text(prompts.read_text().replace("text 1", "another text"))
   with monkeypatch.context() as patched:
     stop_after(patched, 1)
@@ -125,7 +128,8 @@ def test_every_command_goes_on_from_lines_of_its_own(
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_lines_go_to_pipes_and_standard_output(calm_infer, expected, tmp_path):
-  pipe, got = tmp_path / "pipe", []
+  pipe = tmp_path / "pipe"
+  got = []
   os.mkfifo(pipe)
   reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
   reader.start()
@@ -144,11 +148,16 @@ def test_tokens_are_shown_as_they_come(model, prompts, capsys, monkeypatch):
   ]
   words = ["infer", *words, "--threshold=never"]
   assert cli.main(words) == 0
-  whole, shown, show = capsys.readouterr().out, [], infer.Serving._show
-  counted = lambda self, row, output: (
-    shown.append(len(output.tokens)),
-    show(self, row, output),
-  )
+  whole = capsys.readouterr().out
+  shown = []
+  show = infer.Serving._show
+
+  def counted(self, row, output):
+    return (
+      shown.append(len(output.tokens)),
+      show(self, row, output),
+    )
+
   monkeypatch.setattr(infer.Serving, "_show", counted)
   assert cli.main([*words, "--stream"]) == 0
   assert capsys.readouterr().out == whole
@@ -251,7 +260,8 @@ def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path):
 
 
 def test_what_is_read_is_never_replaced(model, tmp_path, calm):
-  prompts, full = tmp_path / "prompts.jsonl", tmp_path / "full.jsonl"
+  prompts = tmp_path / "prompts.jsonl"
+  full = tmp_path / "full.jsonl"
   prompts.write_text('{"input": "a text"}\n')
   full.write_text('{"id": "a", "prediction": "b"}\n')
   (tmp_path / "link").symlink_to(prompts)

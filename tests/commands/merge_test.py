@@ -19,7 +19,8 @@ from calm.commands import merge
 from calm.data.prompt_files import Prompts
 from tests.calibrate import laws
 
-GRID, COUNT = (0.9, 0.5), 60
+GRID = (0.9, 0.5)
+COUNT = 60
 PROMPTS = [
   Prompt(f"id-{i}", f"input {i}", (), None if i % 3 else f"group-{i // 9}")
   for i in range(COUNT)
@@ -230,7 +231,8 @@ def test_shards_are_one_run(model, tmp_path, calm):
     "--thresholds=0.9,0.5",
   ]
   named += ["--max_input_length=32", "--max_decode_length=4", "--batch_size=1"]
-  one, many = tmp_path / "one", tmp_path / "many"
+  one = tmp_path / "one"
+  many = tmp_path / "many"
   calm(*named, f"--output={one}")
   for number in (1, 0, 1):  # the last is done already
     part = ["--num_shards=2", f"--shard_id={number}", f"--output={many}"]

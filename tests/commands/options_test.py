@@ -33,9 +33,19 @@ NUMBERS = ("N", "K", "COUNT", "X", "TAU", "RATE", "STEP", "SHARE", "LEVEL")
 # Any text will do, and folders to search in that are not there are passed over.
 TEXTS = ("TEXT", "DIRS")
 
-_any = lambda value: True
-_of = lambda *values: lambda value: value in values
-_new = lambda value: value.startswith("nowhere") or value == "{folder}"
+
+def _any(value):
+  return True
+
+
+def _of(*values):
+  return lambda value: value in values
+
+
+def _new(value):
+  return value.startswith("nowhere") or value == "{folder}"
+
+
 _much = "10" * 20
 _odd = f"nowhere{ESCAPE}"
 # Options, of one command or of all -> what they may well mean.
@@ -90,7 +100,8 @@ def told_of(option, value, told):
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_no_option_takes_nonsense(command, asker, monkeypatch):
   asked.stop_at_work(monkeypatch, command)
-  found, wrong = collections.Counter(), []
+  found = collections.Counter()
+  wrong = []
   for action in asked.actions(command):
     option = (*action.option_strings, action.metavar or action.dest)[0]
     for value in VALUES.get(kind(action), ()):

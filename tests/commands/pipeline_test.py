@@ -35,20 +35,25 @@ def lines_of(path) -> list[dict]:
 
 
 def test_generate_calibrate_infer(cached, saved, served, tmp_path, calm):
-  loaded, calibration = generations.load(cached), Calibration.load(saved)
+  loaded = generations.load(cached)
+  calibration = Calibration.load(saved)
   assert loaded.ids == tuple(f"p{i}" for i in range(len(toy.TEXTS)))
   assert [len(records) for records in loaded.records] == [len(toy.TEXTS)] * 2
   assert calibration.certified and calibration.threshold == 0.99
   assert [row.mean for row in calibration.rows] == [0.0, 1.0]
   assert calibration.procedure == loaded.procedure
-  out, in_pairs = tmp_path / "out.jsonl", tmp_path / "in_pairs.jsonl"
+  out = tmp_path / "out.jsonl"
+  in_pairs = tmp_path / "in_pairs.jsonl"
   digest = f"--expect_digest={calibration.digest}"
   assert "With probability at least" in calm(*served, f"--output={out}", digest)
   column = loaded.thresholds.tolist().index(calibration.threshold)
   expected = [record.prediction for record in loaded.records[column]]
   assert [line["prediction"] for line in lines_of(out)] == expected
   calm(*served, "--batch_size=2", f"--output={in_pairs}")
-  of = lambda line: (line["id"], line["tokens"], line["exit_layers"])
+
+  def of(line):
+    return (line["id"], line["tokens"], line["exit_layers"])
+
   assert list(map(of, lines_of(in_pairs))) == list(map(of, lines_of(out)))
 
 
@@ -66,7 +71,8 @@ def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, calm):
   What each command ends with is a command that works, with the model that was
   chosen.
   """
-  prompts, other = tmp_path / "prompts.txt", tmp_path / "other model"
+  prompts = tmp_path / "prompts.txt"
+  other = tmp_path / "other model"
   toy.save_model(other, toys.params(toy.SIZES, 2))
   prompts.write_text(
     "".join(f"{text} {number}\n" for text in toy.TEXTS for number in range(6))
@@ -74,7 +80,8 @@ def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, calm):
   ways = {"softmax": (model,), "state": (other, "--measure=state")}
   for name, (own, *options) in ways.items():
     assert toy.generate(own, prompts, tmp_path / name, *options) == 0
-  saved, out = tmp_path / "chosen.json", tmp_path / "out.jsonl"
+  saved = tmp_path / "chosen.json"
+  out = tmp_path / "out.jsonl"
   pairs = ["--configurations", *(f"{name}={tmp_path / name}" for name in ways)]
   certify = [
     "calibrate",
@@ -101,7 +108,8 @@ def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, calm):
 def test_demo_decodes_calibrates_and_compares(
   model, tmp_path, calm, capsys, monkeypatch
 ):
-  short, output = shutil.copytree(model, tmp_path / "short"), tmp_path / "demo"
+  short = shutil.copytree(model, tmp_path / "short")
+  output = tmp_path / "demo"
   own = {
     "max_decode_length": 4,
     "max_input_length": 1024,
@@ -141,7 +149,8 @@ def test_demo_decodes_calibrates_and_compares(
 def test_a_threshold_is_calibrated_while_it_is_served(
   model, prompts, tmp_path, calm
 ):
-  state, outputs = tmp_path / "state.jsonl", tmp_path / "out.jsonl"
+  state = tmp_path / "state.jsonl"
+  outputs = tmp_path / "out.jsonl"
   words = ["infer", f"--model={model}", f"--prompts={prompts}", *toy.DECODE]
   online = [*words, f"--online={state}", "--tolerance=0.1"]
   said = calm(*online, f"--output={outputs}")

@@ -45,11 +45,9 @@ KEPT = {
 def test_a_signal_ends_every_command_and_says_what_is_kept(
   command, asker, monkeypatch
 ):
-  number, ended, came = (
-    SIGNALS[WRITING.index(command) % 2],
-    [],
-    threading.Event(),
-  )
+  number = SIGNALS[WRITING.index(command) % 2]
+  ended = []
+  came = threading.Event()
 
   def signalled(*arguments, **options):
     signal.raise_signal(number)

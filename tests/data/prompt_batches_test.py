@@ -40,7 +40,10 @@ def lengths_of(kind, encode, monkeypatch) -> list[int]:
   on.
   """
   found: list[int] = []
-  noting = lambda self, text: found.append(len(text)) or encode(self, text)
+
+  def noting(self, text):
+    return found.append(len(text)) or encode(self, text)
+
   monkeypatch.setattr(kind, "encode", noting)
   return found
 
@@ -60,7 +63,8 @@ def test_of_a_text_without_end_a_beginning_is_tokenized(
     made = vocabulary.SentencePieceVocabulary(
       toy_vocabulary.train(tmp_path / "tiny.model")
     )
-  whole, limit = text * (2_000_000 // len(text)), 64
+  whole = text * (2_000_000 // len(text))
+  limit = 64
   expected = [
     [*made.encode(f"p: {whole}")[: limit - 1], 1],
     [*made.encode("p: b"), 1],
@@ -102,12 +106,15 @@ def test_batches_hold_every_prompt_once(batch_size):
 
 def test_what_is_left_of_a_length_goes_along_with_the_next_within_twice():
   tokens = [[1] * length for length in (32, 20, 9, 60, 64, 500)]
-  planned = lambda **options: [
-    (batch.tokens.shape, batch.rows.tolist())
-    for batch in prompt_batches.plan(
-      tokens, batch_size=2, max_input_length=512, **options
-    )
-  ]
+
+  def planned(**options):
+    return [
+      (batch.tokens.shape, batch.rows.tolist())
+      for batch in prompt_batches.plan(
+        tokens, batch_size=2, max_input_length=512, **options
+      )
+    ]
+
   assert planned() == [
     ((2, 32), [0, 1]),
     ((2, 64), [2, 3]),

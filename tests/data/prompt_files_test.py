@@ -153,7 +153,8 @@ def test_a_folder_of_datasets_is_read_as_its_rows(tmp_path):
     prompt_files.open_prompts(both / "train")
 
 
-PLAIN, ZSTD = ipc.IpcWriteOptions(), ipc.IpcWriteOptions(compression="zstd")
+PLAIN = ipc.IpcWriteOptions()
+ZSTD = ipc.IpcWriteOptions(compression="zstd")
 TEXTS_OF_ONE = pyarrow.DictionaryArray.from_arrays([0] * 9, ["text"])
 
 
@@ -246,9 +247,11 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
 def test_texts_and_references_are_found_under_common_keys_or_named_ones(
   tmp_path,
 ):
-  opened = lambda row, **keys: prompt_files.open_prompts(
-    write(tmp_path, "one.jsonl", lines([row])), **keys
-  )
+  def opened(row, **keys):
+    return prompt_files.open_prompts(
+      write(tmp_path, "one.jsonl", lines([row])), **keys
+    )
+
   for key in prompt_files.INPUT_KEYS:
     assert [prompt.input for prompt in opened({key: "a", "other": "b"})] == [
       "a"
@@ -416,7 +419,8 @@ def test_what_is_packed_to_fill_the_memory_is_refused(tmp_path, name):
   }
   parquet.write_table(pyarrow.table(made()), path, **common, **written)
   assert path.stat().st_size < 500_000
-  spent, before = Spent(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  spent = Spent()
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   with pytest.raises(ValueError, match=r"bomb\.parquet' to .*JSON Lines"):
     list(prompt_files.open_prompts(path))
   assert spent.seconds < 10

@@ -28,10 +28,8 @@ def ragged(lengths):
 
 def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
   rng = np.random.default_rng(0)
-  inputs, targets = (
-    ragged(rng.integers(2, 16, num)),
-    ragged(rng.integers(2, 8, num)),
-  )
+  inputs = ragged(rng.integers(2, 16, num))
+  targets = ragged(rng.integers(2, 8, num))
   return training_batches.Supervised(inputs, targets, buckets, batch_size, seed)
 
 
@@ -96,7 +94,8 @@ def test_padding_shift_and_weights_and_truncation_that_keeps_eos():
 
 def spans_of(tokens):
   """{sentinel: what follows it}, and what stands before any sentinel."""
-  spans, current = {}, None
+  spans = {}
+  current = None
   for token in tokens:
     if SENTINEL - 20 < token <= SENTINEL:
       current = token
@@ -140,7 +139,9 @@ def test_span_corruption_hides_nothing_for_good():
 
 
 def test_mixture_keeps_its_proportions_and_skips_no_step_of_a_source():
-  named = lambda name: types.SimpleNamespace(batch=lambda step: (name, step))
+  def named(name):
+    return types.SimpleNamespace(batch=lambda step: (name, step))
+
   mixed = training_batches.Mixture((named("a"), named("b")), (3, 2), seed=0)
   got = [mixed.batch(step) for step in range(20)]
   assert sum(name == "a" for name, _ in got[:5]) == 3

@@ -39,7 +39,8 @@ def test_bytes_round_trip_any_text(text):
 
 def test_decode_stops_at_eos_and_skips_padding(pieces):
   for vocab in (pieces, vocabulary.ByteVocabulary()):
-    a, b = vocab.encode("lazy dog"), vocab.encode(" fox")
+    a = vocab.encode("lazy dog")
+    b = vocab.encode(" fox")
     assert vocab.decode([0, *a, 0, 1, *b]) == "lazy dog"
     assert vocab.decode(np.array([*a, 1, 0, 0], np.int32)) == "lazy dog"
     assert vocab.decode([]) == vocab.decode([1]) == vocab.decode([0, 0]) == ""

@@ -16,14 +16,16 @@ SOFTMAX, STATE, CLASSIFIER, PROBE = (
   confidence.MEASURES[name]
   for name in ("softmax", "state", "classifier", "probe")
 )
-CONSTANT, DECAYING = schedules.Constant(), engine.DECAYING
+CONSTANT = schedules.Constant()
+DECAYING = engine.DECAYING
 EXIT, FIRST, COPY, LEARNED = (
   propagation.propagation(name)
   for name in ("exit_state", "first_state", "copy_projections", "learned")
 )
 TIED = {"logits_via_embedding": True}
 RELU = {"mlp_activations": ("relu",)}
-EAGER, COMPACTED = engines.Eager, engines.Compacted
+EAGER = engines.Eager
+COMPACTED = engines.Compacted
 FITTED = engine.sized(COMPACTED, ratio=2)
 SPREAD = engine.sized(COMPACTED, sizes=(0, 5, 8))  # which attend in all rows
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which
@@ -98,7 +100,8 @@ def test_the_comparison_can_fail():
   """Meta: one propagation held against another, and one threshold against
   another.
   """
-  toy, rule = engine.toy(), exits.DynamicExits(SOFTMAX, CONSTANT, None, EXIT)
+  toy = engine.toy()
+  rule = exits.DynamicExits(SOFTMAX, CONSTANT, None, EXIT)
   state = engine.run(toy, rule, 0.6)
   copied = engine.reference_rows(
     toy, exits.DynamicExits(SOFTMAX, CONSTANT, None, COPY), 0.6

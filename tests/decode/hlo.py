@@ -127,11 +127,17 @@ def turns(text: str) -> list[int]:
   the longest loop within it.
   """
   module = computations(text)
-  size = lambda name: sum(each.opcode not in FREE for each in module[name])
+
+  def size(name):
+    return sum(each.opcode not in FREE for each in module[name])
+
   bodies = {
     name for operations in module.values() for name in _bodies(operations)
   }
-  product = lambda each: each.opcode == "dot" or "calm_tiles" in each.text
+
+  def product(each):
+    return each.opcode == "dot" or "calm_tiles" in each.text
+
   multiply = [name for name in bodies if any(map(product, module[name]))]
   return [
     size(name) + max(map(size, _bodies(module[name])), default=0)
@@ -152,7 +158,8 @@ def _most_ready(operations: list[Operation]) -> int:
     known = {each for other in names for each in free.get(other, {other})}
     is_free = operation.opcode in FREE - {"while", "conditional"}
     (free if is_free else needs)[name] = known
-  ready, most = [name for name, inputs in needs.items() if not inputs], 0
+  ready = [name for name, inputs in needs.items() if not inputs]
+  most = 0
   done: set[str] = set(ready)
   finished: set[str] = set()
   while ready:

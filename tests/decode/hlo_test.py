@@ -28,7 +28,8 @@ SHALLOW = exits.DynamicExits(confidence.Classifier())
 LEARNED = exits.DynamicExits(
   confidence.Classifier(), propagation=propagation.Learned()
 )
-SOFTMAX, STATIC = exits.DynamicExits(confidence.Softmax()), exits.StaticExit()
+SOFTMAX = exits.DynamicExits(confidence.Softmax())
+STATIC = exits.StaticExit()
 ROWS = len(engine.PROMPTS)
 # LLVM, which comes after HLO, need not try hard.
 USERS_HLO = {
@@ -140,7 +141,10 @@ def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
   level = jnp.float32(0)
   state = before.start(*known, jnp.zeros(ROWS, bool), level)
   args, tree = jax.tree.flatten((*known, state, level))
-  go_on = lambda leaves: last.go_on(*jax.tree.unflatten(tree, leaves))
+
+  def go_on(leaves):
+    return last.go_on(*jax.tree.unflatten(tree, leaves))
+
   text = hlo_of(go_on, args)
   assert not [
     operation.text for operation in hlo.large(text, half_a_layers_cache())
@@ -253,9 +257,12 @@ def test_embeddings_of_a_few_rows_are_picked_in_one_thread(rows):
     config, STATIC, weights, encoded, jnp.ones(()), 4, native=True
   )
   tokens = jnp.arange(rows) * 511
-  embed = lambda table, tokens: dataclasses.replace(
-    task, weights=dataclasses.replace(weights, embedding=table)
-  ).embed(tokens)
+
+  def embed(table, tokens):
+    return dataclasses.replace(
+      task, weights=dataclasses.replace(weights, embedding=table)
+    ).embed(tokens)
+
   made = jax.jit(embed).lower(table, tokens).compile()
   np.testing.assert_array_equal(made(table, tokens), table[tokens])
   assert (" gather(" in made.as_text()) == (rows > 8)
@@ -263,9 +270,10 @@ def test_embeddings_of_a_few_rows_are_picked_in_one_thread(rows):
 
 def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
   """Meta: where all of them wait for the last layer."""
-  last = lambda position, rows, made: (
-    [engines.after(position, made)] * len(rows)
-  )
+
+  def last(position, rows, made):
+    return [engines.after(position, made)] * len(rows)
+
   monkeypatch.setattr(engines, "after_each", last)
   compiled_lib._program.cache_clear()  # those of other tests
   assert (

@@ -29,16 +29,25 @@ def decoded(name: str, platform: str):
   )
   encoded = engine.encode(toy)
   if platform == "tpu":
-    beside = lambda x: caches_lib.Cache(_beside(x.keys), _beside(x.values))
+
+    def beside(x):
+      return caches_lib.Cache(_beside(x.keys), _beside(x.values))
+
     encoded = encoded.replace(cross=tuple(map(beside, encoded.cross)))
-  run = lambda *args: program.decode_state(toy.weights, *args)
+
+  def run(*args):
+    return program.decode_state(toy.weights, *args)
+
   args = encoded, jnp.ones(len(engine.PROMPTS), bool), jnp.float32(0.5)
   with platforms.laid_out_for(platform):
     options = {"xla_backend_optimization_level": 0}
     state = jax.jit(run, compiler_options=options)(*args)
   if platform == "tpu":
     assert all(cache.keys.ndim == 3 for cache in state.cache)
-    apart = lambda x: _apart(x, toy.config.num_heads)
+
+    def apart(x):
+      return _apart(x, toy.config.num_heads)
+
     state = state.replace(cache=jax.tree.map(apart, state.cache))
   return state
 

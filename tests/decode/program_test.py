@@ -62,7 +62,8 @@ def rows_of(rule, prompts, active=None):
 
 @pytest.mark.parametrize("rule", [STATIC, LEARNED], ids=["static", "learned"])
 def test_rows_do_not_depend_on_mates_padding_or_batch_size(rule):
-  prompts, everything = engine.PROMPTS, rows_of(rule, engine.PROMPTS)
+  prompts = engine.PROMPTS
+  everything = rows_of(rule, engine.PROMPTS)
   active = np.arange(BATCH) % 3 != 1
   maps = engine.MAPS if rule is LEARNED else {}
   rows = engine.reference_rows(engine.toy(**maps), rule, 0.6)
@@ -103,7 +104,8 @@ def test_rows_do_not_depend_on_mates_padding_or_batch_size(rule):
 
 
 def test_a_shortlist_of_everything_is_softmax_and_a_part_never_leaves_earlier():
-  toy, rule = engine.toy(), exits.DynamicExits(confidence.measure("shortlist"))
+  toy = engine.toy()
+  rule = exits.DynamicExits(confidence.measure("shortlist"))
 
   def run(ids, threshold):
     weights = program_lib.model_weights(
@@ -113,7 +115,8 @@ def test_a_shortlist_of_everything_is_softmax_and_a_part_never_leaves_earlier():
       dataclasses.replace(toy, weights=weights), rule, threshold
     )
 
-  everything, part = tuple(range(40)), tuple(range(0, 40, 3))
+  everything = tuple(range(40))
+  part = tuple(range(0, 40, 3))
   softmax = engine.run(toy, SOFTMAX, 0.6)
   engine.assert_same_rows(toy, run(everything, 0.6), softmax, SOFTMAX, 0.6)
   engine.assert_same_rows(
@@ -131,7 +134,8 @@ def test_a_whole_grid_is_one_trace():
   # Another length than elsewhere, so that nothing was compiled before.
   toy = engine.toy()
   fresh = program_lib.Program(toy.config, SOFTMAX, engine.LENGTH - 1)
-  encoded, active = engine.encode(toy), jnp.ones(BATCH, bool)
+  encoded = engine.encode(toy)
+  active = jnp.ones(BATCH, bool)
   before = compiled.num_made("Program.decode")
   grid = [NEVER, 1.0, *np.linspace(0.95, 0.05, 19), 0.0]
   made = [
@@ -158,18 +162,22 @@ def teacher_forced(config, params, tokens):
   every layer's.
   """
   fed = jnp.pad(tokens, [(0, 0), (1, 0)])[:, :-1]
-  model, variables = network.Transformer(config), {"params": params}
+  model = network.Transformer(config)
+  variables = {"params": params}
   # Targets only tell which positions are real; the first input is the padding
   # token.
   hidden = model.apply(
     variables, engine.PROMPTS, fed, tokens, method="hidden_states"
   )
-  head = lambda model, states: jnp.stack(
-    [
-      model.decoder.logits(state, layer)
-      for layer, state in enumerate(states, start=1)
-    ]
-  )
+
+  def head(model, states):
+    return jnp.stack(
+      [
+        model.decoder.logits(state, layer)
+        for layer, state in enumerate(states, start=1)
+      ]
+    )
+
   return model.apply(variables, hidden, method=head)
 
 
@@ -185,7 +193,8 @@ def test_cached_decoding_is_teacher_forced_decoding(depth, changes):
   got = engine.run(toy, exits.StaticExit(depth)).generation
   logits = teacher_forced(toy.config, toy.params, got.tokens)[depth - 1]
   logits = logits[..., : toy.sizes.num_pieces]
-  tokens, real = np.asarray(got.tokens), np.asarray(got.exit_layers) > 0
+  tokens = np.asarray(got.tokens)
+  real = np.asarray(got.exit_layers) > 0
   np.testing.assert_array_equal(np.argmax(logits, axis=-1)[real], tokens[real])
   chosen = np.take_along_axis(
     jax.nn.log_softmax(logits), tokens[..., None], axis=-1
@@ -196,7 +205,8 @@ def test_cached_decoding_is_teacher_forced_decoding(depth, changes):
 
 
 def test_bfloat16_runs_with_float32_logits_and_confidences():
-  toy, narrow = engine.toy(), engine.toy(dtype="bfloat16")
+  toy = engine.toy()
+  narrow = engine.toy(dtype="bfloat16")
   assert narrow.weights.decoder.embedding.dtype == jnp.bfloat16
   assert narrow.weights.decoder.head.dtype == jnp.float32
   state = engine.run(narrow, SOFTMAX, 0.6)
@@ -218,7 +228,8 @@ def test_bfloat16_runs_with_float32_logits_and_confidences():
   "rule", [SOFTMAX, exits.Speculative(2, num_drafts=4, stop_below=0.0)]
 )
 def test_a_generation_comes_back_bit_for_bit(rule):
-  toy, rows = engine.toy(), 3
+  toy = engine.toy()
+  rows = 3
   active = np.arange(rows) != 1
   program = program_lib.Program(toy.config, rule, engine.LENGTH)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])

@@ -53,7 +53,8 @@ def test_a_descending_grid_from_where_each_row_changes(name):
   program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   encoded = engine.encode(toy)
   state = engine.run(toy, rule, schedules.NEVER_EXIT, engine=made)
-  saved, waits = 0, 0
+  saved = 0
+  waits = 0
   for threshold in GRID:
     resume_at = first_exits(state.generation, threshold)
     active = resume_at < engine.lengths(state.generation)

@@ -76,7 +76,8 @@ COLLECTIVES = (
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
   folder = tmp_path_factory.mktemp("devices")
-  path, words = folder / "found.json", vocabulary.ByteVocabulary(extra_ids=0)
+  path = folder / "found.json"
+  words = vocabulary.ByteVocabulary(extra_ids=0)
   sizes = toys.Config(vocab_size=words.vocab_size, num_pieces=words.vocab_size)
   config = network.T5Config(**toys.network_fields(sizes))
   checkpoints.save(

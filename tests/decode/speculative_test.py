@@ -76,7 +76,9 @@ def assert_is_the_full_model(got, full, rows):
   """Tokens, scores and caches are static-L's."""
   for i, row in enumerate(rows):
     assert min(row.gaps) >= 1e-5  # no tie
-    a, b, upto = got.generation, full.generation, len(row.tokens)
+    a = got.generation
+    b = full.generation
+    upto = len(row.tokens)
     np.testing.assert_array_equal(a.tokens[i], b.tokens[i])
     np.testing.assert_array_equal(a.exit_layers[i], b.exit_layers[i])
     np.testing.assert_allclose(a.scores[i], b.scores[i], atol=1e-5)
@@ -123,7 +125,8 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
   ],
 )
 def test_it_is_the_full_model_whatever_is_drafted(rule, rows):
-  made, prompts = toy(), engine.PROMPTS[rows]
+  made = toy()
+  prompts = engine.PROMPTS[rows]
   full = engine.run(made, STATIC, prompts=prompts)
   before = engine._decode_state._cache_size()
   accepted = set()
@@ -157,13 +160,16 @@ def looked_up(seen: list[int], begun: int) -> list[int]:
 
 
 def test_drafts_off_the_prompt_are_what_followed_the_last_tokens():
-  made, rule = toy(), exits.Speculative(0, num_drafts=3, adapts=False)
-  full, seen = engine.run(made, STATIC).generation.tokens, set()
+  made = toy()
+  rule = exits.Speculative(0, num_drafts=3, adapts=False)
+  full = engine.run(made, STATIC).generation.tokens
+  seen = set()
   np.testing.assert_array_equal(
     engine.run(made, rule, 0.3).generation.tokens, full
   )
   for prompt, tokens in zip(engine.PROMPTS, full, strict=True):
-    text, accepted = [int(t) for t in tokens if t], []
+    text = [int(t) for t in tokens if t]
+    accepted = []
     while (at := len(accepted)) < len(text):
       drafts = looked_up([*prompt.tolist(), *text[:at]], at)[
         : engine.LENGTH - at - 1
@@ -180,7 +186,8 @@ def test_drafts_off_the_prompt_are_what_followed_the_last_tokens():
 
 
 def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
-  translated, plain = toy(exit_translators=(1, 2)), toy()
+  translated = toy(exit_translators=(1, 2))
+  plain = toy()
   got = engine.run(translated, RULE, 1.0)
   rows = reference_rows(translated, RULE)
   assert_is_the_full_model(got, engine.run(plain, STATIC), rows)
@@ -192,7 +199,8 @@ def test_drafts_are_read_through_the_translator_and_the_full_model_is_not():
 
 
 def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
-  made, tokens = toy(), []
+  made = toy()
+  tokens = []
   for threshold in (1.0, 0.5, 0.1, 0.0):
     got = engine.run(made, RULE, threshold)
     compare_with_reference(
@@ -214,11 +222,9 @@ def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
 
 def test_a_head_in_8_bits_says_what_the_one_in_float32_says():
   """Of refused drafts too."""
-  rule, made, threshold = (
-    dataclasses.replace(RULE, draft_head="full"),
-    toy(),
-    0.9,
-  )
+  rule = dataclasses.replace(RULE, draft_head="full")
+  made = toy()
+  threshold = 0.9
   read = program_lib.model_weights(
     made.params,
     made.config,
@@ -248,15 +254,14 @@ def test_a_head_in_8_bits_says_what_the_one_in_float32_says():
 
 def test_of_equal_logits_the_first_is_emitted():
   """Every piece has a twin, and drafts are the second of two."""
-  made, listed = toy(), tuple(range(4, 39, 2))
+  made = toy()
+  listed = tuple(range(4, 39, 2))
   params = jax.tree.map(np.copy, made.params)
   head = params["decoder"]["logits_dense"]["kernel"]
   head[:, 4:39:2] = head[:, 3:38:2]
   twins = with_shortlist(engine.of_params(params, made.sizes), listed)
-  got, full = (
-    engine.run(twins, RULE, 1.0).generation,
-    engine.run(twins, STATIC).generation,
-  )
+  got = engine.run(twins, RULE, 1.0).generation
+  full = engine.run(twins, STATIC).generation
   np.testing.assert_array_equal(got.tokens, full.tokens)
   rows = reference_rows(twins, RULE, listed=listed)
   seconds = [
@@ -308,7 +313,8 @@ def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
   """Read off what is compiled: one product with the head for every size of a
   pass.
   """
-  made, rows = toy(), 4
+  made = toy()
+  rows = 4
   program = program_lib.Program(
     made.config, exits.Speculative(2, num_drafts=4), engine.LENGTH
   )
@@ -338,10 +344,12 @@ def test_drafts_are_worth_what_rows_and_weights_make_of_them(monkeypatch):
   """A batch of many rows, or a large head for every draft, leaves nothing to
   save.
   """
-  made, layer = toy(), exits.Speculative(1, draft_head="full")
-  cost = lambda batch, weights=made.weights.decoder, rule=layer: (
-    speculative.draft_cost(made.config, weights, rule, batch)
-  )
+  made = toy()
+  layer = exits.Speculative(1, draft_head="full")
+
+  def cost(batch, weights=made.weights.decoder, rule=layer):
+    return speculative.draft_cost(made.config, weights, rule, batch)
+
   monkeypatch.setattr(kernels, "is_small", lambda matrix: False)
   assert 1 / 4 < cost(1) < cost(2) < cost(64) == math.inf
   look = exits.Speculative(0, 3)  # rows find drafts at different times
@@ -358,10 +366,8 @@ def test_drafts_are_worth_what_rows_and_weights_make_of_them(monkeypatch):
 
 def seen(tokens: int, passes: int, drafts: int) -> loop.Generation:
   """A text of so many tokens."""
-  row, layers = (
-    np.zeros((1, 16), np.float32),
-    (np.arange(16) < tokens)[None] * 4,
-  )
+  row = np.zeros((1, 16), np.float32)
+  layers = (np.arange(16) < tokens)[None] * 4
   verification = loop.Verification(
     row > 0, np.array([passes]), np.array([drafts])
   )

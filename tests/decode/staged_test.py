@@ -40,7 +40,8 @@ def ending(program, toy=None):
   or never.
   """
   said = np.asarray(decoded(program, toy=toy).tokens)
-  early, late = set(said[:, :3].flat), set(said[:, 4:].flat)
+  early = set(said[:, :3].flat)
+  late = set(said[:, 4:].flat)
   in_every_row = set.intersection(*(set(row[:4]) for row in said))
   end = min((early & late) - in_every_row)
   return dataclasses.replace(program, eos_id=int(end))
@@ -78,10 +79,8 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, threshold, short):
   )
   # a row holds no prompt
   given = np.arange(len(engine.PROMPTS)) != 1, threshold
-  whole, stages = (
-    decoded(program, *given),
-    decoded(program, *given, stages=True),
-  )
+  whole = decoded(program, *given)
+  stages = decoded(program, *given, stages=True)
   # Meta: rows end in a stage before the last, and in the last.
   ends = set(engine.lengths(whole)[given[0]].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
@@ -101,7 +100,8 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(short):
   program = ending(
     program_lib.Program(toy.config, rule, engine.LENGTH, engine=made), toy
   )
-  known, rows = (toy.weights, engine.encode(toy)), len(engine.PROMPTS)
+  known = (toy.weights, engine.encode(toy))
+  rows = len(engine.PROMPTS)
   ways = {"whole": program.resume, "stages": program.regenerate}
   states = {
     "whole": program.nothing_yet(rows),

@@ -113,7 +113,8 @@ def test_the_rule_is_its_definition(kind, allowed):
     measure = Given(table, kind != "state", bounds if kind == "bound" else None)
     return take(exits.DynamicExits(measure, allowed=allowed), threshold)
 
-  rng, seen = np.random.default_rng(0), set()
+  rng = np.random.default_rng(0)
+  seen = set()
   for threshold in (0.0, 0.3, 0.6, 0.9, NEVER):
     table, bounds = rng.uniform(size=(2, L, 3)).astype(np.float32)
     got = decide(table, bounds, jnp.float32(threshold))

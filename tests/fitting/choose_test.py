@@ -81,7 +81,9 @@ def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
 
 
 def test_ways_are_told_by_their_seconds_and_8_bits_must_gain_clearly():
-  way = lambda *args: choose.Tried(Candidate("softmax", (1,)), *args)
+  def way(*args):
+    return choose.Tried(Candidate("softmax", (1,)), *args)
+
   chosen = way((0.5,), (0.1,), 0.5, 1.0, 2.1)
   looked = way((), (), 0.4, 1.0, 2.7)
   without = way((0.5,), (0.3,), math.inf)

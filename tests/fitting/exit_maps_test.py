@@ -37,7 +37,8 @@ def sums_of(x, last, inputs, squares=None):
 
 def test_ridge_finds_a_linear_map_and_needs_its_penalty_for_few_tokens():
   rng = np.random.default_rng(0)
-  truth, bias = rng.normal(size=(6, 6)), rng.normal(size=6)
+  truth = rng.normal(size=(6, 6))
+  bias = rng.normal(size=6)
   for tokens, close in ((500, 1e-3), (4, None)):
     x = rng.normal(size=(tokens, 6))
     last = x @ truth + bias
@@ -64,12 +65,12 @@ def test_propagation_of_rank_r_is_exact_where_the_truth_has_rank_r(rank):
   state itself.
   """
   rng = np.random.default_rng(1)
-  emb_dim, skipped = 8, 4  # layers j + 1 ... j + 4
+  # layers j + 1 ... j + 4
+  emb_dim = 8
+  skipped = 4
   x = rng.normal(size=(400, emb_dim))
-  down, up = (
-    rng.normal(size=(emb_dim, rank)),
-    rng.normal(size=(skipped - 1, rank, emb_dim)),
-  )
+  down = rng.normal(size=(emb_dim, rank))
+  up = rng.normal(size=(skipped - 1, rank, emb_dim))
   inputs = np.einsum("te,er,krf->tkf", x, down, up)
   kernel, bias, made = exit_maps._low_rank(
     sums_of(x, x, inputs), 1e-12, rank, skipped
@@ -90,13 +91,18 @@ def test_propagation_of_rank_r_is_exact_where_the_truth_has_rank_r(rank):
 def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
   rng = np.random.default_rng(2)
   head = rng.normal(size=(300, 8)).astype(np.float32)
-  exits_, last = rng.normal(size=(2, 64, 8)), rng.normal(size=(64, 8))
+  exits_ = rng.normal(size=(2, 64, 8))
+  last = rng.normal(size=(64, 8))
   maps = 0.1 * rng.normal(size=(2, 8, 8)), np.zeros((2, 8))
-  loss = lambda columns, drawn: float(
-    exit_maps.cross_entropy(maps, exits_, last, drawn, head, columns=columns)
-  )
+
+  def loss(columns, drawn):
+    return float(
+      exit_maps.cross_entropy(maps, exits_, last, drawn, head, columns=columns)
+    )
+
   whole = loss(np.arange(300), np.zeros(0, int))
-  columns, others = np.arange(100), np.arange(100, 300)
+  columns = np.arange(100)
+  others = np.arange(100, 300)
   drawn = [
     loss(columns, rng.choice(others, 100, replace=False)) for _ in range(30)
   ]
@@ -109,10 +115,13 @@ def fitted(directory, rows, promotion, few_rounds, tmp_path_factory):
   """(input folder, output folder, the served model, what was said), stopped and
   resumed.
   """
-  output, said = tmp_path_factory.mktemp("fit") / "mine", conftest.Said()
-  fit = lambda: fitting.fit(
-    directory, rows, output=output, console=said.console, **OPTIONS
-  )
+  output = tmp_path_factory.mktemp("fit") / "mine"
+  said = conftest.Said()
+
+  def fit():
+    return fitting.fit(
+      directory, rows, output=output, console=said.console, **OPTIONS
+    )
 
   def stop(*arguments, **options):
     raise KeyboardInterrupt
@@ -142,10 +151,13 @@ def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted, rows):
   assert any(
     parameters.base_digest(before.params)[:12] in line for line in said
   )
-  full = lambda model: [
-    record.tokens
-    for record in grid.with_rule(model, rows[:20], exits.StaticExit())
-  ]
+
+  def full(model):
+    return [
+      record.tokens
+      for record in grid.with_rule(model, rows[:20], exits.StaticExit())
+    ]
+
   assert full(before) == full(inference.load(output))
   assert (
     served.config.exit_translators == (1, 2) == served.config.exit_propagation

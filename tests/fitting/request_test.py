@@ -51,22 +51,22 @@ def test_the_draw_is_the_seeds_and_not_the_order_of_the_file():
   given = rows(120)
   made = split(given)
   again = split(given[::-1])
-  ids = lambda s: [
-    {row.id for row in getattr(s, name)} for name in request.PARTS
-  ]
+
+  def ids(s):
+    return [{row.id for row in getattr(s, name)} for name in request.PARTS]
+
   assert ids(made) == ids(again)
   assert made.calibration == again.calibration
   assert ids(made) != ids(split(given, seed=1))
 
 
 def test_twins_but_for_case_and_punctuation_stay_in_one_part():
-  given, twins = rows(100), []
+  given = rows(100)
+  twins = []
   for i in range(100):
     text = f"text {i}"
-    wide, marks = (
-      text.replace("t", "\uff54"),
-      f" \u201c{text.replace(' ', ', ')}!\u201d  ",
-    )
+    wide = text.replace("t", "\uff54")
+    marks = f" \u201c{text.replace(' ', ', ')}!\u201d  "
     twin = (marks, text.upper(), wide, "-".join(text.split()))[i % 4]
     twins.append(Prompt(f"t{i}", twin, ("other",), f"h{i}"))
   made = split([*given, *twins])

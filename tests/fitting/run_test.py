@@ -26,7 +26,8 @@ from tests import toy_vocabulary
 from tests.fitting import conftest
 
 pytestmark = pytest.mark.usefixtures("promotion", "few_rounds")
-WORDS, OPTIONS = conftest.WORDS, {**conftest.OPTIONS, "stages": "none"}
+WORDS = conftest.WORDS
+OPTIONS = {**conftest.OPTIONS, "stages": "none"}
 LIMITS = ("task_prefix", "max_input_length", "max_decode_length")
 
 
@@ -35,7 +36,8 @@ def made(directory, rows, always_faster, tmp_path_factory):
   """(folder, served model, what was said) of a fit with the exits that the toy
   has.
   """
-  output, said = tmp_path_factory.mktemp("fit") / "mine", conftest.Said()
+  output = tmp_path_factory.mktemp("fit") / "mine"
+  said = conftest.Said()
   served = fitting.fit(
     directory, rows[:45], output=output, console=said.console, **OPTIONS
   )
@@ -110,7 +112,8 @@ def test_the_summary_says_what_was_found(made):
   result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
   # The slider has texts of the last part at every threshold, and starts at what
   # is promised.
-  shown, grid = result["panel"], served.options.grid
+  shown = result["panel"]
+  grid = served.options.grid
   assert shown["thresholds"][1:] == list(grid) and len(shown["items"]) == 6
   assert {len(item["levels"]) for item in shown["items"]} == {1 + len(grid)}
   tolerance, at = shown["promised"][shown["first"]]
@@ -154,16 +157,20 @@ def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
 
   def faster_in_8_bits(*arguments):
     found, full = timed(*arguments)
-    wanted = lambda e: (
-      e.candidate.in_8_bits == "layers" and way in str(e.candidate)
-    )
-    speed = lambda e: 2.0 if wanted(e) else 1.5
+
+    def wanted(e):
+      return e.candidate.in_8_bits == "layers" and way in str(e.candidate)
+
+    def speed(e):
+      return 2.0 if wanted(e) else 1.5
+
     return [
       dataclasses.replace(e, speedup=2.0, end_to_end=speed(e)) for e in found
     ], full
 
   monkeypatch.setattr(choose, "timed", faster_in_8_bits)
-  output, said = tmp_path / "mine", conftest.Said()
+  output = tmp_path / "mine"
+  said = conftest.Said()
   options = {**OPTIONS, "tolerance": 0.7}
   served = fitting.fit(
     directory, rows[:45], output=output, console=said.console, **options
@@ -207,7 +214,8 @@ def test_the_cut_decoder_is_served_under_its_promise_where_it_is_faster(
     ], full
 
   monkeypatch.setattr(choose, "timed", faster_cut)
-  output, options = tmp_path / "mine", {**OPTIONS, "tolerance": 0.99}
+  output = tmp_path / "mine"
+  options = {**OPTIONS, "tolerance": 0.99}
   served = fitting.fit(directory, rows[:45], output=output, **options)
   assert served.options.grid == (0.0,) == (served.calibration.threshold,)
   (layer,) = served.options.exit_layers
@@ -228,22 +236,29 @@ def trained(directory, rows, always_faster, tmp_path_factory):
   given = shutil.copytree(directory, tmp_path_factory.mktemp("given") / "toy")
   # rows have 32
   (given / "inference.json").write_text(json.dumps({"max_input_length": 24}))
-  output, said = tmp_path_factory.mktemp("trained") / "mine", conftest.Said()
+  output = tmp_path_factory.mktemp("trained") / "mine"
+  said = conftest.Said()
   real = train.recipe
-  few = lambda *asked: (
-    4,
-    0.0,
-    dataclasses.replace(real(*asked)[2], num_steps=2),
-  )
+
+  def few(*asked):
+    return (
+      4,
+      0.0,
+      dataclasses.replace(real(*asked)[2], num_steps=2),
+    )
+
   options = {
     **conftest.OPTIONS,
     "train_all": True,
     "tolerance": 0.9,
     "budget": 600.0,
   }
-  fit = lambda: fitting.fit(
-    given, rows, output=output, console=said.console, **options
-  )
+
+  def fit():
+    return fitting.fit(
+      given, rows, output=output, console=said.console, **options
+    )
+
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "recipe", few)
     yield given, output, fit, fit(), said
@@ -263,7 +278,10 @@ def test_stages_train_what_they_should(trained):
   start, one, own, two = (
     checkpoints.load(folder).params["decoder"] for folder in (given, *stages)
   )
-  kernel = lambda tree: np.asarray(tree["layers_0"]["mlp"]["wo"]["kernel"])
+
+  def kernel(tree):
+    return np.asarray(tree["layers_0"]["mlp"]["wo"]["kernel"])
+
   assert np.any(kernel(start) != kernel(one)) and np.any(
     kernel(one) != kernel(own)
   )
@@ -333,10 +351,8 @@ def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(
     checkpoints.load(folder).params for folder in (given, output)
   )
   jax.tree.map(np.testing.assert_array_equal, before, after)
-  own, texts = (
-    inference.load(given),
-    [*WORDS, *(f"{i} is none of the rows" for i in range(9))],
-  )
+  own = inference.load(given)
+  texts = [*WORDS, *(f"{i} is none of the rows" for i in range(9))]
   assert (
     served.generate(texts).texts
     == own.generate(texts, rule=exits.StaticExit()).texts
@@ -374,7 +390,10 @@ def test_full_depth_with_drafts_is_served_where_exits_are_slower(
   made, directory, rows, monkeypatch, tmp_path
 ):
   fast = timing.Seconds(timing.Pair(1, 2, 1.2, 1.0, 1.2, 1.1), None)
-  told = lambda *args, rule=None, **more: SLOW if rule is None else fast
+
+  def told(*args, rule=None, **more):
+    return SLOW if rule is None else fast
+
   monkeypatch.setattr(inference.timing, "beside_full_depth", told)
   # The last look only: what was chosen and certified is there.
   output = shutil.copytree(made[0], tmp_path / "mine")
@@ -486,7 +505,9 @@ def test_from_python_a_fit_tells_standard_error_and_a_console_takes_its_place(
     begun.step("Work")(0.5, "half of it")
     begun.say("Done.")
 
-  begin = lambda *given: request.Fit(*[None] * 4, tmp_path, *given[3:])
+  def begin(*given):
+    return request.Fit(*[None] * 4, tmp_path, *given[3:])
+
   monkeypatch.setattr(run, "begin", begin)
   monkeypatch.setattr(run, "make", work)
   monkeypatch.setattr(inference, "load", lambda output: None)

@@ -136,7 +136,8 @@ def save_weights(kind: str, weights: dict, directory: pathlib.Path) -> None:
 
 def batch(config: dict, rng: np.random.RandomState) -> dict[str, np.ndarray]:
   pad = config.get("pad_token_id", 0)
-  input_ids, mask = np.full((3, 9), pad, np.int64), np.zeros((3, 9), np.int64)
+  input_ids = np.full((3, 9), pad, np.int64)
+  mask = np.zeros((3, 9), np.int64)
   for row, length in enumerate((9, 5, 1)):
     input_ids[row, :length] = rng.randint(3, config["vocab_size"], length)
     mask[row, :length] = 1
@@ -234,7 +235,8 @@ def llama_tokenizer() -> tokenizers.Tokenizer:
   """Llama's: BPE with bytes for what has no piece, spaces as marks; `</s>`
   after.
   """
-  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+  normalizers = tokenizers.normalizers
+  decoders = tokenizers.decoders
   pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
   letters = sorted(
     {c for text in TEXTS[:2] for c in text.replace(" ", "\u2581")}

@@ -94,7 +94,8 @@ def padded_batch(rng: np.random.RandomState) -> dict:
   """Three rows of different lengths; the decoder input is the target shifted
   right.
   """
-  inputs, targets = np.zeros((3, 12), np.int32), np.zeros((3, 10), np.int32)
+  inputs = np.zeros((3, 12), np.int32)
+  targets = np.zeros((3, 10), np.int32)
   for row, (i, t) in enumerate([(12, 10), (7, 4), (1, 1)]):
     inputs[row, :i], targets[row, :t] = (
       rng.randint(3, 64, i),
@@ -148,8 +149,10 @@ def make(config, seed: int) -> tuple[dict, dict]:
   """One model's golden record: (what goes to the npz, what goes to the
   JSON).
   """
-  model, rng = network.Transformer(config), np.random.RandomState(seed)
-  padded, packed = padded_batch(rng), packed_batch(rng)
+  model = network.Transformer(config)
+  rng = np.random.RandomState(seed)
+  padded = padded_batch(rng)
+  packed = packed_batch(rng)
   init = model.init(
     {"params": jax.random.key(0)},
     **{k: jnp.asarray(v) for k, v in padded.items()},
@@ -172,9 +175,10 @@ def make(config, seed: int) -> tuple[dict, dict]:
   inputs = padded["encoder_input_tokens"]
   long = rng.randint(3, 64, (1, 160)).astype(np.int32)
   half = dataclasses.replace(config, dtype=jnp.bfloat16)
-  encode = lambda x: model.apply(
-    variables, x, enable_dropout=False, method="encode"
-  )
+
+  def encode(x):
+    return model.apply(variables, x, enable_dropout=False, method="encode")
+
   long_batch = dict(
     encoder_input_tokens=long,
     decoder_input_tokens=long,
@@ -221,7 +225,8 @@ def train_state(params: dict, module) -> tuple:
 
 
 def make_checkpoints() -> None:
-  module, rng = network.Transformer(TINY), np.random.RandomState(0)
+  module = network.Transformer(TINY)
+  rng = np.random.RandomState(0)
   tokens = jnp.ones((1, 4), jnp.int32)
   init = module.init(
     jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
@@ -229,11 +234,12 @@ def make_checkpoints() -> None:
   shapes = {
     path: leaf.shape for path, leaf in sorted(_flat(init["params"]).items())
   }
+
   # Representable in bfloat16, so that both files hold the same parameters
   # exactly.
-  half = lambda shape: np.asarray(
-    0.5 * rng.standard_normal(shape), jnp.bfloat16
-  )
+  def half(shape):
+    return np.asarray(0.5 * rng.standard_normal(shape), jnp.bfloat16)
+
   flat = {
     path: half(shape).astype(np.float32) for path, shape in shapes.items()
   }
@@ -272,7 +278,8 @@ def main() -> None:
   versions = dict(
     jax=jax.__version__, flax=flax.__version__, t5x=t5x.__version__
   )
-  arrays, trees = {}, {"versions": versions}
+  arrays = {}
+  trees = {"versions": versions}
   for seed, (name, config) in enumerate(CONFIGS.items()):
     made, trees[name] = make(config, seed)
     arrays |= {f"{name}/{key}": value for key, value in made.items()}

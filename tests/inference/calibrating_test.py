@@ -95,7 +95,8 @@ def test_what_cannot_be_certified_is_refused_before_any_decoding(
 
 def decode(model, monkeypatch, **options):
   """(records by threshold, steps that the loops began at)."""
-  begun, records = [], {}
+  begun = []
+  records = {}
   resume = inference.Predictor.resume
 
   def counted(self, encoded, state, active, threshold, resume_at):
@@ -141,7 +142,8 @@ def test_beginnings_are_taken_over_and_the_records_are_the_same(
         plain.exit_layers,
       )
       for name in ("confidences", "rejected_confidences"):
-        got, expected = getattr(reused, name), getattr(plain, name)
+        got = getattr(reused, name)
+        expected = getattr(plain, name)
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -236,7 +238,8 @@ def test_prompts_are_timed_alone_and_in_whole_batches(model):
     rounds=1,
     progress=lambda share, text: told.append(share),
   )
-  single, batched = found.single, found.batched
+  single = found.single
+  batched = found.batched
   assert (single.batch_size, single.num_prompts) == (1, 3)
   assert (batched.batch_size, batched.num_prompts) == (2, 6)
   for pair in (single, batched):

@@ -51,7 +51,8 @@ def ran(model, monkeypatch):
   before.
   """
   model.expected_drafts.clear()
-  rules, run = [], inference.Predictor._run
+  rules = []
+  run = inference.Predictor._run
 
   def spy(predictor, rule, *args):
     rules.append(rule)

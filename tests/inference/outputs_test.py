@@ -157,7 +157,8 @@ def test_html_has_one_span_a_token_and_a_legend_that_numbers_every_layer():
 
 
 def test_terminals_show_layers_by_brackets_or_colours_and_cannot_be_steered():
-  pieces, layers = ["▁Perl", "▁mod", "ule", "▁for"], [1, 1, 8, 3]
+  pieces = ["▁Perl", "▁mod", "ule", "▁for"]
+  layers = [1, 1, 8, 3]
   out = outputs.to_terminal(pieces, layers, 8, PLAIN)
   assert out == "[1] Perl mod[8]ule [3] for"
   out = outputs.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, PLAIN)

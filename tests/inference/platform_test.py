@@ -83,8 +83,12 @@ def test_a_calibration_from_another_platform_is_refused_with_both_named(
 
 def test_the_precision_reaches_every_program(directory, monkeypatch):
   seen: list = []
-  note = lambda: seen.append(jax.config.jax_default_matmul_precision)
-  bind, apply = program_lib.Program.bind, network.Transformer.apply
+
+  def note():
+    return seen.append(jax.config.jax_default_matmul_precision)
+
+  bind = program_lib.Program.bind
+  apply = network.Transformer.apply
   monkeypatch.setattr(
     program_lib.Program, "bind", lambda *a: (note(), bind(*a))[1]
   )
@@ -104,7 +108,10 @@ def test_the_precision_reaches_every_program(directory, monkeypatch):
 def test_narrow_weights_are_a_model_of_rounded_weights(directory):
   """Activations stay as they are: the texts are those of the rounded tree."""
   narrow = inference.load(directory, weights_dtype="bfloat16", **OPTIONS)
-  half = lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32)
+
+  def half(leaf):
+    return np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32)
+
   params = checkpoints.load(directory).params
   rounded = jax.tree.map(
     lambda leaf: half(leaf) if leaf.ndim > 1 else leaf, params
@@ -135,7 +142,8 @@ def in_8_bits(call, arguments, named, context):
     return call(*arguments, **named)
   x = np.asarray(arguments[0], np.float32)
   steps = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / np.float32(127)
-  codes, kernel = np.round(x / steps), module.variables["params"]["kernel"]
+  codes = np.round(x / steps)
+  kernel = module.variables["params"]["kernel"]
   return jnp.asarray(
     (codes.astype(float) @ rounded(kernel).astype(float)) * steps, jnp.float32
   )
@@ -173,21 +181,24 @@ def test_layers_in_8_bits_are_the_network_with_its_products_rounded(
   assert isinstance(
     coded.weights.decoder.cross_key_value[0], eight_bits.EightBits
   )
-  once = lambda path: (
-    path[:1] == ("encoder",)
-    or (
+
+  def once(path):
+    return path[:1] == ("encoder",) or (
       path[-2:-1] == ("encoder_decoder_attention",)
       and path[-1] in ("key", "value")
     )
-  )
-  intercept = lambda call, arguments, named, context: (
-    in_8_bits(call, arguments, named, context)
-    if once(context.module.path)
-    else call(*arguments, **named)
-  )
+
+  def intercept(call, arguments, named, context):
+    return (
+      in_8_bits(call, arguments, named, context)
+      if once(context.module.path)
+      else call(*arguments, **named)
+    )
+
   flat = parameters.flatten(coded.params)
   for path in flat if part == "weights" else ():
-    module, leaf = path.split("/")[:-1], path.split("/")[-1]
+    module = path.split("/")[:-1]
+    leaf = path.split("/")[-1]
     stepped = module[0] == "decoder" and module[-1] != "exit_classifier"
     if stepped and leaf == "kernel" and not once(tuple(module)):
       flat[path] = jnp.asarray(rounded(flat[path]))

@@ -62,7 +62,10 @@ def rows(outputs):
 
 def test_outputs_come_in_the_order_of_the_prompts(model, generated):
   told = []
-  tell = lambda *counts: told.append(counts)
+
+  def tell(*counts):
+    return told.append(counts)
+
   pairs = model.with_options(batch_size=2)
   backwards = pairs.generate(TEXTS[::-1], threshold=0.6, progress=tell)
   assert (
@@ -368,9 +371,12 @@ def test_the_whole_network_belongs_to_the_procedure(model):
 
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
   monkeypatch.setattr(program_lib, "FIRST", 2)
-  made = lambda: [
-    compiled.num_made(f"Program.{x}") for x in ("start", "decode_packed")
-  ]
+
+  def made():
+    return [
+      compiled.num_made(f"Program.{x}") for x in ("start", "decode_packed")
+    ]
+
   begun, packed = made()
   narrow = inference.load(directory, **OPTIONS, dtype="bfloat16")
   narrow.generate(TEXTS[:1], threshold=0.6)

@@ -47,10 +47,8 @@ def tokens(outputs):
 def test_what_is_compared_with_is_the_float32_text_token_by_token(
   directory, model, given
 ):
-  narrow, full_tokens = (
-    load(directory, given),
-    tokens(model.generate(TEXTS, threshold=NEVER)),
-  )
+  narrow = load(directory, given)
+  full_tokens = tokens(model.generate(TEXTS, threshold=NEVER))
   assert (
     narrow.reference is narrow.reference
     and narrow.reference.params is narrow.params
@@ -71,10 +69,8 @@ def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(tmp_path):
   rounding changes.
   """
   folder = save(tmp_path / "toy", seed=4)
-  model, narrow = (
-    inference.load(folder, **OPTIONS),
-    load(folder, {"weights_dtype": "int8"}),
-  )
+  model = inference.load(folder, **OPTIONS)
+  narrow = load(folder, {"weights_dtype": "int8"})
   own = narrow.generate(TEXTS, rule=exits.StaticExit()).texts
   pairs = zip(own, model.generate(TEXTS, threshold=NEVER).texts, strict=True)
   # A text without words is like itself, too.
@@ -128,7 +124,8 @@ def test_both_precisions_are_in_refusals_and_guarantees(model):
 def test_seconds_of_full_depth_are_those_of_the_reference(
   directory, monkeypatch
 ):
-  narrow, decoded = load(directory, {"encoder_dtype": "int8"}), set()
+  narrow = load(directory, {"encoder_dtype": "int8"})
+  decoded = set()
   decode = inference.Predictor.decode
 
   def noted(self, encoded, active, threshold, rule=None):

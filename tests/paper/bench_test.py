@@ -64,15 +64,14 @@ def full(model):
 
 
 def test_one_token_is_another_choice_and_what_came_before_stays(model, full):
-  tenth, shallow = (
-    experiments.RULES["sampling-based"],
-    experiments.RULES["layer-based"],
-  )
+  tenth = experiments.RULES["sampling-based"]
+  shallow = experiments.RULES["layer-based"]
   changed = grid.with_rule(model, PROMPTS, tenth, 2.0)
   reached = [row for row, record in enumerate(full) if len(record.tokens) > 2]
   assert len(reached) > 2
   for row in reached:
-    before, after = full[row].tokens, changed[row].tokens
+    before = full[row].tokens
+    after = changed[row].tokens
     assert after[:2] == before[:2] and after[2] != before[2]
   # The tenth choice: nine tokens are likelier there.
   first = grid.with_rule(model, PROMPTS, experiments.PerturbedRule(rank=1), 2.0)
@@ -114,8 +113,11 @@ def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
     choose.Tried(c, (0.9, 0.5), (0.0, 0.1), threshold=0.5) for c in candidates
   ]
   readings = itertools.count()
+
   # A second between any two readings, and a minute more at one of them.
-  clock = lambda: (reading := next(readings)) + 60.0 * (reading > 6)
+  def clock():
+    return (reading := next(readings)) + 60.0 * (reading > 6)
+
   monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=clock))
   found, full = choose.timed(
     plain, PROMPTS, tried, (2, 2), lambda share, text: None
@@ -130,7 +132,8 @@ def test_one_command_makes_the_report_and_goes_on(
     bench.task("enfr"), max_input_length=80, max_decode_length=5
   )
   monkeypatch.setattr(bench, "TASKS", {task.name: task})
-  data, output = tmp_path / "data" / task.name, tmp_path / "report"
+  data = tmp_path / "data" / task.name
+  output = tmp_path / "report"
   data.mkdir(parents=True)
   for split in ("validation", "test"):
     names = [f"{split}{i}" for i in range(len(TEXTS))]
@@ -187,7 +190,9 @@ def test_one_command_makes_the_report_and_goes_on(
 def test_a_users_own_rows_are_split_as_fit_splits_them(
   folder, tmp_path, monkeypatch, capsys
 ):
-  rows, output, found = tmp_path / "my rows.jsonl", tmp_path / "report", []
+  rows = tmp_path / "my rows.jsonl"
+  output = tmp_path / "report"
+  found = []
   lines = [
     json.dumps({"source": f"s{i}", "input": f"w{i}", "target": "b"})
     for i in range(120)

@@ -57,7 +57,8 @@ def test_a_grid_has_points_where_confidences_lie():
 def test_the_tradeoff_has_every_curve_and_its_seconds(report):
   found = report.tradeoff
   assert [*found.curves] == [*MEASURES, "static", "oracle", "full model"]
-  softmax, static = found.curves["softmax"], found.curves["static"]
+  softmax = found.curves["softmax"]
+  static = found.curves["static"]
   assert [p.threshold for p in softmax] == list(GRID)
   assert [p.seconds for p in softmax] == pytest.approx([3.3e-3, 2.2e-3, 1.1e-3])
   similarity = [p.similarity for p in softmax]
@@ -174,7 +175,8 @@ def test_the_headline_has_speed_drift_promise_and_their_intervals(
   assert word == speed and all(part in sentence for part in words.split(", "))
   assert (sentence[-9:] == "prompts).") == (not change)  # nothing to remark
   (section,) = sections.sections([made], ["gains"])
-  table, above = section.tables[0], "risk" in change
+  table = section.tables[0]
+  above = "risk" in change
   marked = [row for row in table.rows if any("▲" in cell for cell in row)]
   assert len(marked) == above * len(table.rows)
   assert f"▲: {12 * above} of 12 measured risks are above" in table.note

@@ -110,7 +110,8 @@ def timings() -> timing.Timings:
 class Model:
   """The parts of a predictor that experiments ask for beside decoding."""
 
-  num_layers, eos_id = NUM_LAYERS, 1
+  num_layers = NUM_LAYERS
+  eos_id = 1
   options = types.SimpleNamespace(
     task_prefix="", max_input_length=8, max_decode_length=8
   )
@@ -176,7 +177,8 @@ def sample(count: int = 60, **results: Any) -> Task:
     bench.task("synopsis"), max_decode_length=8, bleu=True
   )
   other = {"geometric": model, "last_layer": model}
-  options, given = bench.Options(step=0.3, examples=3), prompts(count)
+  options = bench.Options(step=0.3, examples=3)
+  given = prompts(count)
   made = Task(model, settings, given, given, pathlib.Path(), options, **other)
   made.__dict__.update(results)
   return made

@@ -65,7 +65,8 @@ def one_at_a_time(method, values, upper, draws, error_rate, uniforms):
 def test_lockstep_chooses_what_one_set_at_a_time_chooses(
   method, error_rate, size
 ):
-  means, more = np.linspace(0.0, 0.3, len(FINE)), {}
+  means = np.linspace(0.0, 0.3, len(FINE))
+  more = {}
   if method == "binomial":
     more = {"law": laws.bernoulli, "support": Support(binary=True)}
   pool = losses(means, 240, **more)

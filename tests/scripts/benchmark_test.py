@@ -52,7 +52,8 @@ def test_one_command_makes_one_table(tmp_path, capsys, monkeypatch):
     for row in table["rows"]
   }
   assert {"full depth", "static 1", "classifier, mixed, default"} <= set(rows)
-  full, static = rows["full depth"], rows["static 1"]
+  full = rows["full depth"]
+  static = rows["static 1"]
   assert full["layers"] == 4 and static["layers"] == 1
   mixed = rows["classifier, mixed, default"]
   narrow = rows["classifier, mixed, default, head in 8 bits"]
@@ -111,7 +112,9 @@ def test_a_peer_answers_behind_the_routes_of_the_server():
 
   from calm import inference, serve
 
-  decode = lambda rows, limit, first: [[5, 1]] * len(rows)
+  def decode(rows, limit, first):
+    return [[5, 1]] * len(rows)
+
   device = benchmark_serve.PeerDevice(inference.load("packed"), decode)
   with testclient.TestClient(
     serve.Api(device, "m").app, "http://127.0.0.1"

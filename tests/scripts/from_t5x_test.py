@@ -62,7 +62,8 @@ def test_exits_lie_beside_the_weights_of_the_model_that_was_swept(
     predictor_test.save(tmp_path / f"{i}", seed=i) for i in (1, 2)
   )
   before = inference.load(plain, **predictor_test.OPTIONS)
-  cache, output = swept(before, tmp_path / "cache"), tmp_path / "output"
+  cache = swept(before, tmp_path / "cache")
+  output = tmp_path / "output"
   with jax.numpy_dtype_promotion("standard"):  # optax
     stored = run(
       checkpoint=plain, like=plain, fit=cache, layers="1", rank=4, output=output
@@ -81,9 +82,12 @@ def test_exits_lie_beside_the_weights_of_the_model_that_was_swept(
   assert (
     model.options.propagation == "learned" and model.options.exit_layers == (1,)
   )
-  tokens = lambda of: [
-    out.tokens for out in of.generate(["a few words 9", "x"], threshold=NEVER)
-  ]
+
+  def tokens(of):
+    return [
+      out.tokens for out in of.generate(["a few words 9", "x"], threshold=NEVER)
+    ]
+
   assert tokens(model) == tokens(before)
   with pytest.raises(
     ValueError, match=r"of this very model .* got other parameters_digest"

@@ -81,10 +81,8 @@ def test_fits_are_put_into_one_table_whenever_they_are_made(tmp_path):
 
 def test_the_packed_weights_open_from_a_hugging_face_folder(tmp_path):
   folder = show_fit.save_packed(argparse.Namespace(work=tmp_path))
-  opened, packed = (
-    checkpoints.load(folder),
-    checkpoints.load(checkpoints.PACKED),
-  )
+  opened = checkpoints.load(folder)
+  packed = checkpoints.load(checkpoints.PACKED)
   assert opened.exits_trained is False and not opened.config.exit_classifier
   assert opened.vocabulary == packed.vocabulary
   name = "token_embedder"

@@ -81,9 +81,10 @@ def in_turn() -> tpu_hlo.Module:
   of all (100).
   """
   branches = "branch_computations={%none, %two, %all}"
-  case = lambda name: (
-    f"  %{name} = f32[4,8]{{1,0}} conditional(%t), {branches}\n"
-  )
+
+  def case(name):
+    return f"  %{name} = f32[4,8]{{1,0}} conditional(%t), {branches}\n"
+
   sizes = {"none": 1, "two": 500, "all": 100}
   other = "".join(
     computation(name, fusion(name[0], n)) for name, n in sizes.items()

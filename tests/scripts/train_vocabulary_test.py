@@ -12,7 +12,8 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "train_vocabulary.py"
 
 
 def test_a_trained_vocabulary_has_t5s_special_ids_and_is_reproducible(tmp_path):
-  rows, made = tmp_path / "rows.jsonl", []
+  rows = tmp_path / "rows.jsonl"
+  made = []
   texts = enumerate(sorted(set(toy_vocabulary.TEXTS)))
   lines = [
     {"id": str(n), "input": text, "target": [text[:9]]} for n, text in texts

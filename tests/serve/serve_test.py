@@ -145,7 +145,8 @@ def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(
 ):
   ways = [({}, 0.5), ({"threshold": 0.3}, 0.3), ({"exact": True}, NEVER_EXIT)]
   ways += [({"threshold": "never"}, NEVER_EXIT)]
-  programs, draw = compiled.num_made(), np.random.default_rng(0)
+  programs = compiled.num_made()
+  draw = np.random.default_rng(0)
   rows = [int(row) for row in draw.integers(len(TEXTS), size=60)]
   asked = [
     (row, *ways[draw.integers(4)], int(draw.integers(1, 13))) for row in rows
@@ -164,10 +165,8 @@ def test_texts_are_those_of_the_predictor_whatever_arrives_beside_them(
       assert answer.headers["Retry-After"] == "1"
       await asyncio.sleep(0.05)
     assert answer.status_code == 200, answer.text
-    output, never = (
-      expected[level][row],
-      "never" if level == NEVER_EXIT else level,
-    )
+    output = expected[level][row]
+    never = "never" if level == NEVER_EXIT else level
     text = model.vocabulary.decode(list(output.tokens[:limit]))
     assert told(answer) == (text, list(output.exit_layers[:limit]), never)
 
@@ -193,15 +192,14 @@ def test_a_list_of_prompts_usage_and_what_is_promised(served, expected):
     "user": "x",
     "stop": None,
   }
-  made, some = served.post(**body), expected[0.5][:3]
+  made = served.post(**body)
+  some = expected[0.5][:3]
   assert [choice["text"] for choice in made["choices"]] == [
     o.text for o in some
   ]
   assert [choice["index"] for choice in made["choices"]] == [0, 1, 2]
-  tokens, read = (
-    sum(len(o.tokens) for o in some),
-    sum(len(text) + 1 for text in TEXTS[:3]),
-  )
+  tokens = sum(len(o.tokens) for o in some)
+  read = sum(len(text) + 1 for text in TEXTS[:3])
   usage = {
     "prompt_tokens": read,
     "completion_tokens": tokens,
@@ -268,7 +266,8 @@ def test_prompts_that_are_decoded_alone_in_8_bits_are_served_together(
     "reference_dtype": "float32",
     "batch_size": 1,
   }
-  model, texts = inference.load(folder, **narrow), TEXTS[:9]
+  model = inference.load(folder, **narrow)
+  texts = TEXTS[:9]
   with Running(model, 0.5, workers=2) as running:
     programs = compiled.num_made()
     made = running.post(prompt=texts)["choices"]
@@ -319,11 +318,10 @@ def test_the_client_of_openai(served, expected):
 
 def output_of(text):
   """One token a character, '|' ends the text."""
-  tokens, ones = (
-    tuple(1 if c == "|" else ord(c) for c in text),
-    (1.0,) * len(text),
-  )
-  layers, pieces = (1,) * len(text), tuple(text)
+  tokens = tuple(1 if c == "|" else ord(c) for c in text)
+  ones = (1.0,) * len(text)
+  layers = (1,) * len(text)
+  pieces = tuple(text)
   return outputs.Output(
     text.removesuffix("|"), tokens, pieces, layers, ones, ones, 0.0, 3
   )
@@ -347,7 +345,9 @@ def output_of(text):
 def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(
   parts, stop, said
 ):
-  job, seen, found = device.Job("", [], None, 8, stop), "", []
+  job = device.Job("", [], None, 8, stop)
+  seen = ""
+  found = []
   for part in parts:
     before = seen
     seen, reason = job.visible(output_of(part), before)
@@ -362,7 +362,8 @@ def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(
   row, text = next(
     (i, o.text) for i, o in enumerate(expected[0.5]) if len(o.text) > 4
   )
-  stop, count = text[2:4], len(expected[0.5][row].tokens)
+  stop = text[2:4]
+  count = len(expected[0.5][row].tokens)
   monkeypatch.setattr(served.device, "_expected", lambda *_: 0.0)
   # in a token's seconds
   for part, parts in ((1e9, 1), (0.0, count), (3, -(-count // 3))):
@@ -487,7 +488,9 @@ def test_the_page_runs_in_a_browser(served):
 def test_a_full_queue_a_client_that_left_and_an_answer_too_late(
   served, monkeypatch
 ):
-  go, decoded, decode = threading.Event(), [], served.device._decode
+  go = threading.Event()
+  decoded = []
+  decode = served.device._decode
 
   def wait(batch, level):  # until it is let go
     decoded.extend(job.prompt for job in batch)
@@ -500,7 +503,10 @@ def test_a_full_queue_a_client_that_left_and_an_answer_too_late(
 
   async def ask():
     async with httpx.AsyncClient(base_url=served.url, timeout=WAIT) as client:
-      post = lambda text: client.post("/v1/completions", json={"prompt": text})
+
+      def post(text):
+        return client.post("/v1/completions", json={"prompt": text})
+
       some = [asyncio.create_task(post("first"))]
       await comes_about(lambda: decoded)
       some += [asyncio.create_task(post(f"b{i}")) for i in range(16)]
@@ -529,7 +535,8 @@ def test_a_full_queue_a_client_that_left_and_an_answer_too_late(
 
 def test_nobody_waits_any_more_and_the_next_one_is_served(model):
   made = serve.Device(model)
-  found, gone = [], device.Job("gone", [3, 1], 0.5, 8, (), gone=True)
+  found = []
+  gone = device.Job("gone", [3, 1], 0.5, 8, (), gone=True)
   thread = threading.Thread(
     target=lambda: found.append(made._next()), daemon=True
   )
@@ -546,7 +553,10 @@ def test_nobody_waits_any_more_and_the_next_one_is_served(model):
 
 def test_as_many_threads_as_pay_decode_at_the_same_time(monkeypatch):
   lock = threading.Lock()
-  alone = lambda: [lock.acquire(), time.sleep(0.02), lock.release()]
+
+  def alone():
+    return [lock.acquire(), time.sleep(0.02), lock.release()]
+
   monkeypatch.setattr(device.os, "cpu_count", lambda: 5)
   assert device.workers_that_pay(lambda: time.sleep(0.02)) == 4
   assert device.workers_that_pay(alone) == 1
@@ -558,13 +568,17 @@ def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
     (size, n): size * 0.7 for size in (1, 4) for n in (32, 64, 128)
   }
   made._seconds[4, 128] = 1.0
-  job = lambda name, length, level=None: device.Job(
-    name, [3] * length, level, 8, ()
-  )
+
+  def job(name, length, level=None):
+    return device.Job(name, [3] * length, level, 8, ())
+
   made.submit(
     [job("a", 9), job("b", 9, 0.5), job("c", 100), job("d", 9), job("e", 50)]
   )
-  taken = lambda: "".join(job.prompt for job in made._next())
+
+  def taken():
+    return "".join(job.prompt for job in made._next())
+
   assert taken() == "a"  # a, d and e would take 2.8 for 2.1
   assert taken() == "b"
   assert taken() == "cde"  # 1.0 for 2.1, all as long as the longest
@@ -572,9 +586,13 @@ def test_a_batch_has_prompts_of_one_threshold_and_pays(model):
 
 def test_served_batches_tell_whether_the_next_one_pays(model):
   made = serve.Device(model.with_options(max_input_length=32))
-  made._seconds, spent = {(1, 32): 1.0, (4, 32): 2.5}, made._spent
+  made._seconds = {(1, 32): 1.0, (4, 32): 2.5}
+  spent = made._spent
   asked = [device.Job(name, [3] * 9, 0.5, 8, ()) for name in "abc"]
-  size = lambda: made.submit(asked) and len(made._next())
+
+  def size():
+    return made.submit(asked) and len(made._next())
+
   spent[4, 32, False].append(99.0)  # the machine had other work
   assert size() == 3
   spent[4, 32, False].extend([3.5] * 3)

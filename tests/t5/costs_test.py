@@ -23,7 +23,8 @@ from tests import toys
 WIDE = {"emb_dim": 192, "num_heads": 3, "head_dim": 64, "mlp_dim": 256}
 DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 3}
 CONFIG = network.T5Config(vocab_size=512, **toys.SMALLEST | WIDE | DEEP)
-INPUT, CACHE = 48, 32
+INPUT = 48
+CACHE = 32
 
 
 def costs_of(
@@ -78,7 +79,8 @@ def xla_step(piece, batch: int) -> costs.Cost:
 @functools.cache
 def static(depth: int):
   """The step of `exits.StaticExit(depth)`."""
-  rule, zero = exits.StaticExit(depth), jnp.asarray(0)
+  rule = exits.StaticExit(depth)
+  zero = jnp.asarray(0)
   return lambda layers, hidden: rule(
     layers, hidden, jnp.ones(hidden.shape[0], bool), jnp.asarray(0.0), zero
   )
@@ -86,7 +88,8 @@ def static(depth: int):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_static_step_is_xlas(batch):
-  two, three = xla_step(static(2), batch), xla_step(static(3), batch)
+  two = xla_step(static(2), batch)
+  three = xla_step(static(3), batch)
   assert three.flops == pytest.approx(COSTS.full.flops * batch, rel=0.02)
   assert three.flops - two.flops == pytest.approx(
     COSTS.layer.flops * batch, rel=0.02
@@ -104,9 +107,10 @@ def by_hand(measure, shortlist=0, allowed=None):
 def test_what_each_measure_adds_at_an_exit():
   layers = COSTS.layer.flops * 2 + COSTS.propagation.flops
   head = COSTS.head.flops
-  flops = lambda *args, **kwargs: (
-    by_hand(*args, **kwargs).early(2).flops - layers
-  )
+
+  def flops(*args, **kwargs):
+    return by_hand(*args, **kwargs).early(2).flops - layers
+
   assert flops(confidence.Softmax()) == 2 * head
   assert flops(confidence.Softmax(), allowed=(2,)) == head
   assert flops(confidence.Shortlist(), shortlist=64) == head + 2 * (
@@ -131,16 +135,20 @@ def test_maps_cost_what_is_read_through_them():
   maps = dict(
     exit_translators=(2,), exit_propagation=(1, 2), exit_propagation_rank=16
   )
-  config, square, rank = (
-    dataclasses.replace(CONFIG, **maps),
-    2 * 192 * 192,
-    2 * 192 * 16,
-  )
-  of = lambda config, rule: costs_of(config, rule=rule)
+  config = dataclasses.replace(CONFIG, **maps)
+  square = 2 * 192 * 192
+  rank = 2 * 192 * 16
+
+  def of(config, rule):
+    return costs_of(config, rule=rule)
+
   plain = exits.DynamicExits(confidence.Classifier())
-  added = lambda rule, layer: (
-    of(config, rule).early(layer).flops - of(CONFIG, plain).early(layer).flops
-  )
+
+  def added(rule, layer):
+    return (
+      of(config, rule).early(layer).flops - of(CONFIG, plain).early(layer).flops
+    )
+
   assert [added(plain, layer) for layer in (1, 2, 3)] == [0, square, square]
   learned = dataclasses.replace(plain, propagation=propagation.Learned())
   # A code an exit that is asked, and a prediction a layer that is skipped.

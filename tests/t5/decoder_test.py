@@ -52,7 +52,9 @@ def decoder_step(toy) -> decoder_lib.DecoderStep:
 
 
 def test_biases_by_distance_with_the_future_masked():
-  toy, length = engine.toy(), 200  # beyond the distance where buckets end
+  # beyond the distance where buckets end
+  toy = engine.toy()
+  length = 200
   table = attention_lib.bias_table(toy.weights.decoder, toy.config, length)
   rel = toy.params["decoder"]["relpos_bias"]["rel_embedding"]
   for t in (0, 1, 17, 199):
@@ -85,13 +87,11 @@ def test_a_model_without_classifier_says_so():
 
 
 def test_windows_read_caches_and_prompts_however_their_heads_lie():
-  normal = lambda *shape: jnp.asarray(
-    np.random.default_rng(1).normal(size=shape), jnp.float32
-  )
-  apart, query = (
-    caches_lib.Cache(normal(2, 2, 5, 8), normal(2, 2, 5, 8)),
-    normal(6, 2, 8),
-  )
+  def normal(*shape):
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+  apart = caches_lib.Cache(normal(2, 2, 5, 8), normal(2, 2, 5, 8))
+  query = normal(6, 2, 8)
   merged = jax.tree.map(
     lambda x: jnp.moveaxis(x, 1, 2).reshape(2, 5, 16), apart
   )

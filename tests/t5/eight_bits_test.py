@@ -11,7 +11,9 @@ from hypothesis import strategies
 
 from calm.t5 import eight_bits, kernels
 
-INPUTS, OUTPUTS, PIECES = 24, 40, 200
+INPUTS = 24
+OUTPUTS = 40
+PIECES = 200
 
 
 @pytest.fixture(params=["by XLA", "tiled"])
@@ -44,10 +46,8 @@ def by_hand(matrix: np.ndarray, x: np.ndarray, tiled: bool) -> np.ndarray:
   """
   steps = np.abs(x).max(1, keepdims=True) / np.float32(127)
   scales = np.abs(matrix).max(0, keepdims=True) / np.float32(127)
-  codes, weights = (
-    np.round(x / steps).astype(int),
-    np.round(matrix / scales).astype(int),
-  )
+  codes = np.round(x / steps).astype(int)
+  weights = np.round(matrix / scales).astype(int)
   return (codes @ weights) * steps * scales if tiled else (x @ weights) * scales
 
 
@@ -92,8 +92,10 @@ def test_the_largest_logit_is_the_full_heads(batch, pieces, outlier):
   made = jax.jit(lambda head, x: head.logits(x))
   for seed in range(10):
     head, states = matrix_and_rows(seed, batch, outlier, pieces)
-    coded, expected = eight_bits.quantize_head(jnp.asarray(head)), states @ head
-    got, norms = np.asarray(made(coded, states)), np.linalg.norm(states, axis=1)
+    coded = eight_bits.quantize_head(jnp.asarray(head))
+    expected = states @ head
+    got = np.asarray(made(coded, states))
+    norms = np.linalg.norm(states, axis=1)
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
     np.testing.assert_allclose(got.max(-1), expected.max(-1), rtol=1e-5)
     # Pieces that cannot be the most likely stay rounded: each logit by at most

@@ -61,7 +61,10 @@ def attention_of(
   decoded yet.
   """
   draws = np.random.default_rng(batch)
-  normal = lambda *shape: jnp.asarray(draws.standard_normal(shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(draws.standard_normal(shape), jnp.float32)
+
   past, cross = (
     caches.Cache(*(normal(batch, heads, length, head_dim) for _ in range(2)))
     for _ in range(2)
@@ -175,13 +178,15 @@ def test_what_is_asked_of_logits_is_what_xla_finds(shape):
   logits = logits.at[0, jnp.array([3, shape[1] - 1])].set(30.0)
   logits = logits.at[-1, 1].set(-jnp.inf)
   assert "calm_peaks" in jax.jit(kernels.peaks).lower(logits).as_text()
-  made, wanted = jax.jit(kernels.peaks)(logits), layers_lib.peaks(logits)
+  made = jax.jit(kernels.peaks)(logits)
+  wanted = layers_lib.peaks(logits)
   made = layers_lib.Peaks(*made or ())
   assert made.token[0] == 3 and made.second[0] == 30.0
   for name in ("token", "top", "second", "count"):
     np.testing.assert_array_equal(getattr(made, name), getattr(wanted, name))
   for name in ("total", "weighted", "margin", "certainty"):
-    got, true = getattr(made, name), getattr(wanted, name)
+    got = getattr(made, name)
+    true = getattr(wanted, name)
     np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-6)
   # Logits that are no number clear no threshold.
   made = jax.jit(kernels.peaks)(logits.at[0, 2].set(jnp.nan))
@@ -245,10 +250,8 @@ def test_engines_decode_the_same(name):
 
 def test_loops_of_others_do_not_call_it(small):
   """They may be exported, or split over devices by the compiler."""
-  toy, prefix = (
-    engine.toy(),
-    jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32),
-  )
+  toy = engine.toy()
+  prefix = jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
   rows = loops.make_rows(engine.encode(toy), prefix, 0.4)
 
   def run(weights):
@@ -271,7 +274,8 @@ def test_products_of_tiles_are_those_of_numpy(
   """In pieces, in blocks of rows, and by XLA; of codes but for half a step of
   each number.
   """
-  x, given = drawn(rows, inputs), drawn(inputs, outputs)
+  x = drawn(rows, inputs)
+  given = drawn(inputs, outputs)
   matrix = make(given)
   numbers = np.asarray(
     matrix.product(jnp.eye(inputs), native=False), np.float64
@@ -301,18 +305,15 @@ def test_prompts_attend_to_themselves_alone(heads, head_dim):
   """The equation's numbers, zeros behind the end, and to the bit what a prompt
   gets alone.
   """
-  counts, begins = (
-    np.array([5, 0, 1, 40], np.int32),
-    np.array([0, 7, 9, 10, 60], np.int32),
-  )
-  states, biases = drawn(3, 60, heads, head_dim), drawn(heads, 95)
+  counts = np.array([5, 0, 1, 40], np.int32)
+  begins = np.array([0, 7, 9, 10, 60], np.int32)
+  states = drawn(3, 60, heads, head_dim)
+  biases = drawn(heads, 95)
   attend = jax.jit(kernels.attend_within)
   got = attend(begins, counts, *states, biases)
   for begin, count, end in zip(begins, counts, begins[1:], strict=False):
-    rows, distance = (
-      slice(begin, begin + count),
-      np.arange(count) - np.arange(count)[:, None],
-    )
+    rows = slice(begin, begin + count)
+    distance = np.arange(count) - np.arange(count)[:, None]
     q, k, v = np.moveaxis(np.asarray(states[:, rows], float), 2, 1)
     weights = np.exp(
       q @ k.swapaxes(1, 2) + np.asarray(biases, float)[:, distance + 47]
@@ -356,11 +357,10 @@ def test_feed_forward_blocks_in_8_bits_are_their_products(monkeypatch, names):
 
 @pytest.mark.skipif(not kernels.multiplies_codes(), reason="needs AVX-512 VNNI")
 def test_heads_of_prompts_are_written_where_they_are_read():
-  counts, begins = (
-    np.array([5, 0, 1, 40], np.int32),
-    np.array([0, 7, 9, 10, 60], np.int32),
-  )
-  x, matrix = drawn(60, 24), eight_bits.quantize(drawn(24, 256), tiled=True)
+  counts = np.array([5, 0, 1, 40], np.int32)
+  begins = np.array([0, 7, 9, 10, 60], np.int32)
+  x = drawn(60, 24)
+  matrix = eight_bits.quantize(drawn(24, 256), tiled=True)
   assert kernels.writes_heads(4, 32) and not kernels.writes_heads(16, 8)
   made = kernels.coded_heads(x, begins, counts, matrix, 128, (4, 4, 45, 32))
   rows = matrix.product(x)[:, 128:].reshape(60, 4, 32)

@@ -72,9 +72,9 @@ def test_what_gin_and_numpy_give_takes_one_form():
 
 
 def test_maps_are_of_layers_below_the_last_and_have_a_rank():
-  made = lambda **given: network.T5Config(
-    vocab_size=8, num_decoder_layers=3, **given
-  )
+  def made(**given):
+    return network.T5Config(vocab_size=8, num_decoder_layers=3, **given)
+
   assert made(exit_translators=[1, 2]).exit_translators == (1, 2)
   with pytest.raises(
     ValueError, match=r"`exit_translators` to be layers below the last of 3"

@@ -140,7 +140,8 @@ def test_exit_parts_are_the_only_additions(changes, added_axes):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_t5x(name, kind, changes):
   batch = batch_of(f"{name}/{kind}/")
-  ours, real = apply(name, batch, **changes), batch["decoder_target_tokens"] > 0
+  ours = apply(name, batch, **changes)
+  real = batch["decoder_target_tokens"] > 0
   assert ours.dtype == np.float32
   np.testing.assert_allclose(
     ours[real], ARRAYS[f"{name}/{kind}/logits"][real], atol=1e-5

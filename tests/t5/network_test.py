@@ -64,14 +64,17 @@ def test_prompts_are_encoded_as_the_network_encodes_them(per_layer):
 
 
 def test_a_call_for_t5xs_own_cache_is_refused():
-  toy, tokens = engine.toy(), np.ones((1, 4), np.int32)
+  toy = engine.toy()
+  tokens = np.ones((1, 4), np.int32)
   with pytest.raises(ValueError, match=r"`decode=False`, got .*; decode by"):
     network.Transformer(toy.config).apply(
       {"params": toy.params}, tokens, tokens, tokens, decode=True
     )
 
 
-HEADS, BUCKETS, DISTANCE = 3, 32, 128
+HEADS = 3
+BUCKETS = 32
+DISTANCE = 128
 TABLE = (
   np.random.default_rng(0).normal(size=(HEADS, BUCKETS)).astype(np.float32)
 )
@@ -107,7 +110,10 @@ def test_biases_are_the_tables_numbers_to_the_bit(
 
 def test_biases_and_their_gradient_neither_gather_nor_scatter():
   """TPUs and partitioned programs are slow at both."""
-  loss = lambda table: biases(table, 5, 9, True).sum()
+
+  def loss(table):
+    return biases(table, 5, 9, True).sum()
+
   text = str(jax.make_jaxpr(jax.value_and_grad(loss))(TABLE))
   assert (
     "dot_general" in text and "gather" not in text and "scatter" not in text
@@ -120,21 +126,25 @@ def constant_bytes(length: int, **changes) -> int:
     dataclasses.replace(engine.toy().config, **changes)
   )
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  make = lambda tokens: model.init(
-    jax.random.key(0),
-    tokens,
-    tokens[:, :4],
-    tokens[:, :4],
-    enable_dropout=False,
-  )
-  run = lambda params, tokens: model.apply(
-    params, tokens, enable_dropout=False, method="encode"
-  )
+
+  def make(tokens):
+    return model.init(
+      jax.random.key(0),
+      tokens,
+      tokens[:, :4],
+      tokens[:, :4],
+      enable_dropout=False,
+    )
+
+  def run(params, tokens):
+    return model.apply(params, tokens, enable_dropout=False, method="encode")
+
   traced = jax.make_jaxpr(run)(jax.eval_shape(make, tokens), tokens)
   return sum(np.asarray(constant).nbytes for constant in traced.consts)
 
 
 def test_an_encoders_constants_grow_with_its_length_not_its_square():
-  short, long = constant_bytes(512), constant_bytes(1024)
+  short = constant_bytes(512)
+  long = constant_bytes(1024)
   assert long < 1024 * 1024 * 8
   assert 0 < long <= 2 * short + 2**10

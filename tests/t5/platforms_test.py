@@ -23,9 +23,9 @@ def test_a_product_is_the_same_with_rows_added(rows):
 
 
 def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
-  positions = lambda: [
-    platforms.least_positions(rows) for rows in (1, 2, 8, 32, 128, 256)
-  ]
+  def positions():
+    return [platforms.least_positions(rows) for rows in (1, 2, 8, 32, 128, 256)]
+
   with platforms.laid_out_for("tpu"):
     assert positions() == [8, 4, 1, 1, 2, 2]
   with platforms.laid_out_for("cpu"):

@@ -43,9 +43,12 @@ def files(box, tmp_path_factory):
     "checkpoint": box.params,
     "other": {**box.params, "token_embedder": embedder},
   }
-  save = lambda name: models.save_t5x_checkpoint(
-    params[name], box.config, str(folder / name)
-  )
+
+  def save(name):
+    return models.save_t5x_checkpoint(
+      params[name], box.config, str(folder / name)
+    )
+
   options = {
     "max_input_length": 96,
     "max_decode_length": 24,
@@ -82,7 +85,8 @@ def model_of(
   words = stored.stored_vocabulary()
   calibrated = stored.Calibrated(files[path], files[checkpoint], prefix)
   arguments = {"rule": RULE, "decode_fn": models.greedy_decode, **changes}
-  module, optimizer = network.Transformer(box.config), object()
+  module = network.Transformer(box.config)
+  optimizer = object()
   return models.EncoderDecoderModel(
     module, words, words, optimizer, calibration=calibrated, **arguments
   )
@@ -93,15 +97,20 @@ def test_its_threshold_is_served_and_batches_of_other_kinds_are_refused(
 ):
   model = model_of(box, files)
   assert model.threshold == 0.9 == model.calibration.threshold
-  shapes = lambda dtype: jax.eval_shape(
-    lambda: jax.tree.map(lambda x: jnp.asarray(x, dtype), box.params)
-  )
-  predict = lambda batch, dtype=jnp.float32, **given: jax.eval_shape(
-    lambda params: model.predict_batch_with_aux(
-      params, jax.tree.map(jnp.asarray, batch), **given
-    ),
-    shapes(dtype),
-  )
+
+  def shapes(dtype):
+    return jax.eval_shape(
+      lambda: jax.tree.map(lambda x: jnp.asarray(x, dtype), box.params)
+    )
+
+  def predict(batch, dtype=jnp.float32, **given):
+    return jax.eval_shape(
+      lambda params: model.predict_batch_with_aux(
+        params, jax.tree.map(jnp.asarray, batch), **given
+      ),
+      shapes(dtype),
+    )
+
   assert predict(BATCH)[1]["threshold"].shape == (2,)
   short = {
     **BATCH,

@@ -23,7 +23,8 @@ pytestmark = setup.MARKS
 
 import gin
 
-REPOSITORY, CONFIGS = configs_test.REPOSITORY, configs_test.CONFIGS
+REPOSITORY = configs_test.REPOSITORY
+CONFIGS = configs_test.CONFIGS
 RUNS = sorted((CONFIGS / "runs").glob("*.gin"))
 # Included by others, or after them.
 PARTS = (
@@ -81,11 +82,9 @@ def gin_of_t5x(monkeypatch):
   from scripts import t5x_sweep
 
   main = types.ModuleType("__main__")
-  main.train, main.infer, main.evaluate = (
-    train.train,
-    infer.infer,
-    t5x_eval.evaluate,
-  )
+  main.train = train.train
+  main.infer = infer.infer
+  main.evaluate = t5x_eval.evaluate
   main.write_inferences_to_file = infer.write_inferences_to_file
   main.sweep = t5x_sweep.sweep
   monkeypatch.setitem(sys.modules, "__main__", main)
@@ -118,7 +117,8 @@ def parse_run(path, *after, size=SMALL, **more):
   """A run with T5X's network and a task beside it, as its header says, and
   files after it.
   """
-  text, name = configs_test.text_of(path), str(path.relative_to(REPOSITORY))
+  text = configs_test.text_of(path)
+  name = str(path.relative_to(REPOSITORY))
   has_network = re.search(r'^include "t5x/examples/', text, re.MULTILINE)
   files = [name] if has_network else [size, name]
   files += [] if "tasks." in text else [SYNOPSIS]

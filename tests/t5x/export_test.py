@@ -49,7 +49,8 @@ def test_an_artefact_is_served_by_a_fresh_process_for_any_batch_size(tmp_path):
   model = setup.model(
     toy, decode_fn=models.greedy_decode, threshold=0.4, **given
   )
-  params, batch = setup.params(toy), setup.batch()
+  params = setup.params(toy)
+  batch = setup.batch()
   predict = jax.jit(model.predict_batch_with_exits)
   (rows,) = export.symbolic_shape("rows")
   symbolic = {

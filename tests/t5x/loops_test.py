@@ -84,7 +84,8 @@ def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
 @pytest.mark.parametrize("name", ["deferred", "learned"])
 def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
   """What beam search does between two steps."""
-  order, loop = np.array([3, 3, 0, 1, 7, 6, 5, 2]), bound(name)
+  order = np.array([3, 3, 0, 1, 7, 6, 5, 2])
+  loop = bound(name)
   same_prompt = jax.tree.map(
     lambda x: jnp.repeat(x[:1], 8, 0), loop.rows.encoded
   )
@@ -127,12 +128,16 @@ def test_rows_are_split_along_axes_that_divide_them():
 
 
 def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
-  toy, tokens = engine.toy(**engine.MAPS), jnp.ones((1, 4), jnp.int32)
+  toy = engine.toy(**engine.MAPS)
+  tokens = jnp.ones((1, 4), jnp.int32)
   init = network.Transformer(toy.config).init
   variables = jax.eval_shape(
     lambda key: init(key, tokens, tokens, tokens), jax.random.key(0)
   )
-  is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
+
+  def is_spec(x):
+    return isinstance(x, jax.sharding.PartitionSpec)
+
   rules = [(name, "model") for name in ("vocab", "mlp", "joined_kv", "heads")]
   rules += [(name, None) for name in ("embed", "kv", "relpos_buckets")]
 
@@ -140,14 +145,18 @@ def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
     """Paths that lie along the model axis."""
     axes = partitioning.get_axis_names(made["params_axes"])
     found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_spec)
-    meshed = lambda spec: partitioning.logical_to_mesh_axes(spec, rules)
+
+    def meshed(spec):
+      return partitioning.logical_to_mesh_axes(spec, rules)
+
     return {
       jax.tree_util.keystr(path)
       for path, spec in found
       if "model" in meshed(spec)
     }
 
-  before, after = along(variables), along(loops.kept_whole(variables))
+  before = along(variables)
+  after = along(loops.kept_whole(variables))
   assert after == {path for path in before if "'encoder'" in path}
   assert len(before) > len(after) > 0 and not any(
     "exit_" in path for path in before

@@ -69,10 +69,8 @@ def assert_close(got, expected, atol=2e-5):
 
 
 def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
-  toy, shapes = (
-    engine.toy(),
-    {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)},
-  )
+  toy = engine.toy()
+  shapes = {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)}
   ours, theirs = (
     jax.eval_shape(
       lambda m=m: m.get_initial_variables(jax.random.key(0), shapes)
@@ -83,17 +81,27 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
     mine, expected = (parameters.flatten(tree[name]) for tree in (ours, theirs))
     added = {path for path in mine if "exit_classifier" in path}
     assert added and set(mine) - added == set(expected)
-    shape_of = lambda leaf: getattr(leaf, "shape", leaf)
+
+    def shape_of(leaf):
+      return getattr(leaf, "shape", leaf)
+
     assert all(
       shape_of(mine[path]) == shape_of(leaf) for path, leaf in expected.items()
     )
 
 
 def test_full_depth_logits_are_those_of_t5x():
-  toy, batch = engine.toy(), setup.training_batch(engine.toy())
-  both = lambda model: setup.compiled(
-    lambda *inputs: (model._compute_logits(*inputs), model.score_batch(*inputs))
-  )
+  toy = engine.toy()
+  batch = setup.training_batch(engine.toy())
+
+  def both(model):
+    return setup.compiled(
+      lambda *inputs: (
+        model._compute_logits(*inputs),
+        model.score_batch(*inputs),
+      )
+    )
+
   logits, scores = both(setup.model(toy))(setup.params(toy), batch)
   expected, their_scores = both(setup.t5x_model(toy))(
     setup.t5x_params(toy), batch
@@ -152,7 +160,8 @@ DISTILLED = distillation.SelfDistilled(share=0.0, z_loss=1e-3)
   ],
 )
 def test_the_last_layer_alone_is_t5x_loss_and_accuracy(objective, factor):
-  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  toy = engine.toy()
+  batch = setup.training_batch(engine.toy())
   options = dict(z_loss=1e-3, loss_normalizing_factor=factor)
   ours = setup.model(toy, objective=objective, **options)
   loss, metrics = loss_of(ours, setup.params(toy), batch)
@@ -170,7 +179,8 @@ def test_the_last_layer_alone_is_t5x_loss_and_accuracy(objective, factor):
 
 
 def test_stage_one_is_equation_6_and_reports_every_layer():
-  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  toy = engine.toy()
+  batch = setup.training_batch(engine.toy())
   loss, metrics = loss_of(setup.model(toy), setup.params(toy), batch)
   layers = range(1, toy.config.num_decoder_layers + 1)
   each = [float(metrics[f"loss/layer_{i}"]) for i in layers]
@@ -185,7 +195,8 @@ def test_stage_one_is_equation_6_and_reports_every_layer():
 
 
 def test_at_full_depth_it_is_t5x_own_model_token_for_token():
-  toy, batch = engine.toy(), setup.batch()
+  toy = engine.toy()
+  batch = setup.batch()
   theirs = setup.t5x_model(toy, decode_fn=greedy())
   expected, scores = predictor(theirs)(setup.t5x_params(toy), batch, {})
   ours = setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
@@ -208,10 +219,8 @@ def test_at_full_depth_it_is_t5x_own_model_token_for_token():
 
 @pytest.mark.parametrize("decode_fn", [greedy, lambda: models.greedy_decode])
 def test_early_exit_is_that_of_our_decoder_exit_for_exit(decode_fn):
-  toy, rule = (
-    engine.toy(),
-    exits.DynamicExits(confidence.Softmax(), engine.DECAYING),
-  )
+  toy = engine.toy()
+  rule = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
   predict = predictor(setup.model(toy, rule=rule, decode_fn=decode_fn()))
   means = []
   for threshold in (0.3, 0.7, NEVER):
@@ -242,22 +251,22 @@ def test_early_exit_is_that_of_our_decoder_exit_for_exit(decode_fn):
 
 
 def test_the_threshold_stays_here_and_odd_calls_are_refused():
-  toy, seen = engine.toy(), {}
+  toy = engine.toy()
+  seen = {}
 
   def spy(**arguments):
     seen.update(arguments)
     return models.greedy_decode(**arguments)
 
-  given, inputs = (
-    {"threshold": 0.5, "eos_id": 1},
-    (setup.params(toy), setup.batch()),
-  )
+  given = {"threshold": 0.5, "eos_id": 1}
+  inputs = (setup.params(toy), setup.batch())
   setup.model(toy, decode_fn=spy).predict_batch_with_aux(
     *inputs, decoder_params=given
   )
   assert given == {"threshold": 0.5, "eos_id": 1}
   assert "threshold" not in seen and seen["eos_id"] == 1
-  key, wrong = jax.random.key(0), np.array([0.5] * (BATCH - 1) + [-0.1])
+  key = jax.random.key(0)
+  wrong = np.array([0.5] * (BATCH - 1) + [-0.1])
   for message, rule, options in (
     (
       "no prefix with OracleExit",
@@ -283,11 +292,9 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
   """Where it stops before the targets' length."""
   from t5x import decoding
 
-  toy, length, options = (
-    engine.toy(),
-    setup.LENGTH - 2,
-    dict(return_all_decodes=True),
-  )
+  toy = engine.toy()
+  length = setup.LENGTH - 2
+  options = dict(return_all_decodes=True)
   beam = {"decode_fn": decoding.beam_search}
 
   def run(model, params, **given):
@@ -305,7 +312,8 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
   np.testing.assert_array_equal(got, expected)
   assert_close(aux["scores"], scores["scores"])
   decodes, early = run(model, setup.params(toy), threshold=0.4)
-  real, layers = np.asarray(decodes) > 0, np.asarray(early["exit_layers"])
+  real = np.asarray(decodes) > 0
+  layers = np.asarray(early["exit_layers"])
   assert np.all((layers > 0) == real) and 1 < layers[real].mean() < 4
 
 
@@ -370,7 +378,8 @@ def test_exits_in_t5x_own_loops_do_not_double_the_program_that_a_run_compiles(
   """
   from t5x import decoding
 
-  toy, batch = engine.toy(num_decoder_layers=6), setup.batch()
+  toy = engine.toy(num_decoder_layers=6)
+  batch = setup.batch()
   model = setup.model(toy, decode_fn=getattr(decoding, loop))
 
   def lines(options):
@@ -390,10 +399,8 @@ def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():
   from t5x import decoding
 
   fixed = dict(topk=0, temperature=0.7)
-  toy, decode_fn = (
-    engine.toy(),
-    functools.partial(decoding.temperature_sample, **fixed),
-  )
+  toy = engine.toy()
+  decode_fn = functools.partial(decoding.temperature_sample, **fixed)
   pieces = toy.sizes.num_pieces
 
   # as after training, which shows a model no such id
@@ -444,7 +451,8 @@ def in_pairs(batch):
 
 def test_examples_that_are_packed_have_the_loss_that_they_have_apart():
   toy = engine.toy()
-  model, batch = setup.model(toy, rule=BY_CLASSIFIER), setup.training_batch(toy)
+  model = setup.model(toy, rule=BY_CLASSIFIER)
+  batch = setup.training_batch(toy)
   loss = setup.compiled(
     lambda params, batch: model.loss_fn(params, batch, None)[0]
   )
@@ -464,16 +472,15 @@ def test_a_file_of_all_decodes_is_refused_and_one_of_the_best_is_read(tmp_path):
   import tensorflow as tf
   from t5x import decoding, infer
 
-  toy, words = engine.toy(), seqio.ByteVocabulary()
+  toy = engine.toy()
+  words = seqio.ByteVocabulary()
   model = setup.model(toy, threshold=0.5, decode_fn=decoding.beam_search)
   rows = tf.data.Dataset.from_tensor_slices({"inputs_pretokenized": ["a", "b"]})
   inputs = setup.params(toy), setup.batch(engine.PROMPTS[:2])
   for every in (True, False):
     predict = predictor(model, num_decodes=3, return_all_decodes=every)
-    made, path = (
-      jax.device_get(predict(*inputs, {})),
-      str(tmp_path / f"{every}.jsonl"),
-    )
+    made = jax.device_get(predict(*inputs, {}))
+    path = str(tmp_path / f"{every}.jsonl")
     infer.write_inferences_to_file(path, made, rows, "predict_with_aux", words)
   with pytest.raises(
     GenerationsError, match=r"one decode.*return_all_decodes = False"

@@ -139,7 +139,8 @@ def found():
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_generations_are_those_of_one_device_up_to_ties(found, name):
-  config, parts = toy().config, 1 if name == "kept_whole" else GREEDY[name][0]
+  config = toy().config
+  parts = 1 if name == "kept_whole" else GREEDY[name][0]
   width = config.num_heads * config.head_dim
   assert found[name]["shard"] == [config.emb_dim, width // parts]
   for threshold in THRESHOLDS:

@@ -242,7 +242,8 @@ def test_stage_two_moves_the_classifier_alone_and_resumes_exactly(
   files, (before_model, expected) = (*OURS, STAGE_TWO), after_stage_one()
   path = saved(before_model, expected, tmp_path / "one", "legacy")
   model, state = started(files, path)
-  before, theirs = leaves(state.params), leaves(expected.params)
+  before = leaves(state.params)
+  theirs = leaves(expected.params)
   assert_equal_leaves({name: before[name] for name in theirs}, theirs)
   assert any(np.any(leaf) for leaf in state_leaves(expected).values())
   assert not any(np.any(leaf) for leaf in state_leaves(state).values()), (
@@ -273,7 +274,8 @@ def of_contrib_calm() -> tuple[Any, Any]:
   import flaxformer
   from t5x.contrib.calm import models as their_models
 
-  sizes, words = engine.toy(**TOY).config, setup.vocabulary(40)
+  sizes = engine.toy(**TOY).config
+  words = setup.vocabulary(40)
   given = {
     "NUM_ENCODER_LAYERS": sizes.num_encoder_layers,
     "NUM_HEADS": sizes.num_heads,

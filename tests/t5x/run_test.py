@@ -149,9 +149,10 @@ def leaves(path):
 
 def test_two_stages_train_what_they_should_and_open_without_t5x(trained):
   start, one, two = map(leaves, trained)
-  changed = lambda a, b: {
-    path for path in a if not np.array_equal(a[path], b[path])
-  }
+
+  def changed(a, b):
+    return {path for path in a if not np.array_equal(a[path], b[path])}
+
   classifier = {
     "decoder/exit_classifier/kernel",
     "decoder/exit_classifier/bias",
@@ -202,7 +203,8 @@ def test_two_processes_sweep_as_one_and_the_first_writes(work, life):
   command += [f"--coordinator_address={address}", "--process_count=2"]
   env = setup.environment(XLA_FLAGS="--xla_force_host_platform_device_count=1")
   # Each waits for the other, also where its pipe is full.
-  logs, started = [work / f"log_of_{i}" for i in range(2)], []
+  logs = [work / f"log_of_{i}" for i in range(2)]
+  started = []
   for i, log in enumerate(logs):
     with log.open("wb") as file:
       words = [*command, f"--process_index={i}"]
@@ -214,10 +216,8 @@ def test_two_processes_sweep_as_one_and_the_first_writes(work, life):
   logs = [log.read_text() for log in logs]
   assert codes == [0, 0], logs[0][-4000:] + logs[1][-4000:]
   assert "Written to" in logs[0] and "Written to" not in logs[1]
-  one, two = (
-    calibrate.load(life / "cache"),
-    calibrate.load(work / "cache_of_two"),
-  )
+  one = calibrate.load(life / "cache")
+  two = calibrate.load(work / "cache_of_two")
   assert two.procedure == one.procedure and two.prompts == one.prompts
   for a, b in ((one.records[1], two.records[1]), (one.full, two.full)):
     for x, y in zip(a, b, strict=True):
@@ -276,10 +276,8 @@ def test_eval_measures_the_outputs_of_its_threshold(work, life):
   folder = {"EVAL_OUTPUT_DIR": str(work / "eval"), "THRESHOLD": GRID[1]}
   files, bindings = of_decoding(work, "eval", **folder)
   run("-m t5x.eval", *files, **bindings)
-  cached, folder = (
-    calibrate.load(life / "cache"),
-    work / "eval" / "inference_eval",
-  )
+  cached = calibrate.load(life / "cache")
+  folder = work / "eval" / "inference_eval"
   (metrics,) = (
     (folder / "debian_synopsis-metrics.jsonl").read_text("utf-8").splitlines()
   )
@@ -361,7 +359,8 @@ def test_exits_beside_frozen_weights_train_infer_and_open_without_t5x(
 
 def test_the_page_of_one_life_serves_what_was_certified(life):
   """The sweep's texts at the certified threshold."""
-  cached, served = calibrate.load(life / "cache"), life / "served"
+  cached = calibrate.load(life / "cache")
+  served = life / "served"
   made = calibrate.Calibration.load(life / "cache" / "calibration.json")
   (file,) = served.glob("*predict_with_aux.jsonl*-of-00001")
   column = cached.records[cached.thresholds.tolist().index(made.threshold)]

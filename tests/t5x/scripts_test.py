@@ -31,7 +31,8 @@ def there_and_back(tmp_path, monkeypatch):
     importlib.import_module(f"scripts.{name}").main()
 
   def made(checkpoint: str):
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs = tmp_path / "theirs"
+    ours = tmp_path / "ours"
     run(
       "to_t5x", f"--checkpoint={checkpoint}", f"--output={theirs}", "--step=7"
     )
@@ -58,7 +59,8 @@ def test_exits_beside_frozen_weights_come_back_bit_for_bit(
   tmp_path, there_and_back
 ):
   """As parts of T5X's tree, whose options say that they are read."""
-  toy, folder = engine.toy(**engine.MAPS), tmp_path / "fitted"
+  toy = engine.toy(**engine.MAPS)
+  folder = tmp_path / "fitted"
   checkpoints.save(folder, toy.params, toy.config, exits_trained=True)
   back = there_and_back(str(folder))
   assert checkpoints.load(back).config == toy.config
@@ -83,10 +85,8 @@ def test_a_classifier_that_was_added_comes_back(there_and_back):
   assert after.config == dataclasses.replace(
     before.config, exit_classifier=True
   )
-  kept, found = (
-    parameters.flatten(before.params),
-    parameters.flatten(after.params),
-  )
+  kept = parameters.flatten(before.params)
+  found = parameters.flatten(after.params)
   for path, leaf in kept.items():
     np.testing.assert_array_equal(found.pop(path), leaf, err_msg=path)
   assert found.keys() == {

@@ -172,7 +172,9 @@ def test_evaluation_reports_exits_beside_a_tasks_own_metrics_and_decodes_once():
     layers = [[1, 3], [3, 0], [2, 2]]
     return rows, {"exit_layers": layers, "relative_cost": [0.5, 1.0, 0.25]}
 
-  own = lambda targets, predictions: {"own": float(len(predictions))}
+  def own(targets, predictions):
+    return {"own": float(len(predictions))}
+
   names = [registered(f"evaluated_{i}", metric_fns=[own]) for i in range(2)]
   if "evaluated" not in seqio.MixtureRegistry.names():
     seqio.MixtureRegistry.add("evaluated", names, default_rate=1)

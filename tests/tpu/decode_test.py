@@ -23,11 +23,14 @@ pytestmark = pytest.mark.skipif(
   bool(tpu_report.available()), reason=tpu_report.available()
 )
 
-TOPOLOGY, LAYERS = "v3:2x2", 3
+TOPOLOGY = "v3:2x2"
+LAYERS = 3
 CONFIG = tpu_report.configuration(
   "small", num_decoder_layers=LAYERS, num_encoder_layers=1, vocab_size=2048
 )
-ROWS, INPUT, LENGTH = 8, 128, 512
+ROWS = 8
+INPUT = 128
+LENGTH = 512
 # The smallest weight matrix of a layer; an activation is far smaller, a cache
 # larger.
 WEIGHT = CONFIG.emb_dim * CONFIG.num_heads * CONFIG.head_dim
@@ -78,7 +81,8 @@ def test_the_check_finds_weights_and_caches_that_are_moved():
 @pytest.mark.parametrize("name", sorted(set(tpu_report.PATHS) - {"static"}))
 def test_the_path_of_an_engine_has_a_segment_a_layer(name):
   """One too many were there if the first ran in what the path leaves out."""
-  module, path = compiled(name).module, tpu_report.PATHS[name]
+  module = compiled(name).module
+  path = tpu_report.PATHS[name]
   assert tpu_hlo.step_cycles(module, path, LAYERS) > 0
   with pytest.raises(
     ValueError, match=f"Expected {LAYERS + 1} segments .* got 1 fewer"
@@ -130,7 +134,8 @@ def mapped(
 
 
 def test_maps_of_exits_cost_little_and_move_no_cache():
-  path, static = tpu_report.PATHS[default()], tpu_report.PATHS["static"]
+  path = tpu_report.PATHS[default()]
+  static = tpu_report.PATHS["static"]
   module = mapped(default()).module
   assert not [x.text for x in tpu_hlo.moved(module, WEIGHT)]
   for layer in range(1, LAYERS + 1):
@@ -163,7 +168,8 @@ def test_temporaries_are_what_the_loop_carries(name):
   are; and what skipped layers project later. At this size that is 1.2 and 1.4
   times the float32 caches.
   """
-  made, rows = program(name), f"{ROWS},{LENGTH}"
+  made = program(name)
+  rows = f"{ROWS},{LENGTH}"
   carried = made.module.carried()
   assert made.temporaries <= 1.1 * sum(carried.values())
   in_caches = carried[f"bf16[{rows},{CONFIG.num_heads * CONFIG.head_dim}]"]
@@ -221,7 +227,8 @@ def test_weights_stored_as_products_read_them_are_not_laid_out_anew(
 def test_one_float32_matrix_of_keys_and_values_takes_fewer_cycles(
   name, monkeypatch
 ):
-  one, path = program(name), tpu_report.PATHS[named(name)]
+  one = program(name)
+  path = tpu_report.PATHS[named(name)]
   monkeypatch.setattr(platforms, "key_value_apart", lambda matrices: True)
   two = compiled.__wrapped__(named(name))
   segments = 1 if name == "static" else LAYERS

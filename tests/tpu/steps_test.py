@@ -57,10 +57,8 @@ def test_inference_replicates_the_decoder_and_gathers_no_weight():
   the weights.
   """
   step = tpu_steps.Step("decode", "small", layers=2, model=2, **SMALL)
-  gathered, kept = (
-    compiled(step),
-    compiled(dataclasses.replace(step, whole=True)),
-  )
+  gathered = compiled(step)
+  kept = compiled(dataclasses.replace(step, whole=True))
 
   def exchanged_by_decoder(made):
     module = tpu_hlo.parse(made.as_text())
@@ -71,5 +69,8 @@ def test_inference_replicates_the_decoder_and_gathers_no_weight():
     return [x.text for x in found if "/encoder/" not in x.text]
 
   assert exchanged_by_decoder(gathered) and not exchanged_by_decoder(kept)
-  stored = lambda made: made.memory_analysis().argument_size_in_bytes
+
+  def stored(made):
+    return made.memory_analysis().argument_size_in_bytes
+
   assert stored(gathered) < stored(kept)

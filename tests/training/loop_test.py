@@ -177,7 +177,10 @@ def test_a_run_that_was_killed_ends_as_if_it_never_was(
   same(resumed.fit(tmp_path), expected)
   assert list(resumed.losses) == [6, 9, 10, 12]  # from the checkpoint of step 5
   assert seen | resumed.losses == uninterrupted.losses  # to the bit
-  read = lambda run: json.loads((run / "validation.json").read_text())
+
+  def read(run):
+    return json.loads((run / "validation.json").read_text())
+
   assert read(tmp_path) == read(folder)
 
 

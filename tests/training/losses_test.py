@@ -9,13 +9,20 @@ import pytest
 
 from calm.training import losses
 
-LAYERS, BATCH, LENGTH, EMB, VOCAB = 3, 2, 5, 7, 11
+LAYERS = 3
+BATCH = 2
+LENGTH = 5
+EMB = 7
+VOCAB = 11
 Z_LOSS = 0.01
 
 
 def draw(seed=0):
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
   token_weights = np.ones((BATCH, LENGTH), np.float32)
   token_weights[1, 3:] = 0.0
   return {
@@ -61,15 +68,19 @@ def gradients_of(function, data):
 def test_layer_cross_entropy_is_the_naive_one_in_value_and_gradients(z_loss):
   data = draw()
   value, metrics = ours(data["normed"], data["kernel"], data, z_loss)
-  expected = lambda n, k: naive(
-    n, k, data["targets"], data["token_weights"], data["weights"], z_loss
-  )
+
+  def expected(n, k):
+    return naive(
+      n, k, data["targets"], data["token_weights"], data["weights"], z_loss
+    )
+
   np.testing.assert_allclose(
     value, expected(data["normed"], data["kernel"]), rtol=1e-5
   )
   log_probabilities = jax.nn.log_softmax(data["normed"] @ data["kernel"])
   label = np.asarray(labels_of(log_probabilities, data["targets"]))
-  real, targets = np.asarray(data["token_weights"]), np.asarray(data["targets"])
+  real = np.asarray(data["token_weights"])
+  targets = np.asarray(data["targets"])
   np.testing.assert_allclose(
     metrics.cross_entropy, -(label * real).sum((1, 2)), rtol=1e-5
   )
@@ -96,7 +107,10 @@ def test_logits_of_all_layers_never_exist_at_once():
   data = draw()
   rest = (data["targets"], data["token_weights"], data["weights"])
   all_logits = LAYERS * BATCH * LENGTH * VOCAB
-  function = lambda n, k: losses.layer_cross_entropy(n, k, *rest, Z_LOSS)[0]
+
+  def function(n, k):
+    return losses.layer_cross_entropy(n, k, *rest, Z_LOSS)[0]
+
   largest = {}
   for name, loss in {
     "ours": function,
@@ -118,9 +132,12 @@ def test_logits_of_all_layers_never_exist_at_once():
 def test_gradients_have_the_dtype_of_bfloat16_activations():
   arguments = draw()
   arguments["normed"] = arguments["normed"].astype(jnp.bfloat16)
-  loss = lambda normed, kernel: losses.layer_cross_entropy(
-    **(arguments | {"normed": normed, "kernel": kernel})
-  )[0]
+
+  def loss(normed, kernel):
+    return losses.layer_cross_entropy(
+      **(arguments | {"normed": normed, "kernel": kernel})
+    )[0]
+
   grads = jax.grad(lambda x, k: loss(2 * x, k), argnums=(0, 1))(
     arguments["normed"], arguments["kernel"]
   )
@@ -139,7 +156,8 @@ def test_weights_are_those_of_equation_6():
 def naive_geometric(exit_logits, predictions, token_weights):
   total = 0.0
   for row, time in np.ndindex(*token_weights.shape):
-    stay, layers_here = 1.0, []
+    stay = 1.0
+    layers_here = []
     for layer in range(len(predictions) - 1):
       q = 1 / (1 + np.exp(-exit_logits[layer, row, time]))
       layers_here.append(stay * q)
@@ -152,7 +170,8 @@ def naive_geometric(exit_logits, predictions, token_weights):
 
 
 def naive_classifier(exit_logits, predictions, token_weights):
-  total, below = 0.0, len(predictions) - 1
+  total = 0.0
+  below = len(predictions) - 1
   for layer, row, time in np.ndindex(below, *token_weights.shape):
     p = 1 / (1 + np.exp(-exit_logits[layer, row, time]))
     agrees = predictions[layer, row, time] == predictions[-1, row, time]
@@ -174,9 +193,12 @@ def test_classifier_losses_are_those_of_naive_loops_and_ignore_padding(
   exit_logits = rng.standard_normal((4, BATCH, LENGTH)).astype(np.float32)
   predictions = rng.integers(0, 3, (4, BATCH, LENGTH))
   token_weights = np.array(draw()["token_weights"])
-  call = lambda: function(
-    *map(jnp.asarray, (exit_logits, predictions, token_weights))
-  )
+
+  def call():
+    return function(
+      *map(jnp.asarray, (exit_logits, predictions, token_weights))
+    )
+
   value = call()
   np.testing.assert_allclose(
     value, loops(exit_logits, predictions, token_weights), rtol=1e-5

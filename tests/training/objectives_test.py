@@ -30,9 +30,11 @@ def model_of(toy=TOY, dropout_rate=0.0):
 
 
 def batch_of(seed=2, batch=4):
-  rows = lambda seed, length: jnp.asarray(
-    toys.prompts(seed, batch=batch, length=length, num_pieces=TOY.num_pieces)
-  )
+  def rows(seed, length):
+    return jnp.asarray(
+      toys.prompts(seed, batch=batch, length=length, num_pieces=TOY.num_pieces)
+    )
+
   targets = rows(seed + 1, 6)
   return {
     "encoder_input_tokens": rows(seed, 7),
@@ -47,10 +49,8 @@ def trained(objective, module, params, batches, schedule=None, **options):
   schedule = schedule or training.Schedule(3e-2, 4)
   config = training.TrainConfig(len(batches), schedule, **options)
   step = updates.make_train_step(module, config, objective, params)
-  state, metrics = (
-    updates.init_state(jax.tree.map(jnp.copy, params), config, objective),
-    None,
-  )
+  state = updates.init_state(jax.tree.map(jnp.copy, params), config, objective)
+  metrics = None
   with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
     for batch in batches:
       state, metrics = step(state, batch)
@@ -183,11 +183,12 @@ def test_neither_gradient_nor_weight_decay_reaches_what_a_stage_freezes(
   module, params = model_of(
     dataclasses.replace(TOY, exit_probes=True), dropout_rate=0.5
   )
-  optimizer = lambda rate: optax.adamw(rate, weight_decay=0.1)
-  batches, schedule = (
-    [batch_of(seed) for seed in range(3)],
-    training.Schedule(0.05, 1),
-  )
+
+  def optimizer(rate):
+    return optax.adamw(rate, weight_decay=0.1)
+
+  batches = [batch_of(seed) for seed in range(3)]
+  schedule = training.Schedule(0.05, 1)
   state, _ = trained(
     objective, module, params, batches, schedule, optimizer=optimizer
   )
@@ -208,14 +209,16 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole():
   )
   objective = objectives.LayerWeighted()
 
-  stepped = lambda count: trained(
-    objective,
-    module,
-    params,
-    [batch],
-    training.Schedule(0.5, 0),
-    num_microbatches=count,
-  )
+  def stepped(count):
+    return trained(
+      objective,
+      module,
+      params,
+      [batch],
+      training.Schedule(0.5, 0),
+      num_microbatches=count,
+    )
+
   (one, whole), (two, parted) = stepped(1), stepped(2)
   # The penalty is what is left of the loss: as exact as the loss's own
   # rounding.
@@ -287,14 +290,15 @@ MAPPED = dataclasses.replace(
 
 def plain_maps_losses(module, params, batch):
   """The docstring's terms, word for word, without the full model's entropy."""
-  found, weights = (
-    log_probabilities(module, params, batch),
-    batch["decoder_loss_weights"],
-  )
+  found = log_probabilities(module, params, batch)
+  weights = batch["decoder_loss_weights"]
   apart = jnp.sum(jnp.exp(found[-1:]) * (found[-1:] - found[:2]), axis=-1)
   bound, hidden = hidden_states(module, params, batch)
   x = bound.decoder.normed(hidden)
-  square = lambda state: jnp.sum(jnp.square(state) * weights[..., None])
+
+  def square(state):
+    return jnp.sum(jnp.square(state) * weights[..., None])
+
   errors = []
   # from 3 no input is skipped that is not d^3 itself
   for j, k in ((1, 3), (1, 4)):
@@ -318,8 +322,13 @@ def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base():
   module, params = model_of(MAPPED, dropout_rate=0.5)
   batch = batch_of()
   objective = distillation.ExitMaps()
-  plain = lambda p: sum(plain_maps_losses(module, p, batch))
-  ours = lambda p: objective.loss(module, p, batch, jax.random.key(0))
+
+  def plain(p):
+    return sum(plain_maps_losses(module, p, batch))
+
+  def ours(p):
+    return objective.loss(module, p, batch, jax.random.key(0))
+
   expected, wanted = jax.jit(jax.value_and_grad(plain))(params)
   (loss, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(
     params

@@ -153,7 +153,10 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
     ),
     "got INITIAL, which nothing reads": (*bindings(files), "INITIAL = 'model'"),
   }
-  run = lambda given: guarded(train.run, given)
+
+  def run(given):
+    return guarded(train.run, given)
+
   for message, given in cases.items():
     gin.clear_config()
     assert (
@@ -197,9 +200,12 @@ def test_exit_parts_are_added_and_wider_mlps_are_of_the_same_function(
   model, grown, _ = run.starting_point(wider, str(tmp_path), 0)
   assert "4 units each to 6" in caplog.text and model.mlp_dim == 6
   tokens = np.array([[3, 4, 1]], np.int32)
-  states = lambda config, params: network.Transformer(config).apply(
-    {"params": params}, tokens, tokens, tokens, method="hidden_states"
-  )
+
+  def states(config, params):
+    return network.Transformer(config).apply(
+      {"params": params}, tokens, tokens, tokens, method="hidden_states"
+    )
+
   np.testing.assert_allclose(
     states(model, grown), states(config, params), rtol=1e-5, atol=1e-5
   )
@@ -285,7 +291,8 @@ def own_texts(files, folder):
     json.loads(line)["input"]
     for line in files[0].read_text("utf-8").splitlines()
   ]
-  prompts, own = folder / "prompts.jsonl", folder / "own.jsonl"
+  prompts = folder / "prompts.jsonl"
+  own = folder / "own.jsonl"
   rows = [
     json.dumps({"id": f"p{i}", "input": text}) for i, text in enumerate(inputs)
   ]
@@ -351,7 +358,8 @@ def test_probes_learn_from_the_models_own_texts(stage_one, files, tmp_path):
   )
   before = checkpoints.load(stage_one / "model")
   after = checkpoints.load(tmp_path / "probes" / "model")
-  old, new = parameters.flatten(before.params), parameters.flatten(after.params)
+  old = parameters.flatten(before.params)
+  new = parameters.flatten(after.params)
   assert {path for path in new if path not in old} == {
     f"decoder/exit_probes/{name}" for name in ("kernel", "features", "bias")
   }

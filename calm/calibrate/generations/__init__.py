@@ -80,7 +80,10 @@ class Generations:
     """
     if {len(column) for column in self.records} != {len(self.prompts)}:
       return None
-    sums = lambda column: [_sums(record) for record in column]
+
+    def sums(column):
+      return [_sums(record) for record in column]
+
     counts = [
       c.table[:, 1:] if isinstance(c, Column) else sums(c) for c in self.records
     ]
@@ -98,7 +101,8 @@ class Column(Sequence[Record]):
   """
 
   def __init__(self, path: pathlib.Path, table: np.ndarray):
-    self.path, self.table = path, table
+    self.path = path
+    self.table = table
 
   def __len__(self) -> int:
     return len(self.table)
@@ -266,7 +270,8 @@ def load(
   """
   directory = pathlib.Path(directory)
   manifest = read_manifest(directory)
-  checksums, ids = manifest.get("checksums", {}), manifest["prompt_ids"]
+  checksums = manifest.get("checksums", {})
+  ids = manifest["prompt_ids"]
   check_checksums(directory, checksums)
   by_id = {
     prompt.id: prompt
@@ -284,7 +289,8 @@ def load(
         f"{directory / MANIFEST}: expected `{name}` of the run that wrote it"
         f" ({told!r:.100}), got {got!r:.100}; {_AGAIN}"
       )
-  names, procedure = file_names(grid), manifest_procedure(manifest)
+  names = file_names(grid)
+  procedure = manifest_procedure(manifest)
   options = (ids, procedure, manifest.get("sequential", False), in_memory)
   full, *records = (
     _read_column(directory / name, *options) for name in names[1:]
@@ -410,7 +416,10 @@ class Writer:
     """
     self.reports += filter(None, [storage.drop_partial_line(path)])
     kept: dict[str, tuple[int, int]] = {}  # where a line begins, and its hash
-    offset, torn, twice, differ = 0, 0, 0, set[str]()
+    offset = 0
+    torn = 0
+    twice = 0
+    differ = set[str]()
     with storage.opened(path) as file:
       for number, raw in enumerate(storage.lines(file, path), 1):
         value = storage.parse_line(raw)[0] or {}
@@ -471,7 +480,8 @@ class Writer:
       marks["procedure"] = self._mark
     path = self.directory / threshold_file(threshold)
     begin = path.stat().st_size if path.exists() else 0
-    lines, begins = [], {}
+    lines = []
+    begins = {}
     for record in records:
       if record.id not in self._ids or record.id in done or record.id in begins:
         raise ValueError(
@@ -566,12 +576,14 @@ def open_writer(
   storage.refuse_planted_links(
     directory / name for name in (MANIFEST, *file_names(grid))
   )
-  lock, differ = storage.lock(directory), ""
+  lock = storage.lock(directory)
+  differ = ""
   if (directory / MANIFEST).exists():
     there = read_manifest(directory)
     differ = describe_differences(manifest_procedure(there), procedure)
     for name in ("thresholds", "prompt_ids", "sequential"):
-      ours, theirs = manifest.get(name, False), there.get(name, False)
+      ours = manifest.get(name, False)
+      theirs = there.get(name, False)
       if ours != theirs:
         differ = (
           differ or f"`{name}`: expected {theirs!r:.100}, got {ours!r:.100}"

@@ -75,7 +75,8 @@ def _of_batch(line: storage.Line) -> Any:
   """The text of a line of a batch's output; ValueError where its request
   failed.
   """
-  response, error = line.value.get("response") or {}, line.value.get("error")
+  response = line.value.get("response") or {}
+  error = line.value.get("error")
   if error or response.get("status_code", 200) != 200:
     raise ValueError(
       "Expected `response` of a request that succeeded, got one that failed:"
@@ -109,9 +110,11 @@ def _only(line: storage.Line, entries: Any, name: str) -> Mapping[str, Any]:
 
 def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
   """A line of T5X's `infer`; whatever else it has is ignored."""
-  value, features = line.value, line.value["inputs"]
+  value = line.value
+  features = line.value["inputs"]
   name = features.get("id", f"line {line.number}")
-  aux, tokens = value.get("aux"), value.get("prediction_tokens")
+  aux = value.get("aux")
+  tokens = value.get("prediction_tokens")
   if not isinstance(aux, dict | None) or not isinstance(tokens, list | None):
     raise ValueError(
       "Expected `aux` to be an object and `prediction_tokens` to be a list, got"
@@ -170,9 +173,10 @@ def _check_threshold(
     )
   # T5X writes a float32's digits
   if not math.isclose(level, given, rel_tol=2.0**-23):
-    name = lambda value: (
-      "none (the full model)" if value == math.inf else f"{value:.7g}"
-    )
+
+    def name(value):
+      return "none (the full model)" if value == math.inf else f"{value:.7g}"
+
     raise line.error(
       f"expected outputs of threshold {name(given)}, as the file is given, "
       "got outputs of"

@@ -123,17 +123,22 @@ class Procedure:
 
     Of configurations the entries that differ alone.
     """
-    ours, theirs = self.to_json(), other.to_json()
-    differ = lambda a, b: {
-      n: (a.get(n), b.get(n)) for n in a | b if a.get(n) != b.get(n)
-    }
+    ours = self.to_json()
+    theirs = other.to_json()
+
+    def differ(a, b):
+      return {n: (a.get(n), b.get(n)) for n in a | b if a.get(n) != b.get(n)}
+
     found = differ(ours, theirs)
     for name in _UNKNOWN:
       if name not in ours or name not in theirs:
         found.pop(name, None)
     if "configuration" in found:
       entries = differ(ours["configuration"], theirs["configuration"])
-      pick = lambda side: {name: pair[side] for name, pair in entries.items()}
+
+      def pick(side):
+        return {name: pair[side] for name, pair in entries.items()}
+
       found["configuration"] = pick(0), pick(1)
     return found
 

@@ -30,7 +30,8 @@ class Prompt:
   group: str | None = None
 
   def __post_init__(self):
-    targets, group = self.targets, self.group
+    targets = self.targets
+    group = self.group
     lone = isinstance(targets, str) or not arguments.is_listing(targets)
     texts: tuple[Any, ...] = (targets,) if lone else tuple(targets)
     if not all(isinstance(target, str) for target in texts):
@@ -111,7 +112,10 @@ class Record:
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
-    plain = lambda value: list(value) if isinstance(value, tuple) else value
+
+    def plain(value):
+      return list(value) if isinstance(value, tuple) else value
+
     return {
       name: plain(value)
       for name, value in vars(self).items()
@@ -144,7 +148,10 @@ _NAMES = ("id", "prediction", *_MOST, "score")
 def _numbers(name: str, values: Any, most: int) -> tuple:
   """A field's numbers: confidences in [0, 1], or whole numbers up to `most`."""
   kinds, slack = ((int, float), _ROUNDING) if most == 1 else ((int,), 0)
-  holds = lambda value: type(value) in kinds and -slack <= value <= most + slack
+
+  def holds(value):
+    return type(value) in kinds and -slack <= value <= most + slack
+
   odd = values
   if not isinstance(values, str) and arguments.is_listing(values):
     found = list(values)
@@ -226,7 +233,10 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
     GenerationsError: a line is no prompt, an id occurs twice, or there is no
       prompt at all.
   """
-  parse = lambda line: Prompt.from_json(line.value)
+
+  def parse(line):
+    return Prompt.from_json(line.value)
+
   prompts = tuple(
     prompt for _, prompt in read_each(path, parse, "a prompt, `id` and `input`")
   )

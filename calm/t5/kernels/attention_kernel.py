@@ -25,7 +25,8 @@ from calm.t5.kernels.llvm import (
 
 # Keys and values of so many numbers are worth a second thread: one that is
 # awake, or one that has to be woken for them.
-AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
+AWAKE_NUMBERS = 2**16
+ASLEEP_NUMBERS = 2**18
 _MASKED = -1e9  # biases of keys that nobody sees are lower
 _SUMS = 16  # vectors of sums, which registers hold
 
@@ -56,7 +57,8 @@ def attend(
     )
     return jax.ffi.ffi_call(target, shape)(np.array(first, np.int32), *given)
 
-  groups, shared = queries // together, keys[0].size * queries >= enough
+  groups = queries // together
+  shared = keys[0].size * queries >= enough
   if heads < groups:
     made = llvm.in_pieces(
       groups, shared, lambda i, end: piece((i, 0), end - i, heads)
@@ -77,7 +79,9 @@ class _Piece:
   def __init__(
     self, w: Writer, frame: Frame, head_dim: int, together: int, has_now: bool
   ):
-    self._w, self._head_dim, self._together = w, number(head_dim), together
+    self._w = w
+    self._head_dim = number(head_dim)
+    self._together = together
     arrays = [frame.argument(i) for i in range(9 if has_now else 6)]
     (
       begin,
@@ -88,25 +92,20 @@ class _Piece:
       self._biases,
       *now,
     ) = map(frame.numbers, arrays)
-    self._first, self._now = begin, now
+    self._first = begin
+    self._now = now
     self._begin, self._head = (
       self._index(w.item(begin, number(i))) for i in range(2)
     )
     self._num_queries = frame.size(arrays[2], 0)
     self._in_order = w.icmp_signed("==", frame.size(arrays[1], 0), number(0))
-    self._heads, self._length = (
-      frame.size(arrays[3], 1),
-      frame.size(arrays[3], 2),
-    )
-    self._bias_rows, self._bias_heads = (
-      frame.size(arrays[5], 0),
-      frame.size(arrays[5], 1),
-    )
+    self._heads = frame.size(arrays[3], 1)
+    self._length = frame.size(arrays[3], 2)
+    self._bias_rows = frame.size(arrays[5], 0)
+    self._bias_heads = frame.size(arrays[5], 1)
     self._groups = w.udiv(frame.size(frame.result(0), 0), number(together))
-    self._count, self._out = (
-      frame.size(frame.result(0), 1),
-      frame.numbers(frame.result(0)),
-    )
+    self._count = frame.size(frame.result(0), 1)
+    self._out = frame.numbers(frame.result(0))
     # A vector more, since scores are made a vector at a time.
     self._room = w.add(self._length, number(LANES))
     self._weights = w.scratch(w.mul(self._room, number(4 * together)))
@@ -116,9 +115,12 @@ class _Piece:
     self._at_once = 1 if together == 1 else 4  # keys that are scored
 
   def write(self) -> None:
-    w, zero, every = self._w, number(0), number(self._together)
+    w = self._w
+    zero = number(0)
+    every = number(self._together)
     for group, _ in w.loop(zero, self._groups, 1):
-      first, row = w.mul(group, every), self._row(w.add(self._begin, group))
+      first = w.mul(group, every)
+      row = self._row(w.add(self._begin, group))
       query = w.add(w.mul(self._begin, every), first)
       for i, _ in w.loop(zero, self._count, 1):
         head = w.add(self._head, i)
@@ -154,7 +156,8 @@ class _Piece:
     queries = [w.add(query, number(i)) for i in range(len(outs))]
     of_query = [w.add(w.mul(each, self._heads), head) for each in queries]
     cached = w.mul(w.add(w.mul(row, self._heads), head), self._length)
-    keys, values = self._at(self._keys, cached), self._at(self._values, cached)
+    keys = self._at(self._keys, cached)
+    values = self._at(self._values, cached)
     biases = [self._bias(each, head, row) for each in queries]
     weights = [
       w.at(self._weights, self._room, number(i), number(0))
@@ -162,7 +165,8 @@ class _Piece:
     ]
     first, last = self._seen(biases)
     self._score(of_query, keys, first, last, weights)
-    scales, mixed = [], []
+    scales = []
+    mixed = []
     for each, bias, weight in zip(of_query, biases, weights, strict=True):
       scale, own = self._weigh(each, head, bias, weight, first, last)
       scales.append(scale)
@@ -186,11 +190,15 @@ class _Piece:
     """query . key, of all keys from the first to the last, added up a vector of
     keys at a time: key after key is read, as memory likes it.
     """
-    w, end = self._w, self._w.sub(last, number(1))
+    w = self._w
+    end = self._w.sub(last, number(1))
     asked = [self._vectors(self._at(self._queries, each)) for each in of_query]
-    sums = lambda q, i: w.at(
-      self._sums, number(LANES * LANES), number(q), w.mul(i, number(LANES))
-    )
+
+    def sums(q, i):
+      return w.at(
+        self._sums, number(LANES * LANES), number(q), w.mul(i, number(LANES))
+      )
+
     for place, _ in w.loop(first, last, LANES):
       for i, _ in w.loop(number(0), number(LANES // self._at_once), 1):
         # The last key again where there are no more: a tail needs no code of
@@ -218,9 +226,11 @@ class _Piece:
     """e^(score - largest) of a query's keys; what sums of them are multiplied
     with, and the first such sum, of the key that it has besides.
     """
-    w, least = self._w, constant(LEAST)
+    w = self._w
+    least = constant(LEAST)
     now, own_value = self._own(of_query, head)
-    peaks, totals = list[Any]([constant(LEAST)]), list[Any]([constant(0.0)])
+    peaks = list[Any]([constant(LEAST)])
+    totals = list[Any]([constant(0.0)])
     for place, part, mask in w.parts(weights, first, last, peaks):
       added = w.read_some(w.item(bias, place), mask, LEAST)
       seen = w.fcmp_ordered(">=", added, constant(_MASKED))
@@ -228,11 +238,14 @@ class _Piece:
       w.write(score, w.item(weights, place), mask)
       peaks[0] = w.larger(score, peaks[0])
     peak = w.spread(w.larger(w.folded(peaks[0], w.larger), now))
-    exp = lambda score: w.select(
-      w.fcmp_unordered(">", score, least),
-      w.exp(w.fsub(score, peak)),
-      constant(0.0),
-    )
+
+    def exp(score):
+      return w.select(
+        w.fcmp_unordered(">", score, least),
+        w.exp(w.fsub(score, peak)),
+        constant(0.0),
+      )
+
     for place, part, mask in w.parts(weights, first, last, totals, LEAST):
       weight = exp(part)
       w.write(weight, w.item(weights, place), mask)
@@ -248,7 +261,8 @@ class _Piece:
     """Where the biases of a query's keys begin: its own, its row's, or
     everybody's.
     """
-    w, one = self._w, number(1)
+    w = self._w
+    one = number(1)
     by_query = w.icmp_signed("==", self._bias_rows, self._num_queries)
     own = w.select(by_query, query, w.least(row, w.sub(self._bias_rows, one)))
     head = w.least(head, w.sub(self._bias_heads, one))
@@ -269,14 +283,13 @@ class _Piece:
     for i, _ in w.loop(number(0), last, 1, ends):
       bias = w.add(biases[0], w.mul(i, stride))
       for place, part, _ in w.parts(bias, number(0), self._length, ends, LEAST):
-        open_, here = (
-          w.fcmp_ordered(">=", part, constant(_MASKED)),
-          w.lanes(place),
-        )
+        open_ = w.fcmp_ordered(">=", part, constant(_MASKED))
+        here = w.lanes(place)
         behind = w.add(here, constant(1, INT))
         first = w.select(open_, w.least(here, ends[0]), ends[0])
         ends[:] = first, w.select(open_, w.most(behind, ends[1]), ends[1])
-    first, last = w.folded(ends[0], w.least), w.folded(ends[1], w.most)
+    first = w.folded(ends[0], w.least)
+    last = w.folded(ends[1], w.most)
     return w.sext(w.least(first, last), llvm.INDEX), w.sext(last, llvm.INDEX)
 
   def _own(self, of_query: Any, head: Any) -> tuple[Any, list[Any]]:

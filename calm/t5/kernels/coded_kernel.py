@@ -26,7 +26,8 @@ from calm.t5.kernels.llvm import (
 from calm.t5.platforms import GROUP, WIDTH
 
 # Rows that meet a tile of columns at once: registers hold 24 vectors of sums.
-_ROWS, _VECTORS = 6, WIDTH // LANES
+_ROWS = 6
+_VECTORS = WIDTH // LANES
 _MULTIPLY_ADD = "llvm.x86.avx512.vpdpbusd.512"
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 # Products of two codes that are worth a second thread.
@@ -57,20 +58,25 @@ def product(
   x, matrices: Sequence[Any], activations: Sequence[str], count: Any
 ) -> jax.Array:
   """See `kernels.coded_product`."""
-  rows, width = len(x), matrices[-1].scales.size
+  rows = len(x)
+  width = matrices[-1].scales.size
   used = jnp.asarray(rows if count is None else count, jnp.int32)
-  blocks, tiles = -(-rows // _ROWS), width // WIDTH
+  blocks = -(-rows // _ROWS)
+  tiles = width // WIDTH
 
   def columns(begin: int, end: int) -> jax.Array:
-    begins, shape = np.zeros(1, np.int32), (1, 1, rows, (end - begin) * WIDTH)
+    begins = np.zeros(1, np.int32)
+    shape = (1, 1, rows, (end - begin) * WIDTH)
     return heads(x, matrices, (), begins, used[None], begin * WIDTH, shape)[
       0, 0
     ]
 
   def piece(begin: int, end: int) -> jax.Array:
-    first, last = _ROWS * begin, min(rows, _ROWS * end)
+    first = _ROWS * begin
+    last = min(rows, _ROWS * end)
     counts = jnp.clip(used - first, 0, last - first)[None]
-    begins, shape = np.array([first], np.int32), (1, 1, last - first, width)
+    begins = np.array([first], np.int32)
+    shape = (1, 1, last - first, width)
     return heads(x, matrices, activations, begins, counts, 0, shape)[0, 0]
 
   shared = rows * sum(m.codes.size for m in matrices) >= _SHARED_PRODUCTS
@@ -111,14 +117,19 @@ def _write(w: Writer, frame: Frame, activations: Sequence[str]) -> None:
     frame.numbers(frame.argument(i)) for i in range(4)
   )
   rows = _Rows(w, x, frame.size(frame.argument(1), 1), matrices, activations)
-  index = lambda array, i: w.sext(
-    w.read(w.item(array, i), llvm.INT), llvm.INDEX
-  )
-  out, zero, result = frame.numbers(frame.result(0)), number(0), frame.result(0)
-  heads, width = frame.size(result, 1), frame.size(result, 3)
+
+  def index(array, i):
+    return w.sext(w.read(w.item(array, i), llvm.INT), llvm.INDEX)
+
+  out = frame.numbers(frame.result(0))
+  zero = number(0)
+  result = frame.result(0)
+  heads = frame.size(result, 1)
+  width = frame.size(result, 3)
   room = w.mul(frame.size(result, 2), width)  # numbers of a head of a prompt
   for i, _ in w.loop(zero, frame.size(result, 0), 1):
-    here, tokens = w.at(out, w.mul(heads, room), i, zero), index(counts, i)
+    here = w.at(out, w.mul(heads, room), i, zero)
+    tokens = index(counts, i)
 
     def place(row: Any, column: Any, here=here) -> Any:
       head = w.udiv(column, width)
@@ -138,7 +149,10 @@ class _Rows:
   def __init__(
     self, w: Writer, x: Any, inputs: Any, matrices: list[_Matrix], activations
   ):
-    self._w, self._x, self._inputs, self._names = w, x, inputs, activations
+    self._w = w
+    self._x = x
+    self._inputs = inputs
+    self._names = activations
     (*self._inner, self._outer), self._first = matrices, matrices[0]
     # Codes, which may be written a vector too far, steps, and states of the
     # rows at hand.
@@ -153,17 +167,18 @@ class _Rows:
     """So many rows, from `begin`, by so many columns, from `column`; `place` of
     both says where a product is written.
     """
-    w, every, zero, last = (
-      self._w,
-      number(_ROWS),
-      number(0),
-      self._w.sub(count, number(1)),
-    )
-    width, stride = self._first.columns, self._outer.stride
+    w = self._w
+    every = number(_ROWS)
+    zero = number(0)
+    last = self._w.sub(count, number(1))
+    width = self._first.columns
+    stride = self._outer.stride
     for block, _ in w.loop(zero, count, _ROWS):
       # The last row again where there are no more: a tail needs no code of its
       # own.
-      row = lambda r, block=block: w.least(w.add(block, r), last)
+      def row(r, block=block):
+        return w.least(w.add(block, r), last)
+
       for r, _ in w.loop(zero, every, 1):
         given = w.at(self._x, self._inputs, w.add(begin, row(r)), zero)
         self._round(r, given, self._inputs, self._first.stride)
@@ -188,7 +203,8 @@ class _Rows:
 
   def _round(self, r: Any, x: Any, count: Any, stride: Any) -> None:
     """Codes of one of the rows, and what they are multiplied with."""
-    w, codes = self._w, self._w.add(self._codes, self._w.mul(r, stride))
+    w = self._w
+    codes = self._w.add(self._codes, self._w.mul(r, stride))
     step = w.rounded(
       x, count, FLOAT(1 / 127), _BYTES, lambda i: w.add(codes, i), _SHIFT
     )
@@ -198,7 +214,8 @@ class _Rows:
     self, matrix: _Matrix, column: Any
   ) -> Iterator[tuple[int, Any, Any]]:
     """(row, column, vector) of the rows' products with a tile of columns."""
-    w, codes = self._w, self._codes
+    w = self._w
+    codes = self._codes
     places = [w.add(column, number(v * LANES)) for v in range(_VECTORS)]
     sums: list[Any] = [
       w.read(w.item(matrix.shifts, at), INTS) for at in places

@@ -24,12 +24,19 @@ _PIECES = 12
 LANES = 16  # numbers of a vector
 LEAST = -3.0e38  # of numbers that are worth a comparison
 _LEAST_BITS = int(np.float32(1e-30).view(np.int32))  # of a row's largest number
-_BYTES, _WORD = 4, 8  # of a number, of a word of a frame
-FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+# of a number, of a word of a frame
+_BYTES = 4
+_WORD = 8
+FLOAT = ir.FloatType()
+INT = ir.IntType(32)
+INDEX = ir.IntType(64)
+FLOATS = ir.VectorType(FLOAT, LANES)
+INTS = ir.VectorType(INT, LANES)
 _ALIGNED = ir.Constant(INT, _BYTES)
 # Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2, with a polynomial for e^r.
-_LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_LOG2_E = 1.44269504
+_LOG_2_HIGH = 0.693359375
+_LOG_2_LOW = -2.12194440e-4
 _POLYNOMIAL = (
   1.98756915e-4,
   1.39819995e-3,
@@ -42,14 +49,20 @@ _POLYNOMIAL = (
 # XLA calls a function with one `XLA_FFI_CallFrame` (xla/ffi/api/c_api.h, whose
 # layout a major version keeps). All that is read of it lies in words of 64
 # bits: of what is asked besides a call, and of the arrays.
-_EXTENSION, _ARGUMENTS, _RESULTS = 1, 9, 14
+_EXTENSION = 1
+_ARGUMENTS = 9
+_RESULTS = 14
 # Words of an array, `XLA_FFI_Buffer`.
-_DATA, _SIZES = 3, 5
+_DATA = 3
+_SIZES = 5
 # Words of `XLA_FFI_Metadata_Extension` and of its `XLA_FFI_Metadata`; the
 # version that this was written by, which XLA refuses where it can no longer
 # serve it.
-_METADATA, _VERSION, _TRAITS = 3, 3, 4
-_MAJOR, _MINOR = 0, 3
+_METADATA = 3
+_VERSION = 3
+_TRAITS = 4
+_MAJOR = 0
+_MINOR = 3
 # What XLA was given; it calls them for as long as the process lives.
 _COMPILED: dict[str, Any] = {}
 _lock = threading.Lock()
@@ -79,7 +92,10 @@ def in_pieces(
   """
   pieces = min(_PIECES, count) if shared and num_cores() > 1 else 1
   ends = itertools.pairwise(i * count // pieces for i in range(pieces + 1))
-  together = lambda *parts: jnp.concatenate(parts, axis)
+
+  def together(*parts):
+    return jnp.concatenate(parts, axis)
+
   return jax.tree.map(together, *(call(begin, end) for begin, end in ends))
 
 
@@ -263,7 +279,8 @@ class Writer(ir.IRBuilder):
 
   def exp(self, x: Any) -> Any:
     """e^x to 3e-7 of itself, of x held between -87 and 87; NaN of NaN."""
-    least, most = constant(-87.0), constant(87.0)
+    least = constant(-87.0)
+    most = constant(87.0)
     x = self.select(self.fcmp_ordered("<", x, least), least, x)
     x = self.select(self.fcmp_ordered(">", x, most), most, x)
     scaled = self.fmul(x, constant(_LOG2_E))
@@ -292,11 +309,12 @@ class Writer(ir.IRBuilder):
     Every number's steps and `shift` are written, as vectors of a kind, at the
     `place` of each vector's first.
     """
+
     # As bits, whose order is that of the numbers without a sign: NaN is the
     # largest.
-    largest = lambda one, other: self.select(
-      self.icmp_signed(">", one, other), one, other
-    )
+    def largest(one, other):
+      return self.select(self.icmp_signed(">", one, other), one, other)
+
     bits = list[Any]([constant(_LEAST_BITS, INT)])
     for _, numbers, _ in self.parts(x, number(0), count, bits):
       unsigned = self.and_(
@@ -372,7 +390,8 @@ class Frame:
   """
 
   def __init__(self, writer: Writer, address: Any):
-    self._w, self.address = writer, address
+    self._w = writer
+    self.address = address
 
   def argument(self, i: int) -> Any:
     return self._w.word(self._w.word(self.address, _ARGUMENTS), i)

@@ -44,7 +44,8 @@ def peaks(logits: jax.Array) -> tuple[jax.Array, ...]:
 def _write_peaks(w: Writer, frame: Frame) -> None:
   begin, logits = map(frame.numbers, map(frame.argument, range(2)))
   results = [frame.numbers(frame.result(i)) for i in range(6)]
-  rows, count = frame.size(frame.result(0), 0), frame.size(frame.argument(1), 1)
+  rows = frame.size(frame.result(0), 0)
+  count = frame.size(frame.argument(1), 1)
   first = w.sext(w.read(begin, INT), llvm.INDEX)
   for i, _ in w.loop(number(0), rows, 1):
     row = w.at(logits, count, w.add(first, i), number(0))
@@ -65,7 +66,10 @@ def _write_peaks(w: Writer, frame: Frame) -> None:
     best, second, token = largest
     top = w.folded(best, w.larger)
     is_top = w.fcmp_ordered("==", best, w.spread(top))
-    lesser = lambda a, b: w.select(w.icmp_signed("<", a, b), a, b)
+
+    def lesser(a, b):
+      return w.select(w.icmp_signed("<", a, b), a, b)
+
     place = w.folded(w.select(is_top, token, constant(2**31 - 1, INT)), lesser)
     # Of the lane that has the largest its own second; of the others, what they
     # have.
@@ -101,19 +105,16 @@ def rescored(logits: jax.Array, *arrays: jax.Array) -> jax.Array:
 def _write_rescored(w: Writer, frame: Frame) -> None:
   arrays = [frame.argument(i) for i in range(6)]
   begin, logits, norms, slack, states, head = map(frame.numbers, arrays)
-  made, count, emb = (
-    frame.result(0),
-    frame.size(arrays[1], 1),
-    frame.size(arrays[4], 1),
-  )
-  first, out = w.sext(w.read(begin, INT), llvm.INDEX), frame.numbers(made)
+  made = frame.result(0)
+  count = frame.size(arrays[1], 1)
+  emb = frame.size(arrays[4], 1)
+  first = w.sext(w.read(begin, INT), llvm.INDEX)
+  out = frame.numbers(made)
   for i, _ in w.loop(number(0), frame.size(made, 0), 1):
     row = w.add(first, i)
     norm = w.spread(w.read(w.item(norms, row), FLOAT))
-    given, state = (
-      w.at(logits, count, row, number(0)),
-      w.at(states, emb, row, number(0)),
-    )
+    given = w.at(logits, count, row, number(0))
+    state = w.at(states, emb, row, number(0))
     result = w.at(out, count, i, number(0))
 
     def away(piece: Any, mask: Any, norm: Any = norm) -> Any:

@@ -23,13 +23,17 @@ _SUMS = 16  # vectors of sums, which registers hold
 # Keys are scored in tiles of at most so many: biases can be read so far behind
 # their end.
 _LARGEST_TILE = _SUMS * LANES
+
+
 # Queries that meet a key at once.
-_num_rows = lambda head_dim: max(1, _SUMS // -(-head_dim // LANES))
+def _num_rows(head_dim):
+  return max(1, _SUMS // -(-head_dim // LANES))
 
 
 def attend(begins, counts, query, key, value, biases) -> jax.Array:
   """See `kernels.attend_within`."""
-  head_dim, longest = query.shape[-1], biases.shape[1] // 2 + 1
+  head_dim = query.shape[-1]
+  longest = biases.shape[1] // 2 + 1
   rows = _num_rows(head_dim)
   target = llvm.target(
     f"calm_prompt_attention_{head_dim}",
@@ -49,17 +53,17 @@ def attend(begins, counts, query, key, value, biases) -> jax.Array:
 
 
 def _write(w: Writer, frame: Frame, head_dim: int) -> None:
-  arguments, results = (
-    [frame.argument(i) for i in range(6)],
-    [frame.result(i) for i in (0, 1)],
-  )
+  arguments = [frame.argument(i) for i in range(6)]
+  results = [frame.result(i) for i in (0, 1)]
   begins, counts, query, key, value, biases, out, scratch = map(
     frame.numbers, (*arguments, *results)
   )
-  heads, row_size = frame.size(arguments[2], 1), frame.size(arguments[5], 1)
-  index = lambda array, place: w.sext(
-    w.read(w.item(array, place), llvm.INT), llvm.INDEX
-  )
+  heads = frame.size(arguments[2], 1)
+  row_size = frame.size(arguments[5], 1)
+
+  def index(array, place):
+    return w.sext(w.read(w.item(array, place), llvm.INT), llvm.INDEX)
+
   no_distance = w.lshr(w.sub(row_size, number(_LARGEST_TILE)), number(1))
   for head, _ in w.loop(number(0), heads, 1):
     for prompt, _ in w.loop(number(0), frame.size(arguments[1], 0), 1):
@@ -92,7 +96,8 @@ class _Prompt:
   bias: Any  # of distance 0
 
   def __post_init__(self):
-    w, self.rows = self.w, _num_rows(self.head_dim)
+    w = self.w
+    self.rows = _num_rows(self.head_dim)
     self.tile = LANES * (_SUMS // self.rows)
     self.stride = w.below(w.add(self.count, number(self.tile - 1)), self.tile)
     self.weights = w.at(
@@ -103,7 +108,8 @@ class _Prompt:
 
   def write(self, room: Any) -> None:
     """Its result, and zeros behind it, up to its `room` in tokens."""
-    w, zero = self.w, number(0)
+    w = self.w
+    zero = number(0)
     for token, _ in w.loop(self.count, room, 1):
       for part, mask in self.parts:
         w.write(constant(0.0), w.at(self.out, self.row_size, token, part), mask)
@@ -123,7 +129,8 @@ class _Prompt:
 
   def _score(self, tokens: list[Any]) -> None:
     """query . key + bias, of some queries and all keys."""
-    w, vectors = self.w, [number(i) for i in range(0, self.tile, LANES)]
+    w = self.w
+    vectors = [number(i) for i in range(0, self.tile, LANES)]
     for column, _ in w.loop(number(0), self.stride, self.tile):
       sums: list[Any] = [constant(0.0)] * _SUMS
       for d, values in w.loop(number(0), number(self.head_dim), 1, sums):
@@ -153,8 +160,10 @@ class _Prompt:
 
   def _weigh(self, r: Any) -> None:
     """e^(score - largest) of a query's keys, and one over their sum."""
-    w, scores = self.w, self.w.at(self.weights, self.stride, r, number(0))
-    peaks, totals = list[Any]([constant(LEAST)]), list[Any]([constant(0.0)])
+    w = self.w
+    scores = self.w.at(self.weights, self.stride, r, number(0))
+    peaks = list[Any]([constant(LEAST)])
+    totals = list[Any]([constant(0.0)])
     for _, part, _ in w.parts(scores, number(0), self.count, peaks, LEAST):
       peaks[0] = w.larger(part, peaks[0])
     peak = w.spread(w.folded(peaks[0], w.larger))
@@ -169,7 +178,8 @@ class _Prompt:
 
   def _mix(self, tokens: list[Any]) -> None:
     """Values by their weights."""
-    w, rows = self.w, list(map(number, range(self.rows)))
+    w = self.w
+    rows = list(map(number, range(self.rows)))
     sums: list[Any] = [constant(0.0)] * (self.rows * len(self.parts))
     for key, values in w.loop(number(0), self.count, 1, sums):
       places = [

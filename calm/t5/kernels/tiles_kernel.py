@@ -41,7 +41,8 @@ def product(
   x: jax.Array, tiles: jax.Array, scales: jax.Array | None, shared: bool
 ) -> jax.Array:
   """See `kernels.tiled_product`; `shared`: whether a second thread pays."""
-  width, coded = tiles.shape[2], scales is not None
+  width = tiles.shape[2]
+  coded = scales is not None
   write = functools.partial(_write, width=width, coded=coded)
   target = llvm.target(f"calm_tiles_{tiles.dtype}", write)
 
@@ -63,11 +64,9 @@ def product(
 
 def _write(w: Writer, frame: Frame, width: int, coded: bool) -> None:
   begin, x, tiles = map(frame.argument, range(3))
-  rows, inputs, columns = (
-    frame.size(x, 0),
-    frame.size(x, 1),
-    frame.size(frame.result(0), 1),
-  )
+  rows = frame.size(x, 0)
+  inputs = frame.size(x, 1)
+  columns = frame.size(frame.result(0), 1)
   # inputs, or pairs of them, which are as long as a number
   depth = frame.size(tiles, 1)
   begin, x, tiles, out = map(frame.numbers, (begin, x, tiles, frame.result(0)))
@@ -109,12 +108,11 @@ def _write(w: Writer, frame: Frame, width: int, coded: bool) -> None:
                 add = _add_pairs if coded else Writer.fused
                 values[v] = add(w, given, other, values[v])
           for v, made in enumerate(sums):
-            one, place = every[v // vectors], w.add(column, places[v % vectors])
+            one = every[v // vectors]
+            place = w.add(column, places[v % vectors])
             if coded:
-              step, scale = (
-                w.read(w.item(steps, one), FLOAT),
-                w.read(w.item(scales, place)),
-              )
+              step = w.read(w.item(steps, one), FLOAT)
+              scale = w.read(w.item(scales, place))
               made = w.fmul(
                 w.sitofp(made, FLOATS), w.fmul(w.spread(step), scale)
               )
@@ -132,9 +130,10 @@ def _in_steps(
   room = w.add(w.mul(rows, pairs), number(LANES))
   rounded, steps = (w.scratch(w.mul(n, number(4))) for n in (room, rows))
   for row, _ in w.loop(number(0), rows, 1):
-    place = lambda i, row=row: w.add(
-      w.at(rounded, pairs, row, number(0)), w.mul(i, number(2))
-    )
+
+    def place(i, row=row):
+      return w.add(w.at(rounded, pairs, row, number(0)), w.mul(i, number(2)))
+
     step = w.rounded(
       w.at(x, inputs, row, number(0)), inputs, part, _ROUNDED, place
     )

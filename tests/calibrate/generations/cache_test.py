@@ -26,7 +26,8 @@ from calm.calibrate import (
 from tests.calibrate import laws
 
 GRID = [0.9, 0.5]
-MANIFEST, PROMPTS = generations.MANIFEST, generations.PROMPTS
+MANIFEST = generations.MANIFEST
+PROMPTS = generations.PROMPTS
 EARLY, LATE, FULL = (
   generations.threshold_file(level) for level in (0.5, 0.9, NEVER_EXIT)
 )
