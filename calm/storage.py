@@ -7,6 +7,7 @@ regular file is replaced (at the end of links); devices and pipes are written
 to, and `-` is standard output.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -338,6 +339,16 @@ def opened(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
     yield file
 
 
+def is_named_pipe(path: str | os.PathLike) -> bool:
+  """Whether a path leads to a FIFO of a folder, which may wait for its other
+  end for ever. `/dev/stdout` and what a shell names for `<(...)` have theirs.
+  """
+  try:
+    return stat.S_ISFIFO(os.stat(os.path.realpath(path)).st_mode)
+  except OSError:
+    return False
+
+
 def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
   """The bytes of a regular file; ValueError where it has more than `most`."""
   with opened(path) as file:
@@ -377,7 +388,7 @@ def checksum(path: str | pathlib.Path) -> str:
 
 def parse_json(content: str | bytes) -> Any:
   """A JSON value; ValueError: no UTF-8, NaN, a number beyond float64, nested
-  too deep.
+  too deep, a key twice in one object.
   """
   text = content.decode("utf-8") if isinstance(content, bytes) else content
   try:
@@ -403,9 +414,26 @@ def _finite(digits: str) -> float:
   return value
 
 
-# Python by itself reads NaN, and 1e400 as infinity.
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The object of these pairs, as `object_pairs_hook`; ValueError where a key
+  comes twice: readers differ in which of its values they take.
+  """
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    twice = counts.most_common(1)[0][0]
+    raise ValueError(
+      f"expected every key of an object once, got {twice!r:.60} twice; keep one"
+    )
+  return made
+
+
+# Python by itself reads NaN, 1e400 as infinity, and the last value of a key
+# that comes twice.
 _DECODER = json.JSONDecoder(
-  parse_constant=_refuse_constant, parse_float=_finite
+  object_pairs_hook=unique_keys,
+  parse_constant=_refuse_constant,
+  parse_float=_finite,
 )
 
 
@@ -454,10 +482,15 @@ def read_lines(
   """Reads a JSON Lines file of objects; blank lines are skipped.
 
   FormatError where the file is unreadable, a line is too long or no JSON
-  object, or the last one is cut off. Lines of a pipe or a device are waited for
-  only with `pipes`.
+  object, or the last one is cut off. Lines of a pipe that has no name, or of a
+  device, are waited for only with `pipes`; named pipes are refused.
   """
   path = pathlib.Path(path)
+  if is_named_pipe(path):
+    raise FormatError(
+      f"{path}: expected a file, got a named pipe, which may never end; copy "
+      "what it gives to a file."
+    )
   offset = following = 0
   try:
     with open(path, "rb") if pipes else opened(path) as file:

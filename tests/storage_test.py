@@ -282,3 +282,23 @@ def test_a_disk_that_fails_is_no_lock_of_another(
       storage.lock(tmp_path)
   storage.lock(tmp_path).release()
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "text", ['{"a": 1, "a": 1}', '[{"b": {"a": 0, "c": 1, "a": 2}}]']
+)
+def test_a_key_that_comes_twice_in_an_object_is_refused(text):
+  with pytest.raises(ValueError, match="once, got 'a' twice; keep one"):
+    storage.parse_json(text)
+
+
+def test_lines_are_read_from_an_unnamed_pipe_and_from_no_named_one(tmp_path):
+  os.mkfifo(named := tmp_path / "pipe")
+  with pytest.raises(storage.FormatError, match="got a named pipe"):
+    list(storage.read_lines(named, pipes=True))
+  read, write = os.pipe()
+  os.write(write, b'{"a": 1}\n')
+  os.close(write)
+  (line,) = storage.read_lines(f"/dev/fd/{read}", pipes=True)
+  os.close(read)
+  assert line.value == {"a": 1}

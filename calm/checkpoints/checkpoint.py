@@ -24,7 +24,7 @@ import numpy as np
 from calm import arguments
 from calm.checkpoints import files, huggingface, t5x
 from calm.data import vocabulary as vocabularies
-from calm.t5 import limits, network, parameters
+from calm.t5 import limits, network, parameters, platforms
 
 FORMAT = "calm checkpoint 1"
 # The file of exit parts beside a base model, and its format.
@@ -46,6 +46,12 @@ _BASE_FILES = (
     "special_tokens_map.json",
   ),
   *("added_tokens.json", "model-*-of-*.safetensors"),
+)
+# What `peft` saves of an adapter, alone or beside a model.
+_ADAPTER_FILES = (
+  "adapter_config.json",
+  "adapter_model.safetensors",
+  "adapter_model.bin",
 )
 # The small model inside this package.
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
@@ -158,6 +164,8 @@ def load(
       f"Expected `path` to be a checkpoint directory, got {str(path)!r}, "
       f"which is {kind}."
     )
+  _refuse_adapters(path)
+  platforms.require_platform()
   config, flat, vocabulary, trained = _read(path)
   params = parameters.unflatten(flat)
   if exits is not None or (path / EXITS).is_file():
@@ -268,6 +276,20 @@ def with_exits(
   made = parameters.unflatten({**parameters.flatten(kept), **leaves})
   parameters.check(made, config)
   return config, made
+
+
+def _refuse_adapters(path: pathlib.Path) -> None:
+  """ValueError where a folder holds an adapter, which transformers would add to
+  the weights: without it the model is another.
+  """
+  for name in _ADAPTER_FILES:
+    if (path / name).exists():
+      raise ValueError(
+        f"Expected a whole model in {str(path)!r}, got {name!r} of an adapter "
+        "(LoRA), which is not read; merge it and save the result: "
+        "PeftModel.from_pretrained(MODEL, ADAPTER).merge_and_unload()"
+        ".save_pretrained(FOLDER)."
+      )
 
 
 def _read(

@@ -105,7 +105,7 @@ def _message(error: Exception) -> str | None:
       "The model does not fit the memory; lower --batch_size or "
       "--max_decode_length."
     )
-  if "Unable to initialize backend" in text[:200]:
+  if text.startswith("Unable to initialize backend"):
     return (
       f"JAX does not find what JAX_PLATFORMS names ({error}); unset it, or "
       "set it to cpu."
@@ -121,6 +121,11 @@ def check_output(path: str, read: Iterable[str | None]) -> None:
   """Refuses, before the work, a file that cannot be written or that the command
   reads.
   """
+  if storage.is_named_pipe(path):
+    raise ValueError(
+      f"Expected `--output` to be a file, got the named pipe {path!r}, which "
+      "may wait for a reader for ever; write to `-` and pipe that."
+    )
   try:
     if (target := storage.destination(path)) is None:
       return
@@ -170,11 +175,15 @@ def _check_private(cache: pathlib.Path) -> None:
   """
   for folder in (cache, *cache.parents, *cache.resolve().parents):
     status = os.stat(folder)
-    ours = folder in (cache, cache.parent)
     mode = stat.S_IMODE(status.st_mode)
-    # Who may write to a folder may rename what is in it, unless it is sticky.
-    shared = not ours and mode & stat.S_IWOTH and not mode & stat.S_ISVTX
-    if shared or (ours and (status.st_uid != os.geteuid() or mode & 0o022)):
+    owners = {os.geteuid()}
+    shared = mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if folder not in (cache, cache.parent):
+      # Who owns a folder above, or may write to it, may rename what is in it:
+      # of a sticky one its owner alone.
+      owners.add(0)
+      shared = shared and not mode & stat.S_ISVTX
+    if shared or status.st_uid not in owners:
       raise ValueError(
         f"Expected {str(folder)!r} to be written by you alone, as programs "
         "in it are run, got"

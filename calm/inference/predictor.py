@@ -775,10 +775,9 @@ def load(
     calibration is not None and (procedure := calibration.procedure) is not None
   ):
     base = options_lib.options_of(procedure, base.shortlist)
-    dtype = dtype or procedure.activation_dtype
-  config = dataclasses.replace(
-    checkpoint.config, dtype=dtype or checkpoint.config.dtype
-  )
+    dtype = procedure.activation_dtype if dtype is None else dtype
+  dtype = checkpoint.config.dtype if dtype is None else dtype
+  config = dataclasses.replace(checkpoint.config, dtype=dtype)
   changed = options_lib.change(config, base, **options)
   predictor = Predictor(
     config, checkpoint.params, checkpoint.vocabulary, changed

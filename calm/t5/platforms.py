@@ -30,6 +30,22 @@ def laid_out_for(platform: str) -> Iterator[None]:
     _PLATFORM.reset(token)
 
 
+def require_platform() -> None:
+  """ValueError where JAX finds no device of the kinds that JAX_PLATFORMS names:
+  it says so by an AssertionError without a word where a plugin is missing.
+  """
+  try:
+    jax.default_backend()
+  except (AssertionError, RuntimeError) as error:
+    asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    got = str(error) or "no plugin or no device of it"
+    raise ValueError(
+      f"Expected devices of JAX_PLATFORMS={asked}, got: {got}; install its "
+      "plugin (`pip install 'jax[cuda12]'` or 'jax[tpu]'), unset it, or set it "
+      "to cpu."
+    ) from error
+
+
 def _on(platform: str) -> bool:
   return (_PLATFORM.get() or jax.default_backend()) == platform
 

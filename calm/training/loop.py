@@ -35,7 +35,9 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   """
   with storage.reading(path, "a list of validations with numbers", _ANEW):
     # NaN is a loss that it may well have
-    entries = json.loads(storage.content(path))
+    entries = json.loads(
+      storage.content(path), object_pairs_hook=storage.unique_keys
+    )
     return [
       {"step": int(entry["step"])}
       | {n: float(v) for n, v in entry.items() if n != "step"}

@@ -251,3 +251,17 @@ def test_digest_tells_paths_shapes_dtypes_and_values_apart():
   assert parameters.digest({"a": leaf}) == parameters.digest(
     {"a": jnp.asarray(leaf)}
   )
+
+
+@pytest.mark.parametrize(
+  "name", ["adapter_config.json", "adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_named_and_never_left_out(saved, tmp_path, name, alone):
+  folder = tmp_path / "adapter" if alone else saved
+  folder.mkdir(exist_ok=True)
+  (folder / name).write_text("{}")
+  with pytest.raises(
+    ValueError, match=rf"{name}' of an adapter \(LoRA\).*merge"
+  ):
+    checkpoints.load(folder)

@@ -5,7 +5,6 @@ kill.
 import dataclasses
 import json
 import os
-import stat
 import threading
 
 import numpy as np
@@ -126,17 +125,27 @@ def test_every_command_goes_on_from_lines_of_its_own(
   assert "a link or a device" in calm_infer(f"--output={output}", code=2)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_lines_go_to_pipes_and_standard_output(calm_infer, expected, tmp_path):
-  pipe = tmp_path / "pipe"
+def test_lines_go_to_unnamed_pipes_and_standard_output(calm_infer, expected):
+  read, write = os.pipe()
   got = []
-  os.mkfifo(pipe)
-  reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+
+  def take():
+    with open(read) as end:
+      got.append(end.read())
+
+  reader = threading.Thread(target=take)
   reader.start()
-  calm_infer(f"--output={pipe}")
+  calm_infer(f"--output=/dev/fd/{write}")
+  os.close(write)
   reader.join()
-  assert got == [expected] and stat.S_ISFIFO(pipe.stat().st_mode)
+  assert got == [expected]
   assert calm_infer("--output=-").startswith('{"id": "p0"')
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_an_output_that_waits_for_a_reader_is_refused(calm_infer, tmp_path):
+  os.mkfifo(pipe := tmp_path / "pipe")
+  assert "named pipe" in calm_infer(f"--output={pipe}", code=2)
 
 
 def test_tokens_are_shown_as_they_come(model, prompts, capsys, monkeypatch):

@@ -131,6 +131,7 @@ def test_a_new_cache_is_its_users_alone_whatever_the_umask(
     ("xdg/calm/xla", 0o775, True),
     ("xdg/calm", 0o777, True),
     ("xdg", 0o777, True),  # anybody may put another `calm` there
+    ("xdg", 0o770, True),  # and so may those of its group
     ("xdg", 0o1777, False),  # as /tmp
     ("xdg/calm/xla", 0o755, False),
     ("xdg/calm/xla", 0o700, True),  # of another user
@@ -148,5 +149,25 @@ def test_a_cache_that_others_may_write_is_refused(
     return
   with pytest.raises(
     ValueError, match=rf"Expected '.*{place}' to be .* by you alone"
+  ):
+    cache_folder()
+
+
+def test_a_cache_below_a_folder_of_another_user_is_refused(
+  cache_in_tmp, tmp_path, monkeypatch
+):
+  cache_folder()
+  theirs = tmp_path / "xdg"
+  found = os.stat
+
+  def stat_of(path, **options):
+    status = found(path, **options)
+    if pathlib.Path(path) != theirs:
+      return status
+    return os.stat_result([*status[:4], 4321, *status[5:10]])
+
+  monkeypatch.setattr(os, "stat", stat_of)
+  with pytest.raises(
+    ValueError, match=r"xdg' to be .* by you alone.*user 4321"
   ):
     cache_folder()

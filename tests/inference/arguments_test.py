@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, fitting
+from calm import exits, fitting, inference
 from calm.exits import confidence, propagation, schedules
 from calm.inference import DecodeOptions
 from tests import odd_arguments
@@ -121,3 +121,9 @@ def test_every_argument_of_a_model_is_taken_or_refused_by_name(model):
     raise caught.value
 
   assert list(odd_arguments.unclear(calibrate, given)) == []
+
+
+@pytest.mark.parametrize("dtype", ["", []])
+def test_an_activation_dtype_that_is_none_is_not_taken_for_the_default(dtype):
+  with pytest.raises(ValueError, match="Expected `dtype` to be the type of"):
+    inference.load(dtype=dtype)

@@ -1,5 +1,9 @@
 """What depends on the platform that a program is made for."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -48,3 +52,18 @@ def test_only_a_cpu_with_the_instructions_is_said_to_have_them(
     assert not asked()
   monkeypatch.setattr(platforms, "_processor", lambda: "flags: fma avx2")
   assert not asked()
+
+
+def test_a_platform_that_jax_lacks_is_one_named_error():
+  code = "import calm; calm.load()"
+  environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+  ended = subprocess.run(
+    [sys.executable, "-c", code],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ended.stderr.splitlines()[-1].startswith(
+    "ValueError: Expected devices of JAX_PLATFORMS=cuda, got: "
+  )
