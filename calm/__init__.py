@@ -3,10 +3,8 @@
 One token's path, from the loop to the promise:
 
   1. `calm.decode.loop.decode` asks for one token per row and position;
-  2. `calm.exits.walk.Walk` goes up the layers of `calm.t5.decoder.DecoderStep`
-  and decides;
-  3. `calm.exits.confidence.Softmax` is held against Eq. 5,
-  `calm.exits.schedules.Decaying`;
+  2. `calm.exits.walk.Walk` goes up `calm.t5.decoder.DecoderStep` and decides;
+  3. `calm.exits.confidence.Softmax` meets `calm.exits.schedules.Decaying`;
   4. `calm.exits.propagation.ExitState` is what the skipped layers get (section
   3.2);
   5. `calm.decode.engines.Deferred` writes it once a later token needs it;
