@@ -23,6 +23,7 @@ from calm.console import Progress, print_text
 from calm.data import prompt_batches
 from calm.decode import program
 from calm.inference import grid, outputs
+from calm.serve import stops
 from calm.t5 import platforms
 
 FIRST_TOKENS = 8  # of a batch that is timed before it serves
@@ -73,17 +74,14 @@ class Job:
     """
     whole = output.text
     ends = output.tokens[-1:] == (output.eos_id,)
-    if places := [at for stop in self.stop if (at := whole.find(stop)) >= 0]:
-      return whole[: min(places)], "stop_sequence"
+    end = stops.find_stop(whole, self.stop)
+    if end is not None:
+      return whole[:end], "stop_sequence"
     if ends or len(output.tokens) >= self.limit:
       return whole, "stop" if ends else "length"
     # a character may lack bytes, a space its word
     whole = whole.rstrip("\ufffd ")
-    begun = (stop[:n] for stop in self.stop for n in range(len(stop)))
-    held = max(
-      (len(start) for start in begun if whole.endswith(start)), default=0
-    )
-    whole = whole[: len(whole) - held]
+    whole = whole[: len(whole) - stops.held_back(whole, self.stop)]
     return whole if whole.startswith(text) else text, None
 
 
@@ -401,7 +399,8 @@ class Device(threading.Thread):
     batch = self._batch(jobs, size, max(map(self._length, jobs)))
     encoded, (rule, alone) = model.encode(batch), self._rules(level)
     ends = [limit := max(job.limit for job in jobs)]
-    if any(job.stream for job in jobs):
+    # A text that a stop text may end is looked at as it is made.
+    if any(job.stream or job.stop for job in jobs):
       every = max(
         1, round(FIRST_TOKENS * PART / self._seconds[batch.tokens.shape])
       )
@@ -422,6 +421,9 @@ class Device(threading.Thread):
           dataclasses.replace(made, exit_layers=within), row
         )
         left[row], reason = job.visible(output, before)
+        if reason == "stop_sequence":
+          decode = self.model.vocabulary.decode
+          output = stops.cut_output(output, job.stop, decode)
         if reason or job.stream:
           yield job, output, left[row], reason
         if reason or job.gone:

@@ -10,7 +10,8 @@ from calm.calibrate import NEVER_EXIT, thresholds
 from calm.data import prompt_batches
 from calm.serve.device import Device, Job, Part
 
-MOST_STOPS = 4
+MOST_STOPS = 16
+MOST_STOP = 256  # characters of one
 
 
 class Refusal(Exception):
@@ -121,9 +122,12 @@ def _jobs(
     raise Refusal(
       f"Expected `{limit}` to be {whole}, got {_shown(count)}.", limit
     )
-  if len(stop) > MOST_STOPS or not all(stop):
+  fits = [1 <= len(text) <= MOST_STOP for text in stop]
+  if len(stop) > MOST_STOPS or not all(fits):
     raise Refusal(
-      f"Expected at most {MOST_STOPS} texts as `stop`, none empty.", "stop"
+      f"Expected at most {MOST_STOPS} texts of 1 to {MOST_STOP} characters as"
+      " `stop`.",
+      "stop",
     )
   if not 1 <= len(prompts) <= device.most_waiting:
     raise Refusal(

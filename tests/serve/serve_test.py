@@ -33,7 +33,6 @@ from calm.calibrate import NEVER_EXIT
 from calm.commands import cli
 from calm.decode import compiled, speculative
 from calm.exits import Speculative, StaticExit
-from calm.inference import outputs
 from calm.serve import app, device
 from tests.commands import toy
 
@@ -125,9 +124,8 @@ def told(answer):
   events.
   """
   if answer.text.startswith("data:"):
-    events = [
-      json.loads(line[6:]) for line in answer.text.split("\n\n") if "{" in line
-    ]
+    lines = answer.text.split("\n\n")
+    events = [json.loads(line[6:]) for line in lines if '"text"' in line]
   else:
     events = [answer.json()]
   choices = [event["choices"][0] for event in events]
@@ -316,46 +314,6 @@ def test_the_client_of_openai(served, expected):
       create(temperature=0.7)
 
 
-def output_of(text):
-  """One token a character, '|' ends the text."""
-  tokens = tuple(1 if c == "|" else ord(c) for c in text)
-  ones = (1.0,) * len(text)
-  layers = (1,) * len(text)
-  pieces = tuple(text)
-  return outputs.Output(
-    text.removesuffix("|"), tokens, pieces, layers, ones, ones, 0.0, 3
-  )
-
-
-@pytest.mark.parametrize(
-  ("parts", "stop", "said"),
-  [
-    (["ab", "abc", "abcd|"], (), ["ab", "abc", "abcd|stop"]),
-    (["ab", "ab ", "ab \ufffd", "ab é|"], (), ["ab", "ab", "ab", "ab é|stop"]),
-    (
-      ["ab", "abx", "abxy", "abxyz"],
-      ("xyz",),
-      ["ab", "ab", "ab", "ab|stop_sequence"],
-    ),
-    (["abx", "abxa", "abxab|"], ("xyz",), ["ab", "abxa", "abxab|stop"]),
-    (["aXbY"], ("Y", "X"), ["a|stop_sequence"]),
-    (["abcdefgh"], (), ["abcdefgh|length"]),
-  ],
-)
-def test_what_a_client_sees_of_a_text_stays_and_ends_before_a_stop(
-  parts, stop, said
-):
-  job = device.Job("", [], None, 8, stop)
-  seen = ""
-  found = []
-  for part in parts:
-    before = seen
-    seen, reason = job.visible(output_of(part), before)
-    assert seen.startswith(before)
-    found.append(f"{seen}|{reason}" if reason else seen)
-  assert found == said
-
-
 def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(
   served, expected, monkeypatch
 ):
@@ -381,6 +339,39 @@ def test_a_stop_ends_a_stream_whose_parts_last_and_an_answer(
     answer = served.client.post("/v1/completions", json=body)
     assert told(answer)[0] == text[: text.index(stop)]
     assert '"finish_reason":"stop"' in answer.text.replace(" ", "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_decoding_ends_where_a_stop_text_is_complete_and_counts_no_more(
+  served, model, expected, monkeypatch, stream
+):
+  outputs = expected[0.5]
+  row = max(range(len(outputs)), key=lambda row: len(outputs[row].text))
+  output = outputs[row]
+  stop = output.text[1:3]
+  count = 1
+  while stop not in model.vocabulary.decode(list(output.tokens[:count])):
+    count += 1
+  assert 1 < count < len(output.tokens)
+  decode = inference.Predictor.stream
+  ends = []
+
+  def recorded(*given, **options):
+    for position, part in enumerate(decode(*given, **options)):
+      ends.append(options["ends"][position])
+      yield part
+
+  monkeypatch.setattr(inference.Predictor, "stream", recorded)
+  monkeypatch.setattr(device, "PART", 0.0)  # a token is a part
+  body = {"prompt": TEXTS[row], "stop": stop, "stream": stream}
+  if stream:
+    body["stream_options"] = {"include_usage": True}
+  answer = served.client.post("/v1/completions", json=body)
+  assert ends[-1] == count
+  assert f'"completion_tokens":{count},' in answer.text.replace(" ", "")
+  text, layers, _ = told(answer)
+  assert text == output.text[: output.text.index(stop)]
+  assert layers == list(output.exit_layers[:count])
 
 
 JSON = {"content-type": "application/json"}
@@ -409,8 +400,9 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
       "exact",
       "full depth",
     ),
-    ({"prompt": "a", "stop": ["a", ""]}, 400, "stop", "none empty"),
-    ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop", "at most 4"),
+    ({"prompt": "a", "stop": ["a", ""]}, 400, "stop", "1 to 256 characters"),
+    ({"prompt": "a", "stop": "a" * 257}, 400, "stop", "1 to 256 characters"),
+    ({"prompt": "a", "stop": ["a"] * 17}, 400, "stop", "at most 16"),
     ({"prompt": "a", "stream": 1}, 400, "stream", "true or false"),
     ({"prompt": "a", "stream_options": {"x": 1}}, 400, "x", "not supported"),
     ({"prompt": "a", "model": "other"}, 404, "model", "'toy'"),
